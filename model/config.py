@@ -1,0 +1,113 @@
+"""Geometry of hybrid models and of their pretraining, typed and checked.
+
+A model is a pattern string, one symbol a layer: `M` Mamba-2, `*` self-attention, `-` feed-forward (paper Table 1,
+Figure 2). The Transformer baseline is the same thing with the pattern `*-*-...` and RoPE.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Geometry(Section):
+    """Widths of a model without its vocabulary. All sizes are counts of channels, heads or tokens."""
+
+    pattern: str = Field(pattern=r"^[M*\-]+$")
+    hidden_size: int = Field(ge=1)
+    ffn_hidden_size: int = Field(ge=1)
+    num_attention_heads: int = Field(ge=1)
+    num_query_groups: int = Field(ge=1)
+    head_dim: int = Field(ge=1)
+    mamba_num_heads: int = Field(default=0, ge=0)
+    mamba_head_dim: int = Field(default=0, ge=0)
+    mamba_state_dim: int = Field(default=0, ge=0)
+    mamba_num_groups: int = Field(default=1, ge=1)
+    conv_kernel: int = Field(default=4, ge=2)
+    chunk_size: int = Field(default=128, ge=1)
+    position_embedding: Literal["none", "rope"] = "none"
+    rope_theta: float = 10_000.0
+    norm_epsilon: float = 1e-5
+    init_method_std: float = 0.02
+    sequence_length: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def widths_fit_together(self) -> Geometry:
+        if self.num_attention_heads % self.num_query_groups:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_query_groups ({self.num_query_groups})"
+            )
+        if "M" in self.pattern:
+            if not (self.mamba_num_heads and self.mamba_head_dim and self.mamba_state_dim):
+                raise ValueError("a pattern with M needs mamba_num_heads, mamba_head_dim and mamba_state_dim")
+            if self.mamba_num_heads % self.mamba_num_groups:
+                raise ValueError(
+                    f"mamba_num_heads ({self.mamba_num_heads}) must be a multiple of "
+                    f"mamba_num_groups ({self.mamba_num_groups})"
+                )
+        return self
+
+
+class ModelConfig(Geometry):
+    """A whole model: geometry and vocabulary."""
+
+    vocab_size: int = Field(ge=1)
+
+    @property
+    def mamba_inner_size(self) -> int:
+        return self.mamba_num_heads * self.mamba_head_dim
+
+    @property
+    def conv_channels(self) -> int:
+        """Channels the causal convolution runs over: x, B and C."""
+        return self.mamba_inner_size + 2 * self.mamba_num_groups * self.mamba_state_dim
+
+    @property
+    def in_proj_size(self) -> int:
+        """Rows of in_proj: z, x, B, C, dt."""
+        return self.mamba_inner_size + self.conv_channels + self.mamba_num_heads
+
+    @property
+    def attention_size(self) -> int:
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_query_groups * self.head_dim
+
+
+class PretrainConfig(Section):
+    """The paper's recipe (section 2.3, 2.4): WSD schedule, AdamW, FP8 with BF16 ends."""
+
+    tokens: int = Field(ge=1)
+    global_batch_size: int = Field(ge=1)
+    micro_batch_size: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+    min_learning_rate: float = Field(ge=0)
+    warmup_fraction: float = Field(ge=0, lt=1)
+    decay_fraction: float = Field(ge=0, le=1)
+    decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"]
+    weight_decay: float = Field(ge=0)
+    adam_betas: tuple[float, float]
+    clip_grad: float = Field(gt=0)
+    bf16_layers_at_start: int = Field(ge=0)
+    bf16_layers_at_end: int = Field(ge=0)
+    evaluations: int = Field(ge=1)
+    checkpoint_every: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def batches_divide(self) -> PretrainConfig:
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size ({self.global_batch_size}) must be a multiple of "
+                f"micro_batch_size ({self.micro_batch_size})"
+            )
+        if self.warmup_fraction + self.decay_fraction > 1:
+            raise ValueError("warmup_fraction + decay_fraction must not exceed 1")
+        return self

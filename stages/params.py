@@ -1,0 +1,161 @@
+"""params.yaml as typed values: every key known, every value possible, or one clear error.
+
+`load_params()` returns `Params`. Sections are the configuration classes that live beside the code they configure;
+this module only puts them together and words the errors.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from data_pipeline.config import CurateConfig, TokenizeConfig, TokenizerConfig
+from model.compression.config import CompressConfig
+from model.config import Geometry, ModelConfig, PretrainConfig
+
+
+class ParamsError(SystemExit):
+    """A params.yaml that cannot be used. Its text is what the user reads; the exit code is 1."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Variant(Section):
+    """One pretraining run: an architecture of the `model` section, a precision and a seed."""
+
+    architecture: str
+    precision: Literal["bf16", "fp8"]
+    seed: int
+
+
+class ExportConfig(Section):
+    dtype: Literal["float32", "bfloat16"]
+
+
+class EvaluateConfig(Section):
+    items_per_task: int = Field(ge=4)
+    bits_per_byte_kilobytes: int = Field(ge=1)
+    recall_pairs: int = Field(ge=2)
+    context_tokens: int = Field(ge=16)
+
+
+class BenchmarkConfig(Section):
+    contexts: list[int] = Field(min_length=1)
+    batch: int = Field(ge=1)
+    decode_tokens: int = Field(ge=1)
+    repeats: int = Field(ge=1)
+
+
+class RuntimeConfig(Section):
+    """How to run, never what: no stage depends on it."""
+
+    workers: int = Field(ge=1)
+    slots: int = Field(ge=1)
+    threads: int = Field(ge=1)
+    stage_timeout_minutes: float = Field(gt=0)
+
+
+class Params(Section):
+    profile: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    seed: int
+    curate: CurateConfig
+    tokenizer: TokenizerConfig
+    tokenize: TokenizeConfig
+    model: dict[str, Geometry]
+    variants: dict[str, Variant]
+    pretrain: PretrainConfig
+    compress: CompressConfig
+    models: list[str]
+    export: ExportConfig
+    evaluate: EvaluateConfig
+    benchmark: BenchmarkConfig
+    runtime: RuntimeConfig
+
+    @model_validator(mode="after")
+    def names_refer_to_something(self) -> Params:
+        for name, variant in self.variants.items():
+            if variant.architecture not in self.model:
+                raise ValueError(
+                    f"variants.{name}.architecture is '{variant.architecture}', which `model` does not define "
+                    f"(it has: {', '.join(self.model)})"
+                )
+        if self.compress.parent not in self.variants:
+            raise ValueError(f"compress.parent is '{self.compress.parent}', which `variants` does not define")
+        known = {*self.variants, "compressed", "compressed-random"}
+        if unknown := [name for name in self.models if name not in known]:
+            raise ValueError(f"models names {unknown}, known are {sorted(known)}")
+        return self
+
+    def model_of(self, variant: str) -> ModelConfig:
+        """Geometry of a variant's architecture with the tokenizer's vocabulary."""
+        geometry = self.model[self.variants[variant].architecture]
+        return ModelConfig(**geometry.model_dump(), vocab_size=self.tokenizer.vocab_size)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The YAML mapping in `path`, as plain values. Raises ParamsError."""
+    try:
+        values = YAML(typ="safe").load(path.read_text())
+    except FileNotFoundError:
+        raise ParamsError(f"{path}: not found.\nRun from the repository's root, or restore the file.") from None
+    except YAMLError as error:
+        raise ParamsError(f"{path}: not valid YAML: {' '.join(str(error).split())}\nCorrect that line.") from None
+    if not isinstance(values, dict):
+        raise ParamsError(f"{path}: expected `section: values`.\nRestore the file.")
+    return values
+
+
+def set_value(values: dict[str, Any], assignment: str) -> None:
+    """Apply `a.b=value` (value in YAML) to nested `values`. Raises ParamsError."""
+    key, equals, text = assignment.partition("=")
+    if not equals:
+        raise ParamsError(f"--set {assignment}: expected KEY=VALUE, for example pretrain.learning_rate=1e-3.")
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise ParamsError(f"--set {assignment}: `{parent}` is a value, not a section.")
+    values[last] = YAML(typ="safe").load(text)
+
+
+def load_params(path: Path | str = "params.yaml", overrides: tuple[str, ...] = ()) -> Params:
+    """Read and check `path`, with `overrides` (`section.key=value`) applied. Raises ParamsError."""
+    path = Path(path)
+    values = read_yaml(path)
+    for assignment in overrides:
+        set_value(values, assignment)
+    try:
+        return Params.model_validate(values)
+    except ValidationError as error:
+        raise ParamsError("\n".join(_explain(path, item) for item in error.errors())) from None
+
+
+def _explain(path: Path, item: Any) -> str:
+    """Two lines for one pydantic error: what is wrong, what to do."""
+    location = ".".join(str(part) for part in item["loc"]) or "(whole file)"
+    if item["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(str(item["loc"][-1]), _known_keys(item["loc"][:-1]), n=1)
+        hint = f"Did you mean `{close[0]}`?" if close else "Remove it."
+        return f"{path}: unknown key `{location}`.\n{hint}"
+    if item["type"] == "missing":
+        return f"{path}: `{location}` is missing.\nAdd it; profiles/ has examples."
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{path}: `{location}`: {message} (got {item['input']!r:.80}).\nCorrect the value."
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    """Field names of the section at `location`."""
+    section: Any = Params
+    for part in location:
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            section = section.model_fields[part].annotation if part in section.model_fields else None
+        elif get_origin(section) in (dict, list):
+            section = get_args(section)[-1]
+    return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
