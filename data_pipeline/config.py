@@ -9,6 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Label = Literal["high", "medium-high", "medium", "medium-low", "low"]
 
 
+class DataError(ValueError):
+    """Input the data stages cannot use. Its text is two lines: what is wrong (file, field), what to do."""
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -11,6 +11,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
+class ModelError(ValueError):
+    """A model, checkpoint or recipe that cannot be used here. Its text is two lines: what is wrong, what to do."""
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -1,0 +1,349 @@
+"""What every stage shares: its command line, its paths, atomic outputs, resume state, progress and provenance.
+
+A stage module is a docstring, one function `NAME(stage: Stage) -> dict[str, metric]` and, at its end,
+
+    if __name__ == "__main__":
+        run_stage(curate, __doc__, sections=("curate", "seed"))
+
+Only the standard library is imported here, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stages.params import Params
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("data_pipeline", "model", "kernels", "stages")
+# Directory under data/PROFILE/ -> the DVC stage that writes it: what to run when it is missing.
+MAKER = {"curated": "curate", "tokenizer": "tokenizer", "tokens": "tokenize", "hub": "export@{name}"}
+
+
+class StageError(SystemExit):
+    """What stops a stage for a reason the user can mend: one line what is wrong, one line what to do."""
+
+
+class Stage:
+    """One run of a stage.
+
+    Attributes:
+        params: the checked parameters.
+        variant: the member of a `foreach` stage (`hybrid-fp8`), else None.
+        records: directory for small results: metrics, curves, provenance.
+        scratch: directory for resume state, unique to these parameters, inputs and code; removed on success.
+        inputs: paths read so far through `input`, for the provenance.
+    """
+
+    def __init__(self, name: str, params: Params, variant: str | None, out: Path | None, sections: tuple[str, ...]):
+        self.name, self.params, self.variant = name, params, variant
+        self.sections = sections
+        self.inputs: list[Path] = []
+        self.data_root = Path("data") / params.profile
+        self.out_data = out / "data" if out else self.data_root
+        self.records_root = Path("runs") / params.profile
+        self.records = (out / "runs" if out else self.records_root) / name / (variant or "")
+        self.label = f"{name}-{variant}" if variant else name
+        self._scratch: Path | None = None
+
+    def input(self, *parts: str) -> Path:
+        """An existing file or directory under data/PROFILE/. Raises StageError naming the stage that makes it."""
+        return self._existing(self.data_root.joinpath(*parts), _maker(parts))
+
+    def record(self, *parts: str) -> Path:
+        """An existing record of another stage under runs/PROFILE/."""
+        stage = parts[0] if len(parts) < 3 else f"{parts[0]}@{parts[1]}"
+        return self._existing(self.records_root.joinpath(*parts), stage)
+
+    def _existing(self, path: Path, maker: str) -> Path:
+        if not path.exists():
+            raise StageError(f"{path}: not found; stage `{maker}` writes it.\nRun `dvc repro {maker}` first.")
+        self.inputs.append(path)
+        return path
+
+    @contextlib.contextmanager
+    def output(self, *parts: str) -> Iterator[Path]:
+        """A new directory that becomes data/PROFILE/PARTS when the block ends well, and never exists half-written."""
+        final = self.out_data.joinpath(*parts)
+        partial = final.with_name(f".{final.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+
+    def write_record(self, name: str, content: str | dict[str, Any] | list[Any]) -> None:
+        """Write `content` (text, or a value to put as JSON) to records/NAME, whole or not at all."""
+        text = content if isinstance(content, str) else json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        self.records.mkdir(parents=True, exist_ok=True)
+        partial = self.records / f".{name}.partial"
+        partial.write_text(text)
+        partial.rename(self.records / name)
+
+    @property
+    def scratch(self) -> Path:
+        if self._scratch is None:
+            self._scratch = Path(".scratch") / f"{self.label}-{self.fingerprint()}"
+            self._scratch.mkdir(parents=True, exist_ok=True)
+        return self._scratch
+
+    def fingerprint(self) -> str:
+        """Digest of what resume state depends on: parameter sections, inputs read so far, first-party code."""
+        digest = hashlib.sha256(json.dumps(self.parameters(), sort_keys=True).encode())
+        for path in self.inputs:
+            files = sorted(path.rglob("*")) if path.is_dir() else [path]
+            for file in files:
+                status = file.stat()
+                digest.update(f"{file}:{status.st_size}:{status.st_mtime_ns}".encode())
+        digest.update(code_digest().encode())
+        return digest.hexdigest()[:12]
+
+    def parameters(self) -> dict[str, Any]:
+        """The sections this stage depends on, as plain values."""
+        values = self.params.model_dump(mode="json")
+        return {name: values[name] for name in ("profile", *self.sections)} | {"variant": self.variant}
+
+
+class Progress:
+    """Calls of `progress(step, total, loss=..., ...)` become the one line the flow parses, or a bar on a terminal.
+
+    step 120/2000 loss 3.412 lr 3.0e-04 tok/s 8123 eta 00:03:41
+    """
+
+    def __init__(self, seconds_between_lines: float = 2.0):
+        self.interval = seconds_between_lines
+        self.started = time.monotonic()
+        self.first_step: int | None = None
+        self.last_line = -1e9
+        self.bar: Any = None
+
+    def __call__(self, step: int, total: int, **figures: float | str) -> None:
+        now = time.monotonic()
+        if self.first_step is None or step < self.first_step:
+            self.first_step, self.started = step, now
+        if sys.stderr.isatty():
+            self._show_bar(step, total, figures)
+        elif step >= total or now - self.last_line >= self.interval:
+            self.last_line = now
+            done = step - self.first_step
+            eta = (now - self.started) / done * (total - step) if done else 0.0
+            shown = " ".join(f"{name} {_figure(name, value)}" for name, value in figures.items())
+            clock = time.strftime("%H:%M:%S", time.gmtime(eta))
+            print(" ".join(f"step {step}/{total} {shown} eta {clock}".split()), flush=True)
+
+    def _show_bar(self, step: int, total: int, figures: dict[str, float | str]) -> None:
+        from tqdm import tqdm
+
+        if self.bar is None or self.bar.total != total or step < self.bar.n:
+            self.bar = tqdm(total=total, dynamic_ncols=True)
+        self.bar.set_postfix({name: _figure(name, value) for name, value in figures.items()}, refresh=False)
+        self.bar.update(step - self.bar.n)
+        if step >= total:
+            self.bar.close()
+
+
+def _figure(name: str, value: float | str) -> str:
+    if isinstance(value, str):
+        return value
+    if name == "lr":
+        return f"{value:.1e}"
+    return f"{value:.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3f}"
+
+
+def run_stage(
+    function: Callable[[Stage], dict[str, Any]],
+    description: str | None,
+    sections: tuple[str, ...],
+    members: Callable[[Params], list[str]] | None = None,
+) -> None:
+    """Parse the command line, run `function` and write metrics.json and provenance.json beside its records.
+
+    Args:
+        function: the stage; its name is the stage's name, its result the flat metrics.
+        description: text of `--help`.
+        sections: sections of params.yaml the stage depends on.
+        members: for a `foreach` stage, the names `--variant` may take.
+    """
+    name = function.__name__
+    options = _parser(name, description, members is not None).parse_args()
+    if options.set and not options.out:
+        raise StageError("--set without --out would put other results under this profile's name.\nAdd --out DIR.")
+    from stages.params import load_params
+
+    params = load_params(options.params, tuple(options.set))
+    variant = getattr(options, "variant", None)
+    if members and variant not in members(params):
+        raise StageError(f"--variant {variant}: unknown.\n{options.params} has: {', '.join(members(params))}.")
+    os.environ.setdefault("OMP_NUM_THREADS", str(params.runtime.threads))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))    # let `finally` blocks run when a flow is cancelled
+    stage = Stage(name, params, variant, options.out, sections)
+    if options.dry_run:
+        print(json.dumps(stage.parameters(), indent=1))
+        return
+    if options.fresh:
+        discard_scratch(stage.label)
+    with _only_one(stage.label), _plain_errors():
+        started = time.time()
+        metrics = function(stage)
+        resumed = stage._scratch is not None and (stage._scratch / "resumed").exists()
+        stage.write_record("metrics.json", {key: _rounded(value) for key, value in metrics.items()})
+        stage.write_record("provenance.json", provenance(stage, started, resumed))
+        discard_scratch(stage.label)
+
+
+def _parser(name: str, description: str | None, has_members: bool) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m stages.{name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    if has_members:
+        parser.add_argument("--variant", required=True, help="which member to run, as in dvc.yaml's NAME@VARIANT")
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="parameter file (params.yaml)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a parameter")
+    parser.add_argument("--out", type=Path, help="write under DIR/data and DIR/runs instead of data/ and runs/")
+    parser.add_argument("--fresh", action="store_true", help="discard the resume state of an interrupted run")
+    parser.add_argument("--dry-run", action="store_true", help="print the parameters that would be used, and stop")
+    return parser
+
+
+@contextlib.contextmanager
+def _only_one(label: str) -> Iterator[None]:
+    """Hold the stage's lock: two runs would share one scratch directory."""
+    Path(".scratch").mkdir(exist_ok=True)
+    with Path(".scratch", f"{label}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StageError(f"Stage {label} is already running here.\nWait for it, or stop it.") from None
+        yield
+
+
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Turn errors with a known cure into two lines; let all others show their traceback."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = error.filename or "the output"
+        raise StageError(f"No space left on the disk while writing {where}.\n"
+                         "Free some space and run the same command again; finished work is kept.") from error
+    except ValueError as error:
+        from data_pipeline.config import DataError
+        from model.config import ModelError
+
+        if not isinstance(error, DataError | ModelError):
+            raise
+        raise StageError(str(error)) from error
+
+
+def discard_scratch(label: str) -> None:
+    """Remove the resume state of a stage, whatever its fingerprint."""
+    for directory in Path(".scratch").glob(f"{label}-" + "[0-9a-f]" * 12):
+        shutil.rmtree(directory)
+
+
+def code_digest() -> str:
+    """SHA-256 over the first-party packages' Python files."""
+    digest = hashlib.sha256()
+    for package in PACKAGES:
+        for file in sorted((ROOT / package).rglob("*.py")):
+            digest.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def provenance(stage: Stage, started: float, resumed: bool) -> dict[str, Any]:
+    """Where a result comes from: parameters, inputs, code, versions, machine, time."""
+    import resource
+
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return {
+        "stage": stage.name,
+        "variant": stage.variant,
+        "command": " ".join(["python", "-m", f"stages.{stage.name}", *sys.argv[1:]]),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        "wall_seconds": round(time.time() - started, 2),
+        "resumed": resumed,
+        "peak_memory_gib": round(peak / 2**20, 3),
+        "parameters": stage.parameters(),
+        "inputs": {str(path): _digest(path) for path in dict.fromkeys(stage.inputs)},
+        "code": {"commit": _commit(), "digest": code_digest()},
+        "versions": _versions(),
+        "machine": _machine(),
+    }
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file; of a directory, its names, sizes and JSON contents (manifests carry the rest)."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")):
+        if file.is_file():
+            digest.update(f"{file.relative_to(path)}:{file.stat().st_size}".encode())
+            if file.suffix == ".json":
+                digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _commit() -> str | None:
+    """The checked-out commit, with `+changes` when the tree differs from it; None outside git."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+changes" if changed.stdout.strip() else "")
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": sys.version.split()[0]}
+    for name in ("torch", "megatron-core", "transformer-engine", "transformers", "datasets", "sentencepiece", "polars",
+                 "lm-eval", "dvc", "prefect"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _machine() -> dict[str, Any]:
+    """Processor, cores and memory; the accelerator where torch was loaded and sees one."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    machine = {
+        "processor": processor,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+    }
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        machine["accelerator"] = torch.cuda.get_device_name()
+    return machine
+
+
+def _maker(parts: tuple[str, ...]) -> str:
+    if parts[0] == "checkpoints":
+        return "compress" if parts[1].startswith("compressed") else f"pretrain@{parts[1]}"
+    return MAKER[parts[0]].format(name=parts[-1])
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
