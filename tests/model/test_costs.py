@@ -1,0 +1,142 @@
+"""The cost formulas against transformers' own models and the published sizes."""
+
+import math
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, NemotronHConfig, NemotronHForCausalLM, Qwen2Config
+from transformers.models.qwen2 import Qwen2ForCausalLM
+
+from model import costs
+from model.compression.config import MemoryBudget
+from model.config import ModelConfig
+from model.hybrid_lm import HybridLM
+from model.presets import PEERS, PRESETS
+
+# What reproduces the paper's 31.7 GiB for FP4 inference at a million tokens: FP4 weights, FP8 cache, BF16 states.
+FP4_MILLION = MemoryBudget(
+    context=1_000_000, batch=1, weight_bytes=0.5, kv_bytes=1, ssm_bytes=2, conv_bytes=2, budget_fraction=0.7
+)
+GIB = 2**30
+
+
+def tiny(**changes) -> ModelConfig:
+    values = dict(
+        pattern="M-M*-M", hidden_size=24, ffn_hidden_size=40, num_attention_heads=4, num_query_groups=2, head_dim=8,
+        mamba_num_heads=6, mamba_head_dim=4, mamba_state_dim=5, mamba_num_groups=3, conv_kernel=3, chunk_size=8,
+        sequence_length=32, vocab_size=51,
+    )
+    return ModelConfig(**(values | changes))
+
+
+def upstream(config: ModelConfig) -> NemotronHForCausalLM:
+    """The same geometry in transformers, without storage."""
+    symbols = {"M": "linear_attention", "*": "full_attention", "-": "mlp"}
+    with torch.device("meta"):
+        return NemotronHForCausalLM(NemotronHConfig(
+            vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.ffn_hidden_size,
+            layers_block_type=[symbols[symbol] for symbol in config.pattern],
+            num_attention_heads=config.num_attention_heads, num_key_value_heads=config.num_query_groups,
+            head_dim=config.head_dim, mamba_num_heads=config.mamba_num_heads, mamba_head_dim=config.mamba_head_dim,
+            ssm_state_size=config.mamba_state_dim, n_groups=config.mamba_num_groups, conv_kernel=config.conv_kernel,
+        ))
+
+
+def elements(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("config", [
+    tiny(), tiny(pattern="-*M", mamba_num_groups=1, conv_kernel=4), tiny(pattern="M" * 3), tiny(pattern="*-", head_dim=12),
+    PRESETS["nemotron_h_8b"],
+])
+def test_parameters_equal_transformers_and_ours(config):
+    with torch.device("meta"):
+        ours = elements(HybridLM(config))
+    assert costs.parameters(config) == ours == elements(upstream(config))
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_peer_parameters_equal_transformers(name):
+    peer = PEERS[name]
+    family = (Qwen2Config, Qwen2ForCausalLM) if peer.qkv_bias else (LlamaConfig, LlamaForCausalLM)
+    config = family[0](
+        vocab_size=peer.vocab_size, hidden_size=peer.hidden_size, intermediate_size=peer.ffn_hidden_size,
+        num_hidden_layers=peer.layers, num_attention_heads=peer.num_attention_heads,
+        num_key_value_heads=peer.num_query_groups, head_dim=peer.head_dim, tie_word_embeddings=peer.tied_embeddings,
+    )
+    with torch.device("meta"):
+        assert costs.parameters(peer) == elements(family[1](config))
+
+
+def test_cache_bytes_equal_what_transformers_allocates():
+    config = tiny(pattern="M-*M*")
+    model = upstream(config).to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    with torch.no_grad():
+        cache = model(torch.zeros(3, 17, dtype=torch.int64), use_cache=True).past_key_values
+    budget = MemoryBudget(
+        context=17, batch=3, weight_bytes=4, kv_bytes=4, ssm_bytes=4, conv_bytes=4, budget_fraction=0.5
+    )
+    ours = costs.memory(config, budget)
+    layers = dict(zip(range(5), config.pattern, strict=True))
+    attention = [cache.layers[i] for i, symbol in layers.items() if symbol == "*"]
+    mamba = [cache.layers[i] for i, symbol in layers.items() if symbol == "M"]
+    assert ours.kv_cache == sum(4 * (layer.keys.numel() + layer.values.numel()) for layer in attention)
+    assert ours.ssm_state == sum(4 * layer.recurrent_states.numel() for layer in mamba)
+    # transformers keeps conv_kernel slots, of which the oldest is never read again: one more than is needed.
+    taps = config.conv_kernel
+    assert ours.conv_state * taps == sum(4 * layer.conv_states.numel() for layer in mamba) * (taps - 1)
+    assert ours.weights == 4 * elements(model)
+
+
+def test_47b_fits_the_papers_budget_and_56b_does_not():
+    small, large = (costs.memory(PRESETS[name], FP4_MILLION).total / GIB for name in ("nemotron_h_47b", "nemotron_h_56b"))
+    assert small == pytest.approx(31.6825, abs=5e-5)
+    assert small < 31.7 < large
+
+
+def test_47b_is_maximal_under_the_papers_budget():
+    model = PRESETS["nemotron_h_47b"]
+    larger = [model.model_copy(update={"pattern": model.pattern + symbol}) for symbol in "M*-"]
+    larger.append(model.model_copy(update={"ffn_hidden_size": model.ffn_hidden_size + 1024}))
+    assert all(costs.memory(step, FP4_MILLION).total / GIB > 31.7 for step in larger)
+
+
+def test_cache_grows_with_context_only_through_attention():
+    budget = FP4_MILLION.model_copy(update={"kv_bytes": 2, "ssm_bytes": 4, "context": 1})
+    hybrid, transformer = (costs.memory(PRESETS[name], budget) for name in ("nemotron_h_8b", "nemotron_t_8b"))
+    assert hybrid.kv_cache == 16_384 and transformer.kv_cache == 131_072
+    assert hybrid.ssm_state == 96 * 2**20 and transformer.ssm_state == 0
+    longer = costs.memory(PRESETS["nemotron_h_8b"], budget.model_copy(update={"context": 1000}))
+    assert longer.kv_cache == 1000 * hybrid.kv_cache and longer.ssm_state == hybrid.ssm_state
+
+
+def test_bytes_are_exact_for_fractional_elements_and_round_up():
+    config = tiny(vocab_size=50)
+    count = costs.parameters(config)
+    budget = FP4_MILLION.model_copy(update={"weight_bytes": 0.5625})
+    assert costs.memory(config, budget).weights == math.ceil(count * 9 / 16)
+
+
+def test_flops_equal_the_matrix_products_torch_counts():
+    config = tiny(pattern="*-*-", position_embedding="rope")
+    tokens = 16
+    model = HybridLM(config)
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, tokens, dtype=torch.int64))
+    # Full attention is what a counter sees: each token against all `tokens` positions.
+    assert counter.get_total_flops() == tokens * costs.flops_per_token(config, tokens)
+
+
+@pytest.mark.parametrize(("slow", "fast", "ratio"), [
+    ("nemotron_t_8b", "nemotron_h_8b", 1.85), ("qwen_2_5_7b", "nemotron_h_8b", 1.57),
+    ("nemotron_h_56b", "nemotron_h_47b", 1.25),
+])
+def test_prefill_flops_explain_the_papers_throughput_ratios(slow, fast, ratio):
+    models = {**PRESETS, **PEERS}
+    per_token = [costs.flops_per_token(models[name], 65_536 // 2) for name in (slow, fast)]
+    assert per_token[0] / per_token[1] == pytest.approx(ratio, abs=0.005)
