@@ -14,7 +14,7 @@ from model.config import ModelConfig
 
 
 class CacheTypes(Protocol):
-    """A deployment: context in tokens, sequences at once, bytes an element. `compression.config.MemoryBudget` is one."""
+    """A deployment: context in tokens, sequences at once, bytes an element; `MemoryBudget` is one."""
 
     @property
     def context(self) -> int: ...

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, NemotronHConfig, NemotronHForCausalLM, Qwen2Config
 from transformers.models.qwen2 import Qwen2ForCausalLM
 
@@ -20,13 +21,15 @@ FP4_MILLION = MemoryBudget(
 GIB = 2**30
 
 
+BASE = ModelConfig(
+    pattern="M-M*-M", hidden_size=24, ffn_hidden_size=40, num_attention_heads=4, num_query_groups=2, head_dim=8,
+    mamba_num_heads=6, mamba_head_dim=4, mamba_state_dim=5, mamba_num_groups=3, conv_kernel=3, chunk_size=8,
+    sequence_length=32, vocab_size=51,
+)
+
+
 def tiny(**changes) -> ModelConfig:
-    values = dict(
-        pattern="M-M*-M", hidden_size=24, ffn_hidden_size=40, num_attention_heads=4, num_query_groups=2, head_dim=8,
-        mamba_num_heads=6, mamba_head_dim=4, mamba_state_dim=5, mamba_num_groups=3, conv_kernel=3, chunk_size=8,
-        sequence_length=32, vocab_size=51,
-    )
-    return ModelConfig(**(values | changes))
+    return BASE.model_copy(update=changes)
 
 
 def upstream(config: ModelConfig) -> NemotronHForCausalLM:
@@ -47,7 +50,7 @@ def elements(model: torch.nn.Module) -> int:
 
 
 @pytest.mark.parametrize("config", [
-    tiny(), tiny(pattern="-*M", mamba_num_groups=1, conv_kernel=4), tiny(pattern="M" * 3), tiny(pattern="*-", head_dim=12),
+    BASE, tiny(pattern="-*M", mamba_num_groups=1, conv_kernel=4), tiny(pattern="MMM"), tiny(pattern="*-", head_dim=12),
     PRESETS["nemotron_h_8b"],
 ])
 def test_parameters_equal_transformers_and_ours(config):
@@ -92,7 +95,8 @@ def test_cache_bytes_equal_what_transformers_allocates():
 
 
 def test_47b_fits_the_papers_budget_and_56b_does_not():
-    small, large = (costs.memory(PRESETS[name], FP4_MILLION).total / GIB for name in ("nemotron_h_47b", "nemotron_h_56b"))
+    small = costs.memory(PRESETS["nemotron_h_47b"], FP4_MILLION).total / GIB
+    large = costs.memory(PRESETS["nemotron_h_56b"], FP4_MILLION).total / GIB
     assert small == pytest.approx(31.6825, abs=5e-5)
     assert small < 31.7 < large
 
@@ -124,8 +128,6 @@ def test_flops_equal_the_matrix_products_torch_counts():
     config = tiny(pattern="*-*-", position_embedding="rope")
     tokens = 16
     model = HybridLM(config)
-    from torch.utils.flop_counter import FlopCounterMode
-
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, tokens, dtype=torch.int64))
     # Full attention is what a counter sees: each token against all `tokens` positions.
