@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
@@ -22,15 +22,33 @@ class MemoryBudget(Section):
 
 
 class CompressConfig(Section):
-    parent: str
-    importance_samples: int = Field(ge=1)
+    """MiniPuzzle (paper section 5): what to score, what to search, how long to distil. Samples are sequences."""
+
+    parent: str                                     # name of a pretrained variant
+    importance_samples: int = Field(ge=2)
     ffn_importance_samples: int = Field(ge=1)
     ffn_widths: list[int] = Field(min_length=1)
     min_attention_layers: int = Field(ge=0)
     memory: MemoryBudget
+    validation_samples: int = Field(ge=1)
     ranked_by_agreement: int = Field(ge=1)
     finalists: int = Field(ge=1)
     short_distillation_tokens: int = Field(ge=1)
     distillation_tokens: int = Field(ge=1)
     learning_rate: float = Field(gt=0)
-    micro_batch_size: int = Field(ge=1)
+    min_learning_rate: float = Field(ge=0)
+    warmup_fraction: float = Field(ge=0, lt=1)
+    micro_batch_size: int = Field(ge=1)             # sequences a step
+    checkpoint_every: int = Field(ge=1)             # steps
+
+    @model_validator(mode="after")
+    def rounds_narrow(self) -> CompressConfig:
+        if self.finalists > self.ranked_by_agreement:
+            raise ValueError(
+                f"finalists ({self.finalists}) must not exceed ranked_by_agreement ({self.ranked_by_agreement})"
+            )
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate ({self.min_learning_rate}) must not exceed learning_rate ({self.learning_rate})"
+            )
+        return self

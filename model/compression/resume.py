@@ -1,0 +1,42 @@
+"""Finished pieces of a long computation on disk, so that a killed run goes on where it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+Value = TypeVar("Value")
+
+
+class Pieces:
+    """Named values (tensors, numbers, text, containers of them) under `directory`, each whole or not there at all.
+
+    The file `resumed` appears when a value of an earlier run is taken up.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+
+    def load(self, name: str) -> Any | None:
+        """The value saved under `name`, tensors on the CPU, or None."""
+        file = self.directory / f"{name}.pt"
+        if not file.exists():
+            return None
+        (self.directory / "resumed").touch()
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+    def save(self, name: str, value: Any) -> None:
+        partial = self.directory / f".{name}.partial"
+        torch.save(value, partial)
+        partial.rename(self.directory / f"{name}.pt")
+
+    def once(self, name: str, compute: Callable[[], Value]) -> Value:
+        """`compute()`, or what an earlier run saved of it."""
+        value = self.load(name)
+        if value is None:
+            value = compute()
+            self.save(name, value)
+        return value
