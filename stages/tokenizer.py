@@ -1,0 +1,42 @@
+"""Train the SentencePiece tokenizer on a sample of the curated training documents.
+
+Reads   data/PROFILE/curated/
+Writes  data/PROFILE/tokenizer/tokenizer.model
+        runs/PROFILE/tokenizer/metrics.json: vocabulary, and bytes a token on held-out text it was not trained on
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stages.common import Stage, run_stage
+
+MEASURED_BYTES = 200_000     # held-out text a domain on which bytes a token are measured
+
+
+def tokenizer(stage: Stage) -> dict[str, Any]:
+    from data_pipeline import tokenizer as library
+
+    curated, seed = stage.input("curated"), stage.params.seed
+    with stage.output("tokenizer") as out:
+        library.train(curated, stage.params.tokenizer, seed, out)
+        trained = library.Tokenizer(out / library.MODEL_FILE)
+    metrics: dict[str, Any] = {"vocab_size": trained.vocab_size, "digest": trained.digest}
+    heldout = library.scan(curated, "heldout")
+    domains = sorted(library.domain_bytes(heldout))
+    texts = library.sample(heldout, dict.fromkeys(domains, MEASURED_BYTES), seed)
+    all_bytes = all_tokens = byte_tokens = 0
+    for domain in domains:
+        documents = texts.filter(domain=domain)["text"].to_list()
+        size = sum(len(text.encode()) for text in documents)
+        ids = [token for encoded in trained.encode_batch(documents) for token in encoded]
+        metrics[f"bytes_per_token_{domain}"] = size / len(ids)
+        all_bytes, all_tokens = all_bytes + size, all_tokens + len(ids)
+        byte_tokens += sum(map(trained.is_byte, ids))
+    metrics["bytes_per_token"] = all_bytes / all_tokens
+    metrics["byte_fallback_share"] = byte_tokens / all_tokens
+    return metrics
+
+
+if __name__ == "__main__":
+    run_stage(tokenizer, __doc__, sections=("seed", "tokenizer"))
