@@ -1,0 +1,99 @@
+# Nemotron-H, end to end. `make` lists what there is.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+VENV ?= .venv
+PY := $(VENV)/bin/python
+DVC := PATH="$(abspath $(VENV))/bin:$$PATH" SHELL=/bin/sh $(PY) -m dvc --wait-for-lock
+READY := $(VENV)/.setup-complete .dvc/config.local
+PORT ?= 4200
+PYTORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH := $(shell sed -n 's/.*"torch==\([^"]*\)".*/\1/p' pyproject.toml)
+GPU := $(shell nvidia-smi -L 2>/dev/null | grep -m 1 -o GPU)
+STAGES := curate tokenizer tokenize pretrain compress export evaluate benchmark report
+# Of what is installed only the profile's name is read from params.yaml; PROFILE=NAME wins.
+CURRENT_PROFILE = $(or $(PROFILE),$(shell sed -n 's/^profile: *\([a-z0-9-]*\).*/\1/p' params.yaml))
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup reproduce repro-plain stage $(STAGES) ui test lint doctor lock clean
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z][a-z -]*:.*## / {printf "  make %-22s %s\n", $$1, $$2}' Makefile
+	@echo "  make STAGE                  One of: $(STAGES)"
+	@echo
+	@echo "  PROFILE=NAME with reproduce: $$(ls profiles | sed 's/\.yaml//' | paste -sd ' ')"
+
+setup: $(READY) ## Install everything into .venv (nothing to do when it is up to date)
+	@echo "Set up: $(VENV) ($$($(PY) -V))."
+
+reproduce: $(READY) ## The whole pipeline as a flow, what changed only; PROFILE=NAME
+	@$(PY) -m flows.reproduce $(if $(PROFILE),--profile $(PROFILE))
+
+repro-plain: $(READY) ## The same result by DVC alone, one stage after the other
+	@$(if $(PROFILE),$(PY) -m flows.profile $(PROFILE))
+	@$(DVC) repro
+
+stage: $(READY) ## One stage and what it needs; STAGE=pretrain@hybrid-fp8
+	@$(if $(STAGE),,echo 'make stage: which one?'; echo 'Say STAGE=pretrain@hybrid-fp8; `dvc stage list` names them.'; exit 2)
+	@$(DVC) repro $(STAGE)
+
+$(STAGES): $(READY)
+	@$(DVC) repro $@
+
+ui: $(READY) ## Prefect's pages: start, watch and cancel runs; PORT=4200
+	@exec $(PY) -m flows.server --port $(PORT)
+
+test: $(READY) ## The tests
+	@$(PY) -m pytest
+
+lint: $(READY) ## ruff and mypy
+	@$(PY) -m ruff check .
+	@$(PY) -m mypy
+
+doctor: $(READY) ## What is installed, what is missing, and the cure
+	@$(PY) -m flows.doctor
+
+lock: $(READY) ## Resolve requirements.in into requirements.lock
+	@$(PY) -m pip install -q uv
+	@$(PY) -m uv pip compile -q --python-version 3.11 --universal --generate-hashes --no-emit-package torch \
+		requirements.in -o requirements.lock
+
+clean: ## Remove the profile's outputs and resume state (DVC's cache stays); PROFILE=NAME
+	rm -rf data/$(CURRENT_PROFILE) runs/$(CURRENT_PROFILE) reports/$(CURRENT_PROFILE) .scratch logs
+
+# A tree without git (an unpacked archive) must tell DVC so.
+.dvc/config.local:
+	@if git rev-parse >/dev/null 2>&1; then touch $@; else printf '[core]\n    no_scm = true\n' > $@; fi
+
+# The stamp comes last. A set-up that was interrupted leaves its mark, and the next one starts over: half-unpacked
+# packages look installed to pip.
+$(VENV)/.setup-complete: requirements.lock pyproject.toml
+	@if [ -e $(VENV)/.setup-started ] || { [ -e $(VENV) ] && ! $(PY) -m pip --version >/dev/null 2>&1; }; then \
+		echo 'The last set-up was interrupted: starting over.'; rm -rf $(VENV); fi
+	@if [ ! -e $(VENV) ]; then \
+		for python in $(PYTHON) python3.11 python3.12 python3 python; do \
+			if $$python -c 'import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' >/dev/null 2>&1; \
+			then found=$$python; break; fi; done; \
+		if [ -z "$${found:-}" ]; then \
+			echo 'No Python 3.11 or 3.12 with venv was found.'; \
+			echo 'Install one (Debian: apt install python3.11-venv) or say where: make setup PYTHON=/path/to/python'; exit 1; fi; \
+		mkdir -p $(VENV); touch $(VENV)/.setup-started; \
+		echo "Creating $(VENV) with $$($$found -V)"; $$found -m venv $(VENV); fi
+	@touch $(VENV)/.setup-started; rm -f $@
+	@echo 'Installing PyTorch $(TORCH) ($(if $(GPU),CUDA,CPU) build)'
+	@$(if $(GPU),$(PY) -m pip install -q 'torch==$(TORCH)', \
+		$(PY) -m pip install -q --no-deps 'torch==$(TORCH)+cpu' 2>/dev/null || \
+		$(PY) -m pip install -q --no-deps 'torch==$(TORCH)+cpu' --extra-index-url $(PYTORCH_CPU_INDEX) \
+			--retries 1 --timeout 10 2>/dev/null || \
+		{ echo 'No CPU wheel was found: taking the default build.'; $(PY) -m pip install -q 'torch==$(TORCH)'; }) \
+		|| { $(CANNOT_INSTALL); }
+	@echo 'Installing the locked packages (2 to 5 minutes)'
+	@$(PY) -m pip install -q --no-deps --require-hashes -r requirements.lock || { $(CANNOT_INSTALL); }
+	@$(PY) -m pip install -q --no-deps -e . || { $(CANNOT_INSTALL); }
+	@rm $(VENV)/.setup-started; touch $@
+
+CANNOT_INSTALL = echo 'The packages could not be installed: pip says why above.'; \
+	echo 'Without network, give pip a mirror (PIP_INDEX_URL=...) or wheels (PIP_FIND_LINKS=DIR); then `make setup` again.'; \
+	exit 1

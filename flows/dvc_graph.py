@@ -1,0 +1,357 @@
+"""The stage graph, through DVC's command line: what there is, what changed, and running one stage as a process.
+
+DVC owns the graph, the cache and the lock file; this module owns processes. It knows nothing of Prefect. The rules it
+keeps, each learnt from a wrong result or a hang:
+
+- a stage writes to a log file, so that nothing that watches it can stop it;
+- `dvc --wait-for-lock`, or a stage that ends while another is being hashed loses its finished work;
+- DVC's per-file locks (`.dvc/tmp/rwlock`) never wait: status is taken once before anything starts, every stage is
+  called once, in order, and one flow runs at a time;
+- to stop, the stage's processes are terminated and DVC is left alive to release its locks; SIGKILL comes last;
+- lock entries of dead processes are dropped after a look at the command line: the number may belong to another by now.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import difflib
+import fcntl
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from ruamel.yaml import YAML
+
+DVC = [sys.executable, "-m", "dvc", "--wait-for-lock"]
+ENVIRONMENT = {
+    "DVC_NO_ANALYTICS": "1",
+    "PYTHONUNBUFFERED": "1",
+    "SHELL": "/bin/sh",           # DVC runs commands with $SHELL, whatever the user's is
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+}
+RWLOCK = Path(".dvc/tmp/rwlock")
+FLOW_LOCK = Path(".dvc/tmp/flow.lock")
+LOGS = Path("logs")
+SECONDS_TO_UNWIND = 20.0
+
+
+class GraphError(RuntimeError):
+    """What keeps the graph from running. Its text is two lines: what is wrong, what to do."""
+
+
+class StageFailed(RuntimeError):
+    """A stage that did not finish. Its text is the cause, then where the log is and how to go on."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """One stage of the graph.
+
+    Attributes:
+        needs: the stages whose outputs it reads.
+        exclusive: it measures time; nothing may run beside it (`meta: {exclusive: true}` in dvc.yaml).
+        priority: stages on the longest path from here to the end; the highest starts first.
+    """
+
+    name: str
+    needs: frozenset[str]
+    exclusive: bool
+    priority: int
+
+    @property
+    def log(self) -> Path:
+        return LOGS / f"{self.name}.log"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The line `step 120/2000 loss 3.412 lr 3.0e-04 tok/s 8123 eta 00:03:41`."""
+
+    step: int
+    total: int
+    text: str
+
+    @classmethod
+    def parse(cls, line: str) -> Progress | None:
+        match = re.match(r"step (\d+)/(\d+)(?: |$)", line)
+        return cls(int(match[1]), max(int(match[2]), 1), line) if match else None
+
+
+def dvc(*arguments: str) -> str:
+    """Standard output of a DVC command. Raises GraphError when it fails."""
+    done = subprocess.run([*DVC, *arguments], capture_output=True, text=True, env=os.environ | ENVIRONMENT)
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
+        raise GraphError(f"dvc {' '.join(arguments)}: {errors[0]}\n" + "\n".join(errors[1:] or ["Run `make doctor`."]))
+    return done.stdout
+
+
+def allow_no_git() -> None:
+    """In a tree without git (an unpacked archive), tell DVC so, in .dvc/config.local. Raises GraphError elsewhere."""
+    if not (Path("dvc.yaml").is_file() and Path(".dvc").is_dir()):
+        raise GraphError(f"{Path.cwd()}: no dvc.yaml here.\nRun from the repository's root.")
+    config = Path(".dvc/config.local")
+    if config.exists():
+        return
+    with contextlib.suppress(OSError):
+        inside = subprocess.run(["git", "rev-parse"], capture_output=True)
+        if inside.returncode == 0:
+            return
+    config.write_text("[core]\n    no_scm = true\n")
+
+
+def graph() -> dict[str, Node]:
+    """Every stage of dvc.yaml, each after the stages it needs."""
+    needs: dict[str, set[str]] = {}
+    for line in dvc("dag", "--dot").splitlines():
+        names = re.findall(r'"([^"]+)"', line)
+        for name in names:
+            needs.setdefault(name, set())
+        if len(names) == 2:
+            needs[names[1]].add(names[0])
+    order: list[str] = []
+    while len(order) < len(needs):
+        order += [name for name in needs if name not in order and needs[name] <= set(order)]
+    priority: dict[str, int] = {}
+    for name in reversed(order):
+        priority[name] = 1 + max((priority[other] for other in needs if name in needs[other]), default=-1)
+    exclusive = _exclusive()
+    return {
+        name: Node(name, frozenset(needs[name]), name.split("@")[0] in exclusive, priority[name]) for name in order
+    }
+
+
+def _exclusive() -> set[str]:
+    stages = YAML(typ="safe").load(Path("dvc.yaml"))["stages"]
+    return {name for name, stage in stages.items() if stage.get("do", stage).get("meta", {}).get("exclusive")}
+
+
+def select(nodes: dict[str, Node], targets: list[str]) -> dict[str, Node]:
+    """The targets and everything they need; `pretrain` stands for all its members. Raises GraphError."""
+    wanted: set[str] = set()
+    for target in targets:
+        found = {name for name in nodes if target in (name, name.split("@")[0])}
+        if not found:
+            close = difflib.get_close_matches(target, nodes, n=1)
+            raise GraphError(
+                f"{target}: no such stage.\n"
+                + (f"Did you mean {close[0]}?" if close else f"There are: {', '.join(nodes)}.")
+            )
+        wanted |= found
+    for name in reversed(nodes):
+        if name in wanted:
+            wanted |= nodes[name].needs
+    return {name: node for name, node in nodes.items() if name in wanted}
+
+
+def stale(nodes: dict[str, Node]) -> set[str]:
+    """Stages that changed since they last ran, and those downstream of them, which may have."""
+    changed = json.loads(dvc("status", "--json") or "{}")
+    found: set[str] = set()
+    for name, node in nodes.items():
+        if name in changed or node.needs & found:
+            found.add(name)
+    return found
+
+
+def metrics() -> dict[str, dict[str, float]]:
+    """Metrics file -> its values, for every stage that has some."""
+    shown = json.loads(dvc("metrics", "show", "--json") or "{}")
+    files = shown.get("", {}).get("data", {})
+    return {name: file["data"] for name, file in files.items() if "data" in file}
+
+
+@contextlib.contextmanager
+def only_flow() -> Iterator[None]:
+    """Hold the repository's flow lock. Raises GraphError when another flow has it."""
+    FLOW_LOCK.parent.mkdir(parents=True, exist_ok=True)
+    with FLOW_LOCK.open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise GraphError(
+                f"Another reproduce is running here (process {lock.read().strip() or 'unknown'}).\n"
+                "Wait for it, or stop it; work it has finished is kept."
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def busy() -> dict[int, str]:
+    """Process -> command of the DVC processes that hold files of this repository; entries of dead ones are dropped."""
+    try:
+        lock = json.loads(RWLOCK.read_text() or "{}")
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+    write = {path: holder for path, holder in lock.get("write", {}).items() if _is_repro(holder["pid"])}
+    read = {path: [one for one in holders if _is_repro(one["pid"])] for path, holders in lock.get("read", {}).items()}
+    live = {"write": write, "read": {path: holders for path, holders in read.items() if holders}}
+    live = {kind: entries for kind, entries in live.items() if entries}
+    if live != lock:
+        partial = RWLOCK.with_suffix(".partial")
+        partial.write_text(json.dumps(live))
+        partial.replace(RWLOCK)
+    holders = [*write.values(), *(one for found in read.values() for one in found)]
+    return {holder["pid"]: holder["cmd"] for holder in holders}
+
+
+def _is_repro(pid: int) -> bool:
+    try:
+        command = psutil.Process(pid).cmdline()
+    except psutil.Error:
+        return False
+    return any("dvc" in word for word in command) and "repro" in command
+
+
+class StageRunner:
+    """Runs stages, so many at once, the one with the longest way to go first."""
+
+    def __init__(self, slots: int, timeout_minutes: float):
+        self.slots = slots
+        self.free = slots
+        self.timeout_minutes = timeout_minutes
+        self.waiting: list[Node] = []
+        self.processes: set[subprocess.Popen[bytes]] = set()
+        self.turn = threading.Condition()
+        self.stopped = False
+
+    def run(self, node: Node, on_start: Callable[[], None], on_line: Callable[[str], None]) -> str:
+        """Bring one stage up to date, when its turn comes; blocks.
+
+        Args:
+            on_start: called when the stage gets its slot.
+            on_line: called with every line it prints, from another thread in the caller's context; an exception there
+                is dropped, because watching must not harm the work.
+        Returns:
+            `ran`, `restored` (from DVC's run cache) or `cached` (nothing to do after all).
+        Raises:
+            StageFailed: it ended badly, took longer than the limit, or was stopped.
+        """
+        with self._slot(node):
+            on_start()
+            return self._repro(node, on_line)
+
+    @contextlib.contextmanager
+    def _slot(self, node: Node) -> Iterator[None]:
+        needed = self.slots if node.exclusive else 1
+        with self.turn:
+            self.waiting.append(node)
+            self.waiting.sort(key=lambda other: -other.priority)
+            self.turn.wait_for(lambda: self.stopped or (self.waiting[0] is node and self.free >= needed))
+            self.waiting.remove(node)
+            if self.stopped:
+                raise StageFailed(f"{node.name}: not started; the flow was stopped.\nRun the same command again.")
+            self.free -= needed
+            self.turn.notify_all()
+        try:
+            yield
+        finally:
+            with self.turn:
+                self.free += needed
+                self.turn.notify_all()
+
+    def _repro(self, node: Node, on_line: Callable[[str], None]) -> str:
+        node.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.turn:
+            if self.stopped:
+                raise StageFailed(f"{node.name}: not started; the flow was stopped.\nRun the same command again.")
+            with node.log.open("w") as log:
+                process = subprocess.Popen(
+                    [*DVC, "repro", "--single-item", node.name], env=os.environ | ENVIRONMENT, stdin=subprocess.DEVNULL,
+                    stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                )
+            self.processes.add(process)
+        ended = threading.Event()
+        context = contextvars.copy_context()
+        watcher = threading.Thread(target=context.run, args=(_follow, node.log, on_line, ended), daemon=True)
+        watcher.start()
+        try:
+            status = process.wait(self.timeout_minutes * 60)
+        except subprocess.TimeoutExpired:
+            _end(process)
+            status = None
+        finally:
+            self.processes.discard(process)
+            ended.set()
+        watcher.join(5)
+        text = node.log.read_text(errors="replace")
+        where = f"Log: {node.log}. Run the same command again: it resumes."
+        if self.stopped and status != 0:
+            raise StageFailed(f"{node.name}: stopped.\n{where}")
+        if status is None:
+            limit = f"{self.timeout_minutes:g} minutes (runtime.stage_timeout_minutes in params.yaml)"
+            raise StageFailed(f"{node.name}: took longer than {limit} and was ended.\n{where}")
+        if status:
+            raise StageFailed(f"{node.name}: {_last_words(text)}\n{where}")
+        if "didn't change, skipping" in text:
+            return "cached"
+        return "restored" if "is cached - skipping run" in text else "ran"
+
+    def stop(self) -> None:
+        """End every running stage and start no other."""
+        with self.turn:
+            self.stopped = True
+            self.turn.notify_all()
+            processes = list(self.processes)
+        enders = [threading.Thread(target=_end, args=(process,)) for process in processes]
+        for ender in enders:
+            ender.start()
+        for ender in enders:
+            ender.join()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Terminate a DVC process's stage and let DVC release its locks; kill what is left after a grace time."""
+    try:
+        tree = psutil.Process(process.pid).children(recursive=True)
+    except psutil.Error:
+        return
+    for child in tree:
+        with contextlib.suppress(psutil.Error):
+            child.terminate()
+    if not tree:                            # between two commands: DVC itself must be told
+        process.send_signal(signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(SECONDS_TO_UNWIND)
+    _, alive = psutil.wait_procs(tree, timeout=1)
+    for child in alive:
+        with contextlib.suppress(psutil.Error):
+            child.kill()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _follow(log: Path, on_line: Callable[[str], None], ended: threading.Event) -> None:
+    with log.open(errors="replace") as file:
+        part = ""
+        while True:
+            last_look = ended.is_set()
+            part += file.readline()
+            if part.endswith("\n"):
+                with contextlib.suppress(Exception):
+                    on_line(part.rstrip())
+                part = ""
+            elif last_look:
+                return
+            else:
+                time.sleep(0.2)
+
+
+def _last_words(log: str) -> str:
+    """What a failed stage said at the end, without DVC's own lines and the frames of a traceback."""
+    lines = [line for line in log.splitlines() if line.strip()]
+    said = [line for line in lines if not line.startswith((" ", "ERROR: failed to reproduce"))]
+    return " ".join(said[-2:]) or "no output"

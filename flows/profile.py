@@ -1,0 +1,106 @@
+"""Write params.yaml for a profile: profiles/cpu.yaml, overlaid by profiles/NAME.yaml.
+
+    python -m flows.profile              list the profiles
+    python -m flows.profile smoke        write params.yaml for one
+
+params.yaml is always the resolved file: what stands there is what runs. Values tuned there by hand are lost when a
+profile is written; put what should stay into profiles/. In an overlay a mapping is merged, anything else replaces what
+stood there, and null removes the key (JSON merge patch, RFC 7396).
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import io
+from pathlib import Path
+
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
+
+from stages.params import ParamsError, load_params
+
+PROFILES = Path("profiles")
+BASE = "cpu"
+
+
+def names() -> list[str]:
+    """The profiles there are, the base first."""
+    return sorted((file.stem for file in PROFILES.glob("*.yaml")), key=lambda name: (name != BASE, name))
+
+
+def describe(name: str) -> str:
+    """The comment an overlay opens with."""
+    if name == BASE:
+        return "The default, and what the others overlay."
+    lines = []
+    for line in (PROFILES / f"{name}.yaml").read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.lstrip("# "))
+    return " ".join(lines)
+
+
+def resolve(name: str) -> str:
+    """Text of params.yaml under the profile `name`. Raises ParamsError for an unknown one."""
+    if name not in names():
+        close = difflib.get_close_matches(name, names(), n=1)
+        hint = f"Did you mean {close[0]}?" if close else f"There are: {', '.join(names())}."
+        raise ParamsError(f"Profile {name}: no profiles/{name}.yaml.\n{hint}")
+    base = (PROFILES / f"{BASE}.yaml").read_text()
+    if name == BASE:
+        return base
+    yaml = YAML()
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.width = 4096                       # keep one-line mappings on one line
+    yaml.preserve_quotes = True
+    values = yaml.load(base)
+    merge(values, yaml.load((PROFILES / f"{name}.yaml").read_text()) or CommentedMap())
+    values["profile"] = name
+    text = io.StringIO()
+    yaml.dump(values, text)
+    return text.getvalue()
+
+
+def merge(values: CommentedMap, overlay: CommentedMap) -> None:
+    """Lay `overlay` over `values`, in place; comments of `values` stay."""
+    for key, value in overlay.items():
+        if value is None:
+            values.pop(key, None)
+        elif isinstance(value, CommentedMap) and isinstance(values.get(key), CommentedMap):
+            merge(values[key], value)
+        else:
+            values[key] = value
+
+
+def apply(name: str, target: Path = Path("params.yaml")) -> None:
+    """Write `target` for the profile `name`, whole or not at all. Raises ParamsError if it would not be valid."""
+    text = resolve(name)
+    if target.exists() and target.read_text() == text:
+        return
+    partial = target.with_name(f".{target.name}.partial")
+    partial.write_text(text)
+    try:
+        load_params(partial)
+    except ParamsError as error:
+        partial.unlink()
+        raise ParamsError(str(error).replace(str(partial), f"profiles/{name}.yaml")) from None
+    partial.replace(target)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.profile", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", nargs="?", help="the profile; without it, list them")
+    options = parser.parse_args()
+    if options.name:
+        apply(options.name)
+        print(f"params.yaml: profile {options.name}")
+    else:
+        for name in names():
+            print(f"{name:<16} {describe(name)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""Run the pipeline as a Prefect flow: what changed runs, what did not is shown as Cached, what failed can be resumed.
+
+    python -m flows.reproduce                       everything
+    python -m flows.reproduce --profile smoke       under a profile of profiles/
+    python -m flows.reproduce --stages compress     a stage and what it needs; `pretrain` stands for all its members
+
+The graph is DVC's: one task a stage, its needs first, independent ones side by side. Reports to the server of `make ui`
+when that runs, to PREFECT_API_URL if it is set, else to a private temporary server. Exits 1 when a stage failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from prefect import flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.futures import PrefectFuture
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Completed
+
+from flows import artifacts, dvc_graph, server
+from flows.console import Console, clock, table
+from flows.dvc_graph import GraphError, Node, Progress, StageFailed, StageRunner
+from flows.profile import apply, resolve
+from stages.params import ParamsError, load_params
+
+
+class Run:
+    """One run of the flow: what its tasks share, and what became of each stage, whatever Prefect managed to record."""
+
+    def __init__(self, profile: str | None, stages: list[str] | None):
+        try:
+            if profile:
+                apply(profile)
+            params = load_params()
+        except ParamsError as error:              # a SystemExit, which a flow must not raise
+            raise GraphError(str(error)) from None
+        self.profile = params.profile
+        self.console = Console()
+        while holders := dvc_graph.busy():
+            self.console.line(f"Waiting for the stages an earlier run left: processes {sorted(holders)}")
+            time.sleep(3)
+        nodes = dvc_graph.graph()
+        self.nodes = dvc_graph.select(nodes, stages) if stages else nodes
+        self.stale = dvc_graph.stale(self.nodes)
+        self.runner = StageRunner(params.runtime.slots, params.runtime.stage_timeout_minutes)
+        self.outcomes: dict[str, str] = {}
+        self.seconds: dict[str, float] = {}
+        self.failures: list[StageFailed] = []
+
+    def finish(self, stage: str, outcome: str, seconds: float = 0.0) -> None:
+        self.outcomes[stage], self.seconds[stage] = outcome, seconds
+
+    def summary(self) -> str:
+        """A table of all stages; then either where the report is, or what failed."""
+        rows = [
+            {
+                "stage": name,
+                "result": self.outcomes.get(name, "not run"),
+                "time": clock(self.seconds[name]) if self.seconds.get(name) else "",
+            }
+            for name in self.nodes
+        ]
+        text = "\n" + table(rows)
+        for failure in self.failures:
+            text += f"\n\n{failure}"
+        report = Path("reports", self.profile, "index.html").absolute()
+        if not self.failed and "report" in self.nodes and report.exists():
+            text += f"\n\nReport: {report}"
+        return text
+
+    @property
+    def failed(self) -> list[str]:
+        return [name for name in self.nodes if self.outcomes.get(name) not in ("ran", "restored", "cached")]
+
+
+RUNS: list[Run] = []      # those of this process; `main` reads its verdict here and not from Prefect
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def run_stage(run: Run, node: Node) -> State:
+    """Bring one stage up to date; its state is Cached when there was nothing to do."""
+    if node.name not in run.stale:
+        run.finish(node.name, "cached")
+        return Completed(name="Cached", message="Code, parameters, inputs and outputs are unchanged.")
+    logger = get_run_logger()
+    bar = artifacts.ProgressBar(node.name)
+    started = time.monotonic()
+
+    def on_start() -> None:
+        nonlocal started
+        started = time.monotonic()
+        run.console.start(node.name)
+
+    def on_line(line: str) -> None:
+        logger.info(line)
+        if progress := Progress.parse(line):
+            run.console.progress(node.name, line)
+            bar.update(progress)
+
+    try:
+        outcome = run.runner.run(node, on_start, on_line)
+    except StageFailed as failure:
+        run.finish(node.name, "failed", time.monotonic() - started)
+        run.failures.append(failure)
+        run.console.end(node.name, f"FAILED, see {node.log}")
+        raise
+    seconds = time.monotonic() - started
+    run.finish(node.name, outcome, seconds)
+    run.console.end(node.name, f"{outcome} in {clock(seconds)}")
+    if outcome == "ran":
+        return Completed(message=f"Ran in {seconds:.0f} s.")
+    return Completed(name="Cached", message=f"DVC: {outcome}.")
+
+
+@flow
+def reproduce(profile: str | None = None, stages: list[str] | None = None) -> None:
+    """Reproduce Nemotron-H: bring every stage of dvc.yaml up to date.
+
+    Args:
+        profile: write params.yaml for this profile first (`smoke`, `cpu`, ...); none leaves it as it is.
+        stages: only these and what they need; none means all.
+    """
+    with dvc_graph.only_flow():
+        dvc_graph.allow_no_git()
+        run = Run(profile, stages)
+        RUNS.append(run)
+        unchanged = len(run.nodes) - len(run.stale)
+        run.console.line(f"Profile {run.profile}: {len(run.nodes)} stages, {unchanged} unchanged.")
+        with best_effort():
+            artifacts.publish_plan(run.nodes, run.stale)
+        futures: dict[str, PrefectFuture[State]] = {}
+        for name, node in run.nodes.items():
+            named = run_stage.with_options(name=name, task_run_name=name)
+            needs = [futures[other] for other in node.needs & futures.keys()]
+            futures[name] = named.submit(run, node, wait_for=needs, return_state=False)
+        try:
+            for future in futures.values():
+                future.wait()
+        except BaseException:                     # cancelled: threads do not see the signal, processes must
+            run.runner.stop()
+            raise
+        with best_effort():
+            artifacts.publish_metrics(dvc_graph.metrics(), run.profile)
+            artifacts.publish_report(Path("reports", run.profile))
+        if run.failed:
+            raise StageFailed(f"{len(run.failed)} of {len(run.nodes)} stages did not finish: {', '.join(run.failed)}.")
+
+
+@contextlib.contextmanager
+def best_effort() -> Iterator[None]:
+    """Publishing must not fail a run whose work is done: log what went wrong."""
+    try:
+        yield
+    except Exception as error:
+        get_run_logger().warning("Not published: %s", error)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.reproduce", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--profile", help="write params.yaml for this profile first")
+    parser.add_argument("--stages", nargs="+", metavar="STAGE", help="only these and what they need")
+    options = parser.parse_args()
+    if options.profile:
+        resolve(options.profile)                  # a wrong name need not wait for Prefect
+    signal.signal(signal.SIGTERM, _interrupt)
+    url = server.running()
+    if url:
+        print(f"Watch this run at {url}", flush=True)
+    try:
+        with temporary_settings({PREFECT_API_URL: f"{url}/api"}) if url else contextlib.nullcontext():
+            reproduce(options.profile, options.stages, return_state=True).result()
+    except GraphError as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        print("\nStopped. Run the same command again: it resumes.")
+        sys.exit(130)
+    except Exception as error:
+        if not RUNS:
+            raise
+        if not isinstance(error, StageFailed):
+            print(f"Prefect could not record the run ({type(error).__name__}: {error}); DVC's record stands.")
+    print(RUNS[-1].summary(), flush=True)
+    sys.exit(1 if RUNS[-1].failed else 0)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt                       # unwinds like Ctrl-C: stages stopped, temporary server gone
+
+
+if __name__ == "__main__":
+    main()
