@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, initial_state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor, initial_state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """y_t = SiLU(bias + sum_k weight_k x_{t - K + 1 + k}): the last tap meets the current token.
 
     Shifted multiply-adds with channels last: several times faster on a CPU than `F.conv1d`, which wants them first.

@@ -57,8 +57,8 @@ def quantize_dequantize(x: Tensor, format: Format) -> Tensor:
 
 
 def _scale(x: Tensor, largest: float) -> Tensor:
-    """Transformer Engine's `compute_scale_from_amax`: 1 for a tensor that is all zero, infinite or not a number, and the
-    largest float32 where the quotient would overflow."""
+    """Transformer Engine's `compute_scale_from_amax`: 1 where the largest value is zero, infinite or not a number, and
+    the largest float32 where the quotient would overflow."""
     amax = x.abs().amax().float()
     scale = (largest / amax).clamp_max(torch.finfo(torch.float32).max)
     return torch.where(torch.isfinite(amax) & (amax > 0), scale, torch.ones_like(scale))

@@ -2,10 +2,11 @@
 
     state_t = exp(dt_t A) state_{t-1} + dt_t x_t B_t^T          y_t = state_t C_t + D x_t
 
-Inside a chunk this is attention with a decaying causal mask, M = (C B^T) * exp(decay from j to i) * dt_j; between chunks
-one state of (head_dim, state_dim) a head is handed on. Everything heavy is a batched matrix product; decays stay float32.
+Inside a chunk this is attention with a decaying causal mask, M = (C B^T) * exp(decay from j to i) * dt_j; between
+chunks one state of (head_dim, state_dim) a head is handed on. Everything heavy is a batched matrix product; decays stay
+float32.
 
-Letters: b batch, l sequence, h heads, p head_dim, g groups, r heads per group, n state_dim, c chunks, q chunk size.
+Letters: b batch, t sequence, h heads, p head_dim, g groups, r heads per group, n state_dim, c chunks, q chunk size.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# exp(-50) = 2e-22 is nothing beside 1 but keeps products of decays out of the denormal range, where a CPU is ~10x slower.
+# exp(-50) = 2e-22 is nothing beside 1, but keeps products of decays out of the denormal range, where a CPU crawls.
 _LEAST_LOG_DECAY = -50.0
 
 
@@ -34,21 +35,21 @@ def chunk_scan(
 ) -> tuple[Tensor, Tensor]:
     """Scan a sequence; differentiable once in every tensor.
 
-    The step size is softplus(dt + dt_bias), without a clamp. Sequences need not be multiples of the chunk. Floor for
-    T tokens: (2hp + 2gn + h) T elements moved, 2T (q (gn + hp) + 2 hpn) floating-point operations. The chunk states take
-    h p n / q floats a token and their hand-over a (c, c) matrix a head, so very long sequences want larger chunks.
+    The step size is softplus(dt + dt_bias), without a clamp. Sequences need not be multiples of the chunk. Floor a
+    token: 2hp + 2gn + h elements moved and 2 (q (gn + hp) + 2 hpn) floating-point operations. The chunk states
+    take h p n / q floats a token and their hand-over a (c, c) matrix a head: long sequences want larger chunks.
 
     Args:
-        x: (b, l, h, p) float64, float32 or bfloat16.
-        dt: (b, l, h), before bias and softplus.
+        x: (b, t, h, p) float64, float32 or bfloat16.
+        dt: (b, t, h), before bias and softplus.
         A: (h,) negative, float32.
-        B, C: (b, l, g, n); head i uses group i // (h / g).
+        B, C: (b, t, g, n); head i uses group i // (h / g).
         D, dt_bias: (h,) float32.
         chunk_size: q, tokens a chunk.
         initial_state: (b, h, p, n) before the first token; zeros when None.
 
     Returns:
-        y (b, l, h, p) in x's dtype and the state after the last token, (b, h, p, n) float32 (float64 for float64 x).
+        y (b, t, h, p) in x's dtype and the state after the last token, (b, h, p, n) float32 (float64 for float64 x).
     """
     batch, length, heads, head_dim = x.shape
     precise = torch.promote_types(x.dtype, torch.float32)
@@ -57,7 +58,7 @@ def chunk_scan(
         initial_state = x.new_zeros(batch, heads, head_dim, B.shape[-1], dtype=precise)
     chunk = min(chunk_size, length)
     if padding := -length % chunk:
-        x, B, C = (F.pad(t, (0, 0, 0, 0, 0, padding)) for t in (x, B, C))
+        x, B, C = (F.pad(tensor, (0, 0, 0, 0, 0, padding)) for tensor in (x, B, C))
         step = F.pad(step, (0, 0, 0, padding))          # a step of 0 leaves the state as it is
     y, state = _ChunkScan.apply(x, step, A.to(precise), B, C, D.to(precise), initial_state.to(precise), chunk)
     return y[:, :length], state
@@ -74,9 +75,9 @@ class _ChunkScan(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, initial: Tensor, chunk: int
     ) -> tuple[Tensor, Tensor]:
-        b, l, h, p = x.shape
+        b, t, h, p = x.shape
         g, n = B.shape[2:]
-        r, c, q = h // g, l // chunk, chunk
+        r, c, q = h // g, t // chunk, chunk
         X = _heads_first(x, step.dtype).view(-1, q, p)
         Bq = _heads_first(B, step.dtype).view(b, g, 1, c, q, n)
         Cq = _heads_first(C, step.dtype).view(b, g, 1, c, q, n)
@@ -100,18 +101,18 @@ class _ChunkScan(torch.autograd.Function):
         final = torch.matmul(passing[:, :, -1:, 1:], added) + passing[:, :, -1:, :1] * initial.view(b, h, 1, p * n)
 
         y = torch.bmm(mask, X).baddbmm_(C_start, incoming.view(-1, p, n).transpose(1, 2))
-        ctx.save_for_backward(x, dt, A, D, X, Bq, Cq, scores, decay, mask, to_end, from_start, B_end, C_start, passing,
-                              incoming, initial, final, y)
-        y = torch.addcmul(y.view(b, h, l, p).transpose(1, 2), x, D[:, None])
+        ctx.save_for_backward(x, dt, A, D, X, Bq, Cq, decay, mask, to_end, from_start, B_end, C_start, passing,
+                              incoming, final, y)
+        y = torch.addcmul(y.view(b, h, t, p).transpose(1, 2), x, D[:, None])
         return y.to(x.dtype), final.view(b, h, p, n)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        (x, dt, A, D, X, Bq, Cq, scores, decay, mask, to_end, from_start, B_end, C_start, passing,
-         incoming, initial, final, y) = ctx.saved_tensors
+        (x, dt, A, D, X, Bq, Cq, decay, mask, to_end, from_start, B_end, C_start, passing,
+         incoming, final, y) = ctx.saved_tensors
         b, g, r, c, q, _ = decay.shape
-        h, l, p, n = g * r, c * q, X.shape[-1], Bq.shape[-1]
+        h, t, p, n = g * r, c * q, X.shape[-1], Bq.shape[-1]
         dY = _heads_first(dy, X.dtype).view(-1, q, p)
 
         # states: what each chunk took in, then what each chunk added
@@ -124,7 +125,7 @@ class _ChunkScan(torch.autograd.Function):
 
         # inside the chunk
         dmask = torch.bmm(dY, X.transpose(1, 2))
-        dD = dmask.diagonal(dim1=1, dim2=2).reshape(b, h, l).sum((0, 2))
+        dD = dmask.diagonal(dim1=1, dim2=2).reshape(b, h, t).sum((0, 2))
         dX = torch.bmm(mask.transpose(1, 2), dY).baddbmm_(B_end, dS.transpose(1, 2))
         dscores = dmask.view_as(decay).mul_(decay).sum(2, keepdim=True).tril_()
         dC = torch.bmm(dY, incoming.view(-1, p, n)).view(b, g, r, c, q, n).mul_(from_start).sum(2, keepdim=True)
@@ -139,22 +140,22 @@ class _ChunkScan(torch.autograd.Function):
         da = (out - into).flip(-1).cumsum(-1).flip(-1) + at_end[..., None]
         ddt = into / dt.clamp_min(torch.finfo(dt.dtype).tiny) + da * A[:, None, None]
         dA = (da * dt).sum((0, 2, 3))
-        dx = torch.addcmul(dX.view(b, h, l, p).transpose(1, 2), dy, D[:, None])
+        dx = torch.addcmul(dX.view(b, h, t, p).transpose(1, 2), dy, D[:, None])
         return (
-            dx.to(x.dtype), ddt.view(b, h, l).transpose(1, 2), dA,
-            dB.view(b, g, l, n).transpose(1, 2).to(x.dtype), dC.view(b, g, l, n).transpose(1, 2).to(x.dtype),
+            dx.to(x.dtype), ddt.view(b, h, t).transpose(1, 2), dA,
+            dB.view(b, g, t, n).transpose(1, 2).to(x.dtype), dC.view(b, g, t, n).transpose(1, 2).to(x.dtype),
             dD, dinitial.view(b, h, p, n), None,
         )
 
 
-def _heads_first(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """(b, l, heads, k) -> contiguous (b, heads, l, k), copied and converted in one pass."""
-    b, l, heads, k = t.shape
-    return torch.empty(b, heads, l, k, dtype=dtype, device=t.device).copy_(t.transpose(1, 2))
+def _heads_first(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """(b, t, heads, k) -> contiguous (b, heads, t, k), copied and converted in one pass."""
+    b, t, heads, k = tensor.shape
+    return torch.empty(b, heads, t, k, dtype=dtype, device=tensor.device).copy_(tensor.transpose(1, 2))
 
 
 def _chunk_passing(log_decay: Tensor) -> Tensor:
-    """Log decay over each chunk, (b, h, c) -> (b, h, c+1, c+1): what is left at the start of chunk i (row c: at the end)
-    of what entered before chunk j; j = 0 is the initial state, j = k + 1 what chunk k added."""
+    """Log decay over each chunk, (b, h, c) -> (b, h, c+1, c+1): what is left at the start of chunk i (row c: at the
+    end) of column 0, the initial state, and of column k + 1, what chunk k added."""
     total = F.pad(log_decay, (1, 0)).cumsum(-1)
     return (total[..., :, None] - total[..., None, :]).clamp_(_LEAST_LOG_DECAY, 0).exp_().tril_()

@@ -27,7 +27,7 @@ def ssd_state_update(
     batch, heads, head_dim, state_dim = state.shape
     groups = B.shape[1]
     step = F.softplus(dt.to(state.dtype) + dt_bias)
-    grouped = state.view(batch, groups, heads // groups * head_dim, state_dim)       # the heads of a group share B and C
+    grouped = state.view(batch, groups, heads // groups * head_dim, state_dim)     # a group's heads share B, C
     xs = x.to(state.dtype)
     state.mul_((step * A).exp()[..., None, None])
     grouped.addcmul_((xs * step[..., None]).view(batch, groups, -1, 1), B.to(state.dtype)[:, :, None])

@@ -1,0 +1,243 @@
+"""The hybrid language model in plain PyTorch: Mamba-2, attention and feed-forward layers in the order of a pattern.
+
+Parameters are named as on the Hub (`backbone.layers.0.mixer.in_proj.weight`, transformers' `NemotronH`), so a state is
+a checkpoint. The Transformer baseline is the same model with another pattern and rotary positions. Compression,
+evaluation and inference use it; pretraining builds the same model from megatron-core (`model.spec`).
+
+    x += mixer(RMSNorm(x)) for every layer, then RMSNorm, then the untied head; no biases but the convolution's and dt's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.causal_conv1d import causal_conv1d
+from kernels.gated_norm import gated_rms_norm
+from kernels.ssd import chunk_scan
+from model.config import ModelConfig, ModelError
+
+FLOAT32_PARAMETERS = ("A_log", "D", "dt_bias")      # small, and exponents of the decay: kept precise in any model
+
+
+class HybridLM(nn.Module):
+    """Logits from token ids.
+
+    Args:
+        config: geometry. Fresh weights are drawn from torch's global generator as megatron-core draws them.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._initialise()
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(batch, sequence) int64 -> logits (batch, sequence, vocab) in the weights' dtype."""
+        return self.lm_head(self.backbone(input_ids))
+
+    @classmethod
+    def from_state(
+        cls, config: ModelConfig, state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+    ) -> HybridLM:
+        """A model with copies of `state`'s tensors in `dtype`; A_log, D and dt_bias stay float32.
+
+        Raises ModelError when names or shapes are not those of `config`.
+        """
+        with torch.device("meta"):
+            model = cls(config)
+        expected = {name: parameter.shape for name, parameter in model.named_parameters()}
+        given = {name: tensor.shape for name, tensor in state.items()}
+        wrong = sorted(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name))
+        if wrong:
+            raise ModelError(
+                f"weights: {wrong[0]} is {_shape(given, wrong[0])}, the configuration wants {_shape(expected, wrong[0])}"
+                f" ({len(wrong)} names differ).\nUse the configuration that was written with these weights."
+            )
+        copies = {
+            name: tensor.detach().to(torch.float32 if name.endswith(FLOAT32_PARAMETERS) else dtype, copy=True)
+            for name, tensor in state.items()
+        }
+        model.load_state_dict(copies, assign=True)
+        return model.requires_grad_()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Normal weights with the config's deviation, divided by sqrt(layers) where a layer writes to the residual."""
+        deviation = self.config.init_method_std
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                writes_residual = name.endswith(("out_proj", "o_proj", "down_proj"))
+                module.weight.normal_(0.0, deviation / (math.sqrt(len(self.config.pattern)) if writes_residual else 1))
+
+
+def _shape(shapes: Mapping[str, torch.Size], name: str) -> tuple[int, ...] | str:
+    return tuple(shapes[name]) if name in shapes else "absent"
+
+
+class Backbone(nn.Module):
+    """Embedding, layers and final norm: token ids -> (batch, sequence, hidden)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, symbol) for symbol in config.pattern)
+        self.norm_f = RMSNorm(config.hidden_size, config.norm_epsilon)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embeddings(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm_f(x)
+
+
+class Layer(nn.Module):
+    """One pattern symbol with its norm and residual."""
+
+    def __init__(self, config: ModelConfig, symbol: str):
+        super().__init__()
+        self.symbol = symbol
+        self.norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.mixer: Mamba2 | Attention | FeedForward = _MIXERS[symbol](config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mixer(self.norm(x))
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + epsilon) * weight, float32 inside."""
+
+    def __init__(self, size: int, epsilon: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        precise = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(precise), self.weight.shape, self.weight.to(precise), self.epsilon).to(x.dtype)
+
+
+class Mamba2(nn.Module):
+    """Mamba-2 mixer (arXiv 2405.21060): projection to z, x, B, C and dt; short convolution; SSD scan; gated norm."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        inner, heads = config.mamba_inner_size, config.mamba_num_heads
+        self.in_proj = nn.Linear(config.hidden_size, config.in_proj_size, bias=False)
+        self.conv1d = ConvWeights(config.conv_channels, config.conv_kernel)
+        step = torch.exp(torch.empty(heads).uniform_(math.log(1e-3), math.log(1e-1))).clamp(min=1e-4)
+        self.dt_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))      # softplus(dt_bias) = step
+        self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
+        self.D = nn.Parameter(torch.ones(heads))
+        self.norm = NormWeight(inner)
+        self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, xBC, dt = self.project(x)
+        xBC, _ = causal_conv1d(xBC, *self.conv_weights())
+        y, _ = chunk_scan(*self.scan_inputs(xBC, dt), self.config.chunk_size)
+        return self.finish(y, gate)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(..., hidden) -> gate z (..., inner), convolution input (..., channels), dt (..., heads)."""
+        config = self.config
+        return self.in_proj(x).split([config.mamba_inner_size, config.conv_channels, config.mamba_num_heads], -1)
+
+    def conv_weights(self) -> tuple[Tensor, Tensor]:
+        """(channels, kernel) taps and (channels,) bias."""
+        return self.conv1d.weight.squeeze(1), self.conv1d.bias
+
+    def scan_inputs(self, xBC: Tensor, dt: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The convolution's output (..., channels) and dt as x, dt, A, B, C, D, dt_bias of `kernels.ssd`."""
+        config = self.config
+        states = config.mamba_num_groups * config.mamba_state_dim
+        x, B, C = xBC.split([config.mamba_inner_size, states, states], -1)
+        groups = (config.mamba_num_groups, config.mamba_state_dim)
+        x = x.unflatten(-1, (config.mamba_num_heads, config.mamba_head_dim))
+        A = -self.A_log.float().exp()
+        return x, dt, A, B.unflatten(-1, groups), C.unflatten(-1, groups), self.D, self.dt_bias
+
+    def finish(self, y: Tensor, gate: Tensor) -> Tensor:
+        """Scan output (..., heads, head_dim) and gate (..., inner) -> (..., hidden)."""
+        config = self.config
+        normed = gated_rms_norm(y.flatten(-2), gate, self.norm.weight, config.mamba_num_groups, config.norm_epsilon)
+        return self.out_proj(normed)
+
+
+class ConvWeights(nn.Module):
+    """Weights of the depthwise convolution in the Hub's layout, (channels, 1, kernel); last tap: the current token."""
+
+    def __init__(self, channels: int, kernel: int):
+        super().__init__()
+        bound = 1 / math.sqrt(kernel)
+        self.weight = nn.Parameter(torch.empty(channels, 1, kernel).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(channels).uniform_(-bound, bound))
+
+
+class NormWeight(nn.Module):
+    """Weight of the gated norm."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention, without positions or with rotary ones (the two halves of a head rotated)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.q_proj = nn.Linear(config.hidden_size, config.attention_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.kv_size, bias=False)
+        self.o_proj = nn.Linear(config.attention_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project(x)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).flatten(-2))
+
+    def project(self, x: Tensor, position: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """(batch, sequence, hidden), its first token at `position` -> q, k, v (batch, heads, sequence, head_dim)."""
+        q, k, v = (projection(x).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+                   for projection in (self.q_proj, self.k_proj, self.v_proj))
+        if self.config.position_embedding == "rope":
+            angles = rotary_angles(position, x.shape[1], self.config.head_dim, self.config.rope_theta, x.device)
+            q, k = rotate(q, angles), rotate(k, angles)
+        return q, k, v
+
+
+def rotary_angles(start: int, length: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """Angles (length, head_dim / 2), float32, of positions start, start + 1, ... (arXiv 2104.09864)."""
+    frequencies = theta ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    return torch.arange(start, start + length, device=device, dtype=torch.float32)[:, None] * frequencies
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Turn channel i and channel i + head_dim / 2 of (..., sequence, head_dim) by their angle, as in Llama."""
+    first, second = x.chunk(2, -1)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+class FeedForward(nn.Module):
+    """Two projections around a squared ReLU."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.ffn_hidden_size, bias=False)
+        self.down_proj = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.relu(self.up_proj(x)).square())
+
+
+_MIXERS: dict[str, type[Mamba2 | Attention | FeedForward]] = {"M": Mamba2, "*": Attention, "-": FeedForward}

@@ -1,0 +1,130 @@
+"""HybridLM against transformers' NemotronH and Arcee with the same weights."""
+
+import pytest
+import torch
+from transformers import ArceeConfig, ArceeForCausalLM, NemotronHConfig, NemotronHForCausalLM
+
+from model.config import ModelConfig, ModelError
+from model.hybrid_lm import HybridLM
+
+HYBRID = ModelConfig(
+    pattern="M-M*-M-", hidden_size=48, ffn_hidden_size=80, num_attention_heads=4, num_query_groups=2, head_dim=16,
+    mamba_num_heads=6, mamba_head_dim=8, mamba_state_dim=16, mamba_num_groups=2, chunk_size=16, sequence_length=64,
+    vocab_size=97,
+)
+TRANSFORMER = ModelConfig(
+    pattern="*-*-", hidden_size=48, ffn_hidden_size=80, num_attention_heads=4, num_query_groups=2, head_dim=16,
+    position_embedding="rope", rope_theta=5000.0, sequence_length=64, vocab_size=97,
+)
+
+
+def random_model(config: ModelConfig) -> HybridLM:
+    """Weights large enough that every part of the model matters to the logits."""
+    torch.manual_seed(3)
+    model = HybridLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0, parameter.shape[1] ** -0.5)
+            elif parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+@pytest.fixture(scope="module")
+def ids() -> torch.Tensor:
+    return torch.randint(0, 97, (2, 45), generator=torch.Generator().manual_seed(5))
+
+
+def test_logits_equal_nemotron_h(ids):
+    config = HYBRID
+    ours = random_model(config)
+    theirs = NemotronHForCausalLM(NemotronHConfig(
+        hybrid_override_pattern=config.pattern, vocab_size=config.vocab_size, hidden_size=config.hidden_size,
+        intermediate_size=config.ffn_hidden_size, num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_query_groups, head_dim=config.head_dim, mamba_num_heads=config.mamba_num_heads,
+        mamba_head_dim=config.mamba_head_dim, ssm_state_size=config.mamba_state_dim, n_groups=config.mamba_num_groups,
+        chunk_size=config.chunk_size, layer_norm_epsilon=config.norm_epsilon, time_step_min=1e-9,
+    )).eval()
+    names = {name.replace("backbone.", "model."): tensor for name, tensor in ours.state_dict().items()}
+    theirs.load_state_dict(names)
+    with torch.no_grad():
+        assert relative_error(ours(ids), theirs(ids).logits) < 1e-5
+
+
+def test_rotary_transformer_equals_arcee(ids):
+    """Arcee is Llama with the ungated squared-ReLU feed-forward; one of its blocks is the pair `*-`."""
+    config = TRANSFORMER
+    ours = random_model(config)
+    theirs = ArceeForCausalLM(ArceeConfig(
+        vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.ffn_hidden_size,
+        num_hidden_layers=2, num_attention_heads=config.num_attention_heads, head_dim=config.head_dim,
+        num_key_value_heads=config.num_query_groups, rms_norm_eps=config.norm_epsilon, tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta}, hidden_act="relu2",
+    )).eval()
+    names = {"model.embed_tokens.weight": "backbone.embeddings.weight", "model.norm.weight": "backbone.norm_f.weight",
+             "lm_head.weight": "lm_head.weight"}
+    for block in range(2):
+        attention, ffn = f"backbone.layers.{2 * block}", f"backbone.layers.{2 * block + 1}"
+        theirs_block = f"model.layers.{block}"
+        names |= {f"{theirs_block}.self_attn.{p}_proj.weight": f"{attention}.mixer.{p}_proj.weight" for p in "qkvo"}
+        names |= {f"{theirs_block}.mlp.{p}_proj.weight": f"{ffn}.mixer.{p}_proj.weight" for p in ("up", "down")}
+        names |= {f"{theirs_block}.input_layernorm.weight": f"{attention}.norm.weight",
+                  f"{theirs_block}.post_attention_layernorm.weight": f"{ffn}.norm.weight"}
+    state = ours.state_dict()
+    theirs.load_state_dict({theirs_name: state[name] for theirs_name, name in names.items()})
+    with torch.no_grad():
+        assert relative_error(ours(ids), theirs(ids).logits) < 1e-5
+
+
+@pytest.mark.parametrize("config", [HYBRID, TRANSFORMER])
+def test_bfloat16_is_close_and_keeps_the_decay_precise(config, ids):
+    model = random_model(config)
+    small = HybridLM.from_state(config, model.state_dict(), torch.bfloat16)
+    with torch.no_grad():
+        logits = small(ids)
+        assert logits.dtype == torch.bfloat16
+        assert relative_error(logits.float(), model(ids)) < 3e-2
+    precise = {name.rsplit(".", 1)[1] for name, p in small.named_parameters() if p.dtype == torch.float32}
+    assert precise == ({"A_log", "D", "dt_bias"} if "M" in config.pattern else set())
+
+
+def test_from_state_copies(ids):
+    model = random_model(HYBRID)
+    copy = HybridLM.from_state(HYBRID, model.state_dict())
+    with torch.no_grad():
+        before = model(ids)
+        for parameter in copy.parameters():
+            parameter.zero_()
+        assert torch.equal(model(ids), before)
+    assert all(parameter.requires_grad for parameter in copy.parameters())
+
+
+def test_every_parameter_gets_a_gradient(ids):
+    model = random_model(HYBRID)
+    model(ids).logsumexp(-1).sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in model.parameters())
+
+
+def test_weights_of_another_shape_are_refused():
+    state = HybridLM(HYBRID).state_dict()
+    wider = HYBRID.model_copy(update={"ffn_hidden_size": 96})
+    with pytest.raises(ModelError, match=r"layers\.1\.mixer\.down_proj\.weight is \(48, 80\).*\(48, 96\)"):
+        HybridLM.from_state(wider, state)
+    del state["lm_head.weight"]
+    with pytest.raises(ModelError, match=r"lm_head\.weight is absent"):
+        HybridLM.from_state(HYBRID, state)
+
+
+def test_causal(ids):
+    """Later tokens do not reach earlier logits."""
+    model = random_model(HYBRID)
+    changed = ids.clone()
+    changed[:, 20:] = (changed[:, 20:] + 1) % 97
+    with torch.no_grad():
+        assert torch.allclose(model(ids)[:, :20], model(changed)[:, :20], atol=1e-5)
+        assert not torch.allclose(model(ids)[:, 20:], model(changed)[:, 20:], atol=1e-2)
