@@ -8,6 +8,7 @@ one, so only maximal ones are candidates; Nemotron-H-47B is such a point of the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from torch import Tensor
@@ -58,7 +59,8 @@ def maximal_cells(
         ModelError: a width is not one the parent can be cut to, or nothing fits.
     """
     widths = _checked_widths(parent, widths)
-    most = Cell(*(parent.pattern.count(symbol) for symbol in "M*-"), widths[-1])
+    count = parent.pattern.count
+    most = Cell(count("M"), count("*"), count("-"), widths[-1])
     least = Cell(min(1, most.mamba), min(max(1, min_attention_layers), most.attention), min(1, most.ffn), widths[0])
 
     def size(cell: Cell) -> int:
@@ -67,11 +69,12 @@ def maximal_cells(
         return costs.memory(parent.model_copy(update=changes), deployment).total
 
     if size(least) > budget_bytes:
+        share = size(least) / costs.memory(parent, deployment).total
         raise ModelError(
             f"compress.memory.budget_fraction: the smallest model the grid has ({least.mamba} Mamba-2, "
             f"{least.attention} attention, {least.ffn} FFN layers of width {least.ffn_hidden_size}) takes "
             f"{size(least) / 2**30:.4g} GiB, the budget is {budget_bytes / 2**30:.4g} GiB.\n"
-            f"Raise it above {size(least) / costs.memory(parent, deployment).total:.3f}, shorten compress.memory.context or add smaller ffn_widths."
+            f"Raise it above {share:.3f}, shorten compress.memory.context or add smaller ffn_widths."
         )
     return sorted(_maximal(least, most, widths, lambda cell: size(cell) <= budget_bytes))
 
@@ -86,8 +89,8 @@ def _checked_widths(parent: ModelConfig, widths: Sequence[int]) -> list[int]:
 
 
 def _maximal(least: Cell, most: Cell, widths: list[int], fits: Callable[[Cell], bool]) -> Iterator[Cell]:
-    """Cells that fit while none of their single steps up does; memory only grows with a step, so one step is enough."""
-    wider = dict(zip(widths, widths[1:], strict=False))
+    """Cells that fit while no single step up from them does; memory grows with every step, so one step is enough."""
+    wider = dict(pairwise(widths))
     for mamba in range(least.mamba, most.mamba + 1):
         for attention in range(least.attention, most.attention + 1):
             for width in widths:

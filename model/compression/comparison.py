@@ -26,7 +26,7 @@ def compare(
     """Closeness of every model to the parent; the parent's logits are computed once a batch.
 
     Args:
-        models: in evaluation mode, on the parent's device; the parent itself may be among them.
+        models: on the parent's device; the parent itself may be among them.
         sequences: (n, sequence_length + 1) int64, inputs and targets shifted by one.
     """
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in models}

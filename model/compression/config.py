@@ -31,6 +31,7 @@ class CompressConfig(Section):
     min_attention_layers: int = Field(ge=0)
     memory: MemoryBudget
     validation_samples: int = Field(ge=1)
+    ranking_samples: int = Field(ge=1)              # of the validation samples
     ranked_by_agreement: int = Field(ge=1)
     finalists: int = Field(ge=1)
     short_distillation_tokens: int = Field(ge=1)

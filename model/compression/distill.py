@@ -2,7 +2,7 @@
 
 The loss is the forward KL divergence KL(parent || student) of the logits at temperature 1, and nothing else: no
 cross-entropy, no hidden states. Students stand side by side in one run, so that all see the same tokens in the same
-order and the parent's logits are computed once.
+order and the parent's logits are computed once. Both sides run in BF16, over float32 master weights of the students.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from model.hybrid_lm import HybridLM
 ADAM_BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1
 CLIP_GRAD = 1.0
-ROWS = 1024                     # tokens whose logits are in float32 at one time
+ROWS = 256                      # tokens whose logits are in float32 at one time
 
 
 class _ForwardKL(torch.autograd.Function):
-    """Mean KL with its gradient (softmax(student) - softmax(teacher)) / tokens made on the way, a few rows at a time."""
+    """Mean KL, its gradient (softmax(student) - softmax(teacher)) / tokens made on the way, some rows at a time."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
@@ -79,37 +79,32 @@ class Distilled(NamedTuple):
 
 
 class _Student:
-    """A model and its optimiser; matrices decay, vectors (norms, biases, A_log, D) do not."""
+    """A BF16 model, its float32 master weights and their optimiser, as in mixed-precision pretraining.
+
+    Matrices decay, vectors (norms, biases, A_log, D) do not.
+    """
 
     def __init__(self, config: ModelConfig, state: Mapping[str, Tensor], device: torch.device):
-        self.model = load(config, state, device).train()
-        parameters = list(self.model.parameters())
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [p for p in parameters if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
-                {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-            ],
-            betas=ADAM_BETAS,
-        )
+        self.model = HybridLM.from_state(config, state, torch.bfloat16).to(device)
+        self.masters = {name: tensor.to(device, torch.float32, copy=True) for name, tensor in state.items()}
+        groups = [
+            {"params": [m for m in self.masters.values() if m.ndim > 1], "weight_decay": WEIGHT_DECAY},
+            {"params": [m for m in self.masters.values() if m.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, betas=ADAM_BETAS)
 
     def step(self, inputs: Tensor, teacher: Tensor, rate: float) -> Tensor:
+        self.model.load_state_dict(self.masters)
+        loss = forward_kl(self.model(inputs).flatten(0, 1), teacher)
+        loss.backward()
+        for name, parameter in self.model.named_parameters():
+            assert parameter.grad is not None
+            self.masters[name].grad, parameter.grad = parameter.grad.float(), None
+        clip_grad_norm_(self.masters.values(), CLIP_GRAD)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        with torch.autocast(inputs.device.type, torch.bfloat16):
-            logits = self.model(inputs)
-        loss = forward_kl(logits.flatten(0, 1), teacher)
-        loss.backward()
-        clip_grad_norm_(self.model.parameters(), CLIP_GRAD)
         self.optimizer.step()
-        self.optimizer.zero_grad()
         return loss.detach()
-
-
-def load(config: ModelConfig, state: Mapping[str, Tensor], device: torch.device) -> HybridLM:
-    """A HybridLM with a copy of these weights, in evaluation mode."""
-    model = HybridLM(config)
-    model.load_state_dict(state)
-    return model.to(device).eval()
 
 
 def distill(
@@ -128,11 +123,12 @@ def distill(
     is the weights, the optimisers and the step, which is also the position in the data.
 
     Args:
-        parent: in evaluation mode; its device is where the training runs.
+        parent: its device is where the training runs.
         students: name -> geometry and Hub-named weights, which are left as they are.
         sequences: (sequence_length + 1,) int64 each; at least as many as the tokens need.
     """
     device = parent.lm_head.weight.device
+    teacher = HybridLM.from_state(parent.config, parent.state_dict(), torch.bfloat16)
     batch_tokens = config.micro_batch_size * parent.config.sequence_length
     steps = math.ceil(tokens / batch_tokens)
     learners = {student: _Student(*weights, device) for student, weights in students.items()}
@@ -141,27 +137,28 @@ def distill(
     if saved:
         curve = saved["curve"]
         for student, learner in learners.items():
-            learner.model.load_state_dict(saved["models"][student])
+            for key, master in learner.masters.items():
+                master.copy_(saved["masters"][student][key])
             learner.optimizer.load_state_dict(saved["optimizers"][student])
     for step in range(saved["step"] if saved else 0, steps):
         first = step * config.micro_batch_size
         batch = torch.stack([sequences[first + i] for i in range(config.micro_batch_size)]).to(device)
         inputs = batch[:, :-1]
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-            teacher = parent(inputs).flatten(0, 1)
+        with torch.no_grad():
+            logits = teacher(inputs).flatten(0, 1)
         rate = learning_rate(config, step, steps)
-        losses = {student: learner.step(inputs, teacher, rate).item() for student, learner in learners.items()}
+        losses = {student: learner.step(inputs, logits, rate).item() for student, learner in learners.items()}
         curve += [(student, step + 1, (step + 1) * batch_tokens, loss) for student, loss in losses.items()]
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == steps:
             pieces.save(name, {
                 "step": step + 1,
                 "curve": curve,
-                "models": {student: learner.model.state_dict() for student, learner in learners.items()},
+                "masters": {student: learner.masters for student, learner in learners.items()},
                 "optimizers": {student: learner.optimizer.state_dict() for student, learner in learners.items()},
             })
         progress(step + 1, steps, lr=rate, **{f"kl_{student}": loss for student, loss in losses.items()})
     states = {
-        student: {key: tensor.detach().float().cpu().clone() for key, tensor in learner.model.state_dict().items()}
+        student: {key: master.detach().cpu() for key, master in learner.masters.items()}
         for student, learner in learners.items()
     }
     return Distilled(states, curve)

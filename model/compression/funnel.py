@@ -8,7 +8,7 @@ same shape, layers and neurons drawn at random, and the same distillation: what 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,8 @@ from model import costs
 from model.compression.candidates import Candidate, maximal_cells, realise
 from model.compression.comparison import Closeness, compare
 from model.compression.config import CompressConfig
-from model.compression.distill import Distilled, distill, load
+from model.compression.data import Data
+from model.compression.distill import Distilled, distill
 from model.compression.importance import (
     kept_share,
     layer_errors,
@@ -42,29 +43,11 @@ class Weights(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Data:
-    """Token ids, int64. Each training sequence is used once.
-
-    Attributes:
-        calibration: (n, sequence_length), for importance.
-        training: (sequence_length + 1,) each, for distillation.
-        validation: (n, sequence_length + 1), held out.
-        validation_bytes: UTF-8 bytes the validation targets stand for.
-    """
-
-    calibration: Tensor
-    training: Sequence[Tensor]
-    validation: Tensor
-    validation_bytes: int
-
-
-@dataclass(frozen=True)
 class Compression:
-    """What comes out: two models and the records of how they came about (see docs/architecture.md)."""
+    """What comes out: the models and the records of how they came about (docs/architecture.md)."""
 
-    compressed: Weights
-    random: Weights
-    layers: list[int]                    # the parent's layers that are kept
+    models: dict[str, Weights]           # compressed and random
+    layers: dict[str, list[int]]         # the parent's layers each of them keeps
     importance: dict[str, Any]
     candidates: list[dict[str, Any]]
     curve: list[tuple[str, int, int, float]]
@@ -90,7 +73,7 @@ def compress(
     """
     pieces = Pieces(scratch)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    teacher = load(*parent, device)
+    teacher = HybridLM.from_state(*parent).to(device)
     batch = config.micro_batch_size
     errors = pieces.once(
         "layers", lambda: layer_errors(teacher, data.calibration[: config.importance_samples], batch, progress)
@@ -106,10 +89,8 @@ def compress(
     candidates = [realise(parent.config, cell, layers, neurons, config.memory) for cell in cells]
     found = _funnel(teacher, parent, candidates, neurons, data, config, pieces, progress)
     winner = candidates[found.order[0]]
-    starts = {
-        "compressed": _cut(parent, winner, neurons),
-        "random": random_cut(parent, winner.config, torch.Generator().manual_seed(seed)),
-    }
+    drawn, control = random_cut(parent, winner.config, torch.Generator().manual_seed(seed))
+    starts = {"compressed": _cut(parent, winner, neurons), "random": control}
     final = distill(teacher, starts, data.training, config.distillation_tokens, config, pieces, "final", progress)
     ends = {name: Weights(starts[name].config, state) for name, state in final.states.items()}
     metrics = {
@@ -124,9 +105,8 @@ def compress(
         "distillation_tokens": final.curve[-1][2],
     }
     return Compression(
-        compressed=ends["compressed"],
-        random=ends["random"],
-        layers=winner.layers,
+        models=ends,
+        layers={"compressed": winner.layers, "random": drawn},
         importance=_importance_record(parent.config, layers, neurons, config),
         candidates=_candidate_records(found),
         curve=final.curve,
@@ -134,19 +114,20 @@ def compress(
     )
 
 
-def random_cut(parent: Weights, shape: ModelConfig, generator: torch.Generator) -> Weights:
-    """As many layers of each type and neurons as `shape` has, drawn at random."""
-    kept: list[int] = []
+def random_cut(parent: Weights, shape: ModelConfig, generator: torch.Generator) -> tuple[list[int], Weights]:
+    """As many layers of each type and neurons as `shape` has, drawn at random: the layers, and what they make."""
+    layers: list[int] = []
     for symbol in "M*-":
-        layers = torch.tensor([i for i, other in enumerate(parent.config.pattern) if other == symbol])
-        drawn = torch.randperm(len(layers), generator=generator)[: shape.pattern.count(symbol)]
-        kept += layers[drawn].tolist()
+        choice = torch.tensor([i for i, other in enumerate(parent.config.pattern) if other == symbol])
+        drawn = torch.randperm(len(choice), generator=generator)[: shape.pattern.count(symbol)]
+        layers += choice[drawn].tolist()
+    layers.sort()
     neurons = {
         index: torch.randperm(parent.config.ffn_hidden_size, generator=generator)[: shape.ffn_hidden_size].sort().values
-        for index in sorted(kept)
+        for index in layers
         if parent.config.pattern[index] == "-"
     }
-    return Weights(*cut(*parent, sorted(kept), neurons))
+    return layers, Weights(*cut(*parent, layers, neurons))
 
 
 def _cut(parent: Weights, candidate: Candidate, neurons: dict[int, Tensor]) -> Weights:
@@ -168,11 +149,11 @@ def _funnel(
 ) -> _Candidates:
     """Narrow the candidates: kept importance, then agreement with the parent, then KL after a short distillation."""
     device, batch = teacher.lm_head.weight.device, config.micro_batch_size
-    held_out = evenly(data.validation, config.validation_samples)
+    held_out = evenly(data.validation, config.ranking_samples)
     order = sorted(range(len(candidates)), key=lambda index: -candidates[index].importance)
 
     def close(models: dict[int, Weights]) -> dict[int, Closeness]:
-        loaded = {str(index): load(*weights, device) for index, weights in models.items()}
+        loaded = {str(index): HybridLM.from_state(*weights).to(device) for index, weights in models.items()}
         compared = compare(teacher, loaded, held_out, batch, progress)
         return {int(index): value for index, value in compared.items()}
 
@@ -215,8 +196,8 @@ def _measure(
     """Closeness to the parent of the cut and of the distilled models, and bits per byte, on all held-out tokens."""
     device = teacher.lm_head.weight.device
     models = {"parent": teacher}
-    models |= {f"{name}_cut": load(*weights, device) for name, weights in starts.items()}
-    models |= {name: load(*weights, device) for name, weights in ends.items()}
+    models |= {f"{name}_cut": HybridLM.from_state(*weights).to(device) for name, weights in starts.items()}
+    models |= {name: HybridLM.from_state(*weights).to(device) for name, weights in ends.items()}
     close = compare(teacher, models, data.validation, batch, progress)
     bits_per_nat = data.validation[:, 1:].numel() / data.validation_bytes / math.log(2)
     return {

@@ -23,7 +23,7 @@ def layer_errors(model: HybridLM, sequences: Tensor, batch_size: int, progress: 
     """Error before the LM head when one layer is left out, per layer and sequence.
 
     Args:
-        model: the parent, in evaluation mode.
+        model: the parent.
         sequences: (samples, sequence) int64 token ids.
 
     Returns:

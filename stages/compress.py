@@ -1,0 +1,53 @@
+"""Compress a pretrained hybrid with MiniPuzzle, and make its random control (paper section 5).
+
+Reads  data/PROFILE/tokens, data/PROFILE/checkpoints/PARENT (compress.parent).
+Writes data/PROFILE/checkpoints/compressed and compressed-random,
+       runs/PROFILE/compress/{importance,candidates,model,metrics}.json, distillation.csv.
+
+Layers and FFN neurons are scored by forward passes; every largest model within the memory budget is a candidate; the
+best by kept importance, then agreement with the parent, then a short distillation is distilled in full. The control has
+the same shape with layers and neurons drawn at random, and the same distillation. A killed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stages.common import Progress, Stage, run_stage
+
+DIRECTORIES = {"compressed": "compressed", "random": "compressed-random"}
+
+
+def compress(stage: Stage) -> dict[str, Any]:
+    from model.checkpoint import load_weights, save_weights
+    from model.compression import funnel
+    from model.compression.data import read_data
+
+    config, seed = stage.params.compress, stage.params.seed
+    tokens = stage.input("tokens")
+    parent_config, state, training = load_weights(stage.input("checkpoints", config.parent))
+    parent = funnel.Weights(parent_config, state)
+    data = read_data(tokens, parent_config.sequence_length, config, seed, stage.scratch / "index")
+    result = funnel.compress(parent, data, config, seed, stage.scratch, Progress())
+
+    for name, weights in result.models.items():
+        facts = {
+            "parent": config.parent,
+            "parent_training": training,
+            "layers_kept": result.layers[name],
+            "seed": seed,
+            "distillation_tokens": result.metrics["distillation_tokens"],
+            "validation_bits_per_byte": result.metrics[f"validation_bits_per_byte_{name}"],
+        }
+        with stage.output("checkpoints", DIRECTORIES[name]) as out:
+            save_weights(out, *weights, facts)
+    stage.write_record("importance.json", result.importance)
+    stage.write_record("candidates.json", result.candidates)
+    stage.write_record("model.json", result.models["compressed"].config.model_dump(mode="json"))
+    rows = [f"{name},{step},{seen},{kl:.6g}" for name, step, seen, kl in result.curve]
+    stage.write_record("distillation.csv", "\n".join(["model,step,tokens,kl", *rows]) + "\n")
+    return result.metrics
+
+
+if __name__ == "__main__":
+    run_stage(compress, __doc__, sections=("compress", "seed"))
