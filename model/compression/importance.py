@@ -65,8 +65,11 @@ def neuron_importance(
         mean = inputs[0].double().mean(dim=1)
         squares[index] = squares.get(index, torch.zeros((), dtype=torch.float64)) + mean.square().sum(dim=0).cpu()
 
-    ffn = {i: layer.mixer for i, layer in enumerate(model.backbone.layers) if model.config.pattern[i] == "-"}
-    handles = [mixer.down_proj.register_forward_pre_hook(partial(add, i)) for i, mixer in ffn.items()]
+    handles = [
+        model.get_submodule(f"backbone.layers.{index}.mixer.down_proj").register_forward_pre_hook(partial(add, index))
+        for index, symbol in enumerate(model.config.pattern)
+        if symbol == "-"
+    ]
     try:
         for start in range(0, len(sequences), batch_size):
             ids = sequences[start : start + batch_size].to(model.lm_head.weight.device)
