@@ -4,7 +4,7 @@ Parameters are named as on the Hub (`backbone.layers.0.mixer.in_proj.weight`, tr
 a checkpoint. The Transformer baseline is the same model with another pattern and rotary positions. Compression,
 evaluation and inference use it; pretraining builds the same model from megatron-core (`model.spec`).
 
-    x += mixer(RMSNorm(x)) for every layer, then RMSNorm, then the untied head; no biases but the convolution's and dt's.
+    x += mixer(RMSNorm(x)) for every layer, then RMSNorm, then the untied head; no bias but the convolution's and dt's.
 """
 
 from __future__ import annotations
@@ -56,9 +56,10 @@ class HybridLM(nn.Module):
         given = {name: tensor.shape for name, tensor in state.items()}
         wrong = sorted(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name))
         if wrong:
+            have, want = (_shape(shapes, wrong[0]) for shapes in (given, expected))
             raise ModelError(
-                f"weights: {wrong[0]} is {_shape(given, wrong[0])}, the configuration wants {_shape(expected, wrong[0])}"
-                f" ({len(wrong)} names differ).\nUse the configuration that was written with these weights."
+                f"weights: {wrong[0]} is {have}, the configuration wants {want} ({len(wrong)} names differ).\n"
+                "Use the configuration that was written with these weights."
             )
         copies = {
             name: tensor.detach().to(torch.float32 if name.endswith(FLOAT32_PARAMETERS) else dtype, copy=True)
@@ -201,30 +202,34 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.attention_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.project(x)
+        q, k, v = self.project(x, self.rotation(x.shape[1], x.device))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(-2))
 
-    def project(self, x: Tensor, position: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """(batch, sequence, hidden), its first token at `position` -> q, k, v (batch, heads, sequence, head_dim)."""
+    def rotation(self, length: int, device: torch.device) -> Tensor | None:
+        """Rotary factors (2, length, head_dim / 2) float32, cosine and sine of position * theta^(-2i / head_dim) from
+        position 0 on (arXiv 2104.09864); None for a model without positions."""
+        if self.config.position_embedding == "none":
+            return None
+        pairs = torch.arange(0, self.config.head_dim, 2, device=device, dtype=torch.float32)
+        frequencies = self.config.rope_theta ** -(pairs / self.config.head_dim)
+        angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequencies
+        return torch.stack([angles.cos(), angles.sin()])
+
+    def project(self, x: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(batch, sequence, hidden) and the rotary factors of these positions -> q, k, v (batch, heads, sequence,
+        head_dim)."""
         q, k, v = (projection(x).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
                    for projection in (self.q_proj, self.k_proj, self.v_proj))
-        if self.config.position_embedding == "rope":
-            angles = rotary_angles(position, x.shape[1], self.config.head_dim, self.config.rope_theta, x.device)
-            q, k = rotate(q, angles), rotate(k, angles)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
         return q, k, v
 
 
-def rotary_angles(start: int, length: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
-    """Angles (length, head_dim / 2), float32, of positions start, start + 1, ... (arXiv 2104.09864)."""
-    frequencies = theta ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    return torch.arange(start, start + length, device=device, dtype=torch.float32)[:, None] * frequencies
-
-
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Turn channel i and channel i + head_dim / 2 of (..., sequence, head_dim) by their angle, as in Llama."""
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn channels i and i + head_dim / 2 of (..., sequence, head_dim) by their angle, as in Llama."""
     first, second = x.chunk(2, -1)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    cos, sin = rotation.to(x.dtype)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 

@@ -1,0 +1,97 @@
+"""Cached decoding against the model's own full forward pass and, for the cache's size, against the cost model."""
+
+import pytest
+import torch
+
+from model.compression.config import MemoryBudget
+from model.config import ModelConfig, ModelError
+from model.costs import memory
+from model.hybrid_lm import HybridLM
+from model.inference import Decoder
+
+HYBRID = ModelConfig(
+    pattern="M-M*-M-", hidden_size=48, ffn_hidden_size=80, num_attention_heads=4, num_query_groups=2, head_dim=16,
+    mamba_num_heads=6, mamba_head_dim=8, mamba_state_dim=16, mamba_num_groups=2, chunk_size=16, sequence_length=64,
+    vocab_size=97,
+)
+TRANSFORMER = ModelConfig(
+    pattern="*-*-", hidden_size=48, ffn_hidden_size=80, num_attention_heads=4, num_query_groups=2, head_dim=16,
+    position_embedding="rope", sequence_length=64, vocab_size=97,
+)
+CONFIGS = pytest.mark.parametrize("config", [HYBRID, TRANSFORMER], ids=["hybrid", "transformer"])
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(0, 97, (3, 40), generator=torch.Generator().manual_seed(5))
+
+
+def random_model(config: ModelConfig) -> HybridLM:
+    """Weights large enough that what the caches hold decides the logits."""
+    torch.manual_seed(3)
+    model = HybridLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0, parameter.shape[1] ** -0.5)
+    return model
+
+
+@CONFIGS
+@pytest.mark.parametrize("prompt", [1, 2, 17, 39])      # shorter than the convolution, ragged and over a chunk
+def test_decoding_equals_the_full_forward(config, prompt, ids):
+    model = random_model(config)
+    decoder = Decoder(model, max_length=40, batch=3)
+    with torch.no_grad():
+        full = model(ids)
+    steps = [decoder.prefill(ids[:, :prompt])] + [decoder.decode(ids[:, i]) for i in range(prompt, 40)]
+    torch.testing.assert_close(torch.stack(steps, 1), full[:, prompt - 1 :], rtol=1e-4, atol=1e-4)
+
+
+@CONFIGS
+def test_a_new_prompt_forgets_the_last_one(config, ids):
+    model = random_model(config)
+    decoder = Decoder(model, max_length=60, batch=3)
+    decoder.generate(ids, 10)
+    again = decoder.generate(ids[:, :7], 10)
+    assert torch.equal(again, Decoder(model, max_length=60, batch=3).generate(ids[:, :7], 10))
+
+
+@CONFIGS
+def test_greedy_takes_the_likeliest_token(config, ids):
+    model = random_model(config)
+    generated = Decoder(model, max_length=30, batch=3).generate(ids[:, :20], 8)
+    with torch.no_grad():
+        logits = model(torch.cat([ids[:, :20], generated], 1))
+    assert torch.equal(logits[:, 19:-1].argmax(-1), generated)
+
+
+def test_sampling_follows_the_softmax(ids):
+    """Frequencies of the first token of 4096 sequences against its probabilities, within five standard deviations."""
+    model = random_model(HYBRID)
+    prompts = ids[:1, :6].expand(4096, -1)
+    generator = torch.Generator().manual_seed(11)
+    drawn = Decoder(model, max_length=6, batch=4096).generate(prompts, 1, temperature=2.0, generator=generator)
+    with torch.no_grad():
+        expected = (model(ids[:1, :6])[0, -1] / 2.0).softmax(-1)
+    observed = torch.bincount(drawn[:, 0], minlength=97) / 4096
+    assert ((observed - expected).abs() < 5 * (expected * (1 - expected) / 4096).sqrt() + 1e-4).all()
+
+
+@CONFIGS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cache_bytes_are_the_cost_models(config, dtype):
+    model = HybridLM.from_state(config, random_model(config).state_dict(), dtype)
+    decoder = Decoder(model, max_length=50, batch=3)
+    budget = MemoryBudget(context=50, batch=3, weight_bytes=dtype.itemsize, kv_bytes=dtype.itemsize, ssm_bytes=4,
+                          conv_bytes=dtype.itemsize, budget_fraction=0.5)
+    assert decoder.cache_bytes == memory(config, budget).cache
+
+
+def test_no_room(ids):
+    decoder = Decoder(random_model(HYBRID), max_length=40, batch=3)
+    decoder.prefill(ids)
+    with pytest.raises(ModelError, match="40 \\+ 1 tokens"):
+        decoder.decode(ids[:, 0])
+    with pytest.raises(ModelError, match="max_length"):
+        decoder.generate(ids, 3)
