@@ -116,7 +116,7 @@ def sample(documents: pl.LazyFrame, limits: Mapping[str, float], seed: int) -> p
     chosen: list[str] = []
     for domain in sorted(limits):
         rows = sizes.filter(domain=domain).select("id", "bytes").rows()
-        rows.sort(key=lambda row: xxhash.xxh3_64_intdigest(row[0], seed=seed))
+        rows.sort(key=lambda row: xxhash.xxh3_64_intdigest(row[0].encode(), seed=seed))
         room, before = limits[domain], len(chosen)
         for identity, size in rows:
             if size <= room:

@@ -1,0 +1,124 @@
+import sysconfig
+from pathlib import Path
+
+import polars as pl
+import pytest
+import sentencepiece
+import xxhash
+
+from data_pipeline import tokenizer as library
+from data_pipeline.config import DataError, TokenizerConfig
+
+STDLIB = Path(sysconfig.get_paths()["stdlib"])
+
+
+def document(text: str, domain: str) -> dict[str, str]:
+    return {"id": xxhash.xxh3_128_hexdigest(text.encode()), "text": text, "domain": domain}
+
+
+@pytest.fixture(scope="module")
+def curated(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("curated")
+    rows = [document(path.read_text(), "code") for path in sorted(STDLIB.glob("[a-f]*.py"))]
+    topics = (STDLIB / "pydoc_data" / "topics.py").read_text()[:200_000]
+    rows += [document(topics[start : start + 5000], "docs") for start in range(0, len(topics), 5000)]
+    for shard in range(2):
+        path = root / "train" / f"part-{shard:05d}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        pl.DataFrame(rows[shard::2]).write_parquet(path)
+    return root
+
+
+@pytest.fixture(scope="module")
+def model_path(curated, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("tokenizer")
+    library.train(curated, TokenizerConfig(vocab_size=1024, training_megabytes=0.4), 7, out)
+    return out / "tokenizer.model"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_path) -> library.Tokenizer:
+    return library.Tokenizer(model_path)
+
+
+AWKWARD = [
+    "", " ", "   leading", "trailing   ", "\n", "a\n\n\n    b\n", "\tdef f(x):\r\n\treturn 1\n", "x" * 5000, " " * 777,
+    "naïve café ﬁ Å Å Ⅷ", "日本語のテキスト", "👩‍👩‍👧 emoji", "\x00\x01\x7f\ufeff\ufffd", "▅ ▄ █", "20250123 3.14",
+    "<s> </s> <unk> <pad> <0x41>", "\u00a0\u2003\u3000 spaces", "\U0010ffff",
+]
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_round_trip_loses_nothing(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_code_and_documents_longer_than_any_line_limit_round_trip(tokenizer):
+    for name in ("turtle.py", "typing.py", "tarfile.py"):
+        text = (STDLIB / name).read_text()
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_text_that_spells_a_control_token_stays_text(tokenizer):
+    for name in ("<unk>", "<s>", "</s>", "<pad>"):
+        assert not {0, 1, 2, 3} & set(tokenizer.encode(f"a {name} b{name}"))
+
+
+def test_ids_and_pieces(tokenizer, model_path):
+    model = sentencepiece.SentencePieceProcessor(model_file=str(model_path))
+    assert [model.id_to_piece(i) for i in range(4)] == ["<unk>", "<s>", "</s>", "<pad>"]
+    assert (tokenizer.vocab_size, tokenizer.eod_id) == (1024, 2)
+    pieces = [model.id_to_piece(i) for i in range(260, 1024)]
+    assert [piece for piece in pieces if any(c.isdigit() for c in piece) and len(piece.strip("▁")) > 1] == []
+    assert any(piece.endswith("\n") and len(piece) > 1 for piece in pieces)      # documents are trained whole
+    assert any(set(piece) == {"▁"} and len(piece) >= 4 for piece in pieces)      # indentation is a piece
+
+
+def test_same_seed_same_file_other_seed_other_sample(curated, tmp_path):
+    config = TokenizerConfig(vocab_size=640, training_megabytes=0.2)
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        library.train(curated, config, seed, tmp_path / name)
+    digests = [library.Tokenizer(tmp_path / name / "tokenizer.model").digest for name in "abc"]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_batches_and_threads_change_nothing(tokenizer):
+    texts = [*AWKWARD, (STDLIB / "ast.py").read_text()]
+    assert tokenizer.encode_batch(texts, threads=3) == [tokenizer.encode(text) for text in texts]
+
+
+def test_training_sample_is_balanced_and_gives_the_remainder_to_large_domains(curated):
+    available = library.domain_bytes(library.scan(curated, "train"))
+    small, large = available
+    config = TokenizerConfig(vocab_size=512, training_megabytes=2.5 * available[small] / 1e6)
+    taken = library.training_sample(curated, config, 3)
+    sizes = {domain: sum(len(t.encode()) for t in taken.filter(domain=domain)["text"]) for domain in (small, large)}
+    assert sizes[small] == available[small]
+    assert 0.5 * available[small] < sizes[large] <= 1.5 * available[small]
+
+
+def test_sample_passes_over_what_does_not_fit_but_is_never_empty():
+    frame = pl.DataFrame([document("x" * size + str(size), "code") for size in (50, 500, 60, 70)]).lazy()
+    assert sorted(library.sample(frame, {"code": 200}, 0)["text"].str.len_bytes()) == [52, 62, 72]
+    assert library.sample(frame, {"code": 10}, 0)["text"].str.len_bytes().to_list() == [52]
+
+
+def test_a_document_with_sentencepieces_reserved_character_is_not_dropped():
+    text = (STDLIB / "ast.py").read_text()
+    plain, marked = library.train_on([text + " "], 640), library.train_on([text + "▅"], 640)
+    assert plain == marked
+
+
+def test_impossible_vocabulary_is_named():
+    with pytest.raises(DataError, match=r"tokenizer\.vocab_size: 4096 cannot .*too high.*\n.*training_megabytes"):
+        library.train_on(["too little text to learn from\n" * 30], 4096)
+
+
+def test_missing_and_broken_files_are_named(tmp_path):
+    with pytest.raises(DataError, match="not found"):
+        library.Tokenizer(tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer.model").write_bytes(b"nothing of the kind")
+    with pytest.raises(DataError, match="not a SentencePiece model"):
+        library.Tokenizer(tmp_path / "tokenizer.model")
+    with pytest.raises(DataError, match="no part-"):
+        library.scan(tmp_path, "train")
