@@ -83,15 +83,15 @@ $(VENV)/.setup-complete: requirements.lock pyproject.toml
 		echo "Creating $(VENV) with $$($$found -V)"; $$found -m venv $(VENV); fi
 	@touch $(VENV)/.setup-started; rm -f $@
 	@echo 'Installing PyTorch $(TORCH) ($(if $(GPU),CUDA,CPU) build)'
-	@$(if $(GPU),$(PY) -m pip install -q 'torch==$(TORCH)', \
-		$(PY) -m pip install -q --no-deps 'torch==$(TORCH)+cpu' 2>/dev/null || \
-		$(PY) -m pip install -q --no-deps 'torch==$(TORCH)+cpu' --extra-index-url $(PYTORCH_CPU_INDEX) \
+	@$(if $(GPU),$(PY) -m pip install -qq 'torch==$(TORCH)', \
+		$(PY) -m pip install -qq --no-deps 'torch==$(TORCH)+cpu' 2>/dev/null || \
+		$(PY) -m pip install -qq --no-deps 'torch==$(TORCH)+cpu' --extra-index-url $(PYTORCH_CPU_INDEX) \
 			--retries 1 --timeout 10 2>/dev/null || \
-		{ echo 'No CPU wheel was found: taking the default build.'; $(PY) -m pip install -q 'torch==$(TORCH)'; }) \
+		{ echo 'No CPU wheel was found: taking the default build.'; $(PY) -m pip install -qq 'torch==$(TORCH)'; }) \
 		|| { $(CANNOT_INSTALL); }
 	@echo 'Installing the locked packages (2 to 5 minutes)'
-	@$(PY) -m pip install -q --no-deps --require-hashes -r requirements.lock || { $(CANNOT_INSTALL); }
-	@$(PY) -m pip install -q --no-deps -e . || { $(CANNOT_INSTALL); }
+	@$(PY) -m pip install -qq --no-deps --require-hashes -r requirements.lock || { $(CANNOT_INSTALL); }
+	@$(PY) -m pip install -qq --no-deps -e . || { $(CANNOT_INSTALL); }
 	@rm $(VENV)/.setup-started; touch $@
 
 CANNOT_INSTALL = echo 'The packages could not be installed: pip says why above.'; \

@@ -109,9 +109,10 @@ def run_stage(run: Run, node: Node) -> State:
     try:
         outcome = run.runner.run(node, on_start, on_line)
     except StageFailed as failure:
-        run.finish(node.name, "failed", time.monotonic() - started)
+        outcome = "stopped" if run.runner.stopped else "failed"
+        run.finish(node.name, outcome, time.monotonic() - started)
         run.failures.append(failure)
-        run.console.end(node.name, f"FAILED, see {node.log}")
+        run.console.end(node.name, f"{outcome}; log: {node.log}")
         raise
     seconds = time.monotonic() - started
     run.finish(node.name, outcome, seconds)

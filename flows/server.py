@@ -27,6 +27,7 @@ from flows import PREFECT_HOME
 RECORD = PREFECT_HOME / "server.json"             # {"url", "pid"} of the server that runs
 LOG = Path("logs/prefect-server.log")
 SECONDS_TO_START = 180.0
+PORT = 4200
 
 
 def running() -> str | None:
@@ -87,12 +88,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m flows.server", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--port", type=int, default=4200)
+    parser.add_argument("--port", type=int, default=PORT)
     options = parser.parse_args()
     with serve_pages(options.port) as url:
         from flows.reproduce import reproduce  # prefect reads PREFECT_API_URL when it is imported
 
-        print(f"{url}\nRuns start there (Deployments, reproduce/local) or by `make reproduce`. Ctrl-C ends.", flush=True)
+        print(url, "Start runs there (Deployments) or by `make reproduce`. Ctrl-C ends.", sep="\n", flush=True)
         reproduce.serve(name="local", limit=1, print_starting_message=False, pause_on_shutdown=False)
 
 
