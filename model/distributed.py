@@ -1,0 +1,133 @@
+"""Process groups: torch.distributed and Megatron's model-parallel groups, on one process or under torchrun.
+
+NCCL on a GPU, gloo on a CPU. Megatron's trainer names CUDA devices outright; where there is none, `MegatronOnCpu`
+answers those names with the CPU, so that the same trainer, optimizer, schedules and checkpoints run there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+
+from model import te_guard  # noqa: F401    # before Megatron
+
+# isort: split
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import initialize_rng_tracker
+
+from model.config import ModelError
+
+
+@dataclass(frozen=True)
+class Parallelism:
+    """How a model is spread over processes; what is left of the world size is data parallel.
+
+    Attributes:
+        tensor: processes a layer is split over.
+        pipeline: stages the layers are split into; their number must divide the number of layers.
+        sequence: also split norms and residuals along the sequence over the tensor-parallel processes.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    sequence: bool = False
+
+
+class MegatronOnCpu(TorchFunctionMode):
+    """While entered, `device="cuda"` means the CPU, for megatron-core 0.16.1 on a machine without CUDA.
+
+    What Megatron takes for granted: `torch.cuda.current_device()` and `synchronize()`, `device="cuda"` in factory
+    functions, `Tensor.cuda()`, and optimizer parameters whose `type()` begins with `torch.cuda.`.
+    """
+
+    REPLACED: dict[str, Callable[..., Any]] = {  # noqa: RUF012
+        "current_device": lambda: torch.device("cpu"),
+        "synchronize": lambda *_: None,
+    }
+
+    def __enter__(self) -> MegatronOnCpu:
+        self._originals = {name: getattr(torch.cuda, name) for name in self.REPLACED}
+        for name, replacement in self.REPLACED.items():
+            setattr(torch.cuda, name, replacement)
+        super().__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        for name, original in self._originals.items():
+            setattr(torch.cuda, name, original)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if kwargs:
+            device = kwargs.get("device")
+            if device is not None and str(device).startswith("cuda"):
+                kwargs = {**kwargs, "device": "cpu"}
+            return func(*args, **kwargs)
+        if func is torch.Tensor.cuda:
+            return args[0]
+        result = func(*args)
+        if func is torch.Tensor.type and isinstance(result, str):
+            return result.replace("torch.", "torch.cuda.")
+        return result
+
+
+def device() -> torch.device:
+    """The device this process computes on."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@contextlib.contextmanager
+def process_groups(parallelism: Parallelism = Parallelism()) -> Iterator[None]:  # noqa: B008
+    """Open torch.distributed and Megatron's groups for the block: torchrun's processes, or this one alone.
+
+    Raises:
+        ModelError: the number of processes is not a multiple of tensor x pipeline.
+    """
+    on_gpu = torch.cuda.is_available()
+    if "RANK" in os.environ:
+        if on_gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+    else:
+        dist.init_process_group("nccl" if on_gpu else "gloo", rank=0, world_size=1, store=dist.HashStore())
+    with contextlib.nullcontext() if on_gpu else MegatronOnCpu():
+        try:
+            size = parallelism.tensor * parallelism.pipeline
+            if dist.get_world_size() % size:
+                raise ModelError(
+                    f"{dist.get_world_size()} processes cannot hold tensor {parallelism.tensor} x pipeline "
+                    f"{parallelism.pipeline} parallel copies of the model.\n"
+                    f"Start a multiple of {size} processes (torchrun --nproc-per-node)."
+                )
+            parallel_state.initialize_model_parallel(parallelism.tensor, parallelism.pipeline)
+            # The tracker that draws nothing: there is no dropout, and weights are drawn on the CPU.
+            initialize_rng_tracker(inference_rng_tracker=True)
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
+
+
+def is_main_process() -> bool:
+    """Whether this process writes files: the first of a job, or any outside a job."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+@contextlib.contextmanager
+def main_process_first() -> Iterator[None]:
+    """The first process runs the block before the others do: it fills a cache, they read it."""
+    if not is_main_process():
+        dist.barrier()
+    yield
+    if dist.is_initialized() and is_main_process():
+        dist.barrier()

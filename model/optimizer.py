@@ -1,0 +1,50 @@
+"""AdamW with FP32 master weights and the warmup-stable-decay schedule, both megatron-core's (paper section 2.3)."""
+
+from __future__ import annotations
+
+import torch
+
+from model import te_guard  # noqa: F401    # before Megatron
+
+# isort: split
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from model.config import PretrainConfig
+
+
+def build_optimizer(recipe: PretrainConfig, model: DistributedDataParallel) -> MegatronOptimizer:
+    """AdamW over `model`; norms, biases, A_log, D and dt_bias (all one-dimensional) do not decay."""
+    dtype = model.config.params_dtype
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam", lr=recipe.learning_rate, min_lr=recipe.min_learning_rate,
+            weight_decay=recipe.weight_decay, adam_beta1=recipe.adam_betas[0], adam_beta2=recipe.adam_betas[1],
+            clip_grad=recipe.clip_grad, params_dtype=dtype, bf16=dtype is torch.bfloat16,
+        ),
+        [model],
+    )
+    if not torch.cuda.is_available():
+        for group in optimizer.param_groups:
+            group["fused"] = True           # PyTorch's one-pass AdamW; Megatron has no argument for it
+    return optimizer
+
+
+def build_schedule(recipe: PretrainConfig, optimizer: MegatronOptimizer, steps: int) -> OptimizerParamScheduler:
+    """WSD: linear warmup from 0, a stable rate, and over the last part of training a decay to the least rate."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=recipe.learning_rate,
+        min_lr=recipe.min_learning_rate,
+        lr_warmup_steps=round(recipe.warmup_fraction * steps),
+        lr_decay_steps=steps,
+        lr_decay_style="WSD",
+        wsd_decay_steps=round(recipe.decay_fraction * steps),
+        lr_wsd_decay_style=recipe.decay_style,
+        start_wd=recipe.weight_decay,
+        end_wd=recipe.weight_decay,
+        wd_incr_steps=steps,
+        wd_incr_style="constant",
+    )

@@ -1,0 +1,185 @@
+"""The hybrid model: megatron-core's MambaModel with our layers, one class for hybrids and the Transformer (paper 2.1).
+
+`ModelConfig.pattern` says everything about the layers: `M` Mamba-2, `*` grouped-query attention, `-` feed-forward with
+squared ReLU. Each is x + layer(RMSNorm(x)); no bias, no dropout, embedding and head untied.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import te_guard  # noqa: F401    # before Megatron
+
+# isort: split
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.mamba import MambaModel
+from megatron.core.ssm.mamba_block import MambaStack, MambaStackSubmodules
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from model.config import ModelConfig, ModelError
+from model.distributed import Parallelism
+from model.mamba_mixer import MambaMixer, MambaMixerSubmodules
+from model.precision import Precision, mark_quantized_layers
+
+
+def build_model(config: ModelConfig, precision: Precision, parallelism: Parallelism, seed: int) -> MambaModel:
+    """This process's part of the model, on the CPU, its weights drawn from `seed`.
+
+    The weights do not depend on the tensor- or data-parallel size.
+
+    Raises:
+        ModelError: heads, groups or layers cannot be split as `parallelism` asks.
+    """
+    _check_split(config, parallelism)
+    torch.manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
+    model = MambaModel(
+        transformer_config(config, precision, parallelism),
+        hybrid_spec(config, precision),
+        vocab_size=config.vocab_size,
+        max_sequence_length=config.sequence_length,
+        hybrid_override_pattern=config.pattern,
+        position_embedding_type=config.position_embedding,
+        rotary_base=int(config.rope_theta),
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+    )
+    mark_quantized_layers(model.decoder.layers, precision, len(config.pattern))
+    return model
+
+
+def transformer_config(config: ModelConfig, precision: Precision, parallelism: Parallelism) -> TransformerConfig:
+    """Megatron's configuration of `config`."""
+    return TransformerConfig(
+        num_layers=len(config.pattern),
+        is_hybrid_model=True,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_query_groups,
+        kv_channels=config.head_dim,
+        mamba_num_heads=config.mamba_num_heads or None,
+        mamba_head_dim=config.mamba_head_dim or 1,
+        mamba_state_dim=config.mamba_state_dim or 1,
+        mamba_num_groups=config.mamba_num_groups,
+        normalization="RMSNorm",
+        layernorm_epsilon=config.norm_epsilon,
+        init_method_std=config.init_method_std,
+        activation_func=squared_relu,
+        gated_linear_unit=False,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        # Fusions of Megatron's that need CUDA extensions.
+        bias_dropout_fusion=False,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        use_cpu_initialization=True,        # draw whole matrices, then split: the same weights at any size
+        tensor_model_parallel_size=parallelism.tensor,
+        pipeline_model_parallel_size=parallelism.pipeline,
+        sequence_parallel=parallelism.sequence,
+        finalize_model_grads_func=finalize_model_grads,
+        **precision.engine_options(),
+    )
+
+
+def hybrid_spec(config: ModelConfig, precision: Precision) -> ModuleSpec:
+    """The three kinds of layer. The key maps give checkpoints the names of Megatron's own Transformer Engine spec."""
+    column, row = precision.linear_layers()
+    mixer = ModuleSpec(
+        module=MambaMixer,
+        params={"conv_kernel": config.conv_kernel, "chunk_size": config.chunk_size},
+        submodules=MambaMixerSubmodules(in_proj=column, out_proj=row),
+    )
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(linear_qkv=column, core_attention=CausalAttention, linear_proj=row),
+    )
+    feed_forward = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row))
+    return ModuleSpec(module=HybridStack, submodules=MambaStackSubmodules(
+        mamba_layer=ModuleSpec(module=MambaLayer, submodules=MambaLayerSubmodules(
+            norm=RMSNorm, mixer=mixer, mamba_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map={"norm.": "mixer.in_proj.layer_norm_"},
+        )),
+        attention_layer=ModuleSpec(module=TransformerLayer, submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm, self_attention=attention, self_attn_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map={"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
+        )),
+        mlp_layer=ModuleSpec(module=MLPLayer, submodules=TransformerLayerSubmodules(
+            pre_mlp_layernorm=RMSNorm, mlp=feed_forward, mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map={"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"},
+        )),
+    ))
+
+
+class HybridStack(MambaStack):
+    """Megatron's stack of layers with our final norm: 0.16.1 hard-codes Transformer Engine's."""
+
+    def __init__(self, config: TransformerConfig, submodules: MambaStackSubmodules, post_process: bool = True,
+                 **options: Any):
+        super().__init__(config, submodules, post_process=post_process, post_layer_norm=False, **options)
+        self.post_layer_norm = True
+        if post_process:
+            self.final_norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / rms(x) * weight over the last axis, with the constructor a Megatron spec expects."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel    # its gradient is then a sum over ranks
+
+
+class CausalAttention(MegatronModule):
+    """softmax(q k^T / sqrt(head_dim)) v over earlier tokens, PyTorch's fused kernel."""
+
+    def __init__(self, config: TransformerConfig, **_: Any):
+        super().__init__(config)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
+        """query (sequence, batch, heads, head_dim), key and value with one head a group -> (sequence, batch, size)."""
+        q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+    def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
+        return {}
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """relu(x)^2; Megatron's own is compiled on import, which needs a C++ compiler."""
+    return F.relu(x).square()
+
+
+def _check_split(config: ModelConfig, parallelism: Parallelism) -> None:
+    split = {"num_attention_heads": config.num_attention_heads, "num_query_groups": config.num_query_groups,
+             "ffn_hidden_size": config.ffn_hidden_size, "vocab_size": config.vocab_size}
+    if "M" in config.pattern:
+        split |= {"mamba_num_heads": config.mamba_num_heads, "mamba_num_groups": config.mamba_num_groups}
+    for name, value in split.items():
+        if value % parallelism.tensor:
+            raise ModelError(
+                f"model: {name} ({value}) cannot be split over {parallelism.tensor} tensor-parallel processes.\n"
+                f"Choose a tensor-parallel size that divides it."
+            )
+    if len(config.pattern) % parallelism.pipeline:
+        raise ModelError(
+            f"model: {len(config.pattern)} layers cannot be split into {parallelism.pipeline} pipeline stages.\n"
+            "Choose a number of stages that divides them."
+        )

@@ -1,0 +1,28 @@
+"""Keep a Transformer Engine that cannot run here from breaking `import megatron.core`.
+
+On a machine without CUDA the `transformer-engine` package raises RuntimeError or OSError when imported, and
+megatron-core 0.16.1 catches ImportError only. Every module that imports Megatron imports this one first.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+
+
+def usable_transformer_engine() -> bool:
+    """Whether Transformer Engine works here; one that is installed and does not is hidden from later imports."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        return False
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, RuntimeError, OSError):
+        for name in [name for name in sys.modules if name.split(".")[0] == "transformer_engine"]:
+            del sys.modules[name]
+        sys.modules["transformer_engine"] = None  # type: ignore[assignment]    # documented: imports then fail cleanly
+        return False
+    return True
+
+
+TRANSFORMER_ENGINE = usable_transformer_engine()

@@ -1,0 +1,171 @@
+"""Token files as training samples and validation sequences, through megatron-core's datasets (paper 2.2).
+
+A tokens directory holds Megatron `.bin/.idx` files, `tokens.json` (what is in them) and `blend.json` (which share of
+training draws how much from which). Samples are random-access: sample i is the same on every run and every process, so
+a resumed run goes on with the next one.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model import te_guard  # noqa: F401    # before Megatron
+
+# isort: split
+from megatron.core.datasets import helpers
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
+
+from model.config import ModelError
+from model.distributed import main_process_first
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """Held-out text of one domain.
+
+    Attributes:
+        sequences: (n, sequence_length + 1) int64; the last token of one is the first of the next, so that every token
+            but the very first is predicted once.
+        bytes: UTF-8 bytes of the predicted text (the file's, in proportion to the tokens used).
+    """
+
+    sequences: Tensor
+    bytes: int
+
+    def first(self, count: int) -> ValidationSet:
+        """The first `count` sequences and their share of the bytes."""
+        return ValidationSet(self.sequences[:count], round(self.bytes * min(1.0, count / len(self.sequences))))
+
+
+def validation(tokens: Path, domain: str, sequence_length: int) -> ValidationSet:
+    """The validation text of `domain` cut into sequences; what is left at the end is dropped.
+
+    Raises:
+        ModelError: no such domain, or less text than one sequence.
+    """
+    name = f"validation/{domain}"
+    figures = _contents(tokens)["files"].get(name)
+    if figures is None:
+        raise ModelError(f"{tokens / 'tokens.json'}: no file {name}.\nRun `dvc repro tokenize` again.")
+    dataset = IndexedDataset(str(tokens / name))            # its arrays are views that die with it
+    stream = np.concatenate([dataset[document] for document in range(len(dataset))])
+    count = (len(stream) - 1) // sequence_length
+    if count < 1:
+        raise ModelError(
+            f"{tokens / name}.bin: {len(stream)} tokens are fewer than one sequence of {sequence_length} and its first "
+            "prediction.\nRaise tokenize.validation_kilobytes_per_domain or lower the model's sequence_length."
+        )
+    starts = np.arange(count)[:, None] * sequence_length
+    sequences = torch.from_numpy(stream[starts + np.arange(sequence_length + 1)].astype(np.int64))
+    return ValidationSet(sequences, round(figures["bytes"] * count * sequence_length / len(stream)))
+
+
+def domains(tokens: Path) -> list[str]:
+    """Domains with validation text, in the order of tokens.json."""
+    names = [name.partition("/") for name in _contents(tokens)["files"]]
+    return [domain for split, _, domain in names if split == "validation"]
+
+
+def digests(tokens: Path) -> dict[str, str]:
+    """Digests of the tokenizer and the corpus the files were made with."""
+    contents = _contents(tokens)
+    return {name: contents[name] for name in ("tokenizer_digest", "corpus_digest")}
+
+
+class TrainingData:
+    """The samples of a whole training run, in order, each (sequence_length + 1,) int64.
+
+    Sample i of N lies in the phase whose share of training it falls in, and is drawn from that phase's files in
+    proportion to their weights. A file goes on in a later phase where it stopped in an earlier one, so that text
+    repeats only once all of the file has been read.
+
+    Args:
+        tokens: the tokens directory.
+        sequence_length: tokens a sample predicts.
+        samples: N.
+        seed: of the order within files.
+        cache: directory for Megatron's index files.
+
+    Raises:
+        ModelError: blend.json names a file that tokens.json lacks, or one without tokens.
+    """
+
+    def __init__(self, tokens: Path, sequence_length: int, samples: int, seed: int, cache: Path):
+        contents = _contents(tokens)
+        phases = json.loads((tokens / "blend.json").read_text())["phases"]
+        self.names = sorted({name for phase in phases for name, weight in phase["weights"].items() if weight > 0})
+        for name in self.names:
+            if contents["files"].get(name, {}).get("tokens", 0) < 1:
+                raise ModelError(
+                    f"{tokens / 'blend.json'}: phases draw from {name}, which has no tokens in tokens.json.\n"
+                    "Run `dvc repro tokenize` again."
+                )
+        self.file_of_sample, self.position_in_file = self._draw(phases, samples)
+        drawn = np.bincount(self.file_of_sample, minlength=len(self.names))
+        config = GPTDatasetConfig(
+            random_seed=seed, sequence_length=sequence_length, split="1,0,0", path_to_cache=str(cache),
+            tokenizer=_Vocabulary(contents), reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False,
+            create_attention_mask=False,
+        )
+        with main_process_first():
+            self.files = [
+                _dataset(str(tokens / name), int(count), config) if count else None
+                for name, count in zip(self.names, drawn, strict=True)
+            ]
+
+    def _draw(self, phases: list[dict[str, Any]], samples: int) -> tuple[np.ndarray, np.ndarray]:
+        """For each sample the file and the position in that file's own order, by Megatron's blending rule."""
+        index = {name: position for position, name in enumerate(self.names)}
+        used = np.zeros(len(self.names), dtype=np.int64)
+        files, positions, start = [], [], 0
+        for phase in phases:
+            end = round(phase["until"] * samples)
+            members = [(index[name], weight) for name, weight in phase["weights"].items() if weight > 0]
+            weights = np.array([weight for _, weight in members], dtype=np.float64)
+            choice, position = np.zeros(end - start, dtype=np.int16), np.zeros(end - start, dtype=np.int64)
+            helpers.build_blending_indices(
+                choice, position, weights / weights.sum(), len(members), end - start, False
+            )
+            file = np.array([member for member, _ in members])[choice]
+            files.append(file)
+            positions.append(position + used[file])
+            used += np.bincount(file, minlength=len(used))
+            start = end
+        return np.concatenate(files), np.concatenate(positions)
+
+    def __len__(self) -> int:
+        return len(self.file_of_sample)
+
+    def __getitem__(self, sample: int) -> Tensor:
+        file = self.files[self.file_of_sample[sample]]
+        item = file[int(self.position_in_file[sample])]     # type: ignore[index]    # a file that is drawn from is open
+        return torch.cat([item["tokens"], item["labels"][-1:]])
+
+
+def _contents(tokens: Path) -> dict[str, Any]:
+    return json.loads((tokens / "tokens.json").read_text())
+
+
+def _dataset(prefix: str, samples: int, config: GPTDatasetConfig) -> GPTDataset:
+    indexed = IndexedDataset(prefix)
+    documents = np.arange(len(indexed.sequence_lengths), dtype=np.int32)
+    return GPTDataset(indexed, prefix, documents, samples, Split.train, config)
+
+
+class _Vocabulary:
+    """What Megatron's datasets ask of a tokenizer; the digest keeps index caches of different tokenizers apart."""
+
+    def __init__(self, contents: dict[str, Any]):
+        self.eod = contents["eod_id"]
+        self.pad = -1                       # no token: documents are packed, nothing is padded
+        self.vocab_size = contents["vocab_size"]
+        self.unique_identifiers = {"tokenizer": contents["tokenizer_digest"]}

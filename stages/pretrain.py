@@ -1,0 +1,46 @@
+"""Pretrain one variant on megatron-core: an architecture, a precision (BF16 or FP8) and a seed (paper section 2).
+
+Reads   data/PROFILE/tokens; sections pretrain, model and variants of the parameters
+Writes  data/PROFILE/checkpoints/VARIANT and, in runs/PROFILE/pretrain/VARIANT, training.csv (every step),
+        validation.csv (before training and at every tenth, per domain) and metrics.json
+
+A killed run goes on from its last resume state when the same command is given again. Without a GPU, FP8 is emulated:
+BF16 products of FP8 values, marked by fp8_emulated in metrics.json.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stages.common import Progress, Stage, run_stage
+
+
+def pretrain(stage: Stage) -> dict[str, Any]:
+    import torch
+
+    from model.trainer import train
+
+    params = stage.params
+    assert stage.variant is not None
+    variant = params.variants[stage.variant]
+    torch.set_num_threads(params.runtime.threads)
+    tokens = stage.input("tokens")
+    with stage.output("checkpoints", stage.variant) as out:
+        run = train(
+            params.model_of(stage.variant), params.pretrain, variant.architecture, variant.precision, variant.seed,
+            tokens, out, stage.scratch, Progress(),
+        )
+    stage.write_record("training.csv", _csv(run.training))
+    stage.write_record("validation.csv", _csv(run.validation))
+    return run.metrics
+
+
+def _csv(rows: list[dict[str, Any]]) -> str:
+    lines = [",".join(rows[0])]
+    for row in rows:
+        lines.append(",".join(f"{value:.8g}" if isinstance(value, float) else str(value) for value in row.values()))
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    run_stage(pretrain, __doc__, ("seed", "pretrain", "model", "variants"), members=lambda params: list(params.variants))
