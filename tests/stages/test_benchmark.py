@@ -1,0 +1,102 @@
+"""The benchmark stage at toy size, the timing's arithmetic, and the published models' figures against other sources."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import decode_benchmark
+from model.config import ModelConfig, ModelError
+from model.decode_benchmark import measure
+from stages.benchmark import benchmark, published_models
+from stages.common import Stage
+from stages.params import load_params
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ModelConfig(
+    pattern="M*-", hidden_size=32, ffn_hidden_size=32, num_attention_heads=2, num_query_groups=1, head_dim=16,
+    mamba_num_heads=2, mamba_head_dim=16, mamba_state_dim=16, mamba_num_groups=1, chunk_size=16, sequence_length=64,
+    vocab_size=32,
+)
+
+
+def quiet(*_: object, **__: object) -> None:
+    pass
+
+
+def test_records(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    params = load_params(ROOT / "params.yaml", (
+        "benchmark.contexts=[32,64]", "benchmark.decode_tokens=2", "benchmark.repeats=2", "tokenizer.vocab_size=512",
+    ))
+    stage = Stage("benchmark", params, None, None, ())
+    model = tmp_path / "runs" / params.profile / "compress" / "model.json"
+    model.parent.mkdir(parents=True)
+    model.write_text(TINY.model_dump_json())
+    metrics = benchmark(stage)
+
+    rows = list(csv.DictReader((stage.records / "decode.csv").open()))
+    assert [(row["model"], row["context"]) for row in rows] == [
+        (name, context) for context in ("32", "64") for name in ("hybrid", "transformer", "compressed")]
+    speed = {(row["model"], row["context"]): float(row["tokens_per_second"]) for row in rows}
+    for context in ("32", "64"):
+        assert metrics[f"decode_ratio_{context}"] == pytest.approx(
+            speed["hybrid", context] / speed["transformer", context], rel=1e-4)
+        assert metrics[f"compressed_decode_ratio_{context}"] == pytest.approx(
+            speed["compressed", context] / speed["hybrid", context], rel=1e-4)
+    cache = {(row["model"], row["context"]): float(row["cache_mib"]) * 2**20 for row in rows}
+    assert cache["transformer", "64"] == 2 * cache["transformer", "32"] == 8 * 64 * 2 * 64 * 2     # BF16 keys, values
+    assert cache["hybrid", "64"] - cache["hybrid", "32"] == pytest.approx(32 * 2 * 64 * 2, rel=1e-3)
+    json.dumps(metrics)
+
+
+def test_median_spread_and_turns(monkeypatch):
+    turns: list[decode_benchmark.Decoder] = []
+    seconds = iter([9.0, 9.0, 2.0, 30.0, 4.0, 10.0, 8.0, 20.0])      # by turns: first repeat untimed
+
+    def scripted(decoder, tokens):
+        assert decoder.position == 32 - tokens and all(cache.std() > 0.5 for cache in decoder.caches)
+        turns.append(decoder)
+        return next(seconds)
+
+    monkeypatch.setattr(decode_benchmark, "_decode", scripted)
+    wider = TINY.model_copy(update={"ffn_hidden_size": 64})
+    one, two = measure({"one": TINY, "two": wider}, [32], 2, 4, 3, 0, torch.float32, quiet)
+    assert (one.model, one.context) == ("one", 32)
+    assert one.tokens_per_second == pytest.approx(2 * 4 / 4.0)
+    assert one.seconds_per_token_spread == pytest.approx((8.0 - 2.0) / 2 / (2 * 4))
+    assert two.tokens_per_second == pytest.approx(2 * 4 / 20.0)
+    assert turns[0::2] == [turns[0]] * 4 and turns[1::2] == [turns[1]] * 4 and turns[0] is not turns[1]
+
+
+def test_decoding_fills_the_context(monkeypatch):
+    decoders = []
+    decode = decode_benchmark._decode
+
+    def watched(decoder, tokens):
+        elapsed = decode(decoder, tokens)
+        decoders.append(decoder)
+        assert decoder.position == decoder.max_length == 32
+        return elapsed
+
+    monkeypatch.setattr(decode_benchmark, "_decode", watched)
+    (speed,) = measure({"tiny": TINY}, [32], 1, 4, 1, 0, torch.bfloat16, quiet)
+    assert len(decoders) == 2 and speed.tokens_per_second > 0
+
+
+def test_context_shorter_than_what_is_decoded():
+    with pytest.raises(ModelError, match="contexts: 16 is shorter"):
+        list(measure({"tiny": TINY}, [16, 64], 1, 32, 1, 0, torch.float32, quiet))
+
+
+def test_published_models():
+    """Parameter counts of the released checkpoints; caches worked out by hand from the paper's Table 1."""
+    figures = published_models()
+    counts = {"nemotron_h_8b": 8_100_852_736, "nemotron_h_56b": 56_324_350_464, "nemotron_h_47b": 46_791_554_816}
+    assert {name: figures[f"{name}_parameters"] for name in counts} == counts
+    assert figures["nemotron_h_8b_weights_gib"] == pytest.approx(8_100_852_736 * 2 / 2**30)
+    convolution = 24 * 10_240 * 3 * 2 / 2**20
+    assert figures["nemotron_h_8b_cache_mib_at_65536"] == pytest.approx(1024 + 96 + convolution)
+    assert figures["nemotron_t_8b_cache_mib_at_65536"] == figures["llama_3_1_8b_cache_mib_at_65536"] == 8192
