@@ -1,0 +1,146 @@
+"""The tokenizer and tokenize stages on a small corpus, run as a user runs them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import polars as pl
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from tiny_corpus import contents, run, write_curated, write_params
+
+from data_pipeline.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> Path:
+    """A directory in which both stages have run."""
+    directory = tmp_path_factory.mktemp("stages")
+    write_params(directory)
+    write_curated(directory / "data/tiny/curated")
+    run(directory, "-m", "stages.tokenizer")
+    run(directory, "-m", "stages.tokenize")
+    return directory
+
+
+@pytest.fixture
+def fresh(done, tmp_path) -> Path:
+    """A copy in which only the tokenizer stage has run."""
+    shutil.copytree(done, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "data/tiny/tokens")
+    return tmp_path
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def train_documents(directory: Path) -> pl.DataFrame:
+    return pl.read_parquet(sorted((directory / "data/tiny/curated/train").glob("*.parquet")))
+
+
+def test_tokenizer_stage_measures_held_out_text(done):
+    tokenizer = Tokenizer(done / "data/tiny/tokenizer/tokenizer.model")
+    metrics = read(done / "runs/tiny/tokenizer/metrics.json")
+    assert metrics["vocab_size"] == tokenizer.vocab_size == 1024
+    assert metrics["digest"] == tokenizer.digest
+    assert 0 <= metrics["byte_fallback_share"] < 0.1
+    for name in ("bytes_per_token", "bytes_per_token_code", "bytes_per_token_docs"):
+        assert 1.5 < metrics[name] < 6
+
+
+def test_every_training_document_is_there_once_in_order_and_ended(done):
+    tokenizer = Tokenizer(done / "data/tiny/tokenizer/tokenizer.model")
+    tokens = read(done / "data/tiny/tokens/tokens.json")
+    documents = train_documents(done)
+    seen = 0
+    for name, figures in tokens["files"].items():
+        if not name.startswith("train/"):
+            continue
+        domain, _, label = name.removeprefix("train/").partition("-")
+        expected = documents.filter(domain=domain, label=label)["text"].to_list()
+        stored = [list(map(int, ids)) for ids in IndexedDataset(str(done / "data/tiny/tokens" / name))]
+        assert [ids[-1] for ids in stored] == [tokens["eod_id"]] * len(expected)
+        assert [tokenizer.decode(ids[:-1]) for ids in stored] == expected
+        assert figures == {"documents": len(expected), "tokens": sum(map(len, stored)),
+                           "bytes": sum(len(text.encode()) for text in expected)}
+        seen += len(expected)
+    assert seen == len(documents) > 20
+
+
+def test_validation_is_held_out_and_limited(done):
+    tokenizer = Tokenizer(done / "data/tiny/tokenizer/tokenizer.model")
+    heldout = pl.read_parquet(done / "data/tiny/curated/heldout/part-00000.parquet")
+    for domain in ("code", "docs"):
+        figures = read(done / "data/tiny/tokens/tokens.json")["files"][f"validation/{domain}"]
+        stored = IndexedDataset(str(done / "data/tiny/tokens/validation" / domain))
+        texts = [tokenizer.decode(ids[:-1]) for ids in stored]
+        assert set(texts) <= set(heldout.filter(domain=domain)["text"])
+        assert sum(len(text.encode()) for text in texts) == figures["bytes"]
+        assert 10_000 < figures["bytes"] <= 30_000
+
+
+def test_digests_blend_and_metrics(done):
+    tokens = read(done / "data/tiny/tokens/tokens.json")
+    metrics = read(done / "runs/tiny/tokenize/metrics.json")
+    files = tokens["files"]
+    assert (tokens["vocab_size"], tokens["eod_id"], tokens["dtype"]) == (1024, 2, "uint16")
+    assert tokens["tokenizer_digest"] == Tokenizer(done / "data/tiny/tokenizer/tokenizer.model").digest
+    assert tokens["corpus_digest"] == "0" * 64
+    assert metrics["tokens_train"] == sum(f["tokens"] for name, f in files.items() if name.startswith("train/"))
+    assert metrics["tokens_train"] == metrics["tokens_train_code"] + metrics["tokens_train_docs"]
+    phases = read(done / "data/tiny/tokens/blend.json")["phases"]
+    assert [phase["until"] for phase in phases] == [0.6, 0.8, 0.95, 1.0]
+    for phase in phases:
+        assert sum(phase["weights"].values()) == pytest.approx(1)
+        assert set(phase["weights"]) <= set(files)
+    assert "train/code-medium-low" not in files
+    assert set(phases[-1]["weights"]) == {"train/code-high", "train/docs-high"}
+    first = phases[0]["weights"]
+    assert first["train/code-low"] / first["train/code-high"] == pytest.approx(
+        files["train/code-low"]["tokens"] / files["train/code-high"]["tokens"])
+
+
+KILLED = """
+import os, runpy, signal, sys
+from data_pipeline import indexed_dataset
+add, count = indexed_dataset.IndexedDatasetWriter.add, 0
+def add_and_die(self, ids):
+    global count
+    count += 1
+    if count == {documents}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    add(self, ids)
+indexed_dataset.IndexedDatasetWriter.add = add_and_die
+sys.argv = ["stages.tokenize"]
+runpy.run_module("stages.tokenize", run_name="__main__")
+"""
+
+
+def test_a_killed_run_goes_on_with_the_same_result(done, fresh):
+    killed = run(fresh, "-c", KILLED.format(documents=len(train_documents(fresh)) - 5), check=False)
+    assert killed.returncode == -9
+    assert not (fresh / "data/tiny/tokens").exists()
+    left = list((fresh / ".scratch").glob("tokenize-*/train/*.idx"))
+    assert left
+    run(fresh, "-m", "stages.tokenize")
+    assert contents(fresh / "data/tiny/tokens") == contents(done / "data/tiny/tokens")
+    assert read(fresh / "runs/tiny/tokenize/provenance.json")["resumed"] is True
+    assert not list((fresh / ".scratch").glob("tokenize-*/"))
+
+
+def test_a_phase_without_text_stops_before_the_work(fresh):
+    params = (fresh / "params.yaml").read_text()
+    (fresh / "params.yaml").write_text(params.replace("labels: [high]", "labels: [medium-low]"))
+    failed = run(fresh, "-m", "stages.tokenize", check=False)
+    assert failed.returncode == 1
+    assert "tokenize.phases[3] (until 1.0): domain `code` has no tokens in the labels medium-low" in failed.stderr
+    assert "Traceback" not in failed.stderr and not (fresh / "data/tiny/tokens").exists()
+
+
+def test_a_vocabulary_too_large_for_the_sample_is_an_error_of_two_lines(fresh):
+    write_params(fresh, **{"tokenizer.vocab_size": 65_536})
+    failed = run(fresh, "-m", "stages.tokenizer", check=False)
+    assert failed.returncode == 1
+    assert "tokenizer.vocab_size: 65536 cannot be trained" in failed.stderr and "Traceback" not in failed.stderr
+    assert Tokenizer(fresh / "data/tiny/tokenizer/tokenizer.model").vocab_size == 1024    # the old one stands
