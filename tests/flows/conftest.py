@@ -1,0 +1,87 @@
+"""A throw-away DVC repository of four short stages: `first` -> `second@left`, `second@right` -> `last` (exclusive)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Counts to ten in its scratch file, one count a progress line, and goes on from there when it was killed.
+WORK = """
+import pathlib, sys, time
+name, seconds, *inputs = sys.argv[1:]
+if pathlib.Path(f"break-{name}").exists():
+    sys.exit("values.csv: column `loss` is missing.\\nRun `dvc repro first` again.")
+scratch = pathlib.Path(f"scratch-{name}")
+done = int(scratch.read_text()) if scratch.exists() else 0
+with open("history", "a") as history:
+    history.write(f"{name} from {done} at {time.time()}\\n")
+for step in range(done + 1, 11):
+    time.sleep(float(seconds) / 10)
+    scratch.write_text(str(step))
+    print(f"step {step}/10 loss {1 / step:.3f} eta 00:00:01", flush=True)
+scratch.unlink()
+text = name + "".join(pathlib.Path(path).read_text() for path in inputs)
+pathlib.Path(f"{name}.txt").write_text(text)
+with open("history", "a") as history:
+    history.write(f"{name} end at {time.time()}\\n")
+"""
+
+STAGES = """
+stages:
+  first:
+    cmd: python work.py first 0.2
+    deps: [work.py]
+    outs: [first.txt]
+  second:
+    foreach: [left, right]
+    do:
+      cmd: python work.py second-${item} 1.5 first.txt
+      deps: [first.txt]
+      outs: ["second-${item}.txt"]
+  last:
+    cmd: python work.py last 0.2 second-left.txt
+    deps: [second-left.txt]
+    meta: {exclusive: true}
+    outs: [last.txt]
+"""
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory for the test: no git, no Prefect home of its own yet."""
+    (tmp_path / ".dvc").mkdir()
+    shutil.copy(ROOT / ".dvc/config", tmp_path / ".dvc/config")
+    (tmp_path / "work.py").write_text(WORK)
+    (tmp_path / "dvc.yaml").write_text(STAGES)
+    params = YAML(typ="safe").load(ROOT / "params.yaml")
+    params["runtime"]["slots"] = 2
+    YAML().dump(params, tmp_path / "params.yaml")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def environment(repository: Path) -> dict[str, str]:
+    """For a process that runs the flow here: this checkout's packages, a Prefect of its own."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
+    return kept | {"PYTHONPATH": str(ROOT), "PREFECT_HOME": str(repository / ".prefect")}
+
+
+@pytest.fixture
+def reproduce(environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`python -m flows.reproduce ARGUMENTS`, waited for."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "flows.reproduce", *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+
+    return run

@@ -1,0 +1,211 @@
+"""The bridge to DVC, on a repository made for the test."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flows import dvc_graph
+from flows.dvc_graph import GraphError, Node, Progress, StageFailed, StageRunner
+
+
+def ignore(*_: object) -> None:
+    pass
+
+
+@pytest.fixture
+def nodes(repository: Path) -> dict[str, Node]:
+    dvc_graph.allow_no_git()
+    return dvc_graph.graph()
+
+
+def run_all(nodes: dict[str, Node], runner: StageRunner) -> dict[str, str]:
+    """Every stage in a thread that first waits for its needs, as the flow does."""
+    outcomes: dict[str, str] = {}
+    threads: dict[str, threading.Thread] = {}
+
+    def work(node: Node) -> None:
+        for need in node.needs:
+            threads[need].join()
+        outcomes[node.name] = runner.run(node, ignore, ignore)
+
+    for name, node in nodes.items():
+        threads[name] = threading.Thread(target=work, args=(node,))
+    for thread in threads.values():
+        thread.start()
+    for thread in threads.values():
+        thread.join()
+    return outcomes
+
+
+def history(repository: Path) -> dict[str, tuple[float, float]]:
+    """Stage -> when its last run began and ended."""
+    times: dict[str, list[float]] = {}
+    for line in (repository / "history").read_text().splitlines():
+        name, *_, moment = line.split()
+        times.setdefault(name, []).append(float(moment))
+    return {name: (moments[-2], moments[-1]) for name, moments in times.items()}
+
+
+def test_graph_has_needs_priorities_and_exclusive_stages(nodes: dict[str, Node]) -> None:
+    assert list(nodes) == ["first", "second@left", "second@right", "last"]
+    assert nodes["last"].needs == {"second@left"}
+    assert [node.exclusive for node in nodes.values()] == [False, False, False, True]
+    assert [node.priority for node in nodes.values()] == [2, 1, 0, 0]
+
+
+def test_a_target_brings_what_it_needs_and_a_group_its_members(nodes: dict[str, Node]) -> None:
+    assert list(dvc_graph.select(nodes, ["last"])) == ["first", "second@left", "last"]
+    assert list(dvc_graph.select(nodes, ["second"])) == ["first", "second@left", "second@right"]
+    with pytest.raises(GraphError, match=r"secnd@left: no such stage\.\nDid you mean second@left\?"):
+        dvc_graph.select(nodes, ["secnd@left"])
+
+
+def test_stages_run_side_by_side_and_exclusive_ones_alone(repository: Path, nodes: dict[str, Node]) -> None:
+    assert dvc_graph.stale(nodes) == set(nodes)
+    assert set(run_all(nodes, StageRunner(2, 5)).values()) == {"ran"}
+    times = history(repository)
+    assert times["second-left"][0] < times["second-right"][1] and times["second-right"][0] < times["second-left"][1]
+    assert times["last"][0] > max(times["second-left"][1], times["second-right"][1])
+    assert dvc_graph.stale(nodes) == set()
+
+    (repository / "work.py").write_text((repository / "work.py").read_text() + "# no change of results\n")
+    assert dvc_graph.stale(nodes) == set(nodes)
+    assert run_all(nodes, StageRunner(1, 5)) == {
+        "first": "ran", "second@left": "cached", "second@right": "cached", "last": "cached"
+    }
+
+
+def test_slots_go_to_the_longest_way_first(nodes: dict[str, Node]) -> None:
+    runner = StageRunner(1, 5)
+    started: list[str] = []
+    with runner._slot(nodes["first"]):
+        waiting = []
+        for name in ("second@right", "last", "second@left"):
+            def take(node: Node = nodes[name]) -> None:
+                with runner._slot(node):
+                    started.append(node.name)
+            waiting.append(threading.Thread(target=take))
+            waiting[-1].start()
+            while len(runner.waiting) < len(waiting):
+                time.sleep(0.01)
+    for thread in waiting:
+        thread.join()
+    assert started == ["second@left", "second@right", "last"]
+    assert runner.free == 1
+
+
+def test_lines_are_watched_and_a_watcher_that_breaks_does_no_harm(repository: Path, nodes: dict[str, Node]) -> None:
+    seen: list[str] = []
+
+    def watch(line: str) -> None:
+        seen.append(line)
+        raise ConnectionError
+
+    assert StageRunner(2, 5).run(nodes["first"], ignore, watch) == "ran"
+    steps = [progress.step for line in seen if (progress := Progress.parse(line))]
+    assert steps == list(range(1, 11))
+    assert Path("logs/first.log").read_text().splitlines() == seen
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("step 120/2000 loss 3.412 lr 3.0e-04 tok/s 8123 eta 00:03:41", (120, 2000)),
+        ("step 3/3", (3, 3)),
+        ("steps 3/4 of the way", None),
+        ("at step 3/4 eta 00:00:01", None),
+    ],
+)
+def test_progress_lines(line: str, expected: tuple[int, int] | None) -> None:
+    progress = Progress.parse(line)
+    assert (progress and (progress.step, progress.total)) == expected
+
+
+def test_a_failure_says_what_the_stage_said_and_where_to_look(repository: Path, nodes: dict[str, Node]) -> None:
+    (repository / "break-first").touch()
+    with pytest.raises(StageFailed) as caught:
+        StageRunner(2, 5).run(nodes["first"], ignore, ignore)
+    assert str(caught.value).splitlines() == [
+        "first: values.csv: column `loss` is missing. Run `dvc repro first` again.",
+        "Log: logs/first.log. Run the same command again: it resumes.",
+    ]
+
+
+def test_stop_ends_processes_frees_locks_and_the_stage_resumes(repository: Path, nodes: dict[str, Node]) -> None:
+    runner = StageRunner(2, 5)
+    runner.run(nodes["first"], ignore, ignore)
+    on_the_way = threading.Event()
+    errors: list[StageFailed] = []
+
+    def work() -> None:
+        try:
+            runner.run(nodes["second@left"], ignore, lambda line: on_the_way.set() if "step 3/" in line else None)
+        except StageFailed as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert on_the_way.wait(30)
+    tree = [child for dvc in psutil.Process().children() for child in (dvc, *dvc.children(recursive=True))]
+    assert any("work.py" in child.cmdline() for child in tree)
+    runner.stop()
+    thread.join()
+    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in tree)
+    assert "stopped" in str(errors[0])
+    assert json.loads(dvc_graph.RWLOCK.read_text() or "{}") == {}
+    with pytest.raises(StageFailed, match="not started"):
+        runner.run(nodes["second@right"], ignore, ignore)
+
+    assert StageRunner(2, 5).run(nodes["second@left"], ignore, ignore) == "ran"
+    began = re.findall(r"second-left from (\d+)", Path("history").read_text())
+    assert began[0] == "0" and int(began[1]) >= 3
+
+
+def test_a_stage_over_its_time_is_ended(repository: Path, nodes: dict[str, Node]) -> None:
+    StageRunner(2, 5).run(nodes["first"], ignore, ignore)
+    with pytest.raises(StageFailed, match=r"took longer than 0\.03 minutes"):
+        StageRunner(2, 0.03).run(nodes["second@left"], ignore, ignore)
+    assert not psutil.Process().children()
+
+
+def test_locks_of_the_dead_are_dropped_and_those_of_the_living_kept(repository: Path) -> None:
+    living = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "dvc", "repro"])
+    try:
+        dead = subprocess.Popen(["true"])
+        dead.wait()
+        dvc_graph.RWLOCK.parent.mkdir(parents=True)
+        kept = {"pid": living.pid, "cmd": "dvc repro"}
+        reused = {"pid": os.getpid(), "cmd": "dvc repro"}      # alive, but by now another program
+        dvc_graph.RWLOCK.write_text(json.dumps({
+            "write": {"a": {"pid": dead.pid, "cmd": "dvc repro"}, "b": reused, "c": kept},
+            "read": {"d": [reused], "e": [reused, kept]},
+        }))
+        assert dvc_graph.busy() == {living.pid: "dvc repro"}
+        assert json.loads(dvc_graph.RWLOCK.read_text()) == {"write": {"c": kept}, "read": {"e": [kept]}}
+    finally:
+        living.kill()
+        living.wait()
+    assert dvc_graph.busy() == {}
+
+
+def test_one_flow_at_a_time(repository: Path) -> None:
+    with dvc_graph.only_flow(), pytest.raises(GraphError, match=f"process {os.getpid()}"), dvc_graph.only_flow():
+        pass
+    with dvc_graph.only_flow():
+        pass
+
+
+def test_outside_a_repository_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(GraphError, match=r"no dvc\.yaml here"):
+        dvc_graph.allow_no_git()
