@@ -20,8 +20,8 @@ tags:
 
 # {title}
 
-A small language model trained from random weights by an open reproduction of *Nemotron-H: A Family of Accurate and
-Efficient Hybrid Mamba-Transformer Models* (arXiv 2504.03624). It is no NVIDIA model and holds none of their weights.
+A base language model made by an open reproduction of *Nemotron-H: A Family of Accurate and Efficient Hybrid
+Mamba-Transformer Models* (arXiv 2504.03624). It is no NVIDIA model and holds none of their weights.
 
 ## Architecture
 
@@ -52,9 +52,9 @@ The tokenizer reads `</s>` inside text as text; `split_special_tokens=False` ask
 
 ## Limits
 
-For research on training and inference only. The model is far too small, and has read far too little, to be right about
-anything; it was not tuned to follow instructions or to be safe, it may repeat text it was trained on, and contexts
-longer than {context:,} tokens were never trained.
+For research on training and inference only. The paper's models read 15 and 20 trillion tokens; next to that this one
+has read little, and what it says is not to be relied on. It was not tuned to follow instructions or to be safe, it may
+repeat text it was trained on, and contexts longer than {context:,} tokens were never trained.
 """
 
 
@@ -79,7 +79,8 @@ def model_card(config: ModelConfig, parameters: int, training: Mapping[str, Any]
             f"{config.mamba_num_groups} groups"
         )
     rows |= {"vocabulary": f"{config.vocab_size:,}", "context in training": f"{config.sequence_length:,} tokens"}
-    rows["stored as"] = f"{dtype} (Mamba-2's A_log, D and dt_bias float32)" if hybrid else dtype
+    precise = " (Mamba-2's A_log, D and dt_bias float32)" if hybrid and dtype != "float32" else ""
+    rows["stored as"] = dtype + precise
     tags = ["nemotron-h-reproduction", *(["mamba2", "hybrid"] if hybrid else ["transformer"]), "research"]
     return CARD.format(
         tags="\n".join(f"- {tag}" for tag in tags),
