@@ -1,0 +1,271 @@
+"""The small records under runs/PROFILE/, read and checked once: all the report knows.
+
+A missing file is a StageError naming the stage to run; a file without an expected key or column is a DataError.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass, fields
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.config import DataError
+from stages.common import Stage
+from stages.params import Params
+
+
+class Metrics(dict[str, float]):
+    """The numbers of one metrics.json; texts in it, such as digests, are left out."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        super().__init__({key: value for key, value in _read_json(path, dict).items()
+                          if isinstance(value, int | float) and not isinstance(value, bool)})
+
+    def __missing__(self, key: str) -> float:
+        raise DataError(f"{self.path}: `{key}` is missing or not a number.\nRun the stage that writes it again.")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """provenance.json: `started` in seconds since 1970, `wall_seconds`, `peak_memory_gib`, and the rest as written."""
+
+    stage: str
+    variant: str | None
+    command: str
+    started: float
+    wall_seconds: float
+    resumed: bool
+    peak_memory_gib: float
+    inputs: dict[str, str]
+    commit: str | None
+    code_digest: str
+    versions: dict[str, str]
+    machine: dict[str, Any]
+
+    @property
+    def ended(self) -> float:
+        return self.started + self.wall_seconds
+
+
+@dataclass(frozen=True)
+class Run:
+    """One stage, or one member of a `foreach` stage."""
+
+    metrics: Metrics
+    provenance: Provenance
+
+
+@dataclass(frozen=True)
+class FunnelStep:
+    """What is left of one domain after one curation step."""
+
+    domain: str
+    step: str
+    documents: int
+    bytes: int
+    reasons: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One architecture of the compression search; None where a later round was not reached."""
+
+    pattern: str
+    ffn_hidden_size: int
+    parameters: int
+    memory_gib: float
+    agreement: float | None
+    kl_short: float | None
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class Layer:
+    index: int
+    symbol: str
+    importance: float
+
+
+@dataclass(frozen=True)
+class DecodePoint:
+    model: str
+    context: int
+    tokens_per_second: float
+    seconds_per_token_spread: float
+    cache_mib: float
+
+
+Curve = dict[str, list[float]]      # columns of equal length
+
+
+@dataclass(frozen=True)
+class Records:
+    """Every record of one profile. Dictionaries by model or variant stand in the order of params.yaml."""
+
+    params: Params
+    runs: dict[str, Run]                                # "curate", "pretrain@hybrid-fp8", ... in the graph's order
+    funnel: list[FunnelStep]
+    training: dict[str, Curve]                          # step, tokens, loss, grad_norm
+    validation: dict[str, dict[str, Curve]]             # by variant and domain: step, tokens, loss, bits_per_byte
+    compressed_model: dict[str, Any]
+    importance: list[Layer]
+    ffn_importance: dict[int, dict[int, float]]         # by layer and width: share of importance kept
+    candidates: list[Candidate]
+    distillation: dict[str, Curve]                      # compressed, random: tokens, kl
+    decode: dict[str, list[DecodePoint]]                # hybrid, transformer, compressed, by rising context
+
+    def metrics(self, stage: str, member: str | None = None) -> Metrics:
+        """The metrics of a stage. Raises DataError for a model that params.yaml does not list."""
+        if member and f"{stage}@{member}" not in self.runs:
+            raise DataError(f"params.yaml: `models` lacks {member}, which the report compares.\nAdd it.")
+        return self.runs[f"{stage}@{member}" if member else stage].metrics
+
+    @property
+    def hybrid_seeds(self) -> list[str]:
+        """BF16 variants of the hybrid that differ in their seed alone; the first is the reference."""
+        return self._variants("hybrid", "bf16")
+
+    @property
+    def fp8(self) -> str | None:
+        """The FP8 twin of the first BF16 hybrid: the same seed."""
+        if not self.hybrid_seeds:
+            return None
+        seed = self.params.variants[self.hybrid_seeds[0]].seed
+        same_seed = [name for name in self._variants("hybrid", "fp8") if self.params.variants[name].seed == seed]
+        return same_seed[0] if same_seed else None
+
+    @property
+    def transformer(self) -> str | None:
+        return next(iter(self._variants("transformer", "bf16")), None)
+
+    @property
+    def accelerator(self) -> str | None:
+        """The GPU the benchmark ran on, None on a CPU."""
+        return self.runs["benchmark"].provenance.machine.get("accelerator")
+
+    def _variants(self, architecture: str, precision: str) -> list[str]:
+        return [name for name, variant in self.params.variants.items()
+                if (variant.architecture, variant.precision) == (architecture, precision)]
+
+
+def load(stage: Stage) -> Records:
+    """Read every record of the profile. Raises StageError for a missing file, DataError for a malformed one."""
+    params = stage.params
+    members = {"pretrain": list(params.variants), "export": params.models, "evaluate": params.models}
+    runs: dict[str, Run] = {}
+    for name in ("curate", "tokenizer", "tokenize", "pretrain", "compress", "export", "evaluate", "benchmark"):
+        for member in members.get(name, [None]):
+            parts = (name, member) if member else (name,)
+            runs["@".join(parts)] = Run(Metrics(stage.record(*parts, "metrics.json")),
+                                        _provenance(stage.record(*parts, "provenance.json")))
+    training = {name: _columns(stage.record("pretrain", name, "training.csv"), ("step", "tokens", "loss", "grad_norm"))
+                for name in params.variants}
+    validation = {name: _by(stage.record("pretrain", name, "validation.csv"), "domain",
+                            ("step", "tokens", "loss", "bits_per_byte")) for name in params.variants}
+    return Records(
+        params=params,
+        runs=runs,
+        funnel=_objects(stage.record("curate", "funnel.json"), FunnelStep),
+        training=training,
+        validation=validation,
+        compressed_model=_read_json(stage.record("compress", "model.json"), dict),
+        importance=_objects(stage.record("compress", "importance.json"), Layer, "layers"),
+        ffn_importance=_ffn_importance(stage.record("compress", "importance.json")),
+        candidates=_objects(stage.record("compress", "candidates.json"), Candidate),
+        distillation=_by(stage.record("compress", "distillation.csv"), "model", ("tokens", "kl")),
+        decode=_decode(stage.record("benchmark", "decode.csv")),
+    )
+
+
+def _read_json(path: Path, kind: type) -> Any:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON ({error}).\nRun the stage that writes it again.") from None
+    if not isinstance(content, kind):
+        raise DataError(f"{path}: expected a JSON {kind.__name__}.\nRun the stage that writes it again.")
+    return content
+
+
+def _objects(path: Path, kind: Any, key: str | None = None) -> list[Any]:
+    """The JSON list in `path` (under `key`) as objects of the dataclass `kind`, fields it does not name left out."""
+    rows = _read_json(path, dict).get(key) if key else _read_json(path, list)
+    names = [field.name for field in fields(kind)]
+    try:
+        return [kind(**{name: row[name] for name in names}) for row in rows]
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path}: a row lacks {error}; {', '.join(names)} are expected.\n"
+                        "Run the stage that writes it again.") from None
+
+
+def _ffn_importance(path: Path) -> dict[int, dict[int, float]]:
+    try:
+        return {row["index"]: {int(width): share for width, share in sorted(
+            row["kept_share_of_importance"].items(), key=lambda pair: int(pair[0]))}
+            for row in _read_json(path, dict)["ffn"]}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{path}: `ffn` is not as expected ({error!r}).\nRun `dvc repro compress` again.") from None
+
+
+def _rows(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if missing := [name for name in columns if name not in (reader.fieldnames or [])]:
+            raise DataError(f"{path}: column {', '.join(missing)} missing.\nRun the stage that writes it again.")
+        rows = list(reader)
+    if not rows:
+        raise DataError(f"{path}: no rows.\nRun the stage that writes it again.")
+    return rows
+
+
+def _number(path: Path, row: dict[str, str], column: str) -> float:
+    try:
+        return float(row[column])
+    except (TypeError, ValueError):
+        raise DataError(f"{path}: {column} is {row[column]!r}, not a number.\n"
+                        "Run the stage that writes it again.") from None
+
+
+def _columns(path: Path, columns: tuple[str, ...]) -> Curve:
+    rows = _rows(path, columns)
+    return {name: [_number(path, row, name) for row in rows] for name in columns}
+
+
+def _by(path: Path, group: str, columns: tuple[str, ...]) -> dict[str, Curve]:
+    """Curves by the value of the column `group`, in order of first appearance."""
+    curves: dict[str, Curve] = {}
+    for row in _rows(path, (group, *columns)):
+        curve = curves.setdefault(row[group], {name: [] for name in columns})
+        for name in columns:
+            curve[name].append(_number(path, row, name))
+    return curves
+
+
+def _decode(path: Path) -> dict[str, list[DecodePoint]]:
+    columns = ("context", "tokens_per_second", "seconds_per_token_spread", "cache_mib")
+    points: dict[str, list[DecodePoint]] = {}
+    for row in _rows(path, ("model", *columns)):
+        context, rate, spread, cache = (_number(path, row, name) for name in columns)
+        points.setdefault(row["model"], []).append(DecodePoint(row["model"], int(context), rate, spread, cache))
+    for model in ("hybrid", "transformer", "compressed"):
+        if model not in points:
+            raise DataError(f"{path}: no rows for model {model}.\nRun `dvc repro benchmark` again.")
+    return {model: sorted(rows, key=lambda point: point.context) for model, rows in points.items()}
+
+
+def _provenance(path: Path) -> Provenance:
+    content = _read_json(path, dict)
+    try:
+        return Provenance(
+            stage=content["stage"], variant=content["variant"], command=content["command"],
+            started=datetime.fromisoformat(content["started"]).timestamp(),
+            wall_seconds=content["wall_seconds"], resumed=content["resumed"],
+            peak_memory_gib=content["peak_memory_gib"], inputs=content["inputs"], commit=content["code"]["commit"],
+            code_digest=content["code"]["digest"], versions=content["versions"], machine=content["machine"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: {error!r} while reading.\nRun the stage that writes it again.") from None

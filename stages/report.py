@@ -1,0 +1,49 @@
+"""The report: every claim of the paper with its number, ours, the spread and a verdict; plots, tables, provenance.
+
+Reads   runs/PROFILE/: metrics, curves and provenance of every stage; params.yaml
+Writes  reports/PROFILE/index.html (self-contained) and reports/PROFILE/report.md
+
+The same records give the same bytes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stages.common import Stage, run_stage
+
+
+def report(stage: Stage) -> dict[str, int]:
+    from stages.claims import claims
+    from stages.records import load
+    from stages.report_page import to_html, to_markdown
+    from stages.report_sections import document
+    from stages.verdicts import Verdict
+
+    records = load(stage)
+    page = document(records)
+    directory = reports_directory(stage)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, text in (("index.html", to_html(page)), ("report.md", to_markdown(page))):
+        partial = directory / f".{name}.partial"
+        partial.write_text(text)
+        partial.rename(directory / name)
+    print(f"{directory / 'index.html'}: {page.summary}", flush=True)
+    verdicts = [claim.verdict for claim in claims(records)]
+    return {
+        "claims": len(verdicts),
+        "claims_that_hold": verdicts.count(Verdict.HOLDS),
+        "claims_that_do_not_hold": verdicts.count(Verdict.FAILS),
+        "claims_that_cannot_be_tested": verdicts.count(Verdict.UNTESTED),
+    }
+
+
+def reports_directory(stage: Stage) -> Path:
+    """reports/PROFILE, or DIR/reports under --out DIR."""
+    if stage.out_data == stage.data_root:
+        return Path("reports") / stage.params.profile
+    return stage.out_data.with_name("reports")
+
+
+if __name__ == "__main__":
+    run_stage(report, __doc__, sections=())

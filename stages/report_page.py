@@ -1,0 +1,235 @@
+"""A document of sections, tables and figures, and its two forms: one self-contained HTML page, one Markdown file.
+
+Texts may hold `code` in backticks; everything else in them is shown as it is written. The page fetches nothing and
+needs no script.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.claims import Claim
+from stages.plots import Plot
+from stages.verdicts import Verdict
+
+STYLE_SHEET = Path(__file__).with_name("report.css")
+MARKS = {Verdict.HOLDS: ("✓", "holds"), Verdict.FAILS: ("✗", "fails"), Verdict.UNTESTED: ("○", "untested")}
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    text: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of texts under `header`; the first `text_columns` are prose, the others figures (set to the right)."""
+
+    caption: str
+    header: list[str]
+    rows: list[list[str]]
+    text_columns: int = 1
+
+
+@dataclass(frozen=True)
+class Figures:
+    plots: list[Plot]
+
+
+@dataclass(frozen=True)
+class ClaimTable:
+    claims: list[Claim]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Preformatted text, folded away in the page."""
+
+    title: str
+    text: str
+
+
+Block = Paragraph | Table | Figures | ClaimTable | Listing
+
+
+@dataclass(frozen=True)
+class Section:
+    """`command` makes the section's figures again; empty where there is nothing to run."""
+
+    name: str
+    title: str
+    command: str
+    blocks: list[Block]
+
+
+@dataclass(frozen=True)
+class Document:
+    title: str
+    profile: str
+    about: str
+    summary: str
+    facts: list[tuple[str, str]]
+    sections: list[Section]
+
+
+# --- HTML -------------------------------------------------------------------------------------------------------------
+
+
+def to_html(document: Document) -> str:
+    """The page, complete."""
+    links = "".join(f'<a href="#{section.name}">{_inline(section.title)}</a>' for section in document.sections)
+    facts = "".join(f"<div><dt>{_inline(name)}</dt><dd>{_inline(value)}</dd></div>" for name, value in document.facts)
+    body = "\n".join(_section_html(section) for section in document.sections)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{html.escape(document.title)}: {html.escape(document.profile)}</title>
+<style>
+{STYLE_SHEET.read_text().strip()}
+</style>
+</head>
+<body>
+<header>
+<h1>{_inline(document.title)} <span class="profile">profile <b>{html.escape(document.profile)}</b></span></h1>
+<p>{_inline(document.about)}</p>
+<p class="summary">{_inline(document.summary)}</p>
+<dl class="facts">{facts}</dl>
+<nav aria-label="Contents">{links}</nav>
+</header>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
+
+
+def _inline(text: str) -> str:
+    """Escaped text with `code` marked."""
+    return re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(text))
+
+
+def _section_html(section: Section) -> str:
+    command = f'<p class="command">Make again: {_inline(f"`{section.command}`")}</p>' if section.command else ""
+    blocks = "\n".join(_block_html(block) for block in section.blocks)
+    return f'<section id="{section.name}">\n<h2>{_inline(section.title)}</h2>\n{command}\n{blocks}\n</section>'
+
+
+def _block_html(block: Block) -> str:
+    match block:
+        case Paragraph(text):
+            return f"<p>{_inline(text)}</p>"
+        case Figures(plots):
+            single = " single" if len(plots) == 1 else ""
+            return f'<div class="plots{single}">{"".join(_figure_html(plot) for plot in plots)}</div>'
+        case ClaimTable(claims):
+            return _claims_html(claims)
+        case Listing(title, text):
+            return f"<details><summary>{_inline(title)}</summary><pre>{html.escape(text)}</pre></details>"
+        case Table():
+            return _table_html(block)
+
+
+def _figure_html(plot: Plot) -> str:
+    return (f'<figure id="plot-{plot.name}"><h3>{_inline(plot.title)}</h3>{plot.svg}'
+            f"<figcaption>{_inline(plot.caption)}</figcaption></figure>")
+
+
+def _table_html(table: Table) -> str:
+    def cells(row: list[str], tag: str) -> str:
+        scope = ' scope="col"' if tag == "th" else ""
+        return "".join(f'<{tag}{scope}{"" if column < table.text_columns else " class=figure"}>{_inline(cell)}</{tag}>'
+                       for column, cell in enumerate(row))
+
+    rows = "\n".join(f"<tr>{cells(row, 'td')}</tr>" for row in table.rows)
+    return (f'<h3 class="caption">{_inline(table.caption)}</h3>'
+            f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(table.caption)}"><table>'
+            f"<thead><tr>{cells(table.header, 'th')}</tr></thead>\n"
+            f"<tbody>\n{rows}\n</tbody></table></div>")
+
+
+def _claims_html(claims: list[Claim]) -> str:
+    groups = "\n".join(_claim_html(claim) for claim in claims)
+    return ('<table class="claims"><thead><tr><th scope="col">Claim</th><th scope="col">Paper</th>'
+            '<th scope="col" colspan="2">Ours, at this scale</th><th scope="col">Spread</th>'
+            f'<th scope="col">Verdict</th></tr></thead>\n{groups}\n</table>')
+
+
+def _claim_html(claim: Claim) -> str:
+    """One claim as a table body: a row for each line of evidence, then the rule."""
+    mark, kind = MARKS[claim.verdict]
+    span = len(claim.evidence) + 1
+    lines = [f'<td class="measure">{_inline(line.measure)}</td><td class="ours">{_inline(line.ours)}</td>'
+             f'<td class="spread">{_inline(line.spread)}</td>' for line in claim.evidence]
+    rule = (f'<td class="rule" colspan="3"><b>Rule.</b> {_inline(claim.rule)} '
+            f"{_inline(f'`{claim.command}`')}</td>")
+    first, *rest = [*lines, rule]
+    opening = (f'<th class="claim" scope="rowgroup" rowspan="{span}">{_inline(claim.title)}</th>'
+               f'<td class="paper" rowspan="{span}">{_inline(claim.paper)} '
+               f'<span class="source">{_inline(claim.source)}</span></td>')
+    verdict = (f'<td class="verdict" rowspan="{span}"><span class="badge {kind}">{mark} {claim.verdict}</span> '
+               f'<span class="because">{_inline(claim.because)}</span></td>')
+    rows = "".join(f"<tr>{row}</tr>" for row in rest)
+    return f'<tbody class="{kind}"><tr>{opening}{first}{verdict}</tr>{rows}</tbody>'
+
+
+# --- Markdown ---------------------------------------------------------------------------------------------------------
+
+
+def to_markdown(document: Document) -> str:
+    """The same sections and tables, without pictures."""
+    facts = "\n".join(f"- {_plain(name)}: {_plain(value)}" for name, value in document.facts)
+    parts = [f"# {_plain(document.title)}: profile `{document.profile}`", _plain(document.about),
+             f"**{_plain(document.summary)}**", facts]
+    for section in document.sections:
+        parts.append(f"## {_plain(section.title)}")
+        if section.command:
+            parts.append(f"Make again: `{section.command}`")
+        parts += [text for block in section.blocks if (text := _block_markdown(block))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as written: its marks escaped outside `code`, bars everywhere (tables)."""
+    pieces = re.split(r"(`[^`]*`)", text.replace("\n", " "))
+    escaped = [piece if piece.startswith("`") else re.sub(r"([\\*_<>\[\]#])", r"\\\1", piece) for piece in pieces]
+    return "".join(escaped).replace("|", "\\|")
+
+
+def _block_markdown(block: Block) -> str:
+    match block:
+        case Paragraph(text):
+            return _plain(text)
+        case Figures(plots):
+            return "Plots in `index.html`: " + ", ".join(_plain(plot.title.lower()) for plot in plots) + "."
+        case ClaimTable(claims):
+            return _claims_markdown(claims)
+        case Listing(title, text):
+            fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
+            return (f"<details><summary>{html.escape(title)}</summary>\n\n{fence}\n{text.rstrip()}\n{fence}\n\n"
+                    "</details>")
+        case Table(caption, header, rows, text_columns):
+            ruler = [":--" if column < text_columns else "--:" for column in range(len(header))]
+            return f"{_plain(caption)}\n\n{_rows_markdown([header, ruler, *rows])}"
+
+
+def _rows_markdown(rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(_plain(cell) for cell in row) + " |" for row in rows)
+
+
+def _claims_markdown(claims: list[Claim]) -> str:
+    rows = [["", "Claim", "Paper", "Ours, at this scale", "", "Spread", "Verdict"], [":--"] * 7]
+    rules = []
+    for number, claim in enumerate(claims, start=1):
+        lines = [[line.measure, line.ours, line.spread] for line in claim.evidence] or [["", "", ""]]
+        verdict = f"{MARKS[claim.verdict][0]} {claim.verdict}: {claim.because}"
+        rows.append([str(number), claim.title, f"{claim.paper} ({claim.source})", *lines[0], verdict])
+        rows += [["", "", "", *line, ""] for line in lines[1:]]
+        rules.append(f"{number}. {_plain(claim.rule)} `{claim.command}`")
+    return f"{_rows_markdown(rows)}\n\nThe rules behind the verdicts:\n\n" + "\n".join(rules)

@@ -1,0 +1,300 @@
+"""What the report says: its sections and tables, filled from the records."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+from ruamel.yaml import YAML
+
+from stages.claims import Claim, claims
+from stages.plots import Plot, plots
+from stages.records import Metrics, Records
+from stages.report_page import Block, ClaimTable, Document, Figures, Listing, Paragraph, Section, Table
+from stages.verdicts import TASKS, Verdict, controls, number, percent
+
+NONE = "–"
+
+
+def document(records: Records) -> Document:
+    """The whole report."""
+    found = claims(records)
+    drawn = plots(records)
+    return Document(
+        title="Nemotron-H reproduced",
+        profile=records.params.profile,
+        about="An end-to-end reproduction of Nemotron-H (NVIDIA, arXiv 2504.03624): from text to a curated corpus, a "
+              "tokenizer, hybrid Mamba-2 models in FP8 and BF16 beside a Transformer, MiniPuzzle compression, export "
+              "and evaluation. Every figure below is computed from the records its stages wrote.",
+        summary=summary(records, found),
+        facts=facts(records),
+        sections=[
+            Section("claims", "Claims", "dvc repro report", [
+                ClaimTable(found),
+                Paragraph("≈ marks a number read off one of the paper's figures. Not examined: benchmarks against "
+                          "other published models, post-training, long-context tasks, vision-language models."),
+            ]),
+            Section("controls", "Do the models learn?", "dvc repro evaluate", [_controls(records)]),
+            Section("training", "Training", "dvc repro pretrain", [
+                _figures(drawn, "training-loss", "validation", "gradient-norm", "fp8-gap"), _models(records),
+                _validation(records)]),
+            Section("evaluation", "Evaluation", "dvc repro evaluate", [
+                _figures(drawn, "bits-per-byte", *(f"{task}-accuracy".replace("_", "-") for task in TASKS)),
+                *_evaluation(records)]),
+            Section("compression", "Compression", "dvc repro compress", [
+                _figures(drawn, "layer-importance", "ffn-importance", "candidates", "distillation"),
+                *_compression(records)]),
+            Section("inference", "Inference", "dvc repro benchmark", [
+                _figures(drawn, "decode-speed", "cache-size"), *_inference(records)]),
+            Section("data", "Data", "dvc repro curate tokenizer tokenize", [
+                _figures(drawn, "funnel"), _funnel(records),
+                *(_record(stage, records.metrics(stage)) for stage in ("curate", "tokenizer", "tokenize"))]),
+            Section("release", "Release", "dvc repro export", [_export(records)]),
+            Section("stage-times", "Stage times", "", [_figures(drawn, "stage-times"), _stage_times(records)]),
+            Section("provenance", "Provenance", "", _provenance(records)),
+        ],
+    )
+
+
+def summary(records: Records, found: Sequence[Claim]) -> str:
+    """One sentence: how the verdicts fall, at what size."""
+    counts = [sum(claim.verdict == verdict for claim in found)
+              for verdict in (Verdict.HOLDS, Verdict.FAILS, Verdict.UNTESTED)]
+    trained = [records.metrics("pretrain", name) for name in records.params.variants]
+    largest = max(metrics["parameters"] for metrics in trained)
+    tokens = max(metrics["tokens"] for metrics in trained)
+    words = [f"{counts[0]} {'holds' if counts[0] == 1 else 'hold'}",
+             f"{counts[1]} {'does not' if counts[1] == 1 else 'do not'}"]
+    return (f"Of {len(found)} claims, {words[0]} at this scale, {words[1]}, and {counts[2]} cannot be "
+            f"tested: the models have {_short(largest)} parameters and saw {_short(tokens)} tokens, where the paper's "
+            "have 8 to 56 billion and saw 15 to 20 trillion.")
+
+
+def facts(records: Records) -> list[tuple[str, str]]:
+    runs = [run.provenance for run in records.runs.values()]
+    machines = list(dict.fromkeys(_machine(run.machine) for run in runs))
+    commits = list(dict.fromkeys(_commit(run.commit) for run in runs))
+    return [
+        ("Machine", "; ".join(machines)),
+        ("Pretrained models", str(len(records.params.variants))),
+        ("Stage runs", str(len(runs))),
+        ("Time, stages added up", f"{sum(run.wall_seconds for run in runs) / 60:.1f} min"),
+        ("Commit", ", ".join(commits)),
+    ]
+
+
+# --- Sections ---------------------------------------------------------------------------------------------------------
+
+
+def _controls(records: Records) -> Table:
+    rows = []
+    for control in controls(records):
+        values = (percent(control.below_compressor, 1), number(control.drop_since_first_tenth),
+                  number(control.syntax_accuracy))
+        rows.append([control.model, *(f"{'✓' if met else '✗'} {value}"
+                                      for met, value in zip(control.met, values, strict=True))])
+    return Table("Controls; ✓ met, ✗ not met",
+                 ["Model", "Bits per byte below the compressor (≥ 25 %)",
+                  "Validation bits per byte gained since the first tenth (≥ 0.3)", "Syntax pairs (> 0.85)"], rows)
+
+
+def _models(records: Records) -> Table:
+    rows = []
+    for name, variant in records.params.variants.items():
+        metrics = records.metrics("pretrain", name)
+        geometry = records.params.model[variant.architecture]
+        rows.append([name, f"`{geometry.pattern}`", variant.precision.upper(), str(variant.seed),
+                     f"{metrics['parameters']:,.0f}", f"{metrics['tokens']:,.0f}", number(metrics["final_loss"]),
+                     number(metrics["validation_bits_per_byte"]), f"{metrics['tokens_per_second']:,.0f}",
+                     f"{metrics['train_seconds']:,.0f}", f"{metrics['peak_memory_gib']:.2f}"])
+    compress, model = records.metrics("compress"), records.compressed_model
+    rows.append(["compressed", f"`{model['pattern']}`", NONE, NONE, f"{compress['compressed_parameters']:,.0f}",
+                 f"{compress['distillation_tokens']:,.0f}", NONE,
+                 number(compress["validation_bits_per_byte_compressed"]), NONE, NONE, NONE])
+    return Table("Models", ["Model", "Layers (`M` Mamba-2, `*` attention, `-` FFN)", "Precision", "Seed",
+                            "Parameters", "Tokens", "Final loss", "Validation bits per byte", "Tokens/s", "Seconds",
+                            "Peak memory (GiB)"], rows, text_columns=3)
+
+
+def _validation(records: Records) -> Table:
+    names = list(records.validation)
+    curves = [records.validation[name]["all"] for name in names]
+    tokens = sorted({value for curve in curves for value in curve["tokens"]})
+    found = [dict(zip(curve["tokens"], curve["bits_per_byte"], strict=True)) for curve in curves]
+    rows = [[f"{value:,.0f}", *(number(curve[value]) if value in curve else NONE for curve in found)]
+            for value in tokens]
+    return Table("Validation bits per byte by tokens", ["Tokens", *names], rows)
+
+
+def _evaluation(records: Records) -> list[Block]:
+    models = [records.metrics("evaluate", name) for name in records.params.models]
+    domains = records.params.curate.domains
+    bits = [[name, number(metrics["bits_per_byte"]),
+             *(_with_error(metrics, f"bits_per_byte_{domain}") for domain in domains)]
+            for name, metrics in zip(records.params.models, models, strict=True)]
+    bits.append(["compressor", _same(models, "bits_per_byte_compressor"),
+                 *(_same(models, f"bits_per_byte_{domain}_compressor") for domain in domains)])
+    tasks = [[name, *(_with_error(metrics, f"{task}_accuracy") for task in TASKS)]
+             for name, metrics in zip(records.params.models, models, strict=True)]
+    tasks.append(["control (a compressor)", *(_same(models, f"{task}_accuracy_control") for task in TASKS)])
+    items = [f"{text}, {models[0][f'{task}_items']:,.0f} items" for task, text in TASKS.items()]
+    return [Table("Bits per byte of held-out text ± standard error; lower is better", ["Model", "All", *domains], bits),
+            Table("Accuracy ± standard error; higher is better", ["Model", *items], tasks)]
+
+
+def _compression(records: Records) -> list[Block]:
+    compress = records.metrics("compress")
+    rows = [
+        ["Parameters", f"{compress['parent_parameters']:,.0f}", f"{compress['compressed_parameters']:,.0f}", NONE],
+        ["Memory (GiB)", f"{compress['parent_memory_gib']:.4f}", f"{compress['compressed_memory_gib']:.4f}", NONE],
+        ["KL to the parent, just cut", NONE, number(compress["kl_parent_cut"]),
+         number(compress["kl_parent_random_cut"])],
+        ["KL to the parent, distilled", NONE, number(compress["kl_parent_compressed"]),
+         number(compress["kl_parent_random"])],
+        ["Agreement with the parent", NONE, number(compress["agreement_compressed"]),
+         number(compress["agreement_random"])],
+        ["Validation bits per byte",
+         *(number(compress[f"validation_bits_per_byte_{name}"]) for name in ("parent", "compressed", "random"))],
+    ]
+    scored = sorted((item for item in records.candidates if item.agreement is not None),
+                    key=lambda item: (not item.chosen, -(item.agreement or 0)))
+    candidates = [[f"`{item.pattern}`" + (" (chosen)" if item.chosen else ""), str(item.ffn_hidden_size),
+                   f"{item.parameters:,}", f"{1024 * item.memory_gib:.2f}",
+                   number(item.agreement or 0), NONE if item.kl_short is None else number(item.kl_short)]
+                  for item in scored]
+    layers = [[str(layer.index), f"`{layer.symbol}`", f"{layer.importance:.3g}"] for layer in records.importance]
+    return [
+        Table(f"Parent, compressed and random cut; budget {compress['budget_gib']:.4f} GiB",
+              ["", "Parent", "Compressed", "Random cut"], rows),
+        Table(f"Candidates scored, of {compress['candidates']:,.0f} under the budget",
+              ["Layers", "FFN width", "Parameters", "Memory (MiB)", "Agreement", "KL after short distillation"],
+              candidates),
+        Listing("Layer importance, every layer", "\n".join(" ".join(row).replace("`", "") for row in layers)),
+    ]
+
+
+def _inference(records: Records) -> list[Block]:
+    benchmark = records.metrics("benchmark")
+    rows, caches = [], []
+    for points in zip(*records.decode.values(), strict=True):
+        context = points[0].context
+        rows.append([f"{context:,}", *(f"{point.tokens_per_second:,.1f} ± "
+                                       f"{point.seconds_per_token_spread * point.tokens_per_second ** 2:,.1f}"
+                                       for point in points),
+                     f"{benchmark[f'decode_ratio_{context}']:.2f}",
+                     f"{benchmark[f'compressed_decode_ratio_{context}']:.2f}"])
+        caches.append([f"{context:,}", *(f"{point.cache_mib:,.2f}" for point in points)])
+    suffix = "_cache_mib_at_65536"
+    closed = [[f"`{name}`", f"{benchmark[f'{name}_parameters']:,.0f}", f"{benchmark[f'{name}_weights_gib']:,.1f}",
+               f"{benchmark[key]:,.0f}"]
+              for key in benchmark if key.endswith(suffix) for name in [key.removesuffix(suffix)]]
+    return [
+        Table("Decoding, measured: tokens/s ± spread over repeats",
+              ["Context", *records.decode, "hybrid / transformer", "compressed / hybrid"], rows),
+        Table("Cache of one sequence (MiB)", ["Context", *records.decode], caches),
+        Table("At the published sizes, in closed form (not measured)",
+              ["Model", "Parameters", "Weights (GiB)", "Cache at 65,536 tokens (MiB)"], closed),
+    ]
+
+
+def _funnel(records: Records) -> Table:
+    domains = list(dict.fromkeys(row.domain for row in records.funnel))
+    steps = list(dict.fromkeys(row.step for row in records.funnel))
+    cells = {(row.step, row.domain): row for row in records.funnel}
+    rows = []
+    for step in steps:
+        found = [cells.get((step, domain)) for domain in domains]
+        reasons: dict[str, int] = {}
+        for item in found:
+            for reason, count in (item.reasons if item else {}).items():
+                reasons[reason] = reasons.get(reason, 0) + count
+        most = sorted(reasons.items(), key=lambda pair: (-pair[1], pair[0]))[:4]
+        rows.append([step.replace("_", " "), ", ".join(f"{reason} {count:,}" for reason, count in most) or NONE,
+                     *(f"{item.documents:,} / {item.bytes / 1e6:.2f}" if item else NONE for item in found)])
+    return Table("Documents / MB left after each step",
+                 ["Step", "Removed or changed, most frequent reasons", *domains], rows, text_columns=2)
+
+
+def _record(stage: str, metrics: Metrics) -> Table:
+    rows = [[f"`{key}`", f"{value:,.6g}" if isinstance(value, float) else f"{value:,}"]
+            for key, value in metrics.items()]
+    return Table(f"Record of `{stage}`", ["Figure", "Value"], rows)
+
+
+def _export(records: Records) -> Table:
+    models = [records.metrics("export", name) for name in records.params.models]
+    keys = [key for key in models[0] if all(key in metrics for metrics in models)]
+    rows = [[name, *(f"{metrics[key]:,}" if isinstance(metrics[key], int) else f"{metrics[key]:.3g}" for key in keys)]
+            for name, metrics in zip(records.params.models, models, strict=True)]
+    return Table("Each model in both forms, compared", ["Model", *(key.replace("_", " ") for key in keys)], rows)
+
+
+def _stage_times(records: Records) -> Table:
+    rows = [[label, f"`{run.provenance.command}`", f"{run.provenance.wall_seconds:,.1f}",
+             f"{run.provenance.peak_memory_gib:.2f}", "yes" if run.provenance.resumed else "no"]
+            for label, run in records.runs.items()]
+    return Table("Every run", ["Stage", "Command", "Seconds", "Peak memory (GiB)", "Resumed"], rows, text_columns=2)
+
+
+def _provenance(records: Records) -> list[Block]:
+    runs = {label: run.provenance for label, run in records.runs.items()}
+    rows = []
+    for commit, digest in dict.fromkeys((run.commit, run.code_digest) for run in runs.values()):
+        made = [label for label, run in runs.items() if (run.commit, run.code_digest) == (commit, digest)]
+        rows.append([f"`{_commit(commit)}`", f"`{digest[:16]}`", _all_or(made, len(runs))])
+    versions = {f"{name} {version}" for run in runs.values() for name, version in run.versions.items()}
+    inputs: dict[tuple[str, str], list[str]] = {}
+    for label, run in runs.items():
+        for path, digest in run.inputs.items():
+            inputs.setdefault((path, digest), []).append(label)
+    read = [[f"`{path}`", f"`{digest[:16]}`", ", ".join(labels)] for (path, digest), labels in sorted(inputs.items())]
+    text = io.StringIO()
+    YAML().dump(records.params.model_dump(mode="json"), text)
+    return [
+        Table("Code", ["Commit", "Digest of the code", "Stages"], rows, text_columns=3),
+        Paragraph(f"Versions: {', '.join(sorted(versions))}."),
+        Table("Inputs and their SHA-256 (a path with two digests was read in two states)",
+              ["Input", "Digest", "Read by"], read, text_columns=3),
+        Listing("Parameters (`params.yaml`)".replace("`", ""), text.getvalue()),
+    ]
+
+
+# --- Words ------------------------------------------------------------------------------------------------------------
+
+
+def _figures(drawn: dict[str, Plot], *names: str) -> Figures:
+    return Figures([drawn[name] for name in names if name in drawn])
+
+
+def _with_error(metrics: Metrics, key: str) -> str:
+    return f"{number(metrics[key])} ± {number(metrics[f'{key}_stderr'])}"
+
+
+def _same(models: list[Metrics], key: str) -> str:
+    """The one value all models share, or its range."""
+    low, high = min(metrics[key] for metrics in models), max(metrics[key] for metrics in models)
+    return number(low) if low == high else f"{number(low)} to {number(high)}"
+
+
+def _all_or(labels: list[str], total: int) -> str:
+    return f"all {total}" if len(labels) == total else ", ".join(labels)
+
+
+def _short(value: float) -> str:
+    """1.65 million for 1,652,736."""
+    for size, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
+        if value >= size:
+            return f"{value / size:.3g} {word}"
+    return f"{value:,.0f}"
+
+
+def _commit(commit: str | None) -> str:
+    if commit is None:
+        return "not in git"
+    head, _, changes = commit.partition("+")
+    return head[:12] + ("+" + changes if changes else "")
+
+
+def _machine(machine: dict[str, object]) -> str:
+    parts = [str(machine["accelerator"])] if "accelerator" in machine else []
+    return ", ".join([*parts, str(machine["processor"]), f"{machine['cores']} cores", f"{machine['memory_gib']} GiB"])

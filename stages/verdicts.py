@@ -1,0 +1,202 @@
+"""Rules of the report: how a verdict follows from figures in the records.
+
+A comparison with a value that is not a number never holds.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+from statistics import fmean
+
+from stages.records import Curve, DecodePoint, Metrics, Records
+
+TASKS = {"syntax_pairs": "syntax pairs", "cloze": "cloze", "recall": "recall"}
+BITS_PER_BYTE_MARGIN = 0.01         # relative; of the order of the loss differences between architectures at this size
+FP8_LIMIT = 0.001                   # relative gap the paper reports as its upper bound
+PAPER_CONTEXT = 65_536
+BILLION = 1e9                       # parameters below which a speed says nothing about an 8B model's
+
+
+class Verdict(StrEnum):
+    HOLDS = "holds at this scale"
+    FAILS = "does not hold at this scale"
+    UNTESTED = "cannot be tested at this scale"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A figure of two models; `difference` is positive where the candidate is the better one."""
+
+    name: str
+    candidate: float
+    reference: float
+    difference: float
+    margin: float
+    informative: bool = True
+
+
+@dataclass(frozen=True)
+class Control:
+    """Whether a model learned anything: three figures and their thresholds."""
+
+    model: str
+    below_compressor: float         # share of the compressor's bits per byte saved
+    drop_since_first_tenth: float   # validation bits per byte
+    syntax_accuracy: float
+
+    @property
+    def met(self) -> tuple[bool, bool, bool]:
+        return self.below_compressor >= 0.25, self.drop_since_first_tenth >= 0.3, self.syntax_accuracy > 0.85
+
+
+def controls(records: Records) -> list[Control]:
+    """One row a pretrained model."""
+    rows = []
+    for name in records.params.variants:
+        evaluated, trained = records.metrics("evaluate", name), records.metrics("pretrain", name)
+        rows.append(Control(
+            name,
+            1 - evaluated["bits_per_byte"] / evaluated["bits_per_byte_compressor"],
+            trained["validation_bits_per_byte_first_tenth"] - trained["validation_bits_per_byte"],
+            evaluated["syntax_pairs_accuracy"],
+        ))
+    return rows
+
+
+PARITY_RULE = (
+    "Holds if nothing is worse by more than its margin. Bits per byte: 1 % or the spread over seeds, whichever is "
+    "larger. Accuracies: twice the standard error of the difference or the spread over seeds. A task at which both "
+    "models stay within two standard errors of the control is shown and not counted."
+)
+
+PARITY_AGAIN = "Holds if nothing is worse by more than its margin, as in the first claim."
+
+
+def seed_spread(records: Records, key: str) -> float | None:
+    """Largest minus smallest value of an evaluation figure over the seeds; None with a single seed."""
+    values = [records.metrics("evaluate", name)[key] for name in records.hybrid_seeds]
+    return max(values) - min(values) if len(values) > 1 else None
+
+
+def measures(records: Records, candidate: str, reference: str) -> list[Measure]:
+    """Bits per byte and task accuracies of two evaluated models with the margin each is judged by."""
+    ours, theirs = records.metrics("evaluate", candidate), records.metrics("evaluate", reference)
+    spread = seed_spread(records, "bits_per_byte") or 0.0
+    found = [Measure("bits per byte", ours["bits_per_byte"], theirs["bits_per_byte"],
+                     theirs["bits_per_byte"] - ours["bits_per_byte"],
+                     max(BITS_PER_BYTE_MARGIN * theirs["bits_per_byte"], spread))]
+    for task, name in TASKS.items():
+        key = f"{task}_accuracy"
+        error = math.hypot(ours[f"{key}_stderr"], theirs[f"{key}_stderr"])
+        margin = max(2 * error, seed_spread(records, key) or 0.0)
+        found.append(Measure(name, ours[key], theirs[key], ours[key] - theirs[key], margin,
+                             above_control(ours, key) or above_control(theirs, key)))
+    return found
+
+
+def above_control(metrics: Metrics, key: str) -> bool:
+    """Whether an accuracy differs from its no-training control by more than two standard errors."""
+    return abs(metrics[key] - metrics[f"{key}_control"]) > 2 * metrics[f"{key}_stderr"]
+
+
+def parity(found: list[Measure]) -> tuple[Verdict, str]:
+    """The verdict of PARITY_RULE."""
+    worse = [item for item in found if item.informative and not item.difference >= -item.margin]
+    if worse:
+        return Verdict.FAILS, "; ".join(f"{item.name} worse by {number(-item.difference)}, margin {number(item.margin)}"
+                                        for item in worse)
+    silent = [item.name for item in found if not item.informative]
+    counted = len(found) - len(silent)
+    left_out = f"; {' and '.join(silent)} at the control's level, not counted" if silent else ""
+    return Verdict.HOLDS, f"{counted} of {len(found)} measures counted, all within their margins{left_out}"
+
+
+def beats_compressor(metrics: Metrics) -> bool:
+    return metrics["bits_per_byte"] < metrics["bits_per_byte_compressor"]
+
+
+def decode_ratio(records: Records, prefix: str, model: str, other: str, context: int) -> tuple[float, float]:
+    """Recorded decode ratio at `context` and its spread, from the relative spreads of both timings."""
+    ratio = records.metrics("benchmark")[f"{prefix}_{context}"]
+    relative = math.hypot(*(relative_spread(records.decode[name], context) for name in (model, other)))
+    return ratio, ratio * relative
+
+
+def relative_spread(points: list[DecodePoint], context: int) -> float:
+    return next(point.seconds_per_token_spread * point.tokens_per_second for point in points
+                if point.context == context)
+
+
+def growth_verdict(shortest: tuple[float, float], longest: tuple[float, float], contexts: int) -> tuple[Verdict, str]:
+    """Verdict on (ratio, spread) at the shortest and the longest of `contexts` contexts."""
+    if contexts < 2:
+        return Verdict.UNTESTED, "decoding was measured at one context only"
+    low = longest[0] - longest[1]
+    if low > 1 and low > shortest[0] + shortest[1]:
+        return Verdict.HOLDS, f"at least {low:.2f} at the longest, at most {sum(shortest):.2f} at the shortest"
+    return Verdict.FAILS, f"{longest[0]:.2f} ± {longest[1]:.2f} at the longest, {shortest[0]:.2f} at the shortest"
+
+
+def speed_verdict(records: Records, prefix: str, threshold: float) -> tuple[Verdict, str]:
+    """Verdict on a speed ratio the paper measured with 8B and larger models on a GPU at 65,536 tokens."""
+    benchmark, key = records.metrics("benchmark"), f"{prefix}_{PAPER_CONTEXT}"
+    parameters = records.metrics("compress")["parent_parameters"]
+    lacking = [text for missing, text in (
+        (not records.accelerator, "on a CPU"),
+        (key not in benchmark, f"up to {records.decode['hybrid'][-1].context:,} tokens"),
+        (not parameters >= BILLION, f"with {parameters / 1e6:.3g} million parameters"),
+    ) if missing]
+    if lacking:
+        return Verdict.UNTESTED, f"measured {', '.join(lacking)}"
+    verdict = Verdict.HOLDS if benchmark[key] >= threshold else Verdict.FAILS
+    return verdict, f"{benchmark[key]:.2f} times at {PAPER_CONTEXT:,} tokens; {threshold:g} asked"
+
+
+def relative_gap(reference: Curve, other: Curve) -> list[tuple[float, float]]:
+    """(tokens, (reference - other) / reference in bits per byte) wherever both were evaluated, after the start.
+
+    The paper's sign: negative where `other` is the worse one.
+    """
+    others = dict(zip(other["tokens"], other["bits_per_byte"], strict=True))
+    return [(tokens, (value - others[tokens]) / value)
+            for tokens, value in zip(reference["tokens"], reference["bits_per_byte"], strict=True)
+            if tokens > 0 and tokens in others]
+
+
+def late_mean(gap: list[tuple[float, float]], absolute: bool = False) -> float:
+    """Mean of a gap over the second half of training; not a number where there is none."""
+    late = [abs(value) if absolute else value for tokens, value in gap if tokens > gap[-1][0] / 2]
+    return fmean(late) if late else math.nan
+
+
+def fp8_gaps(records: Records) -> dict[str, list[tuple[float, float]]]:
+    """Validation gap of the FP8 model and of every further seed to the first BF16 hybrid, by variant."""
+    if not records.hybrid_seeds:
+        return {}
+    reference, *repeats = records.hybrid_seeds
+    others = ([records.fp8] if records.fp8 else []) + repeats
+    return {name: relative_gap(records.validation[reference]["all"], records.validation[name]["all"])
+            for name in others}
+
+
+def fp8_loss_verdict(worse: float, noise: float | None) -> tuple[Verdict, str]:
+    """Verdict on FP8 being `worse` (relative) where two seeds differ by `noise`."""
+    if noise is None:
+        return Verdict.UNTESTED, "one seed only: no spread to judge by"
+    if not worse <= max(FP8_LIMIT, noise):
+        return Verdict.FAILS, f"worse by {percent(worse)}; two seeds differ by {percent(noise)}"
+    if not noise <= FP8_LIMIT:
+        return Verdict.UNTESTED, f"two seeds differ by {percent(noise)}, more than the 0.1 % in question"
+    return Verdict.HOLDS, f"worse by {percent(worse)}, at most 0.1 %"
+
+
+def number(value: float) -> str:
+    """Three decimals, with a true minus sign."""
+    return f"{value:.3f}".replace("-", "−")
+
+
+def percent(value: float, digits: int = 2) -> str:
+    """A share as a percentage, with a true minus sign."""
+    return f"{100 * value:.{digits}f} %".replace("-", "−")
