@@ -73,7 +73,7 @@ def maximal_cells(
         raise ModelError(
             f"compress.memory.budget_fraction: the smallest model the grid has ({least.mamba} Mamba-2, "
             f"{least.attention} attention, {least.ffn} FFN layers of width {least.ffn_hidden_size}) takes "
-            f"{size(least) / 2**30:.4g} GiB, the budget is {budget_bytes / 2**30:.4g} GiB.\n"
+            f"{size(least):,} bytes, the budget is {budget_bytes:,}.\n"
             f"Raise it above {share:.3f}, shorten compress.memory.context or add smaller ffn_widths."
         )
     return sorted(_maximal(least, most, widths, lambda cell: size(cell) <= budget_bytes))
@@ -97,9 +97,13 @@ def _maximal(least: Cell, most: Cell, widths: list[int], fits: Callable[[Cell], 
                 cell = _deepest(Cell(mamba, attention, least.ffn, width), most.ffn, fits)
                 if cell is None:
                     break                                      # wider ones do not fit either
-                steps = [cell._replace(mamba=mamba + 1)] * (mamba < most.mamba)
-                steps += [cell._replace(attention=attention + 1)] * (attention < most.attention)
-                steps += [cell._replace(ffn_hidden_size=wider[width])] * (width in wider)
+                steps = [
+                    cell._replace(mamba=mamba + 1),
+                    cell._replace(attention=attention + 1),
+                    cell._replace(ffn_hidden_size=wider.get(width, width)),
+                ]
+                steps = [step for step in steps if step != cell and step.mamba <= most.mamba
+                         and step.attention <= most.attention]
                 if not any(map(fits, steps)):
                     yield cell
 

@@ -83,7 +83,8 @@ def neuron_importance(
 
 def kept_share(importance: Tensor, width: int) -> float:
     """Share of a layer's summed neuron importance that its `width` most important neurons hold."""
-    return float(importance.topk(width).values.sum() / importance.sum().clamp_min(torch.finfo(torch.float64).tiny))
+    kept = importance[top_neurons(importance, width)].sum()
+    return float(kept / importance.sum()) if kept else 0.0
 
 
 def top_neurons(importance: Tensor, width: int) -> Tensor:

@@ -1,0 +1,110 @@
+"""Maximal candidates against a brute-force search, and the paper's own search as far as it is known."""
+
+import itertools
+import random
+
+import pytest
+import torch
+
+from model import costs
+from model.compression.candidates import Cell, keep_top_layers, maximal_cells, realise
+from model.compression.config import MemoryBudget
+from model.config import ModelConfig, ModelError
+from model.presets import PRESETS
+
+
+def budget(**changes) -> MemoryBudget:
+    values = {"context": 100, "batch": 1, "weight_bytes": 2, "kv_bytes": 2, "ssm_bytes": 4, "conv_bytes": 2}
+    return MemoryBudget(**(values | {"budget_fraction": 0.8} | changes))
+
+
+def parent(pattern: str, **changes) -> ModelConfig:
+    values = {
+        "hidden_size": 16, "ffn_hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2, "head_dim": 8,
+        "mamba_num_heads": 4, "mamba_head_dim": 8, "mamba_state_dim": 8, "mamba_num_groups": 2, "sequence_length": 32,
+        "vocab_size": 64,
+    }
+    return ModelConfig(pattern=pattern, **(values | changes))
+
+
+def brute_force(config, widths, least_attention, deployment, limit):
+    """Every cell that fits and that no other fitting cell is at least as large as in every direction."""
+    most = [config.pattern.count(symbol) for symbol in "M*-"]
+    low = [min(1, most[0]), min(max(1, least_attention), most[1]), min(1, most[2])]
+    ranges = [range(a, b + 1) for a, b in zip(low, most, strict=True)]
+    fitting = []
+    for m, a, f, width in itertools.product(*ranges, widths):
+        changes = {"pattern": "M" * m + "*" * a + "-" * f, "ffn_hidden_size": width}
+        if costs.memory(config.model_copy(update=changes), deployment).total <= limit:
+            fitting.append((m, a, f, width))
+    return sorted(
+        cell for cell in fitting
+        if not any(other != cell and all(x >= y for x, y in zip(other, cell, strict=True)) for other in fitting)
+    )
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_cells_equal_brute_force(seed):
+    draw = random.Random(seed)
+    pattern = "".join(draw.choice("M-M-*") for _ in range(draw.randint(6, 14))) + "-"
+    config = parent(pattern, ffn_hidden_size=draw.choice([48, 64]), hidden_size=draw.choice([8, 24]))
+    widths = draw.sample([16, 24, 32, 40, 48], 3)
+    deployment = budget(context=draw.choice([10, 500]), weight_bytes=draw.choice([0.5, 2]))
+    smallest = {"pattern": "".join(sorted(set(pattern))), "ffn_hidden_size": min(widths)}
+    least, most = (costs.memory(c, deployment).total for c in (config.model_copy(update=smallest), config))
+    limit = int(least + (most - least) * draw.uniform(0.05, 0.95))
+    expected = brute_force(config, widths, 1, deployment, limit)
+    assert [tuple(cell) for cell in maximal_cells(config, widths, 1, deployment, limit)] == expected
+    assert expected
+
+
+def test_the_papers_search_holds_nemotron_h_47b():
+    deployment = budget(context=1_000_000, weight_bytes=0.5, kv_bytes=1, ssm_bytes=2, conv_bytes=2)
+    widths = list(range(24_576, 32_769, 1024))
+    cells = maximal_cells(PRESETS["nemotron_h_56b"], widths, 1, deployment, int(31.7 * 2**30))
+    assert Cell(45, 5, 48, 30_720) in cells
+    # The paper speaks of about 400; with 30 to 54 Mamba-2 and FFN layers, the range it can have searched, it is 589.
+    assert len([cell for cell in cells if cell.mamba >= 30 and cell.ffn >= 30]) == 589
+
+
+def test_attention_is_not_cut_below_its_minimum():
+    config = parent("M-M-M-M*-M*-M*-", hidden_size=64)
+    deployment = budget(context=300)            # the cache is most of the memory: attention would go first
+    limit = int(costs.memory(config, deployment).total * 0.85)
+    assert min(cell.attention for cell in maximal_cells(config, [64], 1, deployment, limit)) < 3
+    assert all(cell.attention == 3 for cell in maximal_cells(config, [64], 3, deployment, limit))
+
+
+def test_a_budget_below_the_smallest_model_says_which_would_do():
+    config = parent("M*-M*-")
+    deployment = budget()
+    smallest = costs.memory(config.model_copy(update={"pattern": "M*-", "ffn_hidden_size": 32}), deployment).total
+    with pytest.raises(ModelError) as error:
+        maximal_cells(config, [32, 64], 1, deployment, smallest - 1)
+    wrong, cure = str(error.value).splitlines()
+    assert "budget_fraction" in wrong
+    share = float(cure.split()[3].rstrip(","))
+    assert share == pytest.approx(smallest / costs.memory(config, deployment).total, abs=6e-4)
+    assert maximal_cells(config, [32, 64], 1, deployment, smallest) == [Cell(1, 1, 1, 32)]
+
+
+def test_a_width_beyond_the_parents_is_refused():
+    with pytest.raises(ModelError, match="ffn_widths") as error:
+        maximal_cells(parent("M-"), [32, 65], 0, budget(), 10**9)
+    assert len(str(error.value).splitlines()) == 2
+
+
+def test_top_layers_are_kept_by_type_in_their_order():
+    importance = [0.9, 0.1, 0.2, 0.3, 0.4, 0.2, 0.2]
+    assert keep_top_layers("M-M*-M-", importance, {"M": 2, "*": 1, "-": 1}) == [0, 2, 3, 4]
+    assert keep_top_layers("M-M*-M-", importance, {"M": 1, "*": 0, "-": 3}) == [0, 1, 4, 6]
+
+
+def test_a_candidate_counts_what_is_kept():
+    config = parent("M-*-")
+    neurons = {1: torch.tensor([8.0, 0.0] + [1.0] * 2 + [0.0] * 60).double(), 3: torch.ones(64).double()}
+    found = realise(config, Cell(1, 1, 1, 1), [4.0, 2.0, 3.0, 1.0], neurons, budget())
+    assert found.layers == [0, 1, 2] and found.config.pattern == "M-*" and found.config.ffn_hidden_size == 1
+    assert found.importance == pytest.approx((4 + 2 * 8 / 10 + 3) / 10)
+    assert found.parameters == costs.parameters(found.config)
+    assert found.memory == costs.memory(found.config, budget())

@@ -1,0 +1,116 @@
+"""The distillation loss against PyTorch in float64, and the training's resume."""
+
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.compression.comparison import compare
+from model.compression.distill import ROWS, distill, forward_kl, learning_rate
+from model.compression.prune import cut
+from model.compression.resume import Pieces
+from model.hybrid_lm import HybridLM
+from tests.model.compression.conftest import silent
+
+
+def random_logits(tokens, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(tokens)
+    return [3 * torch.randn(tokens, 37, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2)]
+
+
+@pytest.mark.parametrize("tokens", [1, ROWS, 2 * ROWS + 3])
+def test_forward_kl_and_its_gradient_equal_pytorchs(tokens):
+    student, teacher = random_logits(tokens)
+    ours, theirs = student.clone().requires_grad_(), student.clone().requires_grad_()
+    (3 * forward_kl(ours, teacher)).backward()
+    expected = F.kl_div(theirs.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="sum") / tokens
+    (3 * expected).backward()
+    assert forward_kl(student, teacher).item() == pytest.approx(expected.item(), rel=1e-12)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-6)])
+def test_forward_kl_of_lower_precision_sums_in_float32(dtype, tolerance):
+    student, teacher = random_logits(50, dtype)
+    exact = forward_kl(student.double(), teacher.double())
+    loss = forward_kl(student.requires_grad_(), teacher)
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact.item(), rel=tolerance)
+    assert student.grad.dtype == dtype
+
+
+def test_forward_kl_is_forward():
+    """KL(teacher || student) punishes missing what the teacher allows, not the reverse."""
+    sharp, flat = torch.tensor([[8.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+    missing, spreading = forward_kl(sharp, flat), forward_kl(flat, sharp)
+    assert missing > 3 > 0.7 > spreading > 0
+    assert forward_kl(sharp, sharp) == 0
+    torch.testing.assert_close(forward_kl(sharp + 5, flat - 7), missing)
+
+
+def test_learning_rate_warms_up_and_falls_to_its_least(config):
+    rates = [learning_rate(config, step, 50) for step in range(50)]
+    assert rates[:5] == pytest.approx([4e-4, 8e-4, 1.2e-3, 1.6e-3, 2e-3])
+    assert rates[-1] == pytest.approx(2e-4) and rates[4:] == sorted(rates[4:], reverse=True)
+
+
+@pytest.fixture
+def students(parent):
+    neurons = {index: torch.arange(24) for index in (1, 4)}
+    return {"short": cut(*parent, [0, 1, 3, 4], neurons), "narrow": cut(*parent, [0, 1, 2, 3, 4], neurons)}
+
+
+def run(parent, students, data, config, directory, progress=silent):
+    directory.mkdir(exist_ok=True)
+    teacher = HybridLM.from_state(*parent)
+    return distill(
+        teacher, students, data.training, config.distillation_tokens, config, Pieces(directory), "run", progress
+    )
+
+
+def equal(one, other):
+    return one.curve == other.curve and all(
+        torch.equal(one.states[name][key], tensor)
+        for name, state in other.states.items() for key, tensor in state.items()
+    )
+
+
+def test_distillation_brings_the_student_closer(parent, students, data, config, tmp_path):
+    before = {name: {key: tensor.clone() for key, tensor in state.items()} for name, (_, state) in students.items()}
+    distilled = run(parent, students, data, config, tmp_path)
+    teacher = HybridLM.from_state(*parent)
+    for name, (geometry, state) in students.items():
+        assert all(torch.equal(before[name][key], state[key]) for key in state), "the start is left as it is"
+        models = {"cut": HybridLM.from_state(geometry, state),
+                  "distilled": HybridLM.from_state(geometry, distilled.states[name])}
+        close = compare(teacher, models, data.validation, 8, silent)
+        assert close["distilled"].kl < 0.7 * close["cut"].kl
+    assert [row[:3] for row in distilled.curve[:3]] == [("short", 1, 128), ("narrow", 1, 128), ("short", 2, 256)]
+    assert distilled.curve[-1][1:3] == (20, 20 * 128)
+
+
+def test_a_student_is_trained_the_same_alone_and_beside_another(parent, students, data, config, tmp_path):
+    together = run(parent, students, data, config, tmp_path / "both")
+    alone = run(parent, {"narrow": students["narrow"]}, data, config, tmp_path / "one")
+    assert all(torch.equal(alone.states["narrow"][key], tensor) for key, tensor in together.states["narrow"].items())
+
+
+@pytest.mark.parametrize("last_step", [3, 4, 10, 20])
+def test_a_killed_distillation_goes_on_with_the_same_result(parent, students, data, config, tmp_path, last_step):
+    class Killed(Exception):
+        pass
+
+    def kill(step, total, **figures):
+        if step == last_step:
+            raise Killed
+
+    unbroken = run(parent, students, data, config, tmp_path / "unbroken")
+    assert not (tmp_path / "unbroken" / "resumed").exists()
+    with pytest.raises(Killed):
+        run(parent, students, data, config, tmp_path / "killed", kill)
+    # A partial file left by a kill in the middle of writing must not be taken up.
+    (tmp_path / "killed" / ".run.partial").write_bytes(b"half")
+    assert equal(run(parent, students, data, config, tmp_path / "killed"), unbroken)
+    assert (tmp_path / "killed" / "resumed").exists() == (last_step >= config.checkpoint_every)
+    shutil.rmtree(tmp_path / "killed")

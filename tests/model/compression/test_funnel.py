@@ -1,0 +1,151 @@
+"""The whole search and distillation on a tiny parent: what it finds, and that a kill changes nothing."""
+
+import json
+
+import pytest
+import torch
+
+from model import costs
+from model.compression import funnel
+from model.compression.funnel import Weights, compress, evenly, random_cut
+from model.hybrid_lm import HybridLM
+from tests.model.compression.conftest import silent
+
+
+@pytest.fixture(scope="module")
+def planted(parent) -> Weights:
+    """The parent with layer 2 (Mamba-2) and layer 4 (FFN) writing nothing, and 16 dead neurons in the other FFNs."""
+    state = {name: tensor.clone() for name, tensor in parent.state.items()}
+    state["backbone.layers.2.mixer.out_proj.weight"].zero_()
+    state["backbone.layers.4.mixer.down_proj.weight"].zero_()
+    for index in (1, 6):
+        dead = torch.randperm(48, generator=torch.Generator().manual_seed(index))[:16]
+        state[f"backbone.layers.{index}.mixer.up_proj.weight"][dead] = 0
+    return Weights(parent.config, state)
+
+
+@pytest.fixture
+def tight(planted, config):
+    """A budget that the parent without its planted layers and neurons just meets."""
+    target = planted.config.model_copy(update={"pattern": "M-*M-", "ffn_hidden_size": 32})
+    target_bytes, parent_bytes = (costs.memory(c, config.memory).total for c in (target, planted.config))
+    memory = config.memory.model_copy(update={"budget_fraction": (target_bytes + 0.5) / parent_bytes})
+    return config.model_copy(update={"memory": memory})
+
+
+def test_the_funnel_finds_what_does_not_matter(planted, data, tight, tmp_path):
+    result = compress(planted, data, tight, 1, tmp_path, silent)
+    metrics = result.metrics
+    winner = result.candidates[0]
+    assert winner["pattern"] == "M-*M-" and winner["ffn_hidden_size"] == 32 and winner["chosen"]
+    assert result.layers["compressed"] == [0, 1, 3, 5, 6]
+    assert winner["importance"] == pytest.approx(1.0, abs=1e-9) and winner["agreement"] == 1.0
+    assert metrics["kl_parent_cut"] < 1e-6
+    assert metrics["kl_parent_random_cut"] > 0.05
+    assert metrics["kl_parent_random"] < metrics["kl_parent_random_cut"]
+    assert metrics["agreement_compressed"] > metrics["agreement_random"]
+    assert metrics["compressed_memory_gib"] <= metrics["budget_gib"] < metrics["parent_memory_gib"]
+    for name in ("compressed", "random"):
+        weights = result.models[name]
+        assert weights.config.pattern.count("M") == 2 and weights.config.ffn_hidden_size == 32
+        assert sum(tensor.numel() for tensor in weights.state.values()) == metrics["compressed_parameters"]
+        HybridLM.from_state(*weights)
+    assert result.models["compressed"].config.pattern == "M-*M-"
+
+
+def test_the_records_have_what_the_report_reads(planted, data, config, tmp_path):
+    result = compress(planted, data, config, 1, tmp_path, silent)
+    json.dumps([result.importance, result.candidates, result.metrics])
+    assert [layer["symbol"] for layer in result.importance["layers"]] == list("M-M*-M-")
+    assert [entry["index"] for entry in result.importance["ffn"]] == [1, 4, 6]
+    shares = result.importance["ffn"][0]["kept_share_of_importance"]
+    assert list(shares) == ["16", "24", "28", "32", "48"] and shares["24"] < shares["32"] <= shares["48"] == 1.0
+    candidates = result.candidates
+    assert len(candidates) == result.metrics["candidates"] > config.ranked_by_agreement
+    assert [candidate["rank"] for candidate in candidates] == list(range(1, len(candidates) + 1))
+    assert [candidate["kl_short"] is not None for candidate in candidates[:3]] == [True, True, False]
+    assert candidates[0]["kl_short"] <= candidates[1]["kl_short"]
+    compared = [candidate["agreement"] for candidate in candidates if candidate["agreement"] is not None]
+    assert len(compared) == config.ranked_by_agreement and min(compared[:2]) >= max(compared[2:])
+    assert [candidate["chosen"] for candidate in candidates] == [True] + [False] * (len(candidates) - 1)
+    left = [candidate["importance"] for candidate in candidates if candidate["agreement"] is None]
+    assert left == sorted(left, reverse=True)
+    assert {row[0] for row in result.curve} == {"compressed", "random"}
+    assert len(result.curve) == 40 and result.metrics["distillation_tokens"] == result.curve[-1][2] == 20 * 128
+    # Two bytes a token: bits per byte of the parent are half its loss in bits.
+    with torch.no_grad():
+        logits = HybridLM.from_state(*planted)(data.validation[:, :-1])
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).double(), data.validation[:, 1:].flatten())
+    assert result.metrics["validation_bits_per_byte_parent"] == pytest.approx(loss.item() / 2 / 0.693147181, rel=1e-5)
+
+
+def test_the_random_control_is_drawn_by_its_seed_alone(planted):
+    shape = planted.config.model_copy(update={"pattern": "M-*-", "ffn_hidden_size": 32})
+    drawn = [random_cut(planted, shape, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2, 3, 4)]
+    assert drawn[0][0] == drawn[1][0]
+    assert all(torch.equal(tensor, drawn[1][1].state[name]) for name, tensor in drawn[0][1].state.items())
+    assert len({tuple(layers) for layers, _ in drawn}) > 1
+    for layers, weights in drawn:
+        assert sorted(weights.config.pattern) == sorted("M-*-") and layers == sorted(layers)
+        first = next(index for index in layers if planted.config.pattern[index] == "-")
+        rows = weights.state[f"backbone.layers.{layers.index(first)}.mixer.up_proj.weight"]
+        original = planted.state[f"backbone.layers.{first}.mixer.up_proj.weight"]
+        assert rows.shape == (32, 32) and all((row == original).all(1).any() for row in rows)
+
+
+def test_sequences_are_taken_evenly():
+    sequences = torch.arange(10)[:, None]
+    assert evenly(sequences, 4).flatten().tolist() == [0, 2, 5, 7]
+    assert evenly(sequences, 99).flatten().tolist() == list(range(10))
+
+
+def test_a_kill_anywhere_changes_nothing(planted, data, config, tmp_path):
+    class Killed(Exception):
+        pass
+
+    calls = 0
+
+    def count(*_, **__):
+        nonlocal calls
+        calls += 1
+
+    short = config.model_copy(update={"distillation_tokens": 6 * 128, "checkpoint_every": 2})
+    (tmp_path / "unbroken").mkdir()
+    unbroken = compress(planted, data, short, 1, tmp_path / "unbroken", count)
+    total, left = calls, 0
+
+    def kill_after_a_while(*_, **__):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise Killed
+
+    (tmp_path / "killed").mkdir()
+    kills = 0
+    while True:
+        left = total // 4 + kills           # falls into another piece each time
+        try:
+            resumed = compress(planted, data, short, 1, tmp_path / "killed", kill_after_a_while)
+            break
+        except Killed:
+            kills += 1
+    assert kills >= 2 and (tmp_path / "killed" / "resumed").exists()
+    assert resumed.metrics == unbroken.metrics
+    assert resumed.candidates == unbroken.candidates and resumed.curve == unbroken.curve
+    for name, weights in unbroken.models.items():
+        assert all(torch.equal(resumed.models[name].state[key], tensor) for key, tensor in weights.state.items())
+
+
+def test_importance_beats_chance(parent, data, config, tmp_path):
+    """On the trained parent itself: the chosen cut is closer than the mean of random cuts of its shape."""
+    result = compress(parent, data, config, 1, tmp_path, silent)
+    teacher = HybridLM.from_state(*parent)
+    shape = result.models["compressed"].config
+    models = {
+        str(seed): HybridLM.from_state(*random_cut(parent, shape, torch.Generator().manual_seed(seed))[1])
+        for seed in range(8)
+    }
+    close = funnel.compare(teacher, models, data.validation, 8, silent)
+    mean = sum(value.kl for value in close.values()) / len(close)
+    assert result.metrics["kl_parent_cut"] < 0.6 * mean
+    assert result.metrics["kl_parent_compressed"] < result.metrics["kl_parent_cut"]
