@@ -1,0 +1,287 @@
+"""Our models under lm-evaluation-harness, offline: an adapter for `HybridLM` and the tasks of the default corpus.
+
+The harness (EleutherAI, 0.4) does what it is good at: requests, metrics, standard errors. `HarnessLM` answers its
+log-likelihood requests with the numbers its own Hugging Face adapter gives, several times faster: choices that share a
+context are scored in one pass, and logits are made only where they are asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from lm_eval.api.instance import Instance
+from lm_eval.api.metrics import bits_per_byte, bootstrap_stderr
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.evaluator import evaluate as harness_evaluate
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tokenizers import Tokenizer
+
+from model import hub
+from model.config import ModelError
+from model.hybrid_lm import HybridLM
+
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16_384}        # on a CPU, what stays in its cache is fastest
+BOOTSTRAP_SAMPLES = 1000
+SAMPLES_SHOWN = 5               # items a task in the samples
+
+Pair = tuple[list[int], list[int]]                  # tokens of the context, tokens to be scored after it
+Score = tuple[float, bool]                          # log-likelihood in nats, whether each token was the likeliest
+
+
+class HarnessLM(TemplateLM):
+    """A causal language model as the harness sees it.
+
+    Args:
+        model: the weights, on the device that is to run them.
+        tokenizer: the exported tokenizer; text that spells a special token is encoded as text.
+        eot_token_id: id that ends a document, and stands before its first token.
+        max_length: tokens of context a prediction may see; longer requests lose their beginning.
+        scratch: directory for scores of finished batches; a later run with the same requests goes on from them.
+        progress: `progress(step, total)`, counted in scored continuations or windows.
+    """
+
+    def __init__(
+        self,
+        model: HybridLM,
+        tokenizer: Tokenizer,
+        eot_token_id: int,
+        max_length: int,
+        scratch: Path | None = None,
+        progress: Callable[[int, int], None] = lambda step, total: None,
+    ):
+        super().__init__()
+        self.model = model.eval()
+        self._device = next(model.parameters()).device
+        self.encoder = tokenizer
+        self.encoder.encode_special_tokens = True
+        self.max_length = max_length
+        self.scratch, self.progress = scratch, progress
+        self._eot_token_id = eot_token_id
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._eot_token_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        return self.encoder.encode(string, add_special_tokens=False).ids
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[Score]:
+        """(log-likelihood in nats, greedy) of each request's continuation; the parent splits context from it."""
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        raise ModelError(
+            "A task asks for generated text; this adapter only scores text.\n"
+            "Use log-likelihood tasks, or lm-eval's own `hf` model on the exported directory."
+        )
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood in nats of each whole text, in disjoint windows of `max_length` tokens."""
+        windows: list[Pair] = []
+        owners: list[int] = []
+        for number, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            for window in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1):
+                windows.append(make_disjoint_window(window))
+                owners.append(number)
+        totals = [0.0] * len(requests)
+        for owner, (score, _) in zip(owners, self._scores("rolling", windows), strict=True):
+            totals[owner] += score
+        return totals
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
+    ) -> list[Score]:
+        return self._scores("choices", [(context, continuation) for _, context, continuation in requests])
+
+    def _scores(self, kind: str, pairs: Sequence[Pair]) -> list[Score]:
+        """Score of each pair. Batches finished by an interrupted run are read from `scratch`."""
+        if any(not context or not 0 < len(continuation) <= self.max_length for context, continuation in pairs):
+            raise ModelError(
+                f"A request has no context, nothing to score, or more to score than {self.max_length} tokens.\n"
+                "Raise `evaluate.context_tokens`, or mend the task."
+            )
+        inputs = [(context + continuation)[-(self.max_length + 1) : -1] for context, continuation in pairs]
+        scores: dict[int, Score] = {}
+        for number, batch in enumerate(self._batches(inputs)):
+            piece = self.scratch / f"{kind}-{number:06d}.json" if self.scratch else None
+            if piece and piece.exists():
+                finished = [(index, (score, greedy)) for index, score, greedy in json.loads(piece.read_text())]
+                piece.with_name("resumed").touch()
+            else:
+                finished = self._batch_scores(batch, inputs, pairs)
+                if piece:
+                    partial = piece.with_suffix(".partial")
+                    partial.write_text(json.dumps([(index, *score) for index, score in finished]))
+                    partial.rename(piece)
+            scores.update(finished)
+            self.progress(len(scores), len(pairs))
+        return [scores[index] for index in range(len(pairs))]
+
+    def _batches(self, inputs: Sequence[list[int]]) -> Iterator[list[list[int]]]:
+        """Indices of `inputs`, grouped into rows (inputs that begin one another), rows into batches, longest first.
+
+        In a row the last index is the longest input: scoring it scores the others too, as the model is causal.
+        """
+        rows: list[list[int]] = []
+        for index in sorted(range(len(inputs)), key=lambda index: inputs[index]):
+            if rows and inputs[rows[-1][-1]] == inputs[index][: len(inputs[rows[-1][-1]])]:
+                rows[-1].append(index)
+            else:
+                rows.append([index])
+        rows.sort(key=lambda row: (-len(inputs[row[-1]]), row))
+        while rows:
+            size = max(1, BATCH_TOKENS[self._device.type] // len(inputs[rows[0][-1]]))
+            yield rows[:size]
+            rows = rows[size:]
+
+    @torch.inference_mode()
+    def _batch_scores(
+        self, batch: list[list[int]], inputs: Sequence[list[int]], pairs: Sequence[Pair]
+    ) -> list[tuple[int, Score]]:
+        """(index, score) of every pair in the batch. Rows are padded on the right: nothing before the pad sees it."""
+        ids = torch.zeros(len(batch), len(inputs[batch[0][-1]]), dtype=torch.int64)
+        asked: list[tuple[int, int, int]] = []          # row, position, the token that follows there
+        lengths = []
+        indices = [index for row in batch for index in row]
+        for number, row in enumerate(batch):
+            ids[number, : len(inputs[row[-1]])] = torch.tensor(inputs[row[-1]])
+            for index in row:
+                target, end = pairs[index][1], len(inputs[index])
+                asked += zip([number] * len(target), range(end - len(target), end), target, strict=True)
+                lengths.append(len(target))
+        rows, positions, targets = torch.tensor(asked, device=self._device).unbind(-1)
+        hidden = self.model.backbone(ids.to(self._device))[rows, positions]
+        predicted = self.model.lm_head(hidden).float().log_softmax(-1)
+        likelihoods = predicted.gather(-1, targets[:, None])[:, 0].cpu().split(lengths)
+        hits = (predicted.argmax(-1) == targets).cpu().split(lengths)
+        scores = [(part.sum().item(), bool(hit.all())) for part, hit in zip(likelihoods, hits, strict=True)]
+        return list(zip(indices, scores, strict=True))
+
+
+def load(directory: Path, max_length: int, **options: Any) -> HarnessLM:
+    """The model and tokenizer of an exported Hub directory, on the GPU if there is one. Raises ModelError."""
+    config, state = hub.load(directory)
+    path = directory / "tokenizer.json"
+    if not path.exists():
+        raise ModelError(f"{path}: not found.\nGive a directory that the `export` stage wrote.")
+    model = HybridLM.from_state(config, state).to("cuda" if torch.cuda.is_available() else "cpu")
+    eot_token_id = json.loads((directory / "config.json").read_text())["eos_token_id"]
+    return HarnessLM(model, Tokenizer.from_file(str(path)), eot_token_id, max_length, **options)
+
+
+class LocalTask(ConfigurableTask):
+    """A task of the harness over rows in memory."""
+
+    def __init__(self, config: dict[str, Any], rows: Sequence[Mapping[str, Any]]):
+        self.rows = list(rows)
+        super().__init__(config={**config, "test_split": "test", "target_delimiter": ""})
+
+    def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        self.dataset = {"test": Dataset.from_list(self.rows)}
+
+
+def text_task(name: str, rows: Sequence[Mapping[str, Any]]) -> LocalTask:
+    """Bits per byte of rows with `text`."""
+    metric = {"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False}
+    return LocalTask(
+        {
+            "task": name,
+            "output_type": "loglikelihood_rolling",
+            "doc_to_text": "",
+            "doc_to_target": "text",
+            "metric_list": [metric],
+        },
+        rows,
+    )
+
+
+def choice_task(name: str, rows: Sequence[Mapping[str, Any]]) -> LocalTask:
+    """Accuracy at rows with `context`, `choices` and the index `answer`: the likeliest choice wins."""
+    return LocalTask(
+        {
+            "task": name,
+            "output_type": "multiple_choice",
+            "doc_to_text": "context",
+            "doc_to_choice": "choices",
+            "doc_to_target": "answer",
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        },
+        rows,
+    )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`metrics`: flat figures; `samples`: for each task a few items with what the model made of them."""
+
+    metrics: dict[str, float]
+    samples: dict[str, list[dict[str, Any]]]
+
+
+def evaluate(
+    model: TemplateLM,
+    texts: Mapping[str, Sequence[Mapping[str, Any]]],
+    choices: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> Evaluation:
+    """Run the harness over `texts[domain]` (rows of `text_task`) and `choices[task]` (rows of `choice_task`).
+
+    Metrics: `bits_per_byte_DOMAIN` with `_stderr` (bootstrap over documents), `bits_per_byte` over all bytes,
+    `TASK_accuracy` with `_stderr`; all but the overall one as the harness computes them.
+    """
+    domains = {f"bits_per_byte_{domain}": rows for domain, rows in texts.items()}
+    tasks = {name: text_task(name, rows) for name, rows in domains.items()}
+    tasks |= {name: choice_task(name, rows) for name, rows in choices.items()}
+    outcome = harness_evaluate(model, {"tasks": tasks, "groups": {}}, bootstrap_iters=BOOTSTRAP_SAMPLES)
+    results, samples = outcome["results"], outcome["samples"]
+    metrics: dict[str, float] = {}
+    everything: list[tuple[float, int]] = []            # log-likelihood, bytes
+    for name in domains:
+        scored = [sample["bits_per_byte"] for sample in samples[name]]
+        metrics[name] = float(results[name]["bits_per_byte,none"])
+        metrics[f"{name}_stderr"] = _bootstrap_stderr(scored)
+        everything += scored
+    metrics["bits_per_byte"] = bits_per_byte(everything)
+    for name in choices:
+        metrics[f"{name}_accuracy"] = float(results[name]["acc,none"])
+        metrics[f"{name}_accuracy_stderr"] = float(results[name]["acc_stderr,none"])
+        metrics[f"{name}_items"] = len(samples[name])
+    shown = {name: [_text_sample(sample) for sample in samples[name][:SAMPLES_SHOWN]] for name in domains}
+    shown |= {name: [_choice_sample(sample) for sample in samples[name][:SAMPLES_SHOWN]] for name in choices}
+    return Evaluation(metrics, shown)
+
+
+def _bootstrap_stderr(scored: list[tuple[float, int]]) -> float:
+    """The harness has a bootstrap but does not apply it to bits per byte."""
+    os.environ["DISABLE_MULTIPROC"] = "1"               # it would fork a pool for a millisecond's work
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return float(bootstrap_stderr(bits_per_byte, scored, iters=BOOTSTRAP_SAMPLES))
+
+
+def _text_sample(sample: dict[str, Any]) -> dict[str, Any]:
+    document = sample["doc"]
+    figure = bits_per_byte([sample["bits_per_byte"]])
+    return {"id": document["id"], "text": document["text"][:500], "bits_per_byte": round(figure, 4)}
+
+
+def _choice_sample(sample: dict[str, Any]) -> dict[str, Any]:
+    document = sample["doc"]
+    scores = [score for score, _ in sample["filtered_resps"]]
+    return {
+        "id": document["id"],
+        "context": document["context"],
+        "choices": document["choices"],
+        "log_likelihoods": [round(score, 4) for score in scores],
+        "answer": document["answer"],
+        "chosen": scores.index(max(scores)),
+    }

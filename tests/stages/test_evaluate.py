@@ -1,0 +1,113 @@
+"""The evaluate stage as a user runs it: records, offline, and a run that is killed and goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_corpus import ROOT, run, write_params
+
+from data_pipeline import fast_tokenizer, tokenizer
+from data_pipeline.config import TokenizerConfig
+from model import hub
+from model.hybrid_lm import HybridLM
+from stages.params import load_params
+from tests.data_pipeline.small_corpus import write_curated
+
+NAMES = ("hybrid-bf16", "transformer-bf16")
+COMMAND = ("-m", "stages.evaluate", "--variant")
+SIZES = {
+    "evaluate.items_per_task": 16,
+    "evaluate.bits_per_byte_kilobytes": 10,
+    "evaluate.context_tokens": 96,
+    "evaluate.recall_pairs": 4,
+    "tokenizer.vocab_size": 512,
+}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with curated text and two exported models with random weights."""
+    directory = tmp_path_factory.mktemp("evaluate")
+    write_params(directory, **SIZES)
+    curated = write_curated(directory / "data/tiny/curated")
+    tokens = directory / "data/tiny/tokenizer"
+    tokens.mkdir()
+    tokenizer.train(curated, TokenizerConfig(vocab_size=512, training_megabytes=1), 1, tokens)
+    params = load_params(directory / "params.yaml")
+    torch.manual_seed(5)
+    for name in NAMES:
+        config = params.model_of(name)
+        exported = directory / "data/tiny/hub" / name
+        hub.save(exported, config, HybridLM(config).state_dict(), {}, "float32")
+        fast_tokenizer.export(tokens / "tokenizer.model", exported)
+    return directory
+
+
+def records(directory: Path, name: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """metrics.json, samples.json, provenance.json."""
+    there = directory / "runs/tiny/evaluate" / name
+    metrics, samples, provenance = (
+        json.loads((there / f"{part}.json").read_text()) for part in ("metrics", "samples", "provenance")
+    )
+    return metrics, samples, provenance
+
+
+def test_records_of_two_models(prepared: Path) -> None:
+    for name in NAMES:
+        done = run(prepared, *COMMAND, name)
+        assert done.stdout.startswith("step "), done.stdout
+        assert not done.stderr, "no bars or warnings where nobody looks"
+    metrics, samples, provenance = records(prepared, NAMES[0])
+    other, _, _ = records(prepared, NAMES[1])
+    expected = {f"{task}_{key}" for task in ("syntax_pairs", "cloze", "recall")
+                for key in ("accuracy", "accuracy_stderr", "accuracy_control", "items")}
+    suffixes = ("", "_stderr", "_compressor")
+    expected |= {f"bits_per_byte_{domain}{suffix}" for domain in ("code", "docs") for suffix in suffixes}
+    expected |= {"bits_per_byte", "bits_per_byte_compressor", "items_refused", "items_digest"}
+    assert set(metrics) == expected
+    assert metrics["items_digest"] == other["items_digest"]
+    same = {key for key in metrics if metrics[key] == other[key]}
+    assert {"bits_per_byte_compressor", "cloze_accuracy_control", "recall_items"} <= same
+    assert metrics["bits_per_byte"] != other["bits_per_byte"]
+    assert 2 < metrics["bits_per_byte"] < 12
+    assert metrics["cloze_items"] == 16
+    assert {len(examples) > 0 for examples in samples.values()} == {True}
+    assert set(provenance["inputs"]) == {"data/tiny/curated", f"data/tiny/hub/{NAMES[0]}"}
+    assert not provenance["resumed"]
+    assert not list((prepared / ".scratch").glob("evaluate-*-*/*")), "resume state is gone"
+
+
+def test_killed_run_goes_on_with_the_same_results(prepared: Path) -> None:
+    unbroken, samples, _ = records(prepared, NAMES[0])
+    (prepared / f"runs/tiny/evaluate/{NAMES[0]}/metrics.json").unlink()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, *COMMAND, NAMES[0]], cwd=prepared, env=environment, stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while not list(prepared.glob(".scratch/evaluate-*/rolling-000001.json")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (prepared / f"runs/tiny/evaluate/{NAMES[0]}/metrics.json").exists()
+    run(prepared, *COMMAND, NAMES[0])
+    metrics, resumed_samples, provenance = records(prepared, NAMES[0])
+    assert provenance["resumed"]
+    assert metrics == unbroken
+    assert resumed_samples == samples
+
+
+def test_what_is_missing_is_named(prepared: Path) -> None:
+    done = run(prepared, *COMMAND, "compressed", check=False)
+    assert done.returncode == 1
+    assert "stage `export@compressed` writes it" in done.stderr
