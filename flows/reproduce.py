@@ -175,9 +175,9 @@ def main() -> None:
     if options.profile:
         resolve(options.profile)                  # a wrong name need not wait for Prefect
     signal.signal(signal.SIGTERM, _interrupt)
+    server.end_orphans()
     url = server.running()
-    if url:
-        print(f"Watch this run at {url}", flush=True)
+    print(f"Watch this run at {url}" if url else "Starting a temporary Prefect server ...", flush=True)
     try:
         with temporary_settings({PREFECT_API_URL: f"{url}/api"}) if url else contextlib.nullcontext():
             reproduce(options.profile, options.stages, return_state=True).result()

@@ -47,6 +47,18 @@ def _healthy(url: str) -> bool:
         return False
 
 
+def end_orphans() -> None:
+    """End temporary servers of this repository whose flow was killed before it could."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if (
+                process.ppid() == 1
+                and "prefect.server.api.server:create_app" in process.cmdline()
+                and process.environ().get("PREFECT_HOME") == str(PREFECT_HOME)
+            ):
+                process.terminate()
+
+
 @contextlib.contextmanager
 def serve_pages(port: int) -> Iterator[str]:
     """A Prefect server on 127.0.0.1 for the length of the block; its URL. SystemExit when the port is taken."""

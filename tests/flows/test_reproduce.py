@@ -32,35 +32,11 @@ def states(repository: Path) -> dict[str, list[str]]:
     return found
 
 
-def test_failure_resumption_and_cached_stages(repository: Path, reproduce: Reproduce) -> None:
-    (repository / "break-second-left").touch()
-    broken = reproduce()
-    assert broken.returncode == 1, broken.stdout + broken.stderr
-    summary, _, failure = broken.stdout.rstrip().rpartition("\n\n")
-    assert results(summary) == {"first": "ran", "second@left": "failed", "second@right": "ran", "last": "not run"}
-    assert failure.splitlines() == [
-        "second@left: values.csv: column `loss` is missing. Run `dvc repro first` again.",
-        "Log: logs/second@left.log. Run the same command again: it resumes.",
-    ]
-    assert states(repository)["last"] == ["NotReady"]
-
-    (repository / "break-second-left").unlink()
-    mended = reproduce()
-    assert mended.returncode == 0, mended.stdout + mended.stderr
-    assert results(mended.stdout) == {"first": "cached", "second@left": "ran", "second@right": "cached", "last": "ran"}
-    found = states(repository)
-    assert found["first"] == ["Completed", "Cached"] and found["second@left"] == ["Failed", "Completed"]
-    with sqlite3.connect(repository / ".prefect/prefect.db") as database:
-        keys = {key for (key,) in database.execute("select key from artifact")}
-    assert {"plan", "progress-first", "progress-second-left"} <= keys
-
-
-def test_termination_stops_everything_and_the_next_run_resumes(
-    repository: Path, environment: dict[str, str], reproduce: Reproduce
-) -> None:
+def stop_in(stage: str, repository: Path, environment: dict[str, str]) -> None:
+    """Start the flow, terminate it as `stage` has come to its second step, and see that nothing is left."""
     command = [sys.executable, "-m", "flows.reproduce"]
     flow = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    log = repository / "logs/second@left.log"
+    log = repository / f"logs/{stage}.log"
     deadline = time.monotonic() + 90
     while not (log.exists() and "step 2/" in log.read_text()):
         assert flow.poll() is None and time.monotonic() < deadline
@@ -75,11 +51,37 @@ def test_termination_stops_everything_and_the_next_run_resumes(
     assert alive == []
     assert (repository / ".dvc/tmp/rwlock").read_text() in ("", "{}")
 
-    again = reproduce()
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert results(again.stdout)["first"] == "cached"
-    resumed = re.findall(r"second-left from (\d+)", (repository / "history").read_text())
+
+def test_a_run_that_fails_is_stopped_and_ends_well(
+    repository: Path, environment: dict[str, str], reproduce: Reproduce
+) -> None:
+    (repository / "break-second-right").touch()
+    broken = reproduce()
+    assert broken.returncode == 1, broken.stdout + broken.stderr
+    summary, _, failure = broken.stdout.rstrip().rpartition("\n\n")
+    assert results(summary) == {"first": "ran", "second@left": "ran", "second@right": "failed", "last": "ran"}
+    assert failure.splitlines() == [
+        "second@right: values.csv: column `loss` is missing. Run `dvc repro first` again.",
+        "Log: logs/second@right.log. Run the same command again: it resumes.",
+    ]
+
+    (repository / "break-second-right").unlink()
+    stop_in("second@right", repository, environment)
+
+    (repository / "second-left.txt").unlink()
+    mended = reproduce()
+    assert mended.returncode == 0, mended.stdout + mended.stderr
+    assert results(mended.stdout) == {
+        "first": "cached", "second@left": "restored", "second@right": "ran", "last": "cached"
+    }
+    resumed = re.findall(r"second-right from (\d+)", (repository / "history").read_text())
     assert resumed[0] == "0" and int(resumed[1]) >= 2
+    found = states(repository)
+    assert [found[stage][0] for stage in ("first", "second@right")] == ["Completed", "Failed"]
+    assert [found[stage][-1] for stage in ("first", "second@right")] == ["Cached", "Completed"]
+    with sqlite3.connect(repository / ".prefect/prefect.db") as database:
+        keys = {key for (key,) in database.execute("select key from artifact")}
+    assert {"plan", "progress-first", "progress-second-left"} <= keys
 
 
 def test_what_cannot_start_says_so_in_two_lines(reproduce: Reproduce) -> None:

@@ -1,0 +1,124 @@
+"""dvc.yaml against the code: each stage depends on exactly the files and parameters it uses."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from stages.params import Params
+
+ROOT = Path(__file__).resolve().parents[1]
+FIRST_PARTY = ("stages", "data_pipeline", "model", "kernels")
+# The frame around every stage: it checks parameters and words errors, and changes no result.
+FRAME = {
+    ROOT / "stages/common.py",
+    ROOT / "stages/params.py",
+    ROOT / "data_pipeline/config.py",
+    ROOT / "model/compression/config.py",
+}
+STAGES: dict[str, dict[str, Any]] = {
+    name: stage.get("do", stage) for name, stage in YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"].items()
+}
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Dotted names a module may import, wherever the statement stands, except for type checkers alone."""
+    if isinstance(tree, ast.If) and "TYPE_CHECKING" in ast.unparse(tree.test):
+        return
+    if isinstance(tree, ast.Import):
+        yield from (alias.name for alias in tree.names)
+    elif isinstance(tree, ast.ImportFrom) and tree.module:
+        assert tree.level == 0, "first-party imports are absolute"
+        yield tree.module
+        yield from (f"{tree.module}.{alias.name}" for alias in tree.names)
+    for child in ast.iter_child_nodes(tree):
+        yield from imports(child)
+
+
+def files_of(module: str) -> Iterator[Path]:
+    """The module's own file and the __init__ files of its packages, where there are any."""
+    parts = module.split(".")
+    for end in range(1, len(parts) + 1):
+        path = ROOT.joinpath(*parts[:end])
+        for file in (path / "__init__.py", path.with_suffix(".py")):
+            if file.is_file():
+                yield file
+
+
+def closure(file: Path) -> set[Path]:
+    """First-party files that running `file` may execute, the frame and empty files left out."""
+    found: set[Path] = set()
+    waiting = [file]
+    while waiting:
+        file = waiting.pop()
+        if file in found or file in FRAME:
+            continue
+        found.add(file)
+        for name in imports(ast.parse(file.read_text())):
+            if name.split(".")[0] in FIRST_PARTY:
+                waiting += files_of(name)
+    return {file for file in found if not only_a_docstring(file)}
+
+
+def only_a_docstring(file: Path) -> bool:
+    body = ast.parse(file.read_text()).body
+    return all(isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant) for statement in body)
+
+
+def code_dependencies(stage: str) -> list[Path]:
+    return [ROOT / path for path in STAGES[stage]["deps"] if path.split("/")[0] in FIRST_PARTY]
+
+
+def stage_file(stage: str) -> Path:
+    file = ROOT / f"stages/{stage}.py"
+    assert STAGES[stage]["cmd"].split()[:3] == ["python", "-m", f"stages.{stage}"]
+    return file
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_code_dependencies_are_the_files_the_stage_imports(stage: str) -> None:
+    used = closure(stage_file(stage))
+    declared = code_dependencies(stage)
+
+    def show(files: set[Path]) -> list[str]:
+        return sorted(str(file.relative_to(ROOT)) for file in files)
+
+    not_declared = {file for file in used if not any(file.is_relative_to(path) for path in declared)}
+    assert not show(not_declared), f"dvc.yaml, {stage}: imported, but not in deps"
+    modules = {path for path in declared if path.is_dir() or path.suffix == ".py"} - FRAME
+    not_used = {path for path in modules if not any(file.is_relative_to(path) for file in used)}
+    assert not show(not_used), f"dvc.yaml, {stage}: in deps, but not imported"
+    assert all(path.exists() for path in declared)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_parameters_are_the_sections_the_stage_declares_and_reads(stage: str) -> None:
+    tree = ast.parse(stage_file(stage).read_text())
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "run_stage"]
+    assert len(calls) == 1
+    arguments = dict(zip(("function", "description", "sections"), calls[0].args, strict=False))
+    arguments |= {str(keyword.arg): keyword.value for keyword in calls[0].keywords}
+    sections = set(ast.literal_eval(arguments["sections"]))
+    declared = {name.split(".")[0] for name in STAGES[stage]["params"]}
+    assert sections == declared - {"profile"}, f"{stage}: sections=(...) against params in dvc.yaml"
+
+    read = {
+        node.attr
+        for function in tree.body
+        if isinstance(function, ast.FunctionDef)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("stage.params", "params")
+    }
+    if "model_of" in read:
+        read |= {"model", "variants", "tokenizer"}
+    assert read & set(Params.model_fields) - {"runtime"} <= declared | {"profile"}
+
+
+def test_closure_follows_imports_inside_functions_and_skips_the_frame() -> None:
+    used = {str(file.relative_to(ROOT)) for file in closure(ROOT / "stages/tokenizer.py")}
+    assert used == {"stages/tokenizer.py", "data_pipeline/tokenizer.py"}
