@@ -198,8 +198,12 @@ def to_markdown(document: Document) -> str:
 def _plain(text: str) -> str:
     """Text that Markdown shows as written: its marks escaped outside `code`, bars everywhere (tables)."""
     pieces = re.split(r"(`[^`]*`)", text.replace("\n", " "))
-    escaped = [piece if piece.startswith("`") else re.sub(r"([\\*_<>\[\]#])", r"\\\1", piece) for piece in pieces]
+    escaped = [piece if piece.startswith("`") else _escape_marks(piece) for piece in pieces]
     return "".join(escaped).replace("|", "\\|")
+
+
+def _escape_marks(text: str) -> str:
+    return re.sub(r"([\\*_\[\]#])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;"))
 
 
 def _block_markdown(block: Block) -> str:
@@ -207,7 +211,7 @@ def _block_markdown(block: Block) -> str:
         case Paragraph(text):
             return _plain(text)
         case Figures(plots):
-            return "Plots in `index.html`: " + ", ".join(_plain(plot.title.lower()) for plot in plots) + "."
+            return "Plots, in `index.html`: " + "; ".join(_plain(plot.title) for plot in plots) + "."
         case ClaimTable(claims):
             return _claims_markdown(claims)
         case Listing(title, text):
@@ -216,7 +220,7 @@ def _block_markdown(block: Block) -> str:
                     "</details>")
         case Table(caption, header, rows, text_columns):
             ruler = [":--" if column < text_columns else "--:" for column in range(len(header))]
-            return f"{_plain(caption)}\n\n{_rows_markdown([header, ruler, *rows])}"
+            return f"**{_plain(caption)}**\n\n{_rows_markdown([header, ruler, *rows])}"
 
 
 def _rows_markdown(rows: list[list[str]]) -> str:

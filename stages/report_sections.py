@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 from ruamel.yaml import YAML
 
@@ -11,7 +12,7 @@ from stages.claims import Claim, claims
 from stages.plots import Plot, plots
 from stages.records import Metrics, Records
 from stages.report_page import Block, ClaimTable, Document, Figures, Listing, Paragraph, Section, Table
-from stages.verdicts import TASKS, Verdict, controls, number, percent
+from stages.verdicts import TASKS, Verdict, controls, fp8_gaps, number, percent
 
 NONE = "–"
 
@@ -37,7 +38,7 @@ def document(records: Records) -> Document:
             Section("controls", "Do the models learn?", "dvc repro evaluate", [_controls(records)]),
             Section("training", "Training", "dvc repro pretrain", [
                 _figures(drawn, "training-loss", "validation", "gradient-norm", "fp8-gap"), _models(records),
-                _validation(records)]),
+                _validation(records), *_gaps(records)]),
             Section("evaluation", "Evaluation", "dvc repro evaluate", [
                 _figures(drawn, "bits-per-byte", *(f"{task}-accuracy".replace("_", "-") for task in TASKS)),
                 *_evaluation(records)]),
@@ -72,10 +73,9 @@ def summary(records: Records, found: Sequence[Claim]) -> str:
 
 def facts(records: Records) -> list[tuple[str, str]]:
     runs = [run.provenance for run in records.runs.values()]
-    machines = list(dict.fromkeys(_machine(run.machine) for run in runs))
     commits = list(dict.fromkeys(_commit(run.commit) for run in runs))
     return [
-        ("Machine", "; ".join(machines)),
+        ("Machine", _machines([run.machine for run in runs])),
         ("Pretrained models", str(len(records.params.variants))),
         ("Stage runs", str(len(runs))),
         ("Time, stages added up", f"{sum(run.wall_seconds for run in runs) / 60:.1f} min"),
@@ -124,6 +124,17 @@ def _validation(records: Records) -> Table:
     rows = [[f"{value:,.0f}", *(number(curve[value]) if value in curve else NONE for curve in found)]
             for value in tokens]
     return Table("Validation bits per byte by tokens", ["Tokens", *names], rows)
+
+
+def _gaps(records: Records) -> list[Block]:
+    gaps = fp8_gaps(records)
+    if not gaps:
+        return []
+    names = [f"{name} (FP8, same seed)" if name == records.fp8 else f"{name} (other seed)" for name in gaps]
+    rows = [[f"{points[0][0]:,.0f}", *(percent(value, 3) for _, value in points)]
+            for points in zip(*gaps.values(), strict=True)]
+    return [Table(f"Relative gap to {records.hybrid_seeds[0]} in validation bits per byte; negative is worse than BF16",
+                  ["Tokens", *names], rows)]
 
 
 def _evaluation(records: Records) -> list[Block]:
@@ -295,6 +306,9 @@ def _commit(commit: str | None) -> str:
     return head[:12] + ("+" + changes if changes else "")
 
 
-def _machine(machine: dict[str, object]) -> str:
-    parts = [str(machine["accelerator"])] if "accelerator" in machine else []
-    return ", ".join([*parts, str(machine["processor"]), f"{machine['cores']} cores", f"{machine['memory_gib']} GiB"])
+def _machines(machines: list[dict[str, Any]]) -> str:
+    """Accelerators (only stages that load torch see them) and processors, each once."""
+    accelerators = [machine["accelerator"] for machine in machines if "accelerator" in machine]
+    processors = [f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB"
+                  for machine in machines]
+    return "; ".join(dict.fromkeys([*accelerators, *processors]))
