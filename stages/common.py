@@ -291,8 +291,8 @@ def provenance(stage: Stage, started: float, resumed: bool) -> dict[str, Any]:
 def _digest(path: Path) -> str:
     """SHA-256 of a file; of a directory, its names, sizes and JSON contents (manifests carry the rest)."""
     if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*")):
         if file.is_file():

@@ -1,0 +1,120 @@
+"""The frame of a stage, through its command line as a user meets it."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from stages.common import Progress, Stage, StageError, _plain_errors
+from stages.params import load_params
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = ["curate", "tokenizer", "tokenize", "pretrain", "compress", "export", "evaluate", "benchmark", "report"]
+
+
+def run(name: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-m", f"stages.{name}", *arguments], cwd=cwd, env=environment,
+                          capture_output=True, text=True)
+
+
+@pytest.fixture
+def stage(tmp_path, monkeypatch) -> Stage:
+    monkeypatch.chdir(tmp_path)
+    return Stage("tokenizer", load_params(ROOT / "params.yaml"), None, None, ("tokenizer", "seed"))
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_help_loads_nothing_heavy(name):
+    code = f"import sys, runpy; sys.argv = ['{name}', '--help']\n" \
+           f"try: runpy.run_module('stages.{name}', run_name='__main__')\n" \
+           "except SystemExit as end: assert not end.code\n" \
+           "heavy = {'torch', 'polars', 'transformers', 'pydantic', 'numpy'} & set(sys.modules)\n" \
+           "assert not heavy, heavy"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage: python -m stages." in done.stdout
+
+
+def test_missing_input_names_the_stage_to_run(tmp_path):
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    done = run("tokenizer", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "data/cpu/curated: not found; stage `curate` writes it.", "Run `dvc repro curate` first."
+    ]
+
+
+def test_set_needs_out_and_unknown_variants_are_listed():
+    assert "Add --out DIR" in run("tokenizer", "--set", "seed=2").stderr
+    wrong = run("export", "--variant", "nothing")
+    assert wrong.returncode == 1
+    assert "hybrid-fp8" in wrong.stderr
+
+
+def test_dry_run_prints_the_parameters():
+    shown = json.loads(run("tokenizer", "--dry-run").stdout)
+    assert shown["tokenizer"]["vocab_size"] == load_params(ROOT / "params.yaml").tokenizer.vocab_size
+
+
+def test_output_appears_whole_or_not_at_all(stage):
+    with pytest.raises(RuntimeError), stage.output("tokenizer") as out:
+        (out / "half").write_text("x")
+        raise RuntimeError
+    assert not stage.data_root.joinpath("tokenizer").exists()
+    for content in ("first", "second"):
+        with stage.output("tokenizer") as out:
+            (out / content).write_text(content)
+    assert [file.name for file in stage.data_root.joinpath("tokenizer").iterdir()] == ["second"]
+    assert [path.name for path in stage.data_root.iterdir()] == ["tokenizer"]
+
+
+def test_fingerprint_follows_parameters_and_inputs(stage):
+    source = stage.data_root / "curated"
+    source.mkdir(parents=True)
+    (source / "a.json").write_text("1")
+    stage.input("curated")
+    before = stage.fingerprint()
+    assert stage.fingerprint() == before
+    (source / "a.json").write_text("22")
+    assert stage.fingerprint() != before
+    other = Stage("tokenizer", load_params(ROOT / "params.yaml", ("seed=7",)), None, None, ("tokenizer", "seed"))
+    assert other.fingerprint() != Stage("tokenizer", stage.params, None, None, ("tokenizer", "seed")).fingerprint()
+
+
+def test_full_disk_is_two_lines():
+    with pytest.raises(StageError) as error, _plain_errors():
+        raise OSError(errno.ENOSPC, "No space left on device", "data/x.bin")
+    assert str(error.value).splitlines()[0] == "No space left on the disk while writing data/x.bin."
+    with pytest.raises(PermissionError), _plain_errors():
+        raise PermissionError(errno.EACCES, "denied")
+
+
+def test_second_run_of_the_same_stage_is_refused(tmp_path):
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    hold = "import fcntl, time, pathlib; pathlib.Path('.scratch').mkdir(); f = open('.scratch/tokenizer.lock', 'w')\n" \
+           "fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", hold], cwd=tmp_path, stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        assert "already running" in run("tokenizer", cwd=tmp_path).stderr
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def test_progress_line(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
+    progress = Progress(seconds_between_lines=0)
+    progress(0, 4, loss=3.4121, lr=3e-4)
+    time.sleep(0.01)
+    progress(4, 4, loss=3.4121, lr=3e-4, **{"tok/s": 8123.4})
+    assert capsys.readouterr().out.splitlines() == [
+        "step 0/4 loss 3.412 lr 3.0e-04 eta 00:00:00",
+        "step 4/4 loss 3.412 lr 3.0e-04 tok/s 8123 eta 00:00:00",
+    ]

@@ -1,0 +1,78 @@
+"""params.yaml: what is accepted, and what a mistake reads like."""
+
+from pathlib import Path
+
+import pytest
+
+from stages.params import ParamsError, load_params
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def refused(text: str, tmp_path: Path) -> list[str]:
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(ParamsError) as error:
+        load_params(path)
+    return str(error.value).splitlines()
+
+
+def edited(old: str, new: str) -> str:
+    text = (ROOT / "params.yaml").read_text()
+    assert old in text
+    return text.replace(old, new, 1)
+
+
+def test_repository_file_is_valid_and_its_models_match_in_size():
+    from model.costs import parameters
+
+    params = load_params(ROOT / "params.yaml")
+    hybrid, transformer = (parameters(params.model_of(name)) for name in ("hybrid-bf16", "transformer-bf16"))
+    assert abs(hybrid / transformer - 1) < 0.02
+
+
+def test_unknown_key_suggests_the_nearest(tmp_path):
+    lines = refused(edited("  learning_rate: ", "  learning_rat: "), tmp_path)
+    assert any("unknown key `pretrain.learning_rat`" in line for line in lines)
+    assert "Did you mean `learning_rate`?" in lines
+
+
+def test_unknown_key_inside_a_named_entry(tmp_path):
+    lines = refused(edited("precision: fp8", "precison: fp8"), tmp_path)
+    assert "Did you mean `precision`?" in lines
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("warmup_fraction: 0.05", "warmup_fraction: 0.95", "warmup_fraction + decay_fraction must not exceed 1"),
+        ("num_query_groups: 2", "num_query_groups: 3", "must be a multiple of"),
+        ("pattern: M-M", "pattern: Mx-M", "model.hybrid.pattern"),
+        ("until: 1.0", "until: 0.99", "the last at 1.0"),
+        ("parent: hybrid-fp8", "parent: hybrid-fp9", "compress.parent is 'hybrid-fp9'"),
+        ("hybrid-bf16: {architecture: hybrid", "hybrid-bf16: {architecture: hybird", "hybird"),
+        ("vocab_size: 4096", "vocab_size: 4095", "multiple of 16"),
+    ],
+)
+def test_impossible_value_names_its_field(old, new, expected, tmp_path):
+    lines = refused(edited(old, new), tmp_path)
+    assert expected in lines[0]
+    assert len(lines) == 2
+
+
+@pytest.mark.parametrize("text", ["profile: [", "just text", ""])
+def test_not_a_mapping(text, tmp_path):
+    assert len(refused(text, tmp_path)) == 2
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(ParamsError, match="not found"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_override_and_its_errors():
+    assert load_params(ROOT / "params.yaml", ("pretrain.learning_rate=1e-3",)).pretrain.learning_rate == 1e-3
+    with pytest.raises(ParamsError, match="KEY=VALUE"):
+        load_params(ROOT / "params.yaml", ("pretrain.learning_rate",))
+    with pytest.raises(ParamsError, match="not a section"):
+        load_params(ROOT / "params.yaml", ("seed.x=1",))
