@@ -48,8 +48,7 @@ def document(records: Records) -> Document:
             Section("inference", "Inference", "dvc repro benchmark", [
                 _figures(drawn, "decode-speed", "cache-size"), *_inference(records)]),
             Section("data", "Data", "dvc repro curate tokenizer tokenize", [
-                _figures(drawn, "funnel"), _funnel(records),
-                *(_record(stage, records.metrics(stage)) for stage in ("curate", "tokenizer", "tokenize"))]),
+                _figures(drawn, "funnel"), _funnel(records), _data_stages(records)]),
             Section("release", "Release", "dvc repro export", [_export(records)]),
             Section("stage-times", "Stage times", "", [_figures(drawn, "stage-times"), _stage_times(records)]),
             Section("provenance", "Provenance", "", _provenance(records)),
@@ -226,10 +225,10 @@ def _funnel(records: Records) -> Table:
                  ["Step", "Removed or changed, most frequent reasons", *domains], rows, text_columns=2)
 
 
-def _record(stage: str, metrics: Metrics) -> Table:
-    rows = [[f"`{key}`", f"{value:,.6g}" if isinstance(value, float) else f"{value:,}"]
-            for key, value in metrics.items()]
-    return Table(f"Record of `{stage}`", ["Figure", "Value"], rows)
+def _data_stages(records: Records) -> Table:
+    rows = [[stage, f"`{key}`", f"{value:,.6g}" if isinstance(value, float) else f"{value:,}"]
+            for stage in ("curate", "tokenizer", "tokenize") for key, value in records.metrics(stage).items()]
+    return Table("Metrics of the data stages", ["Stage", "Metric", "Value"], rows, text_columns=2)
 
 
 def _export(records: Records) -> Table:
