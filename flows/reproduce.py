@@ -72,10 +72,15 @@ class Run:
         text = "\n" + table(rows)
         for failure in self.failures:
             text += f"\n\n{failure}"
-        report = Path("reports", self.profile, "index.html").absolute()
-        if not self.failed and "report" in self.nodes and report.exists():
-            text += f"\n\nReport: {report}"
+        if self.report:
+            text += f"\n\nReport: {(self.report / 'index.html').absolute()}"
         return text
+
+    @property
+    def report(self) -> Path | None:
+        """Where the report is, when this run brought it up to date."""
+        done = "report" in self.nodes and "report" not in self.failed
+        return Path("reports", self.profile) if done else None
 
     @property
     def failed(self) -> list[str]:
@@ -151,7 +156,8 @@ def reproduce(profile: str | None = None, stages: list[str] | None = None) -> No
             raise
         with best_effort():
             artifacts.publish_metrics(dvc_graph.metrics(), run.profile)
-            artifacts.publish_report(Path("reports", run.profile))
+            if run.report:
+                artifacts.publish_report(run.report)
         if run.failed:
             raise StageFailed(f"{len(run.failed)} of {len(run.nodes)} stages did not finish: {', '.join(run.failed)}.")
 
