@@ -19,11 +19,14 @@ DIRECTORIES = {"compressed": "compressed", "random": "compressed-random"}
 
 
 def compress(stage: Stage) -> dict[str, Any]:
+    import torch
+
     from model.checkpoint import load_weights, save_weights
     from model.compression import funnel
     from model.compression.data import read_data
 
     config, seed = stage.params.compress, stage.params.seed
+    torch.set_num_threads(stage.params.runtime.threads)
     tokens = stage.input("tokens")
     parent_config, state, training = load_weights(stage.input("checkpoints", config.parent))
     parent = funnel.Weights(parent_config, state)
@@ -33,11 +36,12 @@ def compress(stage: Stage) -> dict[str, Any]:
     for name, weights in result.models.items():
         facts = {
             "parent": config.parent,
-            "parent_training": training,
             "layers_kept": result.layers[name],
+            "precision": "bf16",
             "seed": seed,
             "distillation_tokens": result.metrics["distillation_tokens"],
             "validation_bits_per_byte": result.metrics[f"validation_bits_per_byte_{name}"],
+            "parent_training": training,
         }
         with stage.output("checkpoints", DIRECTORIES[name]) as out:
             save_weights(out, *weights, facts)

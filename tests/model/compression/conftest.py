@@ -3,30 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from model.compression.config import CompressConfig, MemoryBudget
 from model.compression.data import Data
 from model.compression.funnel import Weights
-from model.config import ModelConfig
 from model.hybrid_lm import HybridLM
-
-CONFIG = ModelConfig(
-    pattern="M-M*-M-", hidden_size=32, ffn_hidden_size=48, num_attention_heads=2, num_query_groups=1, head_dim=16,
-    mamba_num_heads=4, mamba_head_dim=16, mamba_state_dim=8, mamba_num_groups=2, chunk_size=8, sequence_length=32,
-    vocab_size=48,
-)
-
-
-def markov(count: int, seed: int) -> Tensor:
-    """(count, sequence_length + 1) tokens, each drawn from a distribution that the two before it set."""
-    table = torch.randn(2, CONFIG.vocab_size, CONFIG.vocab_size, generator=torch.Generator().manual_seed(0)).mul(2.5)
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(CONFIG.vocab_size, (count, 2), generator=generator)
-    for _ in range(CONFIG.sequence_length - 1):
-        chance = table[tokens[:, -2] % 2, tokens[:, -1]].softmax(-1)
-        tokens = torch.cat([tokens, torch.multinomial(chance, 1, generator=generator)], 1)
-    return tokens
+from tests.model.compression.markov import CONFIG, markov
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +45,3 @@ def config() -> CompressConfig:
         short_distillation_tokens=4 * 4 * 32, distillation_tokens=20 * 4 * 32, learning_rate=2e-3,
         min_learning_rate=2e-4, warmup_fraction=0.1, micro_batch_size=4, checkpoint_every=4,
     )
-
-
-def silent(*_: object, **__: object) -> None:
-    """A progress that shows nothing."""

@@ -7,7 +7,7 @@ from scipy.special import log_softmax, rel_entr, softmax
 
 from model.compression.comparison import compare
 from model.hybrid_lm import HybridLM
-from tests.model.compression.conftest import silent
+from tests.model.compression.markov import silent
 
 
 def test_closeness_equals_scipy(parent, data):

@@ -11,7 +11,7 @@ from model.compression.distill import ROWS, distill, forward_kl, learning_rate
 from model.compression.prune import cut
 from model.compression.resume import Pieces
 from model.hybrid_lm import HybridLM
-from tests.model.compression.conftest import silent
+from tests.model.compression.markov import silent
 
 
 def random_logits(tokens, dtype=torch.float64):

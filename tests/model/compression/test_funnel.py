@@ -9,7 +9,7 @@ from model import costs
 from model.compression import funnel
 from model.compression.funnel import Weights, compress, evenly, random_cut
 from model.hybrid_lm import HybridLM
-from tests.model.compression.conftest import silent
+from tests.model.compression.markov import silent
 
 
 @pytest.fixture(scope="module")

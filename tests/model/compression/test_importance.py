@@ -13,7 +13,7 @@ from model.compression.importance import (
 )
 from model.compression.prune import cut
 from model.hybrid_lm import HybridLM
-from tests.model.compression.conftest import silent
+from tests.model.compression.markov import silent
 
 
 def test_layer_errors_equal_those_of_models_without_the_layer(parent, data):

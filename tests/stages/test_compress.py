@@ -1,0 +1,107 @@
+"""The compress stage run as a user runs it, also killed in the middle."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_corpus import ROOT, run, write_params
+
+from model import costs
+from model.checkpoint import load_weights, save_weights
+from model.config import ModelConfig
+from model.hybrid_lm import HybridLM
+from tests.model.compression.markov import CONFIG, write_tokens
+
+SMALL = {
+    "importance_samples": 4, "ffn_importance_samples": 8, "ffn_widths": [24, 32, 48], "validation_samples": 8,
+    "ranking_samples": 4, "ranked_by_agreement": 3, "finalists": 2, "short_distillation_tokens": 256,
+    "distillation_tokens": 100 * 128, "micro_batch_size": 4, "checkpoint_every": 1,
+}
+METRICS = {
+    "parent_parameters", "compressed_parameters", "parent_memory_gib", "compressed_memory_gib", "budget_gib",
+    "candidates", "kl_parent_cut", "kl_parent_compressed", "kl_parent_random_cut", "kl_parent_random",
+    "agreement_compressed", "agreement_random", "validation_bits_per_byte_parent",
+    "validation_bits_per_byte_compressed", "validation_bits_per_byte_random", "distillation_tokens",
+}
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory) -> Path:
+    """A working directory with tokens and an untrained parent."""
+    directory = tmp_path_factory.mktemp("compress")
+    changes = {f"compress.{key}": value for key, value in SMALL.items()}
+    memory = {"context": 64, "batch": 1, "weight_bytes": 2, "kv_bytes": 2, "ssm_bytes": 4, "conv_bytes": 2}
+    write_params(directory, **changes, **{"compress.memory": memory | {"budget_fraction": 0.8}})
+    write_tokens(directory / "data/tiny/tokens")
+    torch.manual_seed(0)
+    config = CONFIG.model_copy(update={"vocab_size": 64, "init_method_std": 0.2})
+    checkpoint = directory / "data/tiny/checkpoints/hybrid-fp8"
+    checkpoint.mkdir(parents=True)
+    state = {name: tensor.detach() for name, tensor in HybridLM(config).state_dict().items()}
+    save_weights(checkpoint, config, state, {"architecture": "hybrid", "precision": "fp8"})
+    return directory
+
+
+@pytest.fixture(scope="module")
+def done(ready, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("unbroken")
+    shutil.copytree(ready, directory, dirs_exist_ok=True)
+    run(directory, "-m", "stages.compress")
+    return directory
+
+
+def read(directory: Path, name: str):
+    return json.loads((directory / "runs/tiny/compress" / name).read_text())
+
+
+def test_outputs_and_records(done):
+    metrics = read(done, "metrics.json")
+    assert metrics.keys() >= METRICS and metrics["distillation_tokens"] == 100 * 128
+    config = ModelConfig(**read(done, "model.json"))
+    assert costs.parameters(config) == metrics["compressed_parameters"] < metrics["parent_parameters"]
+    for name in ("compressed", "compressed-random"):
+        stored, state, training = load_weights(done / "data/tiny/checkpoints" / name)
+        assert sum(tensor.numel() for tensor in state.values()) == metrics["compressed_parameters"]
+        assert training["parent"] == "hybrid-fp8" and training["parent_training"]["precision"] == "fp8"
+        assert len(training["layers_kept"]) == len(stored.pattern) == len(config.pattern)
+        if name == "compressed":
+            assert stored == config
+    candidates = read(done, "candidates.json")
+    assert [candidate["pattern"] for candidate in candidates if candidate["chosen"]] == [config.pattern]
+    assert all(candidate["memory_gib"] <= metrics["budget_gib"] for candidate in candidates)
+    assert len(read(done, "importance.json")["layers"]) == 7
+    rows = list(csv.DictReader((done / "runs/tiny/compress/distillation.csv").open()))
+    assert list(rows[0]) == ["model", "step", "tokens", "kl"] and len(rows) == 200
+    assert metrics["kl_parent_compressed"] < metrics["kl_parent_cut"]
+    assert not list((done / ".scratch").glob("compress-*/"))
+
+
+def test_a_killed_run_ends_in_the_same_result(ready, done, tmp_path):
+    shutil.copytree(ready, tmp_path, dirs_exist_ok=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "stages.compress"], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL
+    ) as process:
+        while process.poll() is None and not list(tmp_path.glob(".scratch/compress-*/final.pt")):
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "data/tiny/checkpoints/compressed").exists()
+    run(tmp_path, "-m", "stages.compress")
+    assert read(tmp_path, "provenance.json")["resumed"] and not read(done, "provenance.json")["resumed"]
+    for name in ("metrics.json", "candidates.json", "importance.json", "model.json", "distillation.csv"):
+        one, other = ((path / "runs/tiny/compress" / name).read_text() for path in (tmp_path, done))
+        assert one == other
+    for name in ("compressed", "compressed-random"):
+        (_, one, facts), (_, other, expected) = (
+            load_weights(path / "data/tiny/checkpoints" / name) for path in (tmp_path, done)
+        )
+        assert facts == expected and all(torch.equal(one[key], tensor) for key, tensor in other.items())
