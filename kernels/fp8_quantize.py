@@ -29,7 +29,7 @@ _BLOCK = 65_536                  # elements; the float32 temporaries of one bloc
 
 
 def quantize(x: Tensor, format: Format) -> tuple[Tensor, Tensor]:
-    """Round x * scale to FP8, ties to even.
+    """Round x * scale to FP8, ties to even, saturating.
 
     Floor: two reads (the largest absolute value comes first) and one write.
 
@@ -41,12 +41,18 @@ def quantize(x: Tensor, format: Format) -> tuple[Tensor, Tensor]:
         The FP8 values as bfloat16, shaped like x, and the inverse scale (), float32: x is about values * inverse scale.
     """
     float8 = _FORMATS[format]
-    scale = _scale(x, float8.largest)
+    low, high = x.aminmax()
+    amax = torch.maximum(-low, high).float()
+    scale = _scale(amax, float8.largest)
+    saturate = not bool(amax.isfinite())         # a finite tensor times its scale is within the format already
     values = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
     flat, out = x.contiguous().view(-1), values.view(-1)
     for start in range(0, flat.numel(), _BLOCK):
         block = slice(start, start + _BLOCK)
-        out[block] = _round(flat[block].float() * scale, float8)
+        scaled = flat[block].to(torch.float32, copy=True).mul_(scale)
+        if saturate:
+            scaled.clamp_(-float8.largest, float8.largest)
+        out[block] = _round(scaled, float8)
     return values, scale.reciprocal()
 
 
@@ -56,21 +62,20 @@ def quantize_dequantize(x: Tensor, format: Format) -> Tensor:
     return (values.float() * inverse_scale).to(x.dtype)
 
 
-def _scale(x: Tensor, largest: float) -> Tensor:
+def _scale(amax: Tensor, largest: float) -> Tensor:
     """Transformer Engine's `compute_scale_from_amax`: 1 where the largest value is zero, infinite or not a number, and
     the largest float32 where the quotient would overflow."""
-    amax = x.abs().amax().float()
     scale = (largest / amax).clamp_max(torch.finfo(torch.float32).max)
-    return torch.where(torch.isfinite(amax) & (amax > 0), scale, torch.ones_like(scale))
+    return torch.where(amax.isfinite() & (amax > 0), scale, torch.ones_like(scale))
 
 
 def _round(v: Tensor, float8: _Float8) -> Tensor:
-    """Round float32 `v` (overwritten) to the nearest FP8 value, ties to even, saturating.
+    """Round float32 `v` (overwritten), within the format's range, to the nearest FP8 value, ties to even.
 
     Adding and subtracting 1.5 * 2^k makes float32's own rounding drop every bit below 2^(k - 23); k is chosen by the
-    exponent of each value, held at the least normal exponent so that subnormals share one quantum.
+    exponent of each value, held at the least normal exponent so that subnormals share one quantum. A negative value
+    that rounds to zero loses its sign.
     """
-    v.clamp_(-float8.largest, float8.largest)
     shift = _FLOAT32_MANTISSA_BITS - float8.mantissa_bits
     bits = v.view(torch.int32).bitwise_and(_EXPONENT_FIELD)
     bits += (shift << _FLOAT32_MANTISSA_BITS) | (1 << (_FLOAT32_MANTISSA_BITS - 1))       # times 1.5 * 2^shift

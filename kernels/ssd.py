@@ -134,8 +134,8 @@ class _ChunkScan(torch.autograd.Function):
         dB += dscores.transpose(-1, -2) @ Cq
 
         # the log decay, and through it dt and A
-        out = (dY * y).sum(-1).view(b, h, c, q)
-        into = (dX * X).sum(-1).view(b, h, c, q)
+        out = dY.mul_(y).sum(-1).view(b, h, c, q)                       # dY is free by now
+        into = torch.mul(dX, X, out=dY).sum(-1).view(b, h, c, q)
         at_end = torch.cat([(dadded[:, :, :-1] * incoming[:, :, 1:]).sum(-1), (dfinal * final).sum(-1)], -1)
         da = (out - into).flip(-1).cumsum(-1).flip(-1) + at_end[..., None]
         ddt = into / dt.clamp_min(torch.finfo(dt.dtype).tiny) + da * A[:, None, None]
