@@ -6,15 +6,12 @@ alike on a light and on a dark page.
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
-from xml.etree import ElementTree
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -23,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from stages.records import Curve, Provenance, Records
+from stages.svg import inline_svg
 from stages.verdicts import FP8_LIMIT, TASKS, fp8_gaps
 
 # Distinguishable with the common colour-vision deficiencies and at least 3:1 against white.
@@ -426,35 +424,3 @@ def _count(value: float, _: int) -> str:
 
 def _plot(figure: Figure, name: str, title: str, caption: str) -> Plot:
     return Plot(name, title, caption, inline_svg(figure, name, f"{title}. {caption}"))
-
-
-def inline_svg(figure: Figure, name: str, description: str) -> str:
-    """The figure as an SVG element for an HTML page: ids prefixed by `name`, no dates, scaled by its container."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", facecolor="none",
-                   metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    svg, xlink = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
-    ElementTree.register_namespace("", svg)
-    ElementTree.register_namespace("xlink", xlink)
-    root = ElementTree.fromstring(buffer.getvalue())
-    for child in list(root):
-        if child.tag == f"{{{svg}}}metadata":
-            root.remove(child)
-    for style in root.findall(f"{{{svg}}}defs/{{{svg}}}style"):
-        style.text = ""                         # it would apply to the whole page
-    for element in root.iter():
-        _prefix_references(element, name, f"{{{xlink}}}href")
-    del root.attrib["width"], root.attrib["height"]
-    root.attrib |= {"role": "img", "aria-label": description}
-    return re.sub(r">\s+<", "><", ElementTree.tostring(root, encoding="unicode"))
-
-
-def _prefix_references(element: Any, name: str, href: str) -> None:
-    """Make ids unique to this figure, and what points at them follow."""
-    for key, value in element.attrib.items():
-        if key == "id":
-            element.attrib[key] = f"{name}-{value}"
-        elif key == href:
-            element.attrib[key] = value.replace("#", f"#{name}-")
-        elif "url(#" in value:
-            element.attrib[key] = value.replace("url(#", f"url(#{name}-")

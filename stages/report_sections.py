@@ -222,7 +222,7 @@ def _funnel(records: Records) -> Table:
         rows.append([step.replace("_", " "), ", ".join(f"{reason} {count:,}" for reason, count in most) or NONE,
                      *(f"{item.documents:,} / {item.bytes / 1e6:.2f}" if item else NONE for item in found)])
     return Table("Documents / MB left after each step",
-                 ["Step", "Removed or changed, most frequent reasons", *domains], rows, text_columns=2)
+                 ["Step", "Removed, most frequent reasons (documents)", *domains], rows, text_columns=2)
 
 
 def _data_stages(records: Records) -> Table:

@@ -108,7 +108,7 @@ def test_tables_hold_the_records_numbers(runs):
     assert any(row[:2] == ["hybrid-fp8", "2.346"] for row in page.rows)
     assert page.row("KL to the parent, distilled") == ["KL to the parent, distilled", "–", "0.083", "0.778"]
     assert "| KL to the parent, distilled | – | 0.083 | 0.778 |" in markdown
-    for label in ("pretrain@hybrid-bf16", "curate"):
+    for label in ("pretrain@hybrid-bf16", "compress"):
         provenance = json.loads((runs / label.replace("@", "/") / "provenance.json").read_text())
         assert page.row(label)[1:3] == [provenance["command"], f"{provenance['wall_seconds']:,.1f}"]
     ratio = json.loads((runs / "benchmark" / "metrics.json").read_text())["decode_ratio_16384"]
