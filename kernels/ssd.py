@@ -83,13 +83,12 @@ class _ChunkScan(torch.autograd.Function):
         Cq = _heads_first(C, step.dtype).view(b, g, 1, c, q, n)
         dt = step.transpose(1, 2).reshape(b, h, c, q)
         log_decay = (dt * A[:, None, None]).cumsum(-1)                  # from the chunk's start, this token included
-        source = log_decay - dt.log()                                   # so that exp(. - source) carries the factor dt
 
         scores = (Cq @ Bq.transpose(-1, -2)).tril_()                    # b g 1 c q q, once a group
-        decay = (log_decay[..., :, None] - source[..., None, :]).clamp_(_LEAST_LOG_DECAY, -_LEAST_LOG_DECAY).exp_()
-        decay = decay.view(b, g, r, c, q, q)
+        decay = (log_decay[..., :, None] - log_decay[..., None, :]).clamp_(_LEAST_LOG_DECAY, 0).exp_()
+        decay = decay.mul_(dt[..., None, :]).view(b, g, r, c, q, q)     # `scores` is 0 above the diagonal
         mask = (decay * scores).view(-1, q, q)
-        to_end = (log_decay[..., -1:] - source).clamp_(min=_LEAST_LOG_DECAY).exp_().view(b, g, r, c, q, 1)
+        to_end = (log_decay[..., -1:] - log_decay).clamp_(min=_LEAST_LOG_DECAY).exp_().mul_(dt).view(b, g, r, c, q, 1)
         from_start = log_decay.clamp(min=_LEAST_LOG_DECAY).exp_().view(b, g, r, c, q, 1)
         B_end = (Bq * to_end).view(-1, q, n)
         C_start = (Cq * from_start).view(-1, q, n)
