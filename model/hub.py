@@ -53,9 +53,10 @@ def save(
     check_state(config, state, "The weights to export")
     names = _arcee_names(config) if architecture == "arcee" else {name: name for name in state}
     stored = {
-        names[name]: tensor.detach().to(
-            torch.float32 if name.endswith(FLOAT32_PARAMETERS) else getattr(torch, dtype)
-        ).contiguous()
+        names[name]: tensor.detach().to(         # a copy: views of one fused weight cannot be stored
+            torch.float32 if name.endswith(FLOAT32_PARAMETERS) else getattr(torch, dtype),
+            copy=True, memory_format=torch.contiguous_format,
+        )
         for name, tensor in state.items()
     }
     directory.mkdir(parents=True, exist_ok=True)
