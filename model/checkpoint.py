@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import pickle
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch.distributed.checkpoint as distributed_checkpoint
 from pydantic import ValidationError
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from model.config import ModelConfig, ModelError
 
@@ -64,7 +66,7 @@ def load_weights(directory: Path) -> tuple[ModelConfig, State, dict[str, Any]]:
     stored: State = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if hasattr(entry, "size")                           # the others are Megatron's empty `_extra_state` objects
+        if isinstance(entry, TensorStorageMetadata)         # the others are Megatron's empty `_extra_state` objects
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -74,7 +76,14 @@ def load_weights(directory: Path) -> tuple[ModelConfig, State, dict[str, Any]]:
 
 
 def describe(directory: Path, config: ModelConfig, training: dict[str, Any]) -> None:
-    """Write model.json: the geometry, and what is true of the weights on every run."""
+    """Complete saved weights with model.json: the geometry, and what is true of the weights on every run.
+
+    PyTorch marks each save with a random id; it goes, so that the same weights are the same files.
+    """
+    index = directory / ".metadata"
+    metadata = pickle.loads(index.read_bytes())
+    metadata.storage_meta = None
+    index.write_bytes(pickle.dumps(metadata))
     content = {"model": config.model_dump(mode="json"), "training": training}
     (directory / "model.json").write_text(json.dumps(content, indent=1) + "\n")
 

@@ -41,6 +41,9 @@ class Parallelism:
     sequence: bool = False
 
 
+ONE_COPY = Parallelism()      # every process holds the whole model
+
+
 class MegatronOnCpu(TorchFunctionMode):
     """While entered, `device="cuda"` means the CPU, for megatron-core 0.16.1 on a machine without CUDA.
 
@@ -87,7 +90,7 @@ def device() -> torch.device:
 
 
 @contextlib.contextmanager
-def process_groups(parallelism: Parallelism = Parallelism()) -> Iterator[None]:  # noqa: B008
+def process_groups(parallelism: Parallelism = ONE_COPY) -> Iterator[None]:
     """Open torch.distributed and Megatron's groups for the block: torchrun's processes, or this one alone.
 
     Raises:

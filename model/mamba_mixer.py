@@ -94,9 +94,9 @@ class MambaMixer(MegatronModule):
             submodules.out_proj, self.inner * ranks, d_model, init_method=config.output_layer_init_method,
             input_is_parallel=True, skip_bias_add=True, tp_comm_buffer_name="fc2", **linear,
         )
-        own = (*self.conv1d.parameters(), self.A_log, self.D, self.dt_bias, self.norm.weight)
-        for parameter in own:
-            parameter.tensor_model_parallel = True      # each rank's counts in the gradient norm
+        for parameter in (*self.conv1d.parameters(), self.A_log, self.D, self.dt_bias, self.norm.weight):
+            # Megatron reads it: every rank's gradient counts in the norm.
+            setattr(parameter, "tensor_model_parallel", True)  # noqa: B010
 
     def _init_in_proj(self, init: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
         """Draw the whole matrix as one process would, then order its rows so that Megatron's even split gives every
@@ -133,10 +133,11 @@ class MambaMixer(MegatronModule):
         return nn.Parameter(decay.log()[own].clone()), nn.Parameter(torch.ones(self.heads)), \
             nn.Parameter(bias[own].clone())
 
-    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden_states: Tensor, **__: Any) -> tuple[Tensor, Tensor | None]:
         """hidden_states (sequence, batch, hidden) -> the same shape, and no bias."""
         projected = self.in_proj(hidden_states)[0].transpose(0, 1)
         gate, xBC, dt = projected.split([self.inner, sum(self.conv_sections), self.heads], -1)
+        assert self.conv1d.bias is not None
         xBC, _ = causal_conv1d(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias)
         x, B, C = xBC.split(self.conv_sections, -1)
         y, _ = chunk_scan(
@@ -158,15 +159,13 @@ class MambaMixer(MegatronModule):
             shards |= sharded_state_dict_default(
                 getattr(self, name), f"{prefix}{name}.", sharded_offsets, metadata, tp_group=self.tp_group
             )
-        packed = {f"{prefix}in_proj.weight": (self.sections, IN_PROJ_SECTIONS)}
-        packed |= {f"{prefix}conv1d.{name}": (self.conv_sections, CONV_SECTIONS) for name in ("weight", "bias")}
-        for key, (sizes, names) in packed.items():
-            shards[key] = _split_by_section(shards[key], sizes, names)
+        for name, sizes, sections in (
+            ("in_proj.weight", self.sections, ("z", "x", "B", "C", "dt")),
+            ("conv1d.weight", self.conv_sections, ("x", "B", "C")),
+            ("conv1d.bias", self.conv_sections, ("x", "B", "C")),
+        ):
+            shards[prefix + name] = _split_by_section(shards[prefix + name], sizes, sections)
         return shards
-
-
-IN_PROJ_SECTIONS = ("z", "x", "B", "C", "dt")
-CONV_SECTIONS = ("x", "B", "C")
 
 
 def _shard(

@@ -6,7 +6,7 @@ squared ReLU. Each is x + layer(RMSNorm(x)); no bias, no dropout, embedding and 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,11 +32,12 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from model.config import ModelConfig, ModelError
 from model.distributed import Parallelism
+from model.fused_ops import CrossEntropy, RMSNormFunction, SquaredReLU
 from model.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from model.precision import Precision, mark_quantized_layers
 
 
-def build_model(config: ModelConfig, precision: Precision, parallelism: Parallelism, seed: int) -> MambaModel:
+def build_model(config: ModelConfig, precision: Precision, parallelism: Parallelism, seed: int) -> HybridModel:
     """This process's part of the model, on the CPU, its weights drawn from `seed`.
 
     The weights do not depend on the tensor- or data-parallel size.
@@ -46,7 +47,7 @@ def build_model(config: ModelConfig, precision: Precision, parallelism: Parallel
     """
     _check_split(config, parallelism)
     torch.manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
-    model = MambaModel(
+    model = HybridModel(
         transformer_config(config, precision, parallelism),
         hybrid_spec(config, precision),
         vocab_size=config.vocab_size,
@@ -127,6 +128,16 @@ def hybrid_spec(config: ModelConfig, precision: Precision) -> ModuleSpec:
     ))
 
 
+class HybridModel(MambaModel):
+    """MambaModel with a cross-entropy for the CPU, where Megatron's goes over the float32 logits eight times."""
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """labels (batch, sequence), logits (sequence, batch, this rank's vocabulary) -> losses (batch, sequence)."""
+        if logits.is_cuda or self.config.tensor_model_parallel_size > 1:
+            return super().compute_language_model_loss(labels, logits)
+        return CrossEntropy.apply(logits, labels.t().contiguous()).t()
+
+
 class HybridStack(MambaStack):
     """Megatron's stack of layers with our final norm: 0.16.1 hard-codes Transformer Engine's."""
 
@@ -143,7 +154,13 @@ class RMSNorm(nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel    # its gradient is then a sum over ranks
+        # Megatron reads it: the gradient of this weight is then a sum over ranks.
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda:
+            return super().forward(x)
+        return cast(Tensor, RMSNormFunction.apply(x, self.weight, self.eps))
 
 
 class CausalAttention(MegatronModule):
@@ -164,7 +181,7 @@ class CausalAttention(MegatronModule):
 
 def squared_relu(x: Tensor) -> Tensor:
     """relu(x)^2; Megatron's own is compiled on import, which needs a C++ compiler."""
-    return F.relu(x).square()
+    return cast(Tensor, SquaredReLU.apply(x))
 
 
 def _check_split(config: ModelConfig, parallelism: Parallelism) -> None:

@@ -147,7 +147,7 @@ class TrainingData:
 
     def __getitem__(self, sample: int) -> Tensor:
         file = self.files[self.file_of_sample[sample]]
-        item = file[int(self.position_in_file[sample])]     # type: ignore[index]    # a file that is drawn from is open
+        item = file[int(self.position_in_file[sample])]
         return torch.cat([item["tokens"], item["labels"][-1:]])
 
 

@@ -29,7 +29,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from model import checkpoint, costs, token_data
 from model.config import ModelConfig, ModelError, PretrainConfig
-from model.distributed import Parallelism, device, is_main_process, process_groups
+from model.distributed import ONE_COPY, Parallelism, device, is_main_process, process_groups
 from model.engine_checkpoint import ResumeState, save_model
 from model.optimizer import build_optimizer, build_schedule
 from model.precision import PrecisionName, choose_precision
@@ -66,7 +66,7 @@ def train(
     out: Path,
     scratch: Path,
     progress: Callable[..., None],
-    parallelism: Parallelism = Parallelism(),  # noqa: B008
+    parallelism: Parallelism = ONE_COPY,
 ) -> Run:
     """Train `config` on the token files and write its weights and model.json to `out`.
 
@@ -163,8 +163,7 @@ class Trainer:
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         losses = self._forward_backward(self._batches(step), self.micro_batches, forward_only=False)
-        loss = self._over_processes(sum(losses) / self.micro_batches) if losses else self._over_processes(None)
-        value = loss.item() / self.ranks
+        value = self._sum_over_processes(losses) / self.micro_batches / self.ranks
         if not math.isfinite(value):
             raise ModelError(
                 f"training diverged: the loss of step {step} is {value}.\nLower pretrain.learning_rate, or raise "
@@ -202,8 +201,7 @@ class Trainer:
         counted[len(sequences):] = 0.0
         padded = torch.cat([sequences, sequences[:1].expand(padding, -1)])
         mine = list(zip(padded.split(size), counted.split(size), strict=True))[self.rank::self.ranks]
-        sums = self._forward_backward(iter(mine), len(mine), forward_only=True)
-        return self._over_processes(sum(sums) if sums else None).item()
+        return self._sum_over_processes(self._forward_backward(iter(mine), len(mine), forward_only=True))
 
     def _forward_backward(self, batches: Iterator[Any], count: int, forward_only: bool) -> list[Tensor]:
         """Run `count` micro-batches through the pipeline. Returns their losses on its last stage, else nothing."""
@@ -228,13 +226,13 @@ class Trainer:
         for first in range(start, start + self.micro_batches * size, size):
             yield torch.stack([self.data[sample] for sample in range(first, first + size)]), None
 
-    def _over_processes(self, value: Tensor | None) -> Tensor:
-        """The sum over data-parallel processes of what the last pipeline stage holds, known to all processes."""
-        total = torch.zeros((), device=device()) if value is None else value.detach().clone()
+    def _sum_over_processes(self, values: list[Tensor]) -> float:
+        """The sum over micro-batches and data-parallel processes; the last pipeline stage has them, all get to know."""
+        total = torch.stack(values).sum() if values else torch.zeros((), device=device())
         dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
-        return total
+        return total.item()
 
     def _validation_sets(self, tokens: Path) -> dict[str, token_data.ValidationSet]:
         """Each domain's first sequences, so many that one validation run stays within its share of training."""
@@ -278,4 +276,4 @@ def _loss(counted: Tensor | None, nats: Tensor) -> tuple[Tensor, dict[str, Tenso
     """nats (batch, sequence) -> what backward starts from and what is reported: in training the mean, in validation
     (where `counted` (batch,) marks real sequences) the sum."""
     loss = nats.mean() if counted is None else nats.sum(1) @ counted.to(nats)
-    return loss, {"loss": loss.detach()}
+    return loss, {"loss": loss.detach().clone()}        # Megatron divides `loss` in place

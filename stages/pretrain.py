@@ -43,4 +43,7 @@ def _csv(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    run_stage(pretrain, __doc__, ("seed", "pretrain", "model", "variants"), members=lambda params: list(params.variants))
+    run_stage(
+        pretrain, __doc__, ("seed", "pretrain", "model", "variants", "tokenizer"),
+        members=lambda params: list(params.variants),
+    )

@@ -1,0 +1,45 @@
+"""Fixtures that more than one package's tests use."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipeline.indexed_dataset import IndexedDatasetWriter
+
+VOCABULARY = 64
+
+
+def write_token_files(directory: Path, documents: int = 60) -> Path:
+    """A tokens directory of random documents in a language where each token has two successors; id 0 ends one."""
+    generator = np.random.default_rng(0)
+    successors = generator.integers(1, VOCABULARY, (VOCABULARY, 2))
+    files = {}
+    for name in ("train/code-high", "train/code-low", "train/docs-high", "validation/code", "validation/docs"):
+        tokens = 0
+        with IndexedDatasetWriter(directory / name, VOCABULARY) as writer:
+            for _ in range(documents):
+                document = [int(generator.integers(1, VOCABULARY))]
+                for _ in range(int(generator.integers(10, 60))):
+                    document.append(int(successors[document[-1], generator.integers(2)]))
+                writer.add([*document, 0])
+                tokens += len(document) + 1
+        files[name] = {"documents": documents, "tokens": tokens, "bytes": 3 * (tokens - documents)}
+    contents = {"vocab_size": VOCABULARY, "eod_id": 0, "dtype": "uint16", "tokenizer_digest": "aa",
+                "corpus_digest": "bb", "files": files}
+    phases = [
+        {"until": 0.6, "weights": {"train/code-high": 0.3, "train/code-low": 0.2, "train/docs-high": 0.5}},
+        {"until": 1.0, "weights": {"train/code-high": 0.4, "train/docs-high": 0.6}},
+    ]
+    (directory / "tokens.json").write_text(json.dumps(contents))
+    (directory / "blend.json").write_text(json.dumps({"phases": phases}))
+    return directory
+
+
+@pytest.fixture
+def token_files() -> Callable[..., Path]:
+    return write_token_files

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_engine import HYBRID, RECIPE, run_processes, train_job
+
+from model.checkpoint import describe, load_weights
+from model.config import ModelError
+from model.distributed import ONE_COPY, process_groups
+from model.engine_checkpoint import save_model
+from model.hybrid_lm import HybridLM
+from model.optimizer import build_schedule
+from model.token_data import TrainingData, validation
+from model.trainer import Trainer, train
+
+LAYOUTS = [{"tensor": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2}, {}]
+
+
+def losses(run: dict) -> list[float]:
+    return [row["loss"] for row in run["training"]]
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory) -> Path:
+    from conftest import write_token_files
+
+    return write_token_files(tmp_path_factory.mktemp("tokens"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(tokens, tmp_path_factory) -> dict:
+    """A float32 run of 6 steps on one process that left its resume state after step 4."""
+    directory = tmp_path_factory.mktemp("unbroken")
+    run = train_job(str(tokens), str(directory / "out"), str(directory / "scratch"), {}, checkpoint_every=4)
+    assert (directory / "scratch" / "resume" / "step-00000004").exists()
+    return run | {"directory": directory}
+
+
+def test_losses_are_those_of_a_plain_pytorch_loop(tokens, unbroken, tmp_path):
+    with process_groups():
+        save_model(tmp_path / "start", Trainer(HYBRID, RECIPE, "float32", 1, tokens, tmp_path, ONE_COPY).model)
+    describe(tmp_path / "start", HYBRID, {})
+    model = HybridLM.from_state(*load_weights(tmp_path / "start")[:2])
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.95)
+    )
+    data = TrainingData(tokens, 16, 24, 1, tmp_path / "index")
+    for step, row in enumerate(unbroken["training"]):
+        batch = torch.stack([data[4 * step + sample] for sample in range(4)])
+        loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = row["learning_rate"]
+        optimizer.step()
+        assert row["loss"] == pytest.approx(loss.item(), rel=2e-5)
+        assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+    trained = load_weights(unbroken["directory"] / "out")[1]
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(trained[name], parameter.detach(), rtol=1e-3, atol=2e-4)
+
+
+def test_layouts_agree_from_scratch_and_from_one_process_state(tokens, unbroken, tmp_path):
+    """Two processes: TP, TP with SP, PP and DP go on from the state one process saved; TP and DP also start alike."""
+    jobs = []
+    for index, layout in enumerate(LAYOUTS):
+        scratch = tmp_path / f"resumed-{index}"
+        shutil.copytree(unbroken["directory"] / "scratch", scratch)
+        jobs.append({"scratch": str(scratch), "parallelism": layout})
+    jobs += [{"scratch": str(tmp_path / f"fresh-{index}"), "parallelism": LAYOUTS[index]} for index in (0, 3)]
+    for index, job in enumerate(jobs):
+        job |= {"tokens": str(tokens), "out": str(tmp_path / f"out-{index}")}
+    results = run_processes(2, jobs, tmp_path)
+
+    for job, result in zip(jobs, results, strict=True):
+        assert losses(result) == pytest.approx(losses(unbroken), rel=3e-5), job["parallelism"]
+        assert [row["grad_norm"] for row in result["training"]] == pytest.approx(
+            [row["grad_norm"] for row in unbroken["training"]], rel=3e-4), job["parallelism"]
+        for column in ("step", "loss", "bits_per_byte"):
+            assert [row[column] for row in result["validation"]] == pytest.approx(
+                [row[column] for row in unbroken["validation"]], rel=3e-5)
+        assert result["resumed_from"] == (4 if "resumed" in job["scratch"] else None)
+    expected = load_weights(unbroken["directory"] / "out")[1]
+    for job in jobs:
+        for name, tensor in load_weights(Path(job["out"]))[1].items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-2, atol=2e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_a_resumed_run_gives_the_very_same_records_and_weights(tokens, precision, tmp_path):
+    job = {"tokens": str(tokens), "parallelism": {}, "precision": precision, "checkpoint_every": 4}
+    whole = train_job(out=str(tmp_path / "a"), scratch=str(tmp_path / "whole"), **job)
+    (tmp_path / "broken").mkdir()
+    shutil.copytree(tmp_path / "whole" / "resume", tmp_path / "broken" / "resume")
+    resumed = train_job(out=str(tmp_path / "b"), scratch=str(tmp_path / "broken"), **job)
+    assert resumed["resumed_from"] == 4
+    assert (tmp_path / "broken" / "resumed").exists()
+    assert resumed["training"] == whole["training"]
+    assert resumed["validation"] == whole["validation"]
+    for file in sorted((tmp_path / "a").iterdir()):
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
+
+
+def test_schedule_is_warmup_stable_and_minus_square_root_decay():
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    steps, warmup, decay = 50, 10, 20
+    schedule = build_schedule(RECIPE, optimizer, steps)
+    for step in range(1, steps + 1):
+        schedule.step(1)
+        top, least = RECIPE.learning_rate, RECIPE.min_learning_rate
+        if step <= warmup:
+            expected = top * step / warmup
+        elif step <= steps - decay:
+            expected = top
+        else:
+            expected = least + (top - least) * (1 - math.sqrt((step - steps + decay) / decay))
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_bf16_keeps_float32_masters_and_decays_matrices_only(tokens, tmp_path):
+    with process_groups():
+        trainer = Trainer(HYBRID, RECIPE, "bf16", 1, tokens, tmp_path, ONE_COPY)
+        groups = trainer.optimizer.param_groups
+        assert all(parameter.dtype is torch.float32 for group in groups for parameter in group["params"])
+        for group in groups:
+            assert all((parameter.dim() > 1) == (group["weight_decay"] > 0) for parameter in group["params"])
+        names = {name for name, parameter in trainer.model.named_parameters() if parameter.dtype is torch.float32}
+    assert {name.rpartition(".")[2] for name in names} == {"A_log", "D", "dt_bias"}
+
+
+def test_validation_is_the_bits_a_byte_of_the_weights(tokens, unbroken):
+    config, state, training = load_weights(unbroken["directory"] / "out")
+    model = HybridLM.from_state(config, state)
+    last = {row["domain"]: row for row in unbroken["validation"] if row["step"] == 6}
+    nats = size = 0.0
+    for domain in ("code", "docs"):
+        data = validation(tokens, domain, 16).first(2)
+        with torch.no_grad():
+            loss = F.cross_entropy(model(data.sequences[:, :-1]).flatten(0, 1), data.sequences[:, 1:].flatten(),
+                                   reduction="sum")
+        assert last[domain]["bits_per_byte"] == pytest.approx(loss.item() / math.log(2) / data.bytes, rel=1e-5)
+        nats, size = nats + loss.item(), size + data.bytes
+    assert last["all"]["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    assert training["validation_bits_per_byte"] == last["all"]["bits_per_byte"]
+    assert [row["step"] for row in unbroken["validation"] if row["domain"] == "all"] == [0, 3, 6]
+
+
+def test_training_learns(tokens, tmp_path):
+    recipe = RECIPE.model_copy(update={"tokens": 64 * 60})
+    run = train(HYBRID, recipe, "hybrid", "bf16", 1, tokens, tmp_path / "out", tmp_path / "scratch",
+                lambda *_, **__: None)
+    first, last = run.training[0]["loss"], run.metrics["final_loss"]
+    assert first == pytest.approx(math.log(64), abs=0.5)
+    assert last < first - 1.0
+    assert run.metrics["steps"] == 60 and run.metrics["tokens"] == 64 * 60
+    assert run.metrics["validation_bits_per_byte"] < run.metrics["validation_bits_per_byte_first_tenth"]
+    assert "fp8_emulated" not in run.metrics
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"tokens": 10}, "pretrain.tokens"),
+    ({"learning_rate": 1e30, "min_learning_rate": 0.0, "clip_grad": 1e30}, "training diverged"),
+])
+def test_errors_say_what_to_change(tokens, tmp_path, change, message):
+    recipe = RECIPE.model_copy(update=change)
+    with pytest.raises(ModelError, match=message) as error:
+        train(HYBRID, recipe, "hybrid", "float32", 1, tokens, tmp_path / "out", tmp_path / "scratch",
+              lambda *_, **__: None)
+    assert str(error.value).count("\n") == 1
