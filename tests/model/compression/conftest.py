@@ -34,7 +34,7 @@ def data() -> Data:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def config() -> CompressConfig:
     return CompressConfig(
         parent="hybrid", importance_samples=8, ffn_importance_samples=16, ffn_widths=[16, 24, 28, 32, 48],
