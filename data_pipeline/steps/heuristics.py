@@ -28,7 +28,7 @@ REPETITION = {
 
 text = pl.col("text")
 characters = text.str.len_chars()
-lines = text.str.count_matches("\n")
+lines = text.str.count_matches("\n").clip(lower_bound=1)
 longest_line = text.str.split("\n").list.eval(pl.element().str.len_chars()).list.max()
 white_space_words = text.str.count_matches(r"\S+")
 

@@ -17,6 +17,7 @@ from data_pipeline.steps.step import GlobalStep, Outcome, with_column
 # Of a domain's target: what one source may bring, so that several are held out, and where they may end together.
 LARGEST_SOURCE = 0.5
 LARGEST_TOTAL = 1.5
+ORDERS = 16
 
 Sizes = dict[tuple[str, str], int]      # (source, domain) -> bytes
 
@@ -48,20 +49,37 @@ class HoldOut(GlobalStep):
 
 
 def choose_held_out(sizes: Sizes, fraction: float, seed: int) -> frozenset[str]:
-    """Sources, in the order of a seeded hash of their names, until each domain has `fraction` of its bytes held out.
+    """Sources that hold at least `fraction` of each domain's bytes: of ORDERS draws, the one nearest to it."""
+    by_source: dict[str, Counter[str]] = {}
+    total: Counter[str] = Counter()
+    for (source, domain), size in sorted(sizes.items()):
+        by_source.setdefault(source, Counter())[domain] = size
+        total[domain] += size
+    wanted = {domain: size * fraction for domain, size in total.items()}
+
+    def overshoot(drawn: tuple[set[str], Counter[str]]) -> float:
+        return max((drawn[1][domain] / wanted[domain] for domain in wanted), default=0.0)
+
+    chosen, held = min((draw(by_source, wanted, f"{seed}:{number}") for number in range(ORDERS)), key=overshoot)
+    for domain in wanted:
+        if held[domain] > total[domain] / 2:
+            raise DataError(
+                f"Domain `{domain}`: its text comes from too few sources to hold out {fraction:.0%} as whole "
+                f"sources ({held[domain]} of {total[domain]} bytes would go).\n"
+                f"Raise curate.megabytes_per_domain.{domain}, or lower curate.held_out_fraction, in params.yaml."
+            )
+    return frozenset(chosen)
+
+
+def draw(by_source: dict[str, Counter[str]], wanted: dict[str, float], salt: str) -> tuple[set[str], Counter[str]]:
+    """Sources in the order of a salted hash of their names, until each domain has the bytes wanted; and their bytes.
 
     A source that adds nothing where bytes are still wanted, or too much anywhere, is passed over; if every remaining
     one adds too much, the one that adds least is taken.
     """
-    by_source: dict[str, Counter[str]] = {}
-    target: Counter[str] = Counter()
-    for (source, domain), size in sorted(sizes.items()):
-        by_source.setdefault(source, Counter())[domain] = size
-        target[domain] += size
-    wanted = {domain: size * fraction for domain, size in target.items()}
-    waiting = sorted(by_source, key=lambda source: (xxhash.xxh3_64_intdigest(source.encode(), seed=seed), source))
     held: Counter[str] = Counter()
     chosen: set[str] = set()
+    waiting = sorted(by_source, key=lambda source: xxhash.xxh3_128_hexdigest(f"{salt}:{source}".encode()))
 
     def excess(source: str) -> float:
         return max(
@@ -74,11 +92,4 @@ def choose_held_out(sizes: Sizes, fraction: float, seed: int) -> frozenset[str]:
         source = next((source for source in useful if excess(source) <= 1), None) or min(useful, key=excess)
         chosen.add(source)
         held.update(by_source[source])
-    for domain in wanted:
-        if held[domain] > target[domain] / 2:
-            raise DataError(
-                f"Domain `{domain}`: its text comes from too few sources to hold out {fraction:.0%} as whole "
-                f"sources ({held[domain]} of {target[domain]} bytes would go).\n"
-                f"Raise curate.megabytes_per_domain.{domain}, or lower curate.held_out_fraction, in params.yaml."
-            )
-    return frozenset(chosen)
+    return chosen, held
