@@ -36,9 +36,14 @@ def save_model(directory: Path, model: MambaModel) -> None:
 
 
 def load_model(directory: Path, model: MambaModel) -> None:
-    """Read weights into `model`, whatever layout wrote them."""
-    loaded = dist_checkpointing.load({"model": model.sharded_state_dict(metadata=_groups())}, str(directory))
-    model.load_state_dict(loaded["model"])
+    """Read weights into `model`, whatever layout wrote them.
+
+    Linear layers' `_extra_state`, where Transformer Engine keeps scales of its own, is left out: `checkpoint.save_weights`
+    writes none. (Megatron-LM's own loader wants `--dist-ckpt-strictness log_all` for the same reason.)
+    """
+    weights = model.sharded_state_dict(metadata=_groups())
+    weights = {name: shard for name, shard in weights.items() if not name.endswith("_extra_state")}
+    model.load_state_dict(dist_checkpointing.load({"model": weights}, str(directory))["model"])
 
 
 class ResumeState:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from kernels.causal_conv1d import causal_conv1d
 from kernels.gated_norm import gated_rms_norm
@@ -118,7 +119,7 @@ class MambaMixer(MegatronModule):
         """Depthwise weights (channels, 1, kernel) and bias, drawn as PyTorch's Conv1d draws them."""
         channels = sum(self.conv_sections)
         whole = nn.Conv1d(channels * ranks, channels * ranks, kernel, groups=channels * ranks)
-        own = nn.Conv1d(channels, channels, kernel, groups=channels, dtype=dtype)
+        own = skip_init(nn.Conv1d, channels, channels, kernel, groups=channels, dtype=dtype)    # draws nothing
         for parameter, source in zip(own.parameters(), whole.parameters(), strict=True):
             parameter.data.copy_(self._own_part(source.data, self.conv_sections, ranks))
         return own

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from tiny_engine import HYBRID, TRANSFORMER
+
+from model.checkpoint import describe, load_weights, save_weights, to_engine, to_hub
+from model.config import ModelError
+from model.distributed import ONE_COPY, process_groups
+from model.engine_checkpoint import load_model, save_model
+from model.hybrid_lm import HybridLM
+from model.precision import Precision
+from model.spec import build_model
+
+
+def random_state(config, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {name: tensor.shape for name, tensor in HybridLM(config).state_dict().items()}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("config", [HYBRID, TRANSFORMER], ids=["hybrid", "transformer"])
+def test_round_trip(config, tmp_path):
+    state = random_state(config)
+    save_weights(tmp_path, config, state, {"tokens": 7, "validation_bits_per_byte": 1.25})
+    loaded_config, loaded, training = load_weights(tmp_path)
+    assert loaded_config == config
+    assert training == {"tokens": 7, "validation_bits_per_byte": 1.25}
+    assert loaded.keys() == state.keys()
+    for name, tensor in state.items():
+        assert loaded[name].dtype is torch.float32
+        assert torch.equal(loaded[name], tensor), name
+    assert not torch.distributed.is_initialized()
+
+
+def test_query_key_and_value_rows_stand_by_group():
+    """Megatron's order: the query heads of a group, its key, its value."""
+    state = random_state(HYBRID)
+    merged = to_engine(HYBRID, state)["decoder.layers.2.self_attention.linear_qkv.weight"]
+    q, k, v = (state[f"backbone.layers.2.mixer.{name}_proj.weight"] for name in "qkv")
+    assert torch.equal(merged, torch.cat([q[:16], k[:8], v[:8], q[16:], k[8:], v[8:]]))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in to_hub(HYBRID, to_engine(HYBRID, state)).items())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_megatron_reads_ours_and_we_read_megatrons(precision, tmp_path):
+    state = random_state(HYBRID)
+    (tmp_path / "ours").mkdir()
+    save_weights(tmp_path / "ours", HYBRID, state, {})
+    with process_groups():
+        model = build_model(HYBRID, Precision(precision), ONE_COPY, seed=1)
+        load_model(tmp_path / "ours", model)
+        assert torch.equal(model.output_layer.weight, state["lm_head.weight"].to(model.output_layer.weight.dtype))
+        save_model(tmp_path / "megatrons", model)
+    describe(tmp_path / "megatrons", HYBRID, {})
+    loaded = load_weights(tmp_path / "megatrons")[1]
+    assert loaded.keys() == state.keys()
+    for name, tensor in state.items():
+        kept = precision == "float32" or name.endswith(("A_log", "D", "dt_bias"))
+        assert torch.equal(loaded[name], tensor if kept else tensor.bfloat16().float()), name
+
+
+def test_the_same_weights_are_the_same_files(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        save_weights(tmp_path / name, HYBRID, random_state(HYBRID), {"seed": 1})
+    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert {".metadata", "common.pt", "metadata.json", "model.json"} < set(files)
+    for name in files:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+def test_errors_say_what_is_wrong(tmp_path):
+    with pytest.raises(ModelError, match="model.json") as error:
+        load_weights(tmp_path)
+    assert str(error.value).count("\n") == 1
+    state = random_state(HYBRID)
+    del state["backbone.layers.1.mixer.up_proj.weight"]
+    with pytest.raises(ModelError, match="up_proj"):
+        save_weights(tmp_path, HYBRID, state, {})
+    save_weights(tmp_path, HYBRID, random_state(HYBRID), {})
+    (tmp_path / "other").mkdir()
+    save_weights(tmp_path / "other", TRANSFORMER, random_state(TRANSFORMER), {})
+    shutil.copy(tmp_path / "other" / "model.json", tmp_path / "model.json")
+    with pytest.raises(ModelError, match="is missing"):
+        load_weights(tmp_path)

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from model.config import ModelError
+from model.token_data import TrainingData, digests, domains, validation
+
+
+@pytest.fixture
+def tokens(token_files, tmp_path):
+    return token_files(tmp_path / "tokens")
+
+
+def documents(tokens, name: str) -> list[np.ndarray]:
+    dataset = IndexedDataset(str(tokens / name))
+    return [np.array(dataset[index]) for index in range(len(dataset))]
+
+
+def files_of(data: TrainingData, samples: range) -> np.ndarray:
+    return np.bincount([data.file_of_sample[sample] for sample in samples], minlength=len(data.names)) / len(samples)
+
+
+def test_phases_draw_by_their_weights(tokens, tmp_path):
+    data = TrainingData(tokens, 16, 500, 1, tmp_path / "cache")
+    assert len(data) == 500
+    assert data.names == ["train/code-high", "train/code-low", "train/docs-high"]
+    assert files_of(data, range(300)) == pytest.approx([0.3, 0.2, 0.5], abs=0.01)
+    assert files_of(data, range(300, 500)) == pytest.approx([0.4, 0.0, 0.6], abs=0.01)
+
+
+def test_samples_are_stretches_of_their_file_and_none_comes_twice_within_an_epoch(tokens, tmp_path):
+    """60 samples of 16 take less than one epoch of any file: over both phases each is another stretch."""
+    data = TrainingData(tokens, 16, 60, 1, tmp_path / "cache")
+    seen: dict[int, set[int]] = {0: set(), 1: set(), 2: set()}
+    for sample in range(60):
+        file = int(data.file_of_sample[sample])
+        position = int(data.position_in_file[sample])
+        assert position not in seen[file]
+        seen[file].add(position)
+        item = data[sample]
+        assert item.dtype is torch.int64 and item.shape == (17,)
+    for file, positions in seen.items():
+        assert positions == set(range(len(positions)))          # goes on where the earlier phase stopped
+        names = documents(tokens, data.names[file])
+        pairs = {pair for document in names for pair in zip(document[:-1].tolist(), document[1:].tolist(), strict=True)}
+        samples = [data[sample] for sample in range(60) if data.file_of_sample[sample] == file]
+        for item in samples:
+            assert all(
+                pair in pairs for pair in zip(item[:-1].tolist(), item[1:].tolist(), strict=True) if pair[0] != 0
+            )
+        assert len({tuple(item.tolist()) for item in samples}) == len(samples)
+
+
+def test_same_seed_same_samples_with_and_without_the_cache(tokens, tmp_path):
+    first = TrainingData(tokens, 16, 90, 1, tmp_path / "a")
+    cached = TrainingData(tokens, 16, 90, 1, tmp_path / "a")
+    rebuilt = TrainingData(tokens, 16, 90, 1, tmp_path / "b")
+    other = TrainingData(tokens, 16, 90, 2, tmp_path / "b")
+    for sample in (89, 0, 45):
+        assert torch.equal(first[sample], cached[sample])
+        assert torch.equal(first[sample], rebuilt[sample])
+    assert not all(torch.equal(first[sample], other[sample]) for sample in range(10))
+
+
+def test_validation_predicts_every_token_once(tokens):
+    data = validation(tokens, "code", 16)
+    stream = np.concatenate(documents(tokens, "validation/code"))
+    assert torch.equal(data.sequences[0], torch.from_numpy(stream[:17].astype(np.int64)))
+    predicted = data.sequences[:, 1:].flatten()
+    assert torch.equal(predicted, torch.from_numpy(stream[1 : 1 + len(predicted)].astype(np.int64)))
+    assert len(stream) - 1 - len(predicted) < 16
+    size = json.loads((tokens / "tokens.json").read_text())["files"]["validation/code"]["bytes"]
+    assert data.bytes == pytest.approx(size * len(predicted) / len(stream), abs=1)
+    part = data.first(3)
+    assert len(part.sequences) == 3
+    assert part.bytes / 3 == pytest.approx(data.bytes / len(data.sequences), rel=0.01)
+    assert data.first(10**6).bytes == data.bytes
+
+
+def test_domains_and_digests_come_from_tokens_json(tokens):
+    assert domains(tokens) == ["code", "docs"]
+    assert digests(tokens) == {"tokenizer_digest": "aa", "corpus_digest": "bb"}
+
+
+def test_errors_name_the_file_and_the_cure(tokens, tmp_path):
+    with pytest.raises(ModelError, match="validation/poems"):
+        validation(tokens, "poems", 16)
+    with pytest.raises(ModelError, match="fewer than one sequence"):
+        validation(tokens, "code", 100_000)
+    contents = json.loads((tokens / "tokens.json").read_text())
+    contents["files"]["train/code-low"]["tokens"] = 0
+    (tokens / "tokens.json").write_text(json.dumps(contents))
+    with pytest.raises(ModelError, match="train/code-low") as error:
+        TrainingData(tokens, 16, 60, 1, tmp_path / "cache")
+    assert str(error.value).count("\n") == 1

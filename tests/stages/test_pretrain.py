@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from model.checkpoint import load_weights
+from stages.params import load_params
+
+ROOT = Path(__file__).resolve().parents[2]
+GEOMETRY = {"pattern": "M-*M", "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4,
+            "num_query_groups": 2, "head_dim": 8, "mamba_num_heads": 4, "mamba_head_dim": 8, "mamba_state_dim": 8,
+            "mamba_num_groups": 2, "chunk_size": 8, "sequence_length": 16}
+TRAINING = {"tokens": 64 * 40, "global_batch_size": 4, "micro_batch_size": 4, "evaluations": 10, "checkpoint_every": 3,
+            "bf16_layers_at_start": 1, "bf16_layers_at_end": 1}
+
+
+@pytest.fixture
+def workplace(tmp_path, token_files):
+    """A directory with parameters of a toy size and token files."""
+    values = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
+    values |= {"profile": "toy"}
+    values["model"]["hybrid"] |= GEOMETRY
+    values["pretrain"] |= TRAINING
+    with (tmp_path / "params.yaml").open("w") as file:
+        YAML(typ="safe").dump(values, file)
+    token_files(tmp_path / "data" / "toy" / "tokens")
+    return tmp_path
+
+
+def pretrain(workplace: Path, *arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "stages.pretrain", "--set", "tokenizer.vocab_size=512", "--out", ".", *arguments],
+        cwd=workplace, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.open()))
+
+
+def test_a_killed_run_goes_on_to_the_very_same_results(workplace):
+    """SIGKILL after a resume state exists; the same command again; the same files as a run left alone."""
+    killed = pretrain(workplace, "--variant", "hybrid-fp8")
+    resume = workplace / ".scratch"
+    while not list(resume.glob("pretrain-hybrid-fp8-*/resume/step-*")):
+        assert killed.poll() is None, killed.stderr.read()
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (workplace / "data" / "toy" / "checkpoints" / "hybrid-fp8").exists()
+
+    records = workplace / "runs" / "pretrain" / "hybrid-fp8"
+    resumed = pretrain(workplace, "--variant", "hybrid-fp8")
+    output, errors = resumed.communicate()
+    assert resumed.returncode == 0, errors
+    assert "step 40/40 loss " in output and " lr " in output and " tok/s " in output
+    assert json.loads((records / "provenance.json").read_text())["resumed"]
+    first = {name: (records / name).read_bytes() for name in ("training.csv", "validation.csv")}
+    weights = {path.name: path.read_bytes() for path in (workplace / "data" / "checkpoints" / "hybrid-fp8").iterdir()}
+
+    whole = pretrain(workplace, "--variant", "hybrid-fp8")
+    assert whole.wait() == 0
+    assert not json.loads((records / "provenance.json").read_text())["resumed"]
+    assert {name: (records / name).read_bytes() for name in first} == first
+    for path in (workplace / "data" / "checkpoints" / "hybrid-fp8").iterdir():
+        assert path.read_bytes() == weights[path.name], path.name
+
+    check_records(records, workplace)
+
+
+def check_records(records: Path, workplace: Path) -> None:
+    training, validation = rows(records / "training.csv"), rows(records / "validation.csv")
+    assert list(training[0]) == ["step", "tokens", "loss", "grad_norm", "learning_rate"]
+    assert [int(row["step"]) for row in training] == list(range(1, 41))
+    assert [int(row["tokens"]) for row in training] == [64 * step for step in range(1, 41)]
+    assert list(validation[0]) == ["step", "tokens", "domain", "loss", "bits_per_byte"]
+    assert [int(row["step"]) for row in validation if row["domain"] == "all"] == list(range(0, 41, 4))
+    assert {row["domain"] for row in validation} == {"code", "docs", "all"}
+    metrics = json.loads((records / "metrics.json").read_text())
+    config, state, description = load_weights(workplace / "data" / "checkpoints" / "hybrid-fp8")
+    assert config == load_params(workplace / "params.yaml", ("tokenizer.vocab_size=512",)).model_of("hybrid-fp8")
+    assert metrics["parameters"] == sum(tensor.numel() for tensor in state.values())
+    assert metrics["fp8_emulated"] == 1
+    last = {row["domain"]: float(row["bits_per_byte"]) for row in validation if row["step"] == "40"}
+    assert metrics["validation_bits_per_byte"] == pytest.approx(last["all"], rel=1e-4)
+    assert metrics["validation_bits_per_byte_code"] == pytest.approx(last["code"], rel=1e-4)
+    assert {"tokens_per_second", "train_seconds", "peak_memory_gib", "final_loss", "steps", "tokens",
+            "validation_bits_per_byte_first_tenth"} <= metrics.keys()
+    assert description["precision"] == "fp8" and description["architecture"] == "hybrid" and description["seed"] == 1
+    assert description["tokenizer_digest"] == "aa" and not any("second" in name for name in description)
+    assert math.isclose(description["validation_bits_per_byte"], last["all"], rel_tol=1e-4)
+
+
+def test_an_unknown_variant_is_two_lines(workplace):
+    process = pretrain(workplace, "--variant", "hybrid-fp4")
+    _, errors = process.communicate()
+    assert process.returncode == 1
+    assert errors.startswith("--variant hybrid-fp4: unknown.") and errors.count("\n") == 2
