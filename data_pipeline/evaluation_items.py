@@ -9,9 +9,8 @@ Four kinds, each of which a model of a few million parameters can say something 
 
 A score means little without what no training at all reaches. `control` gives that: the stronger of DEFLATE and LZMA
 on the same items. Without care a compressor solves such tasks: naive cloze and syntax items gave it 0.57 and 0.96. So
-wrong choices are picked by what they cost to compress: in `cloze` all four cost the same, in `syntax_pairs` the wrong
-line is the cheaper one as often as the dearer one. `recall` is left as it is: finding a repeated key is exactly what a
-compressor does, and its score shows that the task needs no knowledge.
+in these two tasks the wrong choices are ones that both compressors need as many bytes for as for the true one. `recall`
+is left as it is: finding a repeated key is exactly what a compressor does; its score says that no knowledge is needed.
 """
 
 from __future__ import annotations
@@ -25,16 +24,15 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from data_pipeline.config import DataError
-from data_pipeline.steps.decontaminate import ngram_hashes
+from data_pipeline.steps.decontaminate import is_in, ngram_hashes
 from data_pipeline.syntax_pairs import faulty_lines
 
 OVERSUPPLY = 2                  # candidates made for each item wanted: some are refused or dropped for balance
@@ -121,12 +119,10 @@ def build(
         domain: _up_to_bytes([item for item in items if item.text not in seen], domain_bytes)
         for domain, items in texts.items()
     }
-    clean = {
-        task: [item for item in items if item.context + item.choices[item.answer] not in seen]
+    tasks = {
+        task: [item for item in items if item.context + item.choices[item.answer] not in seen][:items_per_task]
         for task, items in tasks.items()
     }
-    clean["syntax_pairs"] = _balanced(clean["syntax_pairs"])
-    tasks = {task: items[:items_per_task] for task, items in clean.items()}
     for name, items in [*texts.items(), *tasks.items()]:
         if not items:
             raise DataError(
@@ -163,13 +159,11 @@ def _rows(directory: Path, columns: list[str]) -> Iterator[dict[str, str]]:
 def _seen_in_training(texts: Sequence[str], train: Path, n: int) -> list[str]:
     """Those of `texts` that share an n-gram of words with a training document."""
     hashes = [ngram_hashes(text, n) for text in texts]
-    known: NDArray[np.uint64] = np.unique(np.concatenate(hashes))
-    found = np.zeros(len(known) + 1, dtype=bool)       # one more: hashes above all known ones land there
+    known = np.unique(np.concatenate(hashes))
+    found = np.zeros(len(known), dtype=bool)
     for row in _rows(train, ["text"]):
         there = ngram_hashes(row["text"], n)
-        position = np.searchsorted(known, there)
-        equal = np.append(known, 0)[position] == there
-        found[position[equal & (position < len(known))]] = True
+        found[np.searchsorted(known, there[is_in(there, known)])] = True
     return [text for text, mine in zip(texts, hashes, strict=True) if found[np.searchsorted(known, mine)].any()]
 
 
@@ -210,6 +204,7 @@ def _up_to_bytes(items: list[TextItem], size: int) -> list[TextItem]:
 
 # --- syntax pairs -------------------------------------------------------------------------------------------------
 
+
 def _syntax_pairs(documents: list[Document], wanted: int, context_size: int, rng: random.Random) -> list[ChoiceItem]:
     """A true line and the same line with a fault, after the lines before it.
 
@@ -221,29 +216,17 @@ def _syntax_pairs(documents: list[Document], wanted: int, context_size: int, rng
         if len(items) >= wanted:
             break
         lines = document.text.split("\n")
-        here = 0
-        for row, wrong in faulty_lines(document.text, used, rng):
+
+        def admissible(row: int, wrong: str, lines: list[str] = lines) -> bool:
             context = _last_lines(lines[:row], context_size)
-            if len(context.strip()) >= context_size // 4:
-                identity = f"syntax_pairs/{document.id[:16]}/{row + 1}"
-                items.append(_shuffled(identity, context, (lines[row] + "\n", wrong + "\n"), rng))
-                here += 1
-            if here == ITEMS_PER_DOCUMENT:
-                break
+            long_enough = len(context.strip()) >= context_size // 4
+            return long_enough and _costs_are(context + wrong + "\n", _costs(context + lines[row] + "\n"))
+
+        for row, wrong in islice(faulty_lines(document.text, used, rng, admissible), ITEMS_PER_DOCUMENT):
+            context = _last_lines(lines[:row], context_size)
+            identity = f"syntax_pairs/{document.id[:16]}/{row + 1}"
+            items.append(_shuffled(identity, context, (lines[row] + "\n", wrong + "\n"), rng))
     return items
-
-
-def _balanced(pairs: list[ChoiceItem]) -> list[ChoiceItem]:
-    """The pairs, with as many wrong lines cheaper for DEFLATE than the true one as dearer (or one more)."""
-    kept: list[ChoiceItem] = []
-    lead = 0
-    for item in pairs:
-        costs = [deflate_size((item.context + choice).encode()) for choice in item.choices]
-        sign = (costs[1 - item.answer] > costs[item.answer]) - (costs[1 - item.answer] < costs[item.answer])
-        if abs(lead + sign) <= 1:
-            lead += sign
-            kept.append(item)
-    return kept
 
 
 def _last_lines(lines: list[str], size: int) -> str:
@@ -302,13 +285,12 @@ def _places(
 
 def _equally_dear(context: str, word: str, others: list[str]) -> tuple[str, ...]:
     """" word" and up to three of `others` that each compressor needs as many bytes for after `context`."""
-    costs = [size(f"{context} {word}".encode()) for size in COMPRESSORS]
+    costs = _costs(f"{context} {word}")
     kept = [word]
     for other in others:
         if len(kept) == 4:
             break
-        data = f"{context} {other}".encode()
-        if other not in kept and all(size(data) == cost for size, cost in zip(COMPRESSORS, costs, strict=True)):
+        if other not in kept and _costs_are(f"{context} {other}", costs):
             kept.append(other)
     return tuple(f" {choice}" for choice in kept)
 
@@ -362,6 +344,15 @@ def lzma_size(data: bytes) -> int:
 
 
 COMPRESSORS = (deflate_size, lzma_size)
+
+
+def _costs(text: str) -> list[int]:
+    return [size(text.encode()) for size in COMPRESSORS]
+
+
+def _costs_are(text: str, costs: list[int]) -> bool:
+    """Whether each compressor needs `costs` bytes for `text`; the quick one is asked first."""
+    return all(size(text.encode()) == cost for size, cost in zip(COMPRESSORS, costs, strict=True))
 
 
 def control(items: EvaluationItems, window_bytes: int) -> dict[str, float]:

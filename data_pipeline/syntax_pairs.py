@@ -12,22 +12,26 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 OPENING, CLOSING = "([{", ")]}"
 OPERATORS = ("=", "==", "!=", "<", ">", "+", "-", "*", "/", "%", "->", ":=", "+=", "|", "&", "@")
 KEYWORDS = tuple(sorted({*keyword.kwlist} - {"True", "False", "None"}))
+TRIED = 6                       # faults of a kind tried on a line
 
 
-def faulty_lines(text: str, used: Counter[str], rng: random.Random) -> Iterator[tuple[int, str]]:
+def faulty_lines(
+    text: str, used: Counter[str], rng: random.Random, admissible: Callable[[int, str], bool]
+) -> Iterator[tuple[int, str]]:
     """(row from 0, that line with one fault) for lines of the module `text` in random order; none if it is no Python.
 
     With the fault, what stands up to and on the line is no Python whatever follows; without it, it is. `used` counts
-    kinds of fault and is kept level: the kind used least is tried first.
+    kinds of fault and is kept level: the kind used least is tried first. `admissible(row, faulty line)` may refuse one.
     """
     lines = text.split("\n")
     for top, row in _one_line_statements(text, rng):
-        wrong = _ungrammatical("\n".join(lines[top:row]), lines[row], used, rng)
+        wrong = _ungrammatical("\n".join(lines[top:row]), lines[row], used, rng, partial(admissible, row))
         if wrong is not None:
             yield row, wrong
 
@@ -56,30 +60,32 @@ def _one_line_statements(text: str, rng: random.Random) -> list[tuple[int, int]]
     return rng.sample(rows, len(rows))
 
 
-def _ungrammatical(before: str, line: str, used: Counter[str], rng: random.Random) -> str | None:
-    """`line` with one fault after which no Python can follow `before`; kinds of fault used least come first."""
+def _ungrammatical(
+    before: str, line: str, used: Counter[str], rng: random.Random, admissible: Callable[[str], bool]
+) -> str | None:
+    """`line` with one fault after which no Python can follow `before`."""
     try:
         tokens = _tokens(line)
     except (tokenize.TokenError, SyntaxError):
         return None
-    if not _can_go_on(f"{before}\n{line}\n"):
-        return None
     for kind in sorted(FAULTS, key=lambda kind: (used[kind], kind)):
         changed = FAULTS[kind](line, tokens)
-        for candidate in rng.sample(changed, min(2, len(changed))):
-            if candidate != line and not _can_go_on(f"{before}\n{candidate}\n"):
+        for wrong in rng.sample(changed, min(TRIED, len(changed))):
+            if wrong != line and admissible(wrong) and not _can_go_on(f"{before}\n{wrong}\n"):
                 used[kind] += 1
-                return candidate
+                return wrong if _can_go_on(f"{before}\n{line}\n") else None
     return None
 
 
 def _can_go_on(source: str) -> bool:
-    """Whether `source` is Python, or the beginning of Python."""
+    """Whether `source` is Python, or the beginning of Python, to the parser (which lets `return` stand anywhere)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            codeop.compile_command(source, symbol="exec")
-        except (SyntaxError, ValueError, OverflowError):
+            compile(source, "<line>", "exec", ast.PyCF_ONLY_AST | codeop.Compile().flags)
+        except SyntaxError as error:
+            return error.msg == "incomplete input"
+        except ValueError:                              # a number too long to convert
             return False
     return True
 
@@ -124,8 +130,8 @@ def _wrong_operator(line: str, tokens: list[Token]) -> list[str]:
     return _replaced(line, tokens, lambda text: OPERATORS if text in OPERATORS else ())
 
 
-def _no_colon(line: str, tokens: list[Token]) -> list[str]:
-    return [line[:-1] + other for other in ("", ",", ";")] if line.endswith(":") else []
+def _wrong_end_of_header(line: str, tokens: list[Token]) -> list[str]:
+    return [line[:-1] + other for other in ",;"] if line.endswith(":") else []
 
 
 def _wrong_indentation(line: str, tokens: list[Token]) -> list[str]:
@@ -142,7 +148,7 @@ def _swapped(line: str, tokens: list[Token]) -> list[str]:
 
 FAULTS: dict[str, Callable[[str, list[Token]], list[str]]] = {
     "bracket": _wrong_bracket,
-    "colon": _no_colon,
+    "colon": _wrong_end_of_header,
     "indentation": _wrong_indentation,
     "keyword": _wrong_keyword,
     "operator": _wrong_operator,
