@@ -38,8 +38,8 @@ def save_model(directory: Path, model: MambaModel) -> None:
 def load_model(directory: Path, model: MambaModel) -> None:
     """Read weights into `model`, whatever layout wrote them.
 
-    Linear layers' `_extra_state`, where Transformer Engine keeps scales of its own, is left out: `checkpoint.save_weights`
-    writes none. (Megatron-LM's own loader wants `--dist-ckpt-strictness log_all` for the same reason.)
+    Linear layers' `_extra_state`, where Transformer Engine keeps scales of its own, is left out, because
+    `checkpoint.save_weights` writes none. (For Megatron-LM's loader that is `--dist-ckpt-strictness log_all`.)
     """
     weights = model.sharded_state_dict(metadata=_groups())
     weights = {name: shard for name, shard in weights.items() if not name.endswith("_extra_state")}

@@ -30,12 +30,13 @@ def pretrain(stage: Stage) -> dict[str, Any]:
             params.model_of(stage.variant), params.pretrain, variant.architecture, variant.precision, variant.seed,
             tokens, out, stage.scratch, Progress(),
         )
-    stage.write_record("training.csv", _csv(run.training))
-    stage.write_record("validation.csv", _csv(run.validation))
+    stage.write_record("training.csv", csv_text(run.training))
+    stage.write_record("validation.csv", csv_text(run.validation))
     return run.metrics
 
 
-def _csv(rows: list[dict[str, Any]]) -> str:
+def csv_text(rows: list[dict[str, Any]]) -> str:
+    """Rows with a header of their keys; numbers to eight digits."""
     lines = [",".join(rows[0])]
     for row in rows:
         lines.append(",".join(f"{value:.8g}" if isinstance(value, float) else str(value) for value in row.values()))

@@ -73,7 +73,7 @@ def test_the_same_weights_are_the_same_files(tmp_path):
 
 
 def test_errors_say_what_is_wrong(tmp_path):
-    with pytest.raises(ModelError, match="model.json") as error:
+    with pytest.raises(ModelError, match=r"model\.json") as error:
         load_weights(tmp_path)
     assert str(error.value).count("\n") == 1
     state = random_state(HYBRID)
