@@ -45,6 +45,7 @@ def metrics(archive: Path, *parts: str) -> dict[str, float]:
     return dict(json.loads(archive.joinpath("runs/smoke", *parts, "metrics.json").read_text()))
 
 
+@pytest.mark.timeout(900)      # 90 s alone on two cores; others may be at work
 def test_every_stage_runs_and_then_none(archive: Path) -> None:
     first = reproduce(archive, "--profile", "smoke")
     assert set(first.values()) == {"ran"}
