@@ -49,7 +49,7 @@ def test_results_keep_the_order_of_items(pool):
 
 def test_polars_works_here_and_in_workers(pool):
     assert column_sum([1, 2]) == 3
-    assert list(ordered_map(pool, column_sum, [[1, 2], [3], []])) == [3, 3, 0]
+    assert list(ordered_map(pool, column_sum, [[1, 2], [3], [4, 5]])) == [3, 3, 9]
 
 
 def test_a_killed_worker_is_explained():
