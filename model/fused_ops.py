@@ -84,4 +84,4 @@ class CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * dlosses.to(gradient.dtype).unsqueeze(-1), None
+        return gradient.mul_(dlosses.to(gradient.dtype).unsqueeze(-1)), None    # a second backward is an error

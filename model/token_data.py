@@ -7,7 +7,10 @@ a resumed run goes on with the next one.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,12 +114,12 @@ class TrainingData:
                 )
         self.file_of_sample, self.position_in_file = self._draw(phases, samples)
         drawn = np.bincount(self.file_of_sample, minlength=len(self.names))
-        config = GPTDatasetConfig(
-            random_seed=seed, sequence_length=sequence_length, split="1,0,0", path_to_cache=str(cache),
-            tokenizer=_Vocabulary(contents), reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False,
-            create_attention_mask=False,
-        )
-        with main_process_first():
+        with main_process_first(), _whole(cache) as directory:
+            config = GPTDatasetConfig(
+                random_seed=seed, sequence_length=sequence_length, split="1,0,0", path_to_cache=str(directory),
+                tokenizer=_Vocabulary(contents), reset_position_ids=False, reset_attention_mask=False,
+                eod_mask_loss=False, create_attention_mask=False,
+            )
             self.files = [
                 _dataset(str(tokens / name), int(count), config) if count else None
                 for name, count in zip(self.names, drawn, strict=True)
@@ -149,6 +152,20 @@ class TrainingData:
         file = self.files[self.file_of_sample[sample]]
         item = file[int(self.position_in_file[sample])]
         return torch.cat([item["tokens"], item["labels"][-1:]])
+
+
+@contextlib.contextmanager
+def _whole(cache: Path) -> Iterator[Path]:
+    """`cache` where it exists, else a directory that becomes it when the block ends well: Megatron would take an index
+    file that a killed process left half-written for whole."""
+    if cache.exists():
+        yield cache
+        return
+    partial = cache.with_name(f".{cache.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    yield partial
+    partial.mkdir(parents=True, exist_ok=True)
+    partial.rename(cache)
 
 
 def _contents(tokens: Path) -> dict[str, Any]:

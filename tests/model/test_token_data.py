@@ -67,6 +67,17 @@ def test_same_seed_same_samples_with_and_without_the_cache(tokens, tmp_path):
     assert not all(torch.equal(first[sample], other[sample]) for sample in range(10))
 
 
+def test_a_cache_left_half_written_is_built_again(tokens, tmp_path):
+    expected = TrainingData(tokens, 16, 90, 1, tmp_path / "whole")
+    (tmp_path / ".index.partial").mkdir()
+    for file in (tmp_path / "whole").iterdir():
+        (tmp_path / ".index.partial" / file.name).write_bytes(file.read_bytes()[:100])
+    data = TrainingData(tokens, 16, 90, 1, tmp_path / "index")
+    assert torch.equal(data[80], expected[80])
+    assert sorted(path.name for path in (tmp_path / "index").iterdir()) == sorted(
+        path.name for path in (tmp_path / "whole").iterdir())
+
+
 def test_validation_predicts_every_token_once(tokens):
     data = validation(tokens, "code", 16)
     stream = np.concatenate(documents(tokens, "validation/code"))
