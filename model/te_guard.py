@@ -1,7 +1,8 @@
 """Keep a Transformer Engine that cannot run here from breaking `import megatron.core`.
 
 On a machine without CUDA the `transformer-engine` package raises RuntimeError or OSError when imported, and
-megatron-core 0.16.1 catches ImportError only. Every module that imports Megatron imports this one first.
+megatron-core 0.16.1 catches ImportError only. Every module that imports Megatron imports this one first. Megatron's
+remarks that such extensions are absent are silenced too: here that is the plan.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import warnings
 
 
 def usable_transformer_engine() -> bool:
@@ -26,3 +28,5 @@ def usable_transformer_engine() -> bool:
 
 
 TRANSFORMER_ENGINE = usable_transformer_engine()
+warnings.filterwarnings("ignore", r"(Transformer Engine and )?Apex .* not installed", UserWarning)
+warnings.filterwarnings("ignore", "full scope is deprecated", UserWarning)
