@@ -356,7 +356,10 @@ def _costs_are(text: str, costs: list[int]) -> bool:
 
 
 def control(items: EvaluationItems, window_bytes: int) -> dict[str, float]:
-    """Metrics of a compressor on `items`: `bits_per_byte(_DOMAIN)_compressor` and `TASK_accuracy_control`."""
+    """What no training reaches on `items`.
+
+    A compressor's `bits_per_byte(_DOMAIN)_compressor` and `TASK_accuracy_control`, and a guess's `TASK_accuracy_chance`.
+    """
     metrics: dict[str, float] = {}
     bits, size = 0, 0
     for domain, documents in items.texts.items():
@@ -365,7 +368,10 @@ def control(items: EvaluationItems, window_bytes: int) -> dict[str, float]:
         metrics[f"bits_per_byte_{domain}_compressor"] = domain_bits / domain_size
         bits, size = bits + domain_bits, size + domain_size
     metrics["bits_per_byte_compressor"] = bits / size
-    return metrics | {f"{task}_accuracy_control": compressor_accuracy(choices) for task, choices in items.tasks.items()}
+    for task, choices in items.tasks.items():
+        metrics[f"{task}_accuracy_control"] = compressor_accuracy(choices)
+        metrics[f"{task}_accuracy_chance"] = sum(1 / len(item.choices) for item in choices) / len(choices)
+    return metrics
 
 
 def compressor_bits(texts: Sequence[str], window_bytes: int) -> int:

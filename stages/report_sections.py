@@ -147,6 +147,7 @@ def _evaluation(records: Records) -> list[Block]:
     tasks = [[name, *(_with_error(metrics, f"{task}_accuracy") for task in TASKS)]
              for name, metrics in zip(records.params.models, models, strict=True)]
     tasks.append(["control (a compressor)", *(_same(models, f"{task}_accuracy_control") for task in TASKS)])
+    tasks.append(["a guess", *(_same(models, f"{task}_accuracy_chance") for task in TASKS)])
     items = [f"{text}, {models[0][f'{task}_items']:,.0f} items" for task, text in TASKS.items()]
     return [Table("Bits per byte of held-out text ± standard error; lower is better", ["Model", "All", *domains], bits),
             Table("Accuracy ± standard error; higher is better", ["Model", *items], tasks)]

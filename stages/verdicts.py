@@ -67,8 +67,8 @@ def controls(records: Records) -> list[Control]:
 
 PARITY_RULE = (
     "Holds if nothing is worse by more than its margin. Bits per byte: 1 % or the spread over seeds, whichever is "
-    "larger. Accuracies: twice the standard error of the difference or the spread over seeds. A task at which both "
-    "models stay within two standard errors of the control is shown and not counted."
+    "larger. Accuracies: twice the standard error of the difference or the spread over seeds. A task at which "
+    "neither model beats a guess by two standard errors is shown and not counted."
 )
 
 PARITY_AGAIN = "Holds if nothing is worse by more than its margin, as in the first claim."
@@ -92,13 +92,13 @@ def measures(records: Records, candidate: str, reference: str) -> list[Measure]:
         error = math.hypot(ours[f"{key}_stderr"], theirs[f"{key}_stderr"])
         margin = max(2 * error, seed_spread(records, key) or 0.0)
         found.append(Measure(name, ours[key], theirs[key], ours[key] - theirs[key], margin,
-                             above_control(ours, key) or above_control(theirs, key)))
+                             beats_a_guess(ours, key) or beats_a_guess(theirs, key)))
     return found
 
 
-def above_control(metrics: Metrics, key: str) -> bool:
-    """Whether an accuracy differs from its no-training control by more than two standard errors."""
-    return abs(metrics[key] - metrics[f"{key}_control"]) > 2 * metrics[f"{key}_stderr"]
+def beats_a_guess(metrics: Metrics, key: str) -> bool:
+    """Whether an accuracy lies above chance by more than two standard errors."""
+    return metrics[key] - metrics[f"{key}_chance"] > 2 * metrics[f"{key}_stderr"]
 
 
 def parity(found: list[Measure]) -> tuple[Verdict, str]:
@@ -109,7 +109,7 @@ def parity(found: list[Measure]) -> tuple[Verdict, str]:
                                         for item in worse)
     silent = [item.name for item in found if not item.informative]
     counted = len(found) - len(silent)
-    left_out = f"; {' and '.join(silent)} at the control's level, not counted" if silent else ""
+    left_out = f"; {' and '.join(silent)} at a guess's level, not counted" if silent else ""
     return Verdict.HOLDS, f"{counted} of {len(found)} measures counted, all within their margins{left_out}"
 
 

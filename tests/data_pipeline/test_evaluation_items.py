@@ -117,6 +117,8 @@ def test_control_is_at_chance_where_text_is_judged(items: EvaluationItems) -> No
     metrics = evaluation_items.control(items, window_bytes=400)
     assert metrics["cloze_accuracy_control"] == pytest.approx(0.25, abs=1e-9)
     assert metrics["syntax_pairs_accuracy_control"] == pytest.approx(0.5, abs=1e-9)
+    assert metrics["cloze_accuracy_chance"] == 0.25
+    assert metrics["syntax_pairs_accuracy_chance"] == 0.5
     assert metrics["recall_accuracy_control"] > 0.9, "a compressor finds a repeated key"
     assert 2.5 < metrics["bits_per_byte_compressor"] < 6
 

@@ -160,6 +160,7 @@ class Tree:
         for task, (accuracy, control) in TASKS.items():
             value = round(accuracy + 0.01 * ((number * 7) % 4 - 1.5), 4)
             metrics |= {f"{task}_accuracy": value, f"{task}_accuracy_control": control, f"{task}_items": 200,
+                        f"{task}_accuracy_chance": control,
                         f"{task}_accuracy_stderr": round(math.sqrt(value * (1 - value) / 200), 5)}
         self.record("evaluate", name, 15.1 + number, metrics)
 
