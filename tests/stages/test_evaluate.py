@@ -69,7 +69,7 @@ def test_records_of_two_models(prepared: Path) -> None:
     metrics, samples, provenance = records(prepared, NAMES[0])
     other, _, _ = records(prepared, NAMES[1])
     expected = {f"{task}_{key}" for task in ("syntax_pairs", "cloze", "recall")
-                for key in ("accuracy", "accuracy_stderr", "accuracy_control", "items")}
+                for key in ("accuracy", "accuracy_stderr", "accuracy_control", "accuracy_chance", "items")}
     suffixes = ("", "_stderr", "_compressor")
     expected |= {f"bits_per_byte_{domain}{suffix}" for domain in ("code", "docs") for suffix in suffixes}
     expected |= {"bits_per_byte", "bits_per_byte_compressor", "items_refused", "items_digest"}
