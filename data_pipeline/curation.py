@@ -1,6 +1,6 @@
 """Curation: the embedded corpus through every step, from files to quality-labelled Parquet with a held-out part.
 
-The order is Nemotron-CC's (paper 2412.02595; Nemotron-H section 2.1) with evaluation text set aside on the way: read,
+The order is Nemotron-CC's (paper 2412.02595; Nemotron-H section 2.2) with evaluation text set aside on the way: read,
 licence, normalise, heuristics, hold out, exact and near-duplicate removal, decontamination, quality. Documents lie in
 shards; worker processes run a step over the shards, and each finished shard stays in the scratch directory, so that a
 killed run goes on where it was.

@@ -358,7 +358,7 @@ def _costs_are(text: str, costs: list[int]) -> bool:
 def control(items: EvaluationItems, window_bytes: int) -> dict[str, float]:
     """What no training reaches on `items`.
 
-    A compressor's `bits_per_byte(_DOMAIN)_compressor` and `TASK_accuracy_control`, and a guess's `TASK_accuracy_chance`.
+    A compressor's `bits_per_byte(_DOMAIN)_compressor` and `TASK_accuracy_control`; a guess's `TASK_accuracy_chance`.
     """
     metrics: dict[str, float] = {}
     bits, size = 0, 0

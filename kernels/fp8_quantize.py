@@ -1,6 +1,6 @@
 """FP8 quantisation with per-tensor current scaling, exact to the bit, without FP8 hardware.
 
-The paper's recipe (section 2.4) is Transformer Engine's `Float8CurrentScaling`: scale = FP8 maximum / largest absolute
+The paper's recipe (section 2.3) is Transformer Engine's `Float8CurrentScaling`: scale = FP8 maximum / largest absolute
 value of this very tensor, E4M3 forward and E5M2 for gradients. Every FP8 value is exact in bfloat16, so a bfloat16 GEMM
 over quantised values, accumulated in float32 and multiplied by both inverse scales, is what FP8 tensor cores compute.
 """

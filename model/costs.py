@@ -1,7 +1,7 @@
 """What a model costs in parameters, bytes and floating-point operations, in closed form.
 
 Only counts of channels, heads and tokens go in, so a 56B model costs no more to judge than a tiny one. MiniPuzzle's
-search (paper section 5) rests on this: it asks for the cost of every combination of layer counts and FFN width.
+search (paper section 3) rests on this: it asks for the cost of every combination of layer counts and FFN width.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""AdamW with FP32 master weights and the warmup-stable-decay schedule, both megatron-core's (paper section 2.3)."""
+"""AdamW with FP32 master weights and the warmup-stable-decay schedule, both megatron-core's (paper section 2.4)."""
 
 from __future__ import annotations
 

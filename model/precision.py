@@ -1,4 +1,4 @@
-"""Number formats of training: BF16, and the paper's FP8 recipe (section 2.4).
+"""Number formats of training: BF16, and the paper's FP8 recipe (section 2.3).
 
 FP8: per-tensor current scaling, E4M3 for weights and activations, E5M2 for gradients; the linear layers of FFN,
 attention and Mamba only; the first and last layers, embedding and head in BF16; FP32 master weights and gradients.

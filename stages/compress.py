@@ -1,4 +1,4 @@
-"""Compress a pretrained hybrid with MiniPuzzle, and make its random control (paper section 5).
+"""Compress a pretrained hybrid with MiniPuzzle, and make its random control (paper section 3).
 
 Reads  data/PROFILE/tokens, data/PROFILE/checkpoints/PARENT (compress.parent).
 Writes data/PROFILE/checkpoints/compressed and compressed-random,

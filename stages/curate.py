@@ -3,7 +3,7 @@
     python -m stages.curate
 
 Reads what is installed, in place. Drops what is not under a permissive licence, normalises, filters, holds out whole
-sources for evaluation, removes copies and near-copies, decontaminates and labels by quality (Nemotron-H, section 2.1).
+sources for evaluation, removes copies and near-copies, decontaminates and labels by quality (Nemotron-H, section 2.2).
 
 Writes  data/PROFILE/curated/   train/part-*.parquet, heldout/part-*.parquet, manifest.json
         runs/PROFILE/curate/    funnel.json, metrics.json, provenance.json

@@ -7,6 +7,7 @@ through every step like the others.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -34,26 +35,26 @@ class Outcome(NamedTuple):
     reasons: Sequence[str | None]
 
 
-class Step:
+class Step(ABC):
     """A step that needs nothing but the shard. Instances are pickled to worker processes."""
 
     name: ClassVar[str]
 
+    @abstractmethod
     def apply(self, table: pa.Table, decision: Any) -> Outcome:
         """The outcome for one shard, in a worker. `decision` is None unless the step is a GlobalStep."""
-        raise NotImplementedError
 
 
 class GlobalStep(Step):
     """A step that looks at every shard before it decides on one."""
 
+    @abstractmethod
     def survey(self, table: pa.Table) -> Any:
         """The little that must be known of one shard, in a worker."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decide(self, surveys: list[Any]) -> list[Any]:
         """From the surveys of all shards, in order, one decision for each."""
-        raise NotImplementedError
 
 
 def text_id(text: str) -> str:

@@ -1,6 +1,6 @@
 """Candidates for compression: every largest combination of layer counts and FFN width that fits the memory budget.
 
-The paper's grid (section 5.2): how many Mamba-2, attention and FFN layers to keep and one FFN width for all; within a
+The paper's grid (section 3): how many Mamba-2, attention and FFN layers to keep and one FFN width for all; within a
 type the most important layers stay. A combination that could still grow in one direction is dominated by the grown
 one, so only maximal ones are candidates; Nemotron-H-47B is such a point of the 56B model.
 """

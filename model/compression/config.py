@@ -22,7 +22,7 @@ class MemoryBudget(Section):
 
 
 class CompressConfig(Section):
-    """MiniPuzzle (paper section 5): what to score, what to search, how long to distil. Samples are sequences."""
+    """MiniPuzzle (paper section 3): what to score, what to search, how long to distil. Samples are sequences."""
 
     parent: str                                     # name of a pretrained variant
     importance_samples: int = Field(ge=2)

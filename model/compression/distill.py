@@ -1,4 +1,4 @@
-"""Distillation: a student learns the parent's next-token distribution (paper section 5.3).
+"""Distillation: a student learns the parent's next-token distribution (paper section 3).
 
 The loss is the forward KL divergence KL(parent || student) of the logits at temperature 1, and nothing else: no
 cross-entropy, no hidden states. Students stand side by side in one run, so that all see the same tokens in the same

@@ -1,4 +1,4 @@
-"""MiniPuzzle from the parent's weights to the compressed model (paper section 5), and its random control.
+"""MiniPuzzle from the parent's weights to the compressed model (paper section 3), and its random control.
 
 importance -> every maximal candidate under the memory budget -> the ones that keep most importance are compared with
 the parent on held-out tokens -> the closest are distilled briefly -> the best is distilled in full. The control has the

@@ -1,4 +1,4 @@
-"""Importance of layers and of FFN neurons, from forward passes alone (paper section 5.1).
+"""Importance of layers and of FFN neurons, from forward passes alone (paper section 3).
 
 Both work on random training sequences. Layers: the mean squared error that leaving the layer out causes in the
 activations before the LM head. Neurons: Minitron's rule (arXiv 2407.14679), the mean over the sequence and the L2 norm

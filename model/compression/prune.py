@@ -1,6 +1,6 @@
 """Cutting layers and FFN neurons out of a model's weights.
 
-MiniPuzzle cuts nothing else (paper section 5): the residual stream, attention heads and Mamba heads keep their size, so
+MiniPuzzle cuts nothing else (paper section 3): the residual stream, attention heads and Mamba heads keep their size, so
 no RMSNorm loses channels and none needs rescaling.
 """
 

@@ -1,0 +1,70 @@
+"""SIGKILL in every stage in turn: the pipeline goes on and ends with the results of an unbroken run."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.archive import reproduce, start, unpack
+
+TIMES = {"tokens_per_second", "train_seconds", "peak_memory_gib"}
+VICTIMS = ["curate", "tokenizer", "tokenize", "pretrain@hybrid-fp8", "pretrain@transformer-bf16", "compress",
+           "export@compressed", "evaluate@hybrid-fp8", "benchmark", "report"]
+
+
+def results(archive: Path) -> dict[str, Any]:
+    """Everything a run makes, but for times and what holds them."""
+    found: dict[str, Any] = {}
+    for path in sorted([*archive.glob("data/smoke/**/*"), *archive.glob("runs/smoke/**/*")]):
+        name = str(path.relative_to(archive))
+        if path.is_dir() or path.name in ("provenance.json", ".gitignore") or "/benchmark/" in name:
+            continue
+        if path.name == "metrics.json":
+            values = json.loads(path.read_text())
+            found[name] = {key: value for key, value in values.items() if key not in TIMES}
+        else:
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def kill_in(archive: Path, stage: str, seconds: float) -> bool:
+    """Start the flow and kill it with all its processes `seconds` into `stage`. Whether the stage had started."""
+    flow = start(archive)
+    assert flow.stdout is not None
+    started = any(line.split()[1:3] == [stage, "started"] for line in flow.stdout)
+    if started:
+        time.sleep(seconds)
+    for process in [*psutil.Process(flow.pid).children(recursive=True), psutil.Process(flow.pid)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    flow.communicate()
+    return started
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_killed_in_every_stage(tmp_path: Path) -> None:
+    archive = unpack(tmp_path)
+    reproduce(archive, "--profile", "smoke")
+    expected, seconds = results(archive), {}
+    for record in archive.glob("runs/smoke/**/provenance.json"):
+        values = json.loads(record.read_text())
+        name = f"{values['stage']}@{values['variant']}" if values["variant"] else values["stage"]
+        seconds[name] = values["wall_seconds"]
+    for leftover in ("data", "runs", "reports", ".scratch", ".dvc/cache", ".dvc/tmp", "dvc.lock"):
+        path = archive / leftover
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    for stage in VICTIMS:
+        assert kill_in(archive, stage, 1.0 + 0.6 * seconds[stage]), f"{stage} had nothing left to do"
+    resumed = reproduce(archive)
+    assert set(resumed.values()) <= {"ran", "cached", "restored"}
+    assert results(archive) == expected
