@@ -128,19 +128,20 @@ class Progress:
     def __init__(self, seconds_between_lines: float = 2.0):
         self.interval = seconds_between_lines
         self.started = time.monotonic()
-        self.first_step: int | None = None
+        self.first = self.last = (0, 0)         # (step, total) at the start of this loop, and at the latest call
         self.last_line = -1e9
         self.bar: Any = None
 
     def __call__(self, step: int, total: int, **figures: float | str) -> None:
         now = time.monotonic()
-        if self.first_step is None or step < self.first_step:
-            self.first_step, self.started = step, now
+        if step < self.last[0] or total != self.last[1]:        # another loop began
+            self.first, self.started = (step, total), now
+        self.last = (step, total)
         if sys.stderr.isatty():
             self._show_bar(step, total, figures)
         elif step >= total or now - self.last_line >= self.interval:
             self.last_line = now
-            done = step - self.first_step
+            done = step - self.first[0]
             eta = (now - self.started) / done * (total - step) if done else 0.0
             shown = " ".join(f"{name} {_figure(name, value)}" for name, value in figures.items())
             clock = time.strftime("%H:%M:%S", time.gmtime(eta))

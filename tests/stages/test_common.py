@@ -118,3 +118,16 @@ def test_progress_line(capsys, monkeypatch):
         "step 0/4 loss 3.412 lr 3.0e-04 eta 00:00:00",
         "step 4/4 loss 3.412 lr 3.0e-04 tok/s 8123 eta 00:00:00",
     ]
+
+
+def test_progress_starts_anew_with_another_loop(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
+    progress = Progress(seconds_between_lines=0)
+    progress(1, 3)
+    time.sleep(1.1)
+    progress(2, 3)
+    progress(2, 80)
+    progress(3, 80)
+    assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()] == [
+        "00:00:00", "00:00:01", "00:00:00", "00:00:00"
+    ]
