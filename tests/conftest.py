@@ -40,6 +40,6 @@ def write_token_files(directory: Path, documents: int = 60) -> Path:
     return directory
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def token_files() -> Callable[..., Path]:
     return write_token_files

@@ -26,10 +26,8 @@ def losses(run: dict) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def tokens(tmp_path_factory) -> Path:
-    from conftest import write_token_files
-
-    return write_token_files(tmp_path_factory.mktemp("tokens"))
+def tokens(token_files, tmp_path_factory) -> Path:
+    return token_files(tmp_path_factory.mktemp("tokens"))
 
 
 @pytest.fixture(scope="module")
