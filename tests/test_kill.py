@@ -36,8 +36,8 @@ def results(archive: Path) -> dict[str, Any]:
 
 
 def kill_in(archive: Path, stage: str, seconds: float) -> bool:
-    """Start the flow and kill it with all its processes `seconds` into `stage`. Whether the stage had started."""
-    flow = start(archive)
+    """Run the flow up to `stage` and kill all its processes `seconds` into that. Whether the stage had started."""
+    flow = start(archive, "--stages", stage)
     assert flow.stdout is not None
     started = any(line.split()[1:3] == [stage, "started"] for line in flow.stdout)
     if started:
