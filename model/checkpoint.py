@@ -78,11 +78,13 @@ def load_weights(directory: Path) -> tuple[ModelConfig, State, dict[str, Any]]:
 def describe(directory: Path, config: ModelConfig, training: dict[str, Any]) -> None:
     """Complete saved weights with model.json: the geometry, and what is true of the weights on every run.
 
-    PyTorch marks each save with a random id; it goes, so that the same weights are the same files.
+    PyTorch marks each save with a random id and lists tensors as its threads finish: the id goes and the list is
+    sorted, so that the same weights are the same files.
     """
     index = directory / ".metadata"
     metadata = pickle.loads(index.read_bytes())
     metadata.storage_meta = None
+    metadata.storage_data = dict(sorted(metadata.storage_data.items(), key=lambda entry: str(entry[0])))
     index.write_bytes(pickle.dumps(metadata))
     content = {"model": config.model_dump(mode="json"), "training": training}
     (directory / "model.json").write_text(json.dumps(content, indent=1) + "\n")
