@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 Label = Literal["high", "medium-high", "medium", "medium-low", "low"]
+Domain = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]
 
 
 class DataError(ValueError):
@@ -17,6 +18,91 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+# where work is done: no result depends on it
+
+class DaskConfig(Section):
+    scheduler: str | None = None    # its address; None starts `workers` processes here
+
+
+class RayConfig(Section):
+    address: str | None = None      # of a cluster, or "auto"; None starts one with `workers` processes here
+
+
+class SlurmConfig(Section):
+    """Jobs through submitit; `local` and `debug` are its stand-ins where there is no Slurm."""
+
+    cluster: Literal["slurm", "local", "debug"] = "slurm"
+    folder: str = ".slurm"          # job scripts and logs; every node must see it
+    partition: str | None = None
+    timeout_minutes: int = Field(default=120, ge=1)
+    memory_gigabytes: float = Field(default=8, gt=0)
+
+
+class ExecutorConfig(Section):
+    """What works on shards. Every worker must see the paths the stage works with."""
+
+    executor: Literal["local", "dask", "ray", "slurm"]
+    workers: int = Field(ge=1)      # shards worked on at once
+    dask: DaskConfig = DaskConfig()
+    ray: RayConfig = RayConfig()
+    slurm: SlurmConfig = SlurmConfig()
+
+
+# annotate: from sources to documents with everything a cut may ask about
+
+class InstalledSource(Section):
+    """The embedded corpus: the dependency closure of `roots` and the standard library, read in place."""
+
+    kind: Literal["installed"]
+    roots: list[str] = Field(min_length=1)
+    megabytes: dict[Literal["code", "docs", "headers", "reference"], float] = Field(min_length=1)   # of each domain
+
+
+class FilesSource(Section):
+    """JSONL, Parquet or text files, plain or .gz or .zst; `paths` may hold wildcards and directories."""
+
+    kind: Literal["files"]
+    paths: list[str] = Field(min_length=1)
+    text_column: str = "text"
+    domain: Domain
+    license: str = "unknown"
+    megabytes: float | None = Field(default=None, gt=0)         # of text; None reads everything
+
+
+class HubSource(Section):
+    """A data set of the Hugging Face Hub, streamed."""
+
+    kind: Literal["hub"]
+    dataset: str
+    config: str | None = None
+    split: str = "train"
+    revision: str                   # a commit, so that a run can be repeated
+    text_column: str = "text"
+    domain: Domain
+    license: str = "unknown"
+    megabytes: float | None = Field(default=None, gt=0)
+
+
+class WebSource(Section):
+    """WARC or WET files, from disk or by URL."""
+
+    kind: Literal["web"]
+    paths: list[str] = Field(min_length=1)
+    extractor: Literal["justext", "resiliparse"] = "justext"    # Nemotron-CC's; one 7 times as fast
+    domain: Domain = "web"
+    megabytes: float | None = Field(default=None, gt=0)
+
+
+Source = Annotated[InstalledSource | FilesSource | HubSource | WebSource, Field(discriminator="kind")]
+
+
+class HeldOutConfig(Section):
+    """Text set aside for evaluation, as whole sources (distributions, sites, files) or as single documents."""
+
+    fraction: float = Field(ge=0, lt=0.5)       # of each domain's bytes
+    unit: Literal["source", "document"]
+
+
 class MinHashConfig(Section):
     """Two documents with Jaccard similarity J of their shingles meet with probability 1 - (1 - J^rows)^bands."""
 
@@ -25,20 +111,84 @@ class MinHashConfig(Section):
     rows: int = Field(ge=1)
 
 
-class CurateConfig(Section):
-    roots: list[str] = Field(min_length=1)
-    domains: list[Literal["code", "docs", "reference"]] = Field(min_length=1)
-    megabytes_per_domain: dict[str, float]
-    held_out_fraction: float = Field(gt=0, lt=0.5)
-    minhash: MinHashConfig
-    decontamination_ngram: int = Field(ge=2)
-    shards: int = Field(ge=1)
+class SubstringConfig(Section):
+    """Strings of at least `bytes` bytes that stood before, in the text of these domains."""
 
-    @model_validator(mode="after")
-    def every_domain_has_a_size(self) -> CurateConfig:
-        if missing := [domain for domain in self.domains if domain not in self.megabytes_per_domain]:
-            raise ValueError(f"megabytes_per_domain lacks {missing}")
-        return self
+    bytes: int = Field(ge=16)
+    domains: list[Domain]
+
+
+class DecontaminationConfig(Section):
+    """Runs of `ngram` words shared with held-out text, or with the evaluation sets in these files."""
+
+    ngram: int = Field(ge=2)
+    against: list[str] = []
+
+
+class ClassifierConfig(Section):
+    """A regression or classification model of the Hub, or a local directory, as a quality scorer."""
+
+    model: str
+    revision: str | None = None
+    label: int = 0                  # which output is the score
+    batch: int = Field(default=64, ge=1)
+
+
+class AnnotateConfig(Section):
+    sources: list[Source] = Field(min_length=1)
+    shard_megabytes: float = Field(gt=0)        # text a worker holds at a time
+    mask: list[Literal["email", "ip", "phone", "secret"]]
+    held_out: HeldOutConfig
+    minhash: MinHashConfig
+    substring: SubstringConfig
+    decontamination: DecontaminationConfig
+    scorers: list[Literal["fluency", "reference", "structure"] | ClassifierConfig] = Field(min_length=1)
+
+
+# curate: what is cut, and what it is labelled
+
+class LanguageConfig(Section):
+    keep: list[str] = Field(min_length=1)       # ISO 639-1
+    share: float = Field(ge=0, le=1)            # of the text's bytes, at least
+    domains: list[Domain]                       # the others are not natural language
+
+
+class RulesConfig(Section):
+    """Heuristic rules of a domain: a set by name, applied to documents of these quality labels."""
+
+    set: Literal["code", "prose", "reference", "web"]
+    labels: list[Label] = Field(min_length=1)
+    thresholds: dict[str, tuple[float | None, float | None]] = {}      # feature -> (low, high), instead of the set's
+
+
+class PerplexityConfig(Section):
+    """The share of a domain's bytes with the highest perplexity goes, where its label is one of these."""
+
+    labels: list[Label]
+    share: float = Field(ge=0, lt=1)
+
+
+class SynthesisConfig(Section):
+    """Rephrasing by a language model behind an OpenAI-compatible endpoint (Nemotron-CC, section 2.2)."""
+
+    enabled: bool
+    base_url: str
+    model: str
+    key_variable: str               # name of the environment variable that holds the key
+    concurrency: int = Field(ge=1)
+    timeout_seconds: float = Field(gt=0)
+    retries: int = Field(ge=0)
+    temperature: float = Field(ge=0)
+    top_p: float = Field(gt=0, le=1)
+    megabytes: float = Field(gt=0)              # of source text, at most
+
+
+class CurateConfig(Section):
+    language: LanguageConfig
+    rules: dict[Domain, RulesConfig]
+    perplexity: PerplexityConfig
+    contamination: int = Field(ge=0)            # shared n-grams a document may have
+    synthesis: SynthesisConfig
 
 
 class TokenizerConfig(Section):
@@ -57,6 +207,7 @@ class Phase(Section):
 class TokenizeConfig(Section):
     validation_kilobytes_per_domain: int = Field(ge=1)
     phases: list[Phase] = Field(min_length=1)
+    repeats: float = Field(ge=1)                # times a document may be seen in training, at most
 
     @model_validator(mode="after")
     def phases_cover_training(self) -> TokenizeConfig:

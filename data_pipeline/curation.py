@@ -1,9 +1,7 @@
-"""Curation: the embedded corpus through every step, from files to quality-labelled Parquet with a held-out part.
+"""Curation: from annotated shards to labelled training text and held-out text, by the thresholds of one configuration.
 
-The order is Nemotron-CC's (paper 2412.02595; Nemotron-H section 2.2) with evaluation text set aside on the way: read,
-licence, normalise, heuristics, hold out, exact and near-duplicate removal, decontamination, quality. Documents lie in
-shards; worker processes run a step over the shards, and each finished shard stays in the scratch directory, so that a
-killed run goes on where it was.
+Two passes of the workers over the shards: the first takes a bounded sample of scores, from which the thresholds follow;
+the second cuts (`data_pipeline.cut`) and writes. A changed threshold costs these two passes and nothing else.
 """
 
 from __future__ import annotations
@@ -11,271 +9,285 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_pipeline.config import CurateConfig, DataError
-from data_pipeline.executor import ordered_map, worker_pool
-from data_pipeline.sources.installed import Document, SourceFile, corpus, domain_of, read_documents
-from data_pipeline.steps.decontaminate import Decontaminate
-from data_pipeline.steps.exact_dedup import ExactDedup
-from data_pipeline.steps.heuristics import Heuristics
-from data_pipeline.steps.hold_out import HoldOut
-from data_pipeline.steps.license import License
-from data_pipeline.steps.minhash import MinHash
-from data_pipeline.steps.normalise import Normalise
-from data_pipeline.steps.quality import QualityLabels, QualityScores
-from data_pipeline.steps.step import SCHEMA, GlobalStep, Step, text_id
+from data_pipeline.config import AnnotateConfig, CurateConfig, DataError, ExecutorConfig
+from data_pipeline.cut import EXAMPLES, SHORTENED, STEPS, Cut, Example, Survey, apply, cut_of, survey, with_thresholds
+from data_pipeline.executor import Workers, workers
+from data_pipeline.meter import Meter, Progress
+from data_pipeline.steps.quality_labels import merge
+from data_pipeline.steps.step import SCHEMA
+from data_pipeline.storage import place, write_table, write_text
+from data_pipeline.synthesis import Parent, Synthesis, annotate, synthesize
 
-FILES_PER_BATCH = 32
-LARGEST_DOCUMENT = 0.1      # of a domain's cap: a sample of one file is none
-FULL = 0.99                 # of its cap: a domain this full is read no further
-HELD_OUT_COLUMNS = ["id", "text", "source", "path", "domain", "license"]
-TRAIN_COLUMNS = [*HELD_OUT_COLUMNS, "quality", "label"]
-COUNTS = b"curation"        # key of a shard's counts in its Parquet metadata
+LICENSE = "license"             # the reason of a refusal that has a row of its own in the funnel
+WORK = {"survey": 30, "cut": 70}
 
 Funnel = list[dict[str, Any]]
-Progress = Callable[..., None]
-Report = Callable[[float], None]
 
 
-def steps(config: CurateConfig, seed: int) -> list[Step]:
+class Records(NamedTuple):
+    """What the report shows of a curation; docs/architecture.md describes the three."""
+
+    funnel: Funnel
+    histograms: dict[str, dict[str, Any]]
+    dropped: dict[str, dict[str, Any]]
+
+
+def curate(
+    annotated: Path, config: CurateConfig, seed: int, out: Path, scratch: Path, cache: Path, executor: ExecutorConfig,
+    progress: Progress,
+) -> Records:
+    """Write `out/train/part-*.parquet`, `out/heldout/part-*.parquet` and `out/manifest.json`.
+
+    Args:
+        annotated: what `annotation.annotate` wrote.
+        seed: of the choice of documents to rephrase.
+        scratch: for finished shards: an interrupted call goes on where it was.
+        cache: file that keeps a language model's answers, where synthesis is enabled.
+
+    Raises DataError for a rule about no feature, a shard that fails, and a domain with no document left.
+    """
+    manifest = json.loads((annotated / "manifest.json").read_text())
+    shards = sorted(annotated.glob("part-*.parquet"))
+    key = json.dumps([config.model_dump(mode="json"), manifest, seed, str(annotated.absolute())])
+    directory = (scratch / hashlib.sha256(key.encode()).hexdigest()[:12]).absolute()
+    if directory.exists():
+        (scratch / "resumed").touch()
+    directory.mkdir(parents=True, exist_ok=True)
+    meter = Meter(progress, WORK)
+    with workers(executor) as pool:
+        blank = cut_of(config, manifest)
+        cut = with_thresholds(blank, _survey(blank, shards, pool, meter))
+        pieces = _cut(cut, shards, directory, pool, meter)
+        funnel = _funnel(pieces, manifest)
+        if config.synthesis.enabled:
+            synthesis = synthesize(_parents(pieces, config), config.synthesis, seed, cache, progress)
+            pieces.append(_cut_synthetic(synthesis, cut, manifest, shards, seed, directory, pool))
+            funnel += _synthetic_rows(synthesis, pieces[-1], funnel)
+    reports = [piece.report for piece in pieces]
+    _refuse_empty(funnel, reports, manifest)
+    _write(pieces, out, manifest)
+    return Records(funnel, _histograms(cut, reports), _dropped(reports, manifest))
+
+
+def _survey(cut: Cut, shards: list[Path], pool: Workers, meter: Meter) -> Survey:
+    """The surveys of all shards as one: as large as one, because samples are bounded."""
+    found = Survey({}, {})
+    meter("survey", 0.0, 0)
+    surveys = pool.all(partial(survey_shard, cut=cut), shards, lambda shard: f"annotated shard {shard.name}")
+    for done, (_, one) in enumerate(surveys, start=1):
+        for domain, sample in one.samples.items():
+            found.samples[domain] = merge([found.samples[domain], sample]) if domain in found.samples else sample
+        for key, (low, high) in one.ranges.items():
+            least, largest = found.ranges.get(key, (low, high))
+            found.ranges[key] = (min(low, least), max(high, largest))
+        meter("survey", done / len(shards), 0)
+    return found
+
+
+def survey_shard(shard: Path, cut: Cut) -> Survey:
+    return survey(pq.read_table(shard, schema=SCHEMA), cut)
+
+
+class Piece(NamedTuple):
+    """A shard after the cut: PREFIX-train.parquet, PREFIX-heldout.parquet, and PREFIX.json, which is written last."""
+
+    prefix: Path
+
+    def file(self, split: str) -> Path:
+        return self.prefix.with_name(f"{self.prefix.name}-{split}.parquet")
+
+    @property
+    def record(self) -> Path:
+        return self.prefix.with_name(f"{self.prefix.name}.json")
+
+    @property
+    def report(self) -> dict[str, Any]:
+        return dict(json.loads(self.record.read_text()))
+
+
+def _cut(cut: Cut, shards: list[Path], directory: Path, pool: Workers, meter: Meter) -> list[Piece]:
+    pieces = [Piece(directory / f"cut-{index:05d}") for index in range(len(shards))]
+    missing = [(shard, piece) for shard, piece in zip(shards, pieces, strict=True) if not piece.record.exists()]
+    meter("cut", 1 - len(missing) / len(shards), 0)
+    jobs = pool.all(partial(cut_shard, cut=cut), missing, lambda job: f"annotated shard {job[0].name}")
+    for done, (_, documents) in enumerate(jobs, start=len(shards) - len(missing) + 1):
+        meter("cut", done / len(shards), documents)
+    return pieces
+
+
+def cut_shard(job: tuple[Path, Piece], cut: Cut, best: list[int] | None = None) -> int:
+    """Cut one shard and write what stays and what is to be said about it, in a worker; its number of documents."""
+    source, piece = job
+    table = pq.read_table(source, schema=SCHEMA).combine_chunks()
+    result = apply(table, cut, None if best is None else np.array(best, dtype=np.int64))
+    write_table(result.train, piece.file("train"))
+    write_table(result.heldout, piece.file("heldout"))
+    report = result.report
+    histograms = [[*key, counts.tolist()] for key, counts in report.histograms.items()]
+    record = {
+        "left": report.left, "reasons": report.reasons, "shortened": report.shortened, "examples": report.examples,
+        "histograms": histograms, "train": _contents(result.train), "heldout": _contents(result.heldout),
+    }
+    write_text(json.dumps(record), piece.record)
+    return int(table.num_rows)
+
+
+def _contents(table: pa.Table) -> dict[str, dict[str, Any]]:
+    """Domain -> documents, bytes of text and sources, as in the manifest."""
+    found: dict[str, dict[str, Any]] = {}
+    for domain in sorted(set(table["domain"].to_pylist())):
+        rows = table.filter(pc.equal(table["domain"], domain))
+        found[domain] = {"documents": rows.num_rows, "bytes": pc.sum(pc.binary_length(rows["text"])).as_py(),
+                         "sources": sorted(set(rows["source"].to_pylist()))}
+    return found
+
+
+def _funnel(pieces: list[Piece], manifest: dict[str, Any]) -> Funnel:
+    """The rows of every step, a domain each. A document refused for its licence was read, and then was not."""
+    left: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    reasons: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    for piece in pieces:
+        report = piece.report
+        for step, by_domain in report["left"].items():
+            for domain, (documents, size) in by_domain.items():
+                left[step, domain].update({"documents": documents, "bytes": size})
+        for step, by_domain in report["reasons"].items():
+            for domain, counts in by_domain.items():
+                reasons[step, domain].update(counts)
+    for domain in manifest["domains"]:
+        refused = {why: entry["documents"] for why, entry in manifest["refusals"].get(domain, {}).items()}
+        license_refused = refused.pop(LICENSE, 0)
+        left[LICENSE, domain] = Counter(left["read", domain])
+        left["read", domain]["documents"] += license_refused
+        reasons["read", domain].update(refused)
+        reasons[LICENSE, domain].update({"not permissive": license_refused} if license_refused else {})
     return [
-        License(),
-        Normalise(),
-        Heuristics(),
-        HoldOut(config.held_out_fraction, seed),
-        ExactDedup(),
-        MinHash(config.minhash, seed),
-        Decontaminate(config.decontamination_ngram),
-        QualityScores(),
-        QualityLabels(),
+        {"domain": domain, "step": step, "documents": left[step, domain]["documents"],
+         "bytes": left[step, domain]["bytes"], "reasons": dict(sorted(reasons[step, domain].items()))}
+        for step in ("read", LICENSE, *STEPS) for domain in manifest["domains"]
     ]
 
 
-def curate(config: CurateConfig, seed: int, out: Path, scratch: Path, workers: int, progress: Progress) -> Funnel:
-    """Write `out/train/part-*.parquet`, `out/heldout/part-*.parquet` and `out/manifest.json`; return the funnel.
-
-    The result depends on `config`, `seed` and what is installed, not on `workers`. Work kept in `scratch` by an
-    interrupted call is used again, and `scratch/resumed` then marks that it was. The funnel counts what is left to
-    train on after each step: documents, bytes and, in `reasons`, documents removed.
-
-    Raises DataError for a root that is not installed, a domain with no document left, and a killed worker.
-    """
-    installed = corpus(config.roots, seed)
-    pieces = scratch / installed.digest[:12]
-    if pieces.exists():
-        (scratch / "resumed").touch()
-    pieces.mkdir(parents=True, exist_ok=True)
-    plan = steps(config, seed)
-    works = ["read", *(step.name for step in plan), "write"]
-
-    def report(work: str, share: float) -> None:
-        progress(round(100 * (works.index(work) + share)), 100 * len(works), work=work)
-
-    with worker_pool(workers) as pool:
-        shards = [pieces / f"read-{index:05d}.parquet" for index in range(config.shards)]
-        if not all(shard.exists() for shard in shards):
-            _read(installed.files, config, pool, shards, partial(report, "read"))
-        funnel = _rows("read", shards, config)
-        for step in plan:
-            shards = _run_step(step, shards, pool, partial(report, step.name))
-            funnel += _rows(step.name, shards, config)
-    _refuse_empty(shards, config)
-    _write(shards, out, config)
-    report("write", 1.0)
-    return funnel
+def _parents(pieces: list[Piece], config: CurateConfig) -> Iterator[Parent]:
+    """Training documents in natural language, with their labels."""
+    for piece in pieces:
+        table = pq.read_table(piece.file("train"), columns=list(Parent._fields))
+        for row in table.filter(pc.is_in(table["domain"], pa.array(config.language.domains))).to_pylist():
+            yield Parent(**row)
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Files to read in one worker, and the domains that were not full when the batch was started."""
-
-    files: list[SourceFile]
-    domains: frozenset[str]
-
-
-def _read_batch(batch: Batch) -> list[list[Document] | str]:
-    return [read_documents(file, batch.domains) for file in batch.files]
-
-
-def _read(
-    files: list[SourceFile], config: CurateConfig, pool: Executor | None, shards: list[Path], report: Report
-) -> None:
-    """Take documents in the order of `files` until each domain has its cap, and deal them to the shards.
-
-    Raises DataError for a domain without any document.
-    """
-    cap: dict[str, float] = {domain: config.megabytes_per_domain[domain] * 1e6 for domain in config.domains}
-    size = dict.fromkeys(cap, 0)
-    reasons: dict[str, Counter[str]] = {domain: Counter() for domain in cap}
-    documents: list[Document] = []
-
-    def wanted() -> frozenset[str]:
-        return frozenset(domain for domain in cap if size[domain] < FULL * cap[domain])
-
-    def batches() -> Iterator[Batch]:
-        for start in range(0, len(files), FILES_PER_BATCH):
-            yield Batch(files[start : start + FILES_PER_BATCH], wanted())
-
-    for batch, results in _paired(ordered_map(pool, _read_batch, batches()), files):
-        for file, result in zip(batch, results, strict=True):
-            if isinstance(result, str):
-                if (domain := domain_of(file)) in wanted():
-                    reasons[domain][result] += 1
-                continue
-            for document in result:
-                domain, added = document.domain, len(document.text.encode())
-                if domain not in wanted():
-                    continue
-                if added > min(LARGEST_DOCUMENT * cap[domain], cap[domain] - size[domain]):
-                    reasons[domain]["too large for the sample"] += 1
-                    continue
-                size[domain] += added
-                documents.append(document)
-        report(min(size[domain] / cap[domain] for domain in cap))
-        if not wanted():
-            break
-    for domain, found in size.items():
-        if not found:
-            raise DataError(
-                f"Domain `{domain}`: no document was found in the closure of {', '.join(config.roots)}.\n"
-                f"Add roots to curate.roots, raise curate.megabytes_per_domain.{domain}, or take {domain} out of "
-                "curate.domains, in params.yaml."
-            )
-    for index, shard in enumerate(shards):
-        removed = {domain: dict(counter) for domain, counter in reasons.items()} if index == 0 else {}
-        _write_shard(_table(documents[index :: len(shards)]), removed, shard)
+def _cut_synthetic(
+    synthesis: Synthesis, cut: Cut, manifest: dict[str, Any], shards: list[Path], seed: int, directory: Path,
+    pool: Workers,
+) -> Piece:
+    """Synthetic documents through the steps that every document went through, and the same cut: one more shard."""
+    config = AnnotateConfig.model_validate(manifest["config"])
+    source, piece = directory / "synthetic.parquet", Piece(directory / "cut-synthetic")
+    write_table(annotate(synthesis, shards, config, seed, directory, pool), source)
+    cut_shard((source, piece), cut, [int(document.quality) for document in synthesis.documents])
+    return piece
 
 
-def _paired(
-    results: Iterator[list[list[Document] | str]], files: list[SourceFile]
-) -> Iterator[tuple[list[SourceFile], list[list[Document] | str]]]:
-    for number, result in enumerate(results):
-        start = number * FILES_PER_BATCH
-        yield files[start : start + FILES_PER_BATCH], result
-
-
-def _table(documents: list[Document]) -> pa.Table:
-    columns: dict[str, list[Any]] = {name: [None] * len(documents) for name in SCHEMA.names}
-    for name in Document._fields:
-        columns[name] = [getattr(document, name) for document in documents]
-    columns["id"] = [text_id(document.text) for document in documents]
-    columns["held_out"] = [False] * len(documents)
-    return pa.table(columns, SCHEMA)
-
-
-def _run_step(step: Step, sources: list[Path], pool: Executor | None, report: Report) -> list[Path]:
-    """Run `step` over the shards not yet done; the shards it made."""
-    targets = [source.with_name(f"{step.name}-{index:05d}.parquet") for index, source in enumerate(sources)]
-    missing = [index for index, target in enumerate(targets) if not target.exists()]
-    decisions: list[Any] = [None] * len(sources)
-    start = 0.0
-    if missing and isinstance(step, GlobalStep):
-        start = 0.5
-        surveys = []
-        for survey in ordered_map(pool, partial(_survey_shard, step), sources):
-            surveys.append(survey)
-            report(start * len(surveys) / len(sources))
-        decisions = step.decide(surveys)
-    jobs = ((sources[index], targets[index], decisions[index]) for index in missing)
-    for number, _ in enumerate(ordered_map(pool, partial(_run_shard, step), jobs), start=1):
-        report(start + (1 - start) * number / len(missing))
-    return targets
-
-
-def _survey_shard(step: GlobalStep, source: Path) -> Any:
-    return step.survey(pq.read_table(source, schema=SCHEMA))
-
-
-def _run_shard(step: Step, job: tuple[Path, Path, Any]) -> None:
-    """Apply `step` to one shard, cut what it gives a reason for, and write the rest with the counts."""
-    source, target, decision = job
-    before = pq.read_table(source, schema=SCHEMA)
-    outcome = step.apply(before, decision)
-    removed: dict[str, Counter[str]] = defaultdict(Counter)
-    held_out = zip(before["held_out"].to_pylist(), outcome.table["held_out"].to_pylist(), strict=True)
-    rows = zip(before["domain"].to_pylist(), held_out, outcome.reasons, strict=True)
-    for domain, (held_out_before, held_out_now), reason in rows:
-        if held_out_now and not held_out_before:
-            reason = "held out"
-        if reason is not None and not held_out_before:
-            removed[domain][reason] += 1
-    kept = outcome.table.filter(pa.array([reason is None for reason in outcome.reasons], pa.bool_()))
-    _write_shard(kept, {domain: dict(reasons) for domain, reasons in removed.items()}, target)
-
-
-def _write_shard(table: pa.Table, removed: dict[str, dict[str, int]], target: Path) -> None:
-    """Write `table` whole or not at all, with the reasons of what was removed in its metadata."""
-    partial_file = target.with_suffix(".partial")
-    table = table.replace_schema_metadata({COUNTS: json.dumps({"removed": removed, "left": _sizes(table, False)})})
-    pq.write_table(table, partial_file, compression="zstd")
-    partial_file.rename(target)
-
-
-def _sizes(table: pa.Table, held_out: bool) -> dict[str, list[int]]:
-    """Domain -> [documents, bytes of text] of the rows that are held out, or of those that are not."""
-    chosen = table.filter(pc.equal(table["held_out"], held_out))
-    grouped = chosen.append_column("bytes", pc.binary_length(chosen["text"])).group_by("domain", use_threads=False)
-    totals = grouped.aggregate([("bytes", "count"), ("bytes", "sum")])
-    columns = (totals[name].to_pylist() for name in ("domain", "bytes_count", "bytes_sum"))
-    return {domain: [documents, size] for domain, documents, size in zip(*columns, strict=True)}
-
-
-def _rows(name: str, shards: list[Path], config: CurateConfig) -> Funnel:
-    """The funnel's rows of one step, a domain each."""
-    counts = [json.loads(pq.read_schema(shard).metadata[COUNTS]) for shard in shards]
-    rows = []
-    for domain in config.domains:
-        left = [count["left"].get(domain, [0, 0]) for count in counts]
-        reasons: Counter[str] = Counter()
-        for count in counts:
-            reasons.update(count["removed"].get(domain, {}))
-        documents, size = (sum(column) for column in zip(*left, strict=True))
-        rows.append({"domain": domain, "step": name, "documents": documents, "bytes": size,
-                     "reasons": dict(sorted(reasons.items()))})
+def _synthetic_rows(synthesis: Synthesis, piece: Piece, funnel: Funnel) -> Funnel:
+    """One more step, which adds; its reasons are of requests and replies that gave no document that stays."""
+    report, rows = piece.report, []
+    for before in funnel[-len({row["domain"] for row in funnel}) :]:
+        domain = before["domain"]
+        reasons = Counter(synthesis.reasons.get(domain, {}))
+        for by_domain in report["reasons"].values():
+            reasons.update(by_domain.get(domain, {}))
+        added = report["train"].get(domain, {"documents": 0, "bytes": 0})
+        rows.append({"domain": domain, "step": "synthesis", "documents": before["documents"] + added["documents"],
+                     "bytes": before["bytes"] + added["bytes"], "reasons": dict(sorted(reasons.items()))})
     return rows
 
 
-def _refuse_empty(shards: list[Path], config: CurateConfig) -> None:
-    tables = [pq.read_table(shard, columns=["domain", "held_out"]) for shard in shards]
-    found = {row for table in tables for row in zip(*(column.to_pylist() for column in table.columns), strict=True)}
-    for domain in config.domains:
-        for held_out, part, change in ((False, "to train on", "lower"), (True, "held out", "raise")):
-            if (domain, held_out) not in found:
-                raise DataError(
-                    f"Domain `{domain}`: no document {part} is left after the last step.\n"
-                    f"Raise curate.megabytes_per_domain.{domain}, or {change} curate.held_out_fraction, in params.yaml."
-                )
+def _refuse_empty(funnel: Funnel, reports: list[dict[str, Any]], manifest: dict[str, Any]) -> None:
+    """Raise DataError for a domain that has nothing to train on, or nothing held out where some was asked for."""
+    wanted = ["train", "heldout"] if manifest["config"]["held_out"]["fraction"] else ["train"]
+    for domain in manifest["domains"]:
+        for split in wanted:
+            if any(domain in report[split] for report in reports):
+                continue
+            lost: Counter[str] = Counter()
+            for row in funnel:
+                lost.update(row["reasons"] if row["domain"] == domain and row["step"] != "read" else {})
+            most = ", ".join(f"{why} ({count})" for why, count in lost.most_common(3))
+            what = "to train on" if split == "train" else "held out"
+            raise DataError(
+                f"Domain `{domain}`: no document {what} is left; most went for: {most or 'nothing'}.\n"
+                f"Read more of it (annotate.sources) or change its thresholds (curate.rules.{domain}), in params.yaml."
+            )
 
 
-def _write(shards: list[Path], out: Path, config: CurateConfig) -> None:
-    """The curated Parquet and its manifest."""
-    manifest: dict[str, Any] = {"corpus_digest": "", "decontamination_ngram": config.decontamination_ngram}
+def _write(pieces: list[Piece], out: Path, annotated: dict[str, Any]) -> None:
+    """The curated Parquet and its manifest. The digest is over the ids in order, however they lie in shards."""
+    manifest: dict[str, Any] = {
+        "corpus_digest": "", "decontamination_ngram": annotated["config"]["decontamination"]["ngram"]
+    }
     digest = hashlib.sha256()
-    for split, held_out, columns in (("train", False, TRAIN_COLUMNS), ("heldout", True, HELD_OUT_COLUMNS)):
+    for split in ("train", "heldout"):
         (out / split).mkdir(parents=True)
         found: dict[str, dict[str, Any]] = {
-            domain: {"documents": 0, "bytes": 0, "sources": set()} for domain in config.domains
+            domain: {"documents": 0, "bytes": 0, "sources": set()} for domain in annotated["domains"]
         }
-        for index, shard in enumerate(shards):
-            table = pq.read_table(shard, schema=SCHEMA)
-            table = table.filter(pc.equal(table["held_out"], held_out)).select(columns)
-            pq.write_table(table.replace_schema_metadata(), out / split / f"part-{index:05d}.parquet")
-            digest.update("".join(table["id"].to_pylist()).encode())
-            rows = zip(*(table[name].to_pylist() for name in ("domain", "text", "source")), strict=True)
-            for domain, text, source in rows:
-                found[domain]["documents"] += 1
-                found[domain]["bytes"] += len(text.encode())
-                found[domain]["sources"].add(source)
+        for index, piece in enumerate(pieces):
+            place(piece.file(split), out / split / f"part-{index:05d}.parquet")
+            digest.update("".join(pq.read_table(piece.file(split), columns=["id"])["id"].to_pylist()).encode())
+            for domain, contents in piece.report[split].items():
+                for name in ("documents", "bytes"):
+                    found[domain][name] += contents[name]
+                found[domain]["sources"].update(contents["sources"])
         manifest[split] = {domain: {**entry, "sources": sorted(entry["sources"])} for domain, entry in found.items()}
     manifest["corpus_digest"] = digest.hexdigest()
-    (out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    write_text(json.dumps(manifest, indent=1) + "\n", out / "manifest.json")
+
+
+def _histograms(cut: Cut, reports: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Measure -> domain -> edges, documents in each bin, and the thresholds with where they come from."""
+    counts: dict[tuple[str, str], np.ndarray] = {}
+    for report in reports:
+        for name, domain, values in report["histograms"]:
+            counts[name, domain] = counts.get((name, domain), 0) + np.array(values)
+    found: dict[str, dict[str, Any]] = {}
+    for (name, domain), values in counts.items():
+        low, high, source = cut.thresholds_of(name, domain)
+        found.setdefault(name, {})[domain] = {
+            "edges": [float(f"{edge:.6g}") for edge in cut.edges[name, domain]], "counts": values.tolist(),
+            "low": low, "high": high, "source": source, "labels": cut.labels_of(name, domain),
+        }
+    return found
+
+
+def _dropped(reports: list[dict[str, Any]], manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Domain -> reason -> how many went and a few of them; what reading refused, then what the cut took."""
+    found: dict[str, dict[str, Any]] = {}
+    for domain in manifest["domains"]:
+        counts: Counter[str] = Counter()
+        examples: dict[str, list[Example]] = defaultdict(list)
+        for report in reports:
+            for by_domain in report["reasons"].values():
+                counts.update(by_domain.get(domain, {}))
+            counts[SHORTENED] += report["shortened"].get(domain, 0)
+            for why, shown in report["examples"].get(domain, {}).items():
+                examples[why] += [Example(*example) for example in shown]
+        found[domain] = {
+            why: {"documents": entry["documents"],
+                  "examples": [{"source": where, "path": "", "value": why, "excerpt": ""} for where in entry["where"]]}
+            for why, entry in manifest["refusals"].get(domain, {}).items()
+        }
+        for why, shown in sorted(examples.items()):
+            kept = [example._asdict() for example in sorted(shown)[:EXAMPLES]]
+            found[domain][why] = {"documents": counts[why], "examples": [
+                {name: example[name] for name in ("source", "path", "value", "excerpt")} for example in kept]}
+    return found

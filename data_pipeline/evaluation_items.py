@@ -32,7 +32,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from data_pipeline.config import DataError
-from data_pipeline.steps.decontaminate import is_in, ngram_hashes
+from data_pipeline.steps.decontaminate import hash_set, is_in, ngram_hashes
 from data_pipeline.syntax_pairs import faulty_lines
 
 OVERSUPPLY = 2                  # candidates made for each item wanted: some are refused or dropped for balance
@@ -160,10 +160,10 @@ def _seen_in_training(texts: Sequence[str], train: Path, n: int) -> list[str]:
     """Those of `texts` that share an n-gram of words with a training document."""
     hashes = [ngram_hashes(text, n) for text in texts]
     known = np.unique(np.concatenate(hashes))
-    found = np.zeros(len(known), dtype=bool)
+    table, found = hash_set(known), np.zeros(len(known), dtype=bool)
     for row in _rows(train, ["text"]):
         there = ngram_hashes(row["text"], n)
-        found[np.searchsorted(known, there[is_in(there, known)])] = True
+        found[np.searchsorted(known, there[is_in(there, table)])] = True
     return [text for text, mine in zip(texts, hashes, strict=True) if found[np.searchsorted(known, mine)].any()]
 
 

@@ -12,15 +12,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from google.protobuf.message_factory import GetMessageClass
-from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-from data_pipeline.config import DataError
-
-SPACE = "▁"
-NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6     # ModelProto.SentencePiece.Type
-BPE = 2                                         # TrainerSpec.ModelType
+from data_pipeline.tokenizer import CONTROL, NORMAL, SPACE, UNKNOWN, read_model
 
 
 def export(model_path: Path, out: Path) -> None:
@@ -32,7 +26,6 @@ def export(model_path: Path, out: Path) -> None:
         DataError: the model has options that tokenizer.json would not repeat exactly.
     """
     model = read_model(model_path)
-    _refuse_other_options(model_path, model)
     tokenizer = build(model)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out / "tokenizer.json"))
@@ -49,13 +42,6 @@ def export(model_path: Path, out: Path) -> None:
         "model_input_names": ["input_ids", "attention_mask"],
     }
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def read_model(path: Path) -> Any:
-    """The SentencePiece model file as its protobuf message, a `ModelProto`."""
-    model = GetMessageClass(sentencepiece_model_pb2.DESCRIPTOR.message_types_by_name["ModelProto"])()
-    model.ParseFromString(path.read_bytes())
-    return model
 
 
 def build(model: Any) -> Tokenizer:
@@ -95,29 +81,3 @@ def _merges(model: Any) -> list[tuple[str, str]]:
         if piece[:cut] in scores and piece[cut:] in scores
     ]
     return [(left, right) for _, _, left, right in sorted(merges)]
-
-
-def _refuse_other_options(path: Path, model: Any) -> None:
-    """Raise DataError unless the model was trained as data_pipeline.tokenizer does."""
-    trainer, normalizer = model.trainer_spec, model.normalizer_spec
-    wrong = [
-        name
-        for name, differs in {
-            "model_type is not bpe": trainer.model_type != BPE,
-            "no byte_fallback": not trainer.byte_fallback,
-            "a normalization rule": bool(normalizer.precompiled_charsmap),
-            "add_dummy_prefix": normalizer.add_dummy_prefix,
-            "remove_extra_whitespaces": normalizer.remove_extra_whitespaces,
-            "whitespace not escaped": not normalizer.escape_whitespaces,
-            "treat_whitespace_as_suffix": trainer.treat_whitespace_as_suffix,
-            "no end-of-document or padding token": trainer.eos_id < 0 or trainer.pad_id < 0,
-            "user-defined symbols": any(
-                piece.type not in (NORMAL, UNKNOWN, CONTROL, BYTE) for piece in model.pieces
-            ),
-        }.items()
-        if differs
-    ]
-    if wrong:
-        raise DataError(
-            f"{path}: cannot be exported exactly: {', '.join(wrong)}.\nTrain the tokenizer with the `tokenizer` stage."
-        )

@@ -1,17 +1,20 @@
 """Megatron's token files: `.bin` holds the ids of all documents end to end, `.idx` their lengths and places.
 
 The bytes are those of megatron.core.datasets.indexed_dataset (megatron-core 0.16.1), one sequence a document, written
-while the ids arrive and renamed when complete, the index last: where an index is, the file is whole.
+while the ids arrive and renamed when complete, the index last: where an index is, the file is whole. Files written
+apart become one by `merge`, which copies bytes and never holds the ids.
 """
 
 from __future__ import annotations
 
+import shutil
 import struct
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import numpy as np
 
@@ -49,8 +52,15 @@ class IndexedDatasetWriter:
     def add(self, ids: Sequence[int] | np.ndarray) -> None:
         """Append one document. Its ids include the end-of-document mark."""
         tokens = np.asarray(ids, dtype=self.dtype)
-        self._bin.write(tokens.tobytes())
+        self._bin.write(tokens.data)
         self.lengths.append(len(tokens))
+
+    def extend(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+        """Append documents that stand one after the other in `ids`, of these `lengths` in tokens."""
+        if len(ids) and not 0 <= ids.min() <= ids.max() <= np.iinfo(self.dtype).max:
+            raise OverflowError(f"ids from {ids.min()} to {ids.max()} do not fit {self.dtype}")
+        self._bin.write(np.ascontiguousarray(ids, dtype=self.dtype).data)
+        self.lengths.frombytes(np.asarray(lengths, dtype=np.int32).tobytes())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -60,17 +70,51 @@ class IndexedDatasetWriter:
             with suppress(FileNotFoundError):
                 _partial(self.prefix, "bin").unlink()
             return
-        _partial(self.prefix, "idx").write_bytes(self._index())
+        lengths = np.asarray(self.lengths, dtype=np.int32)
+        with _partial(self.prefix, "idx").open("wb") as index:
+            _write_index(index, self.dtype, lambda: iter([lengths]))
         for suffix in ("bin", "idx"):
             _partial(self.prefix, suffix).rename(_path(self.prefix, suffix))
 
-    def _index(self) -> bytes:
-        lengths = np.asarray(self.lengths, dtype=np.int32)
-        ends = np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
-        starts = np.concatenate([np.zeros(1, np.int64), ends])[: len(lengths)]
-        documents = np.arange(len(lengths) + 1, dtype=np.int64)
-        header = HEADER.pack(MAGIC, VERSION, DTYPE_CODES[self.dtype.type], len(lengths), len(documents))
-        return header + lengths.tobytes() + starts.tobytes() + documents.tobytes()
+
+def merge(parts: Sequence[Path], prefix: Path) -> int:
+    """Write the documents of the files `parts`, in this order, as `prefix`.bin and `prefix`.idx; returns their tokens.
+
+    Memory: the lengths of one part at a time, four bytes a document. Raises DataError for a damaged part, and where
+    the parts hold ids of different types.
+    """
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    dtypes = {read_lengths(part)[0] for part in parts}
+    if len(dtypes) != 1:
+        raise DataError(f"{prefix}: parts with ids of {len(dtypes)} types.\nRun the `tokenize` stage again.")
+    dtype = dtypes.pop()
+    with _partial(prefix, "bin").open("wb") as target:
+        for part in parts:
+            with _path(part, "bin").open("rb") as source:
+                shutil.copyfileobj(source, target, 1 << 24)
+    with _partial(prefix, "idx").open("wb") as index:
+        tokens = _write_index(index, dtype, lambda: (read_lengths(part)[1] for part in parts))
+    for suffix in ("bin", "idx"):
+        _partial(prefix, suffix).rename(_path(prefix, suffix))
+    return tokens
+
+
+def _write_index(index: BinaryIO, dtype: np.dtype, parts: Callable[[], Iterator[np.ndarray]]) -> int:
+    """The index of documents whose lengths (int32) `parts` gives, some at a time. Returns the tokens."""
+    index.write(bytes(HEADER.size))
+    documents = 0
+    for lengths in parts():
+        documents += index.write(lengths.tobytes()) // lengths.itemsize
+    tokens = 0
+    for lengths in parts():
+        ends = tokens + np.cumsum(lengths, dtype=np.int64)
+        index.write(((ends - lengths) * dtype.itemsize).tobytes())
+        tokens = int(ends[-1]) if len(ends) else tokens
+    for first in range(0, documents + 1, 1 << 20):
+        index.write(np.arange(first, min(first + (1 << 20), documents + 1), dtype=np.int64).tobytes())
+    index.seek(0)
+    index.write(HEADER.pack(MAGIC, VERSION, DTYPE_CODES[dtype.type], documents, documents + 1))
+    return tokens
 
 
 def read_documents(prefix: Path) -> Iterator[np.ndarray]:

@@ -12,18 +12,24 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-import polars as pl
 import sentencepiece
-import xxhash
+from google.protobuf.message import DecodeError
+from google.protobuf.message_factory import GetMessageClass
+from sentencepiece import sentencepiece_model_pb2
 
 from data_pipeline.config import DataError, TokenizerConfig
+from data_pipeline.curated import shards, survey, with_ids
 
 UNK_ID, BOS_ID, EOD_ID, PAD_ID = range(4)
+BYTE_IDS = range(4, 260)     # single bytes: what a character outside the vocabulary becomes
 MODEL_FILE = "tokenizer.model"
-COLUMNS = ("id", "text", "domain")
+SPACE = "\u2581"             # what SentencePiece writes for a space
+NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6     # ModelProto.SentencePiece.Type
+BPE = 2                                         # TrainerSpec.ModelType
 # SentencePiece drops a whole document that holds the character it marks unknown ones with.
 RESERVED_BY_SENTENCEPIECE = "\u2585"
 LONGEST_DOCUMENT = 2**30     # bytes, as large as SentencePiece allows; its default drops documents over 4192
@@ -35,32 +41,20 @@ class Tokenizer:
     Attributes:
         vocab_size: number of ids, control tokens and bytes included.
         eod_id: id that ends a document; its token is `</s>`. Text never encodes to it.
+        pieces: what text is merged into, neither control tokens nor bytes. A space is U+2581 in them.
         digest: SHA-256 of the model file, hexadecimal.
 
     Raises:
-        DataError: the file is missing, is no SentencePiece model, or has other control ids.
+        DataError: the file is missing, is no SentencePiece model, or was trained with other options.
     """
 
     def __init__(self, path: Path | str):
-        path = Path(path)
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError:
-            raise DataError(f"{path}: not found.\nRun the `tokenizer` stage, which writes it.") from None
-        try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
-        except RuntimeError as error:
-            raise DataError(
-                f"{path}: not a SentencePiece model ({error}).\nRun the `tokenizer` stage, which writes it."
-            ) from None
-        found = [self._model.unk_id(), self._model.bos_id(), self._model.eos_id(), self._model.pad_id()]
-        if found != [UNK_ID, BOS_ID, EOD_ID, PAD_ID]:
-            raise DataError(
-                f"{path}: the ids of <unk>, <s>, </s>, <pad> are {found}, expected [0, 1, 2, 3].\n"
-                "Train the tokenizer with the `tokenizer` stage."
-            )
-        self.vocab_size: int = self._model.vocab_size()
+        model = read_model(Path(path))
+        content = Path(path).read_bytes()
+        self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
+        self.vocab_size = len(model.pieces)
         self.eod_id = EOD_ID
+        self.pieces: list[str] = [piece.piece for piece in model.pieces if piece.type == NORMAL]
         self.digest = hashlib.sha256(content).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -73,72 +67,65 @@ class Tokenizer:
         ids: list[list[int]] = self._model.encode(list(texts), num_threads=threads)
         return ids
 
+    def encode_segments(self, segments: list[bytes]) -> list[list[int]]:
+        """Ids of each piece of UTF-8 text."""
+        ids: list[list[int]] = self._model.encode(segments)
+        return ids
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; control ids become nothing, bytes that are not UTF-8 become U+FFFD."""
         text: str = self._model.decode([int(i) for i in ids])
         return text
 
-    def is_byte(self, token: int) -> bool:
-        """Whether the id stands for a single byte, as characters outside the vocabulary do."""
-        return bool(self._model.is_byte(token))
+
+def read_model(path: Path) -> Any:
+    """The model file as its protobuf message, a `ModelProto`, if it was trained as `train` does. Raises DataError."""
+    model = GetMessageClass(sentencepiece_model_pb2.DESCRIPTOR.message_types_by_name["ModelProto"])()
+    try:
+        model.ParseFromString(path.read_bytes())
+    except FileNotFoundError:
+        raise DataError(f"{path}: not found.\nRun the `tokenizer` stage, which writes it.") from None
+    except DecodeError as error:
+        raise DataError(
+            f"{path}: not a SentencePiece model ({error}).\nRun the `tokenizer` stage, which writes it."
+        ) from None
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    kinds = [piece.type for piece in model.pieces]
+    wrong = [
+        name
+        for name, differs in {
+            "model_type is not bpe": trainer.model_type != BPE,
+            "no byte_fallback": not trainer.byte_fallback,
+            "a normalization rule": bool(normalizer.precompiled_charsmap),
+            "add_dummy_prefix": normalizer.add_dummy_prefix,
+            "remove_extra_whitespaces": normalizer.remove_extra_whitespaces,
+            "whitespace not escaped": not normalizer.escape_whitespaces,
+            "treat_whitespace_as_suffix": trainer.treat_whitespace_as_suffix,
+            "the first pieces are not <unk>, <s>, </s>, <pad> and 256 bytes":
+                kinds[: BYTE_IDS.stop] != [UNKNOWN, CONTROL, CONTROL, CONTROL, *[BYTE] * len(BYTE_IDS)]
+                or (trainer.unk_id, trainer.bos_id, trainer.eos_id, trainer.pad_id) != (UNK_ID, BOS_ID, EOD_ID, PAD_ID),
+            "user-defined or unused pieces": set(kinds[BYTE_IDS.stop :]) != {NORMAL},
+        }.items()
+        if differs
+    ]
+    if wrong:
+        raise DataError(f"{path}: unusable here: {', '.join(wrong)}.\nTrain it with the `tokenizer` stage.")
+    return model
 
 
-def shards(curated: Path, split: str) -> list[Path]:
-    """The Parquet files of `curated`/SPLIT (`train`, `heldout`) in order. Raises DataError."""
-    files = sorted((curated / split).glob("part-*.parquet"))
-    if not files:
-        raise DataError(f"{curated / split}: no part-*.parquet files.\nRun the `curate` stage, which writes them.")
-    return files
+def training_texts(curated: Path, config: TokenizerConfig, seed: int) -> Iterator[str]:
+    """The texts a tokenizer is trained on: `training_megabytes`, the same share of each domain where it has that.
 
-
-def scan(curated: Path, split: str) -> pl.LazyFrame:
-    """The documents of `curated`/SPLIT in file and row order. Raises DataError."""
-    files = shards(curated, split)
-    frame = pl.scan_parquet(files)
-    if missing := [name for name in COLUMNS if name not in frame.collect_schema()]:
-        raise DataError(f"{files[0]}: columns {missing} are missing.\nRun the `curate` stage again.")
-    return frame
-
-
-def domain_bytes(documents: pl.LazyFrame) -> dict[str, int]:
-    """Bytes of UTF-8 text of each domain, smallest first."""
-    sizes = documents.group_by("domain").agg(bytes=pl.col("text").str.len_bytes().sum()).collect()
-    return dict(sizes.sort("bytes", "domain").rows())
-
-
-def sample(documents: pl.LazyFrame, limits: Mapping[str, float], seed: int) -> pl.DataFrame:
-    """Whole documents of each domain up to `limits[domain]` bytes, chosen in an order drawn by `seed`.
-
-    A document that no longer fits is passed over, so that one large document does not end the choice; a domain whose
-    documents are all too large gives its smallest. The result keeps the order of `documents` and their columns.
+    What a small domain lacks goes to the larger ones. Raises DataError.
     """
-    sizes = documents.select("id", "domain", bytes=pl.col("text").str.len_bytes()).collect(engine="streaming")
-    chosen: list[str] = []
-    for domain in sorted(limits):
-        rows = sizes.filter(domain=domain).select("id", "bytes").rows()
-        rows.sort(key=lambda row: xxhash.xxh3_64_intdigest(row[0].encode(), seed=seed))
-        room, before = limits[domain], len(chosen)
-        for identity, size in rows:
-            if size <= room:
-                chosen.append(identity)
-                room -= size
-        if rows and len(chosen) == before:
-            chosen.append(min(rows, key=lambda row: (row[1], row[0]))[0])
-    return documents.filter(pl.col("id").is_in(chosen)).collect()
-
-
-def training_sample(curated: Path, config: TokenizerConfig, seed: int) -> pl.DataFrame:
-    """The documents a tokenizer is trained on: `training_megabytes`, the same share of each domain where it has that.
-
-    What a small domain lacks goes to the larger ones.
-    """
-    documents = scan(curated, "train")
-    sizes = domain_bytes(documents)
-    left, limits = config.training_megabytes * 1e6, {}
-    for position, (domain, size) in enumerate(sizes.items()):
-        limits[domain] = min(float(size), left / (len(sizes) - position))
-        left -= limits[domain]
-    return sample(documents, limits, seed)
+    files, left = shards(curated, "train"), config.training_megabytes * 1e6
+    domains, chosen = survey(files, left, seed), []
+    for position, domain in enumerate(domains.values()):
+        limit = min(float(domain.bytes), left / (len(domains) - position))
+        chosen += domain.choose(limit)
+        left -= limit
+    for batch in with_ids(files, chosen):
+        yield from batch["text"].to_pylist()
 
 
 def train(curated: Path, config: TokenizerConfig, seed: int, out: Path) -> None:
@@ -148,9 +135,9 @@ def train(curated: Path, config: TokenizerConfig, seed: int, out: Path) -> None:
     The same documents, configuration and seed give the same file. Raises DataError when the text cannot fill
     `vocab_size` or needs more.
     """
-    texts = training_sample(curated, config, seed)["text"]
+    model = train_on(training_texts(curated, config, seed), config.vocab_size)
     out.mkdir(parents=True, exist_ok=True)
-    (out / MODEL_FILE).write_bytes(train_on(texts, config.vocab_size))
+    (out / MODEL_FILE).write_bytes(model)
 
 
 def train_on(texts: Iterable[str], vocab_size: int) -> bytes:

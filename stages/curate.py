@@ -1,20 +1,27 @@
-"""Curate the embedded corpus: the text of this project's installed dependencies and of the standard library.
+"""Cut the annotated documents by the thresholds of params.yaml and label what stays by quality.
 
     python -m stages.curate
 
-Reads what is installed, in place. Drops what is not under a permissive licence, normalises, filters, holds out whole
-sources for evaluation, removes copies and near-copies, decontaminates and labels by quality (Nemotron-H, section 2.2).
+The first reason wins, in this order: licence, language, copies, near-copies, heuristics, perplexity, text shared with
+evaluation sets, repeated strings (Nemotron-CC, arXiv 2412.02595; Nemotron-H, section 2.2). Quality labels come from
+byte-weighted percentiles of the scores; where curate.synthesis is enabled, a language model rephrases some of what
+stays. Held-out documents are set apart. Takes seconds: a threshold can be tuned without annotating again.
 
+Reads   data/PROFILE/annotated/
 Writes  data/PROFILE/curated/   train/part-*.parquet, heldout/part-*.parquet, manifest.json
-        runs/PROFILE/curate/    funnel.json, metrics.json, provenance.json
+        runs/PROFILE/curate/    funnel.json (what each step left), histograms.json (what thresholds cut), dropped.json
+                                (examples of what went), metrics.json, provenance.json
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from stages.common import Progress, Stage, run_stage
+
+REPLIES = Path(".cache/replies.jsonl")      # of a language model: they cost money and outlive results
 
 
 def curate(stage: Stage) -> dict[str, Any]:
@@ -22,12 +29,16 @@ def curate(stage: Stage) -> dict[str, Any]:
 
     from data_pipeline import curation
 
-    params = stage.params
+    params, annotated = stage.params, stage.input("annotated")
     with stage.output("curated") as out:
-        funnel = curation.curate(params.curate, params.seed, out, stage.scratch, params.runtime.workers, Progress())
+        records = curation.curate(
+            annotated, params.curate, params.seed, out, stage.scratch, REPLIES, params.runtime, Progress()
+        )
         manifest = json.loads((out / "manifest.json").read_text())
-    stage.write_record("funnel.json", funnel)
-    return {**sizes(manifest), **removed_shares(funnel)}
+    stage.write_record("funnel.json", records.funnel)
+    stage.write_record("histograms.json", records.histograms)
+    stage.write_record("dropped.json", records.dropped)
+    return {**sizes(manifest), **removed_shares(records.funnel)}
 
 
 def sizes(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -44,14 +55,17 @@ def sizes(manifest: dict[str, Any]) -> dict[str, Any]:
 def removed_shares(funnel: list[dict[str, Any]]) -> dict[str, float]:
     """Share of the documents that reached a step and that it removed; `duplicate_share` for both kinds of copy."""
     left: Counter[str] = Counter()
-    removed: Counter[str] = Counter()
     for row in funnel:
         left[row["step"]] += row["documents"]
-        removed[row["step"]] += sum(row["reasons"].values())
-    names = [name for name in left if name in ("license", "normalise", "heuristics", "decontaminate")]
-    shares = {f"removed_share_{name}": removed[name] / (left[name] + removed[name]) for name in names}
-    copies = removed["exact_dedup"] + removed["minhash"]
-    return {**shares, "duplicate_share": copies / (left["minhash"] + copies)}
+    steps = list(left)
+
+    def removed(first: str, last: str) -> float:
+        before = left[steps[steps.index(first) - 1]]
+        return (before - left[last]) / before if before else 0.0
+
+    names = ("license", "language", "heuristics", "perplexity", "decontaminate", "substring")
+    shares = {f"removed_share_{name}": removed(name, name) for name in names}
+    return {**shares, "duplicate_share": removed("copies", "near_duplicates")}
 
 
 if __name__ == "__main__":

@@ -4,141 +4,104 @@ Reads   data/PROFILE/curated/, data/PROFILE/tokenizer/
 Writes  data/PROFILE/tokens/train/DOMAIN-LABEL.{bin,idx}     every training document
         data/PROFILE/tokens/validation/DOMAIN.{bin,idx}      held-out documents, some kilobytes a domain
         data/PROFILE/tokens/tokens.json, blend.json
-        runs/PROFILE/tokenize/metrics.json: tokens and bytes a token
+        runs/PROFILE/tokenize/metrics.json: tokens, bytes a token, unknown and byte tokens, times each file is read
+        runs/PROFILE/tokenize/blend.json: blend.json, with the bound on repeats and what each file holds
 
-An interrupted run keeps the token files it had finished.
+One shard is one task. An interrupted run keeps the shards it had finished.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.common import Progress, Stage, run_stage
 
 if TYPE_CHECKING:
-    import polars as pl
-
-    from data_pipeline.tokenizer import Tokenizer
-
-DOCUMENTS_A_BATCH = 256
+    from data_pipeline.tokenization import Counts
 
 
 def tokenize(stage: Stage) -> dict[str, Any]:
-    from data_pipeline import tokenizer as library
-    from data_pipeline.blend import phase_weights
+    from data_pipeline import tokenization
+    from data_pipeline.blend import blend
+    from data_pipeline.curated import shards
+    from data_pipeline.executor import workers
+    from data_pipeline.indexed_dataset import token_dtype
+    from data_pipeline.tokenizer import MODEL_FILE, Tokenizer
 
-    curated = stage.input("curated")
-    tokenizer = library.Tokenizer(stage.input("tokenizer", library.MODEL_FILE))
-    config = stage.params.tokenize
-    sources = _sources(curated, config.validation_kilobytes_per_domain, stage.params.seed)
-    sizes = {name: _size(frames) for name, frames in sources.items()}
-    phase_weights(config.phases, {name: size["bytes"] for name, size in sizes.items()})     # fail before the work
-    files = _encode(stage, tokenizer, sources, sizes)
-
-    manifest = json.loads((curated / "manifest.json").read_text())
-    tokens = {
+    curated, model = stage.input("curated"), stage.input("tokenizer", MODEL_FILE)
+    config, budget = stage.params.tokenize, stage.params.pretrain.tokens
+    tokenizer, train = Tokenizer(model), shards(curated, "train")
+    with workers(stage.params.runtime) as pool:
+        most = tokenization.most_tokens(train, pool)
+        blend(config.phases, most, budget, config.repeats)                  # what cannot be fails before the work
+        files = tokenization.tokenize_shards(train, model, stage.scratch, pool, Progress())
+    heldout = shards(curated, "heldout")
+    files |= tokenization.tokenize_sample(
+        heldout, config.validation_kilobytes_per_domain * 1000, stage.params.seed, tokenizer, stage.scratch
+    )
+    mixture = blend(config.phases, {name: counts.tokens for name, counts in files.items()}, budget, config.repeats)
+    contents = {
         "vocab_size": tokenizer.vocab_size,
         "eod_id": tokenizer.eod_id,
-        "dtype": _dtype(tokenizer.vocab_size),
+        "dtype": token_dtype(tokenizer.vocab_size).__name__,
         "tokenizer_digest": tokenizer.digest,
-        "corpus_digest": manifest["corpus_digest"],
-        "files": files,
+        "corpus_digest": json.loads((curated / "manifest.json").read_text())["corpus_digest"],
+        "files": {
+            name: {"documents": counts.documents, "tokens": counts.tokens, "bytes": counts.bytes}
+            for name, counts in files.items()
+        },
     }
-    blend = {"phases": phase_weights(config.phases, {name: entry["tokens"] for name, entry in files.items()})}
     with stage.output("tokens") as out:
         for name in files:
-            for suffix in ("bin", "idx"):
-                (out / name).parent.mkdir(exist_ok=True)
-                shutil.move(stage.scratch / f"{name}.{suffix}", out / f"{name}.{suffix}")
-        (out / "tokens.json").write_text(json.dumps(tokens, indent=1) + "\n")
-        (out / "blend.json").write_text(json.dumps(blend, indent=1) + "\n")
-    return _metrics(files)
+            move(stage.scratch / name, out / name)
+        (out / "tokens.json").write_text(json.dumps(contents, indent=1) + "\n")
+        (out / "blend.json").write_text(json.dumps(mixture, indent=1) + "\n")
+    stage.write_record("blend.json", {**mixture, "repeats_at_most": config.repeats, "files": contents["files"]})
+    return {**sizes(files), **repeats(mixture["repeats"])}
 
 
-def _sources(curated: Path, validation_kilobytes: int, seed: int) -> dict[str, list[pl.LazyFrame]]:
-    """Name of each token file -> the frames, a shard each, whose documents it holds."""
-    import polars as pl
-
-    from data_pipeline import tokenizer as library
-
-    shards = [pl.scan_parquet(path) for path in library.shards(curated, "train")]
-    pairs = library.scan(curated, "train").select("domain", "label").unique().sort("domain", "label").collect()
-    sources = {
-        f"train/{domain}-{label}": [shard.filter(domain=domain, label=label) for shard in shards]
-        for domain, label in pairs.rows()
-    }
-    heldout = library.scan(curated, "heldout")
-    domains = sorted(library.domain_bytes(heldout))
-    chosen = library.sample(heldout, dict.fromkeys(domains, validation_kilobytes * 1000), seed)
-    return sources | {f"validation/{domain}": [chosen.filter(domain=domain).lazy()] for domain in domains}
+def move(prefix: Path, target: Path) -> None:
+    target.parent.mkdir(exist_ok=True)
+    for suffix in ("bin", "idx"):
+        shutil.move(f"{prefix}.{suffix}", f"{target}.{suffix}")
 
 
-def _size(frames: list[pl.LazyFrame]) -> dict[str, int]:
-    import polars as pl
-
-    counts = pl.concat([frame.select(pl.len(), pl.col("text").str.len_bytes().sum()) for frame in frames])
-    documents, size = counts.sum().collect().row(0)
-    return {"documents": documents, "bytes": size}
-
-
-def _encode(
-    stage: Stage, tokenizer: Tokenizer, sources: dict[str, list[pl.LazyFrame]], sizes: dict[str, dict[str, int]]
-) -> dict[str, dict[str, int]]:
-    """Write every token file that is not yet in the scratch directory. Returns the `files` of tokens.json."""
-    from data_pipeline.indexed_dataset import IndexedDatasetWriter, read_lengths
-
-    progress, files = Progress(), {}
-    done, total = 0, sum(size["documents"] for size in sizes.values())
-    for name, frames in sources.items():
-        prefix = stage.scratch / name
-        if prefix.with_name(f"{prefix.name}.idx").exists():
-            (stage.scratch / "resumed").touch()
-        else:
-            with IndexedDatasetWriter(prefix, tokenizer.vocab_size) as writer:
-                for texts in _batches(frames):
-                    for ids in tokenizer.encode_batch(texts, threads=stage.params.runtime.workers):
-                        writer.add([*ids, tokenizer.eod_id])
-                    progress(done + len(writer.lengths), total, file=name)
-        done += sizes[name]["documents"]
-        tokens = int(read_lengths(prefix)[1].sum(dtype="int64"))
-        files[name] = {"documents": sizes[name]["documents"], "tokens": tokens, "bytes": sizes[name]["bytes"]}
-    return files
-
-
-def _batches(frames: list[pl.LazyFrame]) -> Iterator[list[str]]:
-    for frame in frames:
-        for batch in frame.select("text").collect().iter_slices(DOCUMENTS_A_BATCH):
-            yield batch["text"].to_list()
-
-
-def _dtype(vocab_size: int) -> str:
-    from data_pipeline.indexed_dataset import token_dtype
-
-    return token_dtype(vocab_size).__name__
-
-
-def _metrics(files: dict[str, dict[str, int]]) -> dict[str, Any]:
-    """Totals by split and domain. The end-of-document marks count as tokens, not as bytes."""
+def sizes(files: dict[str, Counts]) -> dict[str, Any]:
+    """Totals of each split and figures of each domain, both splits together. Marks of ends count as tokens."""
     metrics: dict[str, Any] = {}
     for split in ("train", "validation"):
-        names = [name for name in files if name.startswith(f"{split}/")]
-        metrics[f"tokens_{split}"] = sum(files[name]["tokens"] for name in names)
-        metrics[f"documents_{split}"] = sum(files[name]["documents"] for name in names)
-    metrics["bytes_per_token"] = sum(f["bytes"] for f in files.values()) / sum(f["tokens"] for f in files.values())
-    for domain in sorted(name.split("/")[1] for name in files if name.startswith("validation/")):
-        train = [entry for name, entry in files.items() if name.startswith(f"train/{domain}-")]
-        everything = [*train, files[f"validation/{domain}"]]
-        metrics[f"tokens_train_{domain}"] = sum(entry["tokens"] for entry in train)
-        metrics[f"tokens_validation_{domain}"] = files[f"validation/{domain}"]["tokens"]
-        metrics[f"bytes_per_token_{domain}"] = sum(e["bytes"] for e in everything) / sum(
-            e["tokens"] for e in everything
-        )
+        counts = [count for name, count in files.items() if name.startswith(f"{split}/")]
+        metrics[f"tokens_{split}"] = sum(count.tokens for count in counts)
+        metrics[f"documents_{split}"] = sum(count.documents for count in counts)
+    metrics |= densities(list(files.values()), "")
+    for domain in sorted({name.split("/")[1].split("-")[0] for name in files}):
+        train = [count for name, count in files.items() if name.startswith(f"train/{domain}-")]
+        validation = [count for name, count in files.items() if name == f"validation/{domain}"]
+        metrics[f"tokens_train_{domain}"] = sum(count.tokens for count in train)
+        metrics[f"tokens_validation_{domain}"] = sum(count.tokens for count in validation)
+        metrics |= densities(train + validation, f"_{domain}")
     return metrics
 
 
+def densities(counts: list[Counts], suffix: str) -> dict[str, float]:
+    """Bytes a token, tokens a document, and the shares of tokens that are <unk> and single bytes."""
+    tokens = sum(count.tokens for count in counts)
+    return {
+        f"bytes_per_token{suffix}": sum(count.bytes for count in counts) / tokens,
+        f"tokens_per_document{suffix}": tokens / sum(count.documents for count in counts),
+        f"unknown_share{suffix}": sum(count.unknown for count in counts) / tokens,
+        f"byte_fallback_share{suffix}": sum(count.single_bytes for count in counts) / tokens,
+    }
+
+
+def repeats(by_file: dict[str, float]) -> dict[str, float]:
+    """Times each training file is read (`train/code-high` as `repeats_code_high`), and the most of them."""
+    named = {f"repeats_{name.removeprefix('train/').replace('-', '_')}": value for name, value in by_file.items()}
+    return {"repeats_most": max(by_file.values()), **named}
+
+
 if __name__ == "__main__":
-    run_stage(tokenize, __doc__, sections=("seed", "tokenize"))
+    run_stage(tokenize, __doc__, sections=("seed", "tokenize", "pretrain"))

@@ -16,23 +16,22 @@ MEASURED_BYTES = 200_000     # held-out text a domain on which bytes a token are
 
 def tokenizer(stage: Stage) -> dict[str, Any]:
     from data_pipeline import tokenizer as library
+    from data_pipeline.curated import sample, shards
 
     curated, seed = stage.input("curated"), stage.params.seed
     with stage.output("tokenizer") as out:
         library.train(curated, stage.params.tokenizer, seed, out)
         trained = library.Tokenizer(out / library.MODEL_FILE)
     metrics: dict[str, Any] = {"vocab_size": trained.vocab_size, "digest": trained.digest}
-    heldout = library.scan(curated, "heldout")
-    domains = sorted(library.domain_bytes(heldout))
-    texts = library.sample(heldout, dict.fromkeys(domains, MEASURED_BYTES), seed)
+    texts = sample(shards(curated, "heldout"), MEASURED_BYTES, seed).select(["domain", "text"]).to_pylist()
     all_bytes = all_tokens = byte_tokens = 0
-    for domain in domains:
-        documents = texts.filter(domain=domain)["text"].to_list()
+    for domain in sorted({row["domain"] for row in texts}):
+        documents = [row["text"] for row in texts if row["domain"] == domain]
         size = sum(len(text.encode()) for text in documents)
         ids = [token for encoded in trained.encode_batch(documents) for token in encoded]
         metrics[f"bytes_per_token_{domain}"] = size / len(ids)
         all_bytes, all_tokens = all_bytes + size, all_tokens + len(ids)
-        byte_tokens += sum(map(trained.is_byte, ids))
+        byte_tokens += sum(token in library.BYTE_IDS for token in ids)
     metrics["bytes_per_token"] = all_bytes / all_tokens
     metrics["byte_fallback_share"] = byte_tokens / all_tokens
     return metrics

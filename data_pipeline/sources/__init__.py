@@ -1,0 +1,46 @@
+"""Where text comes from: installed packages, files, the Hugging Face Hub, web archives.
+
+A source is cut into pieces, which workers read. Neither the order of the documents nor what is in them depends on where
+the cuts are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+from data_pipeline.config import FilesSource, HubSource, InstalledSource, Source, WebSource
+from data_pipeline.sources.piece import Document, Piece, Refusal
+
+__all__ = ["Document", "Piece", "Refusal", "digest", "pieces", "read_piece"]
+
+
+def pieces(source: Source, seed: int, shard_bytes: int) -> list[Piece]:
+    """The pieces of `source`, in a seeded order, of about `shard_bytes` of input where it can be cut.
+
+    Raises DataError for a source that is not there.
+    """
+    # Each reader is imported where it is needed: a worker that reads files has no use for the Hub's client.
+    match source:
+        case InstalledSource():
+            from data_pipeline.sources.installed import installed_pieces
+            return installed_pieces(source, seed, shard_bytes)
+        case FilesSource():
+            from data_pipeline.sources.files import file_pieces
+            return file_pieces(source, seed, shard_bytes)
+        case HubSource():
+            from data_pipeline.sources.hub import hub_pieces
+            return hub_pieces(source, seed)
+        case WebSource():
+            from data_pipeline.sources.web import web_pieces
+            return web_pieces(source, seed)
+
+
+def read_piece(piece: Piece) -> Iterator[Document | Refusal]:
+    """The documents and refusals of `piece`, one at a time, in a worker. Raises DataError; see `Piece.read`."""
+    return piece.read()
+
+
+def digest(found: Sequence[Piece]) -> str:
+    """SHA-256 over what the pieces refer to: names, sizes, versions. It changes when a file does."""
+    return hashlib.sha256("\n".join(map(repr, found)).encode()).hexdigest()

@@ -6,29 +6,31 @@ It is the dependency closure of some root distributions and the Python standard 
     docs        docstrings of the distributions, their long descriptions, .md, .rst and .txt files
     reference   standard-library docstrings under their signatures, the language reference that `help()` shows,
                 and type stubs (.pyi)
+    headers     C, C++ and CUDA headers of the distributions
 
-A wheel's files are the same wherever it is installed, so one lock file means one corpus.
+Only what is under permissive licences is read. A wheel's files are the same wherever it is installed, so one lock file
+means one corpus.
 """
 
 from __future__ import annotations
 
 import ast
-import hashlib
 import io
 import re
 import sysconfig
 import tokenize
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
-import xxhash
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from data_pipeline.config import DataError
-from data_pipeline.sources.licenses import license_of
+from data_pipeline.config import DataError, InstalledSource
+from data_pipeline.sources.licenses import is_permissive, license_of
+from data_pipeline.sources.piece import Document, Piece, Refusal, batches, seeded
 from data_pipeline.sources.python_source import docstring_pages, parse, without_docstrings
 
 STANDARD_LIBRARY_LICENSE = "PSF-2.0"
@@ -40,48 +42,54 @@ TEST_FILE = re.compile(r"test_.*\.py|.*_test\.py|conftest\.py")
 BUILD_FILE = re.compile(r"_sysconfigdata.*\.py|sitecustomize\.py")
 NOT_PROSE = re.compile(r"(licen[cs]e|copying|notice|authors|requirements|cmakelists|top_level|entry_points).*", re.I)
 
-Kind = Literal["python", "stub", "prose", "description", "topics"]
-KIND_OF_SUFFIX: dict[str, Kind] = {".py": "python", ".pyi": "stub", ".md": "prose", ".rst": "prose", ".txt": "prose"}
+Kind = Literal["python", "stub", "prose", "description", "topics", "header"]
+KIND_OF_SUFFIX: dict[str, Kind] = {
+    ".py": "python", ".pyi": "stub", ".md": "prose", ".rst": "prose", ".txt": "prose",
+    ".h": "header", ".hpp": "header", ".cuh": "header",
+}
 
 
 class SourceFile(NamedTuple):
-    """A file to read: `source` as in the curated table, `path` relative to its installation root."""
+    """A file to read: `source` as in the curated table, `path` relative to its installation root, `size` in bytes."""
 
     source: str
     path: str
     license: str
     kind: Kind
     file: Path
+    size: int
 
-
-class Document(NamedTuple):
-    text: str
-    source: str
-    path: str
-    domain: str
-    license: str
+    def __str__(self) -> str:
+        return f"{self.source}\0{self.path}"
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """Files in a seeded order that depends on their names alone, and a digest of what is installed."""
+class InstalledPiece(Piece):
+    files: tuple[SourceFile, ...]
+    domains: frozenset[str]
 
-    files: list[SourceFile]
-    digest: str
+    def read(self) -> Iterator[Document | Refusal]:
+        for file in self.files:
+            found = read_documents(file, self.domains)
+            if isinstance(found, str):
+                domain = next(domain for domain in domains_of(file) if domain in self.domains)
+                yield Refusal(domain, found, f"{file.source}, {file.path}")
+            else:
+                yield from found
 
 
-def corpus(roots: list[str], seed: int) -> Corpus:
-    """Every file of the closure of `roots` and of the standard library. Raises DataError for a missing root."""
-    found = closure(roots)
-    files = [file for name, package in found.items() for file in _distribution_files(name, package)]
-    files += _standard_library_files()
-    versions = sorted(f"{name}=={package.version}" for name, package in found.items())
-    versions.append(f"python=={sysconfig.get_config_var('py_version')}")
+def installed_pieces(source: InstalledSource, seed: int, shard_bytes: int) -> list[Piece]:
+    """Files that may hold something of the domains asked for, by size. Raises DataError for a missing root."""
+    domains = frozenset[str](source.megabytes)
+    files = [file for file in installed_files(source.roots, seed) if domains.intersection(domains_of(file))]
+    groups = batches(((file, file.size) for file in files), shard_bytes)
+    return [InstalledPiece(tuple(group), domains) for group in groups]
 
-    def order(file: SourceFile) -> tuple[int, SourceFile]:
-        return xxhash.xxh3_64_intdigest(f"{file.source}\0{file.path}".encode(), seed=seed & (2**64 - 1)), file
 
-    return Corpus(sorted(files, key=order), hashlib.sha256("\n".join(versions).encode()).hexdigest())
+def installed_files(roots: list[str], seed: int) -> list[SourceFile]:
+    """Every file of the closure of `roots` and of the standard library, in a seeded order. Raises DataError."""
+    files = [file for name, package in closure(roots).items() for file in _distribution_files(name, package)]
+    return seeded([*files, *_standard_library_files()], seed)
 
 
 def closure(roots: list[str]) -> dict[str, Distribution]:
@@ -96,8 +104,8 @@ def closure(roots: list[str]) -> dict[str, Distribution]:
             distribution(Requirement(root).name)
         except PackageNotFoundError:
             raise DataError(
-                f"params.yaml: `curate.roots` names {root!r}, which is not installed.\n"
-                "Install it (`make setup`) or take it out of curate.roots."
+                f"annotate.sources: `roots` names {root!r}, which is not installed.\n"
+                "Install it (`make setup`) or take it out of `roots`, in params.yaml."
             ) from None
     waiting, seen = [Requirement(root) for root in roots], set()
     while waiting:
@@ -127,7 +135,8 @@ def _distribution_files(name: str, package: Distribution) -> list[SourceFile]:
         elif ".." in path.parts or any(part.endswith(".dist-info") for part in path.parts):
             continue
         if kind and _wanted(path, kind):
-            files.append(SourceFile(name, str(path), license_expression, kind, Path(str(package.locate_file(path)))))
+            file = Path(str(package.locate_file(path)))
+            files.append(SourceFile(name, str(path), license_expression, kind, file, _size(file)))
     return files
 
 
@@ -139,8 +148,13 @@ def _standard_library_files() -> list[SourceFile]:
         if _wanted(path, "python") and "_bundled" not in path.parts:
             kind: Kind = "topics" if path == PurePosixPath("pydoc_data/topics.py") else "python"
             source = f"python/{PurePosixPath(path.parts[0]).stem}"
-            files.append(SourceFile(source, str(path), STANDARD_LIBRARY_LICENSE, kind, file))
+            files.append(SourceFile(source, str(path), STANDARD_LIBRARY_LICENSE, kind, file, _size(file)))
     return files
+
+
+def _size(file: Path) -> int:
+    """Bytes on disk; none for a file that its distribution lists and that is gone."""
+    return file.stat().st_size if file.exists() else 0
 
 
 def _wanted(path: PurePosixPath, kind: Kind) -> bool:
@@ -151,48 +165,57 @@ def _wanted(path: PurePosixPath, kind: Kind) -> bool:
     return not (TEST_FILE.fullmatch(path.name) or BUILD_FILE.fullmatch(path.name))
 
 
+def domains_of(file: SourceFile) -> tuple[str, ...]:
+    """The domains of which a file may hold documents; the first is where a file that cannot be read is counted."""
+    match file.kind:
+        case "python":
+            return "code", "reference" if file.source.startswith("python/") else "docs"
+        case "topics" | "stub":
+            return ("reference",)
+        case "prose" | "description":
+            return ("docs",)
+        case "header":
+            return ("headers",)
+
+
 def read_documents(file: SourceFile, domains: frozenset[str]) -> list[Document] | str:
-    """The documents of `domains` that `file` holds, or the reason it holds none: `unreadable`, `syntax`."""
+    """The documents of `domains` that `file` holds, or the reason it holds none.
+
+    Reasons: `license`, which is not permissive; `unreadable`; `syntax`, where it should be Python and is not.
+    """
+    if not is_permissive(file.license):
+        return "license"
     try:
         data = file.file.read_bytes()
-        text = _decode(data) if file.kind != "description" else data.decode()
+        text = _decode(data) if file.kind in ("python", "stub", "topics") else data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError, SyntaxError):
         return "unreadable"
-    parts = _parts(file, text, domains)
+    parts = _parts(file, text.replace("\r\n", "\n").replace("\r", "\n"), domains.intersection(domains_of(file)))
     if parts is None:
         return "syntax"
     return [Document(part, file.source, path, domain, file.license) for domain, path, part in parts if part.strip()]
 
 
-def domain_of(file: SourceFile) -> str:
-    """The domain under which a file that cannot be read is counted."""
-    return {"python": "code", "topics": "reference", "stub": "reference"}.get(file.kind, "docs")
-
-
 def _decode(data: bytes) -> str:
-    """Text by its coding cookie or byte-order mark, else UTF-8. Raises UnicodeDecodeError, SyntaxError."""
+    """Python source by its coding cookie or byte-order mark, else UTF-8. Raises UnicodeDecodeError, SyntaxError."""
     encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
-    return data.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
+    return data.decode(encoding)
 
 
 def _parts(file: SourceFile, text: str, domains: frozenset[str]) -> list[tuple[str, str, str]] | None:
-    """(domain, path, text) of each document in `text`; None where it should be Python and is not."""
-    if file.kind == "prose":
-        return [("docs", file.path, text)] if "docs" in domains else []
-    if file.kind == "description":
-        _, _, description = text.replace("\r\n", "\n").partition("\n\n")
-        return [("docs", file.path, description)] if "docs" in domains else []
-    if file.kind == "stub":
-        return [("reference", file.path, text)] if "reference" in domains else []
-    prose = "reference" if file.source.startswith("python/") else "docs"
-    if not domains & {"code", prose}:
+    """(domain, path, text) of each document of `domains` in `text`; None where it should be Python and is not."""
+    if not domains:
         return []
+    if file.kind == "description":
+        _, _, text = text.partition("\n\n")
+    if file.kind not in ("python", "topics"):
+        return [(domain, file.path, text) for domain in domains]
     if (tree := parse(text)) is None:
         return None
     if file.kind == "topics":
-        return [("reference", f"{file.path}#{name}", topic) for name, topic in _topics(tree) if prose in domains]
+        return [("reference", f"{file.path}#{name}", topic) for name, topic in _topics(tree)]
     parts = [("code", file.path, without_docstrings(text, tree))] if "code" in domains else []
-    if prose in domains:
+    for prose in domains - {"code"}:
         module = file.path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         for name, page in docstring_pages(tree, module, signatures=prose == "reference"):
             parts.append((prose, f"{file.path}#{name}" if name else file.path, page))

@@ -1,129 +1,158 @@
 """Rules that drop text no model should learn from: machine output, data, fragments and repetition.
 
-Thresholds belong to a domain and to a way of counting. Prose follows Gopher (arXiv 2112.11446, table A1) on words
-parted by white space; code follows StarCoder (arXiv 2305.06161, section 3) and NeMo Curator's code filters. Where API
-documentation and code differ from the web text those were made for, the threshold is wider and the constant says so.
+A rule is a range for one feature (`data_pipeline.steps.measures`). Thresholds belong to a kind of text and to a way of
+counting: `web` has the published ones, all made for pages of running English; `prose` and `code` keep those that API
+documentation and source code can meet, wider where such text differs by design, and the source then says so.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
-import polars as pl
 import pyarrow as pa
+from numpy.typing import NDArray
 
-from data_pipeline.steps.step import Outcome, Step
-from data_pipeline.steps.words import ngrams, words
+from data_pipeline.config import DataError, RulesConfig
+from data_pipeline.steps.measures import FEATURES
 
-GENERATED = r"(?im)^\s*#.*(auto-?generated|@generated|generated (by|from|automatically)|do not (edit|modify))"
-ENCODED = r"[A-Za-z0-9+/=]{256}|(\\x[0-9a-fA-F]{2}){64}"       # base64, hexadecimal, escaped bytes
-STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
-# domain -> (share of characters in repeated lines, in the commonest 2-, 3-, 4-word run, in repeated 10-word runs).
-# Gopher: 0.20, (0.20, 0.18, 0.16), 0.10. Parameters documented again in each function of a module, and lines such as
-# `else:` and `return result`, repeat by design.
-REPETITION = {
-    "code": (0.60, (0.30, 0.30, 0.30), 0.60),
-    "docs": (0.40, (0.20, 0.18, 0.16), 0.40),
-    "reference": (0.60, (0.30, 0.30, 0.30), 0.60),
-}
-
-text = pl.col("text")
-characters = text.str.len_chars()
-lines = text.str.count_matches("\n").clip(lower_bound=1)
-longest_line = text.str.split("\n").list.eval(pl.element().str.len_chars()).list.max()
-white_space_words = text.str.count_matches(r"\S+")
+GOPHER = "Gopher, section A.1.1"                # arXiv 2112.11446
+GOPHER_REPETITION = "Gopher, table A1"
+C4 = "C4"                                       # arXiv 1910.10683, less its rule on the end of lines, as FineWeb does
+FINEWEB = "FineWeb"                             # arXiv 2406.17557, section 3.6
+NEMOTRON_CC = "Nemotron-CC"                     # arXiv 2412.02595: heuristic_filter_english_pipeline of NeMo Curator
+CODEX = "Codex"                                 # arXiv 2107.03374, section 3.1
+STARCODER = "StarCoder"                         # arXiv 2305.06161, section 3
+CODE_FILTERS = "NeMo Curator, code filters"
+OWN = "this project"
+CONFIG = "configuration"
 
 
-def share(pattern: str, of: pl.Expr = characters) -> pl.Expr:
-    return text.str.count_matches(pattern) / of
+class Rule(NamedTuple):
+    """A document breaks it where the feature is below `low` or above `high`."""
+
+    feature: str
+    low: float | None
+    high: float | None
+    source: str
 
 
-COMMON: dict[str, pl.Expr] = {
-    "encoded data": text.str.contains(ENCODED),
-    "too long": characters > 400_000,
-    "long lines": longest_line > 1000,
-}
-CODE: dict[str, pl.Expr] = {
-    "too short": (lines < 5) | (characters < 200),
-    **COMMON,
-    "generated": text.str.head(1500).str.contains(GENERATED),
-    "long lines on average": characters > 100 * lines,
-    "few letters": share("[A-Za-z]") < 0.25,
-    "mostly numbers": share("[0-9]") > 0.20,
-    "mostly comments": share(r"(?m)^\s*#.*$", lines) > 0.85,
-}
-RULES: dict[str, dict[str, pl.Expr]] = {
-    "code": CODE,
-    "reference": CODE,
-    "docs": {
-        "too short": (white_space_words < 30) | (characters < 200),
-        **COMMON,
-        "word length": ~((characters - text.str.count_matches(r"\s")) / white_space_words).is_between(2.5, 12),
-        "symbols": share(r"#|\.\.\.|…", white_space_words) > 0.1,
-        "few words with letters": share(r"\S*[A-Za-z]\S*", white_space_words) < 0.7,
-        "few stop words": pl.sum_horizontal(text.str.contains(rf"(?i)\b{word}\b") for word in STOP_WORDS) < 2,
-        "bullets": share(r"(?m)^\s*[-*•]\s", lines) > 0.9,
-        "ellipses": share(r"(?m)(\.\.\.|…)$", lines) > 0.3,
-    },
-}
+class Broken(NamedTuple):
+    """The first rule each document breaks, all of shape (documents,)."""
+
+    rules: NDArray[np.int32]        # index into the rules; -1 for none
+    above: NDArray[np.bool_]        # above `high`, else below `low`
+    values: NDArray[np.float32]     # of the feature
 
 
-class Heuristics(Step):
-    """The first rule a document breaks is the reason it goes; repetition is looked at last."""
-
-    name = "heuristics"
-
-    def apply(self, table: pa.Table, decision: None) -> Outcome:
-        frame = pl.from_arrow(table.select(["text", "domain"]))
-        assert isinstance(frame, pl.DataFrame)
-        by_domain = [
-            pl.when((pl.col("domain") == domain) & broken).then(pl.lit(reason))
-            for domain, rules in RULES.items() for reason, broken in rules.items()
-        ]
-        reasons: list[str | None] = frame.select(pl.coalesce(by_domain)).to_series().to_list()
-        for index, (document, domain) in enumerate(frame.iter_rows()):
-            if reasons[index] is None:
-                reasons[index] = repetition(document, domain)
-        return Outcome(table, reasons)
+def _runs(top: Sequence[float], duplicate: dict[int, float], source: str) -> list[Rule]:
+    """Shares of characters in the commonest 2-, 3- and 4-gram, and in duplicate n-grams."""
+    return [Rule(f"top_{n}gram", None, limit, source) for n, limit in zip((2, 3, 4), top, strict=True)] + [
+        Rule(f"duplicate_{n}grams", None, limit, source) for n, limit in duplicate.items()
+    ]
 
 
-def repetition(document: str, domain: str) -> str | None:
-    """The repetition rule of `domain` that `document` breaks, if any. Shares are of characters, in UTF-8 bytes."""
-    line_limit, run_limits, ngram_limit = REPETITION[domain]
-    seen: set[str] = set()
-    repeated = total = 0
-    for line in document.split("\n"):
-        stripped = line.strip()
-        total += len(stripped)
-        repeated += len(stripped) if stripped in seen else 0
-        seen.add(stripped)
-    if repeated > line_limit * total:
-        return "repeated lines"
-    hashes, starts, ends = words(document)
-    for n, limit in zip((2, 3, 4), run_limits, strict=True):
-        if commonest_run_share(hashes, starts, ends, n) > limit:
-            return "one phrase over and over"
-    return "repeated phrases" if repeated_run_share(hashes, starts, ends, 10) > ngram_limit else None
+WEB = [
+    Rule("characters", 200, None, "Gopher's 50 words"),
+    Rule("words", 50, 100_000, GOPHER),
+    Rule("mean_word_length", 3, 10, GOPHER),
+    Rule("hashes", None, 0.1, GOPHER),
+    Rule("ellipses", None, 0.1, GOPHER),
+    Rule("bullet_lines", None, 0.9, GOPHER),
+    Rule("ellipsis_lines", None, 0.3, GOPHER),
+    Rule("alphabetic_words", 0.8, None, GOPHER),
+    Rule("stop_words", 2, None, GOPHER),
+    Rule("duplicate_paragraphs", None, 0.3, GOPHER_REPETITION),
+    Rule("duplicate_paragraph_characters", None, 0.2, GOPHER_REPETITION),
+    Rule("duplicate_lines", None, 0.3, GOPHER_REPETITION),
+    Rule("duplicate_line_characters", None, 0.2, GOPHER_REPETITION),
+    *_runs(
+        (0.20, 0.18, 0.16), {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}, GOPHER_REPETITION),
+    Rule("lorem_ipsum_lines", None, 0, C4),
+    Rule("curly_bracket_lines", None, 0, C4),
+    Rule("c4_sentences", 5, None, C4),
+    Rule("terminal_lines", 0.12, None, FINEWEB),
+    Rule("short_lines", None, 0.67, FINEWEB),
+    Rule("duplicate_line_text", None, 0.01, FINEWEB),
+    Rule("newlines", None, 0.3, FINEWEB),
+    Rule("other_characters", None, 0.25, NEMOTRON_CC),
+    Rule("digits", None, 0.15, NEMOTRON_CC),
+    Rule("url_characters", None, 0.2, NEMOTRON_CC),
+    Rule("white_space", None, 0.25, NEMOTRON_CC),
+    Rule("brackets", None, 0.1, NEMOTRON_CC),
+    Rule("boilerplate_paragraphs", None, 0.4, NEMOTRON_CC),
+    Rule("end_marked_lines", 0.15, None, NEMOTRON_CC),
+    Rule("longest_word", None, 1000, NEMOTRON_CC),
+]
+# Parameters documented again in each function of a module repeat by design, and API documentation has short entries.
+PROSE = [
+    Rule("words", 30, None, "Gopher's 50, wider for entries of reference works"),
+    Rule("characters", 200, 400_000, OWN),
+    Rule("encoded_run", None, 255, OWN),
+    Rule("longest_line", None, 1000, STARCODER),
+    Rule("mean_word_length", 2.5, 12, "Gopher's 3 to 10, wider for identifiers"),
+    Rule("hashes", None, 0.1, GOPHER),
+    Rule("ellipses", None, 0.1, GOPHER),
+    Rule("alphabetic_words", 0.7, None, "Gopher's 0.8, wider for examples and tables"),
+    Rule("stop_words", 2, None, GOPHER),
+    Rule("bullet_lines", None, 0.9, GOPHER),
+    Rule("ellipsis_lines", None, 0.3, GOPHER),
+    Rule("duplicate_line_characters", None, 0.4, "Gopher's 0.2, wider for repeated parameters"),
+    *_runs((0.20, 0.18, 0.16), {}, GOPHER_REPETITION),
+    Rule("duplicate_10grams", None, 0.33, "Gopher's 0.1, wider for repeated parameters"),
+]
+# Lines such as `else:` and `return result`, and calls with the same arguments, repeat by design.
+CODE = [
+    Rule("lines", 5, 20_000, CODE_FILTERS),
+    Rule("characters", 200, 400_000, OWN),
+    Rule("encoded_run", None, 255, OWN),
+    Rule("longest_line", None, 1000, STARCODER),
+    Rule("generated", None, 0, CODEX),
+    Rule("mean_line_length", None, 100, STARCODER),
+    Rule("letters", 0.25, None, STARCODER),
+    Rule("digits", None, 0.20, "Nemotron-CC's 0.15, wider for tables of tests"),
+    Rule("comment_lines", None, 0.85, CODE_FILTERS),
+    Rule("duplicate_line_characters", None, 0.6, "Gopher's 0.2, wider for code"),
+    *_runs((0.25, 0.25, 0.25), {10: 0.40}, "Gopher's, wider for code"),
+]
+RULES: dict[str, list[Rule]] = {"code": CODE, "prose": PROSE, "reference": CODE, "web": WEB}
 
 
-def commonest_run_share(hashes: np.ndarray, starts: np.ndarray, ends: np.ndarray, n: int) -> float:
-    """Share of the words' characters that lies in occurrences of the commonest run of n words."""
-    runs = ngrams(hashes, n)
-    if len(runs) < 2:
-        return 0.0
-    _, first, counts = np.unique(runs, return_index=True, return_counts=True)
-    top = counts.argmax()
-    return float(counts[top] * (ends - starts)[first[top] : first[top] + n].sum() / (ends - starts).sum())
+def rules_of(config: RulesConfig, field: str) -> list[Rule]:
+    """The rules of the set `config` names, with its thresholds in place of the set's; new features come last.
+
+    A threshold of (None, None) takes a rule away. `field` is where the configuration stands, for the message of the
+    DataError that a feature which is not one raises.
+    """
+    if unknown := sorted(config.thresholds.keys() - FEATURES.keys()):
+        raise DataError(
+            f"{field}.thresholds names no feature: {', '.join(unknown)}\n"
+            f"choose from: {', '.join(FEATURES)}"
+        )
+    rules = {rule.feature: rule for rule in RULES[config.set]}
+    for feature, (low, high) in config.thresholds.items():
+        rules[feature] = Rule(feature, low, high, CONFIG)
+    return [rule for rule in rules.values() if rule.low is not None or rule.high is not None]
 
 
-def repeated_run_share(hashes: np.ndarray, starts: np.ndarray, ends: np.ndarray, n: int) -> float:
-    """Share of the words' characters covered by runs of n words that stood in the document before."""
-    runs = ngrams(hashes, n)
-    if len(runs) < 2:
-        return 0.0
-    repeats = np.ones(len(runs), dtype=bool)
-    repeats[np.unique(runs, return_index=True)[1]] = False
-    change = np.zeros(len(hashes) + 1, dtype=np.int64)
-    change[: len(runs)] += repeats
-    change[n : n + len(runs)] -= repeats
-    covered = np.cumsum(change[:-1]) > 0
-    return float((ends - starts)[covered].sum() / (ends - starts).sum())
+def first_broken(features: pa.StructArray | pa.ChunkedArray, rules: Sequence[Rule]) -> Broken:
+    """For each row of the column `features`, the first of `rules` it breaks."""
+    count = len(features)
+    broken = Broken(np.full(count, -1, np.int32), np.zeros(count, bool), np.zeros(count, np.float32))
+    columns = pa.table({"features": features}).flatten()
+    for index, rule in enumerate(rules):
+        values = columns[f"features.{rule.feature}"].to_numpy()
+        # In 32 bits on both sides: a share of exactly 0.2 is not above 0.2.
+        below = values < np.float32(-np.inf if rule.low is None else rule.low)
+        above = values > np.float32(np.inf if rule.high is None else rule.high)
+        new = (below | above) & (broken.rules < 0)
+        broken.rules[new] = index
+        broken.above[new] = above[new]
+        broken.values[new] = values[new]
+    return broken
+
+
+def reason(rule: Rule, above: bool) -> str:
+    """Why documents go that break the rule on this side: "digits > 0.15"."""
+    return f"{rule.feature} > {rule.high:g}" if above else f"{rule.feature} < {rule.low:g}"

@@ -1,18 +1,21 @@
-"""Whole sources set aside for evaluation, so that no file of a held-out distribution is ever trained on.
+"""Text set aside for evaluation: whole sources, so that no file of a held-out distribution is ever trained on, or
+single documents.
 
-A split by file would put a package's idioms, vocabulary and half-copies on both sides.
+A split of packages or sites by file would put their idioms, vocabulary and half-copies on both sides.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import xxhash
 
-from data_pipeline.config import DataError
-from data_pipeline.steps.step import GlobalStep, Outcome, with_column
+from data_pipeline.config import DataError, HeldOutConfig
+from data_pipeline.steps.step import Arrays, Decision, GlobalStep, with_column
 
 # Of a domain's target: what one source may bring, so that several are held out, and where they may end together.
 LARGEST_SOURCE = 0.5
@@ -23,29 +26,50 @@ Sizes = dict[tuple[str, str], int]      # (source, domain) -> bytes
 
 
 class HoldOut(GlobalStep):
-    """Marks rows; removes none. Raises DataError where holding out leaves a domain without training text."""
+    """Fills `held_out`: whole sources with `fraction` of each domain's bytes, or documents by a salted hash of the id.
+
+    Raises DataError where holding out whole sources leaves a domain with too little training text.
+    """
 
     name = "hold_out"
 
-    def __init__(self, fraction: float, seed: int):
-        self.fraction, self.seed = fraction, seed
+    def __init__(self, config: HeldOutConfig, seed: int):
+        self.config, self.seed = config, seed
 
-    def survey(self, table: pa.Table) -> Sizes:
+    @property
+    def by_source(self) -> bool:
+        return self.config.unit == "source" and self.config.fraction > 0
+
+    def survey(self, table: pa.Table) -> Arrays:
+        """Bytes of each source and domain; nothing where documents are held out one by one."""
+        if not self.by_source:
+            return {}
         frame = pl.from_arrow(table.select(["source", "domain", "text"]))
         assert isinstance(frame, pl.DataFrame)
-        sizes = frame.group_by("source", "domain").agg(pl.col("text").str.len_bytes().sum())
-        return {(source, domain): size for source, domain, size in sizes.iter_rows()}
+        sizes = frame.group_by("source", "domain").agg(pl.col("text").str.len_bytes().sum()).sort("source", "domain")
+        return {
+            "source": np.array(sizes["source"].to_list(), dtype=np.str_),
+            "domain": np.array(sizes["domain"].to_list(), dtype=np.str_),
+            "bytes": sizes["text"].to_numpy().astype(np.int64),
+        }
 
-    def decide(self, surveys: list[Sizes]) -> list[frozenset[str]]:
-        total: Counter[tuple[str, str]] = Counter()
-        for survey in surveys:
-            total.update(survey)
-        chosen = choose_held_out(total, self.fraction, self.seed)
-        return [chosen] * len(surveys)
+    def decide(self, surveys: Sequence[Arrays]) -> Decision:
+        chosen: list[str] = []
+        if self.by_source:
+            total: Counter[tuple[str, str]] = Counter()
+            for survey in surveys:
+                columns = (survey[name].tolist() for name in ("source", "domain", "bytes"))
+                total.update({(source, domain): size for source, domain, size in zip(*columns, strict=True)})
+            chosen = sorted(choose_held_out(total, self.config.fraction, self.seed))
+        return Decision({"sources": np.array(chosen, dtype=np.str_)}, [{}] * len(surveys))
 
-    def apply(self, table: pa.Table, decision: frozenset[str]) -> Outcome:
-        held_out = [source in decision for source in table["source"].to_pylist()]
-        return Outcome(with_column(table, "held_out", held_out), [None] * len(table))
+    def apply(self, table: pa.Table, shared: Arrays, own: Arrays) -> pa.Table:
+        if self.by_source:
+            chosen = set(shared["sources"].tolist())
+            return with_column(table, "held_out", [source in chosen for source in table["source"].to_pylist()])
+        limit = self.config.fraction * 2**64
+        lots = (xxhash.xxh3_64_intdigest(f"{self.seed}:{name}".encode()) for name in table["id"].to_pylist())
+        return with_column(table, "held_out", [lot < limit for lot in lots])
 
 
 def choose_held_out(sizes: Sizes, fraction: float, seed: int) -> frozenset[str]:
@@ -66,7 +90,7 @@ def choose_held_out(sizes: Sizes, fraction: float, seed: int) -> frozenset[str]:
             raise DataError(
                 f"Domain `{domain}`: its text comes from too few sources to hold out {fraction:.0%} as whole "
                 f"sources ({held[domain]} of {total[domain]} bytes would go).\n"
-                f"Raise curate.megabytes_per_domain.{domain}, or lower curate.held_out_fraction, in params.yaml."
+                "Read more of it, lower annotate.held_out.fraction, or hold out by `unit: document`, in params.yaml."
             )
     return frozenset(chosen)
 
@@ -84,7 +108,7 @@ def draw(by_source: dict[str, Counter[str]], wanted: dict[str, float], salt: str
     def excess(source: str) -> float:
         return max(
             max(size / LARGEST_SOURCE, (held[domain] + size) / LARGEST_TOTAL) / wanted[domain]
-            for domain, size in by_source[source].items()
+            for domain, size in by_source[source].items() if wanted[domain]
         )
 
     while short := [domain for domain in wanted if held[domain] < wanted[domain]]:

@@ -1,38 +1,41 @@
 """What a curation step is, and the table it works on.
 
-A step reads a shard (`SCHEMA`) and gives it back, perhaps with other text or more columns filled, and for each row the
-reason to remove it or None. It never removes rows itself: the pipeline cuts and counts in one place. Held-out rows go
-through every step like the others.
+A step fills columns of a shard (`SCHEMA`) and gives back the same rows in the same order. It never removes one: it
+writes down what is true of the document, and `data_pipeline.curation` cuts in one place, so that a threshold can change
+without any step running again. Held-out documents go through every step like the others.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import xxhash
 
+from data_pipeline.steps.measures import FEATURES
+
 SCHEMA = pa.schema([
-    ("id", pa.string()),            # hex xxh3-128 of `text`
+    ("id", pa.string()),                    # hex xxh3-128 of `text`
     ("text", pa.string()),
-    ("source", pa.string()),
-    ("path", pa.string()),
+    ("source", pa.string()),                # distribution, site, data set or file: the unit of holding out
+    ("path", pa.string()),                  # within the source
     ("domain", pa.string()),
     ("license", pa.string()),
+    ("masked", pa.int32()),                 # personal data replaced
+    ("language", pa.string()),              # ISO 639-1, or "un" for unknown
+    ("language_share", pa.float32()),       # of the text's bytes
+    ("features", pa.struct([(name, pa.float32()) for name in FEATURES])),
     ("held_out", pa.bool_()),
-    ("scores", pa.list_(pa.float64())),
-    ("quality", pa.float64()),
-    ("label", pa.string()),
+    ("duplicate", pa.string()),             # why the document is one too many, else null
+    ("repeats", pa.list_(pa.int32())),      # starts and ends, in bytes, of strings that stood before: s0, e0, s1 ...
+    ("contamination", pa.int32()),          # n-grams of words shared with evaluation text
+    ("scores", pa.list_(pa.float32())),     # one a quality scorer; null where held out or duplicate
+    ("perplexity", pa.float32()),           # a word, under the fluency model; null as `scores`
 ])
-
-
-class Outcome(NamedTuple):
-    """A shard after a step, and one entry a row: the reason to remove it, or None to keep it."""
-
-    table: pa.Table
-    reasons: Sequence[str | None]
+Arrays = Mapping[str, np.ndarray]
 
 
 class Step(ABC):
@@ -41,20 +44,37 @@ class Step(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def apply(self, table: pa.Table, decision: Any) -> Outcome:
-        """The outcome for one shard, in a worker. `decision` is None unless the step is a GlobalStep."""
+    def apply(self, table: pa.Table) -> pa.Table:
+        """The shard with the step's columns filled, in a worker."""
 
 
-class GlobalStep(Step):
-    """A step that looks at every shard before it decides on one."""
+class Decision(NamedTuple):
+    """What a global step found out: arrays for all shards, and arrays for each."""
+
+    shared: Arrays
+    shards: Sequence[Arrays]
+
+
+class GlobalStep(ABC):
+    """A step that looks at every shard before it fills one.
+
+    Surveys and decisions are written to disk as .npz files, an array at a time is read back: memory stays bounded by
+    the largest array, not by the corpus.
+    """
+
+    name: ClassVar[str]
 
     @abstractmethod
-    def survey(self, table: pa.Table) -> Any:
+    def survey(self, table: pa.Table) -> Arrays:
         """The little that must be known of one shard, in a worker."""
 
     @abstractmethod
-    def decide(self, surveys: list[Any]) -> list[Any]:
-        """From the surveys of all shards, in order, one decision for each."""
+    def decide(self, surveys: Sequence[Arrays]) -> Decision:
+        """From the surveys of all shards, in order. Reading `surveys[i][name]` loads that array from disk."""
+
+    @abstractmethod
+    def apply(self, table: pa.Table, shared: Arrays, own: Arrays) -> pa.Table:
+        """The shard with the step's columns filled, in a worker."""
 
 
 def text_id(text: str) -> str:
@@ -64,7 +84,7 @@ def text_id(text: str) -> str:
 def with_column(table: pa.Table, name: str, values: Sequence[Any] | pa.Array) -> pa.Table:
     """`table` with one column of SCHEMA replaced."""
     array = values if isinstance(values, pa.Array) else pa.array(values, SCHEMA.field(name).type)
-    return table.set_column(table.schema.get_field_index(name), SCHEMA.field(name), array)
+    return table.set_column(table.schema.get_field_index(name), name, array)
 
 
 def with_text(table: pa.Table, texts: Sequence[str]) -> pa.Table:

@@ -1,141 +1,137 @@
 """MinHash against exact Jaccard similarity, the banding formula and brute-force components."""
 
+import re
+
 import numpy as np
 import pyarrow as pa
 import pytest
+from scipy.stats import binomtest
 
 from data_pipeline.config import MinHashConfig
-from data_pipeline.steps.minhash import MinHash, band_hashes, components, shingles, signatures
-from data_pipeline.steps.step import SCHEMA, text_id
+from data_pipeline.steps.minhash import band_hashes, join_equal, roots
+from data_pipeline.steps.words import BASE, UInt64, mix, texts_of
 
 RECIPE = MinHashConfig(shingle_characters=24, bands=20, rows=13)
+MINIMA = MinHashConfig(shingle_characters=24, bands=1000, rows=1)       # a band is one permutation
 
 
-def shingle_set(text: str, characters: int) -> set[str]:
-    folded = " ".join(text.lower().split())
+def shingle_set(text: str, characters: int = 24) -> set[str]:
+    lowered = re.sub("[A-Z]", lambda letter: letter.group().lower(), text)
+    folded = re.sub(r"[\t-\r ]+", " ", lowered).strip(" ")
     return {folded[start : start + characters] for start in range(max(1, len(folded) - characters + 1))}
 
 
-def jaccard(first: str, second: str, characters: int = 24) -> float:
-    a, b = shingle_set(first, characters), shingle_set(second, characters)
+def jaccard(first: str, second: str) -> float:
+    a, b = shingle_set(first), shingle_set(second)
     return len(a & b) / len(a | b)
 
 
-def random_text(random: np.random.Generator, length: int) -> str:
-    return "".join(random.choice(list("abcdefgh é∂\n"), length))
+def bands_of(texts: list[str], config: MinHashConfig = RECIPE, seed: int = 0) -> UInt64:
+    return band_hashes(texts_of(pa.table({"text": texts})), config, seed)
 
 
-def variants(random: np.random.Generator, pairs: int, edits: int) -> list[tuple[str, str]]:
-    """Pairs of texts, the second with `edits` characters changed."""
+def variants(random: np.random.Generator, pairs: int, edits: int, length: int = 2000) -> list[tuple[str, str]]:
+    """Pairs of random texts, the second with `edits` characters changed."""
     result = []
     for _ in range(pairs):
-        text = random_text(random, 2000)
+        text = "".join(random.choice(list("abcdefgh é∂𝔸\n"), length))
         changed = list(text)
-        for position in random.choice(len(text), edits, replace=False):
+        for position in random.choice(length, edits, replace=False):
             changed[position] = "Z"
         result.append((text, "".join(changed)))
     return result
 
 
-@pytest.mark.parametrize("text", ["", "short", "exactly twenty-four chars", "Ünï  CÖDE\n\n" * 9, "a\tb \n c" * 30])
-def test_shingles_are_the_distinct_character_runs(text):
-    assert len(np.unique(shingles(text, 24))) == len(shingle_set(text, 24)) if text.strip() else True
+def test_folding():
+    assert len({tuple(column) for column in bands_of(["", " \n\t", "\x0c"]).T}) == 1
+    same = ["Some Text\n\n  of two LINES, for instance", "  some text of two lines, for instance \n"]
+    assert np.array_equal(*bands_of(same).T)
+    for first, second in [("a", "b"), ("a", ""), ("é", "É"), ("a b", "ab"), ("x" * 30, "y" * 30)]:
+        assert not (bands_of([first])[:, 0] == bands_of([second])[:, 0]).any()
 
 
-def test_equal_shingles_have_equal_hashes_wherever_they_stand():
-    inner = "the same twenty-four characters and more"
-    first, second = shingles("start/" + inner + ".", 24), shingles("another start: (" + inner + ")", 24)
-    assert len(np.intersect1d(first, second)) == len(shingle_set(inner, 24))
+@pytest.mark.parametrize("edits", [0, 3, 10, 40, 200])
+def test_rows_agree_as_often_as_shingles_are_shared(edits):
+    pairs = variants(np.random.default_rng(edits), 10, edits)
+    first, second = (bands_of([pair[side] for pair in pairs], MINIMA, seed=7) for side in (0, 1))
+    expected = np.array([jaccard(*pair) for pair in pairs])
+    error = np.sqrt(expected * (1 - expected) / len(first))
+    assert (np.abs((first == second).mean(axis=0) - expected) <= 4 * error + 1e-9).all()
 
 
-def test_signatures_estimate_jaccard():
-    random = np.random.default_rng(0)
-    many = MinHashConfig(shingle_characters=24, bands=32, rows=32)
-    for edits in (0, 3, 10, 40, 200):
-        pairs = variants(random, 10, edits)
-        expected = np.mean([jaccard(*pair) for pair in pairs])
-        first, second = (signatures([pair[side] for pair in pairs], many, seed=7) for side in (0, 1))
-        # 10 x 1024 draws: five standard errors of a proportion, all pairs being alike
-        assert abs((first == second).mean() - expected) < 5 * np.sqrt(0.25 / first.size) + 1e-9, edits
+def test_a_document_with_few_shingles_is_estimated_too():
+    """27 shingles, of which 24 are shared with the other's 27."""
+    text = "abcdefghijklmnopqrstuvwxyz0123456789!?.;:-()[]{}+*"
+    pairs = [(text, text[:-3] + end) for end in ("###", "@@@", "~~~")]
+    for pair in pairs:
+        first, second = bands_of(list(pair), MINIMA).T
+        assert binomtest(int((first == second).sum()), len(first), jaccard(*pair)).pvalue > 1e-3
 
 
-def test_signatures_do_not_depend_on_batches(monkeypatch):
-    random = np.random.default_rng(1)
-    texts = [random_text(random, length) for length in (1, 10, 500, 3000, 40, 9000)]
-    whole = signatures(texts, RECIPE, seed=3)
-    monkeypatch.setattr("data_pipeline.steps.minhash.BATCH_SHINGLES", 600)
-    assert np.array_equal(signatures(texts, RECIPE, seed=3), whole)
-    assert not np.array_equal(signatures(texts, RECIPE, seed=4), whole)
+def test_recall_follows_the_banding_formula():
+    """Pairs are of independent random text, so those found are draws with the probability of each pair's similarity."""
+    found, similarity = [], []
+    for length, edits in ((2000, 6), (2000, 10), (2000, 14), (2000, 18), (400, 2), (400, 3)):
+        pairs = variants(np.random.default_rng(edits), 500, edits, length)
+        first, second = (bands_of([pair[side] for pair in pairs], seed=edits) for side in (0, 1))
+        found.append((first == second).any(axis=0))
+        similarity.append(np.array([jaccard(*pair) for pair in pairs]))
+        expected = float((1 - (1 - similarity[-1] ** 13) ** 20).mean())
+        assert 0.05 < expected < 0.99
+        assert binomtest(int(found[-1].sum()), len(pairs), expected).pvalue > 1e-3, (length, edits)
+
+    def deviation(rows: int, bands: int) -> float:
+        """Of the number found in all, in standard errors."""
+        probability = 1 - (1 - np.concatenate(similarity) ** rows) ** bands
+        return (np.concatenate(found).sum() - probability.sum()) / np.sqrt((probability * (1 - probability)).sum())
+
+    assert abs(deviation(13, 20)) < 3
+    for rows, bands in ((12, 20), (14, 20), (13, 17), (13, 23)):        # draws enough to tell it from its neighbours
+        assert abs(deviation(rows, bands)) > 3
 
 
-def test_banding_finds_pairs_as_the_formula_says():
-    random = np.random.default_rng(2)
-    config = MinHashConfig(shingle_characters=8, bands=10, rows=4)
-    found, expected, trials = 0, 0.0, 0
-    for edits in (60, 90, 120):
-        pairs = variants(random, 150, edits)
-        first, second = (
-            band_hashes(signatures([pair[side] for pair in pairs], config, seed=edits), config.bands) for side in (0, 1)
-        )
-        found += (first == second).any(axis=1).sum()
-        expected += sum(1 - (1 - jaccard(*pair, characters=8) ** config.rows) ** config.bands for pair in pairs)
-        trials += len(pairs)
-    assert 0.1 * trials < expected < 0.9 * trials       # the steep part, where a wrong formula shows
-    # the draws of one seed are shared by its pairs: twice the binomial deviation, five times over
-    assert abs(found - expected) < 10 * np.sqrt(expected * (1 - expected / trials))
+def test_unlike_documents_never_meet():
+    pairs = variants(np.random.default_rng(3), 100, 60)
+    assert max(jaccard(*pair) for pair in pairs) < 0.4
+    first, second = (bands_of([pair[side] for pair in pairs]) for side in (0, 1))
+    assert not (first == second).any()
 
 
-def test_recall_of_the_recipe():
-    random = np.random.default_rng(3)
-    near, far = variants(random, 40, 4), variants(random, 40, 60)
-    assert min(jaccard(*pair) for pair in near) > 0.9 and max(jaccard(*pair) for pair in far) < 0.4
+@pytest.mark.parametrize("length", [1, 23, 24, 25, 2047 + 23, 2048 + 23, 2049 + 23, 6000])
+def test_bands_are_the_formula(length):
+    """In integers, at the edges of a shingle and of a block of 2048 shingles."""
+    text = "".join(np.random.default_rng(length).choice(list("abcdef"), length))
+    size = min(24, length)
+    totals = [sum((ord(text[start + place]) + 1) * BASE ** (size - 1 - place) for place in range(size)) % 2**64
+              for start in range(length - size + 1)]
+    shingles = (mix(np.array(totals, dtype=np.uint64)) >> np.uint64(32)) | np.uint64(1)
+    multipliers = np.random.default_rng(5).integers(0, 2**32, 260, dtype=np.uint32) | np.uint32(1)
+    least = [(shingles * np.uint64(multiplier) % np.uint64(2**32)).min() for multiplier in multipliers]
+    value = np.zeros(20, dtype=np.uint64)
+    for row in range(13):
+        value = mix(value ^ np.array(least).reshape(20, 13)[:, row])
+    others = ["x" * 3000, "", "yz"]
+    found = bands_of([others[0], text, *others[1:]], seed=5)
+    assert np.array_equal(found[:, 1], value)
+    alone = [bands_of([document], seed=5) for document in (others[0], text, *others[1:])]
+    assert np.array_equal(found, np.concatenate(alone, axis=1))
+    assert not (bands_of([text], seed=4)[:, 0] == value).any()
 
-    def caught(pairs: list[tuple[str, str]]) -> float:
-        first, second = (band_hashes(signatures([p[s] for p in pairs], RECIPE, seed=1), RECIPE.bands) for s in (0, 1))
-        return float((first == second).any(axis=1).mean())
 
-    assert caught(near) == 1.0
-    assert caught(far) == 0.0
-
-
-def test_components_are_those_of_a_walk():
-    bands = np.random.default_rng(4).integers(0, 60, (80, 3)).astype(np.uint64)
-    unvisited, expected = set(range(80)), {}
-    while unvisited:
-        start = min(unvisited)
-        reached, waiting = {start}, [start]
+def test_trees_are_the_components_of_a_walk():
+    random = np.random.default_rng(4)
+    bands = random.integers(0, 60, (3, 80)).astype(np.uint64)
+    expected = np.full(80, -1)
+    for start in range(80):
+        waiting = [start] if expected[start] < 0 else []
         while waiting:
             current = waiting.pop()
-            for other in unvisited - reached:
-                if (bands[other] == bands[current]).any():
-                    reached.add(other)
-                    waiting.append(other)
-        expected |= dict.fromkeys(reached, start)
-        unvisited -= reached
-    found = components(bands)
-    assert 1 < len(set(expected.values())) < 80
-    for a in range(80):
-        for b in range(80):
-            assert (found[a] == found[b]) == (expected[a] == expected[b])
-
-
-def table(rows: list[tuple[str, bool]]) -> pa.Table:
-    records = [
-        {"id": text_id(text), "text": text, "source": "s", "path": "p", "domain": "code", "license": "MIT",
-         "held_out": held_out} for text, held_out in rows
-    ]
-    return pa.Table.from_pylist(records, SCHEMA)
-
-
-def test_one_document_of_a_component_stays_and_it_is_the_held_out_one():
-    random = np.random.default_rng(5)
-    (a, a2), (b, b2), (c, _) = variants(random, 3, 2)
-    step = MinHash(RECIPE, seed=1)
-    shards = [table([(a, False), (b, False)]), table([(a2, True), (c, False)]), table([(b2, False)]), table([])]
-    decisions = step.decide([step.survey(shard) for shard in shards])
-    reasons = {text: reason for shard, decision in zip(shards, decisions, strict=True)
-               for text, reason in zip(shard["text"].to_pylist(), decision, strict=True)}
-    assert reasons[a] == "near-duplicate of a held-out document" and reasons[a2] is None and reasons[c] is None
-    kept = min((b, b2), key=text_id)
-    removed = max((b, b2), key=text_id)
-    assert reasons[kept] is None and reasons[removed] == "near-duplicate"
+            expected[current] = start
+            meet = (bands == bands[:, [current]]).any(axis=0)
+            waiting += np.flatnonzero(meet & (expected < 0)).tolist()
+    assert 1 < len(set(expected)) < 80
+    parent = np.arange(80)
+    for band in bands:
+        shuffled = random.permutation(80)       # equal hashes in any order
+        join_equal(parent, band, shuffled[np.argsort(band[shuffled])])
+    assert np.array_equal(roots(parent), expected)

@@ -1,6 +1,7 @@
 """The embedded corpus: closure, licences, docstrings and code of real installed files."""
 
 import ast
+import pickle
 import sysconfig
 from email.message import Message
 from importlib.metadata import distribution
@@ -8,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.config import DataError
-from data_pipeline.sources.installed import SourceFile, closure, corpus, read_documents
+from data_pipeline.config import DataError, InstalledSource
+from data_pipeline.sources import Document, Refusal, digest, pieces, read_piece
+from data_pipeline.sources.installed import SourceFile, closure, installed_files, read_documents
 from data_pipeline.sources.licenses import UNKNOWN, is_permissive, license_of
 from data_pipeline.sources.python_source import docstring_pages, parse, without_docstrings
 
 OSI = "License :: OSI Approved"
-ALL = frozenset({"code", "docs", "reference"})
+ALL = frozenset({"code", "docs", "headers", "reference"})
 STANDARD_LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 
 
@@ -77,19 +79,50 @@ def test_closure_follows_requirements():
 
 
 def test_a_missing_root_is_named():
-    with pytest.raises(DataError, match=r"'no-such-distribution'.*not installed\.\n.*curate\.roots"):
+    with pytest.raises(DataError, match=r"'no-such-distribution'.*not installed\.\n.*`roots`"):
         closure(["jinja2", "no-such-distribution"])
 
 
 def test_order_depends_on_seed_and_names_only():
-    first, again, other = corpus(["jinja2"], 1), corpus(["jinja2"], 1), corpus(["jinja2"], 2)
-    assert first.files == again.files != other.files
-    assert sorted(first.files) == sorted(other.files)
-    assert {file.source for file in first.files} > {"jinja2", "markupsafe", "python/json"}
+    first, again, other = (installed_files(["jinja2"], seed) for seed in (1, 1, 2))
+    assert first == again != other
+    assert sorted(first) == sorted(other)
+    assert {file.source for file in first} > {"jinja2", "markupsafe", "python/json"}
+
+
+def embedded(roots: list[str], *domains: str) -> InstalledSource:
+    return InstalledSource(kind="installed", roots=roots, megabytes=dict.fromkeys(domains, 1.0))
+
+
+def test_pieces_cut_the_same_documents_anywhere():
+    source = embedded(["jinja2", "tqdm"], "code", "docs")
+    whole, small = pieces(source, 3, 10**9), pieces(source, 3, 20_000)
+    assert len(whole) == 1 and len(small) > 20 and digest(whole) != digest(small)
+    taken = [item for piece in small[:20] for item in read_piece(piece)]
+    for item, expected in zip(taken, read_piece(pickle.loads(pickle.dumps(whole[0]))), strict=False):
+        assert item == expected
+    assert {item.domain for item in taken if isinstance(item, Document)} == {"code", "docs"}
+
+
+def test_what_is_not_permissively_licensed_is_refused():
+    """tqdm is under MPL-2.0 AND MIT."""
+    found = [item for piece in pieces(embedded(["tqdm"], "code"), 3, 10**6) for item in read_piece(piece)]
+    from_tqdm = [item for item in found if isinstance(item, Refusal) and item.where.startswith("tqdm, ")]
+    assert len(from_tqdm) > 20 and {(item.domain, item.reason) for item in from_tqdm} == {("code", "license")}
+    documents = [item for item in found if isinstance(item, Document)]
+    assert all(is_permissive(document.license) and document.source != "tqdm" for document in documents)
+
+
+def test_headers_of_wheels_are_a_domain_of_their_own():
+    (package,) = pieces(embedded(["numpy"], "headers"), 3, 10**9)
+    assert all(file.source == "numpy" for file in package.files)
+    headers = list(read_piece(package))
+    assert all(document.domain == "headers" for document in headers)
+    assert any("#define" in document.text and document.path.endswith("ndarraytypes.h") for document in headers)
 
 
 def test_no_tests_and_nothing_of_this_project():
-    for file in corpus(["numpy"], 1).files:
+    for file in installed_files(["numpy"], 1):
         parts = Path(file.path).parts
         assert not {"test", "tests", "data_pipeline", "stages", "__pycache__"} & set(parts[:-1])
 
@@ -140,7 +173,7 @@ def test_broken_python_is_no_document():
 
 
 def source_file(path: Path, kind: str = "python", source: str = "somewhere") -> SourceFile:
-    return SourceFile(source, path.name, "MIT", kind, path)
+    return SourceFile(source, path.name, "MIT", kind, path, 0)
 
 
 def test_files_that_cannot_be_read_give_a_reason(tmp_path):

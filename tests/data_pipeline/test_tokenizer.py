@@ -1,3 +1,5 @@
+import io
+import random
 import sysconfig
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from data_pipeline import tokenizer as library
 from data_pipeline.config import DataError, TokenizerConfig
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
+STDLIB_TEXT = (STDLIB / "ast.py").read_text()
 
 
 def document(text: str, domain: str) -> dict[str, str]:
@@ -87,25 +90,27 @@ def test_batches_and_threads_change_nothing(tokenizer):
     assert tokenizer.encode_batch(texts, threads=3) == [tokenizer.encode(text) for text in texts]
 
 
-def test_training_sample_is_balanced_and_gives_the_remainder_to_large_domains(curated):
-    available = library.domain_bytes(library.scan(curated, "train"))
-    small, large = available
+def test_training_texts_are_balanced_and_give_the_remainder_to_large_domains(curated):
+    rows = pl.read_parquet(sorted(curated.glob("train/*.parquet")))
+    domain_of = dict(rows.select("text", "domain").rows())
+    available = {domain: len("".join(rows.filter(domain=domain)["text"]).encode()) for domain in ("code", "docs")}
+    small, large = sorted(available, key=available.__getitem__)
     config = TokenizerConfig(vocab_size=512, training_megabytes=2.5 * available[small] / 1e6)
-    taken = library.training_sample(curated, config, 3)
-    sizes = {domain: sum(len(t.encode()) for t in taken.filter(domain=domain)["text"]) for domain in (small, large)}
+    sizes = {small: 0, large: 0}
+    for text in library.training_texts(curated, config, 3):
+        sizes[domain_of[text]] += len(text.encode())
     assert sizes[small] == available[small]
     assert 0.5 * available[small] < sizes[large] <= 1.5 * available[small]
 
 
-def test_sample_passes_over_what_does_not_fit_but_is_never_empty():
-    frame = pl.DataFrame([document("x" * size + str(size), "code") for size in (50, 500, 60, 70)]).lazy()
-    assert sorted(library.sample(frame, {"code": 200}, 0)["text"].str.len_bytes()) == [52, 62, 72]
-    assert library.sample(frame, {"code": 10}, 0)["text"].str.len_bytes().to_list() == [52]
+def test_a_line_of_a_megabyte_trains():
+    words = "".join(random.Random(0).choices("abcdefghij", k=1_000_000))
+    plain, longer = library.train_on([STDLIB_TEXT], 640), library.train_on([STDLIB_TEXT, words], 640)
+    assert plain != longer
 
 
 def test_a_document_with_sentencepieces_reserved_character_is_not_dropped():
-    text = (STDLIB / "ast.py").read_text()
-    plain, marked = library.train_on([text + " "], 640), library.train_on([text + "▅"], 640)
+    plain, marked = library.train_on([STDLIB_TEXT + " "], 640), library.train_on([STDLIB_TEXT + "▅"], 640)
     assert plain == marked
 
 
@@ -121,4 +126,15 @@ def test_missing_and_broken_files_are_named(tmp_path):
     with pytest.raises(DataError, match="not a SentencePiece model"):
         library.Tokenizer(tmp_path / "tokenizer.model")
     with pytest.raises(DataError, match="no part-"):
-        library.scan(tmp_path, "train")
+        library.train(tmp_path, TokenizerConfig(vocab_size=512, training_megabytes=1), 0, tmp_path)
+
+
+def test_models_with_other_control_ids_are_refused(tmp_path):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([STDLIB_TEXT]), model_writer=model, model_type="bpe", vocab_size=700, byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
+        max_sentence_length=10**6, minloglevel=2)
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    with pytest.raises(DataError, match=r"tokenizer\.model: unusable here: the first pieces are not.*<pad>.*\nTrain"):
+        library.Tokenizer(tmp_path / "tokenizer.model")

@@ -14,6 +14,7 @@ from stages.params import Params, load_params
 
 ROOT = Path(__file__).resolve().parents[2]
 STEP_TOKENS = 8 * 256
+LABELS = ("high", "medium-high", "medium", "medium-low", "low")
 DOMAINS = ("code", "docs", "reference")
 # Validation bits per byte at the end of training, and what is kept of it after the cut and distillation.
 FINAL = {"hybrid-fp8": 2.142, "hybrid-bf16": 2.137, "transformer-bf16": 2.171, "hybrid-bf16-seed2": 2.149,
@@ -38,6 +39,61 @@ def write_csv(path: Path, header: str, rows: list[tuple[Any, ...]]) -> None:
 
 def edit_json(path: Path, **values: Any) -> None:
     write_json(path, json.loads(path.read_text()) | values)
+
+
+def funnel() -> list[dict[str, Any]]:
+    sizes = {"code": (2900, 16.0), "docs": (2300, 10.0), "reference": (610, 4.0)}
+    shares = [("read", 1.0), ("license", 0.99), ("language", 0.95), ("copies", 0.93), ("near_duplicates", 0.9),
+              ("heuristics", 0.8), ("perplexity", 0.78), ("decontaminate", 0.77), ("substring", 0.7),
+              ("held_out", 0.6)]
+    reasons = {"heuristics": {f"duplicate_{n}grams > 0.1": n for n in range(1, 8)}
+               | {"digits > 0.2": 12, "stop_words < 2": 40},
+               "language": {"language de": 7, "share of en < 0.3": 3}, "perplexity": {"perplexity": 21}}
+    return [{"domain": domain, "step": step, "documents": int(documents * share),
+             "bytes": int(megabytes * 1e6 * share), "reasons": reasons.get(step, {})}
+            for step, share in shares for domain, (documents, megabytes) in sizes.items()]
+
+
+def histograms() -> dict[str, Any]:
+    """A feature cut above, one cut below, one on a logarithmic scale cut on both sides, one no document reaches."""
+    tail = [900, 400, 200, 90, 40, 20, 9, 4, 2, 1]
+    measured = {
+        "digits": ([0.03 * number for number in range(11)], tail, None, 0.2, "Nemotron-CC"),
+        "stop_words": (list(range(11)), tail[::-1], 2, None, "Gopher, section A.1.1"),
+        "characters": ([10 * 3 ** number for number in range(11)], tail, 200, 400_000, "this project"),
+        "encoded_run": ([5 * number for number in range(11)], tail, None, 255, "this project"),
+        "language_share": ([0.1 * number for number in range(11)], tail[::-1], 0.3, None, "configuration"),
+        "perplexity": ([100 * 2 ** number for number in range(11)], tail, None, 9000.5, "the largest 5% of the bytes"),
+    }
+    found: dict[str, Any] = {
+        name: {domain: {"edges": edges, "counts": counts, "low": low, "high": high, "source": source, "labels": {}}
+               for domain in DOMAINS}
+        for name, (edges, counts, low, high, source) in measured.items()}
+    labels = {"high": -2.5, "medium-high": -3.5, "medium": -5.25, "medium-low": -7.0}
+    found["fluency"] = {domain: {"edges": list(range(-10, 1)), "counts": tail, "low": None, "high": None,
+                                 "source": "quality score", "labels": labels} for domain in DOMAINS}
+    return found
+
+
+def dropped() -> dict[str, Any]:
+    def entry(documents: int, value: str, text: str) -> dict[str, Any]:
+        return {"documents": documents, "examples": [
+            {"source": f"package-{number}", "path": f"a/b_{number}.py", "value": value, "excerpt": text}
+            for number in range(6)]}
+
+    return {domain: {
+        "not permissive": {"documents": 1, "examples": []},
+        "too large for the sample": {"documents": 3, "examples": [
+            {"source": "torch", "path": "", "value": "too large for the sample", "excerpt": ""}]},
+        "digits > 0.2": entry(12, "digits 0.31 > 0.2 (Nemotron-CC)", "1 < 2\n\t| 3 | 4"),
+        "stop_words < 2": entry(40, "stop_words 1 < 2 (Gopher)", "BEL \x07 <b>` ``` \u202eend"),
+        "substring": entry(55, "strings taken out: 2", "Licensed under the Apache License"),
+    } for domain in DOMAINS}
+
+
+def token_files() -> dict[str, dict[str, int]]:
+    return {f"train/{domain}-{label}": {"documents": 40 * place, "tokens": 30_000 * place, "bytes": 97_531 * place}
+            for domain in DOMAINS for place, label in enumerate(sorted(LABELS), start=1)}
 
 
 class Tree:
@@ -69,21 +125,34 @@ class Tree:
         self.slots = [max(self.slots)] * 2
 
     def data(self) -> None:
-        self.record("curate", None, 71.4, {"documents": 5012, "workers": 2})
+        self.record("annotate", None, 41.2, {"documents": 5810, "shards": 4})
         self.barrier()
-        rows = []
-        sizes = {"code": (2900, 16.0), "docs": (2300, 10.0), "reference": (610, 4.0)}
-        shares = [("read", 1.0), ("normalise", 0.99), ("language", 0.95), ("heuristics", 0.86), ("pii", 0.86),
-                  ("exact_dedup", 0.78), ("minhash", 0.66), ("substring", 0.61), ("decontaminate", 0.6)]
-        for domain, (documents, megabytes) in sizes.items():
-            for step, share in shares:
-                reasons = {"boilerplate": 40, "too short": 12} if step == "heuristics" else {}
-                rows.append({"domain": domain, "step": step, "documents": int(documents * share),
-                             "bytes": int(megabytes * 1e6 * share), "reasons": reasons})
-        write_json(self.runs / "curate" / "funnel.json", rows)
+        self.record("curate", None, 7.4, {"documents_train": 3486, "duplicate_share": 0.031})
+        for name, content in (("funnel", funnel()), ("histograms", histograms()), ("dropped", dropped())):
+            write_json(self.runs / "curate" / f"{name}.json", content)
+        self.barrier()
         self.record("tokenizer", None, 18.2, {"vocab_size": 4096, "digest": "7b" * 32, "bytes_per_token": 3.41})
         self.barrier()
-        self.record("tokenize", None, 22.9, {"tokens_train": 5_120_334, "tokens_validation": 140_221})
+        files = token_files()
+        metrics: dict[str, Any] = {}
+        for domain in (*DOMAINS, ""):
+            tokens = sum(file["tokens"] for name, file in files.items() if name.startswith(f"train/{domain}"))
+            end = f"_{domain}" if domain else ""
+            metrics |= {f"tokens_train{end}": tokens, f"tokens_validation{end}": tokens // 50,
+                        f"bytes_per_token{end}": 3.21, f"tokens_per_document{end}": 1021.5,
+                        f"unknown_share{end}": 0.0, f"byte_fallback_share{end}": 0.00094}
+        self.record("tokenize", None, 22.9, metrics)
+        write_json(self.runs / "tokenize" / "blend.json", {
+            "tokens": 800_000, "repeats_at_most": 8, "files": files | {"validation/code": files["train/code-low"]},
+            "phases": [
+                {"until": 0.6, "weights": {f"train/{domain}-{label}": weight * share for domain, weight in
+                                           zip(DOMAINS, (0.45, 0.45, 0.1), strict=True)
+                                           for label, share in zip(LABELS, (0.1, 0.1, 0.5, 0.2, 0.1), strict=True)}},
+                {"until": 1.0, "weights": {f"train/{domain}-high": weight for domain, weight in
+                                           zip(DOMAINS, (0.45, 0.3, 0.25), strict=True)}},
+            ],
+            "repeats": {name: 0.1 + 0.37 * number for number, name in enumerate(files)},
+        })
         self.barrier()
 
     def pretrain(self, name: str, number: int) -> None:

@@ -14,7 +14,8 @@ from stages.common import Progress, Stage, StageError, _plain_errors
 from stages.params import load_params
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ["curate", "tokenizer", "tokenize", "pretrain", "compress", "export", "evaluate", "benchmark", "report"]
+STAGES = ["annotate", "curate", "tokenizer", "tokenize", "pretrain", "compress", "export", "evaluate", "benchmark",
+          "report"]
 
 
 def run(name: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""The curate stage, run as a user runs it."""
+"""The stages annotate and curate, run as a user runs them."""
 
 import json
 import os
@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = (
-    "curate.megabytes_per_domain={code: 0.25, docs: 0.25, reference: 0.25}", "runtime.workers=1", "curate.shards=2"
-)
+ROOTS = "[numpy, datasets, tokenizers, polars]"
+SMALL = ("runtime.workers=1", "annotate.shard_megabytes=0.4", "annotate.held_out.fraction=0.15", "annotate.sources=[{"
+         f"kind: installed, roots: {ROOTS}, megabytes: {{code: 0.3, docs: 0.3, reference: 0.3}}}}]")
 
 
-def run(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "stages.curate", "--params", str(ROOT / "params.yaml"), *arguments]
+def run(directory: Path, stage: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"stages.{stage}", "--params", str(ROOT / "params.yaml"), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=200)
 
@@ -27,9 +27,10 @@ def with_settings(*assignments: str) -> list[str]:
 @pytest.fixture(scope="module")
 def done(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("curate")
-    result = run(directory, "--out", "result", *with_settings())
-    assert result.returncode == 0, result.stderr
-    assert "step " in result.stdout and "work read" in result.stdout
+    for stage, work in (("annotate", "read"), ("curate", "cut")):
+        result = run(directory, stage, "--out", "result", *with_settings())
+        assert result.returncode == 0, result.stderr
+        assert f"work {work} documents/s" in result.stdout
     return directory
 
 
@@ -40,24 +41,42 @@ def test_metrics_say_what_the_manifest_and_the_funnel_say(done):
     for part in ("train", "heldout"):
         assert metrics[f"documents_{part}"] == sum(entry["documents"] for entry in manifest[part].values())
         assert metrics[f"bytes_{part}"] == sum(metrics[f"bytes_{part}_{domain}"] for domain in manifest[part])
-    assert metrics["documents_train"] == sum(row["documents"] for row in funnel if row["step"] == "quality_labels")
-    read, heuristics, normalised = (
-        sum(row["documents"] for row in funnel if row["step"] == step) for step in ("read", "heuristics", "normalise")
-    )
-    assert metrics["removed_share_heuristics"] == pytest.approx(1 - heuristics / normalised, rel=1e-5)
-    assert 0 <= metrics["removed_share_license"] < 0.2 and read > heuristics
+    left = {step: sum(row["documents"] for row in funnel if row["step"] == step)
+            for step in ("read", "license", "language", "near_duplicates", "heuristics", "held_out")}
+    assert metrics["documents_train"] == left["held_out"]
+    assert metrics["removed_share_heuristics"] == pytest.approx(
+        1 - left["heuristics"] / left["near_duplicates"], rel=1e-5)
+    assert metrics["duplicate_share"] == pytest.approx(1 - left["near_duplicates"] / left["language"], rel=1e-5)
+    assert metrics["removed_share_license"] == pytest.approx(1 - left["license"] / left["read"], rel=1e-5)
     assert all(0 <= metrics[name] < 0.5 for name in metrics if "share" in name)
+    annotated = json.loads((done / "result/runs/annotate/metrics.json").read_text())
+    assert annotated["documents"] == left["license"] and annotated["shards"] > 1
+
+
+def test_the_other_records_are_there(done):
+    for name in ("histograms", "dropped"):
+        assert json.loads((done / f"result/runs/curate/{name}.json").read_text())
 
 
 def test_nothing_is_left_behind(done):
-    assert not list((done / ".scratch").glob("curate-*/"))
+    for stage in ("annotate", "curate"):
+        assert not list((done / ".scratch").glob(f"{stage}-*/"))
+        provenance = json.loads((done / f"result/runs/{stage}/provenance.json").read_text())
+        assert provenance["resumed"] is False
     assert not list(done.rglob("*.partial"))
-    provenance = json.loads((done / "result/runs/curate/provenance.json").read_text())
-    assert provenance["resumed"] is False
+    assert provenance["inputs"].keys() == {"result/data/annotated"}
 
 
 def test_an_error_is_two_lines(tmp_path):
-    result = run(tmp_path, "--out", "result", *with_settings("curate.roots=[no-such-distribution]"))
+    sources = "annotate.sources=[{kind: installed, roots: [no-such-distribution], megabytes: {code: 1}}]"
+    result = run(tmp_path, "annotate", "--out", "result", *with_settings(sources))
     assert result.returncode == 1
     assert len(result.stderr.strip().splitlines()) == 2 and "no-such-distribution" in result.stderr
-    assert not (tmp_path / "result/data/curated").exists()
+    assert not (tmp_path / "result/data/annotated").exists()
+
+
+def test_curate_says_what_must_run_before_it(tmp_path):
+    result = run(tmp_path, "curate")
+    assert result.returncode == 1
+    assert result.stderr.splitlines() == [
+        "data/cpu/annotated: not found; stage `annotate` writes it.", "Run `dvc repro annotate` first."]

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -16,7 +17,7 @@ from data_pipeline.tokenizer import Tokenizer
 def done(tmp_path_factory) -> Path:
     """A directory in which both stages have run."""
     directory = tmp_path_factory.mktemp("stages")
-    write_params(directory)
+    write_params(directory, **{"pretrain.tokens": BUDGET})
     write_curated(directory / "data/tiny/curated")
     run(directory, "-m", "stages.tokenizer")
     run(directory, "-m", "stages.tokenize")
@@ -29,6 +30,9 @@ def fresh(done, tmp_path) -> Path:
     shutil.copytree(done, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "data/tiny/tokens")
     return tmp_path
+
+
+BUDGET = 300_000
 
 
 def read(path: Path) -> dict:
@@ -103,30 +107,65 @@ def test_digests_blend_and_metrics(done):
 
 KILLED = """
 import os, runpy, signal, sys
-from data_pipeline import indexed_dataset
-add, count = indexed_dataset.IndexedDatasetWriter.add, 0
-def add_and_die(self, ids):
+from data_pipeline import tokenization
+encode, count = tokenization.encode_documents, 0
+def encode_and_die(*arguments):
     global count
     count += 1
-    if count == {documents}:
+    if count == {calls}:
         os.kill(os.getpid(), signal.SIGKILL)
-    add(self, ids)
-indexed_dataset.IndexedDatasetWriter.add = add_and_die
+    return encode(*arguments)
+tokenization.encode_documents = encode_and_die
 sys.argv = ["stages.tokenize"]
 runpy.run_module("stages.tokenize", run_name="__main__")
 """
 
 
 def test_a_killed_run_goes_on_with_the_same_result(done, fresh):
-    killed = run(fresh, "-c", KILLED.format(documents=len(train_documents(fresh)) - 5), check=False)
+    write_params(fresh, **{"pretrain.tokens": BUDGET, "runtime.workers": 1})       # in the stage's own process
+    killed = run(fresh, "-c", KILLED.format(calls=12), check=False)
     assert killed.returncode == -9
     assert not (fresh / "data/tiny/tokens").exists()
-    left = list((fresh / ".scratch").glob("tokenize-*/train/*.idx"))
-    assert left
+    assert [path.parent.name for path in fresh.glob(".scratch/tokenize-*/shards/*/counts.json")] == ["part-00000"]
     run(fresh, "-m", "stages.tokenize")
     assert contents(fresh / "data/tiny/tokens") == contents(done / "data/tiny/tokens")
     assert read(fresh / "runs/tiny/tokenize/provenance.json")["resumed"] is True
     assert not list((fresh / ".scratch").glob("tokenize-*/"))
+
+
+def test_metrics_of_each_domain(done):
+    metrics = read(done / "runs/tiny/tokenize/metrics.json")
+    files = read(done / "data/tiny/tokens/tokens.json")["files"]
+    for domain in ("code", "docs"):
+        names = [name for name in files if name.startswith(f"train/{domain}-")] + [f"validation/{domain}"]
+        tokens = np.concatenate([np.fromfile(done / f"data/tiny/tokens/{name}.bin", np.uint16) for name in names])
+        size = sum(files[name]["bytes"] for name in names)
+        assert metrics[f"bytes_per_token_{domain}"] == pytest.approx(size / len(tokens), rel=1e-5)
+        assert metrics[f"tokens_per_document_{domain}"] == pytest.approx(
+            len(tokens) / sum(files[name]["documents"] for name in names), rel=1e-5)
+        assert metrics[f"byte_fallback_share_{domain}"] == pytest.approx(
+            np.mean((tokens >= 4) & (tokens < 260)), rel=1e-5)
+        assert metrics[f"unknown_share_{domain}"] == 0
+    assert 0 < metrics["byte_fallback_share"] < 0.1 and metrics["unknown_share"] == 0
+
+
+def test_repeats_are_reported_and_bounded(done, fresh):
+    blend = read(done / "data/tiny/tokens/blend.json")
+    metrics = read(done / "runs/tiny/tokenize/metrics.json")
+    files = read(done / "data/tiny/tokens/tokens.json")["files"]
+    assert blend["tokens"] == BUDGET
+    assert set(blend["repeats"]) == {name for name in files if name.startswith("train/")}
+    for name, repeats in blend["repeats"].items():
+        assert metrics[f"repeats_{name[6:].replace('-', '_')}"] == pytest.approx(repeats, rel=1e-5)
+    drawn = sum(repeats * files[name]["tokens"] for name, repeats in blend["repeats"].items())
+    assert drawn == pytest.approx(BUDGET)
+    assert 0 < metrics["repeats_most"] <= 8
+
+    write_params(fresh, **{"tokenize.repeats": 1.5, "pretrain.tokens": 10**9})
+    failed = run(fresh, "-m", "stages.tokenize", check=False)
+    assert failed.returncode == 1 and "Traceback" not in failed.stderr
+    assert "tokenize.phases[3] (until 1.0): needs 50,000,000 tokens; its files, read 1.5 times" in failed.stderr
+    assert not list(fresh.glob(".scratch/tokenize-*/shards"))           # before any work
 
 
 def test_a_phase_without_text_stops_before_the_work(fresh):

@@ -1,0 +1,333 @@
+"""Curation of text on one core, step by step, beside datatrove's blocks on the same documents.
+
+    OMP_NUM_THREADS=1 POLARS_MAX_THREADS=1 python -m benchmarks.curation_cpu [--megabytes 8] [--out FILE.json]
+
+Documents are a sample of the profile's embedded corpus. Both sides work on all of them in every step, in one process
+and one thread; the table has processor time, per megabyte of text as read. Reading the sources is in neither.
+
+datatrove (a development requirement) has no counterpart for some steps: its language filter downloads a model, its
+n-gram decontamination needs another package, and it has no quality scorers. Its filters are called document by
+document, as its pipelines call them, so that those that follow each other share one list of words. It is measured with
+its own words, which for English are spaCy's, where spaCy is installed (`pip install spacy`; the lock leaves it out),
+and with words parted by white space.
+
+The last lines compare wall time of two worker processes with one, over all that workers do in the stage `annotate`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from datatrove.data import Document as Page
+from datatrove.pipeline import filters
+from datatrove.pipeline.dedup import minhash
+from datatrove.pipeline.formatters import FTFYFormatter, PIIFormatter
+from datatrove.utils.hashing import HashConfig
+from datatrove.utils.word_tokenizers import WordTokenizer
+from loguru import logger
+
+from data_pipeline.annotation import Decided, Job, Round, rounds, run_job
+from data_pipeline.config import AnnotateConfig, InstalledSource
+from data_pipeline.executor import Processes, Workers
+from data_pipeline.reading import Quota
+from data_pipeline.sources import Document, pieces, read_piece
+from data_pipeline.steps.heuristics import first_broken, rules_of
+from data_pipeline.steps.step import SCHEMA, Arrays, Decision, GlobalStep, text_id
+from data_pipeline.storage import write_arrays, write_table
+from stages.params import Params, load_params
+
+Clock = defaultdict[str, float]         # seconds of processor time by step
+
+# Our step, and the blocks of datatrove that do what it does.
+COUNTERPARTS = {
+    "normalise": ["FTFY"],
+    "mask": ["PII"],
+    "language": [],
+    "features": ["Gopher quality", "Gopher repetition", "C4", "FineWeb"],
+    "rules": [],
+    "hold_out": [],
+    "deduplicate": ["MinHash signatures", "MinHash buckets", "MinHash clusters", "MinHash filter"],
+    "substring": [],
+    "decontaminate": [],
+    "quality": [],
+}
+FILTERS_AND_MINHASH = ["features", "deduplicate"]
+
+
+def sample(config: AnnotateConfig, seed: int, megabytes: float) -> list[Document]:
+    """Documents of the first source, its domains in their proportions, `megabytes` in all."""
+    source = config.sources[0]
+    assert isinstance(source, InstalledSource), "this benchmark reads the embedded corpus"
+    total = sum(source.megabytes.values())
+    quota = Quota({domain: 1e6 * megabytes * size / total for domain, size in source.megabytes.items()})
+    documents = []
+    for piece in pieces(source, seed, 1 << 20):
+        for document in read_piece(piece):
+            if not isinstance(document, Document) or not quota.wants(document.domain):
+                continue
+            if quota.take(document.domain, len(document.text.encode())) is None:
+                documents.append(document)
+        if not quota.wants_more():
+            break
+    return documents
+
+
+def as_shards(documents: list[Document], count: int) -> list[pa.Table]:
+    rows = [{**document._asdict(), "id": text_id(document.text)} for document in documents]
+    return [pa.Table.from_pylist(rows[index::count], SCHEMA) for index in range(count)]
+
+
+@contextmanager
+def timed(clock: Clock, name: str) -> Iterator[None]:
+    before = time.process_time()
+    yield
+    clock[name] += time.process_time() - before
+
+
+class Ours:
+    """The rounds of the stage `annotate` in memory, and the rules; `jobs` are what worker processes do of it.
+
+    Args:
+        directory: for the shards and arrays the jobs work on.
+    """
+
+    def __init__(self, params: Params, shards: list[pa.Table], directory: Path):
+        self.params, self.directory = params, directory
+        self.clock: Clock = defaultdict(float)
+        self.deciding: Clock = defaultdict(float)       # of the clock, what the main process does between rounds
+        self.jobs: list[Job] = []
+        plan = rounds(params.annotate, params.seed)
+        surveys: dict[str, list[Arrays]] = {}
+        for number, steps in enumerate(plan):
+            decisions = {step.name: self._decide(step, surveys) for step in steps if isinstance(step, GlobalStep)}
+            following = [step for step in (plan[number + 1] if number + 1 < len(plan) else [])
+                         if isinstance(step, GlobalStep)]
+            surveys = {step.name: [] for step in following}
+            for index, table in enumerate(shards):
+                self.jobs.append(self._job(f"{number}-{index}", table, steps, decisions, index, following))
+                table = self._apply(table, steps, decisions, index)
+                for step in following:
+                    with timed(self.clock, step.name):
+                        surveys[step.name].append(step.survey(table))
+                shards[index] = table
+        for table in shards:
+            self._cut(table)
+
+    def _decide(self, step: GlobalStep, surveys: dict[str, list[Arrays]]) -> Decision:
+        with timed(self.clock, step.name), timed(self.deciding, step.name):
+            return step.decide(surveys[step.name])
+
+    def _apply(self, table: pa.Table, steps: Round, decisions: dict[str, Decision], index: int) -> pa.Table:
+        for step in steps:
+            with timed(self.clock, step.name):
+                if isinstance(step, GlobalStep):
+                    table = step.apply(table, decisions[step.name].shared, decisions[step.name].shards[index])
+                else:
+                    table = step.apply(table)
+        return table
+
+    def _cut(self, table: pa.Table) -> None:
+        with timed(self.clock, "rules"):
+            for domain, config in self.params.curate.rules.items():
+                rows = table.filter(pc.equal(table["domain"], domain))
+                first_broken(rows["features"], rules_of(config, f"curate.rules.{domain}"))
+
+    def _job(
+        self, name: str, table: pa.Table, steps: Round, decisions: dict[str, Decision], index: int,
+        following: list[GlobalStep],
+    ) -> Job:
+        source = self.directory / f"{name}.parquet"
+        write_table(table, source)
+        decided: list[Decided] = []
+        for step in steps:
+            if isinstance(step, GlobalStep):
+                shared, own = (self.directory / f"{step.name}-{part}.npz" for part in ("shared", index))
+                write_arrays(decisions[step.name].shared, shared)
+                write_arrays(decisions[step.name].shards[index], own)
+                decided.append((step, shared, own))
+            else:
+                decided.append((step, None, None))
+        surveys = [(step, self.directory / f"{name}-{step.name}.npz") for step in following]
+        return Job(source, self.directory / f"{name}-out.parquet", decided, surveys)
+
+
+class WhiteSpace(WordTokenizer):
+    """Words parted by white space, sentences by . ! ? before it."""
+
+    def word_tokenize(self, text: str) -> list[str]:
+        return text.split()
+
+    def span_tokenize(self, text: str) -> list[tuple[int, int]]:
+        return [match.span() for match in re.finditer(r"\S.*?(?:[.!?](?=\s|$)|$)", text, re.S)]
+
+    def sent_tokenize(self, text: str) -> list[str]:
+        return [text[start:end] for start, end in self.span_tokenize(text)]
+
+
+def datatrove_seconds(texts: list[str], language: Any, directory: Path) -> Clock:
+    """Seconds of each of datatrove's blocks. `language` names one of its tokenisers or is one."""
+    clock: Clock = defaultdict(float)
+    filtering = {
+        "Gopher quality": filters.GopherQualityFilter(language=language),
+        "Gopher repetition": filters.GopherRepetitionFilter(language=language),
+        "C4": filters.C4QualityFilter(language=language),
+        "FineWeb": filters.FineWebQualityFilter(language=language),
+    }
+    formatting = {"FTFY": FTFYFormatter(), "PII": PIIFormatter()}
+    for text in texts:
+        for name, formatter in formatting.items():
+            with timed(clock, name):
+                formatter.format(text)
+        for name, block in filtering.items():
+            page = Page(text=text, id="")       # C4 writes to it
+            with timed(clock, name):
+                block.filter(page)
+    config = minhash.MinhashConfig(hash_config=HashConfig(precision=64, hash_fc="sha1"))        # FineWeb's
+    signatures, duplicates, removed = (str(directory / name) for name in ("signatures", "buckets", "clusters"))
+
+    def pages() -> Iterator[Page]:
+        return (Page(text=text, id=str(index)) for index, text in enumerate(texts))
+
+    stages: dict[str, Callable[[], Any]] = {
+        "MinHash signatures": lambda: minhash.MinhashDedupSignature(signatures, config, language).run(pages(), 0, 1),
+        "MinHash buckets": lambda: [
+            minhash.MinhashDedupBuckets(signatures, duplicates, config=config).run(None, bucket, config.num_buckets)
+            for bucket in range(config.num_buckets)
+        ],
+        "MinHash clusters": lambda: minhash.MinhashDedupCluster(duplicates, removed, config).run(None, 0, 1),
+        "MinHash filter": lambda: sum(1 for _ in minhash.MinhashDedupFilter(removed).run(pages(), 0, 1)),
+    }
+    for name, stage in stages.items():
+        with timed(clock, name):
+            stage()
+    return clock
+
+
+def worker_seconds(jobs: list[Job], counts: tuple[int, ...]) -> list[float]:
+    """Wall time of so many processes for `jobs`, once each has loaded and compiled what it needs: the best of three.
+
+    The counts take turns, so that other programs disturb all alike.
+    """
+    backends = [Processes(count) for count in counts]
+    walls: list[list[float]] = [[] for _ in counts]
+    firsts = {tuple(step.name for step, _, _ in job.steps): job for job in reversed(jobs)}
+    try:
+        for backend, count in zip(backends, counts, strict=True):
+            for job in firsts.values():         # every process runs every round before the clock starts
+                _run(backend, [_copy(job, number) for number in range(count)])
+        for _ in range(3):
+            for backend, wall in zip(backends, walls, strict=True):
+                before = time.perf_counter()
+                _run(backend, jobs)
+                wall.append(time.perf_counter() - before)
+    finally:
+        for backend in backends:
+            backend.close()
+    return [min(wall) for wall in walls]
+
+
+def _run(backend: Processes, jobs: list[Job]) -> None:
+    list(Workers(backend).all(run_job, jobs, lambda job: job.target.stem))
+
+
+def _copy(job: Job, number: int) -> Job:
+    """The same work with files of its own."""
+    surveys = [(step, file.with_stem(f"{file.stem}-copy{number}")) for step, file in job.surveys]
+    return job._replace(target=job.target.with_stem(f"{job.target.stem}-copy{number}"), surveys=surveys)
+
+
+def table_of(ours: Clock, theirs: dict[str, Clock], megabytes: float) -> list[str]:
+    def cell(seconds: float | None) -> str:
+        return f"{1000 * seconds / megabytes:12.1f}" if seconds is not None else f"{'':>12}"
+
+    lines = ["ms a MB            ours  " + "".join(f"  datatrove, {name} words" for name in theirs)]
+    for step, blocks in COUNTERPARTS.items():
+        lines.append(f"{step:<14}{cell(ours[step])}")
+        for block in blocks:
+            lines.append(f"  {block:<24}" + "".join(f"{cell(clock[block]):>24}" for clock in theirs.values()))
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=float, default=8.0, help="of text, in all")
+    parser.add_argument("--out", type=Path, help="write the numbers as JSON")
+    arguments = parser.parse_args()
+    logger.remove()
+    params = load_params()
+    documents = sample(params.annotate, params.seed, arguments.megabytes)
+    texts = [document.text for document in documents]
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        shards = max(4, round(megabytes))
+        Ours(params, as_shards(documents[:200], 2), directory)          # compiles
+        runs = [Ours(params, as_shards(documents, shards), directory) for _ in range(2)]
+        ours = min(runs, key=lambda run: sum(run.clock.values()))
+        tokenisers = {"white-space": WhiteSpace()} | ({"spaCy": "eng"} if find_spec("spacy") else {})
+        theirs = {}
+        for label, language in tokenisers.items():
+            datatrove_seconds(texts[:3], language, directory / f"{label}-first")
+            theirs[label] = datatrove_seconds(texts, language, directory / label)
+        walls = worker_seconds(ours.jobs, (1, 2))
+    result = summary(ours, theirs, megabytes, len(documents), walls)
+    print(*table_of(ours.clock, theirs, megabytes), "", *lines_of(result), sep="\n")
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def summary(
+    ours: Ours, theirs: dict[str, Clock], megabytes: float, documents: int, walls: list[float]
+) -> dict[str, Any]:
+    compared = [block for step in FILTERS_AND_MINHASH for block in COUNTERPARTS[step]]
+    chain = megabytes / sum(ours.clock.values())
+    same = megabytes / sum(ours.clock[step] for step in [*FILTERS_AND_MINHASH, "rules"])
+    others = {name: megabytes / sum(clock[block] for block in compared) for name, clock in theirs.items()}
+    return {
+        "megabytes": megabytes,
+        "documents": documents,
+        "ours_seconds": dict(ours.clock),
+        "datatrove_seconds": {name: dict(clock) for name, clock in theirs.items()},
+        "megabytes_a_second": {
+            "whole chain": chain, "filters and MinHash": same,
+            "datatrove filters and MinHash": others,
+        },
+        "times_datatrove": {
+            "whole chain": {name: chain / speed for name, speed in others.items()},
+            "filters and MinHash": {name: same / speed for name, speed in others.items()},
+        },
+        "worker_wall_seconds": {"one": walls[0], "two": walls[1]},
+        "two_workers_speedup": walls[0] / walls[1],
+        "deciding_seconds": dict(ours.deciding),
+    }
+
+
+def lines_of(result: dict[str, Any]) -> list[str]:
+    speed, times = result["megabytes_a_second"], result["times_datatrove"]
+    lines = [f"{result['documents']} documents, {result['megabytes']:.1f} MB",
+             f"ours, whole chain: {speed['whole chain']:.2f} MB/s a core; "
+             f"filters and MinHash alone: {speed['filters and MinHash']:.2f}"]
+    for name, other in speed["datatrove filters and MinHash"].items():
+        lines.append(f"datatrove, {name} words, filters and MinHash: {other:.3f} MB/s a core; as fast as that: our "
+                     f"whole chain {times['whole chain'][name]:.1f} times, our filters and MinHash "
+                     f"{times['filters and MinHash'][name]:.1f} times")
+    lines.append(f"two worker processes: {result['two_workers_speedup']:.2f} times one, start-up left out; "
+                 f"between rounds the main process decides for {sum(result['deciding_seconds'].values()):.2f} s")
+    return lines
+
+
+if __name__ == "__main__":
+    main()

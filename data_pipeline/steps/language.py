@@ -1,0 +1,45 @@
+"""The language of a text by CLD2, whose model lies in the package: no download."""
+
+from __future__ import annotations
+
+import re
+
+import pyarrow as pa
+import pycld2
+
+from data_pipeline.steps.step import Step, with_column
+
+UNKNOWN = "un"
+# Characters that CLD2 takes for invalid UTF-8: control characters and Unicode's noncharacters.
+REFUSED = re.compile(
+    "[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\ufdd0-\ufdef" + "".join(chr(plane << 16 | 0xFFFE) + chr(plane << 16 | 0xFFFF)
+                                                             for plane in range(17)) + "]"
+)
+CURRENT_CODES = {"iw": "he", "jw": "jv", "in": "id", "mo": "ro"}         # codes ISO 639-1 has withdrawn
+
+
+def detect(text: str) -> tuple[str, float]:
+    """ISO 639-1 code (639-2 or -3 for languages without one) of most of the text, and the share of its bytes.
+
+    CLD2 looks at letters only; text with too few of them, or in no language it knows, is "un" with share 0.
+    """
+    try:
+        details = pycld2.detect(text, isPlainText=True)[2]
+    except pycld2.error:
+        details = pycld2.detect(REFUSED.sub(" ", text), isPlainText=True)[2]
+    _, code, percent, _ = details[0]
+    code = code.split("-")[0]
+    if code in (UNKNOWN, "xx", "xxx") or code.startswith("zz"):           # scripts and jokes
+        return UNKNOWN, 0.0
+    return CURRENT_CODES.get(code, code), percent / 100
+
+
+class Language(Step):
+    """Fills `language` and `language_share`."""
+
+    name = "language"
+
+    def apply(self, table: pa.Table) -> pa.Table:
+        found = [detect(text) for text in table["text"].to_pylist()]
+        table = with_column(table, "language", [code for code, _ in found])
+        return with_column(table, "language_share", [share for _, share in found])

@@ -1,0 +1,231 @@
+"""JSONL, Parquet and text files, whole and damaged, cut into pieces anywhere."""
+
+import gzip
+import json
+import pickle
+import random
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_pipeline.config import DataError, FilesSource
+from data_pipeline.sources import Document, Refusal, digest, files, pieces, read_piece
+from data_pipeline.sources.files import split_lines
+from data_pipeline.sources.streams import Damage
+
+WHOLE = 10**12
+
+
+def source(*paths, **fields) -> FilesSource:
+    return FilesSource(kind="files", paths=[str(path) for path in paths], domain="own", **fields)
+
+
+def read(*paths, shard_bytes=WHOLE, seed=1, **fields) -> list[Document | Refusal]:
+    found = pickle.loads(pickle.dumps(pieces(source(*paths, **fields), seed, shard_bytes)))
+    return [item for piece in found for item in read_piece(piece)]
+
+
+def texts(items) -> list[str]:
+    return [item.text for item in items if isinstance(item, Document)]
+
+
+def reasons(items) -> list[str]:
+    return [item.reason for item in items if isinstance(item, Refusal)]
+
+
+def jsonl(*records) -> bytes:
+    return b"".join(json.dumps(record).encode() + b"\n" for record in records)
+
+
+RECORDS = [{"text": f"text {number} " + "ä" * (number % 97), "n": number} for number in range(400)]
+
+
+def test_records_of_every_packing(tmp_path):
+    data = jsonl(*RECORDS)
+    with pa.CompressedOutputStream(str(tmp_path / "c.jsonl.zst"), "zstd") as stream:
+        stream.write(data)
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + data.replace(b"\n", b"\r\n\r\n"))
+    (tmp_path / "b.json.gz").write_bytes(gzip.compress(data))
+    pq.write_table(pa.Table.from_pylist(RECORDS), tmp_path / "d.parquet", row_group_size=64)
+    expected = [record["text"] for record in RECORDS]
+    for path in tmp_path.iterdir():
+        documents = read(path, license="CC-BY-4.0")
+        assert texts(documents) == expected
+        assert {item[3:] for item in documents} == {("own", "CC-BY-4.0")}
+        assert {item.source for item in documents} == {str(path)} and len({item.path for item in documents}) == 400
+    assert texts(read(tmp_path)) == expected * 4
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 7, 100, 1000, 9999])
+def test_documents_do_not_depend_on_the_cuts(tmp_path, shard_bytes):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(*RECORDS[:60]) + b"not JSON\n" + jsonl(*RECORDS[60:80]).rstrip())
+    pq.write_table(pa.Table.from_pylist(RECORDS), tmp_path / "b.parquet", row_group_size=10)
+    (tmp_path / "c.txt").write_text("plain")
+    found = read(tmp_path, shard_bytes=shard_bytes)
+    assert found == read(tmp_path)
+    assert len(texts(found)) == 80 + 400 + 1 and reasons(found) == ["invalid JSON"]
+    assert len(pieces(source(tmp_path), 1, 1000)) > 10
+
+
+def test_order_of_files_is_seeded(tmp_path):
+    for number in range(20):
+        (tmp_path / f"{number:02d}.txt").write_text(str(number))
+    one, again, two = (texts(read(tmp_path, seed=seed)) for seed in (1, 1, 2))
+    assert one == again != two and sorted(one) == sorted(two)
+    assert one != sorted(one)
+
+
+def test_a_changed_file_changes_the_digest(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    before = digest(pieces(source(tmp_path), 1, 10))
+    assert before == digest(pieces(source(tmp_path), 1, 10))
+    (tmp_path / "a.txt").write_text("two or three")
+    assert before != digest(pieces(source(tmp_path), 1, 10))
+
+
+def test_bad_records_are_counted_and_the_rest_is_kept(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(
+        jsonl({"text": "first"}, {"text": None}, {"text": 3}, {"other": "x"}, {"text": " \n"}, ["text"])
+        + b'{"text": "cut\n' + b'{"text": "caf\xe9"}\n' + b"[" * 100_000 + b"\n" + jsonl({"text": "last"})
+    )
+    found = read(tmp_path)
+    assert texts(found) == ["first", "last"]
+    assert reasons(found) == [
+        "no text", "no text", "no text", "empty", "no JSON object", "invalid JSON", "invalid UTF-8", "invalid JSON"
+    ]
+    assert found[1].where == f"{tmp_path}/a.jsonl, byte {len(jsonl({'text': 'first'}))}"
+
+
+def test_text_is_always_valid_unicode(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(rb'{"text": "half \ud83d and whole \ud83d\ude00"}')
+    assert texts(read(tmp_path)) == ["half \ufffd and whole \U0001f600"]
+
+
+def test_an_array_over_several_lines_is_explained(tmp_path):
+    for value, indent in ((RECORDS[:2], None), (RECORDS[:2], 1), (RECORDS[0], 1)):
+        (tmp_path / "a.json").write_text(json.dumps(value, indent=indent))
+        with pytest.raises(DataError, match=r"a\.json is one JSON value over several lines\.\n.*jq"):
+            read(tmp_path)
+
+
+def test_a_missing_column_is_named_with_those_there_are(tmp_path):
+    expected = r"\.(jsonl|parquet) has no column 'content'; it has n, text\.\nSet `text_column`"
+    (tmp_path / "a.jsonl").write_bytes(jsonl(*RECORDS))
+    pq.write_table(pa.Table.from_pylist(RECORDS), tmp_path / "b.parquet")
+    for name in ("a.jsonl", "b.parquet"):
+        with pytest.raises(DataError, match=expected):
+            read(tmp_path / name, text_column="content")
+        with pytest.raises(DataError, match=expected):
+            read(tmp_path / name, text_column="content", shard_bytes=100)
+    with pytest.raises(DataError, match=r"column 'n' of .* holds int64, not text"):
+        read(tmp_path / "b.parquet", text_column="n")
+
+
+def test_a_broken_gzip_gives_what_stands_before_and_after(tmp_path):
+    members = [gzip.compress(jsonl(*RECORDS[at : at + 100])) for at in range(0, 400, 100)]
+    members[1] = members[1][:200] + b"\xff" * 60 + members[1][260:]
+    (tmp_path / "a.jsonl.gz").write_bytes(b"".join(members)[:-30])
+    found = read(tmp_path)
+    kept = [int(text.split()[1]) for text in texts(found)]
+    assert kept[:100] == list(range(100)) and set(range(200, 300)) < set(kept)
+    assert reasons(found)[0] == "damaged gzip" and reasons(found)[-1] == "truncated gzip"
+    assert len(reasons(found)) == 2
+
+
+def test_text_files(tmp_path):
+    contents = {
+        "good.md": b"# Title\n", "bom.txt": b"\xef\xbb\xbfbom", "wide.txt": "breit".encode("utf-16"), "empty.txt": b"",
+        "spoilt.txt": b"word " * 200 + b"\xff", "latin.rst": b"caf\xe9 cr\xe8me", "packed.txt.gz": gzip.compress(b"gz"),
+        "cut.md.gz": gzip.compress(random.Random(1).randbytes(9999).hex().encode())[:-500], "picture.txt": b"\x89PNG\0",
+    }
+    for name, data in contents.items():
+        (tmp_path / name).write_bytes(data)
+    found = read(tmp_path)
+    by_name = {item.source.rpartition("/")[2]: item.text for item in found if isinstance(item, Document)}
+    assert {name: text for name, text in by_name.items() if name != "cut.md.gz"} == {
+        "good.md": "# Title\n", "bom.txt": "bom", "wide.txt": "breit", "packed.txt.gz": "gz",
+        "spoilt.txt": "word " * 200 + "\ufffd",
+    }
+    assert random.Random(1).randbytes(9999).hex().startswith(by_name["cut.md.gz"]) and len(by_name["cut.md.gz"]) > 9999
+    assert {(item.where.rpartition("/")[2], item.reason) for item in found if isinstance(item, Refusal)} == {
+        ("empty.txt", "empty"), ("spoilt.txt", "invalid UTF-8"), ("latin.rst", "not text"),
+        ("cut.md.gz", "truncated gzip"), ("picture.txt", "not text"),
+    }
+
+
+def test_other_endings_are_text_where_they_are_named(tmp_path):
+    (tmp_path / "a.py").write_text("print()\n")
+    assert texts(read(tmp_path / "*.py")) == ["print()\n"]
+    with pytest.raises(DataError, match=r"no file was found\.\nName files, wildcards such as 'texts/\*\*/\*\.md'"):
+        read(tmp_path)
+
+
+def test_a_line_of_50_megabytes(tmp_path):
+    text = "0123456789" * 5_000_000
+    (tmp_path / "a.jsonl").write_bytes(jsonl({"text": "a"}, {"text": text}, {"text": "b"}))
+    (tmp_path / "b.txt").write_text(text)
+    assert texts(read(tmp_path / "a.jsonl", shard_bytes=20_000_000)) == ["a", text, "b"]
+    assert texts(read(tmp_path / "b.txt")) == [text]
+
+
+def test_a_record_without_end_is_not_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LARGEST_RECORD", 1000)
+    (tmp_path / "a.jsonl").write_bytes(jsonl({"text": "a"}, {"text": "x" * 2000}, {"text": "b"}))
+    (tmp_path / "b.txt").write_bytes(b"x" * 2000)
+    found = read(tmp_path)
+    assert sorted(texts(found)) == ["a", "b"] and reasons(found) == ["too large", "too large"]
+
+
+def test_lines_across_chunks():
+    data = b"one\n\ntwo and more\nthree"
+    for size in range(1, 9):
+        cut = [data[at : at + size] for at in range(0, len(data), size)]
+        assert list(split_lines(cut, 10)) == [(10, b"one"), (14, b""), (15, b"two and more"), (28, b"three")]
+    gap = Damage("gap")
+    assert list(split_lines([b"one\ntw", gap, b"four\n"], 0)) == [(0, b"one"), (6, gap), (6, b"four")]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt", "a.parquet"])
+def test_empty_files(tmp_path, name):
+    (tmp_path / name).touch()
+    expected = {"a.txt": ["empty"], "a.parquet": ["damaged Parquet"]}.get(name, [])
+    found = read(tmp_path / name)
+    assert texts(found) == [] and reasons(found) == expected
+
+
+def test_parquet_types_and_bad_values(tmp_path):
+    values = ["one", None, "three", "", "caf\xe9"]
+    for number, array in enumerate([
+        pa.array(values), pa.array(values, pa.large_string()), pa.array(values).dictionary_encode(),
+        pa.array([value if value is None else value.encode() for value in values]),
+    ]):
+        pq.write_table(pa.table({"nested": [{"a": 1}] * 5, "text": array}), tmp_path / f"{number}.parquet")
+        found = read(tmp_path / f"{number}.parquet")
+        assert texts(found) == ["one", "three", "caf\xe9"] and reasons(found) == ["no text", "empty"]
+        assert found[-1].path == "row 4"
+    latin = pa.array([b"good", b"caf\xe9"])
+    pq.write_table(pa.table({"text": latin.view(pa.string())}), tmp_path / "latin.parquet")
+    found = read(tmp_path / "latin.parquet")
+    assert texts(found) == ["good"] and reasons(found) == ["invalid UTF-8"]
+
+
+def test_a_damaged_row_group_is_passed_over(tmp_path):
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(RECORDS), file, row_group_size=100)
+    place = pq.read_metadata(file).row_group(1).column(0).data_page_offset
+    data = bytearray(file.read_bytes())
+    data[place : place + 40] = b"\xff" * 40
+    file.write_bytes(data)
+    for shard_bytes in (1, WHOLE):
+        found = read(file, shard_bytes=shard_bytes)
+        assert texts(found) == [record["text"] for record in RECORDS[:100] + RECORDS[200:]]
+        assert reasons(found) == ["damaged Parquet"] and found[100].where.endswith("row 100")
+    file.write_bytes(bytes(data)[:-20])
+    assert reasons(read(file)) == ["damaged Parquet"]
+
+
+def test_packed_parquet_is_refused(tmp_path):
+    (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(b"PAR1"))
+    with pytest.raises(DataError, match=r"a\.parquet\.gz is Parquet that must be read from a plain file"):
+        read(tmp_path)
