@@ -1,9 +1,10 @@
-"""The CPU kernels beside what they replace, at the default profile's shapes: milliseconds, forward and backward.
+"""The CPU kernels beside what they replace: milliseconds, forward and backward.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.kernels_cpu [--repeats 20]
+    OMP_NUM_THREADS=1 python -m benchmarks.kernels_cpu [--shapes default | wide] [--repeats 20]
 
-One row an operation: ours, the other, their ratio, and how far the two results differ in norm. The two take turns in
-each repeat; the time is processor time in the fastest repeat, so that other programs count least.
+One row an operation: ours, the other, their ratio, its quartiles over the repeats, and how far the two results differ
+in norm. Shapes are those of the default profile, or wider and longer ones. The two take turns in each repeat; the time
+is processor time in the fastest repeat, so that other programs count least.
 """
 
 from __future__ import annotations
@@ -13,24 +14,39 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor
 
 from kernels.causal_conv1d import causal_conv1d
 from kernels.fp8_quantize import quantize
 from kernels.gated_norm import gated_rms_norm
 from kernels.ssd import chunk_scan
+from model.config import ModelConfig
+from model.hybrid_lm import FLOAT32_PARAMETERS, Mamba2
 
-BATCH, LENGTH, HEADS, HEAD_DIM, GROUPS, STATE_DIM, CHUNK, FFN = 8, 256, 8, 32, 2, 32, 32, 384
-INNER = HEADS * HEAD_DIM
-CHANNELS = INNER + 2 * GROUPS * STATE_DIM
+CHUNK = 32
 TRANSFORMERS_CHUNK = 128         # NemotronHConfig's default
 EPSILON = 1e-5
 
 Operation = Callable[..., Tensor]
+
+
+class Shapes(NamedTuple):
+    batch: int
+    length: int
+    hidden: int
+    heads: int
+    head_dim: int
+    groups: int
+    state_dim: int
+    ffn: int
+
+
+SHAPES = {"default": Shapes(8, 256, 128, 8, 32, 2, 32, 384), "wide": Shapes(8, 512, 256, 8, 64, 1, 64, 768)}
 
 
 class Comparison(NamedTuple):
@@ -44,32 +60,63 @@ class Comparison(NamedTuple):
     backward: bool = True
 
 
-def comparisons(dtype: torch.dtype) -> list[Comparison]:
+def comparisons(dtype: torch.dtype, shapes: Shapes) -> list[Comparison]:
+    batch, length, hidden, heads, head_dim, groups, state_dim, ffn = shapes
+    inner = heads * head_dim
+    channels = inner + 2 * groups * state_dim
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    sequence = (BATCH, LENGTH)
-    A = -torch.empty(HEADS).uniform_(1, 16, generator=generator)
-    scan_inputs = (normal(*sequence, HEADS, HEAD_DIM).to(dtype), normal(*sequence, HEADS).to(dtype), A,
-                   normal(*sequence, GROUPS, STATE_DIM).to(dtype), normal(*sequence, GROUPS, STATE_DIM).to(dtype),
-                   normal(HEADS), normal(HEADS) - 4)
-    conv = (normal(*sequence, CHANNELS).to(dtype), normal(CHANNELS, 4).to(dtype), normal(CHANNELS).to(dtype))
-    norm = (normal(*sequence, INNER).to(dtype), normal(*sequence, INNER).to(dtype), normal(INNER).to(dtype))
+    sequence = (batch, length)
+    A = -torch.empty(heads).uniform_(1, 16, generator=generator)
+    scan_inputs = (normal(*sequence, heads, head_dim).to(dtype), normal(*sequence, heads).to(dtype), A,
+                   normal(*sequence, groups, state_dim).to(dtype), normal(*sequence, groups, state_dim).to(dtype),
+                   normal(heads), normal(heads) - 4)
+    conv = (normal(*sequence, channels).to(dtype), normal(channels, 4).to(dtype), normal(channels).to(dtype))
+    norm = (normal(*sequence, inner).to(dtype), normal(*sequence, inner).to(dtype), normal(inner).to(dtype))
     return [
         Comparison("SSD scan", f"transformers, chunk {TRANSFORMERS_CHUNK}", scan,
                    partial(transformers_scan, chunk=TRANSFORMERS_CHUNK), scan_inputs),
         Comparison("SSD scan", f"transformers, chunk {CHUNK}", scan, partial(transformers_scan, chunk=CHUNK),
                    scan_inputs),
+        *(mixers(dtype, shapes, chunk, normal(*sequence, hidden).to(dtype)) for chunk in (TRANSFORMERS_CHUNK, CHUNK)),
         Comparison("convolution + SiLU", "F.conv1d", lambda *values: causal_conv1d(*values)[0], conv1d, conv),
-        Comparison("gated norm", "PyTorch operations", partial(gated_rms_norm, groups=GROUPS, epsilon=EPSILON),
-                   plain_gated_norm, norm),
+        Comparison("gated norm", "PyTorch operations", partial(gated_rms_norm, groups=groups, epsilon=EPSILON),
+                   partial(plain_gated_norm, groups=groups), norm),
         Comparison("FP8 rounding, E4M3", "float8_e4m3fn conversion", lambda x: quantize(x, "e4m3")[0],
-                   lambda x: converted(x, torch.float8_e4m3fn), (normal(BATCH * LENGTH, FFN).to(dtype),), False),
+                   lambda x: converted(x, torch.float8_e4m3fn), (normal(batch * length, ffn).to(dtype),), False),
         Comparison("FP8 rounding, E5M2", "float8_e5m2 conversion", lambda x: quantize(x, "e5m2")[0],
-                   lambda x: converted(x, torch.float8_e5m2), (normal(BATCH * LENGTH, FFN).to(dtype),), False),
+                   lambda x: converted(x, torch.float8_e5m2), (normal(batch * length, ffn).to(dtype),), False),
     ]
+
+
+def mixers(dtype: torch.dtype, shapes: Shapes, chunk: int, x: Tensor) -> Comparison:
+    """The whole mixer, projections too, with the same weights; transformers' in chunks of `chunk`."""
+    from transformers import NemotronHConfig
+    from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
+
+    config = ModelConfig(
+        pattern="M", hidden_size=shapes.hidden, ffn_hidden_size=shapes.ffn, num_attention_heads=1, num_query_groups=1,
+        head_dim=32, mamba_num_heads=shapes.heads, mamba_head_dim=shapes.head_dim, mamba_state_dim=shapes.state_dim,
+        mamba_num_groups=shapes.groups, chunk_size=CHUNK, sequence_length=shapes.length, vocab_size=16,
+    )
+    torch.manual_seed(0)
+    ours = Mamba2(config)
+    options: dict[str, Any] = {
+        "hybrid_override_pattern": "M", "hidden_size": shapes.hidden, "mamba_num_heads": shapes.heads,
+        "mamba_head_dim": shapes.head_dim, "ssm_state_size": shapes.state_dim, "n_groups": shapes.groups,
+        "chunk_size": chunk, "layer_norm_epsilon": EPSILON,
+        "time_step_min": 1e-9,                  # no clamp of the step, as in Nemotron-H
+    }
+    theirs = NemotronHMamba2Mixer(NemotronHConfig(**options), layer_idx=0)
+    theirs.load_state_dict(ours.state_dict())
+    for mixer in (ours, theirs):
+        for name, parameter in mixer.named_parameters():
+            if name not in FLOAT32_PARAMETERS:
+                parameter.data = parameter.data.to(dtype)
+    return Comparison("whole mixer", f"transformers, chunk {chunk}", ours, theirs, (x,))
 
 
 def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
@@ -90,9 +137,9 @@ def conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.silu(y[..., : x.shape[1]]).transpose(1, 2)
 
 
-def plain_gated_norm(x: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
+def plain_gated_norm(x: Tensor, gate: Tensor, weight: Tensor, groups: int) -> Tensor:
     """As transformers' `Zamba2RMSNormGated` has it."""
-    gated = (x.float() * F.silu(gate.float())).unflatten(-1, (GROUPS, -1))
+    gated = (x.float() * F.silu(gate.float())).unflatten(-1, (groups, -1))
     normed = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + EPSILON)
     return (weight * normed.flatten(-2)).to(x.dtype)
 
@@ -113,29 +160,36 @@ def milliseconds(operation: Operation, inputs: tuple[Tensor, ...], dy: Tensor | 
     return 1e3 * (time.process_time() - started)
 
 
-def compare(case: Comparison, repeats: int) -> tuple[float, float, float]:
-    """Milliseconds of ours and of the other, and the relative difference of their results."""
+def compare(case: Comparison, repeats: int) -> tuple[list[float], list[float], float]:
+    """Milliseconds of ours and of the other in each repeat, and the relative difference of their results."""
     with torch.no_grad():
         ours, other = case.ours(*case.inputs).float(), case.other(*case.inputs).float()
     dy = torch.randn_like(ours).to(case.inputs[0].dtype) if case.backward else None
     times = [[milliseconds(operation, case.inputs, dy) for operation in (case.ours, case.other)]
              for _ in range(repeats + 1)][1:]                           # the first warms up
-    fastest = [min(column) for column in zip(*times, strict=True)]
-    return fastest[0], fastest[1], ((ours - other).norm() / other.norm()).item()
+    ours_times, other_times = map(list, zip(*times, strict=True))
+    return ours_times, other_times, ((ours - other).norm() / other.norm()).item()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", choices=SHAPES, default="default")
     parser.add_argument("--repeats", type=int, default=20)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    print(f"batch {BATCH} x {LENGTH} tokens, torch {torch.__version__}, {torch.get_num_threads()} thread(s)")
-    print(f"{'operation':22} {'dtype':9} {'ours ms':>8} {'other ms':>9} {'ratio':>6} {'differ':>8}  other")
+    shapes = SHAPES[options.shapes]
+    print(f"{shapes}\ntorch {torch.__version__}, transformers {transformers.__version__}, "
+          f"{torch.get_num_threads()} thread(s)")
+    print(f"{'operation':18} {'dtype':8} {'ours ms':>8} {'other ms':>9} {'ratio':>6} {'quartiles':>12} {'differ':>8}  "
+          "other")
     for dtype in (torch.float32, torch.bfloat16):
-        for case in comparisons(dtype):
+        for case in comparisons(dtype, shapes):
             ours, other, difference = compare(case, options.repeats)
-            print(f"{case.name:22} {str(dtype).removeprefix('torch.'):9} {ours:8.2f} {other:9.2f} {other / ours:5.1f}x "
-                  f"{difference:8.1e}  {case.other_name}", flush=True)
+            ratios = sorted(theirs / mine for mine, theirs in zip(ours, other, strict=True))
+            low, high = (ratios[round(share * (len(ratios) - 1))] for share in (0.25, 0.75))
+            print(f"{case.name:18} {str(dtype).removeprefix('torch.'):8} {min(ours):8.2f} {min(other):9.2f} "
+                  f"{min(other) / min(ours):5.1f}x {f'{low:.1f}-{high:.1f}':>12} {difference:8.1e}  {case.other_name}",
+                  flush=True)
 
 
 if __name__ == "__main__":

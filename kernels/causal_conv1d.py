@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 
 def causal_conv1d(
-    x: Tensor, weight: Tensor, bias: Tensor, initial_state: Tensor | None = None
+    x: Tensor, weight: Tensor, bias: Tensor, initial_state: Tensor | None = None, seq_idx: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """y_t = SiLU(bias + sum_k weight_k x_{t - K + 1 + k}): the last tap meets the current token.
 
@@ -22,15 +22,54 @@ def causal_conv1d(
         weight: (channels, K).
         bias: (channels,).
         initial_state: (batch, K - 1, channels), the inputs before the first token; zeros when None.
+        seq_idx: (batch, sequence) int32, the number of the document a token belongs to, never falling along a sequence:
+            taps meet zeros where another document stands. `initial_state` is the first document's. One when None.
 
     Returns:
-        y like x, and the last K - 1 inputs (batch, K - 1, channels): the initial state of what follows.
+        y like x, and the last K - 1 inputs (batch, K - 1, channels): the initial state of what follows. With `seq_idx`
+        those of the last document, zeros before it.
     """
     taps = weight.shape[1]
+    if x.is_cuda:
+        from kernels import causal_conv1d_triton
+
+        if causal_conv1d_triton.supports(x, weight):
+            y = causal_conv1d_triton.convolve(x, weight, bias, initial_state, seq_idx)
+            return y, _last_inputs(x, taps - 1, initial_state, seq_idx)
     if initial_state is None:
         initial_state = x.new_zeros(x.shape[0], taps - 1, x.shape[2])
+    if seq_idx is not None:
+        return _by_document(x, weight, bias, initial_state.to(x.dtype), seq_idx)
     inputs = torch.cat([initial_state.to(x.dtype), x], 1)
     return _ShiftedTaps.apply(inputs, weight, bias), inputs[:, x.shape[1] :]
+
+
+def _by_document(
+    x: Tensor, weight: Tensor, bias: Tensor, initial_state: Tensor, seq_idx: Tensor
+) -> tuple[Tensor, Tensor]:
+    """All documents of the batch one after another, each behind K - 1 rows of zeros or of its initial state."""
+    batch, length, channels = x.shape
+    reach = weight.shape[1] - 1
+    starts = torch.ones_like(seq_idx, dtype=torch.bool)
+    starts[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+    document = starts.flatten().cumsum(0)                               # from 1, over the whole batch
+    position = torch.arange(batch * length, device=x.device) + reach * document
+    before = position.view(batch, length)[:, :1] + torch.arange(-reach, 0, device=x.device)
+    rows = x.new_zeros(batch * length + reach * int(document[-1]), channels)
+    rows = rows.index_copy(0, position, x.flatten(0, 1)).index_copy(0, before.flatten(), initial_state.flatten(0, 1))
+    y = _ShiftedTaps.apply(rows[None], weight, bias)[0]
+    after = position.view(batch, length)[:, -1:] + torch.arange(1 - reach, 1, device=x.device)
+    return y[position - reach].view_as(x), rows[after]
+
+
+def _last_inputs(x: Tensor, count: int, initial_state: Tensor | None, seq_idx: Tensor | None) -> Tensor:
+    """The last `count` inputs of each sequence, those before it included, zero where not of the last document."""
+    before = x.new_zeros(x.shape[0], count, x.shape[2]) if initial_state is None else initial_state.to(x.dtype)
+    inputs = torch.cat([before, x[:, -count:]], 1)[:, -count:]
+    if seq_idx is None:
+        return inputs
+    documents = torch.cat([seq_idx[:, :1].expand(-1, count), seq_idx[:, -count:]], 1)[:, -count:]
+    return inputs * (documents == documents[:, -1:])[..., None]
 
 
 class _ShiftedTaps(torch.autograd.Function):

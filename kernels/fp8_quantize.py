@@ -64,8 +64,9 @@ def quantize_dequantize(x: Tensor, format: Format) -> Tensor:
 
 def _scale(amax: Tensor, largest: float) -> Tensor:
     """Transformer Engine's `compute_scale_from_amax`: 1 where the largest value is zero, infinite or not a number, and
-    the largest float32 where the quotient would overflow."""
-    scale = (largest / amax).clamp_max(torch.finfo(torch.float32).max)
+    the largest float32 where the quotient would overflow. PyTorch's number / tensor is a reciprocal and a product, with
+    two roundings; the division of two tensors has one."""
+    scale = (torch.full_like(amax, largest) / amax).clamp_max(torch.finfo(torch.float32).max)
     return torch.where(amax.isfinite() & (amax > 0), scale, torch.ones_like(scale))
 
 

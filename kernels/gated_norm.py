@@ -26,7 +26,13 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, groups: int, epsilon
         (..., channels) in x's dtype.
     """
     channels = x.shape[-1]
-    y = _GatedNorm.apply(x.reshape(-1, channels), gate.reshape(-1, channels), weight, groups, epsilon)
+    rows = x.reshape(-1, channels), gate.reshape(-1, channels)
+    if x.is_cuda:
+        from kernels import gated_norm_triton
+
+        if gated_norm_triton.supports(*rows):
+            return gated_norm_triton.normalise(*rows, weight, groups, epsilon).view(x.shape)
+    y = _GatedNorm.apply(*rows, weight, groups, epsilon)
     return y.view(x.shape)
 
 

@@ -32,6 +32,7 @@ def chunk_scan(
     dt_bias: Tensor,
     chunk_size: int,
     initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scan a sequence; differentiable once in every tensor.
 
@@ -45,12 +46,21 @@ def chunk_scan(
         A: (h,) negative, float32.
         B, C: (b, t, g, n); head i uses group i // (h / g).
         D, dt_bias: (h,) float32.
-        chunk_size: q, tokens a chunk.
+        chunk_size: q, tokens a chunk. The CUDA kernels (`kernels.ssd_triton`) take the one they were tuned for.
         initial_state: (b, h, p, n) before the first token; zeros when None.
+        seq_idx: (b, t) int32, the number of the document a token belongs to, never falling along a sequence: the state
+            starts from zero wherever it changes. `initial_state` is the first document's. One document when None.
 
     Returns:
         y (b, t, h, p) in x's dtype and the state after the last token, (b, h, p, n) float32 (float64 for float64 x).
     """
+    if x.is_cuda:
+        from kernels import ssd_triton
+
+        if ssd_triton.supports(x, B):
+            before = None if initial_state is None else initial_state.float().transpose(2, 3).contiguous()
+            y, final, *_ = ssd_triton.scan(x, dt, A, B, C, D, dt_bias, before, seq_idx)
+            return y, final.transpose(2, 3)
     batch, length, heads, head_dim = x.shape
     precise = torch.promote_types(x.dtype, torch.float32)
     step = F.softplus(dt.to(precise) + dt_bias.to(precise))
@@ -60,7 +70,9 @@ def chunk_scan(
     if padding := -length % chunk:
         x, B, C = (F.pad(tensor, (0, 0, 0, 0, 0, padding)) for tensor in (x, B, C))
         step = F.pad(step, (0, 0, 0, padding))          # a step of 0 leaves the state as it is
-    y, state = _ChunkScan.apply(x, step, A.to(precise), B, C, D.to(precise), initial_state.to(precise), chunk)
+        if seq_idx is not None:
+            seq_idx = torch.cat([seq_idx, seq_idx[:, -1:].expand(-1, padding)], 1)
+    y, state = _ChunkScan.apply(x, step, A.to(precise), B, C, D.to(precise), initial_state.to(precise), chunk, seq_idx)
     return y[:, :length], state
 
 
@@ -73,7 +85,8 @@ class _ChunkScan(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, initial: Tensor, chunk: int
+        ctx: Any, x: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, initial: Tensor, chunk: int,
+        seq_idx: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         b, t, h, p = x.shape
         g, n = B.shape[2:]
@@ -87,14 +100,16 @@ class _ChunkScan(torch.autograd.Function):
         scores = (Cq @ Bq.transpose(-1, -2)).tril_()                    # b g 1 c q q, once a group
         decay = (log_decay[..., :, None] - log_decay[..., None, :]).clamp_(_LEAST_LOG_DECAY, 0).exp_()
         decay = decay.mul_(dt[..., None, :]).view(b, g, r, c, q, q)     # `scores` is 0 above the diagonal
-        mask = (decay * scores).view(-1, q, q)
         to_end = (log_decay[..., -1:] - log_decay).clamp_(min=_LEAST_LOG_DECAY).exp_().mul_(dt).view(b, g, r, c, q, 1)
         from_start = log_decay.clamp(min=_LEAST_LOG_DECAY).exp_().view(b, g, r, c, q, 1)
+        passing = _chunk_passing(log_decay[..., -1])                    # b h c+1 c+1
+        if seq_idx is not None:
+            _stay_in_document(seq_idx, decay, to_end, from_start, passing)
+        mask = (decay * scores).view(-1, q, q)
         B_end = (Bq * to_end).view(-1, q, n)
         C_start = (Cq * from_start).view(-1, q, n)
 
         added = torch.bmm(X.transpose(1, 2), B_end).view(b, h, c, p * n)
-        passing = _chunk_passing(log_decay[..., -1])                    # b h c+1 c+1
         incoming = torch.matmul(passing[:, :, :-1, 1:], added)
         incoming.addcmul_(passing[:, :, :-1, :1], initial.view(b, h, 1, p * n))
         final = torch.matmul(passing[:, :, -1:, 1:], added) + passing[:, :, -1:, :1] * initial.view(b, h, 1, p * n)
@@ -143,7 +158,7 @@ class _ChunkScan(torch.autograd.Function):
         return (
             dx.to(x.dtype), ddt.view(b, h, t).transpose(1, 2), dA,
             dB.view(b, g, t, n).transpose(1, 2).to(x.dtype), dC.view(b, g, t, n).transpose(1, 2).to(x.dtype),
-            dD, dinitial.view(b, h, p, n), None,
+            dD, dinitial.view(b, h, p, n), None, None,
         )
 
 
@@ -151,6 +166,20 @@ def _heads_first(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """(b, t, heads, k) -> contiguous (b, heads, t, k), copied and converted in one pass."""
     b, t, heads, k = tensor.shape
     return torch.empty(b, heads, t, k, dtype=dtype, device=tensor.device).copy_(tensor.transpose(1, 2))
+
+
+def _stay_in_document(seq_idx: Tensor, decay: Tensor, to_end: Tensor, from_start: Tensor, passing: Tensor) -> None:
+    """Set to 0, in place, the decays of `_ChunkScan.forward` that lead from one document into another.
+
+    A state at the start of a chunk, and at the end of the last, is that of the document of the token before it.
+    """
+    b, c, q = len(seq_idx), decay.shape[3], decay.shape[4]
+    tokens = seq_idx.reshape(b, 1, 1, c, q)
+    states = torch.cat([seq_idx[:, :1], tokens[..., -1].reshape(b, c)], 1)
+    decay *= tokens[..., :, None] == tokens[..., None, :]
+    to_end *= (tokens == states[:, 1:].view(b, 1, 1, c, 1))[..., None]
+    from_start *= (tokens == states[:, :-1].view(b, 1, 1, c, 1))[..., None]
+    passing *= (states[:, :, None] == states[:, None, :])[:, None]
 
 
 def _chunk_passing(log_decay: Tensor) -> Tensor:

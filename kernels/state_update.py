@@ -10,12 +10,14 @@ from torch import Tensor
 def ssd_state_update(
     state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor
 ) -> Tensor:
-    """state <- exp(dt A) state + dt x B^T in place; y = state C + D x.
+    """state <- exp(dt A) state + dt x B^T in place; y = state C + D x, of the state before it is rounded.
 
-    Floor: one read and one write of the state (2 h p n elements a sequence); 5 h p n operations.
+    Mamba-2's recurrence (Dao and Gu 2024, equation 1; mamba_ssm's `selective_state_update`). Inside is float32, or
+    float64 for a float64 state; the new state is rounded once. x, dt, B and C are read where they lie. Floor: one
+    read and one write of the state (2 h p n elements a sequence); 5 h p n operations.
 
     Args:
-        state: (batch, heads, head_dim, state_dim) float32, overwritten.
+        state: (batch, heads, head_dim, state_dim) float64, float32 or bfloat16, overwritten.
         x: (batch, heads, head_dim).
         dt: (batch, heads), before bias and softplus.
         A, D, dt_bias: (heads,) float32, A negative.
@@ -24,19 +26,30 @@ def ssd_state_update(
     Returns:
         y (batch, heads, head_dim) in x's dtype.
     """
+    if state.is_cuda:
+        from kernels import state_update_triton
+
+        if state_update_triton.supports_scan(state, x, dt, B, C):
+            return state_update_triton.advance_scan(state, x, dt, A, B, C, D, dt_bias)
     batch, heads, head_dim, state_dim = state.shape
     groups = B.shape[1]
-    step = F.softplus(dt.to(state.dtype) + dt_bias)
-    grouped = state.view(batch, groups, heads // groups * head_dim, state_dim)     # a group's heads share B, C
-    xs = x.to(state.dtype)
-    state.mul_((step * A).exp()[..., None, None])
-    grouped.addcmul_((xs * step[..., None]).view(batch, groups, -1, 1), B.to(state.dtype)[:, :, None])
-    y = torch.matmul(grouped, C.to(state.dtype)[..., None]).view(batch, heads, head_dim)
+    precise = torch.promote_types(state.dtype, torch.float32)
+    step = F.softplus(dt.to(precise) + dt_bias)
+    exact = state.to(precise)                                                      # the state itself unless bfloat16
+    grouped = exact.view(batch, groups, heads // groups * head_dim, state_dim)     # a group's heads share B, C
+    xs = x.to(precise)
+    exact.mul_((step * A).exp()[..., None, None])
+    grouped.addcmul_((xs * step[..., None]).view(batch, groups, -1, 1), B.to(precise)[:, :, None])
+    y = torch.matmul(grouped, C.to(precise)[..., None]).view(batch, heads, head_dim)
+    if exact is not state:
+        state.copy_(exact)
     return y.addcmul_(xs, D[:, None]).to(x.dtype)
 
 
 def conv_state_update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """SiLU(bias + the K taps over the last K - 1 inputs and x); x takes the oldest input's place in `state`.
+
+    Floor: one read and one write of the state and of one token; 2 K operations a channel.
 
     Args:
         state: (batch, K - 1, channels), overwritten; `causal_conv1d`'s final state.
@@ -47,6 +60,11 @@ def conv_state_update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor) ->
     Returns:
         y (batch, channels) in x's dtype.
     """
+    if state.is_cuda:
+        from kernels import state_update_triton
+
+        if state_update_triton.supports_conv(state, x, weight):
+            return state_update_triton.advance_conv(state, x, weight, bias)
     precise = torch.promote_types(x.dtype, torch.float32)
     window = torch.cat([state, x[:, None].to(state.dtype)], 1)
     state.copy_(window[:, 1:])

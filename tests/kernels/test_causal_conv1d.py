@@ -67,3 +67,37 @@ def test_state_carries_over(cut):
     steps = [conv_state_update(carried, x[:, t], weight, bias) for t in range(cut, 20)]
     torch.testing.assert_close(torch.stack(steps, 1), whole[:, cut:])
     assert torch.equal(carried, last)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_packed_documents_are_conv1d_of_each(dtype, tolerance):
+    """Documents shorter than the kernel's reach, and longer; the sequence's initial state is the first one's."""
+    rows = [(1, 2, 3, 10, 4), (20,)]
+    ours = tensors(dtype)
+    exact = [tensor.detach().double().requires_grad_() for tensor in ours]
+    seq_idx = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in rows]).int()
+    y, last = causal_conv1d(*ours, seq_idx)
+    x, weight, bias, state = exact
+    expected = []
+    for row, lengths in enumerate(rows):
+        before = state[row : row + 1]
+        pieces = []
+        for document in x[row : row + 1].split(lengths, 1):
+            pieces.append(reference(document, weight, bias, before))
+            before = torch.zeros_like(before)
+        expected.append(torch.cat(pieces, 1))
+    y_exact = torch.cat(expected)
+    torch.testing.assert_close(y.double(), y_exact, rtol=tolerance, atol=tolerance)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for mine, true in zip(torch.autograd.grad(y, ours, dy), torch.autograd.grad(y_exact, exact, dy.double()),
+                          strict=True):
+        torch.testing.assert_close(mine.double(), true, rtol=tolerance, atol=tolerance * true.abs().max().item())
+    assert torch.equal(last, ours[0][:, -3:])
+
+
+def test_a_short_last_document_hands_on_its_own_inputs():
+    x, weight, bias, state = (tensor.detach() for tensor in tensors(torch.float32))
+    seq_idx = torch.zeros(2, 20, dtype=torch.int32)
+    seq_idx[:, 19:] = 1
+    _, last = causal_conv1d(x, weight, bias, state, seq_idx)
+    assert torch.equal(last, torch.cat([torch.zeros_like(x[:, :2]), x[:, 19:]], 1))

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -41,8 +42,10 @@ def test_random_float32(format):
         spread = torch.exp(3 * torch.randn((), generator=generator))
         x = torch.randn(70_000, generator=generator) * torch.exp(spread * torch.randn(70_000, generator=generator))
         x = x[x.isfinite()]
-        values, _ = quantize(x, format)
-        assert torch.equal(values.float(), converted(x, LARGEST[format] / x.abs().max(), format))
+        values, inverse = quantize(x, format)
+        scale = torch.from_numpy(np.float32(LARGEST[format]) / x.abs().max().numpy()[None])     # rounded once
+        assert torch.equal(values.float(), converted(x, scale, format))
+        assert torch.equal(inverse, 1 / scale[0])
 
 
 @FORMATS

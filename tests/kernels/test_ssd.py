@@ -141,3 +141,45 @@ def test_state_update_follows_the_scan():
     steps = [ssd_state_update(state, values["x"][:, t], values["dt"][:, t], A, values["B"][:, t], values["C"][:, t], D,
                               dt_bias) for t in range(30)]
     assert relative_error(torch.stack(steps, 1), y) < 1e-5 and relative_error(state, last) < 1e-5
+
+
+# Documents of a packed sequence of 50 tokens, by chunks of 16: boundaries inside and at the edges of chunks, a document
+# over several chunks, one of a single token, none that changes.
+LENGTHS = [(1, 15, 3, 13, 1, 17), (16, 16, 2, 2, 14), (5, 40, 5), (50,)]
+
+
+def documents(lengths: tuple[int, ...]) -> list[slice]:
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    return [slice(end - length, end) for length, end in zip(lengths, ends, strict=True)]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-11), (torch.float32, 1e-4), (torch.bfloat16, 6e-3)])
+def test_packed_documents_are_the_recurrence_of_each(dtype, tolerance):
+    ours = {k: v.requires_grad_() for k, v in inputs(len(LENGTHS), 50, 4, 8, 2, 16, dtype).items()}
+    exact = {k: v.detach().double().requires_grad_() for k, v in ours.items()}
+    seq_idx = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in LENGTHS]).int()
+    y, state = chunk_scan(*(ours[name] for name in NAMES[:7]), 16, ours["initial_state"], seq_idx)
+    y_rows, last = [], []
+    for row, lengths in enumerate(LENGTHS):
+        pieces, carried = [], exact["initial_state"][row : row + 1]
+        for part in documents(lengths):
+            cut = {k: v[row : row + 1, part] if k in ("x", "dt", "B", "C") else v for k, v in exact.items()}
+            piece, carried = recurrence(**(cut | {"initial_state": carried}))
+            pieces.append(piece)
+            final, carried = carried, torch.zeros_like(carried)
+        y_rows.append(torch.cat(pieces, 1))
+        last.append(final)
+    y_exact, state_exact = torch.cat(y_rows), torch.cat(last)
+    assert relative_error(y, y_exact) < tolerance
+    assert relative_error(state, state_exact) < min(tolerance, 1e-4)
+    for name, mine, true in zip(NAMES, gradients((y, state), ours), gradients((y_exact, state_exact), exact),
+                                strict=True):
+        assert relative_error(mine, true) < tolerance, name
+
+
+def test_one_document_is_no_document():
+    values = inputs(2, 50, 4, 8, 2, 16, torch.float32)
+    whole = chunk_scan(**values, chunk_size=16)
+    for packed, plain in zip(chunk_scan(**values, chunk_size=16, seq_idx=torch.full((2, 50), 7, dtype=torch.int32)),
+                             whole, strict=True):
+        assert torch.equal(packed, plain)

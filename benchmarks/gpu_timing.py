@@ -1,0 +1,62 @@
+"""How the GPU benchmarks measure: times, the machine's ceilings, memory."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from triton.testing import do_bench
+
+_CALLS = 24         # in a captured graph
+_REPLAYS = 15
+
+
+def milliseconds(run: Callable[[], Any]) -> float:
+    """Median of `triton.testing.do_bench`, which empties the second-level cache before each call."""
+    return float(do_bench(run, warmup=50, rep=200, return_mode="median"))
+
+
+def graph_milliseconds(runs: Sequence[Callable[[], Any]]) -> float:
+    """A call's time within a CUDA graph that makes `runs` (on different tensors, so that none stays cached) in turn."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for run in (*runs, *runs):              # compiles
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph, rounds = torch.cuda.CUDAGraph(), _CALLS // len(runs)
+    with torch.cuda.graph(graph):
+        for _ in range(rounds):
+            for run in runs:
+                run()
+    graph.replay()
+    times = []
+    for _ in range(_REPLAYS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / (rounds * len(runs)))
+    return statistics.median(times)
+
+
+def ceilings() -> tuple[float, float]:
+    """Bytes a second of a copy, operations a second of a BF16 matrix product."""
+    source = torch.randn(2**28, device="cuda", dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    copy = 2 * source.nbytes / milliseconds(lambda: target.copy_(source)) * 1e3
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return copy, 2 * 8192**3 / milliseconds(lambda: a @ b) * 1e3
+
+
+def extra_gib(run: Callable[[], Any], kept: int) -> float:
+    """Most memory (GiB) that a call takes beyond what was allocated before and the `kept` bytes of its results."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before - kept) / 2**30

@@ -1,0 +1,258 @@
+"""The causal convolution with SiLU on CUDA: `kernels.causal_conv1d` for bfloat16 and float16, forward and backward.
+
+The forward holds a tile of tokens and reads it once for each tap; all but one of these reads come from the first-level
+cache. The backward recomputes the sum before SiLU and walks down a stretch of tokens with its channels' last K - 1
+inputs and the gradients still open in registers: every element is read once, and SiLU's exponential taken once.
+
+Documents: with their numbers a tap that meets another document's token meets zero.
+
+Bytes an element: forward 4 (one read, one write), backward 6 (x, dy, dx).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TAPS = 4
+
+
+class Tiles(NamedTuple):
+    channels: int
+    tokens: int
+    warps: int
+
+
+@triton.jit
+def _document(documents, b, t, length):
+    """Document of token t; of the first one before the sequence."""
+    return tl.load(documents + b * length + tl.minimum(tl.maximum(t, 0), length - 1))
+
+
+@triton.jit
+def _forward_kernel(
+    x, weight, bias, first, documents, y, batch_stride, time_stride, y_batch, y_time, length, channels,
+    HAS_FIRST: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+):
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    t, b = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS), tl.program_id(2)
+    here = c < channels
+    inside = (t < length)[:, None] & here[None, :]
+    x += b.to(tl.int64) * batch_stride
+    z = tl.zeros((TOKENS, CHANNELS), tl.float32) + tl.load(bias + c, here, 0.0).to(tl.float32)[None, :]
+    for tap in tl.static_range(4):
+        source = t - 3 + tap
+        met = inside
+        if HAS_DOCUMENTS:
+            met &= (_document(documents, b, source, length) == _document(documents, b, t, length))[:, None]
+        at = source.to(tl.int64)[:, None] * time_stride + c[None, :]
+        xs = tl.load(x + at, met & (source >= 0)[:, None], 0.0).to(tl.float32)
+        if HAS_FIRST:
+            earlier = first + (b * 3 + source + 3)[:, None] * channels + c[None, :]
+            xs += tl.load(earlier, met & (source < 0)[:, None], 0.0).to(tl.float32)
+        z += xs * tl.load(weight + c * 4 + tap, here, 0.0).to(tl.float32)[None, :]
+    out = y + b.to(tl.int64) * y_batch + t.to(tl.int64)[:, None] * y_time + c[None, :]
+    tl.store(out, (z * tl.sigmoid(z)).to(y.dtype.element_ty), inside)
+
+
+@triton.jit
+def _row(tensor, batch, t, length, c, channels, time_stride, first, HAS_FIRST: tl.constexpr):
+    """Row t of a sequence as float32: before the first token what `first` (batch, 3, channels) holds, or zeros."""
+    inside = (c < channels) & (t < length)
+    row = tl.load(tensor + t.to(tl.int64) * time_stride + c, inside & (t >= 0), 0.0).to(tl.float32)
+    if HAS_FIRST:
+        earlier = first + (batch * 3 + t + 3) * channels + c
+        row += tl.load(earlier, inside & (t < 0) & (t >= -3), 0.0).to(tl.float32)
+    return row
+
+
+@triton.jit
+def _token_gradient(
+    w0, w1, w2, w3, shift, x0, x1, x2, x3, dy, open0, open1, open2, documents, b, t, length,
+    HAS_DOCUMENTS: tl.constexpr,
+):
+    """Of token t, with x0 .. x3 those under its taps: the gradient before SiLU, the inputs as they were met, the
+    gradient of x0, now complete, and those of x1, x2 and x3, still open."""
+    if HAS_DOCUMENTS:
+        own = _document(documents, b, t, length)
+        x0 = tl.where(_document(documents, b, t - 3, length) == own, x0, 0.0)
+        x1 = tl.where(_document(documents, b, t - 2, length) == own, x1, 0.0)
+        x2 = tl.where(_document(documents, b, t - 1, length) == own, x2, 0.0)
+    z = shift + w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
+    gate = tl.sigmoid(z)
+    dz = dy * gate * (1.0 + z * (1.0 - gate))
+    d0, d1, d2 = dz, dz, dz
+    if HAS_DOCUMENTS:
+        d0 = tl.where(_document(documents, b, t - 3, length) == own, dz, 0.0)
+        d1 = tl.where(_document(documents, b, t - 2, length) == own, dz, 0.0)
+        d2 = tl.where(_document(documents, b, t - 1, length) == own, dz, 0.0)
+    return dz, x0, x1, x2, open0 + w0 * d0, open1 + w1 * d1, open2 + w2 * d2, w3 * dz
+
+
+@triton.jit
+def _backward_kernel(
+    x, dy, weight, bias, first, documents, dx, dfirst, partial, batch_stride, time_stride, dy_batch, dy_time, dx_batch,
+    dx_time, length, channels, HAS_FIRST: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, TOKENS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """dx of tokens start - 3 .. start + TOKENS - 4 and, of sequences' first programs, that of the inputs before them;
+    the last program goes 3 further. `partial` (batch, programs, 5, channels): dweight and dbias."""
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    start, b = tl.program_id(1) * TOKENS, tl.program_id(2)
+    here = c < channels
+    w0, w1 = tl.load(weight + c * 4, here, 0.0).to(tl.float32), tl.load(weight + c * 4 + 1, here, 0.0).to(tl.float32)
+    w2, w3 = (tl.load(weight + c * 4 + 2, here, 0.0).to(tl.float32),
+              tl.load(weight + c * 4 + 3, here, 0.0).to(tl.float32))
+    shift = tl.load(bias + c, here, 0.0).to(tl.float32)
+    x += b.to(tl.int64) * batch_stride
+    dy += b.to(tl.int64) * dy_batch
+    dx += b.to(tl.int64) * dx_batch + c
+    zero = tl.zeros((CHANNELS,), tl.float32)
+    dw0, dw1, dw2, dw3, db, open0, open1, open2 = zero, zero, zero, zero, zero, zero, zero, zero
+    x0 = _row(x, b, start - 6, length, c, channels, time_stride, first, HAS_FIRST)
+    x1 = _row(x, b, start - 5, length, c, channels, time_stride, first, HAS_FIRST)
+    x2 = _row(x, b, start - 4, length, c, channels, time_stride, first, HAS_FIRST)
+    for before in tl.static_range(3):           # gradients that reach back over the start of the stretch
+        t = start - 3 + before
+        x3 = _row(x, b, t, length, c, channels, time_stride, first, HAS_FIRST)
+        dys = tl.load(dy + t.to(tl.int64) * dy_time + c, here & (t >= 0) & (t < length), 0.0).to(tl.float32)
+        _, m0, m1, m2, _, open0, open1, open2 = _token_gradient(
+            w0, w1, w2, w3, shift, x0, x1, x2, x3, dys, open0, open1, open2, documents, b, t, length, HAS_DOCUMENTS
+        )
+        x0, x1, x2 = x1, x2, x3
+    for done in range(0, TOKENS, 2):
+        t = start + done
+        # Both tokens' loads before either's store, which the compiler would not move them over.
+        x3, x4 = (_row(x, b, t, length, c, channels, time_stride, first, False),
+                  _row(x, b, t + 1, length, c, channels, time_stride, first, False))
+        dy3 = tl.load(dy + t.to(tl.int64) * dy_time + c, here & (t < length), 0.0).to(tl.float32)
+        dy4 = tl.load(dy + (t + 1).to(tl.int64) * dy_time + c, here & (t + 1 < length), 0.0).to(tl.float32)
+        dz, m0, m1, m2, complete3, open0, open1, open2 = _token_gradient(
+            w0, w1, w2, w3, shift, x0, x1, x2, x3, dy3, open0, open1, open2, documents, b, t, length, HAS_DOCUMENTS
+        )
+        dw0 += dz * m0
+        dw1 += dz * m1
+        dw2 += dz * m2
+        dw3 += dz * x3
+        db += dz
+        dz, m0, m1, m2, complete4, open0, open1, open2 = _token_gradient(
+            w0, w1, w2, w3, shift, x1, x2, x3, x4, dy4, open0, open1, open2, documents, b, t + 1, length, HAS_DOCUMENTS
+        )
+        dw0 += dz * m0
+        dw1 += dz * m1
+        dw2 += dz * m2
+        dw3 += dz * x4
+        db += dz
+        out = dx + (t - 3).to(tl.int64) * dx_time
+        tl.store(out, complete3.to(dx.dtype.element_ty), here & (t >= 3) & (t < length + 3))
+        tl.store(out + dx_time, complete4.to(dx.dtype.element_ty), here & (t >= 2) & (t < length + 2))
+        if HAS_FIRST:
+            earlier = dfirst + (b * 3 + t) * channels + c
+            tl.store(earlier, complete3, here & (t < 3))
+            tl.store(earlier + channels, complete4, here & (t < 2))
+        x0, x1, x2 = x2, x3, x4
+    if start + TOKENS >= length:
+        for after in tl.static_range(3):
+            due = start + TOKENS - 3 + after
+            tl.store(dx + due.to(tl.int64) * dx_time, open0.to(dx.dtype.element_ty), here & (due >= 0) & (due < length))
+            if HAS_FIRST:
+                tl.store(dfirst + (b * 3 + due + 3) * channels + c, open0, here & (due < 0))
+            open0, open1, open2 = open1, open2, zero
+    partial += (b * tl.num_programs(1) + tl.program_id(1)) * 5 * channels + c
+    tl.store(partial, dw0, here)
+    tl.store(partial + channels, dw1, here)
+    tl.store(partial + 2 * channels, dw2, here)
+    tl.store(partial + 3 * channels, dw3, here)
+    tl.store(partial + 4 * channels, db, here)
+
+
+# Fastest on an H200 at 8B width.
+FORWARD = Tiles(channels=128, tokens=32, warps=4)
+BACKWARD = Tiles(channels=128, tokens=128, warps=1)
+
+
+def supports(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernels take these inputs: on a GPU, 2 bytes an element, four taps, channels side by side."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and weight.shape[1] == TAPS and x.stride(2) == 1
+
+
+def run_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, first: Tensor | None, documents: Tensor | None, y: Tensor
+) -> None:
+    """Write y, of any strides whose channels lie side by side."""
+    b, t, channels = x.shape
+    grid = (triton.cdiv(channels, FORWARD.channels), triton.cdiv(t, FORWARD.tokens), b)
+    _forward_kernel[grid](
+        x, weight.contiguous(), bias, x if first is None else first, x if documents is None else documents, y,
+        *x.stride()[:2], *y.stride()[:2], t, channels, HAS_FIRST=first is not None, HAS_DOCUMENTS=documents is not None,
+        TOKENS=FORWARD.tokens, CHANNELS=FORWARD.channels, num_warps=FORWARD.warps,
+    )
+
+
+def run_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, first: Tensor | None, documents: Tensor | None, dx: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Write dx, of any strides whose channels lie side by side. Returns the other gradients of `convolve_backward`."""
+    b, t, channels = x.shape
+    programs = triton.cdiv(t, BACKWARD.tokens)
+    dfirst = x.new_empty(b, TAPS - 1, channels, dtype=torch.float32)
+    partial = x.new_empty(b * programs, TAPS + 1, channels, dtype=torch.float32)
+    _backward_kernel[(triton.cdiv(channels, BACKWARD.channels), programs, b)](
+        x, dy, weight.contiguous(), bias, x if first is None else first, x if documents is None else documents, dx,
+        dfirst, partial, *x.stride()[:2], *dy.stride()[:2], *dx.stride()[:2], t, channels, HAS_FIRST=first is not None,
+        HAS_DOCUMENTS=documents is not None, TOKENS=BACKWARD.tokens, CHANNELS=BACKWARD.channels,
+        num_warps=BACKWARD.warps,
+    )
+    total = partial.sum(0)
+    return total[:TAPS].T.contiguous(), total[TAPS], dfirst
+
+
+@torch.library.custom_op("nemotron_h::causal_conv1d", mutates_args=())
+def convolve(x: Tensor, weight: Tensor, bias: Tensor, first: Tensor | None, documents: Tensor | None) -> Tensor:
+    """y (batch, sequence, channels), contiguous. Arguments as `causal_conv1d`, `first` its initial state."""
+    y = x.new_empty(x.shape)
+    run_forward(x, weight, bias, first, documents, y)
+    return y
+
+
+@convolve.register_fake
+def _like(x: Tensor, *_: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("nemotron_h::causal_conv1d_backward", mutates_args=())
+def convolve_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, first: Tensor | None, documents: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias (float32), and the inputs before the first token (float32)."""
+    dx = x.new_empty(x.shape)
+    dweight, dbias, dfirst = run_backward(dy, x, weight, bias, first, documents, dx)
+    return dx, dweight, dbias.clone(), dfirst
+
+
+@convolve_backward.register_fake
+def _gradients_like(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *_: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dfirst = x.new_empty(x.shape[0], TAPS - 1, x.shape[2], dtype=torch.float32)
+    dweight, dbias = (torch.empty_like(tensor, dtype=torch.float32) for tensor in (weight, bias))
+    return x.new_empty(x.shape), dweight, dbias, dfirst
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, first, documents = ctx.saved_tensors
+    if dy.stride(2) != 1:
+        dy = dy.contiguous()
+    dx, dweight, dbias, dfirst = convolve_backward(dy, x, weight, bias, first, documents)
+    return (dx, dweight.to(weight.dtype), dbias.to(bias.dtype), None if first is None else dfirst.to(first.dtype), None)
+
+
+convolve.register_autograd(_differentiate, setup_context=_keep)

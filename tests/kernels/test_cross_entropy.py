@@ -1,0 +1,152 @@
+"""Cross-entropy, alone and fused with the linear layer before it, against PyTorch's in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from triton_device import DEVICE
+
+from kernels import cross_entropy, cross_entropy_triton
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    return ((ours.cpu().double() - theirs).norm() / theirs.norm()).item()
+
+
+def triton_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    rows, targets = logits.to(DEVICE).flatten(0, -2), labels.to(DEVICE).flatten()
+    return cross_entropy_triton.losses(rows, targets)[0].view(labels.shape).cpu()
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    for name in ("LOSSES", "GRADIENT", "BOTH"):
+        monkeypatch.setattr(cross_entropy_triton, name, cross_entropy_triton.Tiles(bytes=512, warps=2))
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("run", [cross_entropy.cross_entropy, triton_losses])
+@pytest.mark.parametrize("vocab", [500, 24])
+@pytest.mark.parametrize("scale", [1.0, 40.0])
+def test_losses_and_gradient_are_pytorchs(run, dtype, vocab, scale):
+    """Rows of several tiles, the last one cut, and of less than one; gradients that differ by row, zero among them."""
+    generator = torch.Generator().manual_seed(0)
+    leaf = (scale * torch.randn(3, 5, vocab, generator=generator)).to(dtype).requires_grad_()
+    exact = leaf.detach().double().requires_grad_()
+    labels = torch.randint(0, vocab, (3, 5), generator=generator)
+    dlosses = torch.linspace(-1, 1, 15).view(3, 5)
+    losses = run(leaf.clone(), labels)
+    expected = F.cross_entropy(exact.flatten(0, 1), labels.flatten(), reduction="none").view(3, 5)
+    assert losses.dtype == torch.float32 and relative_error(losses, expected) < 1e-5
+    mine, theirs = torch.autograd.grad(losses, leaf, dlosses)[0], torch.autograd.grad(expected, exact, dlosses)[0]
+    assert relative_error(mine, theirs) < TOLERANCE[dtype]
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("run", [cross_entropy.cross_entropy, triton_losses])
+def test_impossible_labels_and_excluded_tokens_are_finite(run):
+    leaf = torch.tensor([[0.0, 500.0], [500.0, 0.0], [0.0, -torch.inf]], requires_grad=True)
+    losses = run(leaf.clone(), torch.tensor([0, 0, 0]))
+    torch.testing.assert_close(losses, torch.tensor([500.0, 0.0, 0.0]))
+    torch.testing.assert_close(torch.autograd.grad(losses.sum(), leaf)[0],
+                               torch.tensor([[-1.0, 1.0], [0.0, 0.0], [0.0, 0.0]]))
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_the_gradient_takes_the_place_of_the_logits():
+    """Autograd notices who uses the logits afterwards."""
+    logits = torch.randn(4, 40, device=DEVICE, requires_grad=True)
+    copy = logits.clone()
+    values = cross_entropy_triton.losses(copy, torch.arange(4, device=DEVICE))[0]
+    before = copy.detach().clone()
+    values.sum().backward(retain_graph=True)
+    assert torch.equal(copy.detach(), logits.grad) and not torch.equal(copy.detach(), before)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        values.sum().backward()
+
+
+def linear_inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 15, 32, generator=generator).to(DEVICE, dtype).requires_grad_()
+    weight = torch.randn(200, 32, generator=generator).to(DEVICE, dtype).requires_grad_()
+    labels = torch.randint(0, 200, (3, 15), generator=generator).to(DEVICE)
+    mask = torch.rand(3, 15, generator=generator) < 0.7
+    return hidden, weight, labels, (mask / mask.sum()).to(DEVICE)
+
+
+@pytest.fixture(params=["reference", "triton"])
+def blocks(request, monkeypatch):
+    """Blocks of 16 rows of float32 logits, by the reference's arithmetic and by the Triton kernel."""
+    monkeypatch.setattr(cross_entropy, "_BLOCK_BYTES", 16 * 200 * 4)
+    if request.param == "triton":
+        monkeypatch.setattr(cross_entropy, "_replace_by_gradient", cross_entropy_triton.replace_by_gradient)
+    elif DEVICE == "cuda":
+        monkeypatch.setattr(cross_entropy_triton, "supports", lambda logits: False)
+
+
+@pytest.mark.usefixtures("small_tiles", "blocks")
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_linear_is_a_linear_layer_and_pytorchs_loss(dtype):
+    hidden, weight, labels, row_weights = linear_inputs(dtype)
+    exact = [tensor.detach().cpu().double().requires_grad_() for tensor in (hidden, weight)]
+    total, losses = cross_entropy.linear_cross_entropy(hidden, weight, labels, row_weights)
+    logits = (exact[0] @ exact[1].t()).flatten(0, 1)
+    expected = F.cross_entropy(logits, labels.cpu().flatten(), reduction="none").view(3, 15)
+    expected_total = (row_weights.cpu().double() * expected).sum()
+    assert losses.shape == labels.shape and not losses.requires_grad
+    assert relative_error(losses, expected) < TOLERANCE[dtype]
+    assert relative_error(total, expected_total) < TOLERANCE[dtype]
+    mine = torch.autograd.grad(2.5 * total, (hidden, weight))
+    for a, b in zip(mine, torch.autograd.grad(2.5 * expected_total, exact), strict=True):
+        assert a.dtype == dtype and relative_error(a, b) < 2 * TOLERANCE[dtype]
+
+
+@pytest.mark.usefixtures("small_tiles", "blocks")
+def test_linear_computes_only_what_is_asked_for():
+    hidden, weight, labels, row_weights = linear_inputs(torch.float32)
+    both = torch.autograd.grad(cross_entropy.linear_cross_entropy(hidden, weight, labels, row_weights)[0],
+                               (hidden, weight))
+    for frozen, (leaf, gradient) in (("weight", (hidden, both[0])), ("hidden", (weight, both[1]))):
+        arguments = (hidden, weight.detach()) if frozen == "weight" else (hidden.detach(), weight)
+        total, losses = cross_entropy.linear_cross_entropy(*arguments, labels, row_weights)
+        assert torch.equal(torch.autograd.grad(total, leaf)[0], gradient)
+        with torch.no_grad():
+            torch.testing.assert_close(cross_entropy.linear_cross_entropy(*arguments, labels, row_weights),
+                                       (total, losses))
+    empty = cross_entropy.linear_cross_entropy(hidden[:0], weight, labels[:0], row_weights[:0])[0]
+    assert empty == 0 and not torch.autograd.grad(empty, weight)[0].any()
+
+
+def test_linear_keeps_no_logits():
+    """What autograd keeps between the passes is the two gradients."""
+    hidden, weight, labels, row_weights = linear_inputs(torch.float32)
+    total, _ = cross_entropy.linear_cross_entropy(hidden, weight, labels, row_weights)
+    assert [tensor.shape for tensor in total.grad_fn.saved_tensors] == [(45, 32), (200, 32)]
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_the_operators_are_well_registered():
+    logits, labels = torch.randn(4, 40, device=DEVICE), torch.arange(4, device=DEVICE)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(cross_entropy_triton.losses, (logits, labels), test_utils=checks)
+    torch.library.opcheck(cross_entropy_triton.losses, (logits.requires_grad_(), labels),
+                          test_utils=("test_autograd_registration",))
+    logits = logits.detach()
+    ones = torch.ones(4, device=DEVICE)
+    torch.library.opcheck(cross_entropy_triton.backward, (logits, labels, ones, ones), test_utils=checks)
+    torch.library.opcheck(cross_entropy_triton.replace_by_gradient, (logits, labels, ones), test_utils=checks)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_a_compiled_head_gives_the_same():
+    hidden, weight, labels, _ = linear_inputs(torch.float32)
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        return cross_entropy_triton.losses((hidden @ weight.t()).flatten(0, 1), labels.flatten())[0].sum()
+
+    expected = torch.autograd.grad(loss(hidden, weight), (hidden, weight))
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(torch.autograd.grad(compiled(hidden, weight), (hidden, weight)), expected)

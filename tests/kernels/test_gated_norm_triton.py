@@ -1,0 +1,54 @@
+"""The CUDA kernels of the gated norm against transformers' own in float64."""
+
+import pytest
+import torch
+from triton_device import DEVICE, PRECISIONS
+
+# isort: split
+from test_gated_norm import EPSILON, reference
+from test_ssd import relative_error
+
+from kernels import gated_norm_triton as kernel
+
+
+def tensors(dtype: torch.dtype, channels: int = 48) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(50, 2 * channels + 5, generator=generator).to(DEVICE, dtype)
+    x = torch.randn(50, channels, generator=generator).to(DEVICE, dtype)
+    weight = torch.randn(channels, generator=generator).to(DEVICE, dtype)
+    return [x.requires_grad_(), wide[:, 5 : 5 + channels].requires_grad_(), weight.requires_grad_()]
+
+
+@pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("programs, rows", [(132, 1), (8, 4)])
+def test_values_and_gradients_equal_transformers(dtype, tolerance, groups, programs, rows, monkeypatch):
+    monkeypatch.setattr(kernel, "FORWARD", kernel.FORWARD._replace(rows=rows))
+    monkeypatch.setattr(kernel, "BACKWARD", kernel.BACKWARD._replace(rows=rows, programs=programs))
+    ours = tensors(dtype)
+    exact = [tensor.detach().double().cpu().requires_grad_() for tensor in ours]
+    y, expected = kernel.normalise(*ours, groups, EPSILON), reference(*exact, groups)
+    assert relative_error(y.cpu(), expected) < tolerance
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+    mine = torch.autograd.grad(y, ours, dy.to(DEVICE))
+    for a, b in zip(mine, torch.autograd.grad(expected, exact, dy.double()), strict=True):
+        assert relative_error(a.cpu(), b) < tolerance
+
+
+@pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
+def test_without_a_gate_it_is_rms_norm(dtype, tolerance):
+    x, _, weight = tensors(dtype)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x, weight)]
+    y = kernel.normalise(x, None, weight, 1, EPSILON)
+    expected = torch.nn.functional.rms_norm(exact[0], (48,), exact[1], EPSILON)
+    assert relative_error(y, expected) < tolerance
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+    mine, true = torch.autograd.grad(y, (x, weight), dy), torch.autograd.grad(expected, exact, dy.double())
+    for a, b in zip(mine, true, strict=True):
+        assert relative_error(a, b) < tolerance
+
+
+@pytest.mark.parametrize("dtype, _", PRECISIONS)
+def test_the_operator_is_well_registered(dtype, _):
+    arguments = (*tensors(dtype), 2, EPSILON)
+    torch.library.opcheck(kernel.normalise, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -1,0 +1,64 @@
+"""The CUDA kernels of the chunk scan: under Triton's interpreter on a CPU, compiled on a GPU."""
+
+import pytest
+import torch
+from triton_device import DEVICE, PRECISIONS
+
+# isort: split
+from test_ssd import NAMES, gradients, inputs, recurrence, relative_error
+
+from kernels import ssd_triton
+
+SMALL = {"OUTPUTS": 32, "SHARED_GRADIENTS": 16, "STATE_WALK": 16, "GRADIENT_WALK": 16}
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles that a short sequence fills several of."""
+    monkeypatch.setattr(ssd_triton, "CHUNK", 32)
+    for name, size in SMALL.items():
+        monkeypatch.setattr(ssd_triton, name, getattr(ssd_triton, name)._replace(size=size))
+
+
+def compare(values: dict[str, torch.Tensor], tolerance: float) -> None:
+    ours = {name: value.to(DEVICE).requires_grad_() for name, value in values.items()}
+    exact = {name: value.double().requires_grad_() for name, value in values.items()}
+    y, state = recurrence(**exact)
+    mine, last, *_ = ssd_triton.scan(
+        *(ours[name] for name in NAMES[:7]), ours["initial_state"].transpose(2, 3).contiguous(), None
+    )
+    last = last.transpose(2, 3)
+    assert relative_error(mine.cpu(), y) < tolerance
+    assert relative_error(last.cpu(), state) < tolerance
+    for name, a, b in zip(NAMES, gradients((mine.cpu(), last.cpu()), ours), gradients((y, state), exact), strict=True):
+        assert relative_error(a.cpu(), b) < tolerance, name
+
+
+@pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
+@pytest.mark.parametrize("length, groups", [(96, 2), (75, 1), (7, 4), (33, 2)])
+def test_values_and_gradients_equal_the_recurrence(small_tiles, dtype, tolerance, length, groups):
+    compare(inputs(2, length, 4, 16, groups, 32, dtype), tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
+def test_tiles_as_tuned_at_8b_width(dtype, tolerance):
+    compare(inputs(1, 300, 32, 64, 2, 128, dtype), tolerance)
+
+
+@pytest.mark.parametrize("dtype, _", PRECISIONS)
+def test_inputs_are_read_where_they_lie(small_tiles, dtype, _):
+    values = inputs(2, 40, 4, 16, 2, 32, dtype)
+    names = ("x", "B", "C")
+    packed = torch.cat([values[name].flatten(2) for name in names], -1).transpose(0, 1).contiguous().transpose(0, 1)
+    parts = packed.split([values[name][0, 0].numel() for name in names], -1)
+    views = values | {name: part.unflatten(-1, values[name].shape[2:]) for name, part in zip(names, parts, strict=True)}
+    arguments = [[v[name].to(DEVICE) for name in NAMES[:7]] for v in (values, views)]
+    assert torch.equal(ssd_triton.scan(*arguments[0], None, None)[0], ssd_triton.scan(*arguments[1], None, None)[0])
+
+
+def test_the_operator_is_well_registered(small_tiles):
+    values = inputs(1, 40, 4, 16, 2, 32, PRECISIONS[0][0])
+    arguments = [values[name].to(DEVICE).requires_grad_() for name in NAMES[:7]]
+    torch.library.opcheck(ssd_triton.scan, (*arguments, None, None), test_utils=("test_schema", "test_faketensor"))
