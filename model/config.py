@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class ModelError(ValueError):
@@ -22,7 +22,7 @@ class Section(BaseModel):
 class Geometry(Section):
     """Widths of a model without its vocabulary. All sizes are counts of channels, heads or tokens."""
 
-    pattern: str = Field(pattern=r"^[M*\-]+$")
+    pattern: str
     hidden_size: int = Field(ge=1)
     ffn_hidden_size: int = Field(ge=1)
     num_attention_heads: int = Field(ge=1)
@@ -40,20 +40,39 @@ class Geometry(Section):
     init_method_std: float = 0.02
     sequence_length: int = Field(ge=1)
 
+    @field_validator("pattern")
+    @classmethod
+    def pattern_is_layers(cls, pattern: str) -> str:
+        if not pattern:
+            raise ValueError("a model needs at least one layer\nWrite a symbol a layer: M Mamba-2, * attention, - FFN.")
+        for layer, symbol in enumerate(pattern):
+            if symbol not in "M*-":
+                raise ValueError(
+                    f"layer {layer} of the pattern is '{symbol}', which is no kind of layer\n"
+                    "Write a symbol a layer: M Mamba-2, * attention, - FFN."
+                )
+        return pattern
+
     @model_validator(mode="after")
     def widths_fit_together(self) -> Geometry:
         if self.num_attention_heads % self.num_query_groups:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
-                f"num_query_groups ({self.num_query_groups})"
+                f"num_query_groups ({self.num_query_groups})\nEvery group serves the same number of heads: change one."
             )
+        if self.position_embedding == "rope" and self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) is odd, rotary positions turn pairs\nMake it even.")
         if "M" in self.pattern:
             if not (self.mamba_num_heads and self.mamba_head_dim and self.mamba_state_dim):
-                raise ValueError("a pattern with M needs mamba_num_heads, mamba_head_dim and mamba_state_dim")
+                raise ValueError(
+                    "a pattern with M needs mamba_num_heads, mamba_head_dim and mamba_state_dim\n"
+                    "Set them; the paper has 2 x hidden_size / 64 heads of 64, and states of 128 or 256."
+                )
             if self.mamba_num_heads % self.mamba_num_groups:
                 raise ValueError(
                     f"mamba_num_heads ({self.mamba_num_heads}) must be a multiple of "
-                    f"mamba_num_groups ({self.mamba_num_groups})"
+                    f"mamba_num_groups ({self.mamba_num_groups})\n"
+                    "Every group serves the same number of heads: change one."
                 )
         return self
 
@@ -87,7 +106,12 @@ class ModelConfig(Geometry):
 
 
 class PretrainConfig(Section):
-    """The paper's recipe (section 2.3, 2.4): WSD schedule, AdamW, FP8 with BF16 ends."""
+    """The paper's recipe (section 2.3, 2.4): WSD schedule, AdamW, FP8 with BF16 ends.
+
+    Attributes:
+        recompute: symbols of the layers whose activations the backward computes again instead of keeping them.
+        reset_at_documents: whether state, convolution and attention restart after an end-of-document token.
+    """
 
     tokens: int = Field(ge=1)
     global_batch_size: int = Field(ge=1)
@@ -104,14 +128,16 @@ class PretrainConfig(Section):
     bf16_layers_at_end: int = Field(ge=0)
     evaluations: int = Field(ge=1)
     checkpoint_every: int = Field(ge=1)
+    recompute: str = Field(default="", pattern=r"^[M*\-]*$")
+    reset_at_documents: bool = False
 
     @model_validator(mode="after")
     def batches_divide(self) -> PretrainConfig:
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"global_batch_size ({self.global_batch_size}) must be a multiple of "
-                f"micro_batch_size ({self.micro_batch_size})"
+                f"micro_batch_size ({self.micro_batch_size})\nA batch is a whole number of micro-batches: change one."
             )
         if self.warmup_fraction + self.decay_fraction > 1:
-            raise ValueError("warmup_fraction + decay_fraction must not exceed 1")
+            raise ValueError("warmup_fraction + decay_fraction must not exceed 1\nShorten one of them.")
         return self

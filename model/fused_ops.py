@@ -1,4 +1,4 @@
-"""RMSNorm, squared ReLU and cross-entropy with their backward passes written out, for a CPU.
+"""RMSNorm and squared ReLU with their backward passes written out, for a CPU.
 
 PyTorch composes them there from elementwise operations whose intermediates autograd keeps and converts one by one;
 together these save a tenth of a training step. Inside everything is float32.
@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-_ROWS = 32      # of logits at a time: their float32 copies stay in cache
 
 
 class RMSNormFunction(torch.autograd.Function):
@@ -54,34 +52,3 @@ class SquaredReLU(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (positive,) = ctx.saved_tensors
         return (dy * positive).mul_(2)
-
-
-class CrossEntropy(torch.autograd.Function):
-    """-log softmax(logits)[label], a few rows at a time; logits (..., vocab), labels (...) -> losses (...) float32.
-
-    The forward leaves softmax - one_hot in the logits' dtype, so that the backward is one product.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        rows, targets = logits.flatten(0, -2), labels.flatten()
-        losses, gradient = torch.empty_like(targets, dtype=torch.float32), torch.empty_like(rows)
-        for start in range(0, len(targets), _ROWS):
-            block = slice(start, start + _ROWS)
-            values = rows[block].to(torch.float32, copy=True)
-            target = targets[block, None]
-            of_target = values.gather(1, target).squeeze(1)
-            largest = values.amax(-1, keepdim=True)
-            values.sub_(largest).exp_()
-            total = values.sum(-1, keepdim=True)
-            torch.sub(torch.log(total).add_(largest).squeeze(1), of_target, out=losses[block])
-            values.div_(total).scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
-            gradient[block] = values
-        ctx.save_for_backward(gradient.view_as(logits))
-        return losses.view_as(labels)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient.mul_(dlosses.to(gradient.dtype).unsqueeze(-1)), None    # a second backward is an error

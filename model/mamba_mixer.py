@@ -15,9 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from kernels.causal_conv1d import causal_conv1d
-from kernels.gated_norm import gated_rms_norm
-from kernels.ssd import chunk_scan
+from kernels.mixer import MixerWeights, mix
 from model import te_guard  # noqa: F401    # before Megatron
 
 # isort: split
@@ -29,6 +27,8 @@ from megatron.core.transformer.utils import (
     make_sharded_tensors_for_checkpoint,
     sharded_state_dict_default,
 )
+
+from model.documents import PackedDocuments
 
 _SMALLEST_STEP, _LARGEST_STEP, _STEP_FLOOR = 1e-3, 1e-1, 1e-4
 _SMALLEST_DECAY, _LARGEST_DECAY = 1.0, 16.0
@@ -43,13 +43,10 @@ class MambaMixerSubmodules:
 class GatedNorm(nn.Module):
     """Weight of norm(x * silu(gate)), normalised within each of the mixer's groups."""
 
-    def __init__(self, size: int, groups: int, epsilon: float, dtype: torch.dtype, tp_group: Any):
+    def __init__(self, size: int, dtype: torch.dtype, tp_group: Any):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size, dtype=dtype))
-        self.groups, self.epsilon, self.tp_group = groups, epsilon, tp_group
-
-    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        return gated_rms_norm(x, gate, self.weight, self.groups, self.epsilon)
+        self.tp_group = tp_group
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         return _shard(self.state_dict(keep_vars=True), prefix, {"weight": 0}, sharded_offsets, metadata, self.tp_group)
@@ -90,7 +87,7 @@ class MambaMixer(MegatronModule):
         )
         self.conv1d = self._convolution(conv_kernel, ranks, config.params_dtype)
         self.A_log, self.D, self.dt_bias = self._scan_parameters(ranks)
-        self.norm = GatedNorm(self.inner, self.groups, config.layernorm_epsilon, config.params_dtype, self.tp_group)
+        self.norm = GatedNorm(self.inner, config.params_dtype, self.tp_group)
         self.out_proj = build_module(
             submodules.out_proj, self.inner * ranks, d_model, init_method=config.output_layer_init_method,
             input_is_parallel=True, skip_bias_add=True, tp_comm_buffer_name="fc2", **linear,
@@ -119,7 +116,9 @@ class MambaMixer(MegatronModule):
         """Depthwise weights (channels, 1, kernel) and bias, drawn as PyTorch's Conv1d draws them."""
         channels = sum(self.conv_sections)
         whole = nn.Conv1d(channels * ranks, channels * ranks, kernel, groups=channels * ranks)
-        own = skip_init(nn.Conv1d, channels, channels, kernel, groups=channels, dtype=dtype)    # draws nothing
+        own = skip_init(                                                # draws nothing
+            nn.Conv1d, channels, channels, kernel, groups=channels, dtype=dtype, device=whole.weight.device
+        )
         for parameter, source in zip(own.parameters(), whole.parameters(), strict=True):
             parameter.data.copy_(self._own_part(source.data, self.conv_sections, ranks))
         return own
@@ -134,19 +133,17 @@ class MambaMixer(MegatronModule):
         return nn.Parameter(decay.log()[own].clone()), nn.Parameter(torch.ones(self.heads)), \
             nn.Parameter(bias[own].clone())
 
-    def forward(self, hidden_states: Tensor, **__: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, hidden_states: Tensor, packed_seq_params: PackedDocuments | None = None, **__: Any
+    ) -> tuple[Tensor, Tensor | None]:
         """hidden_states (sequence, batch, hidden) -> the same shape, and no bias."""
+        seq_idx = None if packed_seq_params is None else packed_seq_params.seq_idx
         projected = self.in_proj(hidden_states)[0].transpose(0, 1)
-        gate, xBC, dt = projected.split([self.inner, sum(self.conv_sections), self.heads], -1)
         assert self.conv1d.bias is not None
-        xBC, _ = causal_conv1d(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias)
-        x, B, C = xBC.split(self.conv_sections, -1)
-        y, _ = chunk_scan(
-            x.unflatten(-1, (self.heads, self.head_dim)), dt, -torch.exp(self.A_log),
-            B.unflatten(-1, (self.groups, self.state_dim)), C.unflatten(-1, (self.groups, self.state_dim)),
-            self.D, self.dt_bias, self.chunk_size,
+        weights = MixerWeights(
+            self.conv1d.weight.squeeze(1), self.conv1d.bias, self.dt_bias, self.A_log, self.D, self.norm.weight
         )
-        y = self.norm(y.flatten(2), gate)
+        y = mix(projected, weights, self.groups, self.state_dim, self.chunk_size, self.config.layernorm_epsilon, seq_idx)
         return self.out_proj(y.transpose(0, 1).contiguous())
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:

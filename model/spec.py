@@ -30,22 +30,29 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from model.config import ModelConfig, ModelError
+from kernels.cross_entropy import CrossEntropy
+from model.config import ModelConfig
 from model.distributed import Parallelism
-from model.fused_ops import CrossEntropy, RMSNormFunction, SquaredReLU
+from model.documents import PackedDocuments
+from model.fused_ops import RMSNormFunction, SquaredReLU
+from model.limits import check_model
 from model.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from model.precision import Precision, mark_quantized_layers
+from model.recompute import recompute_layers
 
 
-def build_model(config: ModelConfig, precision: Precision, parallelism: Parallelism, seed: int) -> HybridModel:
+def build_model(
+    config: ModelConfig, precision: Precision, parallelism: Parallelism, seed: int, recompute: str = ""
+) -> HybridModel:
     """This process's part of the model, on the CPU, its weights drawn from `seed`.
 
-    The weights do not depend on the tensor- or data-parallel size.
+    The weights do not depend on the tensor- or data-parallel size. Layers with a symbol in `recompute` run their
+    forward again in the backward, instead of keeping activations.
 
     Raises:
-        ModelError: heads, groups or layers cannot be split as `parallelism` asks.
+        ModelError: sizes that do not suit the layout, FP8 or this device (`model.limits`).
     """
-    _check_split(config, parallelism)
+    check_model(config, precision, parallelism)
     torch.manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
     model = HybridModel(
         transformer_config(config, precision, parallelism),
@@ -59,6 +66,7 @@ def build_model(config: ModelConfig, precision: Precision, parallelism: Parallel
         post_process=parallel_state.is_pipeline_last_stage(),
     )
     mark_quantized_layers(model.decoder.layers, precision, len(config.pattern))
+    recompute_layers(model.decoder.layers, config.pattern, recompute)
     return model
 
 
@@ -169,10 +177,16 @@ class CausalAttention(MegatronModule):
     def __init__(self, config: TransformerConfig, **_: Any):
         super().__init__(config)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+        packed_seq_params: PackedDocuments | None = None, **_: Any,
+    ) -> Tensor:
         """query (sequence, batch, heads, head_dim), key and value with one head a group -> (sequence, batch, size)."""
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        mask = None if packed_seq_params is None else packed_seq_params.attention_mask()
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
+        )
         return out.permute(2, 0, 1, 3).flatten(2)
 
     def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
@@ -182,21 +196,3 @@ class CausalAttention(MegatronModule):
 def squared_relu(x: Tensor) -> Tensor:
     """relu(x)^2; Megatron's own is compiled on import, which needs a C++ compiler."""
     return cast(Tensor, SquaredReLU.apply(x))
-
-
-def _check_split(config: ModelConfig, parallelism: Parallelism) -> None:
-    split = {"num_attention_heads": config.num_attention_heads, "num_query_groups": config.num_query_groups,
-             "ffn_hidden_size": config.ffn_hidden_size, "vocab_size": config.vocab_size}
-    if "M" in config.pattern:
-        split |= {"mamba_num_heads": config.mamba_num_heads, "mamba_num_groups": config.mamba_num_groups}
-    for name, value in split.items():
-        if value % parallelism.tensor:
-            raise ModelError(
-                f"model: {name} ({value}) cannot be split over {parallelism.tensor} tensor-parallel processes.\n"
-                f"Choose a tensor-parallel size that divides it."
-            )
-    if len(config.pattern) % parallelism.pipeline:
-        raise ModelError(
-            f"model: {len(config.pattern)} layers cannot be split into {parallelism.pipeline} pipeline stages.\n"
-            "Choose a number of stages that divides them."
-        )

@@ -78,6 +78,11 @@ def domains(tokens: Path) -> list[str]:
     return [domain for split, _, domain in names if split == "validation"]
 
 
+def end_of_document(tokens: Path) -> int:
+    """The id that ends every document."""
+    return _contents(tokens)["eod_id"]
+
+
 def digests(tokens: Path) -> dict[str, str]:
     """Digests of the tokenizer and the corpus the files were made with."""
     contents = _contents(tokens)

@@ -30,7 +30,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from model import checkpoint, costs, token_data
 from model.config import ModelConfig, ModelError, PretrainConfig
 from model.distributed import ONE_COPY, Parallelism, device, is_main_process, process_groups
+from model.documents import find_documents
 from model.engine_checkpoint import ResumeState, save_model
+from model.limits import check_micro_batch
 from model.optimizer import build_optimizer, build_schedule
 from model.precision import PrecisionName, choose_precision
 from model.spec import build_model
@@ -106,7 +108,8 @@ class Trainer:
     ):
         self.config, self.recipe, self.scratch = config, recipe, scratch
         self.precision = choose_precision(precision, device(), recipe.bf16_layers_at_start, recipe.bf16_layers_at_end)
-        self.model = build_model(config, self.precision, parallelism, seed).to(device())
+        check_micro_batch(config, self.precision, recipe.micro_batch_size)
+        self.model = build_model(config, self.precision, parallelism, seed, recipe.recompute).to(device())
         self.ddp = DistributedDataParallel(
             self.model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), self.model
         )
@@ -132,6 +135,7 @@ class Trainer:
         samples = self.steps * recipe.global_batch_size
         self.data = token_data.TrainingData(tokens, config.sequence_length, samples, seed, scratch / "index")
         self.validation_sets = self._validation_sets(tokens)
+        self.eod_id = token_data.end_of_document(tokens)
 
     def run(self, progress: Callable[..., None]) -> Run:
         """Train from the latest resume state, or the start, to the end."""
@@ -216,7 +220,9 @@ class Trainer:
         """Megatron's hook: the model's output on the next micro-batch, and how to reduce it to a loss."""
         sequences, counted = next(batches)
         sequences = sequences.to(device())
-        output = model(sequences[:, :-1].contiguous(), None, None, labels=sequences[:, 1:].contiguous())
+        input_ids, labels = sequences[:, :-1].contiguous(), sequences[:, 1:].contiguous()
+        documents = find_documents(input_ids, self.eod_id) if self.recipe.reset_at_documents else None
+        output = model(input_ids, None, None, labels=labels, packed_seq_params=documents)
         return output, partial(_loss, counted)
 
     def _batches(self, step: int) -> Iterator[tuple[Tensor, None]]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.fused_ops import CrossEntropy, RMSNormFunction, SquaredReLU
+from model.fused_ops import RMSNormFunction, SquaredReLU
 
 
 def gradients(function, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -19,24 +19,12 @@ def gradients(function, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
 def test_are_pytorchs_in_float64(dtype):
     torch.manual_seed(0)
     x, weight = torch.randn(40, 3, 24).to(dtype), torch.randn(24).to(dtype)
-    labels = torch.randint(0, 24, (40, 3))
     cases = [
         (lambda x, w: RMSNormFunction.apply(x, w, 1e-5), lambda x, w: F.rms_norm(x, (24,), w, 1e-5), [x, weight]),
         (SquaredReLU.apply, lambda x: F.relu(x).square(), [x]),
-        (lambda x: CrossEntropy.apply(20 * x, labels),
-         lambda x: F.cross_entropy((20 * x.to(dtype)).double().flatten(0, 1), labels.flatten(),
-                                   reduction="none").view(40, 3), [x]),
     ]
     tolerance = 1e-5 if dtype is torch.float32 else 2e-2
     for ours, reference, inputs in cases:
         expected = gradients(reference, [t.double() for t in inputs])
         for result, exact in zip(gradients(ours, inputs), expected, strict=True):
             assert (result.double() - exact).abs().max() <= tolerance * exact.abs().max()
-
-
-def test_cross_entropy_of_impossible_labels_is_finite():
-    logits = torch.tensor([[0.0, 500.0], [500.0, 0.0]], requires_grad=True)
-    losses = CrossEntropy.apply(logits, torch.tensor([0, 0]))
-    losses.sum().backward()
-    assert losses.tolist() == [500.0, 0.0]
-    assert logits.grad.tolist() == [[-1.0, 1.0], [0.0, 0.0]]

@@ -16,7 +16,7 @@ def mixer_of(precision: str, seed: int = 1):
 def sequential(mixer, hidden: torch.Tensor) -> torch.Tensor:
     """The mixer in float64, token by token (arXiv 2405.21060 section 2; Megatron's packing of in_proj)."""
     weights = {name: parameter.detach().double() for name, parameter in mixer.named_parameters()}
-    inner, states, heads, groups, head_dim = 32, 16, 4, 2, 8
+    inner, states, heads, groups, head_dim = 256, 32, 16, 2, 16
     z, xBC, dt = (hidden.double() @ weights["in_proj.weight"].T).split([inner, inner + 2 * states, heads], -1)
     padded = F.pad(xBC.permute(1, 2, 0), (3, 0))
     xBC = F.silu(F.conv1d(padded, weights["conv1d.weight"], weights["conv1d.bias"], groups=xBC.shape[-1]))
@@ -61,5 +61,5 @@ def test_packed_weights_are_stored_section_by_section():
         shards = mixer_of("float32").sharded_state_dict("mixer.")
         parts = shards["mixer.in_proj.weight"].build()
     assert [(part.key.rpartition(".")[2], part.global_shape[0]) for part in parts] == [
-        ("z", 32), ("x", 32), ("B", 16), ("C", 16), ("dt", 4)]
+        ("z", 256), ("x", 256), ("B", 32), ("C", 32), ("dt", 16)]
     assert {part.key.rpartition(".")[0] for part in parts} == {"mixer.in_proj.weight"}

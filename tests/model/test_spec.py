@@ -5,8 +5,7 @@ import torch
 from tiny_engine import HYBRID, TRANSFORMER
 
 from model import checkpoint, costs
-from model.config import ModelError
-from model.distributed import ONE_COPY, Parallelism, process_groups
+from model.distributed import ONE_COPY, process_groups
 from model.engine_checkpoint import load_model
 from model.hybrid_lm import HybridLM
 from model.precision import Precision
@@ -66,12 +65,3 @@ def test_attention_is_megatrons():
         later = torch.ones(7, 7, dtype=torch.bool).triu(1)[None, None]
         expected = megatron(query, key, value, later)
         torch.testing.assert_close(CausalAttention(config)(query, key, value, None), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(("parallelism", "field"), [
-    (Parallelism(tensor=4), "num_query_groups"), (Parallelism(pipeline=3), "4 layers"),
-])
-def test_a_model_that_cannot_be_split_is_an_error(parallelism, field):
-    with process_groups(), pytest.raises(ModelError, match=field) as error:
-        build_model(HYBRID, FLOAT32, parallelism, seed=1)
-    assert str(error.value).count("\n") == 1

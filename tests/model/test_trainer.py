@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from megatron.core.dist_checkpointing import load_plain_tensors
 from tiny_engine import HYBRID, RECIPE, run_processes, train_job
 
 from model.checkpoint import describe, load_weights
@@ -66,8 +67,31 @@ def test_losses_are_those_of_a_plain_pytorch_loop(tokens, unbroken, tmp_path):
         torch.testing.assert_close(trained[name], parameter.detach(), rtol=1e-3, atol=2e-4)
 
 
+def optimizer_state(scratch: Path, step: int) -> dict[str, torch.Tensor]:
+    """Adam's moments after `step` in a resume state, whole, whatever layout wrote them: `exp_avg.PARAMETER`, ..."""
+    with process_groups():
+        tensors = load_plain_tensors(str(scratch / "resume" / f"step-{step:08d}"))
+    prefix = "optimizer.state."
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def assert_same_gradients_and_moments(ours: dict, reference: dict, before: dict, layout: dict) -> None:
+    """Moments one step after the common state `before`; from them the gradient of that step, of every parameter."""
+    assert ours.keys() == reference.keys() == before.keys() and len(ours) > 60
+    for name, expected in reference.items():
+        error = (ours[name] - expected).norm() / expected.norm()
+        assert error < 1e-5, (name, layout)
+        if name.startswith("exp_avg."):
+            mine, theirs = ((state - 0.9 * before[name]) / 0.1 for state in (ours[name], expected))
+            assert (mine - theirs).norm() < 3e-5 * theirs.norm(), (name, layout)
+
+
 def test_layouts_agree_from_scratch_and_from_one_process_state(tokens, unbroken, tmp_path):
     """Two processes: TP, TP with SP, PP and DP go on from the state one process saved; TP and DP also start alike."""
+    before, alone = optimizer_state(unbroken["directory"] / "scratch", 4), tmp_path / "alone"
+    shutil.copytree(unbroken["directory"] / "scratch", alone)
+    train_job(str(tokens), str(tmp_path / "out-alone"), str(alone), {}, checkpoint_every=5)
+    reference = optimizer_state(alone, 5)
     jobs = []
     for index, layout in enumerate(LAYOUTS):
         scratch = tmp_path / f"resumed-{index}"
@@ -75,7 +99,7 @@ def test_layouts_agree_from_scratch_and_from_one_process_state(tokens, unbroken,
         jobs.append({"scratch": str(scratch), "parallelism": layout})
     jobs += [{"scratch": str(tmp_path / f"fresh-{index}"), "parallelism": LAYOUTS[index]} for index in (0, 3)]
     for index, job in enumerate(jobs):
-        job |= {"tokens": str(tokens), "out": str(tmp_path / f"out-{index}")}
+        job |= {"tokens": str(tokens), "out": str(tmp_path / f"out-{index}"), "checkpoint_every": 5}
     results = run_processes(2, jobs, tmp_path)
 
     for job, result in zip(jobs, results, strict=True):
@@ -86,10 +110,27 @@ def test_layouts_agree_from_scratch_and_from_one_process_state(tokens, unbroken,
             assert [row[column] for row in result["validation"]] == pytest.approx(
                 [row[column] for row in unbroken["validation"]], rel=3e-5)
         assert result["resumed_from"] == (4 if "resumed" in job["scratch"] else None)
+        if result["resumed_from"]:
+            state = optimizer_state(Path(job["scratch"]), 5)
+            assert_same_gradients_and_moments(state, reference, before, job["parallelism"])
     expected = load_weights(unbroken["directory"] / "out")[1]
     for job in jobs:
         for name, tensor in load_weights(Path(job["out"]))[1].items():
             torch.testing.assert_close(tensor, expected[name], rtol=1e-2, atol=2e-4)
+
+
+def test_layouts_agree_on_documents_and_recomputation(tokens, unbroken, tmp_path):
+    """From the same state, resetting at documents and recomputing activations: one process, TP with SP, and PP."""
+    jobs = []
+    for index, layout in enumerate([{}, *LAYOUTS[1:3]]):
+        scratch = tmp_path / f"resumed-{index}"
+        shutil.copytree(unbroken["directory"] / "scratch", scratch)
+        jobs.append({"tokens": str(tokens), "out": str(tmp_path / f"out-{index}"), "scratch": str(scratch),
+                     "parallelism": layout, "reset_at_documents": True, "recompute": "M*-"})
+    alone = train_job(**jobs[0])
+    assert losses(alone)[4:] != pytest.approx(losses(unbroken)[4:], rel=1e-3)
+    for result in run_processes(2, jobs[1:], tmp_path):
+        assert losses(result) == pytest.approx(losses(alone), rel=3e-5)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
+
+from torch.distributed import TCPStore
 
 from model.config import ModelConfig, PretrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
-HYBRID = ModelConfig(
+HYBRID = ModelConfig(            # sizes that FP8 products and the CUDA kernels take
     pattern="M-*M", hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2, head_dim=8,
-    mamba_num_heads=4, mamba_head_dim=8, mamba_state_dim=8, mamba_num_groups=2, chunk_size=8, sequence_length=16,
+    mamba_num_heads=16, mamba_head_dim=16, mamba_state_dim=16, mamba_num_groups=2, chunk_size=8, sequence_length=16,
     init_method_std=0.1, vocab_size=64,
 )
 TRANSFORMER = ModelConfig(
@@ -34,35 +36,38 @@ def run_processes(count: int, jobs: list[dict[str, Any]], directory: Path) -> li
     """Train each of `jobs` (arguments of `train_job`) on `count` gloo processes; the results, in order."""
     jobs_file, results_file = directory / "jobs.json", directory / "results.json"
     jobs_file.write_text(json.dumps(jobs))
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+    stores = [TCPStore("localhost", 0, is_master=True, wait_for_workers=False) for _ in jobs]     # torchrun's part
     environment = os.environ | {
-        "WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
+        "WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "STORE_PORTS": " ".join(str(store.port) for store in stores), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
     }
+    logs = [directory / f"rank-{rank}.txt" for rank in range(count)]
     processes = [
         subprocess.Popen(
             [sys.executable, "-W", "ignore", __file__, str(jobs_file), str(results_file)],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True,
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=log.open("w"),
         )
-        for rank in range(count)
+        for rank, log in enumerate(logs)
     ]
-    errors = [process.communicate()[1] for process in processes]
-    assert not any(process.returncode for process in processes), errors
+    try:
+        while None in (codes := [process.poll() for process in processes]) and not any(codes):
+            time.sleep(0.05)                                            # where one fails the others would wait for it
+    finally:
+        for process in processes:
+            process.kill()
+    assert not any(process.wait() for process in processes), [log.read_text() for log in logs]
     return json.loads(results_file.read_text())
 
 
 def train_job(tokens: str, out: str, scratch: str, parallelism: dict[str, Any], precision: str = "float32",
-              checkpoint_every: int = 100) -> dict[str, Any]:
-    """One training run of the hybrid, as JSON."""
+              **changes: Any) -> dict[str, Any]:
+    """One training run of the hybrid, as JSON; `changes` to the recipe."""
     from model.distributed import Parallelism
     from model.trainer import train
 
-    recipe = RECIPE.model_copy(update={"checkpoint_every": checkpoint_every})
     run = train(
-        HYBRID, recipe, "hybrid", precision, 1, Path(tokens), Path(out), Path(scratch), lambda *_, **__: None,
-        Parallelism(**parallelism),
+        HYBRID, RECIPE.model_copy(update=changes), "hybrid", precision, 1, Path(tokens), Path(out), Path(scratch),
+        lambda *_, **__: None, Parallelism(**parallelism),
     )
     return {"training": run.training, "validation": run.validation, "resumed_from": run.resumed_from}
 
@@ -73,9 +78,10 @@ def main() -> None:
 
     torch.set_num_threads(1)
     results = []
-    for job in json.loads(Path(sys.argv[1]).read_text()):
+    ports = os.environ["STORE_PORTS"].split()
+    for port, job in zip(ports, json.loads(Path(sys.argv[1]).read_text()), strict=True):
+        os.environ["MASTER_PORT"] = port
         results.append(train_job(**job))
-        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)     # the old store may still close
     if os.environ["RANK"] == "0":
         Path(sys.argv[2]).write_text(json.dumps(results))
 
