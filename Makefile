@@ -11,8 +11,9 @@ READY := $(VENV)/.setup-complete .dvc/config.local
 PORT ?= 4200
 PYTORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH := $(shell sed -n 's/.*"torch==\([^"]*\)".*/\1/p' pyproject.toml)
+TRITON := 3.6.0
 GPU := $(shell nvidia-smi -L 2>/dev/null | grep -m 1 -o GPU)
-STAGES := curate tokenizer tokenize pretrain compress export evaluate benchmark report
+STAGES := annotate curate tokenizer tokenize pretrain compress export evaluate benchmark report
 # Of what is installed only the profile's name is read from params.yaml; PROFILE=NAME wins.
 CURRENT_PROFILE = $(or $(PROFILE),$(shell sed -n 's/^profile: *\([a-z0-9-]*\).*/\1/p' params.yaml))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -39,13 +40,17 @@ stage: $(READY) ## One stage and what it needs; STAGE=pretrain@hybrid-fp8
 	@$(if $(STAGE),,echo 'make stage: which one?'; echo 'Say STAGE=pretrain@hybrid-fp8; `dvc stage list` names them.'; exit 2)
 	@$(DVC) repro $(STAGE)
 
-$(STAGES): $(READY)
+$(filter-out curate,$(STAGES)): $(READY)
 	@$(DVC) repro $@
+
+curate: $(READY) ## The stage; or text of your own: SOURCE="FILE DIRECTORY x.warc.gz" [DOMAIN=web] [OUT=DIR]
+	@$(if $(SOURCE),$(PY) -m flows.curate_own $(SOURCE) $(if $(DOMAIN),--domain $(DOMAIN)) $(if $(OUT),--out $(OUT)), \
+		$(DVC) repro $@)
 
 ui: $(READY) ## Prefect's pages: start, watch and cancel runs; PORT=4200
 	@exec $(PY) -m flows.server --port $(PORT)
 
-test: $(READY) ## The tests
+test: $(READY) $(if $(GPU),,$(VENV)/.triton-$(TRITON)) ## The tests
 	@$(PY) -m pytest
 
 lint: $(READY) ## ruff and mypy
@@ -93,6 +98,12 @@ $(VENV)/.setup-complete: requirements.lock pyproject.toml
 	@$(PY) -m pip install -qq --no-deps --require-hashes -r requirements.lock || { $(CANNOT_INSTALL); }
 	@$(PY) -m pip install -qq --no-deps -e . || { $(CANNOT_INSTALL); }
 	@rm $(VENV)/.setup-started; touch $@
+
+# PyTorch's CUDA builds bring Triton. Where there is no GPU, its interpreter runs the tests of the CUDA kernels.
+$(VENV)/.triton-%: $(VENV)/.setup-complete
+	@echo 'Installing Triton $*, whose interpreter tests the CUDA kernels on a CPU'
+	@$(PY) -m pip install -qq --no-deps 'triton==$*' || { $(CANNOT_INSTALL); }
+	@touch $@
 
 CANNOT_INSTALL = echo 'The packages could not be installed: pip says why above.'; \
 	echo 'Without network, give pip a mirror (PIP_INDEX_URL=...) or wheels (PIP_FIND_LINKS=DIR); then `make setup` again.'; \

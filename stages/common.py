@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("data_pipeline", "model", "kernels", "stages")
 # Directory under data/PROFILE/ -> the DVC stage that writes it: what to run when it is missing.
-MAKER = {"curated": "curate", "tokenizer": "tokenizer", "tokens": "tokenize", "hub": "export@{name}"}
+MAKER = {"annotated": "annotate", "curated": "curate", "tokenizer": "tokenizer", "tokens": "tokenize",
+         "hub": "export@{name}"}
 
 
 class StageError(SystemExit):
@@ -62,8 +63,12 @@ class Stage:
         self._scratch: Path | None = None
 
     def input(self, *parts: str) -> Path:
-        """An existing file or directory under data/PROFILE/. Raises StageError naming the stage that makes it."""
-        return self._existing(self.data_root.joinpath(*parts), _maker(parts))
+        """An existing file or directory under data/PROFILE/; under `--out`, where an earlier stage left it there.
+
+        Raises StageError naming the stage that makes it.
+        """
+        ours = self.out_data.joinpath(*parts)
+        return self._existing(ours if ours.exists() else self.data_root.joinpath(*parts), _maker(parts))
 
     def record(self, *parts: str) -> Path:
         """An existing record of another stage under runs/PROFILE/."""

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from data_pipeline.config import CurateConfig, TokenizeConfig, TokenizerConfig
+from data_pipeline.config import AnnotateConfig, CurateConfig, ExecutorConfig, TokenizeConfig, TokenizerConfig
 from model.compression.config import CompressConfig
 from model.config import Geometry, ModelConfig, PretrainConfig
 
@@ -53,10 +53,9 @@ class BenchmarkConfig(Section):
     repeats: int = Field(ge=1)
 
 
-class RuntimeConfig(Section):
+class RuntimeConfig(ExecutorConfig):
     """How to run, never what: no stage depends on it."""
 
-    workers: int = Field(ge=1)
     slots: int = Field(ge=1)
     threads: int = Field(ge=1)
     stage_timeout_minutes: float = Field(gt=0)
@@ -65,6 +64,7 @@ class RuntimeConfig(Section):
 class Params(Section):
     profile: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
     seed: int
+    annotate: AnnotateConfig
     curate: CurateConfig
     tokenizer: TokenizerConfig
     tokenize: TokenizeConfig
@@ -146,8 +146,8 @@ def _explain(path: Path, item: Any) -> str:
         return f"{path}: unknown key `{location}`.\n{hint}"
     if item["type"] == "missing":
         return f"{path}: `{location}` is missing.\nAdd it; profiles/ has examples."
-    message = item["msg"].removeprefix("Value error, ")
-    return f"{path}: `{location}`: {message} (got {item['input']!r:.80}).\nCorrect the value."
+    message, _, remedy = item["msg"].removeprefix("Value error, ").partition("\n")
+    return f"{path}: `{location}`: {message} (got {item['input']!r:.80}).\n{remedy or 'Correct the value.'}"
 
 
 def _known_keys(location: tuple[Any, ...]) -> list[str]:

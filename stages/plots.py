@@ -9,42 +9,18 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from stages.records import Curve, Provenance, Records
-from stages.svg import inline_svg
+from stages.svg import INK, MUTED, PALETTE, STYLE, Plot, canvas, count, plot
 from stages.verdicts import FP8_LIMIT, TASKS, fp8_gaps
 
-# Distinguishable with the common colour-vision deficiencies and at least 3:1 against white.
-PALETTE = ("#c8500a", "#0b5fa5", "#12805c", "#5b93c9", "#8a3ea6", "#93691a", "#b03060", "#4a5560")
-INK, MUTED, GRID = "#1f2933", "#5f6b7a", "#e3e7ec"
 KINDS = {"M": ("Mamba-2", "o", "#0b5fa5"), "*": ("attention", "D", "#c8500a"), "-": ("FFN", "s", "#12805c")}
-WIDTH, HEIGHT = 4.8, 2.95        # inches; the page scales plots to its columns
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none", "svg.hashsalt": "report", "svg.id": None, "font.family": "DejaVu Sans", "font.size": 9,
-    "axes.edgecolor": MUTED, "axes.labelcolor": INK, "axes.linewidth": 0.8, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID, "grid.linewidth": 0.8,
-    "text.color": INK, "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
-    "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "lines.linewidth": 1.7, "path.simplify": True,
-}
-
-
-@dataclass(frozen=True)
-class Plot:
-    """One figure: `name` is its id in the page, `caption` one line below it, `svg` the picture."""
-
-    name: str
-    title: str
-    caption: str
-    svg: str
 
 
 def colours(records: Records) -> dict[str, str]:
@@ -62,7 +38,7 @@ def plots(records: Records) -> dict[str, Plot]:
         drawn = [
             training_loss(records), validation(records), gradient_norm(records), layer_importance(records),
             ffn_importance(records), candidates(records), distillation(records), decode_speed(records),
-            cache_size(records), funnel(records), stage_times(records), *evaluations(records),
+            cache_size(records), stage_times(records), *evaluations(records),
         ]
         if fp8_gaps(records):
             drawn.append(fp8_gap(records))
@@ -81,7 +57,7 @@ def gradient_norm(records: Records) -> Plot:
 
 
 def _training(records: Records, column: str, name: str, title: str, label: str) -> Plot:
-    figure, axes = _canvas("Tokens", label, right=0.74)
+    figure, axes = canvas("Tokens", label, right=0.74)
     ends, values = [], []
     for variant, curve in records.training.items():
         tokens, means = binned(curve, column, 120)
@@ -91,11 +67,11 @@ def _training(records: Records, column: str, name: str, title: str, label: str) 
     _zoom(axes, values)
     _token_axis(axes)
     _label_ends(axes, ends)
-    return _plot(figure, name, title, "Means over equal runs of steps; the steep start is cut off.")
+    return plot(figure, name, title, "Means over equal runs of steps; the steep start is cut off.")
 
 
 def validation(records: Records) -> Plot:
-    figure, axes = _canvas("Tokens", "Validation bits per byte", right=0.74)
+    figure, axes = canvas("Tokens", "Validation bits per byte", right=0.74)
     ends, values = [], []
     for name, domains in records.validation.items():
         curve = domains["all"]
@@ -106,11 +82,11 @@ def validation(records: Records) -> Plot:
     _zoom(axes, values)
     _token_axis(axes)
     _label_ends(axes, ends)
-    return _plot(figure, "validation", "Validation", "Mean over domains, weighted by bytes; lower is better.")
+    return plot(figure, "validation", "Validation", "Mean over domains, weighted by bytes; lower is better.")
 
 
 def fp8_gap(records: Records) -> Plot:
-    figure, axes = _canvas("Tokens", "(BF16 − other) / BF16, %", right=0.73)
+    figure, axes = canvas("Tokens", "(BF16 − other) / BF16, %", right=0.73)
     limit = 100 * FP8_LIMIT
     axes.axhspan(-limit, limit, color="#dfe8f2", linewidth=0)
     axes.axhline(0, color=MUTED, linewidth=0.8)
@@ -123,7 +99,7 @@ def fp8_gap(records: Records) -> Plot:
                      colours(records)[name]))
     _token_axis(axes)
     _label_ends(axes, ends)
-    return _plot(figure, "fp8-gap", "Relative gap to BF16",
+    return plot(figure, "fp8-gap", "Relative gap to BF16",
                  "In validation bits per byte; below zero is worse than BF16. Shaded: ± 0.1 %, the paper's bound. The "
                  "other seed shows what chance alone does.")
 
@@ -132,7 +108,7 @@ def fp8_gap(records: Records) -> Plot:
 
 
 def layer_importance(records: Records) -> Plot:
-    figure, axes = _canvas("Layer", "Importance (MSE before the head)", top=0.28)
+    figure, axes = canvas("Layer", "Importance (MSE before the head)", top=0.28)
     positive = [layer for layer in records.importance if layer.importance > 0]
     floor = min((layer.importance for layer in positive), default=1.0) / 1.6
     axes.set_yscale("log")
@@ -148,12 +124,12 @@ def layer_importance(records: Records) -> Plot:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize=8.5,
                 handletextpad=0.2)
-    return _plot(figure, "layer-importance", "Layer importance",
+    return plot(figure, "layer-importance", "Layer importance",
                  "Effect of leaving one layer out on the activation before the head; logarithmic.")
 
 
 def ffn_importance(records: Records) -> Plot:
-    figure, axes = _canvas("FFN width kept (neurons)", "Share of importance kept", right=0.84)
+    figure, axes = canvas("FFN width kept (neurons)", "Share of importance kept", right=0.84)
     ends = []
     for number, (index, shares) in enumerate(records.ffn_importance.items()):
         shade = mpl.colormaps["viridis"](0.8 * number / max(1, len(records.ffn_importance) - 1))
@@ -163,12 +139,12 @@ def ffn_importance(records: Records) -> Plot:
     axes.invert_xaxis()
     ends.sort(key=lambda end: end[1])
     _label_ends(axes, [*ends[:1], *ends[1:][-1:]])
-    return _plot(figure, "ffn-importance", "FFN neurons",
+    return plot(figure, "ffn-importance", "FFN neurons",
                  "What the most active neurons carry, a line a layer; the least and the most even layer are named.")
 
 
 def candidates(records: Records) -> Plot:
-    figure, axes = _canvas("Memory (MiB)", "Agreement with the parent")
+    figure, axes = canvas("Memory (MiB)", "Agreement with the parent")
     scored = [(1024 * item.memory_gib, item.agreement, item) for item in records.candidates
               if item.agreement is not None]
     unscored = [item for item in records.candidates if item.agreement is None]
@@ -189,13 +165,13 @@ def candidates(records: Records) -> Plot:
     axes.axvline(budget, color=MUTED, linestyle=":", linewidth=1.2)
     axes.annotate("budget", (budget, 1), xycoords=("data", "axes fraction"), xytext=(-4, -3), va="top", ha="right",
                   textcoords="offset points", fontsize=8.5, color=MUTED)
-    return _plot(figure, "candidates", "Candidates under the memory budget",
+    return plot(figure, "candidates", "Candidates under the memory budget",
                  f"{len(records.candidates)} candidates; the {len(scored)} that keep most importance are scored, the "
                  "rest are ticks on the axis. Labels: KL to the parent after short distillation.")
 
 
 def distillation(records: Records) -> Plot:
-    figure, axes = _canvas("Distillation tokens", "KL to the parent (nats a token)", right=0.8)
+    figure, axes = canvas("Distillation tokens", "KL to the parent (nats a token)", right=0.8)
     ends = []
     for name, curve in records.distillation.items():
         model = "compressed-random" if name == "random" else name
@@ -205,7 +181,7 @@ def distillation(records: Records) -> Plot:
     axes.set_ylim(bottom=0)
     _token_axis(axes)
     _label_ends(axes, ends)
-    return _plot(figure, "distillation", "Distillation",
+    return plot(figure, "distillation", "Distillation",
                  "The cut by importance and a random cut to the same shape, on the same data.")
 
 
@@ -213,7 +189,7 @@ def distillation(records: Records) -> Plot:
 
 
 def decode_speed(records: Records) -> Plot:
-    figure, axes = _canvas("Context (tokens)", "Decoding (tokens/s)", right=0.8)
+    figure, axes = canvas("Context (tokens)", "Decoding (tokens/s)", right=0.8)
     ends = []
     for name, points in records.decode.items():
         contexts, rates = [point.context for point in points], [point.tokens_per_second for point in points]
@@ -225,12 +201,12 @@ def decode_speed(records: Records) -> Plot:
     _context_axis(records, axes)
     _label_ends(axes, ends)
     where = records.accelerator or records.runs["benchmark"].provenance.machine["processor"]
-    return _plot(figure, "decode-speed", "Decoding speed against context",
+    return plot(figure, "decode-speed", "Decoding speed against context",
                  f"Batch {records.params.benchmark.batch}, on {where}; bars: spread over repeats.")
 
 
 def cache_size(records: Records) -> Plot:
-    figure, axes = _canvas("Context (tokens)", "Cache (MiB)", right=0.8)
+    figure, axes = canvas("Context (tokens)", "Cache (MiB)", right=0.8)
     ends = []
     for name, points in records.decode.items():
         contexts, sizes = [point.context for point in points], [point.cache_mib for point in points]
@@ -241,30 +217,11 @@ def cache_size(records: Records) -> Plot:
     axes.yaxis.set_minor_formatter(NullFormatter())
     _context_axis(records, axes)
     _label_ends(axes, ends)
-    return _plot(figure, "cache-size", "Cache against context",
+    return plot(figure, "cache-size", "Cache against context",
                  "Keys, values and Mamba-2 states of one sequence; both axes are logarithmic.")
 
 
-# --- Data, evaluation, time -------------------------------------------------------------------------------------------
-
-
-def funnel(records: Records) -> Plot:
-    steps = list(dict.fromkeys(row.step for row in records.funnel))
-    domains = list(dict.fromkeys(row.domain for row in records.funnel))
-    figure, axes = _canvas("Text left (MB)", "", left=0.24, height=0.9 + 0.34 * len(steps), top=0.28)
-    thickness = 0.8 / len(domains)
-    for number, domain in enumerate(domains):
-        megabytes = {row.step: row.bytes / 1e6 for row in records.funnel if row.domain == domain}
-        places = [steps.index(step) + (number - (len(domains) - 1) / 2) * thickness for step in megabytes]
-        axes.barh(places, list(megabytes.values()), height=thickness * 0.9, color=PALETTE[1:][number % 7],
-                  label=domain)
-    axes.set_yticks(range(len(steps)), [step.replace("_", " ") for step in steps])
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
-    axes.tick_params(axis="y", length=0)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=len(domains), frameon=False, fontsize=8.5,
-                handlelength=1)
-    return _plot(figure, "funnel", "Data funnel", "What is left of each domain after each step.")
+# --- Evaluation, time -------------------------------------------------------------------------------------------------
 
 
 def evaluations(records: Records) -> list[Plot]:
@@ -282,7 +239,7 @@ def _evaluation(records: Records, key: str, title: str, caption: str, control: s
     models = records.params.models
     found = [records.metrics("evaluate", model) for model in models]
     widest = max(max(metrics[key] + metrics.get(f"{key}_stderr", 0.0), metrics[control]) for metrics in found)
-    figure, axes = _canvas("", "", left=0.29, height=0.62 + 0.27 * len(models))
+    figure, axes = canvas("", "", left=0.29, height=0.62 + 0.27 * len(models))
     for place, (model, metrics) in enumerate(zip(models, found, strict=True)):
         error = metrics.get(f"{key}_stderr", 0.0)
         axes.barh(place, metrics[key], height=0.62, color=colours(records)[model])
@@ -300,7 +257,7 @@ def _evaluation(records: Records, key: str, title: str, caption: str, control: s
     axes.tick_params(axis="y", length=0)
     axes.set_xlim(0, 1.18 * widest)
     axes.xaxis.set_major_locator(MaxNLocator(6))
-    return _plot(figure, key.replace("_", "-"), title, caption)
+    return plot(figure, key.replace("_", "-"), title, caption)
 
 
 def stage_times(records: Records) -> Plot:
@@ -308,7 +265,7 @@ def stage_times(records: Records) -> Plot:
     runs = sorted(records.runs.items(), key=lambda item: (item[1].provenance.started, item[0]))
     where, breaks, end = timeline([run.provenance for _, run in runs])
     stages = list(dict.fromkeys(run.provenance.stage for _, run in runs))
-    figure, axes = _canvas("Minutes since the first stage's start", "", left=0.36, height=0.75 + 0.2 * len(runs))
+    figure, axes = canvas("Minutes since the first stage's start", "", left=0.36, height=0.75 + 0.2 * len(runs))
     for place, ((_, run), start) in enumerate(zip(runs, where, strict=True)):
         seconds = run.provenance.wall_seconds
         colour = PALETTE[stages.index(run.provenance.stage) % len(PALETTE)]
@@ -324,7 +281,7 @@ def stage_times(records: Records) -> Plot:
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
     idle = " Dotted: idle time left out." if breaks else ""
-    return _plot(figure, "stage-times", "Stage times", f"When each stage ran, and its seconds.{idle}")
+    return plot(figure, "stage-times", "Stage times", f"When each stage ran, and its seconds.{idle}")
 
 
 def timeline(runs: Sequence[Provenance]) -> tuple[list[float], list[float], float]:
@@ -358,19 +315,6 @@ def binned(curve: Curve, column: str, bins: int) -> tuple[list[float], list[floa
             [fmean(values[start:start + size]) for start in starts])
 
 
-def _canvas(x: str, y: str, left: float = 0.14, right: float = 0.97, height: float = HEIGHT,
-            top: float = 0.08) -> tuple[Figure, Axes]:
-    """A figure with one pair of axes: `left` and `right` as shares of its width, `height` and the `top` margin in
-    inches."""
-    figure = Figure(figsize=(WIDTH, height))
-    FigureCanvasSVG(figure)
-    bottom = (0.48 if x else 0.28) / height
-    axes = figure.add_axes((left, bottom, right - left, 1 - bottom - top / height))
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    return figure, axes
-
-
 def _line(records: Records, name: str) -> str:
     """Dashes for repeats and controls, so that colour is not the only cue."""
     return "--" if name in (*records.hybrid_seeds[1:], "compressed-random") else "-"
@@ -386,7 +330,7 @@ def _zoom(axes: Axes, values: list[float]) -> None:
 
 def _token_axis(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.xaxis.set_major_formatter(FuncFormatter(_count))
+    axes.xaxis.set_major_formatter(FuncFormatter(count))
 
 
 def _context_axis(records: Records, axes: Axes) -> None:
@@ -412,15 +356,3 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, Any]]) -> No
     for (_, _, name, colour), height in zip(ends, heights, strict=True):
         axes.annotate(name, (1.0, (height - bottom) / (top - bottom)), xycoords="axes fraction", xytext=(6, 0),
                       textcoords="offset points", va="center", fontsize=8.5, color=colour)
-
-
-def _count(value: float, _: int) -> str:
-    """1.5 M for 1,500,000."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:g} {unit}"
-    return f"{value:g}"
-
-
-def _plot(figure: Figure, name: str, title: str, caption: str) -> Plot:
-    return Plot(name, title, caption, inline_svg(figure, name, f"{title}. {caption}"))

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from data_pipeline.config import DataError
+from data_pipeline.config import DataError, Label
 from stages.common import Stage
 from stages.params import Params
+
+LABELS: tuple[Label, ...] = get_args(Label)         # of quality, the best first
 
 
 class Metrics(dict[str, float]):
@@ -71,6 +74,87 @@ class FunnelStep:
 
 
 @dataclass(frozen=True)
+class Histogram:
+    """One measure of one domain's documents, with the thresholds that the cut set it."""
+
+    measure: str
+    domain: str
+    edges: list[float]              # one more than counts
+    counts: list[int]               # documents
+    low: float | None
+    high: float | None
+    source: str                     # where the thresholds come from
+    labels: dict[str, float]        # of a quality scorer: the least score of each label but the lowest
+
+
+@dataclass(frozen=True)
+class Example:
+    """A document that went, or a string that was taken out; `path`, `excerpt` may be empty."""
+
+    source: str
+    path: str
+    value: str                      # what broke the rule
+    excerpt: str
+
+
+@dataclass(frozen=True)
+class Dropped:
+    domain: str
+    reason: str
+    documents: int
+    examples: list[Example]
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """One file of training tokens, `train/DOMAIN-LABEL`; bytes are of text."""
+
+    domain: str
+    label: Label
+    documents: int
+    tokens: int
+    bytes: int
+    repeats: float                  # times it is read in training
+
+
+@dataclass(frozen=True)
+class BlendPhase:
+    until: float                    # share of training
+    weights: dict[tuple[str, Label], float]     # by domain and label
+
+
+@dataclass(frozen=True)
+class Blend:
+    tokens: int                     # that training reads
+    phases: list[BlendPhase]
+    files: list[TokenFile]
+    repeats_at_most: float
+
+
+@dataclass(frozen=True)
+class DataRecords:
+    """Every record of the data stages. `blend` is None where nothing was tokenized."""
+
+    metrics: dict[str, Metrics]     # by stage: annotate, curate and, where they ran, tokenizer, tokenize
+    funnel: list[FunnelStep]
+    histograms: list[Histogram]
+    dropped: list[Dropped]
+    blend: Blend | None
+
+    @property
+    def domains(self) -> list[str]:
+        return list(dict.fromkeys(row.domain for row in self.funnel))
+
+    def steps(self, domain: str) -> list[FunnelStep]:
+        return [row for row in self.funnel if row.domain == domain]
+
+    def files(self, domain: str) -> list[TokenFile]:
+        """The token files of a domain, the best label first; none before tokenizing."""
+        found = [file for file in (self.blend.files if self.blend else []) if file.domain == domain]
+        return sorted(found, key=lambda file: LABELS.index(file.label))
+
+
+@dataclass(frozen=True)
 class Candidate:
     """One architecture of the compression search; None where a later round was not reached."""
 
@@ -108,7 +192,7 @@ class Records:
 
     params: Params
     runs: dict[str, Run]                                # "curate", "pretrain@hybrid-fp8", ... in the graph's order
-    funnel: list[FunnelStep]
+    data: DataRecords
     training: dict[str, Curve]                          # step, tokens, loss, grad_norm
     validation: dict[str, dict[str, Curve]]             # by variant and domain: step, tokens, loss, bits_per_byte
     compressed_model: dict[str, Any]
@@ -155,9 +239,10 @@ class Records:
 def load(stage: Stage) -> Records:
     """Read every record of the profile. Raises StageError for a missing file, DataError for a malformed one."""
     params = stage.params
+    stages = ("annotate", "curate", "tokenizer", "tokenize", "pretrain", "compress", "export", "evaluate", "benchmark")
     members = {"pretrain": list(params.variants), "export": params.models, "evaluate": params.models}
     runs: dict[str, Run] = {}
-    for name in ("curate", "tokenizer", "tokenize", "pretrain", "compress", "export", "evaluate", "benchmark"):
+    for name in stages:
         for member in members.get(name, [None]):
             parts = (name, member) if member else (name,)
             runs["@".join(parts)] = Run(Metrics(stage.record(*parts, "metrics.json")),
@@ -169,7 +254,7 @@ def load(stage: Stage) -> Records:
     return Records(
         params=params,
         runs=runs,
-        funnel=_objects(stage.record("curate", "funnel.json"), FunnelStep),
+        data=load_data(stage.record),
         training=training,
         validation=validation,
         compressed_model=_read_json(stage.record("compress", "model.json"), dict),
@@ -179,6 +264,71 @@ def load(stage: Stage) -> Records:
         distillation=_by(stage.record("compress", "distillation.csv"), "model", ("tokens", "kl")),
         decode=_decode(stage.record("benchmark", "decode.csv")),
     )
+
+
+def load_data(find: Callable[..., Path], tokenized: bool = True) -> DataRecords:
+    """The records of the data stages.
+
+    Args:
+        find: from ("curate", "funnel.json") to the file, as `Stage.record` does.
+        tokenized: whether there is a tokenizer and what it made of the text.
+
+    Raises:
+        DataError: a file is malformed; and what `find` raises.
+    """
+    stages = ("annotate", "curate", "tokenizer", "tokenize") if tokenized else ("annotate", "curate")
+    return DataRecords(
+        metrics={name: Metrics(find(name, "metrics.json")) for name in stages},
+        funnel=_objects(find("curate", "funnel.json"), FunnelStep),
+        histograms=_histograms(find("curate", "histograms.json")),
+        dropped=_dropped(find("curate", "dropped.json")),
+        blend=_blend(find("tokenize", "blend.json")) if tokenized else None,
+    )
+
+
+def _histograms(path: Path) -> list[Histogram]:
+    content = _read_json(path, dict)
+    try:
+        found = [Histogram(measure, domain, **entry) for measure, domains in content.items()
+                 for domain, entry in domains.items()]
+    except (AttributeError, TypeError) as error:
+        raise _not_as_expected(path, error) from None
+    for item in found:
+        if len(item.edges) != len(item.counts) + 1:
+            raise _not_as_expected(path, f"{item.measure} of {item.domain}: edges and counts do not go together")
+    return found
+
+
+def _dropped(path: Path) -> list[Dropped]:
+    try:
+        return [Dropped(domain, reason, entry["documents"], [Example(**example) for example in entry["examples"]])
+                for domain, reasons in _read_json(path, dict).items() for reason, entry in reasons.items()]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise _not_as_expected(path, error) from None
+
+
+def _blend(path: Path) -> Blend:
+    def parts(name: str) -> tuple[str, Label]:
+        domain, _, label = name.removeprefix("train/").partition("-")
+        return domain, LABELS[LABELS.index(label)]
+
+    content = _read_json(path, dict)
+    try:
+        return Blend(
+            tokens=content["tokens"],
+            phases=[BlendPhase(phase["until"], {parts(name): weight for name, weight in phase["weights"].items()})
+                    for phase in content["phases"]],
+            files=[TokenFile(*parts(name), **content["files"][name], repeats=times)
+                   for name, times in content["repeats"].items()],
+            repeats_at_most=content["repeats_at_most"],
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise _not_as_expected(path, error) from None
+
+
+def _not_as_expected(path: Path, error: Exception | str) -> DataError:
+    return DataError(f"{path}: not as expected ({error if isinstance(error, str) else repr(error)}).\n"
+                     "Run the stage that writes it again.")
 
 
 def _read_json(path: Path, kind: type) -> Any:

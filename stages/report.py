@@ -16,19 +16,14 @@ from stages.common import Stage, run_stage
 def report(stage: Stage) -> dict[str, int]:
     from stages.claims import claims
     from stages.records import load
-    from stages.report_page import to_html, to_markdown
+    from stages.report_page import write_page
     from stages.report_sections import document
     from stages.verdicts import Verdict
 
     records = load(stage)
     page = document(records)
-    directory = reports_directory(stage)
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, text in (("index.html", to_html(page)), ("report.md", to_markdown(page))):
-        partial = directory / f".{name}.partial"
-        partial.write_text(text)
-        partial.rename(directory / name)
-    print(f"{directory / 'index.html'}: {page.summary}", flush=True)
+    file = write_page(page, reports_directory(stage))
+    print(f"{file}: {page.summary}", flush=True)
     verdicts = [claim.verdict for claim in claims(records)]
     return {
         "claims": len(verdicts),

@@ -1,20 +1,27 @@
 """A document of sections, tables and figures, and its two forms: one self-contained HTML page, one Markdown file.
 
-Texts may hold `code` in backticks; everything else in them is shown as it is written. The page fetches nothing and
-needs no script.
+Texts may hold `code` in backticks; everything else in them is shown as it is written. Excerpts of documents show what
+they hold, control characters too. The page fetches nothing and needs no script.
 """
 
 from __future__ import annotations
 
 import html
 import re
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
 from stages.claims import Claim
-from stages.plots import Plot
+from stages.histograms import Panel
+from stages.records import Example
+from stages.svg import Plot
 from stages.verdicts import Verdict
 
+# Controls but line feed and tab, format characters, lone surrogates, line and paragraph separators, private use.
+CONTROL = re.compile("[" + "".join(
+    re.escape(chr(code)) for code in range(0x10000)
+    if unicodedata.category(chr(code)) in ("Cc", "Cf", "Cs", "Zl", "Zp", "Co") and chr(code) not in "\n\t") + "]")
 STYLE_SHEET = Path(__file__).with_name("report.css")
 MARKS = {Verdict.HOLDS: ("✓", "holds"), Verdict.FAILS: ("✗", "fails"), Verdict.UNTESTED: ("○", "untested")}
 
@@ -36,7 +43,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Figures:
+    """Plots side by side; `narrow` for those drawn on a narrow canvas."""
+
     plots: list[Plot]
+    narrow: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,30 @@ class Listing:
     text: str
 
 
-Block = Paragraph | Table | Figures | ClaimTable | Listing
+@dataclass(frozen=True)
+class Panels:
+    """Small histograms side by side."""
+
+    panels: list[Panel]
+    large: bool = False
+
+
+@dataclass(frozen=True)
+class Excerpts:
+    """Documents, or parts of them, word for word; Markdown holds the first."""
+
+    examples: list[Example]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Blocks folded away under a title."""
+
+    title: str
+    blocks: list[Block]
+
+
+Block = Paragraph | Table | Figures | ClaimTable | Listing | Panels | Excerpts | Fold
 
 
 @dataclass(frozen=True)
@@ -73,6 +106,16 @@ class Document:
     summary: str
     facts: list[tuple[str, str]]
     sections: list[Section]
+
+
+def write_page(document: Document, directory: Path) -> Path:
+    """Write DIRECTORY/index.html and DIRECTORY/report.md, each whole or not at all; the page's path."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, text in (("index.html", to_html(document)), ("report.md", to_markdown(document))):
+        partial = directory / f".{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        partial.rename(directory / name)
+    return directory / "index.html"
 
 
 # --- HTML -------------------------------------------------------------------------------------------------------------
@@ -125,13 +168,21 @@ def _block_html(block: Block) -> str:
     match block:
         case Paragraph(text):
             return f"<p>{_inline(text)}</p>"
-        case Figures(plots):
-            single = " single" if len(plots) == 1 else ""
-            return f'<div class="plots{single}">{"".join(_figure_html(plot) for plot in plots)}</div>'
+        case Figures(plots, narrow):
+            kind = " narrow" if narrow else " single" if len(plots) == 1 else ""
+            return f'<div class="plots{kind}">{"".join(_figure_html(plot) for plot in plots)}</div>'
         case ClaimTable(claims):
             return _claims_html(claims)
         case Listing(title, text):
             return f"<details><summary>{_inline(title)}</summary><pre>{html.escape(text)}</pre></details>"
+        case Panels(panels, large):
+            size = " large" if large else ""
+            return f'<div class="panels{size}">{"".join(_panel_html(panel) for panel in panels)}</div>'
+        case Excerpts(examples):
+            return f'<ol class="examples">{"".join(_example_html(example) for example in examples)}</ol>'
+        case Fold(title, blocks):
+            folded = "\n".join(_block_html(inner) for inner in blocks)
+            return f'<details class="fold"><summary>{_inline(title)}</summary>\n{folded}\n</details>'
         case Table():
             return _table_html(block)
 
@@ -139,6 +190,32 @@ def _block_html(block: Block) -> str:
 def _figure_html(plot: Plot) -> str:
     return (f'<figure id="plot-{plot.name}"><h3>{_inline(plot.title)}</h3>{plot.svg}'
             f"<figcaption>{_inline(plot.caption)}</figcaption></figure>")
+
+
+def _panel_html(panel: Panel) -> str:
+    ends = "".join(f"<span>{html.escape(value)}</span>" for value in panel.axis)
+    key = "".join(f'<span class="key {name}">{_inline(text)}</span>' for name, text in panel.key)
+    notes = "".join(f"<p>{_inline(note)}</p>" for note in panel.notes)
+    return (f'<figure class="panel"><h4>{_inline(panel.title)}</h4>{panel.svg}<div class="axis">{ends}</div>'
+            f"<figcaption>{key}{notes}</figcaption></figure>")
+
+
+def _example_html(example: Example) -> str:
+    """Source, path and value, then the text; a refused document has no text to show."""
+    where = " ".join(filter(None, (example.source, example.path)))
+    text = CONTROL.sub(lambda found: f'<span class="control">{_visible(found[0])}</span>', html.escape(example.excerpt))
+    excerpt = f"<pre>{text}</pre>" if text.strip() else ""
+    return (f'<li><p><span class="where">{html.escape(_seen(where))}</span> '
+            f'<span class="value">{html.escape(_seen(example.value))}</span></p>{excerpt}</li>')
+
+
+def _seen(text: str) -> str:
+    return CONTROL.sub(lambda found: _visible(found[0]), text)
+
+
+def _visible(character: str) -> str:
+    """A character one would not see, as Python writes it."""
+    return ascii(character)[1:-1]
 
 
 def _table_html(table: Table) -> str:
@@ -195,6 +272,32 @@ def to_markdown(document: Document) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _panels_markdown(panels: list[Panel]) -> str:
+    rows = [[panel.title, panel.axis[0], panel.axis[-1], "; ".join([*(text for _, text in panel.key), *panel.notes])]
+            for panel in panels]
+    return _rows_markdown([["Measure", "Least", "Largest", "Thresholds"], [":--", "--:", "--:", ":--"], *rows])
+
+
+def _excerpts_markdown(examples: list[Example]) -> str:
+    """The first example, fenced."""
+    parts = []
+    for example in examples[:1]:
+        where = " ".join(filter(None, (example.source, example.path)))
+        parts.append(f"{_plain(_seen(where))}: {_plain(_seen(example.value))}")
+        if example.excerpt.strip():
+            parts.append(_fenced(_seen(example.excerpt)))
+    return "\n\n".join(parts)
+
+
+def _fenced(text: str) -> str:
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
+    return f"{fence}\n{text.rstrip()}\n{fence}"
+
+
+def _folded(title: str, content: str) -> str:
+    return f"<details><summary>{html.escape(title)}</summary>\n\n{content}\n\n</details>"
+
+
 def _plain(text: str) -> str:
     """Text that Markdown shows as written: its marks escaped outside `code`, bars everywhere (tables)."""
     pieces = re.split(r"(`[^`]*`)", text.replace("\n", " "))
@@ -215,9 +318,13 @@ def _block_markdown(block: Block) -> str:
         case ClaimTable(claims):
             return _claims_markdown(claims)
         case Listing(title, text):
-            fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
-            return (f"<details><summary>{html.escape(title)}</summary>\n\n{fence}\n{text.rstrip()}\n{fence}\n\n"
-                    "</details>")
+            return _folded(title, _fenced(text))
+        case Panels(panels):
+            return _panels_markdown(panels)
+        case Excerpts(examples):
+            return _excerpts_markdown(examples)
+        case Fold(title, blocks):
+            return _folded(title, "\n\n".join(filter(None, map(_block_markdown, blocks))))
         case Table(caption, header, rows, text_columns):
             ruler = [":--" if column < text_columns else "--:" for column in range(len(header))]
             return f"**{_plain(caption)}**\n\n{_rows_markdown([header, ruler, *rows])}"

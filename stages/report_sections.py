@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from ruamel.yaml import YAML
 
+from stages import data_sections
 from stages.claims import Claim, claims
-from stages.plots import Plot, plots
+from stages.plots import plots
 from stages.records import Metrics, Records
 from stages.report_page import Block, ClaimTable, Document, Figures, Listing, Paragraph, Section, Table
+from stages.svg import Plot
 from stages.verdicts import TASKS, Verdict, controls, fp8_gaps, number, percent
 
 NONE = "–"
@@ -47,8 +50,7 @@ def document(records: Records) -> Document:
                 *_compression(records)]),
             Section("inference", "Inference", "dvc repro benchmark", [
                 _figures(drawn, "decode-speed", "cache-size"), *_inference(records)]),
-            Section("data", "Data", "dvc repro curate tokenizer tokenize", [
-                _figures(drawn, "funnel"), _funnel(records), _data_stages(records)]),
+            *_data(records),
             Section("release", "Release", "dvc repro export", [_export(records)]),
             Section("stage-times", "Stage times", "", [_figures(drawn, "stage-times"), _stage_times(records)]),
             Section("provenance", "Provenance", "", _provenance(records)),
@@ -138,7 +140,7 @@ def _gaps(records: Records) -> list[Block]:
 
 def _evaluation(records: Records) -> list[Block]:
     models = [records.metrics("evaluate", name) for name in records.params.models]
-    domains = records.params.curate.domains
+    domains = records.data.domains
     bits = [[name, number(metrics["bits_per_byte"]),
              *(_with_error(metrics, f"bits_per_byte_{domain}") for domain in domains)]
             for name, metrics in zip(records.params.models, models, strict=True)]
@@ -208,28 +210,9 @@ def _inference(records: Records) -> list[Block]:
     ]
 
 
-def _funnel(records: Records) -> Table:
-    domains = list(dict.fromkeys(row.domain for row in records.funnel))
-    steps = list(dict.fromkeys(row.step for row in records.funnel))
-    cells = {(row.step, row.domain): row for row in records.funnel}
-    rows = []
-    for step in steps:
-        found = [cells.get((step, domain)) for domain in domains]
-        reasons: dict[str, int] = {}
-        for item in found:
-            for reason, count in (item.reasons if item else {}).items():
-                reasons[reason] = reasons.get(reason, 0) + count
-        most = sorted(reasons.items(), key=lambda pair: (-pair[1], pair[0]))[:4]
-        rows.append([step.replace("_", " "), ", ".join(f"{reason} {count:,}" for reason, count in most) or NONE,
-                     *(f"{item.documents:,} / {item.bytes / 1e6:.2f}" if item else NONE for item in found)])
-    return Table("Documents / MB left after each step",
-                 ["Step", "Removed, most frequent reasons (documents)", *domains], rows, text_columns=2)
-
-
-def _data_stages(records: Records) -> Table:
-    rows = [[stage, f"`{key}`", f"{value:,.6g}" if isinstance(value, float) else f"{value:,}"]
-            for stage in ("curate", "tokenizer", "tokenize") for key, value in records.metrics(stage).items()]
-    return Table("Metrics of the data stages", ["Stage", "Metric", "Value"], rows, text_columns=2)
+def _data(records: Records) -> list[Section]:
+    first, *others = data_sections.sections(records.data)
+    return [replace(first, blocks=[Paragraph(data_sections.summary(records.data)), *first.blocks]), *others]
 
 
 def _export(records: Records) -> Table:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"        # Triton reads it when it is imported, by whichever test comes first
 
 from data_pipeline.indexed_dataset import IndexedDatasetWriter
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ast
+import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +18,9 @@ from stages.params import Params
 
 ROOT = Path(__file__).resolve().parents[1]
 FIRST_PARTY = ("stages", "data_pipeline", "model", "kernels")
-# The frame around every stage: it checks parameters and words errors, and changes no result.
+# The frame around every stage: it checks parameters, words errors and keeps compiled code, and changes no result.
 FRAME = {
+    ROOT / "data_pipeline/steps/__init__.py",
     ROOT / "stages/common.py",
     ROOT / "stages/params.py",
     ROOT / "data_pipeline/config.py",
@@ -121,4 +126,33 @@ def test_parameters_are_the_sections_the_stage_declares_and_reads(stage: str) ->
 
 def test_closure_follows_imports_inside_functions_and_skips_the_frame() -> None:
     used = {str(file.relative_to(ROOT)) for file in closure(ROOT / "stages/tokenizer.py")}
-    assert used == {"stages/tokenizer.py", "data_pipeline/tokenizer.py"}
+    assert used == {"stages/tokenizer.py", "data_pipeline/tokenizer.py", "data_pipeline/curated.py"}
+
+
+def test_a_threshold_reruns_the_cut_and_not_the_annotation(tmp_path: Path) -> None:
+    """As DVC sees it, in a repository whose lock says that both stages ran."""
+    for name in ("stages", "data_pipeline", "model", "kernels", "requirements.lock"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    yaml = YAML()
+    stages = yaml.load(ROOT / "dvc.yaml")["stages"]
+    yaml.dump({"stages": {name: stages[name] for name in ("annotate", "curate")}}, tmp_path / "dvc.yaml")
+    for stage in ("annotate", "curate"):
+        for out in [*STAGES[stage]["outs"], *STAGES[stage]["metrics"]]:
+            path = tmp_path / out.replace("${profile}", "cpu")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("{}")
+
+    def dvc(*arguments: str) -> str:
+        command = [sys.executable, "-m", "dvc", *arguments]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    dvc("init", "--no-scm")
+    dvc("commit", "--force", "--quiet")
+    assert json.loads(dvc("status", "--json")) == {}
+    params = yaml.load(tmp_path / "params.yaml")
+    params["curate"]["rules"]["docs"]["thresholds"] = {"words": [50, None]}
+    params["curate"]["perplexity"]["share"] = 0.1
+    params["runtime"]["workers"] = 64
+    yaml.dump(params, tmp_path / "params.yaml")
+    assert set(json.loads(dvc("status", "--json"))) == {"curate"}

@@ -16,8 +16,8 @@ import pytest
 from tests.archive import reproduce, start, unpack
 
 TIMES = {"tokens_per_second", "train_seconds", "peak_memory_gib"}
-VICTIMS = ["curate", "tokenizer", "tokenize", "pretrain@hybrid-fp8", "pretrain@transformer-bf16", "compress",
-           "export@compressed", "evaluate@hybrid-fp8", "benchmark", "report"]
+VICTIMS = ["annotate", "curate", "tokenizer", "tokenize", "pretrain@hybrid-fp8", "pretrain@transformer-bf16",
+           "compress", "export@compressed", "evaluate@hybrid-fp8", "benchmark", "report"]
 
 
 def results(archive: Path) -> dict[str, Any]:
