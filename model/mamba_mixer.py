@@ -143,7 +143,8 @@ class MambaMixer(MegatronModule):
         weights = MixerWeights(
             self.conv1d.weight.squeeze(1), self.conv1d.bias, self.dt_bias, self.A_log, self.D, self.norm.weight
         )
-        y = mix(projected, weights, self.groups, self.state_dim, self.chunk_size, self.config.layernorm_epsilon, seq_idx)
+        epsilon = self.config.layernorm_epsilon
+        y = mix(projected, weights, self.groups, self.state_dim, self.chunk_size, epsilon, seq_idx)
         return self.out_proj(y.transpose(0, 1).contiguous())
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
