@@ -272,17 +272,12 @@ def _shared_gradients_kernel(
     n, p, k, q = tl.arange(0, N), tl.arange(0, P), tl.arange(0, Q), part * ROWS + tl.arange(0, ROWS)
     tk, t = c * Q + k, c * Q + q
     inside_k, inside = (tk < length)[:, None], (t < length)[:, None]
-    Bs = tl.load(B + b * B_batch + g * N + tk[:, None] * B_time + n[None, :], inside_k, 0.0)
-    Cs = tl.load(C + b * C_batch + g * N + tk[:, None] * C_time + n[None, :], inside_k, 0.0)
     C_rows = tl.load(C + b * C_batch + g * N + t[:, None] * C_time + n[None, :], inside, 0.0)
     if HAS_DOCUMENTS:
         own = _document(documents, b, t, length)
         in_last = own == _document(documents, b, c * Q + Q - 1, length)
         goes_on = own == _document(documents, b, c * Q - 1, length)
-    dscores += ((b * chunks + c) * groups + g).to(tl.int64) * (Q * Q)
-    as_input = tl.load(dscores + q[:, None] * Q + k[None, :], q[:, None] <= k[None, :], 0.0)
-    as_output = tl.load(dscores + k[None, :] * Q + q[:, None], k[None, :] <= q[:, None], 0.0)
-    sum_dB, sum_dC = tl.dot(as_input, Cs), tl.dot(as_output, Bs)
+    sum_dB, sum_dC = tl.zeros((ROWS, N), tl.float32), tl.zeros((ROWS, N), tl.float32)
     for r in range(R):
         h = g * R + r
         row = (b * heads + h).to(tl.int64) * padded
@@ -298,6 +293,12 @@ def _shared_gradients_kernel(
         dstart = tl.dot(dys, tl.trans(tl.load(states + at))) * fading[:, None]
         sum_dC += dstart
         tl.store(from_start + row + t, tl.sum(dstart * C_rows, 1))
+    # Last, so that these tiles need not lie in shared memory beside the loop's.
+    dscores += ((b * chunks + c) * groups + g).to(tl.int64) * (Q * Q)
+    Cs = tl.load(C + b * C_batch + g * N + tk[:, None] * C_time + n[None, :], inside_k, 0.0)
+    sum_dB = tl.dot(tl.load(dscores + q[:, None] * Q + k[None, :], q[:, None] <= k[None, :], 0.0), Cs, sum_dB)
+    Bs = tl.load(B + b * B_batch + g * N + tk[:, None] * B_time + n[None, :], inside_k, 0.0)
+    sum_dC = tl.dot(tl.load(dscores + k[None, :] * Q + q[:, None], k[None, :] <= q[:, None], 0.0), Bs, sum_dC)
     tl.store(dB + b * dB_batch + g * N + t[:, None] * dB_time + n[None, :], sum_dB.to(dB.dtype.element_ty), inside)
     tl.store(dC + b * dC_batch + g * N + t[:, None] * dC_time + n[None, :], sum_dC.to(dC.dtype.element_ty), inside)
 
