@@ -36,6 +36,24 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, groups: int, epsilon
     return y.view(x.shape)
 
 
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """x / rms(x) * weight over the last axis, the norm before every layer; float32 inside. Differentiable once on CUDA.
+
+    Floor: 4 bytes a bfloat16 element forward, 6 backward.
+
+    Args:
+        x: (..., channels) float64, float32 or bfloat16.
+        weight: (channels,).
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if x.is_cuda:
+        from kernels import gated_norm_triton
+
+        if gated_norm_triton.supports(rows, None):
+            return gated_norm_triton.normalise(rows, None, weight, 1, epsilon).view(x.shape)
+    return F.rms_norm(x, weight.shape, weight, epsilon)
+
+
 class _GatedNorm(torch.autograd.Function):
     """On (rows, channels), by blocks of rows; the backward computes the gated input again rather than keep it."""
 

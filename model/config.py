@@ -110,6 +110,7 @@ class PretrainConfig(Section):
 
     Attributes:
         recompute: symbols of the layers whose activations the backward computes again instead of keeping them.
+        cuda_graph: whether a GPU replays forward and backward of a step as one CUDA graph; for one pipeline stage.
         reset_at_documents: whether state, convolution and attention restart after an end-of-document token.
     """
 
@@ -129,6 +130,7 @@ class PretrainConfig(Section):
     evaluations: int = Field(ge=1)
     checkpoint_every: int = Field(ge=1)
     recompute: str = Field(default="", pattern=r"^[M*\-]*$")
+    cuda_graph: bool = False
     reset_at_documents: bool = False
 
     @model_validator(mode="after")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from model.config import ModelConfig, ModelError
+from model.config import ModelConfig, ModelError, PretrainConfig
 from model.distributed import Parallelism, device
 from model.precision import Precision
 
@@ -30,6 +30,17 @@ def check_micro_batch(config: ModelConfig, precision: Precision, micro_batch_siz
             f"pretrain.micro_batch_size ({micro_batch_size}) x sequence_length ({config.sequence_length}) = {tokens} "
             f"tokens are not a multiple of {FP8_MULTIPLE}, which FP8 matrix products need.\n"
             f"Make sequence_length a multiple of {FP8_MULTIPLE}, or choose a bf16 variant."
+        )
+
+
+def check_cuda_graph(recipe: PretrainConfig, parallelism: Parallelism) -> None:
+    """Raise ModelError where a step cannot be captured."""
+    if recipe.cuda_graph and device().type != "cuda":
+        raise ModelError("pretrain.cuda_graph: there is no GPU here.\nSet it to false, or choose a CPU profile.")
+    if recipe.cuda_graph and parallelism.pipeline > 1:
+        raise ModelError(
+            f"pretrain.cuda_graph: the exchanges between {parallelism.pipeline} pipeline stages cannot be captured.\n"
+            "Set it to false, or have one stage."
         )
 
 

@@ -25,6 +25,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 
 from model.config import ModelError
+from model.feed_forward import FeedForward
 
 PrecisionName = Literal["float32", "bf16", "fp8"]
 
@@ -71,6 +72,10 @@ class Precision:
                 "num_layers_at_end_in_bf16": self.bf16_layers_at_end,
             }
         return options
+
+    def fuses(self, tensor_parallel: int) -> bool:
+        """Whether feed-forward layers compute in FP8 as one operation (`model.feed_forward`)."""
+        return self.name == "fp8" and not self.emulated and tensor_parallel == 1
 
     def linear_layers(self) -> tuple[type[nn.Module], type[nn.Module]]:
         """Column- and row-parallel linear classes."""
@@ -150,7 +155,7 @@ class FP8RowParallelLinear(_EmulatesFP8, RowParallelLinear):
 
 
 def mark_quantized_layers(layers: Iterable[Any], precision: Precision, num_layers: int) -> int:
-    """Set which emulated linear layers compute in FP8. Returns how many of this process's do.
+    """Set which emulated linear and fused feed-forward layers compute in FP8. Returns how many of this process's do.
 
     Args:
         layers: Megatron layers, which count from 1 over the whole model.
@@ -160,7 +165,7 @@ def mark_quantized_layers(layers: Iterable[Any], precision: Precision, num_layer
     marked = 0
     for layer in layers:
         for module in layer.modules():
-            if isinstance(module, _EmulatesFP8):
+            if isinstance(module, (_EmulatesFP8, FeedForward)):
                 module.quantized = precision.quantizes(layer.layer_number - 1, num_layers)
                 marked += module.quantized
     return marked

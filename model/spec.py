@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import te_guard  # noqa: F401    # before Megatron
 
@@ -30,15 +31,23 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from kernels.cross_entropy import CrossEntropy
+from kernels.cross_entropy import cross_entropy
+from kernels.gated_norm import rms_norm
+from kernels.squared_relu import squared_relu
 from model.config import ModelConfig
 from model.distributed import Parallelism
 from model.documents import PackedDocuments
-from model.fused_ops import RMSNormFunction, SquaredReLU
+from model.feed_forward import FeedForward
+from model.fused_ops import RMSNormFunction
 from model.limits import check_model
 from model.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from model.precision import Precision, mark_quantized_layers
 from model.recompute import recompute_layers
+
+# cuDNN's attention takes half of FlashAttention 2's time on Hopper.
+FASTEST_FIRST = [
+    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH,
+]
 
 
 def build_model(
@@ -56,7 +65,7 @@ def build_model(
     torch.manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
     model = HybridModel(
         transformer_config(config, precision, parallelism),
-        hybrid_spec(config, precision),
+        hybrid_spec(config, precision, parallelism),
         vocab_size=config.vocab_size,
         max_sequence_length=config.sequence_length,
         hybrid_override_pattern=config.pattern,
@@ -87,7 +96,7 @@ def transformer_config(config: ModelConfig, precision: Precision, parallelism: P
         normalization="RMSNorm",
         layernorm_epsilon=config.norm_epsilon,
         init_method_std=config.init_method_std,
-        activation_func=squared_relu,
+        activation_func=squared_relu,       # Megatron's own is compiled on import, which needs a C++ compiler
         gated_linear_unit=False,
         add_bias_linear=False,
         hidden_dropout=0.0,
@@ -106,7 +115,7 @@ def transformer_config(config: ModelConfig, precision: Precision, parallelism: P
     )
 
 
-def hybrid_spec(config: ModelConfig, precision: Precision) -> ModuleSpec:
+def hybrid_spec(config: ModelConfig, precision: Precision, parallelism: Parallelism) -> ModuleSpec:
     """The three kinds of layer. The key maps give checkpoints the names of Megatron's own Transformer Engine spec."""
     column, row = precision.linear_layers()
     mixer = ModuleSpec(
@@ -119,7 +128,10 @@ def hybrid_spec(config: ModelConfig, precision: Precision) -> ModuleSpec:
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(linear_qkv=column, core_attention=CausalAttention, linear_proj=row),
     )
-    feed_forward = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row))
+    feed_forward = ModuleSpec(
+        module=FeedForward if precision.fuses(parallelism.tensor) else MLP,
+        submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row),
+    )
     return ModuleSpec(module=HybridStack, submodules=MambaStackSubmodules(
         mamba_layer=ModuleSpec(module=MambaLayer, submodules=MambaLayerSubmodules(
             norm=RMSNorm, mixer=mixer, mamba_bda=get_bias_dropout_add,
@@ -137,13 +149,13 @@ def hybrid_spec(config: ModelConfig, precision: Precision) -> ModuleSpec:
 
 
 class HybridModel(MambaModel):
-    """MambaModel with a cross-entropy for the CPU, where Megatron's goes over the float32 logits eight times."""
+    """MambaModel with this repository's cross-entropy: Megatron's goes over the float32 logits eight times."""
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels (batch, sequence), logits (sequence, batch, this rank's vocabulary) -> losses (batch, sequence)."""
-        if logits.is_cuda or self.config.tensor_model_parallel_size > 1:
+        if self.config.tensor_model_parallel_size > 1:
             return super().compute_language_model_loss(labels, logits)
-        return CrossEntropy.apply(logits, labels.t().contiguous()).t()
+        return cross_entropy(logits, labels.t().contiguous()).t()
 
 
 class HybridStack(MambaStack):
@@ -167,7 +179,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda:
-            return super().forward(x)
+            return rms_norm(x, self.weight, self.eps or 0.0)
         return cast(Tensor, RMSNormFunction.apply(x, self.weight, self.eps))
 
 
@@ -184,15 +196,11 @@ class CausalAttention(MegatronModule):
         """query (sequence, batch, heads, head_dim), key and value with one head a group -> (sequence, batch, size)."""
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         mask = None if packed_seq_params is None else packed_seq_params.attention_mask()
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        with sdpa_kernel(FASTEST_FIRST, set_priority=True):
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
+            )
         return out.permute(2, 0, 1, 3).flatten(2)
 
     def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
         return {}
-
-
-def squared_relu(x: Tensor) -> Tensor:
-    """relu(x)^2; Megatron's own is compiled on import, which needs a C++ compiler."""
-    return cast(Tensor, SquaredReLU.apply(x))

@@ -11,6 +11,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,10 +33,11 @@ from model.config import ModelConfig, ModelError, PretrainConfig
 from model.distributed import ONE_COPY, Parallelism, device, is_main_process, process_groups
 from model.documents import find_documents
 from model.engine_checkpoint import ResumeState, save_model
-from model.limits import check_micro_batch
+from model.limits import check_cuda_graph, check_micro_batch
 from model.optimizer import build_optimizer, build_schedule
 from model.precision import PrecisionName, choose_precision
 from model.spec import build_model
+from model.step_graph import StepGraph
 
 # A validation run reads at most this share of the training tokens: ten of them then cost about a tenth of training.
 VALIDATION_SHARE = 1 / 50
@@ -109,10 +111,13 @@ class Trainer:
         self.config, self.recipe, self.scratch = config, recipe, scratch
         self.precision = choose_precision(precision, device(), recipe.bf16_layers_at_start, recipe.bf16_layers_at_end)
         check_micro_batch(config, self.precision, recipe.micro_batch_size)
+        check_cuda_graph(recipe, parallelism)
         self.model = build_model(config, self.precision, parallelism, seed, recipe.recompute).to(device())
-        self.ddp = DistributedDataParallel(
-            self.model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), self.model
-        )
+        self.step_graph = StepGraph(self._whole_step) if recipe.cuda_graph else None
+        with self.step_graph.on_stream() if self.step_graph else nullcontext():
+            self.ddp = DistributedDataParallel(
+                self.model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), self.model
+            )
         self.ddp.broadcast_params()
         self.tokens_per_step = recipe.global_batch_size * config.sequence_length
         self.steps = recipe.tokens // self.tokens_per_step
@@ -166,7 +171,8 @@ class Trainer:
         """Forward, backward and update on batch `step` (from 1). Returns its training.csv row."""
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        losses = self._forward_backward(self._batches(step), self.micro_batches, forward_only=False)
+        sequences = torch.stack(list(self._batches(step)))
+        losses = self.step_graph(sequences) if self.step_graph else self._whole_step(sequences)
         value = self._sum_over_processes(losses) / self.micro_batches / self.ranks
         if not math.isfinite(value):
             raise ModelError(
@@ -207,6 +213,11 @@ class Trainer:
         mine = list(zip(padded.split(size), counted.split(size), strict=True))[self.rank::self.ranks]
         return self._sum_over_processes(self._forward_backward(iter(mine), len(mine), forward_only=True))
 
+    def _whole_step(self, sequences: Tensor) -> list[Tensor]:
+        """Forward and backward of sequences (micro-batches, micro-batch size, sequence + 1)."""
+        batches = ((micro_batch, None) for micro_batch in sequences)
+        return self._forward_backward(batches, self.micro_batches, forward_only=False)
+
     def _forward_backward(self, batches: Iterator[Any], count: int, forward_only: bool) -> list[Tensor]:
         """Run `count` micro-batches through the pipeline. Returns their losses on its last stage, else nothing."""
         results = self.forward_backward(
@@ -225,12 +236,12 @@ class Trainer:
         output = model(input_ids, None, None, labels=labels, packed_seq_params=documents)
         return output, partial(_loss, counted)
 
-    def _batches(self, step: int) -> Iterator[tuple[Tensor, None]]:
+    def _batches(self, step: int) -> Iterator[Tensor]:
         """This process's micro-batches of batch `step`."""
         size = self.recipe.micro_batch_size
         start = (step - 1) * self.recipe.global_batch_size + self.rank * self.micro_batches * size
         for first in range(start, start + self.micro_batches * size, size):
-            yield torch.stack([self.data[sample] for sample in range(first, first + size)]), None
+            yield torch.stack([self.data[sample] for sample in range(first, first + size)])
 
     def _sum_over_processes(self, values: list[Tensor]) -> float:
         """The sum over micro-batches and data-parallel processes; the last pipeline stage has them, all get to know."""
