@@ -59,7 +59,7 @@ class FP8FeedForward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, up: Tensor, down: Tensor, up8: Quantized, down8: Quantized) -> Tensor:
-        """x (..., hidden), up (ffn, hidden), down (hidden, ffn), bfloat16, the weights quantised too -> (..., hidden)."""
+        """x (..., hidden), up (ffn, hidden), down (hidden, ffn), bfloat16; up8, down8 -> (..., hidden)."""
         x8, x8_transposed, x_scale = quantize_transpose(x.flatten(0, -2), "e4m3")
         h = _product(x8, up8.values, x_scale, up8.inverse_scale, fast=True)
         a8, a8_transposed, a_scale = squared_relu_quantize(h)
