@@ -45,6 +45,14 @@ def write_token_files(directory: Path, documents: int = 60) -> Path:
     return directory
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`-m gpu` reads only modules with such tests: a GPU machine may lack what others import."""
+    if config.option.markexpr != "gpu":
+        return None
+    modules = [collection_path] if collection_path.is_file() else collection_path.rglob("test_*.py")
+    return None if any("mark.gpu" in module.read_text() for module in modules) else True
+
+
 @pytest.fixture(scope="session")
 def token_files() -> Callable[..., Path]:
     return write_token_files
