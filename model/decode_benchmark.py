@@ -1,20 +1,20 @@
-"""How fast models decode, and what their caches take, against the context (paper Figures 1 and 12).
+"""How fast models read prompts and decode, and what memory they take, against the context (paper Figures 1 and 12).
 
-Speed does not depend on the values of weights or caches, so both are random: no prompt of 16,384 tokens is read first.
+Speed does not depend on the values of weights or caches, so both are random: a batch's caches are filled, not read in.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 
 from model.config import ModelConfig, ModelError
-from model.hybrid_lm import HybridLM
-from model.inference import Decoder
+from model.inference import PREFILL_TOKENS, Decoder
+from model.random_weights import random_model
+from model.roofline import seconds
 
 
 class DecodeSpeed(NamedTuple):
@@ -44,38 +44,66 @@ def measure(
     """
     if min(contexts) < tokens:
         raise ModelError(f"benchmark.contexts: {min(contexts)} is shorter than decode_tokens ({tokens}).\nRaise it.")
-    generator = torch.Generator().manual_seed(seed)
-    models = {name: _random_model(config, dtype, generator) for name, config in configs.items()}
+    models = {name: random_model(config, dtype, seed=seed) for name, config in configs.items()}
     total = len(contexts) * (repeats + 1)
     for done, context in enumerate(contexts):
         decoders = {name: Decoder(model, context, batch) for name, model in models.items()}
         for decoder in decoders.values():
-            for cache in decoder.caches:
-                cache.normal_(generator=generator)
-        seconds: dict[str, list[float]] = {name: [] for name in models}
+            fill_caches(decoder, seed)
+        times: dict[str, list[float]] = {name: [] for name in models}
         for repeat in range(repeats + 1):
             for name, decoder in decoders.items():
-                decoder.position = context - tokens
-                elapsed = _decode(decoder, tokens)
+                elapsed = decode_tokens(decoder, context - tokens, tokens)
                 if repeat:
-                    seconds[name].append(elapsed / (tokens * batch))
+                    times[name].append(elapsed / (tokens * batch))
             progress(done * (repeats + 1) + repeat + 1, total, context=context)
-        for name, times in seconds.items():
-            spread = (max(times) - min(times)) / 2
-            yield DecodeSpeed(name, context, 1 / statistics.median(times), spread, decoders[name].cache_bytes)
+        for name, found in times.items():
+            spread = (max(found) - min(found)) / 2
+            yield DecodeSpeed(name, context, 1 / statistics.median(found), spread, decoders[name].cache_bytes)
 
 
-def _random_model(config: ModelConfig, dtype: torch.dtype, generator: torch.Generator) -> HybridLM:
-    """Fresh weights, drawn without touching torch's global generator."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-        return HybridLM.from_state(config, HybridLM(config).state_dict(), dtype)
+def decode_seconds(
+    config: ModelConfig, batch: int, context: int, dtype: torch.dtype = torch.bfloat16, device: str = "cuda",
+    float8: bool = False, state_dtype: torch.dtype = torch.float32, steps: int = 32, repeats: int = 5, seed: int = 0,
+) -> float:
+    """Seconds of one decoding step of `batch` sequences at `context` tokens, with random weights and caches: the median
+    of `repeats` runs of `steps` steps that end there. On a GPU a step is a CUDA graph."""
+    decoder = Decoder(random_model(config, dtype, device, float8, seed), context, batch, state_dtype)
+    fill_caches(decoder, seed)
+    return step_seconds(decoder, context, steps, repeats)
 
 
-def _decode(decoder: Decoder, tokens: int) -> float:
-    """Seconds for `tokens` greedy steps from where the decoder stands."""
-    ids = torch.zeros(decoder.batch, dtype=torch.int64)
-    started = time.perf_counter()
-    for _ in range(tokens):
-        ids = decoder.decode(ids).argmax(-1)
-    return time.perf_counter() - started
+def step_seconds(decoder: Decoder, context: int, steps: int, repeats: int) -> float:
+    """Seconds of a step of `decoder`, its caches filled: the median of runs of `steps` steps that end at `context`
+    tokens, after one that is not counted."""
+    runs = [decode_tokens(decoder, context - steps, steps) for _ in range(repeats + 1)]
+    return statistics.median(runs[1:]) / steps
+
+
+def prefill_seconds(decoder: Decoder, tokens: int, repeats: int) -> float:
+    """Seconds until the first token of one prompt of `tokens` tokens: the fastest of `repeats`, after the reading of
+    what compiles every kernel, two pieces, or all of a prompt that is shorter."""
+    ids = torch.zeros(1, tokens, dtype=torch.int64, device=decoder.device)
+    decoder.prefill_rows(ids[:, : 2 * PREFILL_TOKENS], slice(0, 1))
+    return min(seconds(lambda: decoder.prefill_rows(ids, slice(0, 1)).argmax(-1), decoder.device)
+               for _ in range(repeats))
+
+
+def fill_caches(decoder: Decoder, seed: int) -> None:
+    """Random keys, values and states of the size that trained ones have."""
+    generator = torch.Generator(decoder.device).manual_seed(seed)
+    for cache in decoder.caches:
+        cache.normal_(generator=generator)
+
+
+def decode_tokens(decoder: Decoder, position: int, tokens: int) -> float:
+    """Seconds for `tokens` greedy steps from `position` on."""
+    decoder.position = position
+    ids = torch.zeros(decoder.batch, dtype=torch.int64, device=decoder.device)
+
+    def run() -> None:
+        chosen = ids
+        for _ in range(tokens):
+            chosen = decoder.decode(chosen).argmax(-1)
+
+    return seconds(run, decoder.device)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.causal_conv1d import causal_conv1d
-from kernels.gated_norm import gated_rms_norm
+from kernels.gated_norm import gated_rms_norm, rms_norm
 from kernels.ssd import chunk_scan
 from model.config import ModelConfig, ModelError
 
@@ -120,8 +120,7 @@ class RMSNorm(nn.Module):
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        precise = torch.promote_types(x.dtype, torch.float32)
-        return F.rms_norm(x.to(precise), self.weight.shape, self.weight.to(precise), self.epsilon).to(x.dtype)
+        return rms_norm(x, self.weight, self.epsilon)
 
 
 class Mamba2(nn.Module):
@@ -157,13 +156,21 @@ class Mamba2(nn.Module):
 
     def scan_inputs(self, xBC: Tensor, dt: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The convolution's output (..., channels) and dt as x, dt, A, B, C, D, dt_bias of `kernels.ssd`."""
+        x, B, C = self.split_heads(xBC)
+        return x, dt, self.decay_rates(), B, C, self.D, self.dt_bias
+
+    def split_heads(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(..., channels) -> x (..., heads, head_dim), B and C (..., groups, state_dim)."""
         config = self.config
         states = config.mamba_num_groups * config.mamba_state_dim
         x, B, C = xBC.split([config.mamba_inner_size, states, states], -1)
         groups = (config.mamba_num_groups, config.mamba_state_dim)
         x = x.unflatten(-1, (config.mamba_num_heads, config.mamba_head_dim))
-        A = -self.A_log.float().exp()
-        return x, dt, A, B.unflatten(-1, groups), C.unflatten(-1, groups), self.D, self.dt_bias
+        return x, B.unflatten(-1, groups), C.unflatten(-1, groups)
+
+    def decay_rates(self) -> Tensor:
+        """A (heads,) float32, negative."""
+        return -self.A_log.float().exp()
 
     def finish(self, y: Tensor, gate: Tensor) -> Tensor:
         """Scan output (..., heads, head_dim) and gate (..., inner) -> (..., hidden)."""

@@ -8,6 +8,7 @@ from model.config import ModelConfig, ModelError
 from model.costs import memory
 from model.hybrid_lm import HybridLM
 from model.inference import Decoder
+from model.sampling import Sampling
 
 HYBRID = ModelConfig(
     pattern="M-M*-M-", hidden_size=48, ffn_hidden_size=80, num_attention_heads=4, num_query_groups=2, head_dim=16,
@@ -71,7 +72,7 @@ def test_sampling_follows_the_softmax(ids):
     model = random_model(HYBRID)
     prompts = ids[:1, :6].expand(4096, -1)
     generator = torch.Generator().manual_seed(11)
-    drawn = Decoder(model, max_length=6, batch=4096).generate(prompts, 1, temperature=2.0, generator=generator)
+    drawn = Decoder(model, max_length=6, batch=4096).generate(prompts, 1, Sampling(temperature=2.0), generator)
     with torch.no_grad():
         expected = (model(ids[:1, :6])[0, -1] / 2.0).softmax(-1)
     observed = torch.bincount(drawn[:, 0], minlength=97) / 4096

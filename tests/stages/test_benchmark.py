@@ -9,7 +9,9 @@ import torch
 
 from model import decode_benchmark
 from model.config import ModelConfig, ModelError
-from model.decode_benchmark import measure
+from model.decode_benchmark import decode_seconds, measure, prefill_seconds
+from model.inference import Decoder
+from model.random_weights import random_model
 from stages.benchmark import benchmark, published_models
 from stages.common import Stage
 from stages.params import load_params
@@ -56,12 +58,12 @@ def test_median_spread_and_turns(monkeypatch):
     turns: list[decode_benchmark.Decoder] = []
     seconds = iter([9.0, 9.0, 2.0, 30.0, 4.0, 10.0, 8.0, 20.0])      # by turns: first repeat untimed
 
-    def scripted(decoder, tokens):
-        assert decoder.position == 32 - tokens and all(cache.std() > 0.5 for cache in decoder.caches)
+    def scripted(decoder, position, tokens):
+        assert position == 32 - tokens and all(cache.std() > 0.5 for cache in decoder.caches)
         turns.append(decoder)
         return next(seconds)
 
-    monkeypatch.setattr(decode_benchmark, "_decode", scripted)
+    monkeypatch.setattr(decode_benchmark, "decode_tokens", scripted)
     wider = TINY.model_copy(update={"ffn_hidden_size": 64})
     one, two = measure({"one": TINY, "two": wider}, [32], 2, 4, 3, 0, torch.float32, quiet)
     assert (one.model, one.context) == ("one", 32)
@@ -73,17 +75,35 @@ def test_median_spread_and_turns(monkeypatch):
 
 def test_decoding_fills_the_context(monkeypatch):
     decoders = []
-    decode = decode_benchmark._decode
+    decode = decode_benchmark.decode_tokens
 
-    def watched(decoder, tokens):
-        elapsed = decode(decoder, tokens)
+    def watched(decoder, position, tokens):
+        elapsed = decode(decoder, position, tokens)
         decoders.append(decoder)
         assert decoder.position == decoder.max_length == 32
         return elapsed
 
-    monkeypatch.setattr(decode_benchmark, "_decode", watched)
+    monkeypatch.setattr(decode_benchmark, "decode_tokens", watched)
     (speed,) = measure({"tiny": TINY}, [32], 1, 4, 1, 0, torch.bfloat16, quiet)
     assert len(decoders) == 2 and speed.tokens_per_second > 0
+
+
+@pytest.mark.parametrize("float8", [False, True])
+def test_seconds_of_a_step(float8, monkeypatch):
+    runs = iter([90.0, 8.0, 4.0, 16.0])
+    monkeypatch.setattr(decode_benchmark, "decode_tokens", lambda *_: next(runs))
+    config = TINY.model_copy(update={"mamba_num_heads": 16})            # FP8 wants multiples of 16
+    found = decode_seconds(config, 2, 64, torch.float32, "cpu", float8, torch.bfloat16, steps=4, repeats=3)
+    assert found == 8.0 / 4
+
+
+def test_seconds_of_a_prompt_are_the_fastest_repeats(monkeypatch):
+    pieces = []
+    decoder = Decoder(random_model(TINY, torch.float32), 64, 1)
+    prefill = decoder.prefill_rows
+    monkeypatch.setattr(decoder, "prefill_rows", lambda ids, rows: pieces.append(ids.shape) or prefill(ids, rows))
+    assert 0 < prefill_seconds(decoder, 48, 2) < 60
+    assert pieces == [(1, 48)] * 3
 
 
 def test_context_shorter_than_what_is_decoded():
