@@ -379,7 +379,7 @@ def run_forward(
     _state_walk_kernel[(h, p // columns, b)](
         x, B, step, decay, final if initial is None else initial, documents, states, final, *_strides(x, B), t, h,
         h // g, chunks, chunks * CHUNK, HAS_INITIAL=initial is not None, HAS_DOCUMENTS=has_documents, Q=CHUNK, N=n, P=p,
-        COLUMNS=columns, num_warps=STATE_WALK.warps, num_stages=STATE_WALK.stages,
+        COLUMNS=columns, num_warps=STATE_WALK.warps, num_stages=_stages(STATE_WALK, n),
     )
     _outputs_kernel[(g, chunks * (CHUNK // OUTPUTS.size), b)](
         x, B, C, D, step, decay, documents, states, y, *_strides(x, B, C, y), t, h, g, chunks, chunks * CHUNK,
@@ -498,6 +498,11 @@ def _differentiate(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, *_: Tenso
 
 
 scan.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _stages(tiles: Tiles, n: int) -> int:
+    """Stages of a walk: a larger state, as the 56B model's 256, leaves shared memory for fewer."""
+    return tiles.stages if n <= 128 else tiles.stages // 2
 
 
 def _strides(*tensors: Tensor) -> list[int]:
