@@ -51,10 +51,13 @@ class ExecutorConfig(Section):
 # annotate: from sources to documents with everything a cut may ask about
 
 class InstalledSource(Section):
-    """The embedded corpus: the dependency closure of `roots` and the standard library, read in place."""
+    """The embedded corpus: the dependency closure of `roots` and the standard library, read in place.
+
+    `all` stands for every installed distribution; the corpus is then that machine's own.
+    """
 
     kind: Literal["installed"]
-    roots: list[str] = Field(min_length=1)
+    roots: Literal["all"] | Annotated[list[str], Field(min_length=1)]
     megabytes: dict[Literal["code", "docs", "headers", "reference"], float] = Field(min_length=1)   # of each domain
 
 

@@ -25,9 +25,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 from ruamel.yaml import YAML
@@ -60,12 +61,14 @@ class Node:
     Attributes:
         needs: the stages whose outputs it reads.
         exclusive: it measures time; nothing may run beside it (`meta: {exclusive: true}` in dvc.yaml).
+        gpus: how many GPUs it computes on, where there are some (`meta: {gpus: 1}`).
         priority: stages on the longest path from here to the end; the highest starts first.
     """
 
     name: str
     needs: frozenset[str]
     exclusive: bool
+    gpus: int
     priority: int
 
     @property
@@ -125,15 +128,24 @@ def graph() -> dict[str, Node]:
     priority: dict[str, int] = {}
     for name in reversed(order):
         priority[name] = 1 + max((priority[other] for other in needs if name in needs[other]), default=-1)
-    exclusive = _exclusive()
-    return {
-        name: Node(name, frozenset(needs[name]), name.split("@")[0] in exclusive, priority[name]) for name in order
-    }
-
-
-def _exclusive() -> set[str]:
     stages = YAML(typ="safe").load(Path("dvc.yaml"))["stages"]
-    return {name for name, stage in stages.items() if stage.get("do", stage).get("meta", {}).get("exclusive")}
+    meta = {name: stage.get("do", stage).get("meta", {}) for name, stage in stages.items()}
+    return {name: _node(name, needs[name], meta[name.split("@")[0]], priority[name]) for name in order}
+
+
+def _node(name: str, needs: set[str], meta: dict[str, Any], priority: int) -> Node:
+    return Node(name, frozenset(needs), bool(meta.get("exclusive")), int(meta.get("gpus", 0)), priority)
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs of this machine, as CUDA_VISIBLE_DEVICES names them; that variable may leave some out, or all."""
+    if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in chosen.replace(" ", "").split(",") if name]
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+    except OSError:
+        return []
+    return re.findall(r"^GPU (\d+):", listed, flags=re.MULTILINE)
 
 
 def select(nodes: dict[str, Node], targets: list[str]) -> dict[str, Node]:
@@ -217,11 +229,21 @@ def _is_repro(pid: int) -> bool:
 
 
 class StageRunner:
-    """Runs stages, so many at once, the one with the longest way to go first."""
+    """Runs stages, so many at once, the one with the longest way to go first.
 
-    def __init__(self, slots: int, timeout_minutes: float):
+    Where there are GPUs, a stage that computes on some has them to itself, and the others see none.
+
+    Args:
+        slots: stages at once.
+        timeout_minutes: the longest a stage may take.
+        gpus: those there are, as CUDA_VISIBLE_DEVICES names them.
+    """
+
+    def __init__(self, slots: int, timeout_minutes: float, gpus: Sequence[str] = ()):
         self.slots = slots
         self.free = slots
+        self.gpus = list(gpus)
+        self.free_gpus = list(gpus)
         self.timeout_minutes = timeout_minutes
         self.waiting: list[Node] = []
         self.processes: set[subprocess.Popen[bytes]] = set()
@@ -240,37 +262,65 @@ class StageRunner:
         Raises:
             StageFailed: it ended badly, took longer than the limit, or was stopped.
         """
-        with self._slot(node):
+        with self._slot(node) as gpus:
             on_start()
-            return self._repro(node, on_line)
+            return self._repro(node, gpus, on_line)
 
     @contextlib.contextmanager
-    def _slot(self, node: Node) -> Iterator[None]:
-        needed = self.slots if node.exclusive else 1
+    def _slot(self, node: Node) -> Iterator[list[str]]:
+        """Wait for the stage's turn. Yields the GPUs that are its own."""
         with self.turn:
+            if self.gpus and node.gpus > len(self.gpus):
+                raise StageFailed(f"{node.name}: needs {node.gpus} GPUs, this machine has {len(self.gpus)}.\n"
+                                  "Change runtime.launcher in params.yaml, or run it on a larger machine.")
             self.waiting.append(node)
             self.waiting.sort(key=lambda other: -other.priority)
-            self.turn.wait_for(lambda: self.stopped or (self.waiting[0] is node and self.free >= needed))
+            self.turn.wait_for(lambda: self.stopped or self._next() is node)
             self.waiting.remove(node)
             if self.stopped:
                 raise StageFailed(f"{node.name}: not started; the flow was stopped.\nRun the same command again.")
-            self.free -= needed
+            slots, count = self._needs(node)
+            self.free -= slots
+            gpus, self.free_gpus = self.free_gpus[:count], self.free_gpus[count:]
             self.turn.notify_all()
         try:
-            yield
+            yield gpus
         finally:
             with self.turn:
-                self.free += needed
+                self.free += slots
+                self.free_gpus = sorted([*self.free_gpus, *gpus], key=self.gpus.index)
                 self.turn.notify_all()
 
-    def _repro(self, node: Node, on_line: Callable[[str], None]) -> str:
+    def _needs(self, node: Node) -> tuple[int, int]:
+        """Slots and GPUs the stage takes; an exclusive one takes all."""
+        if node.exclusive:
+            return self.slots, len(self.gpus)
+        return 1, min(node.gpus, len(self.gpus))
+
+    def _next(self) -> Node | None:
+        """The waiting stage that may start: the first that fits. What waits for GPUs holds up others that need some; an
+        exclusive stage holds up all."""
+        gpus_promised = False
+        for node in self.waiting:
+            slots, count = self._needs(node)
+            if slots <= self.free and count <= len(self.free_gpus) and not (count and gpus_promised):
+                return node
+            if node.exclusive:
+                return None
+            gpus_promised = gpus_promised or count > 0
+        return None
+
+    def _repro(self, node: Node, gpus: list[str], on_line: Callable[[str], None]) -> str:
         node.log.parent.mkdir(parents=True, exist_ok=True)
+        environment = os.environ | ENVIRONMENT
+        if self.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         with self.turn:
             if self.stopped:
                 raise StageFailed(f"{node.name}: not started; the flow was stopped.\nRun the same command again.")
             with node.log.open("w") as log:
                 process = subprocess.Popen(
-                    [*DVC, "repro", "--single-item", node.name], env=os.environ | ENVIRONMENT, stdin=subprocess.DEVNULL,
+                    [*DVC, "repro", "--single-item", node.name], env=environment, stdin=subprocess.DEVNULL,
                     stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
                 )
             self.processes.add(process)

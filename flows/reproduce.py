@@ -51,7 +51,10 @@ class Run:
         nodes = dvc_graph.graph()
         self.nodes = dvc_graph.select(nodes, stages) if stages else nodes
         self.stale = dvc_graph.stale(self.nodes)
-        self.runner = StageRunner(params.runtime.slots, params.runtime.stage_timeout_minutes)
+        gpus = dvc_graph.visible_gpus()
+        if gpus:
+            self.console.line(f"GPUs: {', '.join(gpus)}; a stage that computes on one has it to itself.")
+        self.runner = StageRunner(params.runtime.slots, params.runtime.stage_timeout_minutes, gpus)
         self.outcomes: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
         self.failures: list[StageFailed] = []

@@ -1,6 +1,6 @@
 """The embedded corpus: text that every installation of this project already holds, read in place.
 
-It is the dependency closure of some root distributions and the Python standard library:
+It is the dependency closure of some root distributions, or all of them, and the Python standard library:
 
     code        Python files without their docstrings
     docs        docstrings of the distributions, their long descriptions, .md, .rst and .txt files
@@ -9,7 +9,7 @@ It is the dependency closure of some root distributions and the Python standard 
     headers     C, C++ and CUDA headers of the distributions
 
 Only what is under permissive licences is read. A wheel's files are the same wherever it is installed, so one lock file
-means one corpus.
+means one corpus; with `all` a machine reads what it has.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import sysconfig
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from importlib.metadata import Distribution, PackageNotFoundError, distribution, distributions
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
@@ -86,10 +86,21 @@ def installed_pieces(source: InstalledSource, seed: int, shard_bytes: int) -> li
     return [InstalledPiece(tuple(group), domains) for group in groups]
 
 
-def installed_files(roots: list[str], seed: int) -> list[SourceFile]:
+def installed_files(roots: list[str] | Literal["all"], seed: int) -> list[SourceFile]:
     """Every file of the closure of `roots` and of the standard library, in a seeded order. Raises DataError."""
-    files = [file for name, package in closure(roots).items() for file in _distribution_files(name, package)]
+    packages = everything() if roots == "all" else closure(roots)
+    files = [file for name, package in packages.items() for file in _distribution_files(name, package)]
     return seeded([*files, *_standard_library_files()], seed)
+
+
+def everything() -> dict[str, Distribution]:
+    """Canonical name -> distribution for all that Python finds here; of two of a name, the one it would import."""
+    found: dict[str, Distribution] = {}
+    for package in distributions():
+        name = canonicalize_name(package.metadata["Name"] or "")     # half-removed packages have no metadata
+        if name and not ACCELERATOR_ONLY.fullmatch(name):
+            found.setdefault(name, package)
+    return dict(sorted(found.items()))
 
 
 def closure(roots: list[str]) -> dict[str, Distribution]:

@@ -2,6 +2,7 @@
 
 import ast
 import pickle
+import sys
 import sysconfig
 from email.message import Message
 from importlib.metadata import distribution
@@ -11,7 +12,7 @@ import pytest
 
 from data_pipeline.config import DataError, InstalledSource
 from data_pipeline.sources import Document, Refusal, digest, pieces, read_piece
-from data_pipeline.sources.installed import SourceFile, closure, installed_files, read_documents
+from data_pipeline.sources.installed import SourceFile, closure, everything, installed_files, read_documents
 from data_pipeline.sources.licenses import UNKNOWN, is_permissive, license_of
 from data_pipeline.sources.python_source import docstring_pages, parse, without_docstrings
 
@@ -81,6 +82,20 @@ def test_closure_follows_requirements():
 def test_a_missing_root_is_named():
     with pytest.raises(DataError, match=r"'no-such-distribution'.*not installed\.\n.*`roots`"):
         closure(["jinja2", "no-such-distribution"])
+
+
+def test_all_roots_are_every_distribution_once_the_importable_one(tmp_path, monkeypatch):
+    for number, folder in enumerate(("first", "second"), start=1):
+        info = tmp_path / folder / f"jinja2-{number}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: Jinja2\nVersion: {number}\n")
+    (tmp_path / "second/half-2.dist-info").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "first"), str(tmp_path / "second"), *sys.path])
+    found = everything()
+    assert found["jinja2"].version == "1" and {"numpy", "markupsafe", "pytest"} <= set(found)
+    assert not [name for name in found if name.startswith("nvidia-") or name == "triton"]
+    monkeypatch.undo()
+    assert {file.source for file in installed_files("all", 1)} > {"jinja2", "pytest", "python/json"}
 
 
 def test_order_depends_on_seed_and_names_only():

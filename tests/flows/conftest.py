@@ -45,6 +45,7 @@ stages:
     foreach: [left, right]
     do:
       cmd: python work.py second-${item} 1.5 first.txt
+      meta: {gpus: 1}
       deps: [first.txt]
       outs: ["second-${item}.txt"]
   last:

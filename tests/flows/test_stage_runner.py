@@ -104,6 +104,77 @@ def test_slots_go_to_the_longest_way_first(nodes: dict[str, Node]) -> None:
     assert runner.free == 1
 
 
+def test_a_stage_has_its_gpus_to_itself_and_those_without_run_beside() -> None:
+    """Two GPUs, three stages that need one, one that needs none, one that needs both; all wait at once."""
+    needs = {"a": 1, "both": 2, "b": 1, "none": 0, "c": 1}
+    nodes = [Node(name, frozenset(), False, gpus, 9 - place) for place, (name, gpus) in enumerate(needs.items())]
+    runner = StageRunner(5, 5, ["0", "3"])
+    taken: dict[str, list[str]] = {}
+    ends = {node.name: threading.Event() for node in nodes}
+
+    def take(node: Node) -> None:
+        with runner._slot(node) as gpus:
+            taken[node.name] = gpus
+            ends[node.name].wait(30)
+
+    def settled(*names: str) -> bool:
+        deadline = time.monotonic() + 10
+        while set(taken) != set(names) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        return set(taken) == set(names)
+
+    threads = [threading.Thread(target=take, args=(node,)) for node in nodes]
+    with runner._slot(Node("benchmark", frozenset(), True, 0, 0)) as gpus:
+        assert gpus == ["0", "3"]               # all wait while it runs
+        for number, thread in enumerate(threads, start=1):
+            thread.start()
+            while len(runner.waiting) < number:
+                time.sleep(0.01)
+        assert not taken
+    # "both" cannot have two while "a" has one; what comes after it must not keep it from them
+    assert settled("a", "none")
+    assert taken["a"] == ["0"] and taken["none"] == []
+    ends["a"].set()
+    assert settled("a", "none", "both") and taken["both"] == ["0", "3"]
+    ends["both"].set()
+    assert settled("a", "none", "both", "b", "c") and sorted(taken["b"] + taken["c"]) == ["0", "3"]
+    for end in ends.values():
+        end.set()
+    for thread in threads:
+        thread.join()
+    assert runner.free == 5 and runner.free_gpus == ["0", "3"]
+    with pytest.raises(StageFailed, match="needs 3 GPUs, this machine has 2"), \
+            runner._slot(Node("all", frozenset(), False, 3, 0)):
+        pass
+    with StageRunner(5, 5)._slot(Node("all", frozenset(), False, 3, 0)) as gpus:       # a machine without any
+        assert gpus == []
+
+
+def test_a_stage_sees_its_own_gpus_only(repository: Path, nodes: dict[str, Node]) -> None:
+    work = repository / "work.py"
+    work.write_text("import os\nprint('sees', repr(os.environ.get('CUDA_VISIBLE_DEVICES')))\n" + work.read_text())
+    assert [node.gpus for node in nodes.values()] == [0, 1, 1, 0]
+    seen: list[str] = []
+    runner = StageRunner(2, 5, ["2"])
+    for name in ("first", "second@left"):
+        runner.run(nodes[name], ignore, seen.append)
+    assert [line for line in seen if line.startswith("sees")] == ["sees ''", "sees '2'"]
+
+
+def test_gpus_are_those_cuda_is_to_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert dvc_graph.visible_gpus() == []
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H200 (UUID: GPU-a)'\necho 'GPU 1: NVIDIA H200 (UUID: GPU-b)'\n")
+    program.chmod(0o755)
+    assert dvc_graph.visible_gpus() == ["0", "1"]
+    for chosen, expected in (("1", ["1"]), ("0, 2", ["0", "2"]), ("", [])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+        assert dvc_graph.visible_gpus() == expected
+
+
 def test_lines_are_watched_and_a_watcher_that_breaks_does_no_harm(repository: Path, nodes: dict[str, Node]) -> None:
     seen: list[str] = []
 
