@@ -7,12 +7,12 @@ MAKEFLAGS += --no-print-directory
 VENV ?= .venv
 PY := $(VENV)/bin/python
 DVC := PATH="$(abspath $(VENV))/bin:$$PATH" SHELL=/bin/sh $(PY) -m dvc --wait-for-lock
-READY := $(VENV)/.setup-complete .dvc/config.local
 PORT ?= 4200
 PYTORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH := $(shell sed -n 's/.*"torch==\([^"]*\)".*/\1/p' pyproject.toml)
 TRITON := 3.6.0
 GPU := $(shell nvidia-smi -L 2>/dev/null | grep -m 1 -o GPU)
+READY := $(VENV)/.setup-complete $(if $(GPU),$(VENV)/.gpu-complete) .dvc/config.local
 STAGES := annotate curate tokenizer tokenize pretrain compress export evaluate benchmark report
 # Of what is installed only the profile's name is read from params.yaml; PROFILE=NAME wins.
 CURRENT_PROFILE = $(or $(PROFILE),$(shell sed -n 's/^profile: *\([a-z0-9-]*\).*/\1/p' params.yaml))
@@ -98,6 +98,15 @@ $(VENV)/.setup-complete: requirements.lock pyproject.toml
 	@$(PY) -m pip install -qq --no-deps --require-hashes -r requirements.lock || { $(CANNOT_INSTALL); }
 	@$(PY) -m pip install -qq --no-deps -e . || { $(CANNOT_INSTALL); }
 	@rm $(VENV)/.setup-started; touch $@
+
+# Transformer Engine is compiled against the PyTorch just installed.
+$(VENV)/.gpu-complete: $(VENV)/.setup-complete pyproject.toml
+	@echo 'Installing Transformer Engine for this GPU (compiles its PyTorch part: 5 to 20 minutes)'
+	@$(PY) -m pip install -qq --no-build-isolation -e '.[gpu]' || { \
+		echo 'Transformer Engine could not be installed: pip says why above.'; \
+		echo 'It needs nvcc (CUDA 13) and the headers of cuDNN and NCCL; docs/gpu.md says how. Then `make setup` again.'; \
+		exit 1; }
+	@touch $@
 
 # PyTorch's CUDA builds bring Triton. Where there is no GPU, its interpreter runs the tests of the CUDA kernels.
 $(VENV)/.triton-%: $(VENV)/.setup-complete

@@ -122,6 +122,22 @@ def test_a_gpu_brings_the_cuda_build(sandbox: Sandbox) -> None:
     assert len(torch) == 1 and "+cpu" not in torch[0] and "--no-deps" not in torch[0]
 
 
+def test_a_gpu_brings_transformer_engine_after_torch_and_says_what_that_needs(sandbox: Sandbox) -> None:
+    smi = sandbox.tools / "nvidia-smi"
+    smi.write_text("#!/bin/bash\necho 'GPU 0: a GPU (UUID: GPU-1)'\n")
+    smi.chmod(0o755)
+    sandbox.fail_on(".[gpu]")
+    broken = sandbox.make("setup")
+    assert broken.returncode != 0 and "nvcc (CUDA 13)" in broken.stdout.splitlines()[-1]
+    assert "--no-build-isolation -e .[gpu]" in sandbox.calls()[-1]
+
+    sandbox.fail_on()
+    assert sandbox.make("setup").returncode == 0
+    assert len(sandbox.calls()) == 1            # what was installed before stays
+    assert sandbox.make("setup").returncode == 0
+    assert sandbox.calls() == []
+
+
 def test_an_interrupted_setup_starts_over_and_says_why_it_stopped(sandbox: Sandbox) -> None:
     sandbox.fail_on("requirements.lock")
     broken = sandbox.make("setup")
