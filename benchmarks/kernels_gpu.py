@@ -2,10 +2,11 @@
 
     python -m benchmarks.kernels_gpu [--only scan,state,...] [--out FILE.json]
 
-Shapes are Nemotron-H-8B's. Peers are measured where they are installed: mamba_ssm (scan, gated norm, state update) and
-causal-conv1d; torch.compile and PyTorch's own operations always. Times are medians of `triton.testing.do_bench`, or of
-a CUDA graph's replays (state update, FP8). A floor is the larger of bytes over the bandwidth of a copy and operations
-over the rate of a BF16 matrix product, both measured first. The second table is `benchmarks.kernels_gpu_streaming`'s.
+Shapes are Nemotron-H-8B's. Peers are measured where they are installed: mamba_ssm (scan, gated norm, the whole mixer
+after in_proj, state update) and causal-conv1d; torch.compile and PyTorch's own operations always. Times are medians of
+a CUDA graph's replays, everyone's: launched from Python, some of these wait for it more than for the GPU. A floor is
+the larger of bytes over the bandwidth of a copy and operations over the rate of a BF16 matrix product, both measured
+first. The second table is `benchmarks.kernels_gpu_streaming`'s.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ import triton
 from torch import Tensor
 
 from benchmarks import kernels_gpu_streaming as streaming
-from benchmarks.gpu_timing import ceilings, milliseconds
+from benchmarks.gpu_timing import ceilings, graph_milliseconds, parallel_compilation
 from kernels.causal_conv1d import causal_conv1d
 from kernels.gated_norm import gated_rms_norm
+from kernels.mixer import MixerWeights, mix
 from kernels.ssd import chunk_scan
 
 HEADS, HEAD_DIM, GROUPS, STATE, TAPS = 128, 64, 8, 128, 4
 INNER, CHANNELS = HEADS * HEAD_DIM, HEADS * HEAD_DIM + 2 * GROUPS * STATE
-IN_PROJ = INNER + CHANNELS + HEADS
+IN_PROJ, HIDDEN = INNER + CHANNELS + HEADS, 4096
 EPSILON = 1e-5
 Inputs = list[Tensor]
 Op = Callable[..., Tensor]
@@ -92,19 +94,46 @@ def exact_norm(x: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
     return (gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + EPSILON)).flatten(-2) * weight
 
 
+def mixer_inputs(batch: int, length: int) -> Inputs:
+    """`projected`, the six parameters of `MixerWeights` in their order, and out_proj's weight."""
+    _, _, A, _, _, D, dt_bias = scan_inputs(1, 1)
+    half = [0.5 * torch.randn(CHANNELS, TAPS, device="cuda"), torch.randn(CHANNELS, device="cuda"),
+            torch.randn(INNER, device="cuda"), 0.02 * torch.randn(HIDDEN, INNER, device="cuda")]
+    conv_weight, conv_bias, norm_weight, out_weight = (tensor.bfloat16() for tensor in half)
+    return [projected(batch, length), conv_weight, conv_bias, dt_bias, (-A).log(), D, norm_weight, out_weight]
+
+
+def our_mixer(inputs: Tensor, *weights: Tensor, chunk: int = 128) -> Tensor:
+    return F.linear(mix(inputs, MixerWeights(*weights[:6]), GROUPS, STATE, chunk, EPSILON), weights[6])
+
+
+def exact_mixer(*inputs: Tensor) -> Tensor:
+    return our_mixer(*inputs, chunk=64)
+
+
 def peers() -> dict[str, dict[str, Op]]:
     """Op -> name of an installed peer -> the same op there."""
-    found: dict[str, dict[str, Op]] = {"scan": {}, "conv": {}, "norm": {}}
+    found: dict[str, dict[str, Op]] = {"scan": {}, "conv": {}, "norm": {}, "mixer": {}}
     if find_spec("mamba_ssm"):
         from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
-        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined
 
         for chunk in (128, 256):
             def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor,
                      chunk: int = chunk) -> Tensor:
                 return mamba_chunk_scan_combined(x, dt, A, B, C, chunk, D=D, dt_bias=bias, dt_softplus=True)
 
+            def mixer(inputs: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A_log: Tensor,
+                      D: Tensor, norm_weight: Tensor, out_weight: Tensor, chunk: int = chunk) -> Tensor:
+                return mamba_split_conv1d_scan_combined(
+                    inputs, conv_weight, conv_bias, dt_bias, -torch.exp(A_log), D, chunk, rmsnorm_weight=norm_weight,
+                    rmsnorm_eps=EPSILON, outproj_weight=out_weight, headdim=HEAD_DIM, ngroups=GROUPS,
+                    norm_before_gate=False,
+                )
+
             found["scan"][f"mamba_ssm, chunk {chunk}"] = scan
+            if find_spec("causal_conv1d"):
+                found["mixer"][f"mamba_ssm, chunk {chunk}"] = mixer
         found["norm"]["mamba_ssm"] = lambda x, gate, weight: rmsnorm_fn(
             x, weight, None, z=gate, eps=EPSILON, group_size=INNER // GROUPS, norm_before_gate=False
         )
@@ -119,10 +148,13 @@ def peers() -> dict[str, dict[str, Op]]:
 
 def floors(op: str, tokens: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """(bytes, operations) of the forward, and of forward and backward."""
+    work = 2 * (128 * (GROUPS * STATE + INNER) + 2 * INNER * STATE)
     if op == "scan":
         row = 2 * (2 * INNER + 2 * GROUPS * STATE + HEADS)
-        work = 2 * (128 * (GROUPS * STATE + INNER) + 2 * INNER * STATE)
         return (tokens * row, tokens * work), (tokens * 5 * row // 2, tokens * 10 * work // 3)
+    if op == "mixer":
+        row, out_proj = 2 * (IN_PROJ + HIDDEN), 2 * INNER * HIDDEN
+        return (tokens * row, tokens * (work + out_proj)), (3 * tokens * row, tokens * (10 * work // 3 + 3 * out_proj))
     width, forward, both = (CHANNELS, 4, 10) if op == "conv" else (INNER, 6, 16)
     return (tokens * width * forward, 0), (tokens * width * both, 0)
 
@@ -143,14 +175,15 @@ def times(run: Op, inputs: Inputs) -> tuple[float, float]:
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     dy = torch.randn_like(run(*inputs))
     with torch.no_grad():
-        forward = milliseconds(lambda: run(*inputs))
-    return forward, milliseconds(lambda: torch.autograd.grad(run(*leaves), leaves, dy))
+        forward = graph_milliseconds([lambda: run(*inputs)])
+    return forward, graph_milliseconds([lambda: torch.autograd.grad(run(*leaves), leaves, dy)])
 
 
 OPS: dict[str, tuple[Callable[[int, int], Inputs], Op, Op, list[tuple[int, int]]]] = {
     "scan": (scan_inputs, our_scan, exact_scan, [(1, 8192), (4, 8192), (1, 65536)]),
     "conv": (conv_inputs, our_conv, exact_conv, [(1, 8192), (4, 8192)]),
     "norm": (norm_inputs, our_norm, exact_norm, [(1, 8192), (4, 8192)]),
+    "mixer": (mixer_inputs, our_mixer, exact_mixer, [(1, 8192), (4, 8192)]),
 }
 
 
@@ -165,7 +198,11 @@ def measure(only: set[str], bandwidth: float, rate: float) -> list[dict[str, Any
             continue
         for batch, length in shapes:
             for name, run in {"ours": ours, **peers()[op]}.items():
-                forward, both = times(run, make(batch, length))
+                try:
+                    forward, both = times(run, make(batch, length))
+                except RuntimeError as error:           # of a peer, say one that does not fit in memory
+                    print(f"{op:5} {batch:2}x{length:5} {name:22} failed: {str(error).splitlines()[0]}", flush=True)
+                    continue
                 found = errors(run, exact, make(1, 2048)) if (batch, length) == shapes[0] else []
                 shares = [max(size / bandwidth, work / rate) * 1e3 / ms
                           for (size, work), ms in zip(floors(op, batch * length), (forward, both), strict=True)]
@@ -190,8 +227,9 @@ def main() -> None:
     machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}"
     print(f"{machine}, Python {platform.python_version()}")
     print(f"copy {bandwidth / 1e12:.2f} TB/s, BF16 matrix product {rate / 1e12:.0f} TFLOP/s\n")
-    rows = measure(only & set(OPS), bandwidth, rate)
-    streamed = streaming.measure(only, bandwidth, rate)
+    with parallel_compilation():
+        rows = measure(only & set(OPS), bandwidth, rate)
+        streamed = streaming.measure(only, bandwidth, rate)
     if arguments.out:
         figures = {"machine": machine, "copy_bytes_per_second": bandwidth, "bf16_flops_per_second": rate,
                    "rows": rows, "streaming": streamed}

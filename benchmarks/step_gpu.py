@@ -231,14 +231,14 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("No GPU was found.\nThis measures a training step on one: `make reproduce` trains on a CPU.")
-    from benchmarks.gpu_timing import ceilings
+    from benchmarks.gpu_timing import ceilings, parallel_compilation
 
     _, peak = ceilings()
     machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Python {platform.python_version()}"
     print(f"{machine}; BF16 matrix product {peak / 1e12:.0f} TFLOP/s: utilisation is of that")
     print(f"{'':19} | forward and backward: ms, tokens/s, utilisation, GiB, loss | whole step: the same")
     figures: dict[str, Any] = {"machine": machine, "bf16_flops_per_second": peak, "geometries": {}}
-    with process_groups():
+    with process_groups(), parallel_compilation():
         for geometry in arguments.only.split(","):
             config, batch = GEOMETRIES[geometry]
             if arguments.tiny:
