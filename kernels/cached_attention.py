@@ -58,7 +58,7 @@ def token_attention(q: Tensor, keys: Tensor, values: Tensor, position: Tensor) -
     # the query heads of a group stand as that many queries of one head: its keys are read once, not copied
     grouped = q.unflatten(1, (keys.shape[1], -1))
     if q.is_cuda:
-        seen = torch.arange(keys.shape[2], device=q.device) <= position
+        seen = (torch.arange(keys.shape[2], device=q.device) <= position).expand(grouped.shape[2], -1)
         return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=seen).flatten(1, 2)
     length = int(position) + 1
     return F.scaled_dot_product_attention(grouped, keys[:, :, :length], values[:, :, :length]).flatten(1, 2)
@@ -75,4 +75,4 @@ def _cudnn_attention(q: Tensor, keys: Tensor, values: Tensor, causal: bool) -> t
     out, log_sum, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         q, keys, values, None, True, 0.0, causal, scale=1 / math.sqrt(q.shape[-1])
     )
-    return out, log_sum.view(*q.shape[:3], 1)
+    return out, log_sum.reshape(*q.shape[:3], 1)

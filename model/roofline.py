@@ -77,9 +77,9 @@ def prefill_floor(config: ModelConfig, tokens: int, ceilings: Ceilings) -> float
 def measure_ceilings(device: torch.device, dtype: torch.dtype, float8: bool = False) -> Ceilings:
     """Fastest of a few copies and square matrix products, large for the device."""
     on_gpu = device.type == "cuda"
-    source = torch.ones((2**30 if on_gpu else 2**26) // dtype.itemsize, device=device, dtype=dtype)
+    source = torch.ones((2**30 if on_gpu else 2**24) // dtype.itemsize, device=device, dtype=dtype)
     copy = 2 * source.nbytes / fastest(partial(torch.empty_like(source).copy_, source), device)
-    size = 8192 if on_gpu else 512
+    size = 8192 if on_gpu else 256
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     rate = 2 * size**3 / fastest(lambda: a @ b, device)
     layer_rate = rate

@@ -1,14 +1,17 @@
 """Cached decoding against the model's own full forward pass and, for the cache's size, against the cost model."""
 
+import math
+
 import pytest
 import torch
 
 from model.compression.config import MemoryBudget
 from model.config import ModelConfig, ModelError
 from model.costs import memory
+from model.float8_weights import quantize_weights
 from model.hybrid_lm import HybridLM
 from model.inference import Decoder
-from model.sampling import Sampling
+from model.sampling import Sampling, choose
 
 HYBRID = ModelConfig(
     pattern="M-M*-M-", hidden_size=48, ffn_hidden_size=80, num_attention_heads=4, num_query_groups=2, head_dim=16,
@@ -50,6 +53,49 @@ def test_decoding_equals_the_full_forward(config, prompt, ids):
 
 
 @CONFIGS
+@pytest.mark.parametrize(("prefill_tokens", "prompt"), [(1, 9), (7, 33), (16, 32), (70, 33)])
+def test_a_prompt_in_pieces_equals_the_full_forward(config, prefill_tokens, prompt, ids):
+    """Pieces shorter than the convolution, ragged, of whole chunks; last, two prompts of three at once."""
+    model = random_model(config)
+    decoder = Decoder(model, max_length=40, batch=3, prefill_tokens=prefill_tokens)
+    decoder.prefill(ids)                            # something to forget
+    with torch.no_grad():
+        full = model(ids)
+    steps = [decoder.prefill(ids[:, :prompt])] + [decoder.decode(ids[:, i]) for i in range(prompt, 40)]
+    torch.testing.assert_close(torch.stack(steps, 1), full[:, prompt - 1 :], rtol=1e-4, atol=1e-4)
+
+
+@CONFIGS
+def test_float8_weights_decode_as_they_compute_a_prompt(config, ids):
+    config = config.model_copy(update={"mamba_num_heads": 16} if "M" in config.pattern else {})
+    model = random_model(config)
+    with torch.no_grad():
+        exact = model(ids)
+        quantize_weights(model.backbone.layers)
+        full = model(ids)
+    assert 1e-3 < ((full - exact).norm() / exact.norm()) < 0.3
+    decoder = Decoder(model, max_length=40, batch=3)
+    steps = [decoder.prefill(ids[:, :17])] + [decoder.decode(ids[:, i]) for i in range(17, 40)]
+    # a value next to a tie rounds the other way for the last bit of what came before
+    assert ((torch.stack(steps, 1) - full[:, 16:]).norm() / full.norm()) < 0.03
+
+
+def test_float8_needs_multiples_of_16():
+    with pytest.raises(ModelError, match=r"0\.mixer\.in_proj is \(166, 48\)"):
+        quantize_weights(random_model(HYBRID).backbone.layers)
+
+
+def test_a_bfloat16_state_halves_it_and_stays_close(ids):
+    model = random_model(HYBRID)
+    decoders = [Decoder(model, 40, 3, state_dtype) for state_dtype in (torch.float32, torch.bfloat16)]
+    logits = [torch.stack([decoder.prefill(ids[:, :5])] + [decoder.decode(ids[:, i]) for i in range(5, 40)])
+              for decoder in decoders]
+    assert 0 < ((logits[1] - logits[0]).norm() / logits[0].norm()) < 0.02
+    states = 3 * 3 * HYBRID.mamba_inner_size * HYBRID.mamba_state_dim
+    assert decoders[0].cache_bytes - decoders[1].cache_bytes == 2 * states
+
+
+@CONFIGS
 def test_a_new_prompt_forgets_the_last_one(config, ids):
     model = random_model(config)
     decoder = Decoder(model, max_length=60, batch=3)
@@ -77,6 +123,31 @@ def test_sampling_follows_the_softmax(ids):
         expected = (model(ids[:1, :6])[0, -1] / 2.0).softmax(-1)
     observed = torch.bincount(drawn[:, 0], minlength=97) / 4096
     assert ((observed - expected).abs() < 5 * (expected * (1 - expected) / 4096).sqrt() + 1e-4).all()
+
+
+def frequencies(logits: list[float], sampling: Sampling) -> list[float]:
+    rows = torch.tensor([logits]).expand(20_000, -1)
+    drawn = choose(rows, sampling, torch.Generator().manual_seed(1))
+    return (torch.bincount(drawn, minlength=len(logits)) / len(rows)).tolist()
+
+
+def test_only_the_likeliest_tokens_are_drawn():
+    """Probabilities 1/2, 1/4, 1/8 and 1/8, in another order."""
+    logits = [math.log(p) for p in (1 / 8, 1 / 2, 1 / 8, 1 / 4)]
+    assert frequencies(logits, Sampling(1.0, top_k=2)) == pytest.approx([0, 2 / 3, 0, 1 / 3], abs=0.02)
+    assert frequencies(logits, Sampling(1.0, top_p=0.6)) == pytest.approx([0, 2 / 3, 0, 1 / 3], abs=0.02)
+    assert frequencies(logits, Sampling(1.0, top_p=0.4)) == [0, 1, 0, 0]
+    assert frequencies(logits, Sampling(1.0, top_k=3, top_p=0.7)) == pytest.approx([0, 2 / 3, 0, 1 / 3], abs=0.02)
+    assert frequencies(logits, Sampling(0.5)) == pytest.approx([1 / 22, 16 / 22, 1 / 22, 4 / 22], abs=0.02)
+
+
+@pytest.mark.parametrize(("sampling", "message"), [
+    (Sampling(-1.0), "temperature is -1"), (Sampling(1.0, -2), "top_k is -2"), (Sampling(1.0, 0, 1.5), "top_p is 1.5"),
+    (Sampling(1.0, 0, 0.0), "top_p is 0"),
+])
+def test_sampling_without_a_meaning(sampling, message, ids):
+    with pytest.raises(ModelError, match=message):
+        Decoder(random_model(HYBRID), 50, 3).generate(ids, 2, sampling)
 
 
 @CONFIGS
