@@ -28,7 +28,7 @@ _EXPONENT_FIELD = 0x7F800000
 _BLOCK = 65_536                  # elements; the float32 temporaries of one block stay in the second-level cache
 
 
-def quantize(x: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, format: Format, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Round x * scale to FP8, ties to even, saturating.
 
     Floor: two reads (the largest absolute value comes first) and one write.
@@ -36,15 +36,17 @@ def quantize(x: Tensor, format: Format) -> tuple[Tensor, Tensor]:
     Args:
         x: bfloat16 or float32, any shape.
         format: "e4m3" or "e5m2".
+        scale: (), float32; x's own where it is None.
 
     Returns:
         The FP8 values as bfloat16, shaped like x, and the inverse scale (), float32: x is about values * inverse scale.
     """
     float8 = _FORMATS[format]
-    low, high = x.aminmax()
-    amax = torch.maximum(-low, high).float()
-    scale = _scale(amax, float8.largest)
-    saturate = not bool(amax.isfinite())         # a finite tensor times its scale is within the format already
+    saturate = True
+    if scale is None:
+        amax = largest_magnitude(x)
+        scale = scale_of(amax, format)
+        saturate = not bool(amax.isfinite())     # a finite tensor times its own scale is within the format already
     values = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
     flat, out = x.contiguous().view(-1), values.view(-1)
     for start in range(0, flat.numel(), _BLOCK):
@@ -62,11 +64,17 @@ def quantize_dequantize(x: Tensor, format: Format) -> Tensor:
     return (values.float() * inverse_scale).to(x.dtype)
 
 
-def _scale(amax: Tensor, largest: float) -> Tensor:
+def largest_magnitude(x: Tensor) -> Tensor:
+    """The largest absolute value, (), float32."""
+    low, high = x.aminmax()
+    return torch.maximum(-low, high).float()
+
+
+def scale_of(amax: Tensor, format: Format) -> Tensor:
     """Transformer Engine's `compute_scale_from_amax`: 1 where the largest value is zero, infinite or not a number, and
     the largest float32 where the quotient would overflow. PyTorch's number / tensor is a reciprocal and a product, with
     two roundings; the division of two tensors has one."""
-    scale = (torch.full_like(amax, largest) / amax).clamp_max(torch.finfo(torch.float32).max)
+    scale = (torch.full_like(amax, _FORMATS[format].largest) / amax).clamp_max(torch.finfo(torch.float32).max)
     return torch.where(amax.isfinite() & (amax > 0), scale, torch.ones_like(scale))
 
 

@@ -109,6 +109,15 @@ class PretrainConfig(Section):
     """The paper's recipe (section 2.3, 2.4): WSD schedule, AdamW, FP8 with BF16 ends.
 
     Attributes:
+        validation_micro_batch_size: sequences a forward pass of validation takes; micro_batch_size where it is null.
+        spike_factor: a gradient norm above this multiple of the running median is reported as a spike.
+        max_skipped_steps: updates in a row that may be skipped because loss or gradient are not finite.
+        distributed_optimizer: whether data-parallel GPUs share master weights and moments among them.
+        fp8_recipe: where an FP8 tensor's scale comes from: its `current` maximum, that of earlier steps (`delayed`),
+            or nowhere (`unscaled`).
+        fp8_gradients: format of gradients; weights and activations are E4M3.
+        fp8_statistics: whether evaluations also write what FP8 does to every linear layer's tensors.
+        checkpoints_kept: resume states kept, the latest included.
         recompute: symbols of the layers whose activations the backward computes again instead of keeping them.
         cuda_graph: whether a GPU replays forward and backward of a step as one CUDA graph; for one pipeline stage.
         reset_at_documents: whether state, convolution and attention restart after an end-of-document token.
@@ -129,6 +138,14 @@ class PretrainConfig(Section):
     bf16_layers_at_end: int = Field(ge=0)
     evaluations: int = Field(ge=1)
     checkpoint_every: int = Field(ge=1)
+    checkpoints_kept: int = Field(default=1, ge=1)
+    validation_micro_batch_size: int | None = Field(default=None, ge=1)
+    spike_factor: float = Field(default=10.0, gt=1)
+    max_skipped_steps: int = Field(default=10, ge=1)
+    distributed_optimizer: bool = False
+    fp8_recipe: Literal["current", "delayed", "unscaled"] = "current"
+    fp8_gradients: Literal["e5m2", "e4m3"] = "e5m2"
+    fp8_statistics: bool = False
     recompute: str = Field(default="", pattern=r"^[M*\-]*$")
     cuda_graph: bool = False
     reset_at_documents: bool = False
@@ -142,4 +159,19 @@ class PretrainConfig(Section):
             )
         if self.warmup_fraction + self.decay_fraction > 1:
             raise ValueError("warmup_fraction + decay_fraction must not exceed 1\nShorten one of them.")
+        return self
+
+    @model_validator(mode="after")
+    def delayed_scaling_is_everywhere(self) -> PretrainConfig:
+        if self.fp8_recipe == "delayed" and (self.bf16_layers_at_start or self.bf16_layers_at_end):
+            raise ValueError(
+                "fp8_recipe delayed with BF16 layers at the ends, which Megatron does not allow: scales are updated "
+                "once for the whole stack\n"
+                "Set bf16_layers_at_start and bf16_layers_at_end to 0, or fp8_recipe to current."
+            )
+        if self.fp8_recipe == "delayed" and self.recompute:
+            raise ValueError(
+                "fp8_recipe delayed with recompute: the second forward pass would see other scales than the first\n"
+                'Set recompute to "", or fp8_recipe to current.'
+            )
         return self

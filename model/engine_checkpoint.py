@@ -1,12 +1,20 @@
-"""The running engine on disk: final weights, and the state a killed run resumes from.
+"""The running engine on disk: final weights, and the states a killed run resumes from.
 
 Everything goes through megatron-core's distributed checkpointing, so that what one parallel layout wrote another reads.
-Resume directories are written under another name and renamed, so one that can be seen is whole.
+A state is written under another name and renamed, and `latest` names it last, so what `latest` names is whole. On a GPU
+the files are written by a thread while training goes on.
+
+Megatron would write with processes: one it spawns for the answers, which imports the main module again, and one it
+forks for each file. A forked process that dies or waits for a lock some thread of its parent held leaves the parent
+waiting for ever (`count_queue.join()` in `FileSystemWriterAsync.write_preloaded_data_multiproc`), and CUDA, NCCL and
+Transformer Engine all keep threads. Here the same function writes the same files in a thread of this process.
 """
 
 from __future__ import annotations
 
+import queue
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +30,16 @@ from megatron.core.dist_checkpointing.optimizer import (
     make_sharded_optimizer_tensor,
     optim_state_to_sharding_state,
 )
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.mamba import MambaModel
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.distributed.checkpoint.api import CheckpointException
 
-from model.distributed import is_main_process
+from model.config import ModelError
+from model.distributed import device, is_main_process
 
 
 def save_model(directory: Path, model: MambaModel) -> None:
@@ -47,48 +59,84 @@ def load_model(directory: Path, model: MambaModel) -> None:
 
 
 class ResumeState:
-    """The latest state of an unfinished run under `scratch`.
+    """The latest states of an unfinished run under `scratch`.
 
-    Attributes:
+    Args:
+        scratch: the run's directory.
         model, optimizer, scheduler: what is saved and restored.
+        kept: states kept, the latest included.
+        in_background: whether files are written while training goes on.
     """
 
     def __init__(
-        self, scratch: Path, model: MambaModel, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
+        self, scratch: Path, model: MambaModel, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler,
+        kept: int = 1, in_background: bool = False,
     ):
         self.directory = scratch / "resume"
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self.kept, self.in_background = kept, in_background
+        self._writing: _Writing | None = None
+        self._step = 0                          # of the state that is being written
 
     def save(self, step: int, records: dict[str, Any]) -> None:
-        """Keep the state after `step` and what was recorded so far; drop older states."""
+        """Keep the state after `step` and `records`, what else the run goes on from. Older states go.
+
+        In the background this returns once everything is copied to the host's memory; `collect` ends it.
+
+        Raises:
+            ModelError: the state, or the one before it, could not be written; `latest` still names the last good one.
+        """
+        self.collect(wait=True)
         partial = self.directory / ".partial"
         if is_main_process():
             shutil.rmtree(partial, ignore_errors=True)
         dist.barrier()
-        _save(self._contents(loading=False) | {"step": step, "records": records, "random": torch.get_rng_state()},
-              partial)
+        contents = self._contents(loading=False) | {"step": step, "records": records, "random": torch.get_rng_state()}
+        self._writing, self._step = _Writing(contents, partial, self.in_background), step
+        self.collect(wait=not self.in_background)
+
+    def collect(self, wait: bool) -> None:
+        """Make a state whose files are written the latest; every process calls this at the same steps.
+
+        Args:
+            wait: for files that are still being written.
+        """
+        if self._writing is None or not (wait or self._writing.is_done()):
+            return
+        writing, self._writing = self._writing, None
+        try:
+            writing.finish()
+        except ModelError:
+            if is_main_process():
+                shutil.rmtree(writing.directory, ignore_errors=True)        # it holds the space that is missing
+            raise
         if is_main_process():
-            older = self._saved()
-            partial.rename(self.directory / f"step-{step:08d}")
-            for directory in older:
-                shutil.rmtree(directory)
+            name = f"step-{self._step:08d}"
+            shutil.rmtree(self.directory / name, ignore_errors=True)
+            writing.directory.rename(self.directory / name)
+            pointer = self.directory / ".latest"
+            pointer.write_text(name + "\n")
+            pointer.rename(self.directory / "latest")
+            for older in sorted(self.directory.glob("step-*"))[:-self.kept]:
+                shutil.rmtree(older)
         dist.barrier()
 
     def restore(self) -> tuple[int, dict[str, Any]] | None:
         """Restore the latest state. Returns its step and records, or None where there is none."""
-        saved = self._saved()
-        if not saved:
+        latest = self._latest()
+        if latest is None:
             return None
         with torch.no_grad():
-            loaded = dist_checkpointing.load(self._contents(loading=True), str(saved[-1]))
+            loaded = dist_checkpointing.load(self._contents(loading=True), str(latest))
             self.model.load_state_dict(loaded["model"])
             self.optimizer.load_state_dict(loaded["optimizer"])
         self.scheduler.load_state_dict(loaded["scheduler"])
         torch.set_rng_state(loaded["random"])
         return loaded["step"], loaded["records"]
 
-    def _saved(self) -> list[Path]:
-        return sorted(self.directory.glob("step-*"))
+    def _latest(self) -> Path | None:
+        pointer = self.directory / "latest"
+        return self.directory / pointer.read_text().strip() if pointer.exists() else None
 
     def _contents(self, loading: bool) -> dict[str, Any]:
         groups = _groups()
@@ -106,6 +154,12 @@ def _optimizer_shards(
     be BF16 and gives shards to the wrong ones where some are float32, as A_log, D and dt_bias are here.
     """
     [inner] = optimizer.chained_optimizers
+    if isinstance(inner, DistributedOptimizer):
+        # Whole parameters, so that any layout reads them. Of Megatron's other ways one cannot be reshaped over tensor
+        # and pipeline parallel processes, and its default raises on flattened ranges in 0.16.1.
+        return inner.sharded_state_dict(
+            weights, is_loading=loading, metadata=groups | {"distrib_optim_sharding_type": "fully_reshardable"}
+        )
     if not isinstance(inner, Float16OptimizerWithFloat16Params):
         return inner.sharded_state_dict(weights, is_loading=loading, metadata=groups)
     if loading:
@@ -137,7 +191,82 @@ def _groups() -> dict[str, Any]:
 
 
 def _save(contents: dict[str, Any], directory: Path) -> None:
-    if is_main_process():
-        directory.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    dist_checkpointing.save(contents, str(directory))
+    _Writing(contents, directory, in_background=False).finish()
+
+
+class _Writing:
+    """A checkpoint on its way to the disk: planned by Megatron, copied to the host's memory, written by a thread.
+
+    Attributes:
+        directory: where to.
+    """
+
+    def __init__(self, contents: dict[str, Any], directory: Path, in_background: bool):
+        self.directory = directory
+        if is_main_process():
+            directory.mkdir(parents=True, exist_ok=True)
+        dist.barrier()
+        filesystem_async._results_queue = queue.Queue()         # in place of one in a process of its own
+        try:
+            self.request = dist_checkpointing.save(contents, str(directory), async_sharded_save=True)
+        except (OSError, RuntimeError) as error:
+            raise self._failure(error) from error
+        self.thread = threading.Thread(target=self._write, args=(self._files(in_background),))
+        self.thread.start()
+
+    def is_done(self) -> bool:
+        """Whether every process has written its files."""
+        alive = torch.tensor([int(self.thread.is_alive())], device=device())
+        dist.all_reduce(alive)
+        return not alive.item()
+
+    def finish(self) -> None:
+        """Wait for all files and write the index. Raises ModelError where a file could not be written."""
+        self.thread.join()
+        try:
+            for finalize in self.request.finalize_fns:
+                finalize()
+        except (CheckpointException, OSError, RuntimeError) as error:
+            raise self._failure(error) from error
+
+    def _files(self, in_background: bool) -> list[Any]:
+        """Paths and contents of this process's files, in the host's memory; a copy where training goes on."""
+        if self.request.async_fn is None:
+            return []
+        if device().type == "cuda":
+            return self.request.preload_fn()
+        files = self.request.async_fn_args[1]
+        if not in_background:
+            return files
+        return [
+            (path, key, (objects, [(item, tensor.clone()) for item, tensor in tensors]))
+            for path, key, (objects, tensors) in files
+        ]
+
+    def _write(self, files: list[Any]) -> None:
+        """Write `files` one after the other, and leave Megatron what it asks for: results by number, or an error."""
+        if self.request.async_fn is None:
+            return
+        transforms, results = self.request.async_fn.args[0], self.request.async_fn_args[2]
+        written: dict[int, Any] = {}
+        for number, file in enumerate(files):
+            outcome: queue.Queue[Any] = queue.Queue()
+            done: queue.Queue[int] = queue.Queue()
+            done.put(number)
+            filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+                transforms, number, file, outcome, done, use_fsync=True
+            )
+            written[number] = outcome.get()[1]
+            if isinstance(written[number], Exception):
+                results.put(written[number])
+                return
+        results.put(written)
+
+    def _failure(self, error: BaseException) -> ModelError:
+        """`error` in one line; of a failure in several processes the first."""
+        if isinstance(error, CheckpointException) and error.failures:
+            error = next(iter(error.failures.values()))[0]
+        return ModelError(
+            f"{self.directory}: the checkpoint could not be written ({' '.join(str(error).split())[:300]}).\n"
+            "Free some space and give the same command again; the run goes on from its latest whole state."
+        )

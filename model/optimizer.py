@@ -1,6 +1,13 @@
-"""AdamW with FP32 master weights and the warmup-stable-decay schedule, both megatron-core's (paper section 2.4)."""
+"""AdamW with FP32 master weights and the warmup-stable-decay schedule, both megatron-core's (paper section 2.4).
+
+On a GPU with Transformer Engine the update is its FusedAdam, alone or within Megatron's DistributedOptimizer, which
+spreads master weights and moments over the data-parallel processes. On a CPU the distributed optimizer is off: without
+FusedAdam megatron-core 0.16.1 restores its Adam step wrongly.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
@@ -9,9 +16,16 @@ from model import te_guard  # noqa: F401    # before Megatron
 # isort: split
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from model.config import PretrainConfig
+from model.te_guard import TRANSFORMER_ENGINE
+
+
+def uses_distributed_optimizer(recipe: PretrainConfig) -> bool:
+    """Whether the recipe's distributed optimizer runs here: on GPUs with Transformer Engine's FusedAdam."""
+    return recipe.distributed_optimizer and torch.cuda.is_available() and TRANSFORMER_ENGINE
 
 
 def build_optimizer(recipe: PretrainConfig, model: DistributedDataParallel) -> MegatronOptimizer:
@@ -22,13 +36,28 @@ def build_optimizer(recipe: PretrainConfig, model: DistributedDataParallel) -> M
             optimizer="adam", lr=recipe.learning_rate, min_lr=recipe.min_learning_rate,
             weight_decay=recipe.weight_decay, adam_beta1=recipe.adam_betas[0], adam_beta2=recipe.adam_betas[1],
             clip_grad=recipe.clip_grad, params_dtype=dtype, bf16=dtype is torch.bfloat16,
+            use_distributed_optimizer=uses_distributed_optimizer(recipe),
         ),
         [model],
     )
-    if not torch.cuda.is_available():
+    if not TRANSFORMER_ENGINE:
         for group in optimizer.param_groups:
             group["fused"] = True           # PyTorch's one-pass AdamW; Megatron has no argument for it
     return optimizer
+
+
+@torch.no_grad()
+def update(optimizer: MegatronOptimizer, clip_grad: float, approve: Callable[[float], bool]) -> None:
+    """Megatron's optimizer step, except that `approve`, given the gradient norm, decides whether it takes place.
+
+    The norm is the one value a step waits for: everything queued before it is then done.
+    """
+    optimizer.prepare_grads()
+    grad_norm = optimizer.get_grad_norm()
+    if not approve(float(grad_norm)):
+        return
+    clip_grad_by_total_norm_fp32(optimizer.get_parameters(), clip_grad, grad_norm)
+    optimizer.step_with_ready_grads()
 
 
 def build_schedule(recipe: PretrainConfig, optimizer: MegatronOptimizer, steps: int) -> OptimizerParamScheduler:

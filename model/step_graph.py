@@ -43,7 +43,7 @@ class StepGraph:
         """Losses of `batch`, valid until the next call."""
         if self.calls == 0:
             self.batch = torch.empty_like(batch, device="cuda")
-        self.batch.copy_(batch)
+        self.batch.copy_(batch, non_blocking=True)
         self.calls += 1
         if self.calls <= EAGER_STEPS:
             with self.on_stream():

@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,32 @@ def domains(tokens: Path) -> list[str]:
 def end_of_document(tokens: Path) -> int:
     """The id that ends every document."""
     return _contents(tokens)["eod_id"]
+
+
+def check(tokens: Path, vocab_size: int) -> None:
+    """See that the token files are whole and hold no ids but the model's.
+
+    Raises:
+        ModelError: tokens.json cannot be read, a file is missing or is not of the size tokens.json says, or the
+            vocabulary is larger than the model's.
+    """
+    contents = _contents(tokens)
+    if contents["vocab_size"] > vocab_size:
+        raise ModelError(
+            f"{tokens / 'tokens.json'}: a vocabulary of {contents['vocab_size']} ids, and the model has {vocab_size}.\n"
+            "Set tokenizer.vocab_size to what the tokens were made with, or run `dvc repro tokenize` again."
+        )
+    item_size = np.dtype(contents["dtype"]).itemsize
+    for name, figures in contents["files"].items():
+        data, index = tokens / f"{name}.bin", tokens / f"{name}.idx"
+        for path in (data, index):
+            if not path.exists():
+                raise ModelError(f"{path}: not found, and tokens.json lists it.\nRun `dvc repro tokenize` again.")
+        if data.stat().st_size != figures["tokens"] * item_size:
+            raise ModelError(
+                f"{data}: {data.stat().st_size} bytes, not {figures['tokens']} tokens of {item_size} as in tokens.json.\n"
+                "The file is truncated or of another run: run `dvc repro tokenize` again."
+            )
 
 
 def digests(tokens: Path) -> dict[str, str]:
@@ -159,6 +186,32 @@ class TrainingData:
         return torch.cat([item["tokens"], item["labels"][-1:]])
 
 
+class Ahead:
+    """Batches by number (from 1), the next ones made by a thread while one is in use; any may be asked for.
+
+    Args:
+        make: batch of a number, the same whenever it is made.
+        last: the last number there is.
+    """
+
+    NUMBER = 2                  # batches made ahead
+
+    def __init__(self, make: Callable[[int], Tensor], last: int):
+        self.make, self.last = make, last
+        self.thread = ThreadPoolExecutor(1)
+        self.waiting: dict[int, Future[Tensor]] = {}
+
+    def __getitem__(self, number: int) -> Tensor:
+        wanted = range(number, min(number + self.NUMBER, self.last) + 1)
+        self.waiting = {
+            each: self.waiting.get(each) or self.thread.submit(self.make, each) for each in wanted
+        }
+        return self.waiting.pop(number).result()
+
+    def close(self) -> None:
+        self.thread.shutdown(cancel_futures=True)
+
+
 @contextlib.contextmanager
 def _whole(cache: Path) -> Iterator[Path]:
     """`cache` where it exists, else a directory that becomes it when the block ends well: Megatron would take an index
@@ -174,7 +227,15 @@ def _whole(cache: Path) -> Iterator[Path]:
 
 
 def _contents(tokens: Path) -> dict[str, Any]:
-    return json.loads((tokens / "tokens.json").read_text())
+    path = tokens / "tokens.json"
+    try:
+        contents = json.loads(path.read_text())
+        missing = {"vocab_size", "eod_id", "dtype", "tokenizer_digest", "corpus_digest", "files"} - contents.keys()
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read ({error}).\nRun `dvc repro tokenize` again.") from None
+    if missing:
+        raise ModelError(f"{path}: without {', '.join(sorted(missing))}.\nRun `dvc repro tokenize` again.")
+    return contents
 
 
 def _dataset(prefix: str, samples: int, config: GPTDatasetConfig) -> GPTDataset:

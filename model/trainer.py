@@ -2,7 +2,8 @@
 
 Megatron's DDP, optimizer, pipeline schedules and distributed checkpoints around `model.spec`'s model. A killed run goes
 on from its last resume state and gives the losses of an unbroken one: samples are addressed by number, and model,
-master weights, optimizer and schedule come back bit for bit.
+master weights, optimizer and schedule come back bit for bit. A step waits for the device once, for its gradient norm;
+batches are made ahead by a thread.
 """
 
 from __future__ import annotations
@@ -33,11 +34,14 @@ from model.config import ModelConfig, ModelError, PretrainConfig
 from model.distributed import ONE_COPY, Parallelism, device, is_main_process, process_groups
 from model.documents import find_documents
 from model.engine_checkpoint import ResumeState, save_model
+from model.gradient_watch import GradientWatch
 from model.limits import check_cuda_graph, check_micro_batch
-from model.optimizer import build_optimizer, build_schedule
+from model.optimizer import build_optimizer, build_schedule, update, uses_distributed_optimizer
 from model.precision import PrecisionName, choose_precision
+from model.run_log import Row, RunLog
 from model.spec import build_model
 from model.step_graph import StepGraph
+from model.throughput import flops_utilization
 
 # A validation run reads at most this share of the training tokens: ten of them then cost about a tenth of training.
 VALIDATION_SHARE = 1 / 50
@@ -45,17 +49,18 @@ VALIDATION_SHARE = 1 / 50
 
 @dataclass
 class Run:
-    """What a training run records.
+    """What a training run records; on the first process, empty on others.
 
     Attributes:
-        training: one row a step: step, tokens, loss (nats a token), grad_norm, learning_rate.
+        training: one row a step: step, tokens, loss (nats a token), grad_norm, learning_rate, skipped (1 where the
+            update was, for want of a finite loss and gradient), spike (1 where the gradient was unusually large).
         validation: one row a validation run and domain: step, tokens, domain, loss, bits_per_byte.
         metrics: flat figures of the whole run.
         resumed_from: step of the resume state the run went on from, else None.
     """
 
-    training: list[dict[str, Any]]
-    validation: list[dict[str, Any]]
+    training: list[Row]
+    validation: list[Row]
     metrics: dict[str, float]
     resumed_from: int | None
 
@@ -82,12 +87,14 @@ def train(
         seed: of the weights and of the order of the text.
         tokens: the tokens directory.
         out: where the weights go.
-        scratch: keeps resume state and index caches; `resumed` appears there when a run goes on from one.
+        scratch: keeps resume state, index caches and, to be followed, training.csv, validation.csv and TensorBoard
+            events; `resumed` appears there when a run goes on from a resume state.
         progress: called as progress(step, steps, loss=..., lr=..., **{"tok/s": ...}).
         parallelism: the layout over the processes torchrun started.
 
     Raises:
-        ModelError: sizes that do not fit together, FP8 that cannot be computed here, or a loss that is not finite.
+        ModelError: sizes that do not fit together, FP8 that cannot be computed here, token files that are not whole, a
+            checkpoint that could not be written, or loss or gradients not finite for too long.
     """
     with process_groups(parallelism):
         trainer = Trainer(config, recipe, precision, seed, tokens, scratch, parallelism)
@@ -109,15 +116,20 @@ class Trainer:
         scratch: Path, parallelism: Parallelism,
     ):
         self.config, self.recipe, self.scratch = config, recipe, scratch
-        self.precision = choose_precision(precision, device(), recipe.bf16_layers_at_start, recipe.bf16_layers_at_end)
+        self.precision = choose_precision(
+            precision, device(), recipe.bf16_layers_at_start, recipe.bf16_layers_at_end, recipe.fp8_recipe,
+            recipe.fp8_gradients,
+        )
         check_micro_batch(config, self.precision, recipe.micro_batch_size)
         check_cuda_graph(recipe, parallelism)
+        token_data.check(tokens, config.vocab_size)
         self.model = build_model(config, self.precision, parallelism, seed, recipe.recompute).to(device())
         self.step_graph = StepGraph(self._whole_step) if recipe.cuda_graph else None
+        distribution = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=uses_distributed_optimizer(recipe)
+        )
         with self.step_graph.on_stream() if self.step_graph else nullcontext():
-            self.ddp = DistributedDataParallel(
-                self.model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), self.model
-            )
+            self.ddp = DistributedDataParallel(self.model.config, distribution, self.model)
         self.ddp.broadcast_params()
         self.tokens_per_step = recipe.global_batch_size * config.sequence_length
         self.steps = recipe.tokens // self.tokens_per_step
@@ -128,7 +140,10 @@ class Trainer:
             )
         self.optimizer = build_optimizer(recipe, self.ddp)
         self.schedule = build_schedule(recipe, self.optimizer, self.steps)
-        self.resume = ResumeState(scratch, self.model, self.optimizer, self.schedule)
+        self.resume = ResumeState(scratch, self.model, self.optimizer, self.schedule, recipe.checkpoints_kept,
+                                  in_background=device().type == "cuda")
+        self.watch = GradientWatch(recipe.spike_factor, recipe.max_skipped_steps)
+        self.log = RunLog(scratch) if is_main_process() else None
         self.ranks, self.rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
         self.micro_batches, left = divmod(recipe.global_batch_size, recipe.micro_batch_size * self.ranks)
         if left:
@@ -139,54 +154,73 @@ class Trainer:
         self.forward_backward = get_forward_backward_func()
         samples = self.steps * recipe.global_batch_size
         self.data = token_data.TrainingData(tokens, config.sequence_length, samples, seed, scratch / "index")
+        self.batches = token_data.Ahead(self._batch, self.steps)
         self.validation_sets = self._validation_sets(tokens)
         self.eod_id = token_data.end_of_document(tokens)
 
     def run(self, progress: Callable[..., None]) -> Run:
         """Train from the latest resume state, or the start, to the end."""
-        records: dict[str, Any] = {"training": [], "validation": [], "train_seconds": 0.0}
-        first, restored = 0, self.resume.restore()
+        first, seconds, restored = 0, 0.0, self.resume.restore()
         if restored:
             first, records = restored
+            seconds = records["train_seconds"]
+            self.watch.load_state_dict(records["watch"])
             (self.scratch / "resumed").touch()
-        else:
-            records["validation"] += self.validate(0)
+        if self.log is not None:
+            self.log.cut(records["log"] if restored else {})
+        if not restored:
+            self._record("validation", self.validate(0))
         evaluation_steps = {
             round(self.steps * part / self.recipe.evaluations) for part in range(1, self.recipe.evaluations + 1)
         }
         for step in range(first + 1, self.steps + 1):
             started = time.monotonic()
             row = self.train_step(step)
-            records["train_seconds"] += time.monotonic() - started
-            records["training"].append(row)
-            speed = row["tokens"] / records["train_seconds"]
-            progress(step, self.steps, loss=row["loss"], lr=row["learning_rate"], **{"tok/s": speed})
+            took = time.monotonic() - started
+            seconds += took
+            self._record("training", [row], tokens_per_second=self.tokens_per_step / took)
+            progress(step, self.steps, **self._figures(row, seconds))
             if step in evaluation_steps:
-                records["validation"] += self.validate(step)
+                self._record("validation", self.validate(step))
+            self.resume.collect(wait=False)
             if step % self.recipe.checkpoint_every == 0 and step < self.steps:
-                self.resume.save(step, records)
-        return Run(records["training"], records["validation"], self._metrics(records), first or None)
+                self.resume.save(step, {"train_seconds": seconds, "watch": self.watch.state_dict(),
+                                        "log": self.log.sizes() if self.log else {}})
+        self.resume.collect(wait=True)
+        self.batches.close()
+        if self.log is None:
+            return Run([], [], {}, first or None)
+        self.log.close()
+        training, validation = self.log.rows("training"), self.log.rows("validation")
+        return Run(training, validation, self._metrics(training, validation, seconds), first or None)
 
-    def train_step(self, step: int) -> dict[str, Any]:
-        """Forward, backward and update on batch `step` (from 1). Returns its training.csv row."""
+    def train_step(self, step: int) -> Row:
+        """Forward, backward and update on batch `step` (from 1). Returns its training.csv row.
+
+        Raises:
+            ModelError: loss or gradients have not been finite for too many steps.
+        """
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        sequences = torch.stack(list(self._batches(step)))
+        sequences = self.batches[step]
         losses = self.step_graph(sequences) if self.step_graph else self._whole_step(sequences)
-        value = self._sum_over_processes(losses) / self.micro_batches / self.ranks
-        if not math.isfinite(value):
-            raise ModelError(
-                f"training diverged: the loss of step {step} is {value}.\nLower pretrain.learning_rate, or raise "
-                "pretrain.warmup_fraction."
-            )
+        total = self._sum_over_processes(losses)
         self.schedule.step(1)
-        _, grad_norm, _ = self.optimizer.step()
-        return {
-            "step": step, "tokens": step * self.tokens_per_step, "loss": value, "grad_norm": float(grad_norm),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-        }
+        row: Row = {"step": step, "tokens": step * self.tokens_per_step}
 
-    def validate(self, step: int) -> list[dict[str, Any]]:
+        def approve(grad_norm: float) -> bool:
+            loss = total.item() / self.micro_batches / self.ranks       # queued before the norm: there already
+            verdict = self.watch.judge(step, loss, grad_norm)
+            row.update(
+                loss=loss, grad_norm=grad_norm, learning_rate=self.optimizer.param_groups[0]["lr"],
+                skipped=int(verdict == "skip"), spike=int(verdict == "spike"),
+            )
+            return verdict != "skip"
+
+        update(self.optimizer, self.recipe.clip_grad, approve)
+        return row
+
+    def validate(self, step: int) -> list[Row]:
         """Rows of validation.csv: every domain, then `all`, their mean weighted by bytes."""
         self.ddp.eval()
         rows, nats, tokens, size = [], 0.0, 0, 0
@@ -198,20 +232,39 @@ class Trainer:
         self.ddp.train()
         return [*rows, self._validation_row(step, "all", nats, tokens, size)]
 
-    def _validation_row(self, step: int, domain: str, nats: float, tokens: int, size: int) -> dict[str, Any]:
+    def _record(self, name: str, rows: list[Row], **rates: float) -> None:
+        """Append rows to the log and their figures, with those of `rates`, to its curves."""
+        if self.log is None:
+            return
+        for row in rows:
+            self.log.append(name, row)
+            curves = {key: value for key, value in row.items() if key not in ("step", "tokens", "domain")}
+            place = f"{name}/{row['domain']}" if "domain" in row else name
+            self.log.plot(row["step"], {f"{place}/{key}": value for key, value in (curves | rates).items()})
+
+    def _figures(self, row: Row, seconds: float) -> dict[str, float]:
+        """What the progress line shows after `row`; counts of what went wrong only where something did."""
+        figures = {"loss": row["loss"], "lr": row["learning_rate"], "tok/s": row["tokens"] / seconds}
+        if self.watch.skipped:
+            figures["skipped"] = self.watch.skipped
+        if self.watch.spikes:
+            figures["spikes"] = self.watch.spikes
+        return figures
+
+    def _validation_row(self, step: int, domain: str, nats: float, tokens: int, size: int) -> Row:
         return {"step": step, "tokens": step * self.tokens_per_step, "domain": domain, "loss": nats / tokens,
                 "bits_per_byte": nats / math.log(2) / size}
 
     @torch.no_grad()
     def _validation_nats(self, sequences: Tensor) -> float:
         """Summed loss over `sequences`, shared among the data-parallel processes in micro-batches of one size."""
-        size = self.recipe.micro_batch_size
+        size = self._validation_size()
         padding = -len(sequences) % (size * self.ranks)
         counted = torch.ones(len(sequences) + padding)
         counted[len(sequences):] = 0.0
         padded = torch.cat([sequences, sequences[:1].expand(padding, -1)])
         mine = list(zip(padded.split(size), counted.split(size), strict=True))[self.rank::self.ranks]
-        return self._sum_over_processes(self._forward_backward(iter(mine), len(mine), forward_only=True))
+        return self._sum_over_processes(self._forward_backward(iter(mine), len(mine), forward_only=True)).item()
 
     def _whole_step(self, sequences: Tensor) -> list[Tensor]:
         """Forward and backward of sequences (micro-batches, micro-batch size, sequence + 1)."""
@@ -222,7 +275,8 @@ class Trainer:
         """Run `count` micro-batches through the pipeline. Returns their losses on its last stage, else nothing."""
         results = self.forward_backward(
             forward_step_func=self._forward_step, data_iterator=batches, model=[self.ddp], num_microbatches=count,
-            seq_length=self.config.sequence_length, micro_batch_size=self.recipe.micro_batch_size,
+            seq_length=self.config.sequence_length,
+            micro_batch_size=self._validation_size() if forward_only else self.recipe.micro_batch_size,
             forward_only=forward_only,
         )
         return [result["loss"] for result in results]
@@ -230,31 +284,35 @@ class Trainer:
     def _forward_step(self, batches: Iterator[tuple[Tensor, Tensor | None]], model: Any) -> tuple[Tensor, Any]:
         """Megatron's hook: the model's output on the next micro-batch, and how to reduce it to a loss."""
         sequences, counted = next(batches)
-        sequences = sequences.to(device())
+        sequences = sequences.to(device(), non_blocking=True)
         input_ids, labels = sequences[:, :-1].contiguous(), sequences[:, 1:].contiguous()
         documents = find_documents(input_ids, self.eod_id) if self.recipe.reset_at_documents else None
         output = model(input_ids, None, None, labels=labels, packed_seq_params=documents)
         return output, partial(_loss, counted)
 
-    def _batches(self, step: int) -> Iterator[Tensor]:
-        """This process's micro-batches of batch `step`."""
+    def _batch(self, step: int) -> Tensor:
+        """This process's micro-batches of batch `step`, (micro-batches, micro-batch size, sequence + 1), where the
+        device can copy from while it computes."""
         size = self.recipe.micro_batch_size
         start = (step - 1) * self.recipe.global_batch_size + self.rank * self.micro_batches * size
-        for first in range(start, start + self.micro_batches * size, size):
-            yield torch.stack([self.data[sample] for sample in range(first, first + size)])
+        samples = torch.stack([self.data[sample] for sample in range(start, start + self.micro_batches * size)])
+        return (samples.pin_memory() if device().type == "cuda" else samples).unflatten(0, (-1, size))
 
-    def _sum_over_processes(self, values: list[Tensor]) -> float:
+    def _sum_over_processes(self, values: list[Tensor]) -> Tensor:
         """The sum over micro-batches and data-parallel processes; the last pipeline stage has them, all get to know."""
         total = torch.stack(values).sum() if values else torch.zeros((), device=device())
         dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
-        return total.item()
+        return total
+
+    def _validation_size(self) -> int:
+        return self.recipe.validation_micro_batch_size or self.recipe.micro_batch_size
 
     def _validation_sets(self, tokens: Path) -> dict[str, token_data.ValidationSet]:
         """Each domain's first sequences, so many that one validation run stays within its share of training."""
         domains = token_data.domains(tokens)
-        size = self.recipe.micro_batch_size
+        size = self._validation_size()
         allowed = self.recipe.tokens * VALIDATION_SHARE / len(domains) / self.config.sequence_length
         count = math.ceil(allowed / size) * size
         return {
@@ -262,9 +320,8 @@ class Trainer:
             for domain in domains
         }
 
-    def _metrics(self, records: dict[str, Any]) -> dict[str, float]:
-        training, validation = records["training"], records["validation"]
-        tail = training[-max(1, self.steps // 20):]
+    def _metrics(self, training: list[Row], validation: list[Row], seconds: float) -> dict[str, float]:
+        tail = [row["loss"] for row in training[-max(1, self.steps // 20):] if not row["skipped"]]
         first_tenth = min(row["step"] for row in validation if row["step"] > 0)
         at_end = {row["domain"]: row["bits_per_byte"] for row in validation if row["step"] == self.steps}
         at_first_tenth = {row["domain"]: row["bits_per_byte"] for row in validation if row["step"] == first_tenth}
@@ -272,17 +329,23 @@ class Trainer:
             peak = torch.cuda.max_memory_allocated() / 2**30
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        speed = self.steps * self.tokens_per_step / seconds
         metrics = {
             "parameters": costs.parameters(self.config),
             "tokens": self.steps * self.tokens_per_step,
             "steps": self.steps,
-            "final_loss": sum(row["loss"] for row in tail) / len(tail),     # the last twentieth of training
+            "final_loss": sum(tail) / len(tail) if tail else math.nan,      # the last twentieth of training
             "validation_bits_per_byte": at_end.pop("all"),
             "validation_bits_per_byte_first_tenth": at_first_tenth["all"],
-            "tokens_per_second": self.steps * self.tokens_per_step / records["train_seconds"],
-            "train_seconds": records["train_seconds"],
+            "tokens_per_second": speed,
+            "train_seconds": seconds,
             "peak_memory_gib": peak,
+            "steps_skipped": self.watch.skipped,
+            "gradient_spikes": self.watch.spikes,
         }
+        utilization = flops_utilization(self.config, speed, dist.get_world_size(), device())
+        if utilization is not None:
+            metrics["model_flops_utilization"] = utilization
         metrics |= {f"validation_bits_per_byte_{domain}": value for domain, value in at_end.items()}
         if self.precision.emulated:
             metrics["fp8_emulated"] = 1

@@ -2,14 +2,16 @@
 
 Reads   data/PROFILE/tokens; sections pretrain, model and variants of the parameters
 Writes  data/PROFILE/checkpoints/VARIANT and, in runs/PROFILE/pretrain/VARIANT, training.csv (every step),
-        validation.csv (before training and at every tenth, per domain) and metrics.json
+        validation.csv (before training and at every tenth, per domain), metrics.json and tensorboard/
 
-A killed run goes on from its last resume state when the same command is given again. Without a GPU, FP8 is emulated:
-BF16 products of FP8 values, marked by fp8_emulated in metrics.json.
+While it runs, the same files grow in .scratch/pretrain-VARIANT-*/: `tensorboard --logdir .scratch`. A killed run goes
+on from its last resume state when the same command is given again. Without a GPU, FP8 is emulated: BF16 products of FP8
+values, marked by fp8_emulated in metrics.json.
 """
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 from stages.common import Progress, Stage, run_stage
@@ -32,6 +34,7 @@ def pretrain(stage: Stage) -> dict[str, Any]:
         )
     stage.write_record("training.csv", csv_text(run.training))
     stage.write_record("validation.csv", csv_text(run.validation))
+    shutil.copytree(stage.scratch / "tensorboard", stage.records / "tensorboard", dirs_exist_ok=True)
     return run.metrics
 
 

@@ -8,7 +8,7 @@ from tiny_engine import HYBRID
 from model import precision as precision_module
 from model.config import ModelError
 from model.distributed import ONE_COPY, process_groups
-from model.precision import FP8Product, Precision, choose_precision, mark_quantized_layers
+from model.precision import FP8Product, Precision, Scaling, choose_precision, mark_quantized_layers
 from model.spec import build_model
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -25,7 +25,7 @@ def test_the_three_products_are_of_float8_values():
     x = torch.randn(3, 5, 32).bfloat16().requires_grad_()
     weight = torch.randn(16, 32).bfloat16().requires_grad_()
     dy = torch.randn(3, 5, 16).bfloat16()
-    y = FP8Product.apply(x, weight)
+    y = FP8Product.apply(x, weight, Scaling(Precision("fp8", emulated=True)), True)
     y.backward(dy)
     x8, weight8 = (to_float8(t.detach(), torch.float8_e4m3fn) for t in (x, weight))
     dy8 = to_float8(dy, torch.float8_e5m2)
@@ -58,7 +58,7 @@ def test_layers_between_the_ends_are_quantized_and_nothing_else():
     with process_groups():
         model = build_model(HYBRID, precision, ONE_COPY, 1)
         assert mark_quantized_layers(model.decoder.layers, precision, 4) == 4      # two linear layers in each of `-*`
-        quantized = {name for name, module in model.named_modules() if getattr(module, "quantized", False)}
+        quantized = {name for name, module in model.named_modules() if getattr(module, "scaling", None)}
         assert quantized == {
             "decoder.layers.1.mlp.linear_fc1", "decoder.layers.1.mlp.linear_fc2",
             "decoder.layers.2.self_attention.linear_qkv", "decoder.layers.2.self_attention.linear_proj",
@@ -83,7 +83,17 @@ def test_fp8_without_transformer_engine_on_a_gpu_is_an_error(monkeypatch):
 
 def test_fp8_on_a_gpu_is_transformer_engines_and_not_emulated(monkeypatch):
     monkeypatch.setattr(precision_module, "TRANSFORMER_ENGINE", True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     precision = choose_precision("fp8", GPU, 2, 2)
     assert not precision.emulated
     options = precision.engine_options()
     assert (options["fp8"], options["fp8_recipe"], options["num_layers_at_end_in_bf16"]) == ("hybrid", "tensorwise", 2)
+
+
+def test_fp8_on_a_gpu_without_fp8_products_is_an_error(monkeypatch):
+    monkeypatch.setattr(precision_module, "TRANSFORMER_ENGINE", True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
+    with pytest.raises(ModelError, match="NVIDIA A100 has no FP8 products") as error:
+        choose_precision("fp8", GPU)
+    assert str(error.value).count("\n") == 1

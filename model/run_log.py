@@ -1,0 +1,89 @@
+"""What a run has recorded so far, on disk while it runs: CSV files to follow and TensorBoard events.
+
+The CSV files are the record: a row is appended, whole, as soon as it is known, with every digit of its numbers. A
+resume state holds how far each file went, and a resumed run cuts them back to there.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from model.config import ModelError
+
+Row = dict[str, Any]
+
+
+class RunLog:
+    """The records of one run, written by its first process.
+
+    Args:
+        directory: where the files go: NAME.csv and tensorboard/.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+        self.events = SummaryWriter(str(directory / "tensorboard"))
+
+    def append(self, name: str, row: Row) -> None:
+        """Add `row` to NAME.csv; the first row makes the header."""
+        path = self._path(name)
+        is_new = not path.exists() or not path.stat().st_size
+        header = ",".join(row) + "\n" if is_new else ""
+        with path.open("a") as file:
+            file.write(header + ",".join(map(str, row.values())) + "\n")
+
+    def plot(self, step: int, figures: dict[str, float]) -> None:
+        """Add points to TensorBoard's curves, named GROUP/NAME."""
+        for name, value in figures.items():
+            self.events.add_scalar(name, value, step)
+
+    def rows(self, name: str) -> list[Row]:
+        """All rows of NAME.csv, numbers as numbers."""
+        path = self._path(name)
+        if not path.exists():
+            return []
+        with path.open(newline="") as file:
+            return [{key: _value(text) for key, text in row.items()} for row in csv.DictReader(file)]
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file: where a run that resumes from now goes on."""
+        return {path.stem: path.stat().st_size for path in sorted(self.directory.glob("*.csv"))}
+
+    def cut(self, sizes: dict[str, int]) -> None:
+        """Take away what was written after `sizes`.
+
+        Raises:
+            ModelError: a file is shorter than it was then.
+        """
+        for path in self.directory.glob("*.csv"):
+            if path.stem not in sizes:
+                path.unlink()
+        for name, size in sizes.items():
+            path = self._path(name)
+            if not path.exists() or path.stat().st_size < size:
+                raise ModelError(
+                    f"{path}: shorter than when the resume state beside it was written.\n"
+                    "Run the stage with --fresh to start it anew."
+                )
+            with path.open("r+b") as file:
+                file.truncate(size)
+
+    def close(self) -> None:
+        self.events.close()
+
+    def _path(self, name: str) -> Path:
+        return self.directory / f"{name}.csv"
+
+
+def _value(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
