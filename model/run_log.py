@@ -7,6 +7,7 @@ resume state holds how far each file went, and a resumed run cuts them back to t
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,19 @@ class RunLog:
     def __init__(self, directory: Path):
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
-        self.events = SummaryWriter(str(directory / "tensorboard"))
+        self.events: SummaryWriter | None = None
+
+    def start(self, step: int, sizes: dict[str, int]) -> None:
+        """Go on after `step`, where the files were of `sizes`; without either, anew. What was written later goes.
+
+        Raises:
+            ModelError: a file is shorter than it was then.
+        """
+        self._cut(sizes)
+        curves = self.directory / "tensorboard"
+        if not step:
+            shutil.rmtree(curves, ignore_errors=True)
+        self.events = SummaryWriter(str(curves), purge_step=step + 1)
 
     def append(self, name: str, row: Row) -> None:
         """Add `row` to NAME.csv; the first row makes the header."""
@@ -39,6 +52,7 @@ class RunLog:
 
     def plot(self, step: int, figures: dict[str, float]) -> None:
         """Add points to TensorBoard's curves, named GROUP/NAME."""
+        assert self.events is not None
         for name, value in figures.items():
             self.events.add_scalar(name, value, step)
 
@@ -54,12 +68,7 @@ class RunLog:
         """Bytes of each file: where a run that resumes from now goes on."""
         return {path.stem: path.stat().st_size for path in sorted(self.directory.glob("*.csv"))}
 
-    def cut(self, sizes: dict[str, int]) -> None:
-        """Take away what was written after `sizes`.
-
-        Raises:
-            ModelError: a file is shorter than it was then.
-        """
+    def _cut(self, sizes: dict[str, int]) -> None:
         for path in self.directory.glob("*.csv"):
             if path.stem not in sizes:
                 path.unlink()
@@ -74,6 +83,7 @@ class RunLog:
                 file.truncate(size)
 
     def close(self) -> None:
+        assert self.events is not None
         self.events.close()
 
     def _path(self, name: str) -> Path:

@@ -105,7 +105,8 @@ def check(tokens: Path, vocab_size: int) -> None:
                 raise ModelError(f"{path}: not found, and tokens.json lists it.\nRun `dvc repro tokenize` again.")
         if data.stat().st_size != figures["tokens"] * item_size:
             raise ModelError(
-                f"{data}: {data.stat().st_size} bytes, not {figures['tokens']} tokens of {item_size} as in tokens.json.\n"
+                f"{data}: {data.stat().st_size} bytes, and tokens.json says {figures['tokens']} tokens of {item_size} "
+                "each.\n"
                 "The file is truncated or of another run: run `dvc repro tokenize` again."
             )
 

@@ -167,7 +167,7 @@ class Trainer:
             self.watch.load_state_dict(records["watch"])
             (self.scratch / "resumed").touch()
         if self.log is not None:
-            self.log.cut(records["log"] if restored else {})
+            self.log.start(first, records["log"] if restored else {})
         if not restored:
             self._record("validation", self.validate(0))
         evaluation_steps = {

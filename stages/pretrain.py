@@ -34,7 +34,8 @@ def pretrain(stage: Stage) -> dict[str, Any]:
         )
     stage.write_record("training.csv", csv_text(run.training))
     stage.write_record("validation.csv", csv_text(run.validation))
-    shutil.copytree(stage.scratch / "tensorboard", stage.records / "tensorboard", dirs_exist_ok=True)
+    shutil.rmtree(stage.records / "tensorboard", ignore_errors=True)
+    shutil.copytree(stage.scratch / "tensorboard", stage.records / "tensorboard")
     return run.metrics
 
 

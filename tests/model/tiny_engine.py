@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import subprocess
@@ -73,8 +74,10 @@ def train_job(tokens: str, out: str, scratch: str, parallelism: dict[str, Any], 
 
 
 def main() -> None:
-    """A worker process: train all jobs, the first process writes the results."""
+    """A worker process: train all jobs, the first process writes the results. One that hangs says where."""
     import torch
+
+    faulthandler.dump_traceback_later(240, exit=True)
 
     torch.set_num_threads(1)
     results = []

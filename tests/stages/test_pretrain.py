@@ -54,7 +54,7 @@ def test_a_killed_run_goes_on_to_the_very_same_results(workplace):
     """SIGKILL after a resume state exists; the same command again; the same files as a run left alone."""
     killed = pretrain(workplace, "--variant", "hybrid-fp8")
     resume = workplace / ".scratch"
-    while not list(resume.glob("pretrain-hybrid-fp8-*/resume/step-*")):
+    while not list(resume.glob("pretrain-hybrid-fp8-*/resume/latest")):
         assert killed.poll() is None, killed.stderr.read()
     killed.send_signal(signal.SIGKILL)
     killed.wait()
@@ -81,8 +81,10 @@ def test_a_killed_run_goes_on_to_the_very_same_results(workplace):
 
 def check_records(records: Path, workplace: Path) -> None:
     training, validation = rows(records / "training.csv"), rows(records / "validation.csv")
-    assert list(training[0]) == ["step", "tokens", "loss", "grad_norm", "learning_rate"]
+    assert list(training[0]) == ["step", "tokens", "loss", "grad_norm", "learning_rate", "skipped", "spike"]
     assert [int(row["step"]) for row in training] == list(range(1, 25))
+    assert {row["skipped"] for row in training} == {"0"}
+    assert list((records / "tensorboard").glob("events.out.tfevents.*"))
     assert [int(row["tokens"]) for row in training] == [64 * step for step in range(1, 25)]
     assert list(validation[0]) == ["step", "tokens", "domain", "loss", "bits_per_byte"]
     assert [int(row["step"]) for row in validation if row["domain"] == "all"] == [0, 8, 16, 24]
@@ -96,7 +98,7 @@ def check_records(records: Path, workplace: Path) -> None:
     assert metrics["validation_bits_per_byte"] == pytest.approx(last["all"], rel=1e-4)
     assert metrics["validation_bits_per_byte_code"] == pytest.approx(last["code"], rel=1e-4)
     assert {"tokens_per_second", "train_seconds", "peak_memory_gib", "final_loss", "steps", "tokens",
-            "validation_bits_per_byte_first_tenth"} <= metrics.keys()
+            "validation_bits_per_byte_first_tenth", "steps_skipped", "gradient_spikes"} <= metrics.keys()
     assert description["precision"] == "fp8" and description["architecture"] == "hybrid" and description["seed"] == 1
     assert description["tokenizer_digest"] == "aa" and not any("second" in name for name in description)
     assert math.isclose(description["validation_bits_per_byte"], last["all"], rel_tol=1e-4)
