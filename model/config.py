@@ -174,4 +174,9 @@ class PretrainConfig(Section):
                 "fp8_recipe delayed with recompute: the second forward pass would see other scales than the first\n"
                 'Set recompute to "", or fp8_recipe to current.'
             )
+        if self.fp8_recipe == "delayed" and self.cuda_graph:
+            raise ValueError(
+                "fp8_recipe delayed with cuda_graph: its scales are updated between steps, by Python\n"
+                "Set cuda_graph to false, or fp8_recipe to current."
+            )
         return self
