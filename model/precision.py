@@ -30,6 +30,7 @@ from megatron.core.tensor_parallel.mappings import (
 
 from model.config import ModelError
 from model.feed_forward import FeedForward
+from model.fp8_unscaled import quantizer_e4m3_gradients, quantizer_e5m2_gradients
 
 PrecisionName = Literal["float32", "bf16", "fp8"]
 ScalingName = Literal["current", "delayed", "unscaled"]
@@ -88,8 +89,9 @@ class Precision:
                 options |= {"fp8_recipe": "delayed", "fp8_amax_history_len": AMAX_HISTORY,
                             "fp8_amax_compute_algo": "max"}
             else:
+                factory = quantizer_e5m2_gradients if self.gradients == "e5m2" else quantizer_e4m3_gradients
                 options |= {"fp8_recipe": "custom",
-                            "fp8_quantizer_factory": f"model.fp8_unscaled.quantizer_{self.gradients}_gradients"}
+                            "fp8_quantizer_factory": f"{factory.__module__}.{factory.__name__}"}
         return options
 
     def format(self, role: Role) -> Format:
