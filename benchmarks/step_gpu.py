@@ -141,7 +141,7 @@ def steps(model: nn.Module, captured: bool) -> Iterator[Callable[[], Tensor]]:
             parameter.grad = None
         return forward_backward(model, sequences)
 
-    run = StepGraph(alone) if captured else alone
+    run = StepGraph(model, alone) if captured else alone
     yield lambda: run(sequences)[0]
     del run
     for parameter in model.parameters():
@@ -153,7 +153,7 @@ def steps(model: nn.Module, captured: bool) -> Iterator[Callable[[], Tensor]]:
         finalize_model_grads([ddp])
         return losses
 
-    run = StepGraph(accumulate) if captured else accumulate
+    run = StepGraph(model, accumulate) if captured else accumulate
     with run.on_stream() if captured else nullcontext():
         ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
     optimizer = build_optimizer(RECIPE, ddp)

@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 EAGER_STEPS = 2         # compile kernels, open communicators, fill caches: a capture may do none of it
 
@@ -24,9 +24,10 @@ class StepGraph:
     made on, and a capture cannot reach the default one.
     """
 
-    def __init__(self, run: Callable[[Tensor], list[Tensor]]):
-        """`run` takes a batch on the GPU, of one shape always, and returns losses; it must not wait for the GPU."""
-        self.run = run
+    def __init__(self, model: nn.Module, run: Callable[[Tensor], list[Tensor]]):
+        """`run` takes a batch on the GPU, of one shape always, computes gradients of `model` and returns losses; it
+        must not wait for the GPU."""
+        self.model, self.run = model, run
         self.stream = torch.cuda.Stream()
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -50,9 +51,18 @@ class StepGraph:
                 return self.run(self.batch)
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
+            _forget_quantized_weights(self.model)
             torch.cuda.synchronize()
             # Other threads, NCCL's watchdog among them, may go on asking the GPU.
             with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.losses = self.run(self.batch)
+            _forget_quantized_weights(self.model)
         self.graph.replay()
         return self.losses
+
+
+def _forget_quantized_weights(model: nn.Module) -> None:
+    """Empty Transformer Engine's caches of FP8 weights before and after a capture, so that the graph has its own: a
+    validation run frees the transposes of those in the caches, where the graph would go on writing."""
+    for module in model.modules():
+        getattr(module, "_fp8_workspaces", {}).clear()

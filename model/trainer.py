@@ -124,7 +124,7 @@ class Trainer:
         check_cuda_graph(recipe, parallelism)
         token_data.check(tokens, config.vocab_size)
         self.model = build_model(config, self.precision, parallelism, seed, recipe.recompute).to(device())
-        self.step_graph = StepGraph(self._whole_step) if recipe.cuda_graph else None
+        self.step_graph = StepGraph(self.model, self._whole_step) if recipe.cuda_graph else None
         distribution = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, use_distributed_optimizer=uses_distributed_optimizer(recipe)
         )

@@ -63,7 +63,7 @@ def train(captured: bool, precision: str, recompute: str) -> tuple[list[float], 
         finalize_model_grads([ddp])
         return losses
 
-    run = StepGraph(step) if captured else step
+    run = StepGraph(model, step) if captured else step
     with run.on_stream() if captured else nullcontext():
         ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
     optimizer = build_optimizer(RECIPE, ddp)
