@@ -159,16 +159,19 @@ class Scaling:
             return quantize(x, format)
         if self.precision.scaling == "unscaled":
             return quantize(x, format, torch.ones((), device=x.device))
-        history = self.histories[role]
-        largest = torch.tensor(max(history, default=0.0), device=x.device)
-        values = quantize(x, format, scale_of(largest, format))
+        values = quantize(x, format, self.scale(role, x.device))
         if training:
             amax = largest_magnitude(x)
             if dist.is_initialized():
                 dist.all_reduce(amax, dist.ReduceOp.MAX, parallel_state.get_amax_reduction_group(True))
             if amax.isfinite():
-                history.append(amax.item())
+                self.histories[role].append(amax.item())
         return values
+
+    def scale(self, role: Role, device: torch.device) -> Tensor:
+        """The scale that delayed scaling gives the next tensor, ()."""
+        largest = torch.tensor(max(self.histories[role], default=0.0), device=device)
+        return scale_of(largest, self.precision.format(role))
 
 
 class FP8Product(torch.autograd.Function):

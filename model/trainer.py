@@ -34,6 +34,7 @@ from model.config import ModelConfig, ModelError, PretrainConfig
 from model.distributed import ONE_COPY, Parallelism, device, is_main_process, process_groups
 from model.documents import find_documents
 from model.engine_checkpoint import ResumeState, save_model
+from model.fp8_statistics import observe
 from model.gradient_watch import GradientWatch
 from model.limits import check_cuda_graph, check_micro_batch
 from model.optimizer import build_optimizer, build_schedule, update, uses_distributed_optimizer
@@ -55,12 +56,14 @@ class Run:
         training: one row a step: step, tokens, loss (nats a token), grad_norm, learning_rate, skipped (1 where the
             update was, for want of a finite loss and gradient), spike (1 where the gradient was unusually large).
         validation: one row a validation run and domain: step, tokens, domain, loss, bits_per_byte.
+        fp8_statistics: one row an evaluation, linear layer and tensor (`model.fp8_statistics`), where asked for.
         metrics: flat figures of the whole run.
         resumed_from: step of the resume state the run went on from, else None.
     """
 
     training: list[Row]
     validation: list[Row]
+    fp8_statistics: list[Row]
     metrics: dict[str, float]
     resumed_from: int | None
 
@@ -87,8 +90,9 @@ def train(
         seed: of the weights and of the order of the text.
         tokens: the tokens directory.
         out: where the weights go.
-        scratch: keeps resume state, index caches and, to be followed, training.csv, validation.csv and TensorBoard
-            events; `resumed` appears there when a run goes on from a resume state.
+        scratch: keeps resume state, index caches and, to be followed, training.csv, validation.csv, with
+            pretrain.fp8_statistics fp8_statistics.csv, and TensorBoard events; `resumed` appears there when a run goes
+            on from a resume state.
         progress: called as progress(step, steps, loss=..., lr=..., **{"tok/s": ...}).
         parallelism: the layout over the processes torchrun started.
 
@@ -175,7 +179,7 @@ class Trainer:
         }
         for step in range(first + 1, self.steps + 1):
             started = time.monotonic()
-            row = self.train_step(step)
+            row = self.train_step(step, observed=self.recipe.fp8_statistics and step in evaluation_steps)
             took = time.monotonic() - started
             seconds += took
             self._record("training", [row], tokens_per_second=self.tokens_per_step / took)
@@ -189,13 +193,16 @@ class Trainer:
         self.resume.collect(wait=True)
         self.batches.close()
         if self.log is None:
-            return Run([], [], {}, first or None)
+            return Run([], [], [], {}, first or None)
         self.log.close()
         training, validation = self.log.rows("training"), self.log.rows("validation")
-        return Run(training, validation, self._metrics(training, validation, seconds), first or None)
+        return Run(training, validation, self.log.rows("fp8_statistics"),
+                   self._metrics(training, validation, seconds), first or None)
 
-    def train_step(self, step: int) -> Row:
+    def train_step(self, step: int, observed: bool = False) -> Row:
         """Forward, backward and update on batch `step` (from 1). Returns its training.csv row.
+
+        Where it is `observed`, the step adds its rows to fp8_statistics.csv.
 
         Raises:
             ModelError: loss or gradients have not been finite for too many steps.
@@ -203,7 +210,10 @@ class Trainer:
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         sequences = self.batches[step]
-        losses = self.step_graph(sequences) if self.step_graph else self._whole_step(sequences)
+        if observed:
+            losses = self._observed_step(step, sequences)
+        else:
+            losses = self.step_graph(sequences) if self.step_graph else self._whole_step(sequences)
         total = self._sum_over_processes(losses)
         self.schedule.step(1)
         row: Row = {"step": step, "tokens": step * self.tokens_per_step}
@@ -270,6 +280,16 @@ class Trainer:
         """Forward and backward of sequences (micro-batches, micro-batch size, sequence + 1)."""
         batches = ((micro_batch, None) for micro_batch in sequences)
         return self._forward_backward(batches, self.micro_batches, forward_only=False)
+
+    def _observed_step(self, step: int, sequences: Tensor) -> list[Tensor]:
+        """The same with what FP8 does to its first micro-batch recorded; never as a CUDA graph."""
+        stream = self.step_graph.on_stream() if self.step_graph else nullcontext()
+        with observe(self.model.decoder.layers, self.config.pattern, self.precision) as rows, stream:
+            losses = self._whole_step(sequences)
+        if self.log is not None:
+            for row in rows:
+                self.log.append("fp8_statistics", {"step": step} | row)
+        return losses
 
     def _forward_backward(self, batches: Iterator[Any], count: int, forward_only: bool) -> list[Tensor]:
         """Run `count` micro-batches through the pipeline. Returns their losses on its last stage, else nothing."""

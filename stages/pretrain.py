@@ -2,7 +2,8 @@
 
 Reads   data/PROFILE/tokens; sections pretrain, model and variants of the parameters
 Writes  data/PROFILE/checkpoints/VARIANT and, in runs/PROFILE/pretrain/VARIANT, training.csv (every step),
-        validation.csv (before training and at every tenth, per domain), metrics.json and tensorboard/
+        validation.csv (before training and at every tenth, per domain), with pretrain.fp8_statistics
+        fp8_statistics.csv (at every tenth, per linear layer and tensor), metrics.json and tensorboard/
 
 While it runs, the same files grow in .scratch/pretrain-VARIANT-*/: `tensorboard --logdir .scratch`. A killed run goes
 on from its last resume state when the same command is given again. Without a GPU, FP8 is emulated: BF16 products of FP8
@@ -34,6 +35,8 @@ def pretrain(stage: Stage) -> dict[str, Any]:
         )
     stage.write_record("training.csv", csv_text(run.training))
     stage.write_record("validation.csv", csv_text(run.validation))
+    if params.pretrain.fp8_statistics:
+        stage.write_record("fp8_statistics.csv", csv_text(run.fp8_statistics))
     shutil.rmtree(stage.records / "tensorboard", ignore_errors=True)
     shutil.copytree(stage.scratch / "tensorboard", stage.records / "tensorboard")
     return run.metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import shutil
 from pathlib import Path
@@ -27,6 +28,7 @@ def losses(run: dict) -> list[float]:
 @pytest.mark.parametrize(("precision", "changes"), [
     ("bf16", {}), ("fp8", {}), ("fp8", {"fp8_recipe": "delayed", **EVERYWHERE}),
     ("bf16", {"distributed_optimizer": True}), ("fp8", {"distributed_optimizer": True}),
+    ("fp8", {"cuda_graph": True, "fp8_statistics": True}),
 ])
 def test_a_resumed_run_gives_the_same_losses(tokens, precision, changes, tmp_path):
     job = {"tokens": str(tokens), "parallelism": {}, "precision": precision, "checkpoint_every": 3,
@@ -38,6 +40,10 @@ def test_a_resumed_run_gives_the_same_losses(tokens, precision, changes, tmp_pat
     resumed = train_job(out=str(tmp_path / "b"), scratch=str(tmp_path / "broken"), **job)
     assert resumed["resumed_from"] == 3
     assert losses(resumed) == pytest.approx(losses(whole), rel=2e-3)
+    if "fp8_statistics" in changes:
+        rows = list(csv.DictReader((tmp_path / "broken" / "fp8_statistics.csv").open()))
+        assert len(rows) == 2 * 8 * 3           # evaluations, linear layers, tensors
+        assert all(10 < float(row["snr_db"]) < 60 for row in rows)
 
 
 def test_distributed_optimizer_in_processes_of_its_own(tokens, tmp_path):
