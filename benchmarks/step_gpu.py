@@ -53,7 +53,7 @@ GEOMETRIES: dict[str, tuple[ModelConfig, int]] = {          # and sequences in a
         sequence_length=4096, vocab_size=32_768), 8),
 }
 TINY = {"hidden_size": 256, "ffn_hidden_size": 512, "num_attention_heads": 4, "num_query_groups": 2, "head_dim": 64,
-        "mamba_num_heads": 8, "sequence_length": 512, "vocab_size": 1024}
+        "mamba_num_heads": 16, "sequence_length": 512, "vocab_size": 1024}
 RECIPE = PretrainConfig(
     tokens=1, global_batch_size=1, micro_batch_size=1, learning_rate=1e-5, min_learning_rate=1e-6, warmup_fraction=0.0,
     decay_fraction=0.0, decay_style="minus_sqrt", weight_decay=0.1, adam_betas=(0.9, 0.95), clip_grad=1.0,

@@ -27,8 +27,8 @@ from model.step_graph import EAGER_STEPS, StepGraph
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
-WIDE = HYBRID.model_copy(update={        # sizes that mamba_ssm's kernels take
-    "hidden_size": 128, "ffn_hidden_size": 256, "mamba_num_heads": 8, "mamba_head_dim": 64, "mamba_state_dim": 128,
+WIDE = HYBRID.model_copy(update={        # sizes that mamba_ssm's kernels and FP8 products take
+    "pattern": "M-M*-M", "hidden_size": 128, "ffn_hidden_size": 256, "mamba_num_heads": 16, "mamba_head_dim": 64, "mamba_state_dim": 128,
     "chunk_size": 128, "head_dim": 32, "sequence_length": 256,
 })
 
@@ -66,7 +66,7 @@ def train(captured: bool, precision: str, recompute: str) -> tuple[list[float], 
     run = StepGraph(model, step) if captured else step
     with run.on_stream() if captured else nullcontext():
         ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
-    optimizer = build_optimizer(RECIPE, ddp)
+    optimizer = build_optimizer(RECIPE.model_copy(update={"learning_rate": 1e-3}), ddp)
     found = []
     for number in range(EAGER_STEPS + 4):
         generator = torch.Generator().manual_seed(number)
@@ -164,4 +164,4 @@ def test_the_model_is_megatrons_own(groups, one_configuration):
     assert len(theirs) == len(dict(ours.named_parameters()))
     mine, others = gradients(ours), gradients(stock)
     for name, value in mine.items():
-        assert relative(value, others[renamed.get(name, name)]) < 4e-2, name
+        assert relative(value, others[renamed.get(name, name)]) < 5e-2, name
