@@ -28,8 +28,8 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 WIDE = HYBRID.model_copy(update={        # sizes that mamba_ssm's kernels and FP8 products take
-    "pattern": "M-M*-M", "hidden_size": 128, "ffn_hidden_size": 256, "mamba_num_heads": 16, "mamba_head_dim": 64, "mamba_state_dim": 128,
-    "chunk_size": 128, "head_dim": 32, "sequence_length": 256,
+    "pattern": "M-M*-M", "hidden_size": 128, "ffn_hidden_size": 256, "head_dim": 32, "mamba_num_heads": 16,
+    "mamba_head_dim": 64, "mamba_state_dim": 128, "chunk_size": 128, "sequence_length": 256,
 })
 
 
