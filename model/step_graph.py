@@ -60,6 +60,12 @@ class StepGraph:
         self.graph.replay()
         return self.losses
 
+    def close(self) -> None:
+        """Give the graph back: a process group does not close while a graph holds its collectives."""
+        if self.graph is not None:
+            self.graph.reset()
+            self.graph = None
+
 
 def _forget_quantized_weights(model: nn.Module) -> None:
     """Empty Transformer Engine's caches of FP8 weights before and after a capture, so that the graph has its own: a

@@ -12,7 +12,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -102,7 +102,8 @@ def train(
     """
     with process_groups(parallelism):
         trainer = Trainer(config, recipe, precision, seed, tokens, scratch, parallelism)
-        run = trainer.run(progress)
+        with closing(trainer.step_graph) if trainer.step_graph else nullcontext():
+            run = trainer.run(progress)
         save_model(out, trainer.model)
         if is_main_process():
             training = {"architecture": architecture, "precision": precision, "seed": seed,
