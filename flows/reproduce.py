@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -49,6 +50,9 @@ class Run:
             self.console.line(f"Waiting for the stages an earlier run left: processes {sorted(holders)}")
             time.sleep(3)
         nodes = dvc_graph.graph()
+        for name, node in nodes.items():
+            if name.startswith("pretrain@"):
+                nodes[name] = replace(node, gpus=params.runtime.launcher.gpus_here)
         self.nodes = dvc_graph.select(nodes, stages) if stages else nodes
         self.stale = dvc_graph.stale(self.nodes)
         gpus = dvc_graph.visible_gpus()

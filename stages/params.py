@@ -17,6 +17,7 @@ from ruamel.yaml.error import YAMLError
 from data_pipeline.config import AnnotateConfig, CurateConfig, ExecutorConfig, TokenizeConfig, TokenizerConfig
 from model.compression.config import CompressConfig
 from model.config import Geometry, ModelConfig, PretrainConfig
+from stages.launch import LauncherConfig
 
 
 class ParamsError(SystemExit):
@@ -53,12 +54,37 @@ class BenchmarkConfig(Section):
     repeats: int = Field(ge=1)
 
 
+class ParallelConfig(Section):
+    """How pretraining is spread over its processes; see `model.distributed.Parallelism`. The rest is data parallel."""
+
+    tensor: int = Field(default=1, ge=1)
+    sequence: bool = False
+    pipeline: int = Field(default=1, ge=1)
+
+
 class RuntimeConfig(ExecutorConfig):
     """How to run, never what: no stage depends on it."""
 
     slots: int = Field(ge=1)
     threads: int = Field(ge=1)
     stage_timeout_minutes: float = Field(gt=0)
+    launcher: LauncherConfig = LauncherConfig()
+    parallel: ParallelConfig = ParallelConfig()
+
+    @model_validator(mode="after")
+    def layout_fits_processes(self) -> RuntimeConfig:
+        copy = self.parallel.tensor * self.parallel.pipeline
+        if self.launcher.processes % copy:
+            raise ValueError(
+                f"launcher starts {self.launcher.processes} processes, parallel.tensor ({self.parallel.tensor}) x "
+                f"pipeline ({self.parallel.pipeline}) = {copy} of them hold one model\n"
+                f"Make nodes x processes_per_node a multiple of {copy}, or change the layout."
+            )
+        return self
+
+    @property
+    def data_parallel(self) -> int:
+        return self.launcher.processes // (self.parallel.tensor * self.parallel.pipeline)
 
 
 class Params(Section):

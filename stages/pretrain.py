@@ -6,40 +6,64 @@ Writes  data/PROFILE/checkpoints/VARIANT and, in runs/PROFILE/pretrain/VARIANT, 
         fp8_statistics.csv (at every tenth, per linear layer and tensor), metrics.json and tensorboard/
 
 While it runs, the same files grow in .scratch/pretrain-VARIANT-*/: `tensorboard --logdir .scratch`. A killed run goes
-on from its last resume state when the same command is given again. Without a GPU, FP8 is emulated: BF16 products of FP8
-values, marked by fp8_emulated in metrics.json.
+on from its last resume state when the same command is given again. `runtime.launcher` says where it runs: in this
+process, or by torchrun or Slurm in several, laid out by `runtime.parallel`. Without a GPU, FP8 is emulated: BF16
+products of FP8 values, marked by fp8_emulated in metrics.json.
 """
 
 from __future__ import annotations
 
 import shutil
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from stages.common import Progress, Stage, run_stage
 
+if TYPE_CHECKING:
+    from model.config import ModelConfig
+    from stages.params import Variant
+
 
 def pretrain(stage: Stage) -> dict[str, Any]:
-    import torch
-
-    from model.trainer import train
+    from stages.launch import launch
 
     params = stage.params
     assert stage.variant is not None
     variant = params.variants[stage.variant]
-    torch.set_num_threads(params.runtime.threads)
-    tokens = stage.input("tokens")
+    config, tokens, runtime = params.model_of(stage.variant), stage.input("tokens"), params.runtime
     with stage.output("checkpoints", stage.variant) as out:
-        run = train(
-            params.model_of(stage.variant), params.pretrain, variant.architecture, variant.precision, variant.seed,
-            tokens, out, stage.scratch, Progress(),
-        )
-    stage.write_record("training.csv", csv_text(run.training))
-    stage.write_record("validation.csv", csv_text(run.validation))
+        if runtime.launcher.kind == "here":
+            run = train_here(stage, variant, config, tokens, out)
+        else:
+            job = {
+                "model": config.model_dump(mode="json"), "recipe": params.pretrain.model_dump(mode="json"),
+                **variant.model_dump(), "tokens": str(tokens.absolute()), "out": str(out.absolute()),
+                "scratch": str(stage.scratch.absolute()), "parallelism": runtime.parallel.model_dump(),
+                "threads": runtime.threads,
+            }
+            run = launch(runtime.launcher, job, stage.scratch, stage.label)
+            run["metrics"]["processes"] = runtime.launcher.processes
+    stage.write_record("training.csv", csv_text(run["training"]))
+    stage.write_record("validation.csv", csv_text(run["validation"]))
     if params.pretrain.fp8_statistics:
-        stage.write_record("fp8_statistics.csv", csv_text(run.fp8_statistics))
+        stage.write_record("fp8_statistics.csv", csv_text(run["fp8_statistics"]))
     shutil.rmtree(stage.records / "tensorboard", ignore_errors=True)
     shutil.copytree(stage.scratch / "tensorboard", stage.records / "tensorboard")
-    return run.metrics
+    metrics: dict[str, Any] = run["metrics"]
+    return metrics
+
+
+def train_here(stage: Stage, variant: Variant, config: ModelConfig, tokens: Path, out: Path) -> dict[str, Any]:
+    """Train in this process. Returns the fields of the run."""
+    from dataclasses import asdict
+
+    import torch
+
+    from model.trainer import train
+
+    torch.set_num_threads(stage.params.runtime.threads)
+    return asdict(train(config, stage.params.pretrain, variant.architecture, variant.precision, variant.seed, tokens,
+                        out, stage.scratch, Progress()))
 
 
 def csv_text(rows: list[dict[str, Any]]) -> str:

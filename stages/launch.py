@@ -1,0 +1,217 @@
+"""Start pretraining on many processes, by torchrun or Slurm, and wait for it.
+
+The stage stays one process that reads parameters and writes outputs; the processes it starts run
+`stages.pretrain_worker` on a job file, and leave their result beside it. Every node must see the repository, the data
+and `.scratch` under the same paths.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, NoReturn
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from model.config import ModelError
+
+RENDEZVOUS_PORT = 29_400
+SECONDS_BETWEEN_LOOKS = 2.0
+# How a Slurm job may end through no fault of its own: it is submitted again and goes on from its resume state.
+RESUBMITTED = ("TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL")
+SHOWN_LINES = 3
+
+
+class SlurmJob(BaseModel):
+    """What sbatch is told, besides nodes and GPUs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    minutes: int = Field(default=240, ge=1)                     # a job's limit; the run may take several jobs
+    partition: str | None = None
+    account: str | None = None
+    directives: list[str] = []                                  # more of them, as in `--exclusive`
+    setup: list[str] = []                                       # shell lines before srun: modules, containers
+
+
+class LauncherConfig(BaseModel):
+    """Processes of pretraining: one GPU each, on one or several nodes.
+
+    Attributes:
+        kind: `here` is this process alone; `torchrun` starts them from here; `slurm` submits a job that does.
+        rendezvous: `host:port` at which the nodes of a torchrun of several meet; the same command runs on each.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["here", "torchrun", "slurm"] = "here"
+    nodes: int = Field(default=1, ge=1)
+    processes_per_node: int = Field(default=1, ge=1)
+    rendezvous: str | None = None
+    slurm: SlurmJob = SlurmJob()
+
+    @property
+    def processes(self) -> int:
+        return 1 if self.kind == "here" else self.nodes * self.processes_per_node
+
+    @property
+    def gpus_here(self) -> int:
+        """GPUs of this machine that pretraining takes; a Slurm job has its own."""
+        return {"here": 1, "torchrun": self.processes_per_node, "slurm": 0}[self.kind]
+
+
+def launch(launcher: LauncherConfig, job: dict[str, Any], directory: Path, name: str) -> dict[str, Any]:
+    """Run `stages.pretrain_worker` on `job` in all the launcher's processes; blocks.
+
+    Args:
+        launcher: how many processes, where.
+        job: arguments of the worker, as JSON.
+        directory: of the job file, its result and Slurm's log; the stage's scratch.
+        name: of the job, for Slurm's queue.
+    Returns:
+        What the worker wrote as its result.
+    Raises:
+        ModelError: the processes ended without a result, with what they said.
+    """
+    file, result, error = (directory.absolute() / f"job{suffix}.json" for suffix in ("", "-result", "-error"))
+    for old in (result, error):
+        old.unlink(missing_ok=True)
+    file.write_text(json.dumps(job, indent=1) + "\n")
+    run = _by_slurm if launcher.kind == "slurm" else _by_torchrun
+    said = run(launcher, file, name)
+    if result.exists():
+        found: dict[str, Any] = json.loads(result.read_text())
+        return found
+    if error.exists():
+        raise ModelError(json.loads(error.read_text()))
+    raise ModelError(f"pretraining on {launcher.processes} processes ended without a result: {said}\n"
+                     "The log above says more. The same command goes on from the last resume state.")
+
+
+def torchrun_command(launcher: LauncherConfig, job: Path, rendezvous: str | None, identity: str) -> list[str]:
+    """The command of one node, in which torchrun starts that node's processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={launcher.nodes}",
+               f"--nproc-per-node={launcher.processes_per_node}"]
+    if rendezvous:
+        command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={rendezvous}", f"--rdzv-id={identity}"]
+    else:
+        command += ["--standalone"]
+    return [*command, "-m", "stages.pretrain_worker", str(job)]
+
+
+def _by_torchrun(launcher: LauncherConfig, job: Path, name: str) -> str:
+    if launcher.nodes > 1 and not launcher.rendezvous:
+        raise ModelError(f"runtime.launcher: torchrun on {launcher.nodes} nodes needs `rendezvous`, where they meet.\n"
+                         "Name it as host:port, or let Slurm start them (kind: slurm).")
+    command = torchrun_command(launcher, job, launcher.rendezvous if launcher.nodes > 1 else None, name)
+    if launcher.nodes > 1:
+        print(f"Run this on each of the other {launcher.nodes - 1} nodes:\n{shlex.join(command)}", flush=True)
+    process = subprocess.Popen(command, start_new_session=True)     # ended as one group
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+        sys.exit(128 + number)
+
+    with _on_stop(stop):
+        status = process.wait()
+    return f"torchrun ended with status {status}."
+
+
+def slurm_script(launcher: LauncherConfig, job: Path, name: str) -> str:
+    """The batch script: one torchrun a node, which meet at the first."""
+    slurm = launcher.slurm
+    directives = [
+        f"--job-name={name}", f"--nodes={launcher.nodes}", "--ntasks-per-node=1",
+        f"--gpus-per-node={launcher.processes_per_node}", f"--time={slurm.minutes}",
+        f"--output={job.parent}/slurm-%j.log", f"--chdir={Path.cwd()}",
+    ]
+    directives += [f"--partition={slurm.partition}"] if slurm.partition else []
+    directives += [f"--account={slurm.account}"] if slurm.account else []
+    command = shlex.join(torchrun_command(launcher, job, "FIRST", "JOB"))
+    command = command.replace("endpoint=FIRST", f'endpoint="$first":{RENDEZVOUS_PORT}')
+    command = command.replace("id=JOB", 'id="$SLURM_JOB_ID"')
+    return "\n".join([
+        "#!/bin/bash",
+        *(f"#SBATCH {directive}" for directive in (*directives, *slurm.directives)),
+        "set -euo pipefail",
+        f"export PYTHONPATH={shlex.quote(os.environ.get('PYTHONPATH', str(Path(__file__).resolve().parents[1])))}",
+        *slurm.setup,
+        'nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")',
+        "first=${nodes%%$'\\n'*}",
+        f"srun --kill-on-bad-exit=1 {command}",
+        "",
+    ])
+
+
+def _by_slurm(launcher: LauncherConfig, job: Path, name: str) -> str:
+    if missing := [program for program in ("sbatch", "sacct", "scancel") if not shutil.which(program)]:
+        raise ModelError(f"runtime.launcher is slurm, and {', '.join(missing)} cannot be found here.\n"
+                         "Run the stage on a login node, or choose another launcher.")
+    script = job.with_suffix(".sbatch")
+    script.write_text(slurm_script(launcher, job, name))
+    while True:
+        number = _submit(script)
+        print(f"Slurm job {number} is submitted; its log: {job.parent}/slurm-{number}.log", flush=True)
+
+        def stop(signum: int, frame: FrameType | None, number: str = number) -> NoReturn:
+            subprocess.run(["scancel", number])
+            sys.exit(128 + signum)
+
+        with _on_stop(stop):
+            state = _follow(number, job.parent / f"slurm-{number}.log")
+        if state not in RESUBMITTED:
+            return f"Slurm job {number} ended as {state}."
+        print(f"Slurm job {number} ended as {state}: going on in another.", flush=True)
+
+
+def _submit(script: Path) -> str:
+    """The number of the job that sbatch makes of `script`."""
+    done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True)
+    if done.returncode or not (found := re.match(r"\d+", done.stdout)):
+        said = " ".join((done.stderr or done.stdout).split()) or f"exit status {done.returncode}"
+        raise ModelError(f"sbatch refused {script}: {said}\nCorrect runtime.launcher in params.yaml.")
+    return found[0]
+
+
+def _follow(number: str, log: Path) -> str:
+    """Print the job's log as it grows until sacct calls the job ended. Returns its state."""
+    position = 0
+    while True:
+        asked = subprocess.run(["sacct", "-j", number, "-X", "-n", "-P", "-o", "State"], capture_output=True, text=True)
+        if asked.returncode:
+            raise ModelError(f"sacct does not say what became of Slurm job {number}: {' '.join(asked.stderr.split())}\n"
+                             "The job goes on; the stage needs Slurm's accounting to wait for it.")
+        words = asked.stdout.split()                # `CANCELLED by 1000` is one state; none yet means not recorded
+        if log.exists():
+            with log.open(errors="replace") as stream:
+                stream.seek(position)
+                print(stream.read(), end="", flush=True)
+                position = stream.tell()
+        if words and words[0] not in ("PENDING", "RUNNING", "REQUEUED", "COMPLETING", "CONFIGURING", "SUSPENDED"):
+            return words[0]
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+class _on_stop:
+    """While entered, SIGTERM and SIGINT call `handler`: what was started elsewhere must not outlive the stage."""
+
+    def __init__(self, handler: Callable[[int, FrameType | None], NoReturn]):
+        self.handler = handler
+
+    def __enter__(self) -> None:
+        self.before = {number: signal.signal(number, self.handler) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,61 @@
+"""One process of a pretraining run on several: what torchrun starts for `stages.pretrain`.
+
+    torchrun --nproc-per-node=2 -m stages.pretrain_worker JOB.json
+
+The job file names the model, recipe, layout and directories. The first process writes JOB-result.json, the records of
+the run; a process that fails for a known reason writes it to JOB-error.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m stages.pretrain_worker", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("job", type=Path, help="job file of stages.pretrain")
+    file = parser.parse_args().job
+
+    import torch
+
+    from model.config import ModelConfig, ModelError, PretrainConfig
+    from model.distributed import Parallelism
+    from model.trainer import train
+    from stages.common import Progress
+
+    job = json.loads(file.read_text())
+    torch.set_num_threads(job["threads"])
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        run = train(
+            ModelConfig(**job["model"]), PretrainConfig(**job["recipe"]), job["architecture"], job["precision"],
+            job["seed"], Path(job["tokens"]), Path(job["out"]), Path(job["scratch"]),
+            Progress() if first else _silent, Parallelism(**job["parallelism"]),
+        )
+    except ModelError as error:
+        _write(file.with_name(f"{file.stem}-error.json"), str(error))
+        sys.exit(1)
+    if first:
+        _write(file.with_name(f"{file.stem}-result.json"), asdict(run))
+
+
+def _silent(step: int, total: int, **figures: object) -> None:
+    pass
+
+
+def _write(path: Path, value: object) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value))
+    partial.rename(path)
+
+
+if __name__ == "__main__":
+    main()

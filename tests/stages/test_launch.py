@@ -1,0 +1,186 @@
+"""Pretraining on several processes: torchrun for real, Slurm by programs on PATH that stand in for its own."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from model.config import ModelError
+from model.trainer import train
+from stages import launch
+from stages.launch import LauncherConfig, SlurmJob
+from stages.params import ParamsError, load_params
+
+ROOT = Path(__file__).resolve().parents[2]
+GEOMETRY = {"pattern": "M-*M", "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4,
+            "num_query_groups": 2, "head_dim": 8, "mamba_num_heads": 4, "mamba_head_dim": 8, "mamba_state_dim": 8,
+            "mamba_num_groups": 2, "chunk_size": 8, "sequence_length": 16}
+TRAINING = {"tokens": 64 * 6, "global_batch_size": 4, "micro_batch_size": 4, "evaluations": 2, "checkpoint_every": 4,
+            "bf16_layers_at_start": 1, "bf16_layers_at_end": 1}
+TWO = LauncherConfig(kind="slurm", nodes=2, processes_per_node=8,
+                     slurm=SlurmJob(minutes=30, partition="batch", directives=["--exclusive"], setup=["export MODULES=x"]))
+
+# sbatch starts the script in the background; its environment is what Slurm gives a job. sacct says what a file says.
+PROGRAMS = {
+    "sbatch": """
+        if [ -e refuse ]; then echo "sbatch: error: invalid partition specified: batch" >&2; exit 1; fi
+        echo "$@" >> sbatch-calls; number=$((41 + $(wc -l < sbatch-calls)))
+        log=$(sed -n "s/^#SBATCH --output=//p" "$2" | sed "s/%j/$number/")
+        export SLURM_JOB_ID=$number SLURM_JOB_NODELIST=node[1-2]
+        (echo RUNNING > state-$number; if bash "$2" > "$log" 2>&1; then echo COMPLETED; else cat how-it-ends || echo FAILED; fi \\
+            > state-$number.new; mv state-$number.new state-$number) > /dev/null 2>&1 &
+        echo "$number;cluster"
+    """,
+    "sacct": 'cat state-$2',
+    "scancel": 'echo "$1" >> cancelled; echo "CANCELLED by 0" > state-$1',
+    "scontrol": 'printf "node1\\nnode2\\n"',
+    "srun": 'shift; exec "$@"',
+}
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory to work in, with a Slurm of scripts on PATH."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name, text in PROGRAMS.items():
+        (tools / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launch, "SECONDS_BETWEEN_LOOKS", 0.05)
+    return tmp_path
+
+
+def worker(monkeypatch: pytest.MonkeyPatch, shell: str) -> None:
+    """Let `shell` be what torchrun would have started; $1 is the job file."""
+    monkeypatch.setattr(launch, "torchrun_command",
+                        lambda launcher, job, rendezvous, identity: ["bash", "-c", shell, "worker", str(job)])
+
+
+def test_slurm_script_asks_for_what_the_parameters_say(slurm: Path) -> None:
+    script = launch.slurm_script(TWO, slurm / "job.json", "pretrain-hybrid-fp8")
+    for line in ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=8", "--time=30", "--partition=batch",
+                 "--exclusive", "--job-name=pretrain-hybrid-fp8", f"--chdir={slurm}"):
+        assert f"#SBATCH {line}\n" in script
+    assert "--account" not in script and script.index("MODULES=x") < script.index("srun")
+    assert '--rdzv-endpoint="$first":29400 --rdzv-id="$SLURM_JOB_ID" -m stages.pretrain_worker' in script
+    assert "--nnodes=2 --nproc-per-node=8" in script
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+
+
+def test_a_slurm_job_is_waited_for_and_its_log_shown(
+    slurm: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    worker(monkeypatch, 'echo "step 1/2 loss 3.0"; sleep 0.3; cp "$1" "${1%.json}-result.json"; echo "on $first"')
+    assert launch.launch(TWO, {"answer": 42}, slurm, "toy") == {"answer": 42}
+    shown = capfd.readouterr().out
+    assert "Slurm job 42 is submitted" in shown and "step 1/2 loss 3.0" in shown
+
+
+def test_a_job_that_ran_out_of_time_goes_on_in_another(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (slurm / "how-it-ends").write_text("TIMEOUT\n")
+    worker(monkeypatch, '[ -e second ] || { touch second; exit 1; }; cp "$1" "${1%.json}-result.json"')
+    assert launch.launch(TWO, {"answer": 1}, slurm, "toy") == {"answer": 1}
+    assert len((slurm / "sbatch-calls").read_text().splitlines()) == 2
+
+
+def test_a_job_that_failed_says_how_and_is_not_tried_again(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (slurm / "how-it-ends").write_text("OUT_OF_MEMORY\n")
+    worker(monkeypatch, "exit 1")
+    with pytest.raises(ModelError, match=r"16 processes ended without a result: Slurm job 42 ended as OUT_OF_MEMORY"):
+        launch.launch(TWO, {}, slurm, "toy")
+    assert len((slurm / "sbatch-calls").read_text().splitlines()) == 1
+    (slurm / "tools/sacct").write_text("#!/bin/bash\necho 'Slurm accounting storage is disabled' >&2; exit 1\n")
+    with pytest.raises(ModelError, match="what became of Slurm job 43: Slurm accounting storage is disabled"):
+        launch.launch(TWO, {}, slurm, "toy")
+    (slurm / "refuse").touch()
+    with pytest.raises(ModelError, match=r"sbatch refused .*invalid partition.*\n.*runtime\.launcher"):
+        launch.launch(TWO, {}, slurm, "toy")
+
+
+def test_a_stage_that_is_stopped_cancels_its_job(slurm: Path) -> None:
+    code = (
+        "from pathlib import Path; from stages import launch; "
+        "launch.torchrun_command = lambda *_: ['sleep', '30']; "
+        "launch.launch(launch.LauncherConfig(kind='slurm', nodes=2), {}, Path.cwd(), 'toy')"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=slurm, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    while not (slurm / "state-42").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 128 + signal.SIGTERM
+    assert (slurm / "cancelled").read_text() == "42\n"
+
+
+def test_without_slurm_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ModelError, match=r"launcher is slurm, and sbatch, sacct, scancel cannot be found"):
+        launch.launch(TWO, {}, tmp_path, "toy")
+
+
+def test_nodes_of_torchrun_need_a_place_to_meet(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"torchrun on 2 nodes needs `rendezvous`"):
+        launch.launch(LauncherConfig(kind="torchrun", nodes=2), {}, tmp_path, "toy")
+
+
+def test_a_layout_must_fit_the_processes() -> None:
+    changes = ("runtime.launcher.kind=torchrun", "runtime.launcher.processes_per_node=4", "runtime.parallel.tensor=2")
+    params = load_params(ROOT / "params.yaml", changes)
+    assert params.runtime.launcher.processes == 4 and params.runtime.data_parallel == 2
+    with pytest.raises(ParamsError, match=r"starts 4 processes, parallel\.tensor \(2\) x pipeline \(3\) = 6"):
+        load_params(ROOT / "params.yaml", (*changes, "runtime.parallel.pipeline=3"))
+
+
+@pytest.fixture
+def workplace(tmp_path, token_files):
+    """A directory with parameters of a toy size and token files."""
+    values = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
+    values |= {"profile": "toy"}
+    values["model"]["hybrid"] |= GEOMETRY
+    values["pretrain"] |= TRAINING
+    with (tmp_path / "params.yaml").open("w") as file:
+        YAML(typ="safe").dump(values, file)
+    token_files(tmp_path / "data" / "toy" / "tokens")
+    return tmp_path
+
+
+def pretrain(workplace: Path, out: str, *settings: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "stages.pretrain", "--variant", "hybrid-bf16", "--out", out]
+    for setting in ("tokenizer.vocab_size=512", *settings):
+        command += ["--set", setting]
+    return subprocess.run(command, cwd=workplace, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True, timeout=200)
+
+
+def test_torchrun_of_two_processes_gives_the_losses_of_one(workplace: Path, tmp_path: Path) -> None:
+    torchrun = ("runtime.launcher.kind=torchrun", "runtime.launcher.processes_per_node=2")
+    split = pretrain(workplace, "split", *torchrun, "runtime.parallel.tensor=2", "runtime.parallel.sequence=true")
+    assert split.returncode == 0, split.stderr
+    params = load_params(workplace / "params.yaml", ("tokenizer.vocab_size=512",))
+    alone = train(params.model_of("hybrid-bf16"), params.pretrain, "hybrid", "bf16", 1, workplace / "data/toy/tokens",
+                  tmp_path / "alone", tmp_path / "scratch", lambda *_, **__: None)
+    with (workplace / "split/runs/pretrain/hybrid-bf16/training.csv").open() as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    assert losses == pytest.approx([row["loss"] for row in alone.training], rel=2e-3)       # BF16
+    assert split.stdout.count("step 6/6") == 1
+    metrics = json.loads((workplace / "split/runs/pretrain/hybrid-bf16/metrics.json").read_text())
+    assert metrics["processes"] == 2
+    assert (workplace / "split/data/checkpoints/hybrid-bf16/model.json").exists()
+
+
+def test_what_a_worker_refuses_is_what_the_stage_says(workplace: Path) -> None:
+    done = pretrain(workplace, "wrong", "runtime.launcher.kind=torchrun", "runtime.launcher.processes_per_node=2")
+    assert done.returncode == 1             # two replicas, and one micro-batch of four sequences a step
+    assert "global_batch_size (4) is not a multiple of micro_batch_size" in done.stderr.splitlines()[-2]
