@@ -23,6 +23,7 @@ FRAME = {
     ROOT / "data_pipeline/steps/__init__.py",
     ROOT / "stages/common.py",
     ROOT / "stages/params.py",
+    ROOT / "stages/launch.py",
     ROOT / "data_pipeline/config.py",
     ROOT / "model/compression/config.py",
 }

@@ -27,7 +27,7 @@ GEOMETRY = {"pattern": "M-*M", "hidden_size": 32, "ffn_hidden_size": 48, "num_at
 TRAINING = {"tokens": 64 * 6, "global_batch_size": 4, "micro_batch_size": 4, "evaluations": 2, "checkpoint_every": 4,
             "bf16_layers_at_start": 1, "bf16_layers_at_end": 1}
 TWO = LauncherConfig(kind="slurm", nodes=2, processes_per_node=8,
-                     slurm=SlurmJob(minutes=30, partition="batch", directives=["--exclusive"], setup=["export MODULES=x"]))
+                     slurm=SlurmJob(minutes=30, partition="batch", directives=["--exclusive"], setup=["export SITE=x"]))
 
 # sbatch starts the script in the background; its environment is what Slurm gives a job. sacct says what a file says.
 PROGRAMS = {
@@ -36,8 +36,9 @@ PROGRAMS = {
         echo "$@" >> sbatch-calls; number=$((41 + $(wc -l < sbatch-calls)))
         log=$(sed -n "s/^#SBATCH --output=//p" "$2" | sed "s/%j/$number/")
         export SLURM_JOB_ID=$number SLURM_JOB_NODELIST=node[1-2]
-        (echo RUNNING > state-$number; if bash "$2" > "$log" 2>&1; then echo COMPLETED; else cat how-it-ends || echo FAILED; fi \\
-            > state-$number.new; mv state-$number.new state-$number) > /dev/null 2>&1 &
+        (echo RUNNING > state-$number
+        if bash "$2" > "$log" 2>&1; then echo COMPLETED; else cat how-it-ends || echo FAILED; fi > state-$number.new
+        mv state-$number.new state-$number) > /dev/null 2>&1 &
         echo "$number;cluster"
     """,
     "sacct": 'cat state-$2',
@@ -72,7 +73,7 @@ def test_slurm_script_asks_for_what_the_parameters_say(slurm: Path) -> None:
     for line in ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=8", "--time=30", "--partition=batch",
                  "--exclusive", "--job-name=pretrain-hybrid-fp8", f"--chdir={slurm}"):
         assert f"#SBATCH {line}\n" in script
-    assert "--account" not in script and script.index("MODULES=x") < script.index("srun")
+    assert "--account" not in script and script.index("SITE=x") < script.index("srun")
     assert '--rdzv-endpoint="$first":29400 --rdzv-id="$SLURM_JOB_ID" -m stages.pretrain_worker' in script
     assert "--nnodes=2 --nproc-per-node=8" in script
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
