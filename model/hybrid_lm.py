@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.causal_conv1d import causal_conv1d
 from kernels.gated_norm import gated_rms_norm, rms_norm
-from kernels.ssd import chunk_scan
+from kernels.mixer import MixerWeights, mix
 from model.config import ModelConfig, ModelError
 
 FLOAT32_PARAMETERS = ("A_log", "D", "dt_bias")      # small, and exponents of the decay: kept precise in any model
@@ -140,10 +139,10 @@ class Mamba2(nn.Module):
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, xBC, dt = self.project(x)
-        xBC, _ = causal_conv1d(xBC, *self.conv_weights())
-        y, _ = chunk_scan(*self.scan_inputs(xBC, dt), self.config.chunk_size)
-        return self.finish(y, gate)
+        config = self.config
+        weights = MixerWeights(*self.conv_weights(), self.dt_bias, self.A_log, self.D, self.norm.weight)
+        return self.out_proj(mix(self.in_proj(x), weights, config.mamba_num_groups, config.mamba_state_dim,
+                                 config.chunk_size, config.norm_epsilon))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., hidden) -> gate z (..., inner), convolution input (..., channels), dt (..., heads)."""

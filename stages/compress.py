@@ -2,11 +2,13 @@
 
 Reads  data/PROFILE/tokens, data/PROFILE/checkpoints/PARENT (compress.parent).
 Writes data/PROFILE/checkpoints/compressed and compressed-random,
-       runs/PROFILE/compress/{importance,candidates,model,metrics}.json, distillation.csv.
+       runs/PROFILE/compress/{importance,candidates,ranking,task,short,final,controls,costs,model,metrics}.json,
+       distillation.csv.
 
-Layers and FFN neurons are scored by forward passes; every largest model within the memory budget is a candidate; the
-best by kept importance, then agreement with the parent, then a short distillation is distilled in full. The control has
-the same shape with layers and neurons drawn at random, and the same distillation. A killed run goes on where it was.
+Layers and widths are scored by forward passes; every largest model within the budgets is a candidate; the best by kept
+importance, then next-token accuracy and agreement with the parent, then a task, then a short distillation is distilled
+in full. The controls have the same shape: drawn at random, one of them with the same distillation, and the least
+important kept. A killed run goes on where it was. docs/compression.md has the details.
 """
 
 from __future__ import annotations
@@ -45,8 +47,8 @@ def compress(stage: Stage) -> dict[str, Any]:
         }
         with stage.output("checkpoints", DIRECTORIES[name]) as out:
             save_weights(out, *weights, facts)
-    stage.write_record("importance.json", result.importance)
-    stage.write_record("candidates.json", result.candidates)
+    for name, content in result.records.items():
+        stage.write_record(f"{name}.json", content)
     stage.write_record("model.json", result.models["compressed"].config.model_dump(mode="json"))
     rows = [f"{name},{step},{seen},{kl:.6g}" for name, step, seen, kl in result.curve]
     stage.write_record("distillation.csv", "\n".join(["model,step,tokens,kl", *rows]) + "\n")

@@ -1,125 +1,206 @@
-"""Candidates for compression: every largest combination of layer counts and FFN width that fits the memory budget.
+"""Candidates for compression: every largest combination of layer counts and widths that fits the budgets.
 
-The paper's grid (section 3): how many Mamba-2, attention and FFN layers to keep and one FFN width for all; within a
-type the most important layers stay. A combination that could still grow in one direction is dominated by the grown
-one, so only maximal ones are candidates; Nemotron-H-47B is such a point of the 56B model.
+The paper's grid (section 3.1): how many Mamba-2, attention and FFN layers to keep and one FFN width for all; within a
+type the most important layers stay. Other widths may join the grid. A combination that could still grow in one
+direction is dominated by the grown one, so only maximal ones are candidates; Nemotron-H-47B is such a point of the 56B
+model.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from functools import cache
+from itertools import pairwise, product
 from typing import NamedTuple
-
-from torch import Tensor
 
 from model import costs
 from model.compression.config import MemoryBudget
-from model.compression.importance import kept_share
+from model.compression.prune import Selection
+from model.compression.width_importance import WidthImportance, kept_share, select
 from model.config import ModelConfig, ModelError
+
+COUNTS = {"mamba": "M", "attention": "*", "ffn": "-"}
+WIDTHS = ("ffn_hidden_size", "mamba_num_heads", "mamba_head_dim", "num_attention_heads", "num_query_groups",
+          "hidden_size")
+OF = {"ffn_hidden_size": "-", "mamba_num_heads": "M", "mamba_head_dim": "M", "num_attention_heads": "*",
+      "num_query_groups": "*", "hidden_size": "M*-"}       # layers that have the width
 
 
 class Cell(NamedTuple):
-    """A point of the grid: layers kept of each type, and the FFN width they share."""
+    """A point of the grid: layers kept of each type, and the widths that all layers share."""
 
     mamba: int
     attention: int
     ffn: int
     ffn_hidden_size: int
+    mamba_num_heads: int
+    mamba_head_dim: int
+    num_attention_heads: int
+    num_query_groups: int
+    hidden_size: int
 
     @property
     def counts(self) -> dict[str, int]:
         return {"M": self.mamba, "*": self.attention, "-": self.ffn}
+
+    def config(self, parent: ModelConfig) -> ModelConfig:
+        """The geometry, its layers in the order of their types: costs do not depend on the order."""
+        pattern = "".join(symbol * count for symbol, count in self.counts.items())
+        return parent.model_copy(update={"pattern": pattern} | {name: getattr(self, name) for name in WIDTHS})
+
+
+class Budget(NamedTuple):
+    """A limit on a cost that grows with every layer and width.
+
+    Attributes:
+        name: what is limited, with the unit of `limit`: "memory (bytes)".
+        cost: of a geometry, whatever the order of its layers.
+        field: of params.yaml, which gives the limit as a share of the parent's cost; empty for a limit set outright.
+    """
+
+    name: str
+    limit: float
+    cost: Callable[[ModelConfig], float]
+    field: str = ""
+
+    def raised_to(self, cost: float, parent: ModelConfig) -> str:
+        """What to do so that `cost` is within."""
+        if not self.field:
+            return f"Raise the limit of {self.name} to {cost:,.6g}."
+        return f"Raise {self.field} above {math.ceil(1e4 * cost / self.cost(parent)) / 1e4:.4f}."
+
+
+def share_budget(
+    name: str, share: float, cost: Callable[[ModelConfig], float], parent: ModelConfig, field: str
+) -> Budget:
+    """At most `share` of what the parent costs."""
+    return Budget(name, share * cost(parent), cost, field)
 
 
 class Candidate(NamedTuple):
     """A cell made concrete.
 
     Attributes:
-        layers: the parent's layers that are kept, ascending.
-        importance: share of the parent's summed layer importance that is kept; an FFN layer counts with the share of
-            neuron importance left in it.
+        selection: the parent's layers and units that are kept.
+        importance: share of the parent's summed layer importance that is kept; a layer counts with the share of its
+            units' importance left in it.
     """
 
     config: ModelConfig
-    layers: list[int]
+    selection: Selection
     parameters: int
     memory: costs.Memory
     importance: float
 
+    @property
+    def layers(self) -> list[int]:
+        return list(self.selection.layers)
+
 
 def maximal_cells(
-    parent: ModelConfig, widths: Sequence[int], min_attention_layers: int, deployment: MemoryBudget, budget_bytes: int
+    parent: ModelConfig, widths: Mapping[str, Sequence[int]], min_attention_layers: int, budgets: Sequence[Budget]
 ) -> list[Cell]:
-    """All cells within `budget_bytes` that cannot grow by a layer or a width and stay within, in ascending order.
+    """All cells within every budget that cannot grow by a layer or a width and stay within, in ascending order.
 
     At least one layer of every type the parent has is kept, and `min_attention_layers` of attention.
 
+    Args:
+        widths: values a width may take, by its name in WIDTHS; the parent's where one is not named.
+
     Raises:
-        ModelError: a width is not one the parent can be cut to, or nothing fits.
+        ModelError: a width is not one the parent can be cut to, or nothing fits: then it names every budget that the
+            smallest cell breaks, and what would do.
     """
-    widths = _checked_widths(parent, widths)
-    count = parent.pattern.count
-    most = Cell(count("M"), count("*"), count("-"), widths[-1])
-    least = Cell(min(1, most.mamba), min(max(1, min_attention_layers), most.attention), min(1, most.ffn), widths[0])
-
-    def size(cell: Cell) -> int:
-        pattern = "".join(symbol * count for symbol, count in cell.counts.items())
-        changes = {"pattern": pattern, "ffn_hidden_size": cell.ffn_hidden_size}
-        return costs.memory(parent.model_copy(update=changes), deployment).total
-
-    if size(least) > budget_bytes:
-        share = size(least) / costs.memory(parent, deployment).total
+    axes = _axes(parent, widths, min_attention_layers)
+    least = Cell(*(values[0] for values in axes))
+    config = least.config(parent)
+    if broken := [(budget, budget.cost(config)) for budget in budgets if budget.cost(config) > budget.limit]:
+        wrong = "; ".join(f"{budget.name}: the smallest model of the grid takes {cost:,.6g}, the budget is "
+                          f"{budget.limit:,.6g}" for budget, cost in broken)
+        cure = " ".join(budget.raised_to(cost, parent) for budget, cost in broken)
         raise ModelError(
-            f"compress.memory.budget_fraction: the smallest model the grid has ({least.mamba} Mamba-2, "
-            f"{least.attention} attention, {least.ffn} FFN layers of width {least.ffn_hidden_size}) takes "
-            f"{size(least):,} bytes, the budget is {budget_bytes:,}.\n"
-            f"Raise it above {share:.3f}, shorten compress.memory.context or add smaller ffn_widths."
+            f"compress: no candidate fits. {wrong} ({least.mamba} Mamba-2, {least.attention} attention, {least.ffn} "
+            f"FFN layers of width {least.ffn_hidden_size}).\n{cure} Or add smaller widths."
         )
-    return sorted(_maximal(least, most, widths, lambda cell: size(cell) <= budget_bytes))
+
+    @cache
+    def fits(cell: Cell) -> bool:
+        config = cell.config(parent)
+        return all(budget.cost(config) <= budget.limit for budget in budgets)
+
+    return sorted(_maximal(axes, fits))
 
 
-def _checked_widths(parent: ModelConfig, widths: Sequence[int]) -> list[int]:
-    if too_wide := [width for width in widths if not 1 <= width <= parent.ffn_hidden_size]:
-        raise ModelError(
-            f"compress.ffn_widths: {too_wide} cannot be cut from the parent's width {parent.ffn_hidden_size}.\n"
-            "Give widths between 1 and the parent's."
-        )
-    return sorted(set(widths)) if "-" in parent.pattern else [parent.ffn_hidden_size]
+def _axes(parent: ModelConfig, widths: Mapping[str, Sequence[int]], min_attention_layers: int) -> list[Sequence[int]]:
+    """The ascending values of each field of a cell."""
+    if unknown := set(widths) - set(WIDTHS):
+        raise ModelError(f"compress: {sorted(unknown)} is no width.\nThere are: {', '.join(WIDTHS)}.")
+    axes: list[Sequence[int]] = []
+    for symbol in COUNTS.values():
+        most = parent.pattern.count(symbol)
+        axes.append(range(min(max(1, min_attention_layers) if symbol == "*" else 1, most), most + 1))
+    for name in WIDTHS:
+        whole, values = getattr(parent, name), sorted(set(widths.get(name, ())))
+        if bad := [value for value in values if not 1 <= value <= whole]:
+            raise ModelError(
+                f"compress: {name} {bad} cannot be cut from the parent's {whole}.\n"
+                "Give widths between 1 and the parent's."
+            )
+        axes.append(values if values and any(symbol in parent.pattern for symbol in OF[name]) else [whole])
+    _check_groups(parent, axes[3 + WIDTHS.index("mamba_num_heads")], "mamba_num_heads", [parent.mamba_num_groups])
+    _check_groups(parent, axes[3 + WIDTHS.index("num_attention_heads")], "num_attention_heads",
+                  axes[3 + WIDTHS.index("num_query_groups")])
+    return axes
 
 
-def _maximal(least: Cell, most: Cell, widths: list[int], fits: Callable[[Cell], bool]) -> Iterator[Cell]:
-    """Cells that fit while no single step up from them does; memory grows with every step, so one step is enough."""
-    wider = dict(pairwise(widths))
-    for mamba in range(least.mamba, most.mamba + 1):
-        for attention in range(least.attention, most.attention + 1):
-            for width in widths:
-                cell = _deepest(Cell(mamba, attention, least.ffn, width), most.ffn, fits)
-                if cell is None:
-                    break                                      # wider ones do not fit either
-                steps = [
-                    cell._replace(mamba=mamba + 1),
-                    cell._replace(attention=attention + 1),
-                    cell._replace(ffn_hidden_size=wider.get(width, width)),
-                ]
-                steps = [step for step in steps if step != cell and step.mamba <= most.mamba
-                         and step.attention <= most.attention]
-                if not any(map(fits, steps)):
-                    yield cell
+def _check_groups(parent: ModelConfig, heads: Sequence[int], name: str, groups: Sequence[int]) -> None:
+    """Heads go by group: each number must be a multiple of each number of groups, and leave no group more than it had.
+    """
+    for count, number in product(heads, groups):
+        if count % number:
+            raise ModelError(
+                f"compress: {name} {count} is not a multiple of {number} groups.\n"
+                "Every group keeps as many heads: give multiples."
+            )
+        whole = parent.num_query_groups if name == "num_attention_heads" else parent.mamba_num_groups
+        if count // number > getattr(parent, name) // whole:
+            raise ModelError(
+                f"compress: {name} {count} in {number} groups is more heads a group than the parent has.\n"
+                "Cut heads and groups together: leave out the smaller numbers of groups, or the larger ones of heads."
+            )
 
 
-def _deepest(cell: Cell, most_ffn: int, fits: Callable[[Cell], bool]) -> Cell | None:
-    """`cell` with as many FFN layers as fit, by bisection; None when it does not fit as it is."""
+def _maximal(axes: Sequence[Sequence[int]], fits: Callable[[Cell], bool]) -> Iterator[Cell]:
+    """Cells that fit while no single step up from them does; costs grow with every step, so one step is enough.
+
+    FFN layers are filled up by bisection, all other axes are walked.
+    """
+    next_up = [dict(pairwise(values)) for values in axes]
+    ffn = Cell._fields.index("ffn")
+    walked = [values if axis != ffn else values[:1] for axis, values in enumerate(axes)]
+    for point in product(*walked):
+        cell = _deepest(Cell(*point), axes[ffn], fits)
+        if cell is None:
+            continue
+        steps = (cell._replace(**{name: above[value]})
+                 for name, value, above in zip(Cell._fields, cell, next_up, strict=True) if value in above)
+        if not any(fits(step) for step in steps):
+            yield cell
+
+
+def _deepest(cell: Cell, counts: Sequence[int], fits: Callable[[Cell], bool]) -> Cell | None:
+    """`cell` with as many FFN layers as fit, by bisection; None when it does not fit with the fewest."""
     if not fits(cell):
         return None
-    fitting, beyond = cell.ffn, most_ffn + 1
+    fitting, beyond = 0, len(counts)
     while beyond - fitting > 1:
         middle = (fitting + beyond) // 2
-        if fits(cell._replace(ffn=middle)):
+        if fits(cell._replace(ffn=counts[middle])):
             fitting = middle
         else:
             beyond = middle
-    return cell._replace(ffn=fitting)
+    return cell._replace(ffn=counts[fitting])
 
 
 def keep_top_layers(pattern: str, importance: Sequence[float], counts: Mapping[str, int]) -> list[int]:
@@ -132,17 +213,28 @@ def keep_top_layers(pattern: str, importance: Sequence[float], counts: Mapping[s
 
 
 def realise(
-    parent: ModelConfig, cell: Cell, layers: Sequence[float], neurons: Mapping[int, Tensor], deployment: MemoryBudget
+    parent: ModelConfig, cell: Cell, layers: Sequence[float], widths: WidthImportance, deployment: MemoryBudget
 ) -> Candidate:
     """The candidate of a cell.
 
     Args:
         layers: importance of each of the parent's layers.
-        neurons: importance of each neuron, by index of the FFN layer.
     """
     kept = keep_top_layers(parent.pattern, layers, cell.counts)
-    pattern = "".join(parent.pattern[index] for index in kept)
-    config = parent.model_copy(update={"pattern": pattern, "ffn_hidden_size": cell.ffn_hidden_size})
-    shares = {index: kept_share(neurons[index], cell.ffn_hidden_size) for index in kept if index in neurons}
-    left = sum(layers[index] * shares.get(index, 1.0) for index in kept)
-    return Candidate(config, kept, costs.parameters(config), costs.memory(config, deployment), left / sum(layers))
+    changes = {"pattern": "".join(parent.pattern[index] for index in kept)}
+    config = cell.config(parent).model_copy(update=changes)
+    selection = select(parent, config, kept, widths)
+    left = sum(layers[index] * _share(parent, config, index, widths) for index in kept)
+    return Candidate(config, selection, costs.parameters(config), costs.memory(config, deployment), left / sum(layers))
+
+
+def _share(parent: ModelConfig, smaller: ModelConfig, index: int, widths: WidthImportance) -> float:
+    """Share of a layer's units' importance that is kept, a product over the axes it is cut along."""
+    share = kept_share(widths.hidden, smaller.hidden_size) if smaller.hidden_size < parent.hidden_size else 1.0
+    match parent.pattern[index]:
+        case "-":
+            return share * kept_share(widths.neurons[index], smaller.ffn_hidden_size)
+        case "*":
+            return share * kept_share(widths.heads[index], smaller.num_attention_heads)
+    heads, channels = widths.mamba_heads("output")[index], widths.mamba_channels("output")[index]
+    return share * kept_share(heads, smaller.mamba_num_heads) * kept_share(channels, smaller.mamba_head_dim)

@@ -3,18 +3,21 @@
 The loss is the forward KL divergence KL(parent || student) of the logits at temperature 1, and nothing else: no
 cross-entropy, no hidden states. Students stand side by side in one run, so that all see the same tokens in the same
 order and the parent's logits are computed once. Both sides run in BF16, over float32 master weights of the students.
+Cross-entropy on the next token instead is there as a control.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
+from kernels.cross_entropy import cross_entropy
+from kernels.forward_kl import forward_kl
 from model.compression.config import CompressConfig
 from model.compression.prune import State
 from model.compression.resume import Pieces
@@ -25,40 +28,9 @@ from model.hybrid_lm import HybridLM
 ADAM_BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1
 CLIP_GRAD = 1.0
-ROWS = 256                      # tokens whose logits are in float32 at one time
+FETCH_EVERY = 10                # steps between reads of the losses, each of which waits for the device
 
-
-class _ForwardKL(torch.autograd.Function):
-    """Mean KL, its gradient (softmax(student) - softmax(teacher)) / tokens made on the way, some rows at a time."""
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
-        gradient = torch.empty_like(student)
-        total = student.new_zeros((), dtype=torch.float64)
-        for part, expected, out in zip(
-            student.split(ROWS), teacher.split(ROWS), gradient.split(ROWS), strict=True
-        ):
-            exact = torch.promote_types(part.dtype, torch.float32)
-            logs, target = part.to(exact).log_softmax(dim=-1), expected.to(exact).log_softmax(dim=-1)
-            chance = target.exp()
-            total += torch.linalg.vecdot(chance, target - logs).double().sum()
-            out.copy_((logs.exp_() - chance) / len(student))
-        ctx.save_for_backward(gradient)
-        return (total / len(student)).to(torch.promote_types(student.dtype, torch.float32))
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * upstream[0].to(gradient.dtype), None
-
-
-def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher || student) in nats, the mean over tokens; no gradient goes to the teacher.
-
-    Args:
-        student, teacher: (tokens, vocab) logits of any float type; the sums run in float32 or better.
-    """
-    return _ForwardKL.apply(student, teacher)
+Objective = Literal["kl", "cross_entropy"]
 
 
 def learning_rate(config: CompressConfig, step: int, steps: int) -> float:
@@ -86,21 +58,28 @@ class _Student:
 
     def __init__(self, config: ModelConfig, state: Mapping[str, Tensor], device: torch.device):
         self.model = HybridLM.from_state(config, state, torch.bfloat16).to(device)
-        self.masters = {name: tensor.to(device, torch.float32, copy=True) for name, tensor in state.items()}
+        self.parameters = dict(self.model.named_parameters())
+        self.masters = {name: state[name].to(device, torch.float32, copy=True) for name in self.parameters}
+        self.gradients = [torch.empty_like(master) for master in self.masters.values()]
         groups = [
             {"params": [m for m in self.masters.values() if m.ndim > 1], "weight_decay": WEIGHT_DECAY},
             {"params": [m for m in self.masters.values() if m.ndim <= 1], "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW(groups, betas=ADAM_BETAS)
+        self.optimizer = torch.optim.AdamW(groups, betas=ADAM_BETAS, fused=device.type == "cuda")
 
-    def step(self, inputs: Tensor, teacher: Tensor, rate: float) -> Tensor:
-        self.model.load_state_dict(self.masters)
-        loss = forward_kl(self.model(inputs).flatten(0, 1), teacher)
+    def step(self, inputs: Tensor, targets: Tensor, teacher: Tensor | None, rate: float) -> Tensor:
+        """One update towards the teacher's logits (tokens, vocab), or without them towards the targets (tokens,)."""
+        masters = list(self.masters.values())
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.parameters.values()), masters)
+        logits = self.model(inputs).flatten(0, 1)
+        loss = cross_entropy(logits, targets).mean() if teacher is None else forward_kl(logits, teacher)
         loss.backward()
-        for name, parameter in self.model.named_parameters():
+        for parameter, master, gradient in zip(self.parameters.values(), masters, self.gradients, strict=True):
             assert parameter.grad is not None
-            self.masters[name].grad, parameter.grad = parameter.grad.float(), None
-        clip_grad_norm_(self.masters.values(), CLIP_GRAD)
+            master.grad = gradient.copy_(parameter.grad)
+            parameter.grad = None
+        clip_grad_norm_(masters, CLIP_GRAD)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
@@ -108,7 +87,7 @@ class _Student:
 
 
 def distill(
-    parent: HybridLM,
+    teacher: HybridLM,
     students: Mapping[str, tuple[ModelConfig, Mapping[str, Tensor]]],
     sequences: Sequence[Tensor],
     tokens: int,
@@ -116,20 +95,21 @@ def distill(
     pieces: Pieces,
     name: str,
     progress: Callable[..., None],
+    objective: Objective = "kl",
 ) -> Distilled:
-    """Distil the parent into every student over the first `tokens` tokens of `sequences`.
+    """Distil the teacher into every student over the first `tokens` tokens of `sequences`.
 
     A run killed on the way goes on from the last piece `name`, with the same result as an unbroken one: the only state
     is the weights, the optimisers and the step, which is also the position in the data.
 
     Args:
-        parent: its device is where the training runs.
+        teacher: the parent, in BF16 or as `model.compression.fp8_teacher` makes it; training runs on its device.
         students: name -> geometry and Hub-named weights, which are left as they are.
         sequences: (sequence_length + 1,) int64 each; at least as many as the tokens need.
+        objective: `cross_entropy` leaves the teacher out.
     """
-    device = parent.lm_head.weight.device
-    teacher = HybridLM.from_state(parent.config, parent.state_dict(), torch.bfloat16)
-    batch_tokens = config.micro_batch_size * parent.config.sequence_length
+    device = teacher.lm_head.weight.device
+    batch_tokens = config.micro_batch_size * teacher.config.sequence_length
     steps = math.ceil(tokens / batch_tokens)
     learners = {student: _Student(*weights, device) for student, weights in students.items()}
     curve: list[tuple[str, int, int, float]] = []
@@ -140,25 +120,43 @@ def distill(
             for key, master in learner.masters.items():
                 master.copy_(saved["masters"][student][key])
             learner.optimizer.load_state_dict(saved["optimizers"][student])
+    waiting: list[Tensor] = []                              # losses of the last steps, (students,) each
     for step in range(saved["step"] if saved else 0, steps):
-        first = step * config.micro_batch_size
-        batch = torch.stack([sequences[first + i] for i in range(config.micro_batch_size)]).to(device)
-        inputs = batch[:, :-1]
-        with torch.no_grad():
-            logits = teacher(inputs).flatten(0, 1)
+        inputs, targets = _batch(sequences, step, config.micro_batch_size, device)
+        logits = None
+        if objective == "kl":
+            with torch.no_grad():
+                logits = teacher(inputs).flatten(0, 1)
         rate = learning_rate(config, step, steps)
-        losses = {student: learner.step(inputs, logits, rate).item() for student, learner in learners.items()}
-        curve += [(student, step + 1, (step + 1) * batch_tokens, loss) for student, loss in losses.items()]
-        if (step + 1) % config.checkpoint_every == 0 or step + 1 == steps:
+        waiting.append(torch.stack([learner.step(inputs, targets, logits, rate) for learner in learners.values()]))
+        done = step + 1
+        save = done % config.checkpoint_every == 0 or done == steps
+        figures: dict[str, float] = {"lr": rate}
+        if save or len(waiting) == FETCH_EVERY:
+            rows = torch.stack(waiting).tolist()
+            for at, losses in enumerate(rows, start=done - len(rows) + 1):
+                curve += [(student, at, at * batch_tokens, loss)
+                          for student, loss in zip(learners, losses, strict=True)]
+            figures |= {f"{objective}_{student}": loss for student, loss in zip(learners, rows[-1], strict=True)}
+            waiting = []
+        if save:
             pieces.save(name, {
-                "step": step + 1,
+                "step": done,
                 "curve": curve,
                 "masters": {student: learner.masters for student, learner in learners.items()},
                 "optimizers": {student: learner.optimizer.state_dict() for student, learner in learners.items()},
             })
-        progress(step + 1, steps, lr=rate, **{f"kl_{student}": loss for student, loss in losses.items()})
+        progress(done, steps, **figures)
     states = {
         student: {key: master.detach().cpu() for key, master in learner.masters.items()}
         for student, learner in learners.items()
     }
     return Distilled(states, curve)
+
+
+def _batch(sequences: Sequence[Tensor], step: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Inputs (size, sequence) and targets (size x sequence,) of a step, without waiting for the device."""
+    batch = torch.stack([sequences[step * size + i] for i in range(size)])
+    if device.type == "cuda":
+        batch = batch.pin_memory().to(device, non_blocking=True)
+    return batch[:, :-1], batch[:, 1:].flatten()

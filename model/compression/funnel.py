@@ -1,14 +1,14 @@
-"""MiniPuzzle from the parent's weights to the compressed model (paper section 3), and its random control.
+"""MiniPuzzle from the parent's weights to the compressed model (paper section 3), and its controls.
 
-importance -> every maximal candidate under the memory budget -> the ones that keep most importance are compared with
-the parent on held-out tokens -> the closest are distilled briefly -> the best is distilled in full. The control has the
-same shape, layers and neurons drawn at random, and the same distillation: what importance is worth, measured.
+importance -> every maximal candidate under the budgets -> the ones that keep most importance are compared with the
+parent on held-out tokens -> the closest answer a task -> the best are distilled briefly -> the best of them in full.
+The controls have the same shape: layers and units drawn at random, one draw with the same distillation, and the least
+important kept instead of the most. What importance is worth, measured.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,20 +17,21 @@ import torch
 from torch import Tensor
 
 from model import costs
-from model.compression.candidates import Candidate, maximal_cells, realise
+from model.compression import continuation
+from model.compression.candidates import Budget, Candidate, maximal_cells, realise, share_budget
 from model.compression.comparison import Closeness, compare
 from model.compression.config import CompressConfig
+from model.compression.controls import random_selection, reverse_selection
 from model.compression.data import Data
 from model.compression.distill import Distilled, distill
-from model.compression.importance import (
-    kept_share,
-    layer_errors,
-    neuron_importance,
-    split_half_correlation,
-    top_neurons,
-)
-from model.compression.prune import State, cut
+from model.compression.fp8_teacher import fp8_teacher
+from model.compression.importance import Kind, iterative_importance, layer_importance, split_half_correlation
+from model.compression.latency import LatencyTable, measure_table, step_seconds
+from model.compression.prune import Selection, State, cut
+from model.compression.records import candidate_records, importance_record, ranking_record
+from model.compression.refit import refit
 from model.compression.resume import Pieces
+from model.compression.width_importance import WidthImportance, width_importance
 from model.config import ModelConfig
 from model.hybrid_lm import HybridLM
 
@@ -44,139 +45,309 @@ class Weights(NamedTuple):
 
 @dataclass(frozen=True)
 class Compression:
-    """What comes out: the models and the records of how they came about (docs/architecture.md)."""
+    """What comes out: the models, and the records of how they came about, one for each step (docs/compression.md)."""
 
     models: dict[str, Weights]           # compressed and random
     layers: dict[str, list[int]]         # the parent's layers each of them keeps
-    importance: dict[str, Any]
-    candidates: list[dict[str, Any]]
+    records: dict[str, Any]              # importance, candidates, ranking, task, short, final, controls, costs
     curve: list[tuple[str, int, int, float]]
     metrics: dict[str, float]
 
 
-class _Candidates(NamedTuple):
-    """All candidates and how far each came: by index, its closeness zero-shot and after the short distillation."""
+class Rounds(NamedTuple):
+    """How far each candidate came, by its index: what each round of the funnel found.
 
-    all: list[Candidate]
+    Attributes:
+        order: best first.
+    """
+
     zero_shot: dict[int, Closeness]
+    task: dict[int, float]
     short: dict[int, Closeness]
-    order: list[int]                     # best first
+    order: list[int]
 
 
 def compress(
     parent: Weights, data: Data, config: CompressConfig, seed: int, scratch: Path, progress: Callable[..., None]
 ) -> Compression:
-    """Compress `parent` under `config`'s memory budget. Resumes from the pieces in `scratch`.
+    """Compress `parent` under `config`'s budgets. Resumes from the pieces in `scratch`.
 
     Raises:
-        ModelError: no model of the grid fits the budget, or a width is wider than the parent's.
+        ModelError: weights are not those of the geometry, an activation is not finite, a width cannot be cut, or no
+            model of the grid fits the budgets.
     """
-    pieces = Pieces(scratch)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    teacher = HybridLM.from_state(*parent).to(device)
-    batch = config.micro_batch_size
-    errors = pieces.once(
-        "layers", lambda: layer_errors(teacher, data.calibration[: config.importance_samples], batch, progress)
-    )
-    neurons = pieces.once(
-        "neurons",
-        lambda: neuron_importance(teacher, data.calibration[: config.ffn_importance_samples], batch, progress),
-    )
-    layers = errors.mean(dim=1).tolist()
-    parent_bytes = costs.memory(parent.config, config.memory).total
-    budget = math.floor(parent_bytes * config.memory.budget_fraction)
-    cells = maximal_cells(parent.config, config.ffn_widths, config.min_attention_layers, config.memory, budget)
-    candidates = [realise(parent.config, cell, layers, neurons, config.memory) for cell in cells]
-    found = _funnel(teacher, parent, candidates, neurons, data, config, pieces, progress)
-    winner = candidates[found.order[0]]
-    drawn, control = random_cut(parent, winner.config, torch.Generator().manual_seed(seed))
-    starts = {"compressed": _cut(parent, winner, neurons), "random": control}
-    final = distill(teacher, starts, data.training, config.distillation_tokens, config, pieces, "final", progress)
+    run = _Run(parent, data, config, seed, Pieces(scratch), progress)
+    candidates = run.candidates()
+    rounds = run.rounds(candidates)
+    winner = candidates[rounds.order[0]]
+    drawn = random_selection(parent.config, winner.config, torch.Generator().manual_seed(seed))
+    starts = {"compressed": run.cut(winner.selection), "random": run.cut(drawn)}
+    final = run.distil(starts, config.distillation_tokens, "final")
     ends = {name: Weights(starts[name].config, state) for name, state in final.states.items()}
+    measured = run.measure(starts, ends)
+    controls = run.controls(winner)
+    cost = run.pieces.once("costs", lambda: run.costs(winner))
+    budgets = {budget.name: budget.limit for budget in run.budgets}
+    parent_bytes = costs.memory(parent.config, config.memory).total
     metrics = {
         "parent_parameters": costs.parameters(parent.config),
         "compressed_parameters": winner.parameters,
         "parent_memory_gib": parent_bytes / GIB,
         "compressed_memory_gib": winner.memory.total / GIB,
-        "budget_gib": budget / GIB,
+        "budget_gib": config.memory.budget_fraction * parent_bytes / GIB,
         "candidates": len(candidates),
-        "importance_split_half_correlation": split_half_correlation(errors),
-        **pieces.once("measures", lambda: _measure(teacher, starts, ends, data, batch, progress)),
+        "importance_split_half_correlation": split_half_correlation(run.layer_scores[config.layer_rule]),
+        "neuron_split_half_correlation": run.widths.reliability.get("neurons", 1.0),
+        **measured,
+        "kl_parent_random_cut_mean": sum(controls["random"]) / len(controls["random"]),
+        "kl_parent_reverse_cut": controls["reverse"],
         "distillation_tokens": final.curve[-1][2],
+        **cost["metrics"],
     }
-    return Compression(
-        models=ends,
-        layers={"compressed": winner.layers, "random": drawn},
-        importance=_importance_record(parent.config, layers, neurons, config),
-        candidates=_candidate_records(found),
-        curve=final.curve,
-        metrics=metrics,
-    )
-
-
-def random_cut(parent: Weights, shape: ModelConfig, generator: torch.Generator) -> tuple[list[int], Weights]:
-    """As many layers of each type and neurons as `shape` has, drawn at random: the layers, and what they make."""
-    layers: list[int] = []
-    for symbol in "M*-":
-        choice = torch.tensor([i for i, other in enumerate(parent.config.pattern) if other == symbol])
-        drawn = torch.randperm(len(choice), generator=generator)[: shape.pattern.count(symbol)]
-        layers += choice[drawn].tolist()
-    layers.sort()
-    neurons = {
-        index: torch.randperm(parent.config.ffn_hidden_size, generator=generator)[: shape.ffn_hidden_size].sort().values
-        for index in layers
-        if parent.config.pattern[index] == "-"
+    records = {
+        "importance": importance_record(parent.config, run.layers, run.layer_scores, run.widths, config),
+        "candidates": candidate_records(candidates, rounds, run.table),
+        "ranking": ranking_record(rounds.zero_shot),
+        "task": {str(index): value for index, value in rounds.task.items()},
+        "short": ranking_record(rounds.short),
+        "final": measured | {"layers": winner.layers},
+        "controls": controls | {"importance": measured["kl_parent_cut"]},
+        "costs": cost | {"budgets": budgets, "latency": run.table.record() if run.table else None},
     }
-    return layers, Weights(*cut(*parent, layers, neurons))
+    return Compression(ends, {"compressed": winner.layers, "random": list(drawn.layers)}, records, final.curve, metrics)
 
 
-def _cut(parent: Weights, candidate: Candidate, neurons: dict[int, Tensor]) -> Weights:
-    """The candidate with the parent's weights: its layers, and in each FFN the most important neurons."""
-    width = candidate.config.ffn_hidden_size
-    top = {index: top_neurons(neurons[index], width) for index in candidate.layers if index in neurons}
-    return Weights(*cut(*parent, candidate.layers, top))
+class _Run:
+    """One compression: what its steps share. On a GPU everything runs in BF16, on a CPU scores are in float32."""
 
+    def __init__(
+        self, parent: Weights, data: Data, config: CompressConfig, seed: int, pieces: Pieces,
+        progress: Callable[..., None],
+    ):
+        self.data, self.config, self.seed, self.pieces, self.progress = data, config, seed, pieces, progress
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.parent = Weights(parent.config, {name: tensor.to(self.device) for name, tensor in parent.state.items()})
+        self.teacher = self.load(self.parent)
+        self.layer_scores = pieces.once("layers", self._layer_scores)
+        self.layers: list[float] = pieces.once("layer_order", self._layers)
+        self.widths = WidthImportance(**pieces.once("widths", lambda: vars(self._widths())))
+        self.table = self._latency_table()
+        self.budgets = self._budgets()
 
-def _funnel(
-    teacher: HybridLM,
-    parent: Weights,
-    candidates: list[Candidate],
-    neurons: dict[int, Tensor],
-    data: Data,
-    config: CompressConfig,
-    pieces: Pieces,
-    progress: Callable[..., None],
-) -> _Candidates:
-    """Narrow the candidates: kept importance, then agreement with the parent, then KL after a short distillation."""
-    device, batch = teacher.lm_head.weight.device, config.micro_batch_size
-    held_out = evenly(data.validation, config.ranking_samples)
-    order = sorted(range(len(candidates)), key=lambda index: -candidates[index].importance)
+    def load(self, weights: Weights) -> HybridLM:
+        return HybridLM.from_state(*weights, self.dtype).to(self.device).requires_grad_(False)
 
-    def close(models: dict[int, Weights]) -> dict[int, Closeness]:
-        loaded = {str(index): HybridLM.from_state(*weights).to(device) for index, weights in models.items()}
-        compared = compare(teacher, loaded, held_out, batch, progress)
-        return {int(index): value for index, value in compared.items()}
+    # --- Importance ---------------------------------------------------------------------------------------------------
 
-    def once(name: str, compute: Callable[[], dict[int, Closeness]]) -> dict[int, Closeness]:
-        plain = pieces.once(name, lambda: {index: tuple(value) for index, value in compute().items()})
+    def _layer_scores(self) -> dict[Kind, Tensor]:
+        kinds: list[Kind] = list(dict.fromkeys([self.config.layer_rule, "mse", "influence"]))
+        samples = self.data.calibration[: self.config.importance_samples]
+        return layer_importance(self.teacher, samples, self.config.micro_batch_size, self.progress, kinds)
+
+    def _layers(self) -> list[float]:
+        rule, samples = self.config.layer_rule, self.data.calibration[: self.config.importance_samples]
+        if self.config.layer_rounds == "one":
+            return self.layer_scores[rule].mean(dim=1).tolist()
+        return iterative_importance(self.teacher, samples, self.config.micro_batch_size, self.progress, rule)
+
+    def _widths(self) -> WidthImportance:
+        samples = self.data.calibration[: self.config.ffn_importance_samples]
+        return width_importance(self.teacher, samples, self.config.micro_batch_size, self.progress)
+
+    # --- Candidates ---------------------------------------------------------------------------------------------------
+
+    @property
+    def grid(self) -> dict[str, list[int]]:
+        return {"ffn_hidden_size": self.config.ffn_widths, **self.config.other_widths}
+
+    def _latency_table(self) -> LatencyTable | None:
+        """Of every layer the grid has; the overhead from the parent and four models that lack something of it."""
+        workload, parent = self.config.latency, self.parent.config
+        if workload is None:
+            return None
+
+        def measure() -> dict[str, Any]:
+            geometries = [parent.model_copy(update={name: value}) for name, values in self.grid.items()
+                          for value in values]
+            halves = [_without_half(parent, symbol) for symbol in dict.fromkeys(parent.pattern)]
+            narrow = [parent.model_copy(update={"ffn_hidden_size": min(self.config.ffn_widths)})]
+            whole = [parent, *halves, *narrow, *geometries][: max(5, 2 + len(halves))]
+            return vars(measure_table(parent, geometries, whole, workload, self.seed, self.progress))
+
+        return LatencyTable(**self.pieces.once("latency", measure))
+
+    def _budgets(self) -> list[Budget]:
+        config, parent = self.config, self.parent.config
+        memory = config.memory
+        budgets = [share_budget("memory (bytes)", memory.budget_fraction, lambda c: costs.memory(c, memory).total,
+                                parent, "compress.memory.budget_fraction")]
+        if config.parameters_fraction is not None:
+            budgets.append(share_budget("parameters", config.parameters_fraction, costs.parameters, parent,
+                                        "compress.parameters_fraction"))
+        if self.table and config.latency and config.latency.budget_fraction is not None:
+            budgets.append(share_budget("decode step (seconds)", config.latency.budget_fraction, self.table.seconds,
+                                        parent, "compress.latency.budget_fraction"))
+        return budgets
+
+    def candidates(self) -> list[Candidate]:
+        parent, config = self.parent.config, self.config
+        cells = maximal_cells(parent, self.grid, config.min_attention_layers, self.budgets)
+        return [realise(parent, cell, self.layers, self.widths, config.memory) for cell in cells]
+
+    def cut(self, selection: Selection) -> Weights:
+        """The parent cut to the selection, refitted if asked for."""
+        config, state = cut(*self.parent, selection)
+        if self.config.refit_samples:
+            samples = self.data.calibration[: self.config.refit_samples]
+            state = refit(self.teacher, config, state, selection, samples, self.config.micro_batch_size, _silent)
+        return Weights(config, state)
+
+    # --- Rounds -------------------------------------------------------------------------------------------------------
+
+    def rounds(self, candidates: Sequence[Candidate]) -> Rounds:
+        """Narrow the candidates: kept importance; next token and agreement; a task; KL after a short distillation."""
+        config, data = self.config, self.data
+        held_out = evenly(data.validation, config.ranking_samples)
+        order = sorted(range(len(candidates)), key=lambda index: -candidates[index].importance)
+
+        def load(indices: Sequence[int]) -> dict[str, HybridLM]:
+            return {str(index): self.load(self.cut(candidates[index].selection)) for index in indices}
+
+        def close(models: Mapping[str, HybridLM]) -> dict[int, Closeness]:
+            found = compare(self.teacher, models, held_out, config.micro_batch_size, self.progress)
+            return {int(name): value for name, value in found.items()}
+
+        compared = order[: config.ranked_by_agreement]
+        zero_shot = self._closeness_once("agreement", lambda: close(load(compared)))
+        ranks = [_ranks(zero_shot, lambda value: -value.agreement), _ranks(zero_shot, lambda value: -value.accuracy)]
+        compared.sort(key=lambda index: (sum(rank[index] for rank in ranks), zero_shot[index].kl))
+
+        asked = compared[: config.ranked_by_task]
+
+        def answer() -> dict[str, float]:
+            questions = continuation.items(data.validation, config.task_items, self.seed)
+            return continuation.accuracy(load(asked), questions, config.micro_batch_size, self.progress)
+
+        task = {int(name): value for name, value in self.pieces.once("task", answer).items()}
+        ranks.append(_ranks(task, lambda value: -value))
+        asked.sort(key=lambda index: (sum(rank[index] for rank in ranks), zero_shot[index].kl))
+
+        finalists = asked[: config.finalists]
+
+        def distilled() -> dict[int, Closeness]:
+            starts = {str(index): self.cut(candidates[index].selection) for index in finalists}
+            students = self.distil(starts, config.short_distillation_tokens, "short").states
+            return close({name: self.load(Weights(starts[name].config, state)) for name, state in students.items()})
+
+        short = self._closeness_once("finalists", distilled)
+        finalists.sort(key=lambda index: short[index].kl)
+        ranked = [*finalists, *asked[config.finalists :], *compared[config.ranked_by_task :]]
+        return Rounds(zero_shot, task, short, [*ranked, *(index for index in order if index not in zero_shot)])
+
+    def _closeness_once(self, name: str, compute: Callable[[], dict[int, Closeness]]) -> dict[int, Closeness]:
+        plain = self.pieces.once(name, lambda: {index: tuple(value) for index, value in compute().items()})
         return {index: Closeness(*value) for index, value in plain.items()}
 
-    scored = order[: config.ranked_by_agreement]
-    zero_shot = once("agreement", lambda: close({i: _cut(parent, candidates[i], neurons) for i in scored}))
-    scored.sort(key=lambda index: (-zero_shot[index].agreement, zero_shot[index].kl))
-    finalists = scored[: config.finalists]
+    def distil(self, starts: Mapping[str, Weights], tokens: int, name: str) -> Distilled:
+        if self.config.teacher_precision == "fp8":
+            teacher = fp8_teacher(self.teacher)
+        else:
+            teacher = HybridLM.from_state(self.parent.config, self.teacher.state_dict(), torch.bfloat16)
+        return distill(teacher, starts, self.data.training, tokens, self.config, self.pieces, name, self.progress)
 
-    def distilled() -> dict[int, Closeness]:
-        starts = {str(index): _cut(parent, candidates[index], neurons) for index in finalists}
-        students: Distilled = distill(
-            teacher, starts, data.training, config.short_distillation_tokens, config, pieces, "short", progress
+    # --- What came of it ----------------------------------------------------------------------------------------------
+
+    def measure(self, starts: Mapping[str, Weights], ends: Mapping[str, Weights]) -> dict[str, float]:
+        """Closeness to the parent of the cut and of the distilled models, and bits per byte, on all held-out tokens."""
+        models = {"parent": self.teacher}
+        models |= {f"{name}_cut": self.load(weights) for name, weights in starts.items()}
+        models |= {name: self.load(weights) for name, weights in ends.items()}
+        close = self._compared("measures", models)
+        bits_per_nat = self.data.validation[:, 1:].numel() / self.data.validation_bytes / torch.log(torch.tensor(2.0))
+        found = {
+            "kl_parent_cut": close["compressed_cut"].kl,
+            "kl_parent_compressed": close["compressed"].kl,
+            "kl_parent_random_cut": close["random_cut"].kl,
+            "kl_parent_random": close["random"].kl,
+            "agreement_cut": close["compressed_cut"].agreement,
+            "agreement_compressed": close["compressed"].agreement,
+            "agreement_random": close["random"].agreement,
+        }
+        for name in ("parent", "compressed", "random", "compressed_cut", "random_cut"):
+            found[f"validation_bits_per_byte_{name}"] = close[name].loss * bits_per_nat.item()
+        return found
+
+    def controls(self, winner: Candidate) -> dict[str, Any]:
+        """KL to the parent, just cut, of `random_draws` draws and of the least important."""
+        selections = {"reverse": reverse_selection(self.parent.config, winner.config, self.layers, self.widths)}
+        for draw in range(self.config.random_draws):
+            generator = torch.Generator().manual_seed(self.seed + draw)
+            selections[f"random {draw}"] = random_selection(self.parent.config, winner.config, generator)
+        close = self._compared("controls", {name: self.load(self.cut(kept)) for name, kept in selections.items()})
+        return {
+            "reverse": close["reverse"].kl,
+            "random": [close[f"random {draw}"].kl for draw in range(self.config.random_draws)],
+            "seeds": [self.seed + draw for draw in range(self.config.random_draws)],
+        }
+
+    def _compared(self, name: str, models: Mapping[str, HybridLM]) -> dict[str, Closeness]:
+        def compute() -> dict[str, tuple[float, ...]]:
+            found = compare(self.teacher, models, self.data.validation, self.config.micro_batch_size, self.progress)
+            return {key: tuple(value) for key, value in found.items()}
+
+        return {key: Closeness(*value) for key, value in self.pieces.once(name, compute).items()}
+
+    def costs(self, winner: Candidate) -> dict[str, Any]:
+        """Parameters, bytes and decode step of parent and winner, predicted and measured, and the largest error."""
+        from model.inference import Decoder
+
+        runtime = self.config.memory.model_copy(
+            update={"weight_bytes": 2, "kv_bytes": 2, "ssm_bytes": 4, "conv_bytes": 2}
         )
-        return close({int(name): Weights(starts[name].config, state) for name, state in students.states.items()})
+        rows: dict[str, dict[str, float]] = {}
+        for name, geometry in {"parent": self.parent.config, "compressed": winner.config}.items():
+            with torch.device(self.device):
+                model = HybridLM.from_state(geometry, HybridLM(geometry).state_dict(), torch.bfloat16)
+            decoder = Decoder(model, runtime.context, runtime.batch)
+            predicted = costs.memory(geometry, runtime)
+            rows[name] = {
+                "parameters_predicted": costs.parameters(geometry),
+                "parameters": sum(parameter.numel() for parameter in model.parameters()),
+                "weight_bytes_predicted": predicted.weights,
+                "weight_bytes": sum(parameter.nbytes for parameter in model.parameters()),
+                "cache_bytes_predicted": predicted.cache,
+                "cache_bytes": decoder.cache_bytes,
+            }
+            del model, decoder
+        if self.table and self.config.latency:
+            measured = step_seconds({"parent": self.parent.config, "compressed": winner.config}, self.config.latency,
+                                    self.seed, self.progress)
+            for name, geometry in {"parent": self.parent.config, "compressed": winner.config}.items():
+                rows[name] |= {"decode_seconds_predicted": self.table.seconds(geometry),
+                               "decode_seconds": measured[name]}
+        errors = {
+            f"{quantity}_prediction_error": max(abs(row[f"{quantity}_predicted"] / row[quantity] - 1)
+                                                for row in rows.values())
+            for quantity in ("parameters", "weight_bytes", "cache_bytes", "decode_seconds")
+            if quantity in rows["parent"]
+        }
+        if "decode_seconds" in rows["parent"]:
+            errors["measured_speedup"] = rows["parent"]["decode_seconds"] / rows["compressed"]["decode_seconds"]
+        return {"models": rows, "metrics": errors}
 
-    short = once("finalists", distilled)
-    finalists.sort(key=lambda index: short[index].kl)
-    first = [*finalists, *scored[config.finalists :]]
-    return _Candidates(candidates, zero_shot, short, [*first, *(index for index in order if index not in zero_shot)])
+
+def _without_half(config: ModelConfig, symbol: str) -> ModelConfig:
+    """Half the layers of one type, at least one."""
+    counts = {other: config.pattern.count(other) for other in dict.fromkeys(config.pattern)}
+    counts[symbol] = max(1, counts[symbol] // 2)
+    return config.model_copy(update={"pattern": "".join(other * count for other, count in counts.items())})
+
+
+def _ranks(values: Mapping[int, Any], key: Callable[[Any], float]) -> dict[int, float]:
+    """Place of each, from 0; equals share the smallest."""
+    ordered = sorted(key(value) for value in values.values())
+    return {index: ordered.index(key(value)) for index, value in values.items()}
 
 
 def evenly(sequences: Tensor, count: int) -> Tensor:
@@ -185,66 +356,7 @@ def evenly(sequences: Tensor, count: int) -> Tensor:
     return sequences[torch.arange(count) * len(sequences) // count]
 
 
-def _measure(
-    teacher: HybridLM,
-    starts: dict[str, Weights],
-    ends: dict[str, Weights],
-    data: Data,
-    batch: int,
-    progress: Callable[..., None],
-) -> dict[str, float]:
-    """Closeness to the parent of the cut and of the distilled models, and bits per byte, on all held-out tokens."""
-    device = teacher.lm_head.weight.device
-    models = {"parent": teacher}
-    models |= {f"{name}_cut": HybridLM.from_state(*weights).to(device) for name, weights in starts.items()}
-    models |= {name: HybridLM.from_state(*weights).to(device) for name, weights in ends.items()}
-    close = compare(teacher, models, data.validation, batch, progress)
-    bits_per_nat = data.validation[:, 1:].numel() / data.validation_bytes / math.log(2)
-    return {
-        "kl_parent_cut": close["compressed_cut"].kl,
-        "kl_parent_compressed": close["compressed"].kl,
-        "kl_parent_random_cut": close["random_cut"].kl,
-        "kl_parent_random": close["random"].kl,
-        "agreement_compressed": close["compressed"].agreement,
-        "agreement_random": close["random"].agreement,
-        **{
-            f"validation_bits_per_byte_{name}": close[name].loss * bits_per_nat
-            for name in ("parent", "compressed", "random")
-        },
-    }
+def _silent(*_: Any, **__: Any) -> None:
+    """A step too short for a line of its own."""
 
 
-def _importance_record(
-    parent: ModelConfig, layers: list[float], neurons: dict[int, Tensor], config: CompressConfig
-) -> dict[str, Any]:
-    return {
-        "layers": [
-            {"index": index, "symbol": symbol, "importance": layers[index]}
-            for index, symbol in enumerate(parent.pattern)
-        ],
-        "ffn": [
-            {
-                "index": index,
-                "kept_share_of_importance": {str(w): kept_share(neurons[index], w) for w in config.ffn_widths},
-            }
-            for index in sorted(neurons)
-        ],
-    }
-
-
-def _candidate_records(found: _Candidates) -> list[dict[str, Any]]:
-    """One record a candidate, best first."""
-    return [
-        {
-            "pattern": found.all[index].config.pattern,
-            "ffn_hidden_size": found.all[index].config.ffn_hidden_size,
-            "parameters": found.all[index].parameters,
-            "memory_gib": found.all[index].memory.total / GIB,
-            "importance": found.all[index].importance,
-            "agreement": found.zero_shot[index].agreement if index in found.zero_shot else None,
-            "kl_short": found.short[index].kl if index in found.short else None,
-            "rank": rank,
-            "chosen": rank == 1,
-        }
-        for rank, index in enumerate(found.order, start=1)
-    ]

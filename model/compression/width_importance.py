@@ -1,0 +1,241 @@
+"""Importance of every width axis in one forward pass: neurons, heads, groups, channels.
+
+Minitron's rule (arXiv 2407.14679): a channel's importance is the mean over the sequence of its absolute activation,
+then the L2 norm over the sequences; that of a head or a group is the L2 norm over its channels. The activations are
+
+    FFN neurons             the squared ReLU, input of down_proj (MiniPuzzle cuts by it, paper section 3.1)
+    attention heads         input of o_proj; ranked within their query group
+    query groups            the same, over the heads of the group
+    Mamba channels, heads   `input`: the x part of in_proj's output (Minitron-SSM, arXiv 2504.11409);
+                            `output`: the input of out_proj, after gate and norm; ranked within their SSM group
+    hidden channels         output of every layer's norm and of the last one, norms summed over layers
+
+A third score of Mamba heads, `leave_one_out`, takes a pass a head: the KL divergence that silencing it causes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from model.compression.importance import Progress, _Ends, _layers, _run, check_samples, rank_correlation
+from model.compression.prune import Selection
+from model.config import ModelConfig, ModelError
+from model.hybrid_lm import HybridLM, Mamba2
+
+HALVES = 2                      # even and odd sequences are kept apart
+MAMBA_SCORES = ("input", "output")
+
+
+@dataclass(frozen=True)
+class WidthImportance:
+    """Scores (units,) float64 of the axes by layer, and of the residual stream.
+
+    Attributes:
+        neurons: (ffn_hidden_size,) by FFN layer.
+        heads: (num_attention_heads,) by attention layer.
+        mamba: by kind of score, then by Mamba-2 layer, (heads, head_dim).
+        hidden: (hidden_size,).
+        reliability: by axis, Spearman's rank correlation between scores from even and odd sequences, mean over layers.
+    """
+
+    neurons: dict[int, Tensor]
+    heads: dict[int, Tensor]
+    mamba: dict[str, dict[int, Tensor]]
+    hidden: Tensor
+    reliability: dict[str, float]
+
+    def groups(self, config: ModelConfig) -> dict[int, Tensor]:
+        """(num_query_groups,) by attention layer."""
+        return {index: scores.view(config.num_query_groups, -1).norm(dim=1) for index, scores in self.heads.items()}
+
+    def mamba_heads(self, kind: str, channels: Mapping[int, Tensor] | None = None) -> dict[int, Tensor]:
+        """(heads,) by Mamba-2 layer, over the kept `channels` of a head, all by default."""
+        return {index: (scores if channels is None else scores[:, channels[index]]).norm(dim=1)
+                for index, scores in self.mamba[kind].items()}
+
+    def mamba_channels(self, kind: str) -> dict[int, Tensor]:
+        """(head_dim,) by Mamba-2 layer: over all heads, which lose the same channels."""
+        return {index: scores.norm(dim=0) for index, scores in self.mamba[kind].items()}
+
+
+@torch.no_grad()
+def width_importance(model: HybridLM, sequences: Tensor, batch_size: int, progress: Progress) -> WidthImportance:
+    """Scores of all axes from one pass over `sequences` (samples, sequence) int64.
+
+    Raises:
+        ModelError: fewer than two samples, or an activation that is not finite.
+    """
+    check_samples(sequences)
+    config = model.config
+    squares: dict[tuple[str, int], Tensor] = {}
+    seen = 0
+
+    def add(axis: str, index: int, activation: Tensor) -> None:
+        means = activation.float().abs().mean(dim=1).double().square()          # (batch, channels)
+        parity = (torch.arange(len(means), device=means.device) + seen) % HALVES
+        halves = means.new_zeros(HALVES, means.shape[1]).index_add_(0, parity, means)
+        key = axis, index
+        squares[key] = squares[key] + halves if key in squares else halves
+
+    with _hooks(model, add):
+        for batch in sequences.split(batch_size):
+            model.backbone(batch.to(model.lm_head.weight.device))
+            seen += len(batch)
+            progress(seen, len(sequences))
+    halves = {key: values.sqrt().cpu() for key, values in squares.items()}
+    for (axis, index), values in halves.items():
+        if not values.isfinite().all():
+            raise ModelError(
+                f"importance of {axis}, layer {index}: an activation is not finite.\n"
+                "Check the weights, and that the calibration tokens are of the model's own tokenizer."
+            )
+
+    def both(axis: str) -> dict[int, Tensor]:
+        return {index: values.square().sum(0).sqrt() for (other, index), values in halves.items() if other == axis}
+
+    heads = (config.num_attention_heads, config.head_dim)
+    mamba = (config.mamba_num_heads, config.mamba_head_dim)
+    hidden = torch.stack(list(both("hidden").values())).sum(0)
+    return WidthImportance(
+        neurons=both("neurons"),
+        heads={index: scores.view(heads).norm(dim=1) for index, scores in both("heads").items()},
+        mamba={kind: {index: scores.view(mamba) for index, scores in both(f"mamba {kind}").items()}
+               for kind in MAMBA_SCORES},
+        hidden=hidden,
+        reliability=_reliability(halves, config),
+    )
+
+
+def _reliability(halves: Mapping[tuple[str, int], Tensor], config: ModelConfig) -> dict[str, float]:
+    """Axis -> mean over layers of the rank correlation between its units' scores from both halves."""
+    sizes = {"heads": config.num_attention_heads, "mamba input": config.mamba_num_heads,
+             "mamba output": config.mamba_num_heads}
+    hidden = [values for (axis, _), values in halves.items() if axis == "hidden"]
+    pairs = [key_values for key_values in halves.items() if key_values[0][0] != "hidden"]
+    found: dict[str, list[float]] = {}
+    for (axis, _), values in [*pairs, (("hidden", 0), torch.stack(hidden).sum(0))]:
+        units = values.view(HALVES, sizes.get(axis, values.shape[1]), -1).norm(dim=2)
+        if units.shape[1] > 1:
+            found.setdefault(axis, []).append(rank_correlation(units[0], units[1]))
+    return {axis: sum(values) / len(values) for axis, values in found.items()}
+
+
+@contextmanager
+def _hooks(model: HybridLM, add: Callable[[str, int, Tensor], None]) -> Iterator[None]:
+    """Every activation that is scored goes to `add(axis, layer, activation)` while the block runs."""
+    inner = model.config.mamba_inner_size
+
+    def read_input(axis: str, index: int, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        add(axis, index, inputs[0])
+
+    def read_output(axis: str, index: int, part: slice, module: nn.Module, inputs: object, output: Tensor) -> None:
+        add(axis, index, output[..., part])
+
+    everything, x = slice(None), slice(inner, 2 * inner)
+    handles = []
+    for index, layer in enumerate(_layers(model)):
+        mixer = layer.mixer
+        handles.append(layer.norm.register_forward_hook(partial(read_output, "hidden", index, everything)))
+        if isinstance(mixer, Mamba2):
+            handles.append(mixer.in_proj.register_forward_hook(partial(read_output, "mamba input", index, x)))
+            handles.append(mixer.out_proj.register_forward_pre_hook(partial(read_input, "mamba output", index)))
+        else:
+            axis, name = ("heads", "o_proj") if layer.symbol == "*" else ("neurons", "down_proj")
+            module = cast(nn.Module, getattr(mixer, name))
+            handles.append(module.register_forward_pre_hook(partial(read_input, axis, index)))
+    last = len(model.config.pattern)
+    handles.append(model.backbone.norm_f.register_forward_hook(partial(read_output, "hidden", last, everything)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def leave_one_out(model: HybridLM, sequences: Tensor, batch_size: int, progress: Progress) -> dict[int, Tensor]:
+    """KL(whole || without the head), nats a token, of every Mamba head alone: (heads,) float64 by Mamba-2 layer.
+
+    A head is silenced by its gate, whose rows of in_proj are zero meanwhile: nothing of it reaches the gated norm.
+    """
+    check_samples(sequences)
+    layers, config = _layers(model), model.config
+    device = model.lm_head.weight.device
+    found = {index: torch.zeros(config.mamba_num_heads, dtype=torch.float64, device=device)
+             for index, symbol in enumerate(config.pattern) if symbol == "M"}
+    for number, batch in enumerate(sequences.split(batch_size), start=1):
+        inputs = [model.backbone.embeddings(batch.to(device))]
+        for layer in layers:
+            inputs.append(layer(inputs[-1]))
+        whole = _Ends(model, inputs[-1], ["kl"])
+        for index, divergences in found.items():
+            gate = cast(Mamba2, layers[index].mixer).in_proj.weight.data.view(-1, config.hidden_size)
+            for head in range(config.mamba_num_heads):
+                rows = gate[head * config.mamba_head_dim : (head + 1) * config.mamba_head_dim]
+                kept = rows.clone()
+                rows.zero_()
+                divergences[head] += whole.errors(_run(layers[index:], inputs[index]))["kl"].sum() / len(sequences)
+                rows.copy_(kept)
+        progress(number * len(batch), len(sequences))
+    return {index: values.cpu() for index, values in found.items()}
+
+
+def kept_share(importance: Tensor, width: int) -> float:
+    """Share of a layer's summed importance that its `width` most important units hold."""
+    kept = importance[top(importance, width)].sum()
+    return float(kept / importance.sum()) if kept else 0.0
+
+
+def top(importance: Tensor, count: int) -> Tensor:
+    """Indices of the `count` most important units, ascending; of equals the earlier one is kept."""
+    return importance.argsort(descending=True, stable=True)[:count].sort().values
+
+
+def top_of_groups(importance: Tensor, count: int, groups: int) -> Tensor:
+    """The same with `count` / `groups` units of each of the groups, which are equal consecutive stretches."""
+    size = len(importance) // groups
+    parts = [top(part, count // groups) + group * size for group, part in enumerate(importance.split(size))]
+    return torch.cat(parts)
+
+
+def select(
+    parent: ModelConfig, smaller: ModelConfig, layers: list[int], importance: WidthImportance,
+    mamba_score: str = "output",
+) -> Selection:
+    """The most important units of each axis on which `smaller` is narrower than the parent, in the kept `layers`.
+
+    Query groups go whole, the least important first; heads go within the groups that stay.
+    """
+    of = {symbol: [index for index in layers if parent.pattern[index] == symbol] for symbol in "M*-"}
+    neurons = query_heads = channels = mamba_heads = {}
+    hidden = None
+    if smaller.ffn_hidden_size < parent.ffn_hidden_size:
+        neurons = {index: top(importance.neurons[index], smaller.ffn_hidden_size) for index in of["-"]}
+    if smaller.num_attention_heads < parent.num_attention_heads:
+        groups = importance.groups(parent)
+        query_heads = {index: _query_heads(importance.heads[index], groups[index], smaller) for index in of["*"]}
+    if smaller.mamba_head_dim < parent.mamba_head_dim:
+        scores = importance.mamba_channels(mamba_score)
+        channels = {index: top(scores[index], smaller.mamba_head_dim) for index in of["M"]}
+    if smaller.mamba_num_heads < parent.mamba_num_heads:
+        scores = importance.mamba_heads(mamba_score, channels or None)
+        mamba_heads = {index: top_of_groups(scores[index], smaller.mamba_num_heads, parent.mamba_num_groups)
+                       for index in of["M"]}
+    if smaller.hidden_size < parent.hidden_size:
+        hidden = top(importance.hidden, smaller.hidden_size)
+    return Selection(layers, neurons, query_heads, mamba_heads, channels, hidden)
+
+
+def _query_heads(heads: Tensor, groups: Tensor, smaller: ModelConfig) -> Tensor:
+    """`smaller`'s heads in as many groups as it has, of all `heads` (heads,) in all `groups` (groups,)."""
+    size = len(heads) // len(groups)
+    per_group = smaller.num_attention_heads // smaller.num_query_groups
+    return torch.cat([top(heads[group * size : (group + 1) * size], per_group) + group * size
+                      for group in top(groups, smaller.num_query_groups).tolist()])
