@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from model import costs
-from model.compression.candidates import Cell, keep_top_layers, maximal_cells, realise
+from model.compression import candidates
+from model.compression.candidates import Budget, keep_top_layers, realise, share_budget
 from model.compression.config import MemoryBudget
+from model.compression.width_importance import WidthImportance
 from model.config import ModelConfig, ModelError
 from model.presets import PRESETS
 
@@ -16,6 +18,17 @@ from model.presets import PRESETS
 def budget(**changes) -> MemoryBudget:
     values = {"context": 100, "batch": 1, "weight_bytes": 2, "kv_bytes": 2, "ssm_bytes": 4, "conv_bytes": 2}
     return MemoryBudget(**(values | {"budget_fraction": 0.8} | changes))
+
+
+def memory_budget(deployment, limit) -> Budget:
+    return Budget("memory (bytes)", limit, lambda config: costs.memory(config, deployment).total)
+
+
+def maximal_cells(config, widths, least_attention, deployment, limit):
+    """Counts and FFN width of the cells of the paper's grid under a memory budget."""
+    found = candidates.maximal_cells(config, {"ffn_hidden_size": widths}, least_attention,
+                                     [memory_budget(deployment, limit)])
+    return [cell[:4] for cell in found]
 
 
 def parent(pattern: str, **changes) -> ModelConfig:
@@ -54,7 +67,7 @@ def test_cells_equal_brute_force(seed):
     least, most = (costs.memory(c, deployment).total for c in (config.model_copy(update=smallest), config))
     limit = int(least + (most - least) * draw.uniform(0.05, 0.95))
     expected = brute_force(config, widths, 1, deployment, limit)
-    assert [tuple(cell) for cell in maximal_cells(config, widths, 1, deployment, limit)] == expected
+    assert maximal_cells(config, widths, 1, deployment, limit) == expected
     assert expected
 
 
@@ -62,34 +75,79 @@ def test_the_papers_search_holds_nemotron_h_47b():
     deployment = budget(context=1_000_000, weight_bytes=0.5, kv_bytes=1, ssm_bytes=2, conv_bytes=2)
     widths = list(range(24_576, 32_769, 1024))
     cells = maximal_cells(PRESETS["nemotron_h_56b"], widths, 1, deployment, int(31.7 * 2**30))
-    assert Cell(45, 5, 48, 30_720) in cells
+    assert (45, 5, 48, 30_720) in cells
     # The paper speaks of about 400; with 30 to 54 Mamba-2 and FFN layers, the range it can have searched, it is 589.
-    assert len([cell for cell in cells if cell.mamba >= 30 and cell.ffn >= 30]) == 589
+    assert len([cell for cell in cells if cell[0] >= 30 and cell[2] >= 30]) == 589
 
 
 def test_attention_is_not_cut_below_its_minimum():
     config = parent("M-M-M-M*-M*-M*-", hidden_size=64)
     deployment = budget(context=300)            # the cache is most of the memory: attention would go first
     limit = int(costs.memory(config, deployment).total * 0.85)
-    assert min(cell.attention for cell in maximal_cells(config, [64], 1, deployment, limit)) < 3
-    assert all(cell.attention == 3 for cell in maximal_cells(config, [64], 3, deployment, limit))
+    assert min(cell[1] for cell in maximal_cells(config, [64], 1, deployment, limit)) < 3
+    assert all(cell[1] == 3 for cell in maximal_cells(config, [64], 3, deployment, limit))
 
 
 def test_a_budget_below_the_smallest_model_says_which_would_do():
     config = parent("M*-M*-")
     deployment = budget()
     smallest = costs.memory(config.model_copy(update={"pattern": "M*-", "ffn_hidden_size": 32}), deployment).total
+    whole = costs.memory(config, deployment).total
+    shares = [("memory (bytes)", lambda c: costs.memory(c, deployment).total, "compress.memory.budget_fraction"),
+              ("parameters", costs.parameters, "compress.parameters_fraction")]
+    budgets = [share_budget(name, share, cost, config, field)
+               for (name, cost, field), share in zip(shares, ((smallest - 1) / whole, 0.99), strict=True)]
     with pytest.raises(ModelError) as error:
-        maximal_cells(config, [32, 64], 1, deployment, smallest - 1)
+        candidates.maximal_cells(config, {"ffn_hidden_size": [32, 64]}, 1, budgets)
     wrong, cure = str(error.value).splitlines()
-    assert "budget_fraction" in wrong
-    share = float(cure.split()[3].rstrip(","))
-    assert share == pytest.approx(smallest / costs.memory(config, deployment).total, abs=6e-4)
-    assert maximal_cells(config, [32, 64], 1, deployment, smallest) == [Cell(1, 1, 1, 32)]
+    assert "memory (bytes)" in wrong and "parameters" not in wrong and "budget_fraction" in cure
+    share = float(cure.split()[3].rstrip("."))
+    assert smallest / whole <= share < smallest / whole + 2e-4
+    budgets[0] = share_budget(*shares[0][:1], share, *shares[0][1:2], config, shares[0][2])
+    assert [cell[:4] for cell in candidates.maximal_cells(config, {"ffn_hidden_size": [32, 64]}, 1, budgets)] == [
+        (1, 1, 1, 32)]
+
+
+def everything_that_fits(config, widths, budgets):
+    """Cells by brute force over all axes."""
+    axes = candidates._axes(config, widths, 1)
+    cells = [candidates.Cell(*point) for point in itertools.product(*axes)]
+    return [cell for cell in cells if all(b.cost(cell.config(config)) <= b.limit for b in budgets)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_further_axes_and_several_budgets_equal_brute_force(seed):
+    draw = random.Random(seed)
+    config = parent("M-M*-M-", ffn_hidden_size=64, hidden_size=32)
+    widths = {"ffn_hidden_size": [32, 48, 64], "mamba_num_heads": [2, 4], "hidden_size": [16, 24, 32],
+              "num_attention_heads": [2, 4]}
+    deployment = budget(context=draw.choice([10, 500]))
+    latency = {symbol: draw.uniform(1, 3) for symbol in "M*-"}
+    budgets = [
+        share_budget("memory (bytes)", draw.uniform(0.5, 0.9), lambda c: costs.memory(c, deployment).total, config, ""),
+        share_budget("parameters", draw.uniform(0.5, 0.9), costs.parameters, config, ""),
+        share_budget("decode step", 0.8, lambda c: sum(latency[symbol] for symbol in c.pattern), config, ""),
+    ]
+    fitting = everything_that_fits(config, widths, budgets)
+    expected = sorted(cell for cell in fitting if not any(
+        other != cell and all(x >= y for x, y in zip(other, cell, strict=True)) for other in fitting))
+    assert candidates.maximal_cells(config, widths, 1, budgets) == expected and expected
+
+
+@pytest.mark.parametrize(("widths", "wrong"), [
+    ({"mamba_num_heads": [3]}, "mamba_num_heads 3 is not a multiple of 2 groups"),
+    ({"num_attention_heads": [3]}, "num_attention_heads 3 is not a multiple"),
+    ({"num_query_groups": [1]}, "more heads a group"),
+    ({"depth": [1]}, "is no width"),
+])
+def test_widths_that_do_not_divide_are_refused(widths, wrong):
+    with pytest.raises(ModelError, match=wrong) as error:
+        candidates.maximal_cells(parent("M-M*-"), widths, 1, [memory_budget(budget(), 10**9)])
+    assert len(str(error.value).splitlines()) == 2
 
 
 def test_a_width_beyond_the_parents_is_refused():
-    with pytest.raises(ModelError, match="ffn_widths") as error:
+    with pytest.raises(ModelError, match="ffn_hidden_size") as error:
         maximal_cells(parent("M-"), [32, 65], 0, budget(), 10**9)
     assert len(str(error.value).splitlines()) == 2
 
@@ -100,11 +158,24 @@ def test_top_layers_are_kept_by_type_in_their_order():
     assert keep_top_layers("M-M*-M-", importance, {"M": 1, "*": 0, "-": 3}) == [0, 1, 4, 6]
 
 
+def scores(config, neurons) -> WidthImportance:
+    mamba = torch.ones(config.mamba_num_heads, config.mamba_head_dim).double()
+    of = {symbol: [i for i, other in enumerate(config.pattern) if other == symbol] for symbol in "M*"}
+    heads = {index: torch.ones(config.num_attention_heads).double() for index in of["*"]}
+    return WidthImportance(neurons, heads, {kind: dict.fromkeys(of["M"], mamba) for kind in ("input", "output")},
+                           torch.ones(config.hidden_size).double(), {})
+
+
 def test_a_candidate_counts_what_is_kept():
     config = parent("M-*-")
     neurons = {1: torch.tensor([8.0, 0.0] + [1.0] * 2 + [0.0] * 60).double(), 3: torch.ones(64).double()}
-    found = realise(config, Cell(1, 1, 1, 1), [4.0, 2.0, 3.0, 1.0], neurons, budget())
+    cell = candidates.Cell(1, 1, 1, 1, 4, 8, 4, 2, 16)
+    found = realise(config, cell, [4.0, 2.0, 3.0, 1.0], scores(config, neurons), budget())
     assert found.layers == [0, 1, 2] and found.config.pattern == "M-*" and found.config.ffn_hidden_size == 1
+    assert found.selection.neurons[1].tolist() == [0] and not found.selection.mamba_heads
     assert found.importance == pytest.approx((4 + 2 * 8 / 10 + 3) / 10)
     assert found.parameters == costs.parameters(found.config)
     assert found.memory == costs.memory(found.config, budget())
+    half = realise(config, cell._replace(mamba_num_heads=2), [4.0, 2.0, 3.0, 1.0], scores(config, neurons), budget())
+    assert half.selection.mamba_heads[0].tolist() == [0, 2]
+    assert half.importance == pytest.approx((4 / 2 + 2 * 8 / 10 + 3) / 10)

@@ -21,6 +21,7 @@ def test_closeness_equals_scipy(parent, data):
     kl = rel_entr(softmax(expected, -1), softmax(given, -1)).sum(-1).mean()
     loss = -np.take_along_axis(log_softmax(given, -1), sequences[:, 1:, None].numpy(), -1).mean()
     assert found.kl == pytest.approx(kl, rel=1e-5) and kl > 0.01
+    assert found.accuracy == (given.argmax(-1) == sequences[:, 1:].numpy()).mean()
     assert found.loss == pytest.approx(loss, rel=1e-6)
     assert found.agreement == (expected.argmax(-1) == given.argmax(-1)).mean() < 1
 

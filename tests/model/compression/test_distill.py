@@ -20,7 +20,8 @@ def test_learning_rate_warms_up_and_falls_to_its_least(config):
 @pytest.fixture(scope="module")
 def students(parent):
     neurons = {index: torch.arange(24) for index in (1, 4)}
-    return {"short": cut(*parent, Selection([0, 1, 3, 4], neurons)), "narrow": cut(*parent, Selection([0, 1, 2, 3, 4], neurons))}
+    kept = {"short": [0, 1, 3, 4], "narrow": [0, 1, 2, 3, 4]}
+    return {name: cut(*parent, Selection(layers, neurons)) for name, layers in kept.items()}
 
 
 def run(parent, students, data, config, directory, progress=silent):

@@ -7,7 +7,9 @@ import torch
 
 from model import costs
 from model.compression import funnel
-from model.compression.funnel import Weights, compress, evenly, random_cut
+from model.compression.controls import random_selection
+from model.compression.funnel import Weights, compress, evenly
+from model.compression.prune import cut
 from model.hybrid_lm import HybridLM
 from tests.model.compression.markov import silent
 
@@ -36,7 +38,7 @@ def tight(planted, config):
 def test_the_funnel_finds_what_does_not_matter(planted, data, tight, tmp_path):
     result = compress(planted, data, tight, 1, tmp_path, silent)
     metrics = result.metrics
-    winner = result.candidates[0]
+    winner = result.records["candidates"][0]
     assert winner["pattern"] == "M-*M-" and winner["ffn_hidden_size"] == 32 and winner["chosen"]
     assert result.layers["compressed"] == [0, 1, 3, 5, 6]
     assert winner["importance"] == pytest.approx(1.0, abs=1e-9) and winner["agreement"] == 1.0
@@ -55,12 +57,12 @@ def test_the_funnel_finds_what_does_not_matter(planted, data, tight, tmp_path):
 
 def test_the_records_have_what_the_report_reads(planted, data, config, tmp_path):
     result = compress(planted, data, config, 1, tmp_path, silent)
-    json.dumps([result.importance, result.candidates, result.metrics])
-    assert [layer["symbol"] for layer in result.importance["layers"]] == list("M-M*-M-")
-    assert [entry["index"] for entry in result.importance["ffn"]] == [1, 4, 6]
-    shares = result.importance["ffn"][0]["kept_share_of_importance"]
+    json.dumps([result.records, result.metrics])
+    importance, candidates = result.records["importance"], result.records["candidates"]
+    assert [layer["symbol"] for layer in importance["layers"]] == list("M-M*-M-")
+    assert [entry["index"] for entry in importance["ffn"]] == [1, 4, 6]
+    shares = importance["ffn"][0]["kept_share_of_importance"]
     assert list(shares) == ["16", "24", "28", "32", "48"] and shares["24"] < shares["32"] <= shares["48"] == 1.0
-    candidates = result.candidates
     assert len(candidates) == result.metrics["candidates"] > config.ranked_by_agreement
     assert [candidate["rank"] for candidate in candidates] == list(range(1, len(candidates) + 1))
     assert [candidate["kl_short"] is not None for candidate in candidates[:3]] == [True, True, False]
@@ -79,18 +81,20 @@ def test_the_records_have_what_the_report_reads(planted, data, config, tmp_path)
     assert result.metrics["validation_bits_per_byte_parent"] == pytest.approx(loss.item() / 2 / 0.693147181, rel=1e-5)
 
 
+def random_cut(parent, shape, seed):
+    return cut(*parent, random_selection(parent.config, shape, torch.Generator().manual_seed(seed)))
+
+
 def test_the_random_control_is_drawn_by_its_seed_alone(planted):
-    shape = planted.config.model_copy(update={"pattern": "M-*-", "ffn_hidden_size": 32})
-    drawn = [random_cut(planted, shape, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2, 3, 4)]
-    assert drawn[0][0] == drawn[1][0]
-    assert all(torch.equal(tensor, drawn[1][1].state[name]) for name, tensor in drawn[0][1].state.items())
-    assert len({tuple(layers) for layers, _ in drawn}) > 1
-    for layers, weights in drawn:
-        assert sorted(weights.config.pattern) == sorted("M-*-") and layers == sorted(layers)
-        first = next(index for index in layers if planted.config.pattern[index] == "-")
-        rows = weights.state[f"backbone.layers.{layers.index(first)}.mixer.up_proj.weight"]
-        original = planted.state[f"backbone.layers.{first}.mixer.up_proj.weight"]
-        assert rows.shape == (32, 32) and all((row == original).all(1).any() for row in rows)
+    changes = {"pattern": "M-*-", "ffn_hidden_size": 32, "mamba_num_heads": 2, "hidden_size": 24}
+    shape = planted.config.model_copy(update=changes)
+    drawn = [random_selection(planted.config, shape, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2, 3, 4)]
+    assert drawn[0].layers == drawn[1].layers and torch.equal(drawn[0].hidden, drawn[1].hidden)
+    assert len({tuple(selection.layers) for selection in drawn}) > 1
+    for selection in drawn:
+        config, state = cut(*planted, selection)
+        assert sorted(config.pattern) == sorted("M-*-") and (config.mamba_num_heads, config.hidden_size) == (2, 24)
+        HybridLM.from_state(config, state)
 
 
 def test_sequences_are_taken_evenly():
@@ -131,7 +135,7 @@ def test_a_kill_anywhere_changes_nothing(planted, data, config, tmp_path):
             kills += 1
     assert kills >= 2 and (tmp_path / "killed" / "resumed").exists()
     assert resumed.metrics == unbroken.metrics
-    assert resumed.candidates == unbroken.candidates and resumed.curve == unbroken.curve
+    assert resumed.records == unbroken.records and resumed.curve == unbroken.curve
     for name, weights in unbroken.models.items():
         assert all(torch.equal(resumed.models[name].state[key], tensor) for key, tensor in weights.state.items())
 
@@ -142,7 +146,7 @@ def test_importance_beats_chance(parent, data, config, tmp_path):
     teacher = HybridLM.from_state(*parent)
     shape = result.models["compressed"].config
     models = {
-        str(seed): HybridLM.from_state(*random_cut(parent, shape, torch.Generator().manual_seed(seed))[1])
+        str(seed): HybridLM.from_state(*random_cut(parent, shape, seed))
         for seed in range(8)
     }
     close = funnel.compare(teacher, models, data.validation, 8, silent)

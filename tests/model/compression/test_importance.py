@@ -1,31 +1,31 @@
-"""Importance against plain recomputation, and against structures planted in the weights."""
+"""Importance of layers against plain recomputation, and against structures planted in the weights."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.stats import spearmanr
 
 from model.compression.importance import (
-    kept_share,
-    layer_errors,
-    neuron_importance,
+    iterative_importance,
+    layer_importance,
+    rank_correlation,
     split_half_correlation,
-    top_neurons,
 )
-from model.compression.prune import cut
+from model.compression.prune import Selection, cut
+from model.config import ModelError
 from model.hybrid_lm import HybridLM
 from tests.model.compression.markov import silent
 
 
-def test_layer_errors_equal_those_of_models_without_the_layer(parent, data):
+def test_mean_squared_errors_equal_those_of_models_without_the_layer(parent, data):
     model = HybridLM.from_state(*parent)
     sequences = data.calibration[:3]
-    errors = layer_errors(model, sequences, 2, silent)
+    errors = layer_importance(model, sequences, 2, silent)["mse"]
     assert errors.shape == (7, 3) and errors.dtype == torch.float64
-    everything = {index: torch.arange(48) for index in (1, 4, 6)}
     with torch.no_grad():
         reference = HybridLM.from_state(*parent, dtype=torch.float64).backbone(sequences)
         for left_out in range(7):
-            config, state = cut(*parent, [i for i in range(7) if i != left_out], everything)
+            config, state = cut(*parent, Selection([i for i in range(7) if i != left_out]))
             without = HybridLM.from_state(config, state, dtype=torch.float64).backbone(sequences)
             expected = (without - reference).square().mean(dim=(1, 2))
             torch.testing.assert_close(errors[left_out], expected, rtol=1e-3, atol=0)
@@ -34,61 +34,80 @@ def test_layer_errors_equal_those_of_models_without_the_layer(parent, data):
 def test_a_layer_that_writes_nothing_is_least_important(parent, data):
     state = {name: tensor.clone() for name, tensor in parent.state.items()}
     state["backbone.layers.3.mixer.o_proj.weight"].zero_()
-    errors = layer_errors(HybridLM.from_state(parent.config, state), data.calibration, 8, silent)
+    errors = layer_importance(HybridLM.from_state(parent.config, state), data.calibration, 8, silent)["mse"]
     assert (errors[3] == 0).all() and (errors[[0, 1, 2, 4, 5, 6]] > 0).all()
 
 
 def test_a_layer_that_writes_more_is_more_important(parent, data):
     state = {name: tensor.clone() for name, tensor in parent.state.items()}
     state["backbone.layers.4.mixer.down_proj.weight"] *= 30
-    before = layer_errors(HybridLM.from_state(*parent), data.calibration, 8, silent).mean(dim=1)
-    after = layer_errors(HybridLM.from_state(parent.config, state), data.calibration, 8, silent).mean(dim=1)
+    before = layer_importance(HybridLM.from_state(*parent), data.calibration, 8, silent)["mse"].mean(dim=1)
+    after = layer_importance(HybridLM.from_state(parent.config, state), data.calibration, 8, silent)["mse"].mean(dim=1)
     assert before[1:].argmax() + 1 != 4 and after[1:].argmax() + 1 == 4
-
-
-def test_neuron_importance_is_minitrons_rule(parent, data):
-    model = HybridLM.from_state(*parent)
-    sequences = data.calibration[:5]
-    found = neuron_importance(model, sequences, 2, silent)
-    assert sorted(found) == [1, 4, 6]
-    hidden = model.backbone.embeddings(sequences)
-    with torch.no_grad():
-        for index, layer in enumerate(model.backbone.layers):
-            if index in found:
-                matrix = parent.state[f"backbone.layers.{index}.mixer.up_proj.weight"].double()
-                rise = layer.norm(hidden).double() @ matrix.T
-                activation = rise.clamp_min(0) ** 2
-                expected = (activation.mean(1) ** 2).sum(0).sqrt()
-                torch.testing.assert_close(found[index], expected, rtol=1e-5, atol=1e-9)
-            hidden = layer(hidden)
-
-
-def test_neuron_importance_leaves_no_hook_behind(parent, data):
-    model = HybridLM.from_state(*parent)
-    neuron_importance(model, data.calibration[:2], 2, silent)
-    assert not any(module._forward_pre_hooks for module in model.modules())
-
-
-def test_dead_neurons_are_cut_first(parent, data):
-    state = {name: tensor.clone() for name, tensor in parent.state.items()}
-    dead = torch.tensor([0, 7, 8, 20, 47])
-    state["backbone.layers.4.mixer.up_proj.weight"][dead] = 0
-    importance = neuron_importance(HybridLM.from_state(parent.config, state), data.calibration, 8, silent)[4]
-    assert (importance[dead] == 0).all()
-    kept = top_neurons(importance, 43)
-    assert set(kept.tolist()) == set(range(48)) - set(dead.tolist()) and (kept.diff() > 0).all()
-    assert kept_share(importance, 43) == pytest.approx(1.0, abs=1e-12)
-    assert kept_share(importance, 42) < 1
-
-
-def test_kept_share_and_ties():
-    importance = torch.tensor([1.0, 4.0, 1.0, 2.0]).double()
-    assert kept_share(importance, 2) == 0.75
-    assert top_neurons(importance, 3).tolist() == [0, 1, 3]
-    assert kept_share(torch.zeros(4).double(), 2) == 0.0
 
 
 def test_split_half_correlation_is_spearmans():
     errors = torch.rand(9, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     expected = spearmanr(errors[:, ::2].mean(1), errors[:, 1::2].mean(1)).statistic
     assert split_half_correlation(errors) == pytest.approx(expected, abs=1e-12)
+
+
+def test_ranks_of_equal_values_are_shared():
+    one, other = torch.tensor([1.0, 2, 2, 3, 5]), torch.tensor([2.0, 1, 4, 4, 4])
+    assert rank_correlation(one, other) == pytest.approx(spearmanr(one, other).statistic, abs=1e-12)
+
+
+def test_the_other_rules_are_what_they_say(parent, data):
+    sequences = data.calibration[:3]
+    model = HybridLM.from_state(*parent, dtype=torch.float64)
+    found = layer_importance(model, sequences, 2, silent, ["nmse", "kl", "influence"])
+    with torch.no_grad():
+        whole = model(sequences)
+        hidden = model.backbone.embeddings(sequences)
+        for left_out, layer in enumerate(model.backbone.layers):
+            config, state = cut(*parent, Selection([i for i in range(7) if i != left_out]))
+            logits = HybridLM.from_state(config, state, dtype=torch.float64)(sequences)
+            squares = (logits - whole).square().sum((1, 2)) / whole.square().sum((1, 2))
+            kl = F.kl_div(logits.log_softmax(-1), whole.log_softmax(-1), reduction="none", log_target=True)
+            torch.testing.assert_close(found["nmse"][left_out], squares, rtol=1e-9, atol=0)
+            torch.testing.assert_close(found["kl"][left_out], kl.sum(-1).mean(1), rtol=1e-9, atol=0)
+            after = layer(hidden)
+            cosine = F.cosine_similarity(hidden, after, dim=-1).mean(1)
+            torch.testing.assert_close(found["influence"][left_out], 1 - cosine, rtol=1e-5, atol=1e-6)
+            hidden = after
+
+
+def test_iterative_removal_scores_what_is_left_anew(parent, data):
+    """By hand: the least error first, then the least of models without that layer, to one layer of each type."""
+    sequences = data.calibration[:4]
+    found = iterative_importance(HybridLM.from_state(*parent), sequences, 4, silent)
+    model = HybridLM.from_state(*parent)
+    reached, left = [], list(range(7))
+    with torch.no_grad():
+        reference = model.backbone(sequences)
+        while len(left) > 3:
+            errors = {}
+            for index in left:
+                kept = [i for i in left if i != index]
+                if {parent.config.pattern[i] for i in kept} == set("M*-"):
+                    without = HybridLM.from_state(*cut(*parent, Selection(kept))).backbone(sequences)
+                    errors[index] = float((without - reference).square().mean())
+            least = min(errors, key=errors.get)
+            left.remove(least)
+            reached.append((least, errors[least]))
+    highest = 0.0
+    for index, error in reached:
+        highest = max(highest, error)
+        assert found[index] == pytest.approx(highest, rel=1e-4)
+    assert all(found[index] == pytest.approx(highest, rel=1e-4) for index in left)
+
+
+def test_too_few_samples_and_overflowing_activations_are_refused(parent, data):
+    model = HybridLM.from_state(*parent)
+    with pytest.raises(ModelError, match="1 sample") as error:
+        layer_importance(model, data.calibration[:1], 2, silent)
+    assert len(str(error.value).splitlines()) == 2
+    state = {name: tensor.clone() for name, tensor in parent.state.items()}
+    state["backbone.layers.4.mixer.down_proj.weight"][0, 0] = float("nan")
+    with pytest.raises(ModelError, match="activations overflow"):
+        layer_importance(HybridLM.from_state(parent.config, state), data.calibration, 8, silent)

@@ -7,6 +7,7 @@ from model import costs
 from model.compression.prune import Selection, cut
 from model.config import ModelConfig
 from model.hybrid_lm import HybridLM
+from tests.model.compression.markov import CONFIG
 
 EVERY = {index: torch.arange(48) for index in (1, 4, 6)}
 
@@ -50,6 +51,114 @@ def test_a_layer_that_writes_nothing_can_go(parent, data):
     assert torch.equal(logits(config, smaller, data.calibration), logits(parent.config, state, data.calibration))
 
 
+def dead_mamba(state, layer, heads=(), channels=()):
+    """Heads, and channels of every head, whose gate is shut: nothing of them reaches the gated norm."""
+    gate = state[f"backbone.layers.{layer}.mixer.in_proj.weight"][:64].view(4, 16, -1)
+    for head in heads:
+        gate[head] = 0
+    for channel in channels:
+        gate[:, channel] = 0
+
+
+def relative(one, other):
+    return ((one - other).norm() / other.norm()).item()
+
+
+def test_cutting_dead_mamba_heads_is_exact_only_with_the_correction(parent, data):
+    state = {name: tensor.double() for name, tensor in parent.state.items()}
+    heads = {0: torch.tensor([0, 2]), 2: torch.tensor([1, 3]), 5: torch.tensor([1, 2])}
+    for layer, kept in heads.items():
+        dead_mamba(state, layer, [head for head in range(4) if head not in kept])
+    before = logits(parent.config, state, data.calibration[:4])
+    corrected, sliced = (
+        cut(parent.config, state, Selection(range(7), mamba_heads=heads), fix) for fix in (True, False))
+    assert corrected[0].mamba_num_heads == 2 and corrected[0].norm_epsilon == 2 * parent.config.norm_epsilon
+    assert relative(logits(*corrected, data.calibration[:4]), before) < 1e-10
+    assert relative(logits(*sliced, data.calibration[:4]), before) > 1e-2
+
+
+def test_cutting_dead_mamba_channels_is_exact(parent, data):
+    state = {name: tensor.double() for name, tensor in parent.state.items()}
+    channels = {layer: torch.arange(4, 16) for layer in (0, 2, 5)}
+    for layer in channels:
+        dead_mamba(state, layer, channels=range(4))
+    before = logits(parent.config, state, data.calibration[:4])
+    config, smaller = cut(parent.config, state, Selection(range(7), mamba_channels=channels))
+    assert config.mamba_head_dim == 12
+    assert relative(logits(config, smaller, data.calibration[:4]), before) < 1e-10
+
+
+def dead_hidden(state, dead):
+    for name, tensor in state.items():
+        if name.endswith(("embeddings.weight",)):
+            tensor[:, dead] = 0
+        if name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight")):
+            tensor[dead] = 0
+
+
+def test_cutting_dead_hidden_channels_is_exact_only_with_the_correction(parent, data):
+    state = {name: tensor.double() for name, tensor in parent.state.items()}
+    dead = torch.tensor([0, 5, 6, 30])
+    dead_hidden(state, dead)
+    kept = torch.tensor([channel for channel in range(32) if channel not in dead])
+    before = logits(parent.config, state, data.calibration[:4])
+    corrected, sliced = (cut(parent.config, state, Selection(range(7), hidden=kept), fix) for fix in (True, False))
+    assert corrected[0].hidden_size == 28 and corrected[0].norm_epsilon == parent.config.norm_epsilon
+    assert relative(logits(*corrected, data.calibration[:4]), before) < 1e-10
+    assert relative(logits(*sliced, data.calibration[:4]), before) > 1e-2
+
+
+def test_all_axes_at_once_are_exact_where_dead(parent, data):
+    """Two norms that lose different shares under one epsilon; a whole layer and neurons besides."""
+    state = {name: tensor.double() for name, tensor in parent.state.items()}
+    heads, dead = {layer: torch.tensor([1, 2]) for layer in (0, 2, 5)}, torch.arange(8)
+    for layer in heads:
+        dead_mamba(state, layer, [0, 3])
+    dead_hidden(state, dead)
+    state["backbone.layers.4.mixer.down_proj.weight"].zero_()
+    neurons = {1: torch.arange(40), 6: torch.arange(8, 48)}
+    for layer, kept in neurons.items():
+        state[f"backbone.layers.{layer}.mixer.up_proj.weight"][[n for n in range(48) if n not in kept]] = 0
+    query_heads = {3: torch.tensor([1])}
+    state["backbone.layers.3.mixer.o_proj.weight"][:, :16] = 0
+    before = logits(parent.config, state, data.calibration[:4])
+    selection = Selection([0, 1, 2, 3, 5, 6], neurons, query_heads, heads, hidden=torch.arange(8, 32))
+    config, smaller = cut(parent.config, state, selection)
+    assert (config.hidden_size, config.num_attention_heads, config.mamba_num_heads) == (24, 1, 2)
+    assert sum(tensor.numel() for tensor in smaller.values()) == costs.parameters(config)
+    assert relative(logits(config, smaller, data.calibration[:4]), before) < 1e-10
+
+
+@pytest.mark.parametrize(("order", "same"), [([1, 0, 3, 2], True), ([2, 1, 0, 3], False)])
+def test_mamba_heads_may_change_places_within_their_group_alone(parent, data, order, same):
+    """A permutation is a cut that keeps everything, in another order; groups are heads 0, 1 and 2, 3."""
+    state = {name: tensor.double() for name, tensor in parent.state.items()}
+    channels = (torch.tensor(order)[:, None] * 16 + torch.arange(16)).flatten()
+    states = torch.arange(64, 64 + 2 * 2 * 8)
+    convolved = torch.cat([channels, states])
+    rows = torch.cat([channels, 64 + convolved, 64 + 64 + 32 + torch.tensor(order)])
+    permuted = dict(state)
+    for name, kept in {"in_proj.weight": rows, "conv1d.weight": convolved, "conv1d.bias": convolved, "A_log": order,
+                       "D": order, "dt_bias": order, "norm.weight": channels}.items():
+        permuted[f"backbone.layers.2.mixer.{name}"] = state[f"backbone.layers.2.mixer.{name}"][kept]
+    out = "backbone.layers.2.mixer.out_proj.weight"
+    permuted[out] = state[out][:, channels]
+    before, after = (logits(parent.config, s, data.calibration[:4]) for s in (state, permuted))
+    assert relative(after, before) < 1e-10 if same else relative(after, before) > 1e-3
+
+
+def test_query_groups_go_whole(data):
+    config = CONFIG.model_copy(update={"num_attention_heads": 8, "num_query_groups": 4, "head_dim": 4})
+    torch.manual_seed(3)
+    state = {name: tensor.detach().double() for name, tensor in HybridLM(config).state_dict().items()}
+    state["backbone.layers.3.mixer.o_proj.weight"].view(32, 8, 4)[:, [0, 1, 3, 4, 5, 6]] = 0
+    selection = Selection(range(7), query_heads={3: torch.tensor([2, 7])})
+    smaller_config, smaller = cut(config, state, selection)
+    assert (smaller_config.num_attention_heads, smaller_config.num_query_groups) == (2, 2)
+    assert relative(logits(smaller_config, smaller, data.calibration[:4]),
+                    logits(config, state, data.calibration[:4])) < 1e-12
+
+
 def test_neurons_stay_in_their_order_and_with_their_columns(parent):
     kept = torch.tensor([2, 3, 40])
     _, state = cut(*parent, Selection([1, 3], {1: kept}))
@@ -70,6 +179,15 @@ def test_the_cut_model_has_the_parameters_the_formula_says(parent):
     assert config.pattern == "M-*M-" and config.ffn_hidden_size == 20
     assert sum(tensor.numel() for tensor in state.values()) == costs.parameters(config)
     HybridLM.from_state(config, state)
+
+
+@pytest.mark.parametrize("axes", [
+    {"mamba_heads": {0: torch.tensor([0, 1])}}, {"mamba_heads": {0: torch.tensor([0, 1, 2])}},
+    {"mamba_heads": {0: torch.tensor([0, 2]), 2: torch.tensor([0, 1, 2, 3])}}, {"hidden": torch.tensor([3, 2])},
+])
+def test_heads_go_evenly_from_every_group(parent, axes):
+    with pytest.raises(ValueError):
+        cut(*parent, Selection(range(7), **axes))
 
 
 @pytest.mark.parametrize(("layers", "neurons"), [

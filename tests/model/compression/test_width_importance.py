@@ -1,0 +1,119 @@
+"""Importance of widths against plain recomputation, and against structures planted in the weights."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.compression.importance import rank_correlation
+from model.compression.width_importance import (
+    kept_share,
+    leave_one_out,
+    select,
+    top,
+    top_of_groups,
+    width_importance,
+)
+from model.config import ModelError
+from model.hybrid_lm import HybridLM
+from tests.model.compression.markov import silent
+
+
+def minitron(activation: Tensor) -> Tensor:
+    """(batch, sequence, channels) -> (channels,)."""
+    return activation.double().abs().mean(1).square().sum(0).sqrt()
+
+
+def test_every_axis_is_minitrons_rule(parent, data):
+    model, config = HybridLM.from_state(*parent), parent.config
+    sequences = data.calibration[:5]
+    found = width_importance(model, sequences, 2, silent)
+    assert sorted(found.neurons) == [1, 4, 6] and sorted(found.heads) == [3]
+    assert sorted(found.mamba["input"]) == [0, 2, 5]
+    seen: dict[str, Tensor] = {}
+    for index, symbol in enumerate(config.pattern):
+        name = {"M": "out_proj", "*": "o_proj", "-": "down_proj"}[symbol]
+        module = model.get_submodule(f"backbone.layers.{index}.mixer.{name}")
+        module.register_forward_pre_hook(lambda _, inputs, at=index: seen.update({f"{at}": inputs[0]}))
+    with torch.no_grad():
+        hidden, channels = model.backbone.embeddings(sequences), torch.zeros(config.hidden_size).double()
+        for index, (symbol, layer) in enumerate(zip(config.pattern, model.backbone.layers, strict=True)):
+            normed = layer.norm(hidden)
+            channels += minitron(normed)
+            if symbol == "M":
+                inner = config.mamba_inner_size
+                expected = minitron(layer.mixer.in_proj(normed)[..., inner : 2 * inner]).view(4, 16)
+                torch.testing.assert_close(found.mamba["input"][index], expected, rtol=1e-5, atol=1e-9)
+            hidden = layer(hidden)
+            score = minitron(seen[str(index)])
+            if symbol == "M":
+                torch.testing.assert_close(found.mamba["output"][index], score.view(4, 16), rtol=1e-5, atol=1e-9)
+            elif symbol == "*":
+                torch.testing.assert_close(found.heads[index], score.view(2, 16).norm(dim=1), rtol=1e-5, atol=1e-9)
+            else:
+                torch.testing.assert_close(found.neurons[index], score, rtol=1e-5, atol=1e-9)
+        channels += minitron(model.backbone.norm_f(hidden))
+    torch.testing.assert_close(found.hidden, channels, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(found.mamba_heads("input")[0], found.mamba["input"][0].norm(dim=1))
+    torch.testing.assert_close(found.mamba_channels("input")[0], found.mamba["input"][0].norm(dim=0))
+    torch.testing.assert_close(found.groups(config)[3], found.heads[3].norm()[None])
+
+
+def test_reliability_is_the_rank_correlation_of_two_halves(parent, data):
+    model = HybridLM.from_state(*parent)
+    found = width_importance(model, data.calibration, 3, silent)
+    halves = [width_importance(model, data.calibration[half::2], 3, silent) for half in (0, 1)]
+    assert set(found.reliability) == {"neurons", "heads", "mamba input", "mamba output", "hidden"}
+    neurons = [rank_correlation(halves[0].neurons[i], halves[1].neurons[i]) for i in (1, 4, 6)]
+    assert found.reliability["neurons"] == pytest.approx(sum(neurons) / 3, abs=1e-9)
+    assert found.reliability["hidden"] == pytest.approx(rank_correlation(halves[0].hidden, halves[1].hidden), abs=0.02)
+    assert found.reliability["neurons"] > 0.9
+
+
+def test_no_hook_stays(parent, data):
+    model = HybridLM.from_state(*parent)
+    width_importance(model, data.calibration[:2], 2, silent)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_what_is_dead_is_cut_first(parent, data):
+    state = {name: tensor.clone() for name, tensor in parent.state.items()}
+    dead = torch.tensor([0, 7, 8, 20, 47])
+    state["backbone.layers.4.mixer.up_proj.weight"][dead] = 0
+    state["backbone.layers.0.mixer.in_proj.weight"][16:32] = 0         # gate of head 1
+    importance = width_importance(HybridLM.from_state(parent.config, state), data.calibration, 8, silent)
+    assert (importance.neurons[4][dead] == 0).all()
+    kept = top(importance.neurons[4], 43)
+    assert set(kept.tolist()) == set(range(48)) - set(dead.tolist()) and (kept.diff() > 0).all()
+    assert kept_share(importance.neurons[4], 43) == pytest.approx(1.0, abs=1e-12)
+    assert kept_share(importance.neurons[4], 42) < 1
+    assert importance.mamba_heads("output")[0].argmin() == 1 and importance.mamba_heads("output")[0][1] == 0
+    smaller = parent.config.model_copy(update={"mamba_num_heads": 2, "ffn_hidden_size": 43})
+    selection = select(parent.config, smaller, list(range(7)), importance)
+    assert torch.equal(selection.neurons[4], kept)
+    assert selection.mamba_heads[0][0] == 0 and selection.mamba_heads[0][1] in (2, 3)     # one of each group
+
+
+def test_leaving_a_head_out_is_measured_and_undone(parent, data):
+    state = {name: tensor.clone() for name, tensor in parent.state.items()}
+    state["backbone.layers.2.mixer.in_proj.weight"][48:64] = 0         # gate of head 3
+    model = HybridLM.from_state(parent.config, state)
+    found = leave_one_out(model, data.calibration[:4], 4, silent)
+    assert sorted(found) == [0, 2, 5] and found[2][3].abs() < 1e-7
+    assert (found[0] > 1e-5).all()
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in state.items())
+
+
+def test_kept_share_and_ties():
+    importance = torch.tensor([1.0, 4.0, 1.0, 2.0]).double()
+    assert kept_share(importance, 2) == 0.75
+    assert top(importance, 3).tolist() == [0, 1, 3]
+    assert kept_share(torch.zeros(4).double(), 2) == 0.0
+    assert top_of_groups(torch.tensor([5.0, 6, 7, 1, 3, 2]), 4, 2).tolist() == [1, 2, 4, 5]
+
+
+def test_activations_that_overflow_are_refused(parent, data):
+    state = {name: tensor.clone() for name, tensor in parent.state.items()}
+    state["backbone.layers.1.mixer.up_proj.weight"][3] = 1e30
+    with pytest.raises(ModelError, match="neurons, layer 1: an activation is not finite") as error:
+        width_importance(HybridLM.from_state(parent.config, state), data.calibration, 8, silent)
+    assert len(str(error.value).splitlines()) == 2
