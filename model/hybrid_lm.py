@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from kernels.gated_norm import gated_rms_norm, rms_norm
 from kernels.mixer import MixerWeights, mix
+from kernels.squared_relu import squared_relu
 from model.config import ModelConfig, ModelError
 
 FLOAT32_PARAMETERS = ("A_log", "D", "dt_bias")      # small, and exponents of the decay: kept precise in any model
@@ -248,7 +249,7 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.relu(self.up_proj(x)).square())
+        return self.down_proj(squared_relu(self.up_proj(x)))
 
 
 _MIXERS: dict[str, type[Mamba2 | Attention | FeedForward]] = {"M": Mamba2, "*": Attention, "-": FeedForward}

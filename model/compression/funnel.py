@@ -34,6 +34,8 @@ from model.compression.resume import Pieces
 from model.compression.width_importance import WidthImportance, width_importance
 from model.config import ModelConfig
 from model.hybrid_lm import HybridLM
+from model.inference import Decoder
+from model.random_weights import random_model
 
 GIB = 2**30
 
@@ -300,15 +302,12 @@ class _Run:
 
     def costs(self, winner: Candidate) -> dict[str, Any]:
         """Parameters, bytes and decode step of parent and winner, predicted and measured, and the largest error."""
-        from model.inference import Decoder
-
         runtime = self.config.memory.model_copy(
             update={"weight_bytes": 2, "kv_bytes": 2, "ssm_bytes": 4, "conv_bytes": 2}
         )
         rows: dict[str, dict[str, float]] = {}
         for name, geometry in {"parent": self.parent.config, "compressed": winner.config}.items():
-            with torch.device(self.device):
-                model = HybridLM.from_state(geometry, HybridLM(geometry).state_dict(), torch.bfloat16)
+            model = random_model(geometry, torch.bfloat16, self.device)
             decoder = Decoder(model, runtime.context, runtime.batch)
             predicted = costs.memory(geometry, runtime)
             rows[name] = {

@@ -2,8 +2,8 @@
 
     seconds(model) = sum over layers of table[type, widths] + overhead
 
-A layer's entry is the difference between a deep and a shallow stack of such layers over the difference in depth: what
-one more layer costs where weights and caches no longer fit into the processor's own memory. The overhead (embedding,
+A layer's entry is what one more such layer costs a model of the parent's depth, where weights and caches no longer fit
+into the processor's own memory: the difference that MORE extra layers make, over their number. The overhead (embedding,
 head, launch) is the mean of what whole models take beyond the sum, least squares for a constant. NVIDIA's Puzzle adds
 layers up alike and reports 5.4 s where 5 were asked for (modelopt): so the error on models that neither table nor
 overhead has seen is part of the result.
@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 
+from model.compression.candidates import WIDTHS
 from model.compression.config import Workload
 from model.config import ModelConfig, ModelError
-from model.decode_benchmark import measure
+from model.decode_benchmark import decode_seconds
 
 Key = tuple[str, int, int, int]     # type of layer, its widths, the hidden size
 Seconds = Mapping[str, float]
-SHALLOW, DEEP = 8, 24               # layers of a stack
+MORE = 16                           # extra layers of a kind
 
 
 @dataclass(frozen=True)
@@ -73,19 +74,19 @@ def measure_table(
     """
     if len(whole) < 5:
         raise ModelError(f"latency: an overhead from {len(whole)} models is no fit.\nGive at least 5.")
-    stacks: dict[str, ModelConfig] = {}
-    keys: dict[str, Key] = {}
+    models: dict[str, ModelConfig] = {}
+    pairs: dict[Key, tuple[str, str]] = {}              # without and with the extra layers
     for config in (parent, *geometries):
-        for symbol in sorted(set(config.pattern)):
+        for symbol in dict.fromkeys(parent.pattern):
             key = layer_key(config, symbol)
-            if key not in keys.values():
-                name = " ".join(map(str, key))
-                keys[name] = key
-                stacks |= {f"{name} x {depth}": config.model_copy(update={"pattern": symbol * depth})
-                           for depth in (SHALLOW, DEEP)}
-    seconds = step_seconds(stacks, workload, seed, progress)
-    layers = {key: max(0.0, (seconds[f"{name} x {DEEP}"] - seconds[f"{name} x {SHALLOW}"]) / (DEEP - SHALLOW))
-              for name, key in keys.items()}
+            if key not in pairs:
+                without = config.model_copy(update={"pattern": parent.pattern})
+                name = repr([getattr(without, width) for width in WIDTHS])
+                pairs[key] = name, f"{name} {symbol}"
+                models[name] = without
+                models[f"{name} {symbol}"] = without.model_copy(update={"pattern": parent.pattern + symbol * MORE})
+    seconds = step_seconds(models, workload, seed, progress)
+    layers = {key: max(0.0, (seconds[more] - seconds[without]) / MORE) for key, (without, more) in pairs.items()}
     _rise_with_width(layers)
     measured = step_seconds({str(number): config for number, config in enumerate(whole)}, workload, seed, progress)
     left = [measured[str(number)] - _sum(layers, config) for number, config in enumerate(whole)]
@@ -95,12 +96,12 @@ def measure_table(
 def step_seconds(
     configs: Mapping[str, ModelConfig], workload: Workload, seed: int, progress: Callable[..., None]
 ) -> dict[str, float]:
-    """Measured seconds of a decode step of each model, one model in memory at a time."""
+    """Measured seconds of a decode step of each model in BF16, one in memory at a time."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     found: dict[str, float] = {}
     for number, (name, config) in enumerate(configs.items(), start=1):
-        (speed,) = measure({name: config}, [workload.context], workload.batch, workload.decode_tokens,
-                           workload.repeats, seed, torch.bfloat16, lambda *_, **__: None)
-        found[name] = workload.batch / speed.tokens_per_second
+        found[name] = decode_seconds(config, workload.batch, workload.context, device=device,
+                                     steps=workload.decode_tokens, repeats=workload.repeats, seed=seed)
         progress(number, len(configs), milliseconds=1e3 * found[name])
     return found
 
