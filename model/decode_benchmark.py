@@ -12,42 +12,62 @@ from typing import NamedTuple
 import torch
 
 from model.config import ModelConfig, ModelError
-from model.inference import PREFILL_TOKENS, Decoder
+from model.inference import Decoder
 from model.random_weights import random_model
-from model.roofline import seconds
+from model.roofline import decode_floor, measure_ceilings, prefill_floor, seconds, weights_bytes
 
 
-class DecodeSpeed(NamedTuple):
+class Speed(NamedTuple):
     """One model at one context.
 
     Attributes:
-        tokens_per_second: of the whole batch; from the median of the repeats.
+        tokens_per_second: decoded, of the whole batch; from the median of the repeats.
         seconds_per_token_spread: half the distance between the fastest and the slowest repeat.
-        cache_bytes: of a decoder made for exactly `context` tokens.
+        decode_of_floor: the least time a step can take on this machine (`model.roofline`) over the time it takes.
+        prompt_seconds: time to the first token after one prompt of `context` tokens; None where none was read.
+        prefill_of_floor: as `decode_of_floor`.
+        cache_bytes: of one sequence, in a decoder made for exactly `context` tokens.
+        held_bytes: weights and the caches of the batch.
     """
 
     model: str
     context: int
+    batch: int
     tokens_per_second: float
     seconds_per_token_spread: float
+    decode_of_floor: float
+    prompt_seconds: float | None
+    prefill_of_floor: float | None
     cache_bytes: int
+    held_bytes: int
+
+    def output_tokens_per_second(self, output: int) -> float | None:
+        """Of requests that read `context` tokens and write `output`: prompts one after another, then the batch
+        decodes at the speed measured. None where no prompt was read."""
+        if self.prompt_seconds is None:
+            return None
+        return 1 / (self.prompt_seconds / output + 1 / self.tokens_per_second)
 
 
 def measure(
-    configs: Mapping[str, ModelConfig], contexts: list[int], batch: int, tokens: int, repeats: int, seed: int,
-    dtype: torch.dtype, progress: Callable[..., None],
-) -> Iterator[DecodeSpeed]:
-    """Time the decoding of the last `tokens` tokens of each context.
+    configs: Mapping[str, ModelConfig], contexts: list[int], batch: int, tokens: int, repeats: int, longest_prompt: int,
+    seed: int, dtype: torch.dtype, device: torch.device, progress: Callable[..., None],
+) -> Iterator[Speed]:
+    """Time the reading of a prompt of each context up to `longest_prompt`, once after some of it was read untimed, and
+    the decoding of the last `tokens` tokens of each context.
 
     Within a repeat every model has its turn, so that noise of the machine meets all alike; one untimed repeat comes
     first. Raises ModelError for a context shorter than `tokens`.
     """
     if min(contexts) < tokens:
         raise ModelError(f"benchmark.contexts: {min(contexts)} is shorter than decode_tokens ({tokens}).\nRaise it.")
-    models = {name: random_model(config, dtype, seed=seed) for name, config in configs.items()}
+    ceilings = measure_ceilings(device, dtype)
+    models = {name: random_model(config, dtype, device, seed=seed) for name, config in configs.items()}
     total = len(contexts) * (repeats + 1)
     for done, context in enumerate(contexts):
         decoders = {name: Decoder(model, context, batch) for name, model in models.items()}
+        prompts = {name: prefill_seconds(decoder, context, 1) if context <= longest_prompt else None
+                   for name, decoder in decoders.items()}
         for decoder in decoders.values():
             fill_caches(decoder, seed)
         times: dict[str, list[float]] = {name: [] for name in models}
@@ -58,8 +78,14 @@ def measure(
                     times[name].append(elapsed / (tokens * batch))
             progress(done * (repeats + 1) + repeat + 1, total, context=context)
         for name, found in times.items():
-            spread = (max(found) - min(found)) / 2
-            yield DecodeSpeed(name, context, 1 / statistics.median(found), spread, decoders[name].cache_bytes)
+            config, caches = configs[name], decoders[name].cache_bytes
+            rate, prompt = 1 / statistics.median(found), prompts[name]
+            step_floor = decode_floor(config, batch, context, dtype, torch.float32, False, ceilings)
+            yield Speed(
+                name, context, batch, rate, (max(found) - min(found)) / 2, step_floor * rate / batch, prompt,
+                None if prompt is None else prefill_floor(config, context, ceilings) / prompt, caches // batch,
+                weights_bytes(config, dtype, False) + caches,
+            )
 
 
 def decode_seconds(
@@ -84,7 +110,7 @@ def prefill_seconds(decoder: Decoder, tokens: int, repeats: int) -> float:
     """Seconds until the first token of one prompt of `tokens` tokens: the fastest of `repeats`, after the reading of
     what compiles every kernel, two pieces, or all of a prompt that is shorter."""
     ids = torch.zeros(1, tokens, dtype=torch.int64, device=decoder.device)
-    decoder.prefill_rows(ids[:, : 2 * PREFILL_TOKENS], slice(0, 1))
+    decoder.prefill_rows(ids[:, : 2 * decoder.prefill_tokens], slice(0, 1))
     return min(seconds(lambda: decoder.prefill_rows(ids, slice(0, 1)).argmax(-1), decoder.device)
                for _ in range(repeats))
 

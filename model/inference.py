@@ -17,8 +17,12 @@ from model.hybrid_lm import HybridLM, Layer
 from model.layer_caches import cached
 from model.sampling import Sampling, choose
 
-PREFILL_TOKENS = 8192           # read at once: enough to fill a GPU, few enough for their activations to be small
 GREEDY = Sampling()
+
+
+def piece_tokens(device: torch.device) -> int:
+    """Tokens of a prompt read at once: enough to fill the device, few enough for their activations to be small."""
+    return 8192 if device.type == "cuda" else 1024
 
 
 class Decoder:
@@ -29,17 +33,18 @@ class Decoder:
         max_length: tokens a sequence may reach, prompt included.
         batch: sequences decoded together.
         state_dtype: of the SSM states; bfloat16 halves what a step reads and writes of them.
-        prefill_tokens: tokens of a prompt, or of several, that pass through the layers together.
+        prefill_tokens: tokens of a prompt, or of several, that pass through the layers together; None: as the device
+            likes it.
     """
 
     def __init__(
         self, model: HybridLM, max_length: int, batch: int = 1, state_dtype: torch.dtype = torch.float32,
-        prefill_tokens: int = PREFILL_TOKENS,
+        prefill_tokens: int | None = None,
     ):
         embeddings = model.backbone.embeddings.weight
         self.model, self.max_length, self.batch = model, max_length, batch
         self.dtype, self.state_dtype, self.device = embeddings.dtype, state_dtype, embeddings.device
-        self.prefill_tokens = prefill_tokens
+        self.prefill_tokens = prefill_tokens or piece_tokens(self.device)
         layers = cast("list[Layer]", model.backbone.layers)
         self._layers = [(layer, cached(layer.mixer, self)) for layer in layers]
         self._at = torch.zeros((), dtype=torch.int64, device=self.device)

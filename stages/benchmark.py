@@ -1,46 +1,84 @@
-"""Measure decoding speed and cache memory against context; count the published models' in closed form.
+"""Measure how fast models read prompts and decode, and their memory, against context; count the published models'.
 
 Reads  params.yaml (`benchmark`, `model`), runs/PROFILE/compress/model.json.
 Writes runs/PROFILE/benchmark/decode.csv, metrics.json.
 
 The hybrid, the Transformer and the compressed hybrid decode in turn with random BF16 weights and full caches of random
-numbers: speed depends on neither. Run nothing beside it. The closed-form figures take BF16 weights, keys, values and
-convolution states, and FP32 SSM states, at batch 1.
+numbers: speed depends on neither. Run nothing beside it. `benchmark.published` names pairs of the published models that
+a GPU measures at their own geometry, as the paper does (`model.serving_benchmark`). The closed-form figures take BF16
+weights, keys, values and convolution states, and FP32 SSM states, at batch 1.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from stages.common import Progress, Stage, run_stage
 
+if TYPE_CHECKING:
+    import torch
+
 PAPER_CONTEXT = 65_536           # tokens read before the paper's inference figures
-COLUMNS = "model,context,tokens_per_second,seconds_per_token_spread,cache_mib"
+COLUMNS = ("model,context,batch,tokens_per_second,seconds_per_token_spread,decode_of_floor,"
+           "time_to_first_token_seconds,prefill_tokens_per_second,prefill_of_floor,output_tokens_per_second,"
+           "cache_mib,memory_gib")
 
 
 def benchmark(stage: Stage) -> dict[str, Any]:
     import torch
 
     from model.config import ModelConfig
-    from model.decode_benchmark import measure
+    from model.decode_benchmark import Speed, measure
 
     params, config = stage.params, stage.params.benchmark
     compressed = stage.record("compress", "model.json").read_text()
     models = {name: ModelConfig(**params.model[name].model_dump(), vocab_size=params.tokenizer.vocab_size)
               for name in ("hybrid", "transformer")}
     models["compressed"] = ModelConfig.model_validate_json(compressed)
-    rows = list(measure(models, config.contexts, config.batch, config.decode_tokens, config.repeats, params.seed,
-                        torch.bfloat16, Progress()))
-    lines = [f"{row.model},{row.context},{row.tokens_per_second:.6g},{row.seconds_per_token_spread:.3g},"
-             f"{row.cache_bytes / 2**20:.6g}" for row in rows]
-    stage.write_record("decode.csv", "\n".join([COLUMNS, *lines]) + "\n")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    published = published_pairs(config.published, device)
+    rows = list(measure(models, config.contexts, config.batch, config.decode_tokens, config.repeats,
+                        config.longest_prompt, params.seed, torch.bfloat16, device, Progress()))
+
+    def line(row: Speed) -> str:
+        first = row.prompt_seconds
+        figures = [row.context, row.batch, row.tokens_per_second, row.seconds_per_token_spread, row.decode_of_floor,
+                   first, first and row.context / first, row.prefill_of_floor,
+                   row.output_tokens_per_second(config.output_tokens), row.cache_bytes / 2**20, row.held_bytes / 2**30]
+        return ",".join([row.model, *("" if figure is None else f"{figure:.6g}" for figure in figures)])
+
+    stage.write_record("decode.csv", "\n".join([COLUMNS, *map(line, rows)]) + "\n")
 
     speed = {(row.model, row.context): row.tokens_per_second for row in rows}
     metrics: dict[str, Any] = {}
     for context in config.contexts:
         metrics[f"decode_ratio_{context}"] = speed["hybrid", context] / speed["transformer", context]
         metrics[f"compressed_decode_ratio_{context}"] = speed["compressed", context] / speed["hybrid", context]
-    return metrics | published_models()
+    return metrics | published | published_models()
+
+
+def published_pairs(names: Sequence[str], device: torch.device) -> dict[str, Any]:
+    """Throughput of the pairs of `model.serving_benchmark` with these names, at their own geometry, and its ratios.
+
+    Raises ModelError without a GPU, which they need.
+    """
+    from model.config import ModelError
+    from model.roofline import measure_ceilings
+    from model.serving_benchmark import DTYPE, PAIRS, PAPER, release, serve_pair
+
+    if names and device.type != "cuda":
+        raise ModelError(f"benchmark.published: {names[0]} needs a GPU, and none was found.\nSet it to [] on a CPU.")
+    figures: dict[str, Any] = {}
+    for name in names:
+        ceilings = measure_ceilings(device, DTYPE, PAIRS[name].float8)
+        release()
+        first, second = serve_pair(name, PAPER, device, ceilings)
+        for row in (first, second):
+            figures |= {f"{row.model}_served_{key}": value for key, value in row._asdict().items() if key != "model"}
+        figures[f"output_ratio_{name}"] = first.output_tokens_per_second / second.output_tokens_per_second
+        figures[f"served_decode_ratio_{name}"] = first.decode_tokens_per_second / second.decode_tokens_per_second
+    return figures
 
 
 def published_models() -> dict[str, float]:

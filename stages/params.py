@@ -52,6 +52,9 @@ class BenchmarkConfig(Section):
     batch: int = Field(ge=1)
     decode_tokens: int = Field(ge=1)
     repeats: int = Field(ge=1)
+    longest_prompt: int = Field(ge=0)
+    output_tokens: int = Field(ge=1)
+    published: list[Literal["8b", "47b"]]
 
 
 class ParallelConfig(Section):

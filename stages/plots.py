@@ -38,7 +38,7 @@ def plots(records: Records) -> dict[str, Plot]:
         drawn = [
             training_loss(records), validation(records), gradient_norm(records), layer_importance(records),
             ffn_importance(records), candidates(records), distillation(records), decode_speed(records),
-            cache_size(records), stage_times(records), *evaluations(records),
+            output_speed(records), cache_size(records), stage_times(records), *evaluations(records),
         ]
         if fp8_gaps(records):
             drawn.append(fp8_gap(records))
@@ -203,6 +203,30 @@ def decode_speed(records: Records) -> Plot:
     where = records.accelerator or records.runs["benchmark"].provenance.machine["processor"]
     return plot(figure, "decode-speed", "Decoding speed against context",
                  f"Batch {records.params.benchmark.batch}, on {where}; bars: spread over repeats.")
+
+
+def output_speed(records: Records) -> Plot:
+    """Of whole requests, and above each line what the machine's bandwidth and arithmetic allow."""
+    figure, axes = canvas("Context (tokens)", "Decoding (tokens/s)", right=0.8)
+    ends = []
+    for name, points in records.decode.items():
+        colour = colours(records)[name]
+        contexts, rates = [point.context for point in points], [point.tokens_per_second for point in points]
+        axes.plot(contexts, rates, color=colour, marker="o", markersize=3.5)
+        axes.plot(contexts, [point.tokens_per_second / point.decode_of_floor for point in points], color=colour,
+                  linestyle=":", linewidth=1)
+        whole = [(point.context, point.output_tokens_per_second) for point in points
+                 if point.output_tokens_per_second is not None]
+        axes.plot([context for context, _ in whole], [rate for _, rate in whole], color=colour, linestyle="--",
+                  linewidth=1)
+        ends.append((contexts[-1], rates[-1], name, colour))
+    axes.set_yscale("log")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    _context_axis(records, axes)
+    _label_ends(axes, ends)
+    return plot(figure, "output-speed", "Decoding, whole requests and the roofline",
+                "Solid: decoding. Dashed: output of requests that read the context first. Dotted: the roofline of "
+                "decoding on this machine. Both axes are logarithmic.")
 
 
 def cache_size(records: Records) -> Plot:

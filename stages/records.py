@@ -180,7 +180,12 @@ class DecodePoint:
     context: int
     tokens_per_second: float
     seconds_per_token_spread: float
+    decode_of_floor: float
     cache_mib: float
+    memory_gib: float
+    time_to_first_token: float | None           # None, as the two below, where no prompt so long was read
+    prefill_of_floor: float | None
+    output_tokens_per_second: float | None      # prompts included
 
 
 Curve = dict[str, list[float]]      # columns of equal length
@@ -396,11 +401,14 @@ def _by(path: Path, group: str, columns: tuple[str, ...]) -> dict[str, Curve]:
 
 
 def _decode(path: Path) -> dict[str, list[DecodePoint]]:
-    columns = ("context", "tokens_per_second", "seconds_per_token_spread", "cache_mib")
+    columns = ("tokens_per_second", "seconds_per_token_spread", "decode_of_floor", "cache_mib", "memory_gib")
+    of_prompt = ("time_to_first_token_seconds", "prefill_of_floor", "output_tokens_per_second")
     points: dict[str, list[DecodePoint]] = {}
-    for row in _rows(path, ("model", *columns)):
-        context, rate, spread, cache = (_number(path, row, name) for name in columns)
-        points.setdefault(row["model"], []).append(DecodePoint(row["model"], int(context), rate, spread, cache))
+    for row in _rows(path, ("model", "context", *columns, *of_prompt)):
+        figures = [_number(path, row, name) for name in columns]
+        prompt = [_number(path, row, name) if row[name] else None for name in of_prompt]
+        context = int(_number(path, row, "context"))
+        points.setdefault(row["model"], []).append(DecodePoint(row["model"], context, *figures, *prompt))
     for model in ("hybrid", "transformer", "compressed"):
         if model not in points:
             raise DataError(f"{path}: no rows for model {model}.\nRun `dvc repro benchmark` again.")

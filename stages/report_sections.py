@@ -18,6 +18,9 @@ from stages.svg import Plot
 from stages.verdicts import TASKS, Verdict, controls, fp8_gaps, number, percent
 
 NONE = "–"
+PAPER_TOKENS_PER_SECOND = {         # output a GPU, read off Figures 1 and 12
+    "nemotron_h_8b": 211, "nemotron_t_8b": 96.8, "nemotron_h_47b": 31.8, "nemotron_h_56b": 25.6,
+}
 
 
 def document(records: Records) -> Document:
@@ -49,7 +52,7 @@ def document(records: Records) -> Document:
                 _figures(drawn, "layer-importance", "ffn-importance", "candidates", "distillation"),
                 *_compression(records)]),
             Section("inference", "Inference", "dvc repro benchmark", [
-                _figures(drawn, "decode-speed", "cache-size"), *_inference(records)]),
+                _figures(drawn, "decode-speed", "output-speed", "cache-size"), *_inference(records)]),
             *_data(records),
             Section("release", "Release", "dvc repro export", [_export(records)]),
             Section("stage-times", "Stage times", "", [_figures(drawn, "stage-times"), _stage_times(records)]),
@@ -197,6 +200,11 @@ def _inference(records: Records) -> list[Block]:
                      f"{benchmark[f'decode_ratio_{context}']:.2f}",
                      f"{benchmark[f'compressed_decode_ratio_{context}']:.2f}"])
         caches.append([f"{context:,}", *(f"{point.cache_mib:,.2f}" for point in points)])
+    prompts = [[f"{point.context:,}", point.model, f"{point.time_to_first_token:,.3f}",
+                f"{point.context / point.time_to_first_token:,.0f}", f"{point.prefill_of_floor:.2f}",
+                f"{point.decode_of_floor:.2f}", f"{point.output_tokens_per_second:,.1f}", f"{point.memory_gib:,.3f}"]
+               for points in zip(*records.decode.values(), strict=True) for point in points
+               if point.time_to_first_token is not None]
     suffix = "_cache_mib_at_65536"
     closed = [[f"`{name}`", f"{benchmark[f'{name}_parameters']:,.0f}", f"{benchmark[f'{name}_weights_gib']:,.1f}",
                f"{benchmark[key]:,.0f}"]
@@ -204,10 +212,35 @@ def _inference(records: Records) -> list[Block]:
     return [
         Table("Decoding, measured: tokens/s ± spread over repeats",
               ["Context", *records.decode, "hybrid / transformer", "compressed / hybrid"], rows),
+        Table(f"Requests that read the context and write {records.params.benchmark.output_tokens:,} tokens",
+              ["Context", "Model", "First token (s)", "Prompt (tokens/s)", "of its floor", "Decoding, of its floor",
+               "Output tokens/s", "Memory (GiB)"], prompts),
         Table("Cache of one sequence (MiB)", ["Context", *records.decode], caches),
+        *_served(benchmark),
         Table("At the published sizes, in closed form (not measured)",
               ["Model", "Parameters", "Weights (GiB)", "Cache at 65,536 tokens (MiB)"], closed),
     ]
+
+
+def _served(benchmark: Metrics) -> list[Block]:
+    """The published models at their own geometry, where a GPU measured them, beside the paper's Figure 12."""
+    suffix = "_served_output_tokens_per_second"
+    names = [key.removesuffix(suffix) for key in benchmark if key.endswith(suffix)]
+    if not names:
+        return []
+    first = f"{names[0]}_served_"
+    rows = [[f"`{name}`", f"{benchmark[f'{name}_served_weights_gib']:,.1f}",
+             f"{benchmark[f'{name}_served_batch']:,.0f}",
+             f"{benchmark[f'{name}_served_time_to_first_token']:,.2f}",
+             f"{benchmark[f'{name}_served_prefill_of_floor']:.2f}",
+             f"{benchmark[f'{name}_served_decode_tokens_per_second']:,.0f}",
+             f"{benchmark[f'{name}_served_decode_of_floor']:.2f}",
+             f"{benchmark[name + suffix]:,.0f}", f"≈ {PAPER_TOKENS_PER_SECOND[name]:g}",
+             f"{benchmark[f'{name}_served_peak_gib']:,.1f}"] for name in names]
+    return [Table(f"The published models at their own geometry: {benchmark[first + 'context']:,.0f} tokens in, "
+                  f"{benchmark[first + 'output']:,.0f} out, the largest batch that fits",
+                  ["Model", "Weights (GiB)", "Batch", "First token (s)", "of its floor", "Decoding (tokens/s)",
+                   "of its floor", "Output tokens/s", "Paper, H100", "Memory (GiB)"], rows)]
 
 
 def _data(records: Records) -> list[Section]:

@@ -139,9 +139,15 @@ def growth_verdict(shortest: tuple[float, float], longest: tuple[float, float], 
     return Verdict.FAILS, f"{longest[0]:.2f} ± {longest[1]:.2f} at the longest, {shortest[0]:.2f} at the shortest"
 
 
-def speed_verdict(records: Records, prefix: str, threshold: float) -> tuple[Verdict, str]:
-    """Verdict on a speed ratio the paper measured with 8B and larger models on a GPU at 65,536 tokens."""
+def speed_verdict(records: Records, pair: str, prefix: str, threshold: float) -> tuple[Verdict, str]:
+    """Verdict on a speed ratio the paper measured with 8B and larger models on a GPU at 65,536 tokens.
+
+    From the published models themselves where `pair` of them was measured, else from this profile's.
+    """
     benchmark, key = records.metrics("benchmark"), f"{prefix}_{PAPER_CONTEXT}"
+    if (served := f"output_ratio_{pair}") in benchmark:
+        verdict = Verdict.HOLDS if benchmark[served] >= threshold else Verdict.FAILS
+        return verdict, f"{benchmark[served]:.2f} times the output tokens/s at the published sizes; {threshold:g} asked"
     parameters = records.metrics("compress")["parent_parameters"]
     lacking = [text for missing, text in (
         (not records.accelerator, "on a CPU"),

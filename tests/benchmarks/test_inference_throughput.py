@@ -6,6 +6,9 @@ import sys
 import pytest
 
 from benchmarks import inference_gpu
+from model.config import ModelError
+from model.presets import PRESETS
+from model.serving_benchmark import PAIRS, fitting_batch
 
 
 def test_tiny(tmp_path, monkeypatch, capsys):
@@ -15,7 +18,7 @@ def test_tiny(tmp_path, monkeypatch, capsys):
     inference_gpu.main()
     figures = json.loads(out.read_text())
     assert capsys.readouterr().out.count("asked") == 3
-    for name, pair in inference_gpu.PAIRS.items():
+    for name, pair in PAIRS.items():
         rows = figures[name]["rows"]
         assert [row["model"] for row in rows] == list(pair.models)
         for row in rows:
@@ -33,3 +36,12 @@ def test_an_unknown_part(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         inference_gpu.main()
     assert "no such part: 9b" in capsys.readouterr().err
+
+
+def test_the_largest_batch_that_fits():
+    """Nemotron-H-8B at 66,560 tokens: 1.02 GiB of keys and values, 96 MiB of states, 1.4 of convolutions' inputs."""
+    config, free = PRESETS["nemotron_h_8b"], 60 * 2**30
+    sequence = 66_560 * 16_384 + (96 * 2**20) + 24 * 10_240 * 3 * 2
+    assert fitting_batch("8b", config, 66_560, free) == free // (sequence + 6 * 131_072)
+    with pytest.raises(ModelError, match=r"8b: 66560 tokens need 1\.1 GiB beside the weights, 1\.0 are free"):
+        fitting_batch("8b", config, 66_560, 2**30)

@@ -243,13 +243,15 @@ class Tree:
             for model in speed:
                 cache = {"hybrid": 0.19 + context / 4096, "transformer": context / 512,
                          "compressed": 0.15 + context / 4096}[model]
-                rows.append((model, context, round(speed[model][index], 3),
-                             round(0.01 / speed[model][index], 7), round(cache, 4)))
+                prompt = ["", "", ""] if context > 4096 else [round(context / 9000, 4), 0.41, 320.5]
+                rows.append((model, context, round(speed[model][index], 3), round(0.01 / speed[model][index], 7), 0.37,
+                             *prompt, round(cache, 4), 0.0123))
             metrics[f"decode_ratio_{context}"] = round(speed["hybrid"][index] / speed["transformer"][index], 5)
             metrics[f"compressed_decode_ratio_{context}"] = round(speed["compressed"][index] / speed["hybrid"][index],
                                                                   5)
         write_csv(self.runs / "benchmark" / "decode.csv",
-                  "model,context,tokens_per_second,seconds_per_token_spread,cache_mib", rows)
+                  "model,context,tokens_per_second,seconds_per_token_spread,decode_of_floor,"
+                  "time_to_first_token_seconds,prefill_of_floor,output_tokens_per_second,cache_mib,memory_gib", rows)
         for name, parameters, cache in (
             ("nemotron_h_8b", 8_100_852_736, 1121.06), ("nemotron_h_56b", 56_324_350_464, 3427.2),
             ("nemotron_h_47b", 46_791_554_816, 1986.4), ("nemotron_t_8b", 8_052_015_104, 8192.0),

@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import decode_benchmark
+from model import decode_benchmark, roofline, serving_benchmark
 from model.config import ModelConfig, ModelError
 from model.decode_benchmark import decode_seconds, measure, prefill_seconds
 from model.inference import Decoder
 from model.random_weights import random_model
-from stages.benchmark import benchmark, published_models
+from stages.benchmark import benchmark, published_models, published_pairs
 from stages.common import Stage
 from stages.params import load_params
 
+CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ModelConfig(
     pattern="M*-", hidden_size=32, ffn_hidden_size=32, num_attention_heads=2, num_query_groups=1, head_dim=16,
@@ -31,7 +32,8 @@ def quiet(*_: object, **__: object) -> None:
 def test_records(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     params = load_params(ROOT / "params.yaml", (
-        "benchmark.contexts=[32,64]", "benchmark.decode_tokens=2", "benchmark.repeats=2", "tokenizer.vocab_size=512",
+        "benchmark.contexts=[32,64]", "benchmark.decode_tokens=2", "benchmark.repeats=2", "benchmark.longest_prompt=32",
+        "benchmark.output_tokens=16", "tokenizer.vocab_size=512",
     ))
     stage = Stage("benchmark", params, None, None, ())
     model = tmp_path / "runs" / params.profile / "compress" / "model.json"
@@ -48,6 +50,15 @@ def test_records(tmp_path, monkeypatch):
             speed["hybrid", context] / speed["transformer", context], rel=1e-4)
         assert metrics[f"compressed_decode_ratio_{context}"] == pytest.approx(
             speed["compressed", context] / speed["hybrid", context], rel=1e-4)
+    for row in rows:
+        if row["context"] == "32":
+            first = float(row["time_to_first_token_seconds"])
+            assert float(row["prefill_tokens_per_second"]) == pytest.approx(32 / first, rel=1e-4)
+            assert float(row["output_tokens_per_second"]) == pytest.approx(
+                16 / (first + 16 / float(row["tokens_per_second"])), rel=1e-4)
+            assert float(row["prefill_of_floor"]) > 0 and float(row["decode_of_floor"]) > 0
+        else:
+            assert row["time_to_first_token_seconds"] == row["output_tokens_per_second"] == ""
     cache = {(row["model"], row["context"]): float(row["cache_mib"]) * 2**20 for row in rows}
     assert cache["transformer", "64"] == 2 * cache["transformer", "32"] == 8 * 64 * 2 * 64 * 2     # BF16 keys, values
     assert cache["hybrid", "64"] - cache["hybrid", "32"] == pytest.approx(32 * 2 * 64 * 2, rel=1e-3)
@@ -65,7 +76,7 @@ def test_median_spread_and_turns(monkeypatch):
 
     monkeypatch.setattr(decode_benchmark, "decode_tokens", scripted)
     wider = TINY.model_copy(update={"ffn_hidden_size": 64})
-    one, two = measure({"one": TINY, "two": wider}, [32], 2, 4, 3, 0, torch.float32, quiet)
+    one, two = measure({"one": TINY, "two": wider}, [32], 2, 4, 3, 0, 0, torch.float32, CPU, quiet)
     assert (one.model, one.context) == ("one", 32)
     assert one.tokens_per_second == pytest.approx(2 * 4 / 4.0)
     assert one.seconds_per_token_spread == pytest.approx((8.0 - 2.0) / 2 / (2 * 4))
@@ -84,7 +95,7 @@ def test_decoding_fills_the_context(monkeypatch):
         return elapsed
 
     monkeypatch.setattr(decode_benchmark, "decode_tokens", watched)
-    (speed,) = measure({"tiny": TINY}, [32], 1, 4, 1, 0, torch.bfloat16, quiet)
+    (speed,) = measure({"tiny": TINY}, [32], 1, 4, 1, 0, 0, torch.bfloat16, CPU, quiet)
     assert len(decoders) == 2 and speed.tokens_per_second > 0
 
 
@@ -108,7 +119,29 @@ def test_seconds_of_a_prompt_are_the_fastest_repeats(monkeypatch):
 
 def test_context_shorter_than_what_is_decoded():
     with pytest.raises(ModelError, match="contexts: 16 is shorter"):
-        list(measure({"tiny": TINY}, [16, 64], 1, 32, 1, 0, torch.float32, quiet))
+        list(measure({"tiny": TINY}, [16, 64], 1, 32, 1, 0, 0, torch.float32, CPU, quiet))
+
+
+def test_published_pairs_need_a_gpu():
+    assert published_pairs([], CPU) == {}
+    with pytest.raises(ModelError, match=r"benchmark\.published: 8b needs a GPU"):
+        published_pairs(["8b"], CPU)
+
+
+def test_published_pairs_become_metrics(monkeypatch):
+    """Tiny models in place of the published ones, which only a GPU holds."""
+    tiny = {name: TINY.model_copy(update={"mamba_num_heads": 16}) for name in ("nemotron_h_47b", "nemotron_h_56b")}
+    size = serving_benchmark.Size(context=32, output=8, steps=2, repeats=2, largest_batch=2)
+    serve_pair = serving_benchmark.serve_pair
+    monkeypatch.setattr(serving_benchmark, "PAPER", size)
+    monkeypatch.setattr(serving_benchmark, "serve_pair",
+                        lambda name, size, _, ceilings: serve_pair(name, size, CPU, ceilings, tiny))
+    monkeypatch.setattr(roofline, "measure_ceilings", lambda *_: roofline.Ceilings(1e9, 1e9, 1e9))
+    figures = published_pairs(["47b"], torch.device("cuda"))
+    rate = "served_output_tokens_per_second"
+    assert figures["output_ratio_47b"] == figures[f"nemotron_h_47b_{rate}"] / figures[f"nemotron_h_56b_{rate}"]
+    assert figures["nemotron_h_56b_served_weights"] == "fp8" and figures["nemotron_h_56b_served_batch"] == 2
+    json.dumps(figures)
 
 
 def test_published_models():

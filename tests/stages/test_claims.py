@@ -127,6 +127,17 @@ def test_speed_needs_a_gpu_the_papers_context_and_a_large_model(runs):
     assert claim(title).verdict == FAILS
 
 
+def test_speed_of_the_published_models_decides_where_it_was_measured(runs):
+    title = "20 % faster"
+    edit_json(runs / "benchmark" / "metrics.json", output_ratio_47b=1.21, served_decode_ratio_47b=1.4)
+    found = claim(title)
+    assert found.verdict == HOLDS
+    assert found.because == "1.21 times the output tokens/s at the published sizes; 1.2 asked"
+    assert [item.ours for item in found.evidence[:2]] == ["1.21 times", "1.40 times"]
+    edit_json(runs / "benchmark" / "metrics.json", output_ratio_47b=1.19)
+    assert claim(title).verdict == FAILS
+
+
 def test_layers_at_both_ends_must_be_in_the_top_quarter(runs):
     records = load(report_stage())
     assert layer_importance(records).verdict == HOLDS
