@@ -1,8 +1,8 @@
 """The causal convolution with SiLU on CUDA: `kernels.causal_conv1d` for bfloat16 and float16, forward and backward.
 
-The forward holds a tile of tokens and reads it once for each tap; all but one of these reads come from the first-level
-cache. The backward recomputes the sum before SiLU and walks down a stretch of tokens with its channels' last K - 1
-inputs and the gradients still open in registers: every element is read once, and SiLU's exponential taken once.
+Both walk down a stretch of tokens with their channels' last K - 1 inputs in registers, the backward with the gradients
+still open too: every element is read and converted once, and SiLU's exponential taken once. Four tokens' loads come
+together, so that enough bytes are on their way.
 
 Documents: with their numbers a tap that meets another document's token meets zero.
 
@@ -39,24 +39,53 @@ def _forward_kernel(
     HAS_FIRST: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    t, b = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS), tl.program_id(2)
+    start, b = tl.program_id(1) * TOKENS, tl.program_id(2)
     here = c < channels
-    inside = (t < length)[:, None] & here[None, :]
+    w0, w1 = tl.load(weight + c * 4, here, 0.0).to(tl.float32), tl.load(weight + c * 4 + 1, here, 0.0).to(tl.float32)
+    w2, w3 = (tl.load(weight + c * 4 + 2, here, 0.0).to(tl.float32),
+              tl.load(weight + c * 4 + 3, here, 0.0).to(tl.float32))
+    shift = tl.load(bias + c, here, 0.0).to(tl.float32)
     x += b.to(tl.int64) * batch_stride
-    z = tl.zeros((TOKENS, CHANNELS), tl.float32) + tl.load(bias + c, here, 0.0).to(tl.float32)[None, :]
-    for tap in tl.static_range(4):
-        source = t - 3 + tap
-        met = inside
-        if HAS_DOCUMENTS:
-            met &= (_document(documents, b, source, length) == _document(documents, b, t, length))[:, None]
-        at = source.to(tl.int64)[:, None] * time_stride + c[None, :]
-        xs = tl.load(x + at, met & (source >= 0)[:, None], 0.0).to(tl.float32)
-        if HAS_FIRST:
-            earlier = first + (b * 3 + source + 3)[:, None] * channels + c[None, :]
-            xs += tl.load(earlier, met & (source < 0)[:, None], 0.0).to(tl.float32)
-        z += xs * tl.load(weight + c * 4 + tap, here, 0.0).to(tl.float32)[None, :]
-    out = y + b.to(tl.int64) * y_batch + t.to(tl.int64)[:, None] * y_time + c[None, :]
-    tl.store(out, (z * tl.sigmoid(z)).to(y.dtype.element_ty), inside)
+    y += b.to(tl.int64) * y_batch + c
+    x0 = _row(x, b, start - 3, length, c, channels, time_stride, first, HAS_FIRST)
+    x1 = _row(x, b, start - 2, length, c, channels, time_stride, first, HAS_FIRST)
+    x2 = _row(x, b, start - 1, length, c, channels, time_stride, first, HAS_FIRST)
+    for done in range(0, TOKENS, 4):
+        t = start + done
+        # All loads before any store, which the compiler would not move them over.
+        x3, x4 = (_row(x, b, t, length, c, channels, time_stride, first, False),
+                  _row(x, b, t + 1, length, c, channels, time_stride, first, False))
+        x5, x6 = (_row(x, b, t + 2, length, c, channels, time_stride, first, False),
+                  _row(x, b, t + 3, length, c, channels, time_stride, first, False))
+        y3 = _token(w0, w1, w2, w3, shift, x0, x1, x2, x3, documents, b, t, length, HAS_DOCUMENTS)
+        y4 = _token(w0, w1, w2, w3, shift, x1, x2, x3, x4, documents, b, t + 1, length, HAS_DOCUMENTS)
+        y5 = _token(w0, w1, w2, w3, shift, x2, x3, x4, x5, documents, b, t + 2, length, HAS_DOCUMENTS)
+        y6 = _token(w0, w1, w2, w3, shift, x3, x4, x5, x6, documents, b, t + 3, length, HAS_DOCUMENTS)
+        out = y + t.to(tl.int64) * y_time
+        tl.store(out, y3.to(y.dtype.element_ty), here & (t < length))
+        tl.store(out + y_time, y4.to(y.dtype.element_ty), here & (t + 1 < length))
+        tl.store(out + 2 * y_time, y5.to(y.dtype.element_ty), here & (t + 2 < length))
+        tl.store(out + 3 * y_time, y6.to(y.dtype.element_ty), here & (t + 3 < length))
+        x0, x1, x2 = x4, x5, x6
+
+
+@triton.jit
+def _token(w0, w1, w2, w3, shift, x0, x1, x2, x3, documents, b, t, length, HAS_DOCUMENTS: tl.constexpr):
+    """Token t's output, with x0 .. x3 the inputs under its taps."""
+    if HAS_DOCUMENTS:
+        x0, x1, x2 = _met(x0, x1, x2, documents, b, t, length)
+    z = shift + w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
+    return z * tl.sigmoid(z)
+
+
+@triton.jit
+def _met(x0, x1, x2, documents, b, t, length):
+    """The inputs of the three tokens before t, zero where they are of another document."""
+    own = _document(documents, b, t, length)
+    x0 = tl.where(_document(documents, b, t - 3, length) == own, x0, 0.0)
+    x1 = tl.where(_document(documents, b, t - 2, length) == own, x1, 0.0)
+    x2 = tl.where(_document(documents, b, t - 1, length) == own, x2, 0.0)
+    return x0, x1, x2
 
 
 @triton.jit
@@ -78,19 +107,20 @@ def _token_gradient(
     """Of token t, with x0 .. x3 those under its taps: the gradient before SiLU, the inputs as they were met, the
     gradient of x0, now complete, and those of x1, x2 and x3, still open."""
     if HAS_DOCUMENTS:
-        own = _document(documents, b, t, length)
-        x0 = tl.where(_document(documents, b, t - 3, length) == own, x0, 0.0)
-        x1 = tl.where(_document(documents, b, t - 2, length) == own, x1, 0.0)
-        x2 = tl.where(_document(documents, b, t - 1, length) == own, x2, 0.0)
+        x0, x1, x2 = _met(x0, x1, x2, documents, b, t, length)
     z = shift + w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
     gate = tl.sigmoid(z)
     dz = dy * gate * (1.0 + z * (1.0 - gate))
     d0, d1, d2 = dz, dz, dz
     if HAS_DOCUMENTS:
-        d0 = tl.where(_document(documents, b, t - 3, length) == own, dz, 0.0)
-        d1 = tl.where(_document(documents, b, t - 2, length) == own, dz, 0.0)
-        d2 = tl.where(_document(documents, b, t - 1, length) == own, dz, 0.0)
+        d0, d1, d2 = _met(dz, dz, dz, documents, b, t, length)
     return dz, x0, x1, x2, open0 + w0 * d0, open1 + w1 * d1, open2 + w2 * d2, w3 * dz
+
+
+@triton.jit
+def _add(dw0, dw1, dw2, dw3, db, dz, x0, x1, x2, x3):
+    """The gradients of the taps' weights and the bias, with a token's added."""
+    return dw0 + dz * x0, dw1 + dz * x1, dw2 + dz * x2, dw3 + dz * x3, db + dz
 
 
 @triton.jit
@@ -124,37 +154,44 @@ def _backward_kernel(
             w0, w1, w2, w3, shift, x0, x1, x2, x3, dys, open0, open1, open2, documents, b, t, length, HAS_DOCUMENTS
         )
         x0, x1, x2 = x1, x2, x3
-    for done in range(0, TOKENS, 2):
+    for done in range(0, TOKENS, 4):
         t = start + done
-        # Both tokens' loads before either's store, which the compiler would not move them over.
+        # All loads before any store, which the compiler would not move them over.
         x3, x4 = (_row(x, b, t, length, c, channels, time_stride, first, False),
                   _row(x, b, t + 1, length, c, channels, time_stride, first, False))
-        dy3 = tl.load(dy + t.to(tl.int64) * dy_time + c, here & (t < length), 0.0).to(tl.float32)
-        dy4 = tl.load(dy + (t + 1).to(tl.int64) * dy_time + c, here & (t + 1 < length), 0.0).to(tl.float32)
+        x5, x6 = (_row(x, b, t + 2, length, c, channels, time_stride, first, False),
+                  _row(x, b, t + 3, length, c, channels, time_stride, first, False))
+        dy3, dy4 = (_row(dy, b, t, length, c, channels, dy_time, first, False),
+                    _row(dy, b, t + 1, length, c, channels, dy_time, first, False))
+        dy5, dy6 = (_row(dy, b, t + 2, length, c, channels, dy_time, first, False),
+                    _row(dy, b, t + 3, length, c, channels, dy_time, first, False))
         dz, m0, m1, m2, complete3, open0, open1, open2 = _token_gradient(
             w0, w1, w2, w3, shift, x0, x1, x2, x3, dy3, open0, open1, open2, documents, b, t, length, HAS_DOCUMENTS
         )
-        dw0 += dz * m0
-        dw1 += dz * m1
-        dw2 += dz * m2
-        dw3 += dz * x3
-        db += dz
+        dw0, dw1, dw2, dw3, db = _add(dw0, dw1, dw2, dw3, db, dz, m0, m1, m2, x3)
         dz, m0, m1, m2, complete4, open0, open1, open2 = _token_gradient(
             w0, w1, w2, w3, shift, x1, x2, x3, x4, dy4, open0, open1, open2, documents, b, t + 1, length, HAS_DOCUMENTS
         )
-        dw0 += dz * m0
-        dw1 += dz * m1
-        dw2 += dz * m2
-        dw3 += dz * x4
-        db += dz
+        dw0, dw1, dw2, dw3, db = _add(dw0, dw1, dw2, dw3, db, dz, m0, m1, m2, x4)
+        dz, m0, m1, m2, complete5, open0, open1, open2 = _token_gradient(
+            w0, w1, w2, w3, shift, x2, x3, x4, x5, dy5, open0, open1, open2, documents, b, t + 2, length, HAS_DOCUMENTS
+        )
+        dw0, dw1, dw2, dw3, db = _add(dw0, dw1, dw2, dw3, db, dz, m0, m1, m2, x5)
+        dz, m0, m1, m2, complete6, open0, open1, open2 = _token_gradient(
+            w0, w1, w2, w3, shift, x3, x4, x5, x6, dy6, open0, open1, open2, documents, b, t + 3, length, HAS_DOCUMENTS
+        )
+        dw0, dw1, dw2, dw3, db = _add(dw0, dw1, dw2, dw3, db, dz, m0, m1, m2, x6)
         out = dx + (t - 3).to(tl.int64) * dx_time
         tl.store(out, complete3.to(dx.dtype.element_ty), here & (t >= 3) & (t < length + 3))
         tl.store(out + dx_time, complete4.to(dx.dtype.element_ty), here & (t >= 2) & (t < length + 2))
+        tl.store(out + 2 * dx_time, complete5.to(dx.dtype.element_ty), here & (t >= 1) & (t < length + 1))
+        tl.store(out + 3 * dx_time, complete6.to(dx.dtype.element_ty), here & (t < length))
         if HAS_FIRST:
             earlier = dfirst + (b * 3 + t) * channels + c
             tl.store(earlier, complete3, here & (t < 3))
             tl.store(earlier + channels, complete4, here & (t < 2))
-        x0, x1, x2 = x2, x3, x4
+            tl.store(earlier + 2 * channels, complete5, here & (t < 1))
+        x0, x1, x2 = x4, x5, x6
     if start + TOKENS >= length:
         for after in tl.static_range(3):
             due = start + TOKENS - 3 + after
@@ -171,7 +208,7 @@ def _backward_kernel(
 
 
 # Fastest on an H200 at 8B width.
-FORWARD = Tiles(channels=128, tokens=32, warps=4)
+FORWARD = Tiles(channels=256, tokens=32, warps=1)
 BACKWARD = Tiles(channels=128, tokens=128, warps=1)
 
 

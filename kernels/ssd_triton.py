@@ -346,8 +346,8 @@ DECAYS = Tiles(warps=4, stages=1, size=16)
 STATE_WALK = Tiles(warps=4, stages=4, size=64)
 OUTPUTS = Tiles(warps=8, stages=3, size=128)
 GRADIENT_WALK = Tiles(warps=8, stages=3, size=64)
-INPUT_GRADIENTS = Tiles(warps=8, stages=2)
-SHARED_GRADIENTS = Tiles(warps=8, stages=2, size=64)
+INPUT_GRADIENTS = Tiles(warps=4, stages=1)
+SHARED_GRADIENTS = Tiles(warps=8, stages=3, size=64)
 STEP_GRADIENTS = Tiles(warps=4, stages=1, size=4)
 
 
