@@ -104,12 +104,7 @@ class ResumeState:
         if self._writing is None or not (wait or self._writing.is_done()):
             return
         writing, self._writing = self._writing, None
-        try:
-            writing.finish()
-        except ModelError:
-            if is_main_process():
-                shutil.rmtree(writing.directory, ignore_errors=True)        # it holds the space that is missing
-            raise
+        writing.finish()
         if is_main_process():
             name = f"step-{self._step:08d}"
             shutil.rmtree(self.directory / name, ignore_errors=True)
@@ -263,7 +258,9 @@ class _Writing:
         results.put(written)
 
     def _failure(self, error: BaseException) -> ModelError:
-        """`error` in one line; of a failure in several processes the first."""
+        """`error` told to the user, of several processes' the first; the files go, which hold the missing space."""
+        if is_main_process():
+            shutil.rmtree(self.directory, ignore_errors=True)
         if isinstance(error, CheckpointException) and error.failures:
             error = next(iter(error.failures.values()))[0]
         return ModelError(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from megatron.core.fp8_utils import is_first_last_bf16_layer
@@ -97,3 +99,46 @@ def test_fp8_on_a_gpu_without_fp8_products_is_an_error(monkeypatch):
     with pytest.raises(ModelError, match="NVIDIA A100 has no FP8 products") as error:
         choose_precision("fp8", GPU)
     assert str(error.value).count("\n") == 1
+
+
+@pytest.mark.parametrize(("scaling", "gradients", "expected"), [
+    ("current", "e5m2", {"fp8": "hybrid", "fp8_recipe": "tensorwise", "first_last_layers_bf16": True}),
+    ("current", "e4m3", {"fp8": "e4m3", "fp8_recipe": "tensorwise"}),
+    ("delayed", "e5m2", {"fp8": "hybrid", "fp8_recipe": "delayed", "fp8_amax_history_len": 1024,
+                         "fp8_amax_compute_algo": "max", "first_last_layers_bf16": False}),
+    ("unscaled", "e4m3", {"fp8": "e4m3", "fp8_recipe": "custom",
+                          "fp8_quantizer_factory": "model.fp8_unscaled.quantizer_e4m3_gradients"}),
+    ("unscaled", "e5m2", {"fp8": "hybrid", "fp8_recipe": "custom",
+                          "fp8_quantizer_factory": "model.fp8_unscaled.quantizer_e5m2_gradients"}),
+])
+def test_the_alternatives_are_options_of_megatrons(monkeypatch, scaling, gradients, expected):
+    monkeypatch.setattr(precision_module, "TRANSFORMER_ENGINE", True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    options = choose_precision("fp8", GPU, 0, 0, scaling, gradients).engine_options()
+    assert {name: options[name] for name in expected} == expected
+    with process_groups():
+        engine = build_model(HYBRID, Precision("float32"), ONE_COPY, 1).config
+    assert options.keys() <= {field.name for field in dataclasses.fields(engine)}
+
+
+def emulated(scaling: str, gradients: str = "e5m2") -> Scaling:
+    return Scaling(Precision("fp8", emulated=True, scaling=scaling, gradients=gradients))
+
+
+def test_without_scales_values_are_cast_as_they_are():
+    x = torch.tensor([1e-4, 1.0, 500.0, 1e6]).bfloat16()
+    values, inverse = emulated("unscaled").quantize(x, "input")
+    assert inverse == 1 and values.tolist() == [0.0, 1.0, 448.0, 448.0]
+    assert emulated("unscaled").quantize(x, "gradient")[0].tolist()[2:] == [512.0, 57344.0]
+    assert emulated("unscaled", "e4m3").quantize(x, "gradient")[0].tolist()[2:] == [448.0, 448.0]
+
+
+def test_delayed_scales_are_of_the_largest_value_so_far_and_leave_out_this_one():
+    scaling = emulated("delayed")
+    first, second = torch.tensor([1.0, 2.0]).bfloat16(), torch.tensor([0.5, 8.0]).bfloat16()
+    assert scaling.quantize(first, "input")[1] == 1.0                      # nothing seen yet
+    values, inverse = scaling.quantize(second, "input")
+    assert inverse == pytest.approx(2 / 448) and values[1] == 448.0        # 8 saturates under the scale for 2
+    assert scaling.quantize(first, "input", training=False)[1] == pytest.approx(8 / 448)
+    assert list(scaling.histories["input"]) == [2.0, 8.0] and not scaling.histories["gradient"]
+    assert scaling.quantize(torch.tensor([float("inf")]).bfloat16(), "input") and len(scaling.histories["input"]) == 2

@@ -8,7 +8,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from model.config import ModelError
-from model.token_data import TrainingData, digests, domains, validation
+from model.token_data import Ahead, TrainingData, check, digests, domains, validation
 
 
 @pytest.fixture
@@ -109,3 +109,49 @@ def test_errors_name_the_file_and_the_cure(tokens, tmp_path):
     with pytest.raises(ModelError, match="train/code-low") as error:
         TrainingData(tokens, 16, 60, 1, tmp_path / "cache")
     assert str(error.value).count("\n") == 1
+
+
+def truncate(tokens):
+    path = tokens / "train/code-high.bin"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def forget_a_key(tokens):
+    path = tokens / "tokens.json"
+    contents = json.loads(path.read_text())
+    del contents["tokenizer_digest"]
+    path.write_text(json.dumps(contents))
+
+
+@pytest.mark.parametrize(("harm", "message"), [
+    (truncate, "train/code-high.bin: .* bytes, and tokens.json says"),
+    (lambda tokens: (tokens / "train/code-low.idx").unlink(), "train/code-low.idx: not found"),
+    (lambda tokens: (tokens / "validation/docs.bin").unlink(), "validation/docs.bin: not found"),
+    (lambda tokens: (tokens / "tokens.json").write_text("{"), "tokens.json: cannot be read"),
+    (lambda tokens: (tokens / "tokens.json").unlink(), "tokens.json: cannot be read"),
+    (forget_a_key, "tokens.json: without tokenizer_digest"),
+])
+def test_token_files_that_are_not_whole_are_errors(tokens, harm, message):
+    check(tokens, 64)
+    harm(tokens)
+    with pytest.raises(ModelError, match=message) as error:
+        check(tokens, 64)
+    assert str(error.value).count("\n") == 1
+
+
+def test_a_model_with_fewer_ids_than_the_tokens_is_an_error(tokens):
+    check(tokens, 512)
+    with pytest.raises(ModelError, match="vocabulary of 64 ids, and the model has 63"):
+        check(tokens, 63)
+
+
+def test_batches_ahead_are_those_asked_for():
+    made = []
+    batches = Ahead(lambda number: made.append(number) or torch.tensor(number), last=6)
+    assert [batches[number].item() for number in (1, 2, 3, 3, 6, 5)] == [1, 2, 3, 3, 6, 5]
+    batches.close()
+    assert max(made) == 6 and {1, 2, 3, 4, 5, 6} == set(made)
+    failing = Ahead(lambda number: 1 / 0, last=3)
+    with pytest.raises(ZeroDivisionError):
+        failing[1]
+    failing.close()

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from megatron.core.dist_checkpointing import load_plain_tensors
-from tiny_engine import HYBRID, RECIPE, run_processes, train_job
+from tiny_engine import HYBRID, RECIPE, optimizer_state, run_processes, train_job
 
 from model.checkpoint import describe, load_weights
 from model.config import ModelError
@@ -65,14 +64,6 @@ def test_losses_are_those_of_a_plain_pytorch_loop(tokens, unbroken, tmp_path):
     trained = load_weights(unbroken["directory"] / "out")[1]
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(trained[name], parameter.detach(), rtol=1e-3, atol=2e-4)
-
-
-def optimizer_state(scratch: Path, step: int) -> dict[str, torch.Tensor]:
-    """Adam's moments after `step` in a resume state, whole, whatever layout wrote them: `exp_avg.PARAMETER`, ..."""
-    with process_groups():
-        tensors = load_plain_tensors(str(scratch / "resume" / f"step-{step:08d}"))
-    prefix = "optimizer.state."
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def assert_same_gradients_and_moments(ours: dict, reference: dict, before: dict, layout: dict) -> None:
@@ -133,9 +124,31 @@ def test_layouts_agree_on_documents_and_recomputation(tokens, unbroken, tmp_path
         assert losses(result) == pytest.approx(losses(alone), rel=3e-5)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
-def test_a_resumed_run_gives_the_very_same_records_and_weights(tokens, precision, tmp_path):
-    job = {"tokens": str(tokens), "parallelism": {}, "precision": precision, "checkpoint_every": 4}
+@pytest.mark.slow
+def test_four_processes_go_on_from_each_others_states(tokens, unbroken, tmp_path):
+    """One process's state, then each layout's own, read by the next: TP2 x PP2, TP2 x DP2 with SP, PP2 x DP2, DP4."""
+    layouts = [{"tensor": 2, "pipeline": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2}, {}]
+    shared = {"tokens": str(tokens), "checkpoint_every": 4, "micro_batch_size": 1}
+    jobs = [shared | {"out": str(tmp_path / f"out-{index}"), "scratch": str(tmp_path / f"fresh-{index}"),
+                      "parallelism": layout} for index, layout in enumerate(layouts)]
+    jobs.append(jobs[0] | {"scratch": str(tmp_path / "resumed")})
+    shutil.copytree(unbroken["directory"] / "scratch", tmp_path / "resumed")
+    for job, result in zip(jobs, run_processes(4, jobs, tmp_path), strict=True):
+        assert losses(result) == pytest.approx(losses(unbroken), rel=3e-5), job["parallelism"]
+    swapped = [job | {"parallelism": layout} for job, layout in zip(jobs[:4], layouts[1:] + layouts[:1], strict=True)]
+    for job, result in zip(swapped, run_processes(4, swapped, tmp_path), strict=True):
+        assert result["resumed_from"] == 4
+        assert losses(result) == pytest.approx(losses(unbroken), rel=3e-5), job["parallelism"]
+    alone = train_job(**jobs[1] | {"parallelism": {}})
+    assert losses(alone) == pytest.approx(losses(unbroken), rel=3e-5)
+
+
+@pytest.mark.parametrize(("precision", "changes"), [
+    ("bf16", {}), ("fp8", {}), ("fp8", {"fp8_recipe": "unscaled", "fp8_gradients": "e4m3"}),
+    ("fp8", {"fp8_recipe": "delayed", "bf16_layers_at_start": 0, "bf16_layers_at_end": 0}),
+])
+def test_a_resumed_run_gives_the_very_same_records_and_weights(tokens, precision, changes, tmp_path):
+    job = {"tokens": str(tokens), "parallelism": {}, "precision": precision, "checkpoint_every": 4} | changes
     whole = train_job(out=str(tmp_path / "a"), scratch=str(tmp_path / "whole"), **job)
     shutil.copytree(tmp_path / "whole", tmp_path / "broken")
     resumed = train_job(out=str(tmp_path / "b"), scratch=str(tmp_path / "broken"), **job)

@@ -61,16 +61,30 @@ def run_processes(count: int, jobs: list[dict[str, Any]], directory: Path) -> li
 
 
 def train_job(tokens: str, out: str, scratch: str, parallelism: dict[str, Any], precision: str = "float32",
-              **changes: Any) -> dict[str, Any]:
+              tokens_to_train_on: int = RECIPE.tokens, **changes: Any) -> dict[str, Any]:
     """One training run of the hybrid, as JSON; `changes` to the recipe."""
     from model.distributed import Parallelism
     from model.trainer import train
 
+    recipe = RECIPE.model_copy(update=changes | {"tokens": tokens_to_train_on})
     run = train(
-        HYBRID, RECIPE.model_copy(update=changes), "hybrid", precision, 1, Path(tokens), Path(out), Path(scratch),
+        HYBRID, recipe, "hybrid", precision, 1, Path(tokens), Path(out), Path(scratch),
         lambda *_, **__: None, Parallelism(**parallelism),
     )
-    return {"training": run.training, "validation": run.validation, "resumed_from": run.resumed_from}
+    return {"training": run.training, "validation": run.validation, "metrics": run.metrics,
+            "resumed_from": run.resumed_from}
+
+
+def optimizer_state(scratch: Path, step: int) -> dict[str, Any]:
+    """Adam's moments after `step` in a resume state, whole, whatever layout wrote them: `exp_avg.PARAMETER`, ..."""
+    from megatron.core.dist_checkpointing import load_plain_tensors
+
+    from model.distributed import process_groups
+
+    with process_groups():
+        tensors = load_plain_tensors(str(scratch / "resume" / f"step-{step:08d}"))
+    prefix = "optimizer.state."
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def main() -> None:
