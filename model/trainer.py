@@ -102,7 +102,7 @@ def train(
     """
     with process_groups(parallelism):
         trainer = Trainer(config, recipe, precision, seed, tokens, scratch, parallelism)
-        with closing(trainer.step_graph) if trainer.step_graph else nullcontext():
+        with closing(trainer):
             run = trainer.run(progress)
         save_model(out, trainer.model)
         if is_main_process():
@@ -192,13 +192,18 @@ class Trainer:
                 self.resume.save(step, {"train_seconds": seconds, "watch": self.watch.state_dict(),
                                         "log": self.log.sizes() if self.log else {}})
         self.resume.collect(wait=True)
-        self.batches.close()
         if self.log is None:
             return Run([], [], [], {}, first or None)
         self.log.close()
         training, validation = self.log.rows("training"), self.log.rows("validation")
         return Run(training, validation, self.log.rows("fp8_statistics"),
                    self._metrics(training, validation, seconds), first or None)
+
+    def close(self) -> None:
+        """Give back the thread that makes batches and the captured step."""
+        self.batches.close()
+        if self.step_graph:
+            self.step_graph.close()
 
     def train_step(self, step: int, observed: bool = False) -> Row:
         """Forward, backward and update on batch `step` (from 1). Returns its training.csv row.

@@ -13,11 +13,13 @@ products of FP8 values, marked by fp8_emulated in metrics.json.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.common import Progress, Stage, run_stage
+from stages.common import Progress, Stage, StageError, run_stage
 
 if TYPE_CHECKING:
     from model.config import ModelConfig
@@ -31,6 +33,7 @@ def pretrain(stage: Stage) -> dict[str, Any]:
     assert stage.variant is not None
     variant = params.variants[stage.variant]
     config, tokens, runtime = params.model_of(stage.variant), stage.input("tokens"), params.runtime
+    check_tokenizer(stage.data_root / "tokenizer" / "tokenizer.model", tokens / "tokens.json")
     with stage.output("checkpoints", stage.variant) as out:
         if runtime.launcher.kind == "here":
             run = train_here(stage, variant, config, tokens, out)
@@ -51,6 +54,19 @@ def pretrain(stage: Stage) -> dict[str, Any]:
     shutil.copytree(stage.scratch / "tensorboard", stage.records / "tensorboard")
     metrics: dict[str, Any] = run["metrics"]
     return metrics
+
+
+def check_tokenizer(model: Path, tokens: Path) -> None:
+    """Raise StageError where the tokenizer beside the tokens, if there is one, is not the one that made them."""
+    if not (model.exists() and tokens.exists()):
+        return
+    digest = hashlib.sha256(model.read_bytes()).hexdigest()
+    made_with = json.loads(tokens.read_text()).get("tokenizer_digest")
+    if made_with != digest:
+        raise StageError(
+            f"{tokens}: made with tokenizer {str(made_with)[:12]}, and {model} is {digest[:12]}.\n"
+            "Run `dvc repro tokenize` again."
+        )
 
 
 def train_here(stage: Stage, variant: Variant, config: ModelConfig, tokens: Path, out: Path) -> dict[str, Any]:

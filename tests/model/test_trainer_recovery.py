@@ -69,7 +69,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(tokens, tmp_p
         assert trainer.train_step(3)["skipped"] == 0
         assert not all(map(torch.equal, before, trainer.model.parameters()))
         assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
-        trainer.batches.close()
+        trainer.close()
 
 
 def test_skipped_steps_are_in_the_records_also_of_a_run_that_goes_on(tokens, tmp_path, monkeypatch):
@@ -104,7 +104,7 @@ def test_a_disk_that_fills_during_a_checkpoint_leaves_the_last_one_whole(tokens,
         trainer = Trainer(HYBRID, RECIPE, "float32", 1, tokens, scratch, ONE_COPY)
         with files_no_larger_than(size), pytest.raises(ModelError, match="checkpoint could not be written") as error:
             trainer.resume.save(5, {})
-        trainer.batches.close()
+        trainer.close()
     assert str(error.value).count("\n") == 1
     assert sorted(path.name for path in (scratch / "resume").iterdir()) == ["latest", "step-00000004"]
     resumed = train_job(str(tokens), str(tmp_path / "out"), str(scratch), {}, checkpoint_every=5)
@@ -139,7 +139,7 @@ def test_a_state_written_in_the_background_is_of_its_step(tokens, unbroken, tmp_
         trainer.resume.save(6, {})                                  # ends the one before first
         assert (resume / "latest").read_text() == "step-00000004\n"
         trainer.resume.collect(wait=True)
-        trainer.batches.close()
+        trainer.close()
     assert {path.name for path in resume.iterdir()} == {"latest", "step-00000004", "step-00000006"}
     ours, theirs = optimizer_state(tmp_path, 4), optimizer_state(unbroken["directory"] / "scratch", 4)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -147,7 +147,7 @@ def test_a_state_written_in_the_background_is_of_its_step(tokens, unbroken, tmp_
         trainer = Trainer(HYBRID, recipe, "float32", 1, tokens, tmp_path, ONE_COPY)
         for step in (7, 8):
             trainer.resume.save(step, {})
-        trainer.batches.close()
+        trainer.close()
     assert {path.name for path in resume.iterdir()} == {"latest", "step-00000007", "step-00000008"}
 
 

@@ -104,6 +104,27 @@ def check_records(records: Path, workplace: Path) -> None:
     assert math.isclose(description["validation_bits_per_byte"], last["all"], rel_tol=1e-4)
 
 
+def test_tokens_of_another_tokenizer_are_an_error(workplace):
+    tokenizer = workplace / "data" / "toy" / "tokenizer"
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer.model").write_bytes(b"another")
+    process = pretrain(workplace, "--variant", "hybrid-fp8")
+    _, errors = process.communicate()
+    assert process.returncode == 1
+    assert "tokens.json: made with tokenizer aa, and data/toy/tokenizer/tokenizer.model is " in errors
+    assert errors.count("\n") == 2
+
+
+def test_a_truncated_token_file_is_an_error_before_any_work(workplace):
+    path = workplace / "data" / "toy" / "tokens" / "train" / "code-high.bin"
+    path.write_bytes(path.read_bytes()[:-2])
+    process = pretrain(workplace, "--variant", "hybrid-fp8")
+    _, errors = process.communicate()
+    assert process.returncode == 1
+    assert "train/code-high.bin: " in errors and errors.count("\n") == 2
+    assert not list((workplace / ".scratch").glob("*/index"))
+
+
 def test_an_unknown_variant_is_two_lines(workplace):
     process = pretrain(workplace, "--variant", "hybrid-fp4")
     _, errors = process.communicate()
