@@ -126,21 +126,21 @@ def test_layouts_agree_on_documents_and_recomputation(tokens, unbroken, tmp_path
 
 @pytest.mark.slow
 def test_four_processes_go_on_from_each_others_states(tokens, unbroken, tmp_path):
-    """One process's state, then each layout's own, read by the next: TP2 x PP2, TP2 x DP2 with SP, PP2 x DP2, DP4."""
+    """TP2 x PP2, TP2 x DP2 with SP, PP2 x DP2 and DP4 go on from one process's state, then each from another's."""
     layouts = [{"tensor": 2, "pipeline": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2}, {}]
-    shared = {"tokens": str(tokens), "checkpoint_every": 4, "micro_batch_size": 1}
-    jobs = [shared | {"out": str(tmp_path / f"out-{index}"), "scratch": str(tmp_path / f"fresh-{index}"),
-                      "parallelism": layout} for index, layout in enumerate(layouts)]
-    jobs.append(jobs[0] | {"scratch": str(tmp_path / "resumed")})
-    shutil.copytree(unbroken["directory"] / "scratch", tmp_path / "resumed")
-    for job, result in zip(jobs, run_processes(4, jobs, tmp_path), strict=True):
-        assert losses(result) == pytest.approx(losses(unbroken), rel=3e-5), job["parallelism"]
-    swapped = [job | {"parallelism": layout} for job, layout in zip(jobs[:4], layouts[1:] + layouts[:1], strict=True)]
-    for job, result in zip(swapped, run_processes(4, swapped, tmp_path), strict=True):
-        assert result["resumed_from"] == 4
-        assert losses(result) == pytest.approx(losses(unbroken), rel=3e-5), job["parallelism"]
-    alone = train_job(**jobs[1] | {"parallelism": {}})
-    assert losses(alone) == pytest.approx(losses(unbroken), rel=3e-5)
+    jobs = []
+    for index, layout in enumerate(layouts):
+        scratch = tmp_path / f"resumed-{index}"
+        shutil.copytree(unbroken["directory"] / "scratch", scratch)
+        jobs.append({"tokens": str(tokens), "out": str(tmp_path / f"out-{index}"), "scratch": str(scratch),
+                     "parallelism": layout, "checkpoint_every": 5, "micro_batch_size": 1})
+    swapped = [job | {"parallelism": layout} for job, layout in zip(jobs, layouts[1:] + layouts[:1], strict=True)]
+    for step, started in ((4, jobs), (5, swapped)):
+        for job, result in zip(started, run_processes(4, started, tmp_path), strict=True):
+            assert result["resumed_from"] == step
+            assert losses(result) == pytest.approx(losses(unbroken), rel=3e-5), job["parallelism"]
+    alone = train_job(**jobs[0] | {"parallelism": {}})
+    assert alone["resumed_from"] == 5 and losses(alone) == pytest.approx(losses(unbroken), rel=3e-5)
 
 
 @pytest.mark.parametrize(("precision", "changes"), [
