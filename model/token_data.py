@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from model.config import ModelError
-from model.distributed import main_process_first
+from model.distributed import device, main_process_first
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,9 @@ class Ahead:
 
     def __init__(self, make: Callable[[int], Tensor], last: int):
         self.make, self.last = make, last
-        self.thread = ThreadPoolExecutor(1)
+        here = device()             # a new thread would pin memory through the first GPU
+        on_gpu = here.type == "cuda"
+        self.thread = ThreadPoolExecutor(1, initializer=partial(torch.cuda.set_device, here) if on_gpu else None)
         self.waiting: dict[int, Future[Tensor]] = {}
 
     def __getitem__(self, number: int) -> Tensor:
