@@ -1,4 +1,4 @@
-"""The second table of `benchmarks.kernels_gpu`: state update, squared ReLU to FP8, cross-entropy.
+"""The second table of `benchmarks.kernels_gpu`: state update, decode attention, squared ReLU to FP8, cross-entropy.
 
 Each of these is one pass or two over large tensors (a matrix product too, for the fused cross-entropy), so a row is one
 time against one floor. State update and FP8 are timed within a CUDA graph, as a decoder and a captured step run them.
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu_timing import extra_gib, graph_milliseconds, milliseconds
+from kernels.cached_attention import token_attention
 from kernels.cross_entropy import cross_entropy, linear_cross_entropy
 from kernels.fp8_quantize import quantize
 from kernels.squared_relu_fp8 import DTYPES, quantize_transpose, squared_relu_backward_quantize, squared_relu_quantize
@@ -23,6 +24,7 @@ from kernels.state_update import ssd_state_update
 HEADS, HEAD_DIM, GROUPS, STATE = 128, 64, 8, 128
 INNER, CHANNELS, IN_PROJ = 8192, 10240, 18560
 HIDDEN, VOCAB, TOKENS = 4096, 131_072, 8192
+QUERY_HEADS, KV_HEADS, ATTENTION_HEAD_DIM, CONTEXT = 32, 8, 128, 65_536
 
 
 class Row(NamedTuple):
@@ -76,6 +78,30 @@ def state_update_rows(bandwidth: float, _: float) -> Iterator[Row]:
                 time = graph_milliseconds([lambda run=run, s=s, token=token: run(s, *token) for s in states])
                 yield Row("state", f"{batch} {str(dtype)[6:]}", name, time, 2 * state.nbytes / bandwidth * 1e3 / time,
                           None, errors)
+
+
+def token_attention_rows(bandwidth: float, _: float) -> Iterator[Row]:
+    """One token over caches of 65,536, beside PyTorch's flash attention, which learns the length at its launch."""
+    for batch in (1, 6, 48):
+        q = torch.randn(batch, QUERY_HEADS, ATTENTION_HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+        keys, values = (torch.randn(batch, KV_HEADS, CONTEXT, ATTENTION_HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+                        for _ in range(2))
+        at = torch.tensor(CONTEXT - 1, device="cuda")
+        grouped = q.unflatten(1, (KV_HEADS, -1))
+        exact = F.scaled_dot_product_attention(*(tensor[:1].double() for tensor in (grouped, keys, values)))
+
+        def ours(q: Any = q, keys: Any = keys, values: Any = values, at: Any = at) -> Tensor:
+            return token_attention(q, keys, values, at)
+
+        def flash(grouped: Any = grouped, keys: Any = keys, values: Any = values) -> Tensor:
+            return F.scaled_dot_product_attention(grouped, keys, values).flatten(1, 2)
+
+        for name, run in (("ours", ours), ("torch flash", flash)):
+            error = relative_error(run()[:1], exact.flatten(1, 2))
+            time = graph_milliseconds([run])
+            yield Row("attention", f"{batch}x{CONTEXT}", name, time, 2 * keys.nbytes / bandwidth * 1e3 / time, None,
+                      [error])
+        del q, keys, values, grouped, exact, ours, flash
 
 
 def composed(values: Tensor, format: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,7 +196,8 @@ def linear_cross_entropy_rows(_: float, rate: float) -> Iterator[Row]:
         yield Row("head", f"{TOKENS}x{HIDDEN}", name, time, floor / time, extra, errors)
 
 
-OPS = {"state": state_update_rows, "fp8": fp8_rows, "entropy": cross_entropy_rows, "head": linear_cross_entropy_rows}
+OPS = {"state": state_update_rows, "attention": token_attention_rows, "fp8": fp8_rows, "entropy": cross_entropy_rows,
+       "head": linear_cross_entropy_rows}
 
 
 def measure(only: set[str], bandwidth: float, rate: float) -> list[dict[str, Any]]:
