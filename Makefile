@@ -18,7 +18,7 @@ STAGES := annotate curate tokenizer tokenize pretrain compress export evaluate b
 CURRENT_PROFILE = $(or $(PROFILE),$(shell sed -n 's/^profile: *\([a-z0-9-]*\).*/\1/p' params.yaml))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup reproduce repro-plain stage $(STAGES) ui test lint doctor lock clean
+.PHONY: help setup reproduce plan repro-plain stage $(STAGES) ui test lint doctor lock clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z][a-z -]*:.*## / {printf "  make %-22s %s\n", $$1, $$2}' Makefile
@@ -31,6 +31,9 @@ setup: $(READY) ## Install everything into .venv (nothing to do when it is up to
 
 reproduce: $(READY) ## The whole pipeline as a flow, what changed only; PROFILE=NAME
 	@$(PY) -m flows.reproduce $(if $(PROFILE),--profile $(PROFILE))
+
+plan: $(READY) ## What pretraining would take: memory of a GPU, speed, days; PROFILE=NAME [MACHINE=h200]
+	@$(PY) -m flows.plan $(PROFILE) $(if $(MACHINE),--machine $(MACHINE))
 
 repro-plain: $(READY) ## The same result by DVC alone, one stage after the other
 	@$(if $(PROFILE),$(PY) -m flows.profile $(PROFILE))

@@ -15,7 +15,7 @@ KERNEL_TAPS = 4
 
 def check_model(config: ModelConfig, precision: Precision, parallelism: Parallelism) -> None:
     """Raise ModelError where `config` cannot be built for `parallelism` and `precision` on this process's device."""
-    _check_split(config, parallelism)
+    check_split(config, parallelism)
     if precision.name == "fp8" and not precision.emulated:
         _check_fp8(config, precision, parallelism.tensor)
     if device().type == "cuda" and precision.dtype is torch.bfloat16 and "M" in config.pattern:
@@ -59,7 +59,7 @@ def check_kernels(config: ModelConfig) -> None:
         )
 
 
-def _check_split(config: ModelConfig, parallelism: Parallelism) -> None:
+def check_split(config: ModelConfig, parallelism: Parallelism) -> None:
     split = {"num_attention_heads": config.num_attention_heads, "num_query_groups": config.num_query_groups,
              "ffn_hidden_size": config.ffn_hidden_size, "vocab_size": config.vocab_size}
     if "M" in config.pattern:
