@@ -226,7 +226,8 @@ def _stage_memory(
     first, last = stage == 0, stage == layout.pipeline - 1
     layers = _stage_layers(config, recipe, fp8, layout, stage)
     table = config.vocab_size * config.hidden_size / layout.tensor
-    held = sum(layer_parameters(config, symbol) for symbol, _ in layers) / layout.tensor + table * (first + last)
+    held = sum(layer_parameters(config, symbol) for symbol, _ in layers) / layout.tensor
+    held += table * (first + last) + (config.hidden_size if last else 0)
     quantized = sum(layer_parameters(config, symbol) for symbol, in_fp8 in layers if in_fp8) / layout.tensor
     kept = [tokens * kept_bytes(config, symbol, in_fp8, layout) for symbol, in_fp8 in layers]
     residual = tokens * config.hidden_size * BF16 / share
@@ -319,16 +320,17 @@ def step_time(config: ModelConfig, recipe: PretrainConfig, fp8: bool, layout: La
     trips = 5 if layout.sequence else 4                     # gathers and scatters of a layer, forward and backward
     tensor_parallel = trips * travels * len(stages[0]) / machine.link
     one = layers + head / layout.pipeline + accumulate + tensor_parallel
-    between = 2 * tokens * config.hidden_size * BF16 / (layout.tensor if layout.sequence else 1) / machine.network
+    inside = layout.processes <= machine.gpus_per_node
+    wire = machine.link if inside else machine.network
+    between = 2 * tokens * config.hidden_size * BF16 / (layout.tensor if layout.sequence else 1) / wire
     waiting = (layout.pipeline - 1) * (one + between) + (micro_batches * between if layout.pipeline > 1 else 0)
     replica = (layout.data - 1) / layout.data * held
-    inside = layout.processes <= machine.gpus_per_node
     gradients = FP32 if layout.distributed_optimizer else 2 * FP32
     weights = BF16 if layout.distributed_optimizer else 0
     return Time(
         layers=micro_batches * layers, head=micro_batches * head / layout.pipeline,
         update=micro_batches * accumulate + update, tensor_parallel=micro_batches * tensor_parallel, pipeline=waiting,
-        data_parallel=replica * (gradients + weights) / (machine.link if inside else machine.network),
+        data_parallel=replica * (gradients + weights) / wire,
     )
 
 
