@@ -17,6 +17,8 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.representer import RoundTripRepresenter
 
 from stages.params import ParamsError, load_params
 
@@ -54,12 +56,19 @@ def resolve(name: str) -> str:
     yaml.indent(mapping=2, sequence=4, offset=2)
     yaml.width = 4096                       # keep one-line mappings on one line
     yaml.preserve_quotes = True
+    yaml.representer.add_representer(type(None), _null)
     values = yaml.load(base)
     merge(values, yaml.load((PROFILES / f"{name}.yaml").read_text()) or CommentedMap())
     values["profile"] = name
     text = io.StringIO()
     yaml.dump(values, text)
     return text.getvalue()
+
+
+def _null(representer: RoundTripRepresenter, value: None) -> ScalarNode:
+    """`null` stays a word; ruamel would leave its place empty."""
+    node: ScalarNode = representer.represent_scalar("tag:yaml.org,2002:null", "null")
+    return node
 
 
 def merge(values: CommentedMap, overlay: CommentedMap) -> None:

@@ -86,7 +86,8 @@ def test_each_means_of_saving_memory_saves_what_it_says() -> None:
     config = PRESETS["nemotron_h_8b"]
     base = memory(config, RECIPE, False, Layout(8), H100)
     split = memory(config, RECIPE, False, Layout(8, tensor=2, sequence=True), H100)
-    assert split.weights == base.weights / 2 and split.activations == pytest.approx(base.activations / 2)
+    assert split.weights == pytest.approx(base.weights / 2, rel=1e-4)
+    assert split.activations == pytest.approx(base.activations / 2)
     whole_residuals = memory(config, RECIPE, False, Layout(8, tensor=2), H100)
     assert split.activations < whole_residuals.activations < base.activations
     for fewer, more in (("-", ""), ("M-", "-"), ("M*-", "M-")):
