@@ -7,7 +7,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 
 def prompt_attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -26,9 +25,9 @@ def prompt_attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """
     new, length = q.shape[2], keys.shape[2]
     if not _has_cudnn_kernel(q):
-        return F.scaled_dot_product_attention(
-            q, keys, values, attn_mask=causal_lower_right(new, length), enable_gqa=True
-        )
+        whole = new == length
+        seen = None if whole else torch.ones(new, length, dtype=torch.bool, device=q.device).tril(length - new)
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen, is_causal=whole, enable_gqa=True)
     own, own_sum = _cudnn_attention(q, keys[:, :, length - new :], values[:, :, length - new :], causal=True)
     if new == length:
         return own
