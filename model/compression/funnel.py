@@ -229,7 +229,9 @@ class _Run:
 
         def answer() -> dict[str, float]:
             questions = continuation.items(data.validation, config.task_items, self.seed)
-            return continuation.accuracy(load(asked), questions, config.micro_batch_size, self.progress)
+            tokens = config.micro_batch_size * self.parent.config.sequence_length
+            together = max(1, tokens // questions[0].numel())
+            return continuation.accuracy(load(asked), questions, together, self.progress)
 
         task = {int(name): value for name, value in self.pieces.once("task", answer).items()}
         ranks.append(_ranks(task, lambda value: -value))

@@ -60,6 +60,26 @@ def test_parameters_equal_transformers_and_ours(config):
     assert costs.parameters(config) == ours == elements(upstream(config))
 
 
+# Nemotron Nano 2 (arXiv 2508.14444), from the published configurations of the 12B model and what it was compressed to.
+NANO_12B = PRESETS["nemotron_h_8b"].model_copy(update={
+    "pattern": "M-M-M-M*-" + "M-M-M-M*-" * 5 + "M-M-M-M-", "hidden_size": 5120, "ffn_hidden_size": 20_480,
+    "num_attention_heads": 40, "mamba_head_dim": 80,
+})
+NANO_9B = NANO_12B.model_copy(update={
+    "pattern": "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-", "hidden_size": 4480,
+    "ffn_hidden_size": 15_680,
+})
+
+
+@pytest.mark.parametrize(("config", "parameters"), [
+    (PRESETS["nemotron_h_56b"], 56_324_350_464), (PRESETS["nemotron_h_47b"], 46_791_554_816),
+    (NANO_12B, 12_310_001_152), (NANO_9B, 8_888_227_328), (PRESETS["nemotron_h_8b"], 8_100_852_736),
+    (PRESETS["nemotron_h_4b"], 4_489_223_040),
+])
+def test_parameters_of_published_models(config, parameters):
+    assert costs.parameters(config) == parameters
+
+
 @pytest.mark.parametrize("name", PEERS)
 def test_peer_parameters_equal_transformers(name):
     peer = PEERS[name]

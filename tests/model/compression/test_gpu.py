@@ -1,0 +1,73 @@
+"""Compression on a GPU: the kernels in the plain model, the loss kernel's gradient in training, the whole funnel."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels import mixer_triton
+from kernels.forward_kl import forward_kl
+from model.compression.comparison import compare
+from model.compression.config import LatencyBudget
+from model.compression.data import Data
+from model.compression.fp8_teacher import fp8_teacher
+from model.compression.funnel import Weights, compress
+from model.hybrid_lm import HybridLM
+from tests.model.compression.markov import CONFIG, markov, silent
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+GPU = CONFIG.model_copy(update={
+    "pattern": "M-M*-M-M-M-", "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4,
+    "num_query_groups": 2, "head_dim": 16, "mamba_num_heads": 16, "mamba_state_dim": 16,
+})
+
+
+@pytest.fixture(scope="module")
+def trained() -> Weights:
+    torch.manual_seed(0)
+    model = HybridLM(GPU).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    for step in range(150):
+        batch = markov(32, 1000 + step).cuda()
+        loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return Weights(GPU, {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()})
+
+
+def test_the_plain_model_runs_the_kernels_and_is_close_to_float64(trained, monkeypatch):
+    calls, real = [], mixer_triton.mix
+    monkeypatch.setattr(mixer_triton, "mix", lambda *arguments: (calls.append(1), real(*arguments))[1])
+    ids = markov(4, 3)[:, :-1]
+    exact = HybridLM.from_state(*trained, torch.float64)(ids)
+    model = HybridLM.from_state(*trained, torch.bfloat16).cuda()
+    logits = model(ids.cuda())
+    assert len(calls) == GPU.pattern.count("M")
+    assert (logits.cpu().double() - exact).norm() < 0.03 * exact.norm()
+    forward_kl(logits.flatten(0, 1), logits.detach().flatten(0, 1).roll(1, 0)).backward()
+    assert all(parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0 for parameter in model.parameters())
+
+
+def test_an_fp8_teacher_runs_on_fp8_cores(trained):
+    parent = HybridLM.from_state(*trained, torch.bfloat16).cuda()
+    close = compare(parent, {"fp8": fp8_teacher(parent)}, markov(32, 5), 16, silent)["fp8"]
+    assert 0 < close.kl < 0.05
+
+
+def test_the_whole_funnel_with_a_latency_budget(trained, config, tmp_path):
+    held_out = markov(32, 3)
+    data = Data(list(markov(2048, 1)), markov(32, 2)[:, :-1], held_out, held_out[:, 1:].numel() * 2)
+    gpu = config.model_copy(update={
+        "ffn_widths": [64, 96, 128], "memory": config.memory.model_copy(update={"budget_fraction": 0.9}),
+        "latency": LatencyBudget(context=512, batch=8, decode_tokens=8, repeats=3, budget_fraction=0.9),
+        "micro_batch_size": 16, "distillation_tokens": 60 * 16 * 32, "checkpoint_every": 30,
+    })
+    result = compress(trained, data, gpu, 1, tmp_path, silent)
+    metrics = result.metrics
+    assert metrics["kl_parent_compressed"] < metrics["kl_parent_cut"] < metrics["kl_parent_random_cut_mean"]
+    assert metrics["parameters_prediction_error"] == 0 and metrics["cache_bytes_prediction_error"] == 0
+    assert metrics["weight_bytes_prediction_error"] < 0.02
+    assert all(candidate["decode_milliseconds"] > 0 for candidate in result.records["candidates"])
+    again = compress(trained, data, gpu, 1, tmp_path, silent)
+    assert again.records == result.records and (tmp_path / "resumed").exists()
