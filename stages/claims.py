@@ -295,8 +295,10 @@ def importance_against_random(records: Records) -> Claim:
         paper="layers by their effect on the last hidden state, neurons by their activations; the control is ours",
         source="section 3.1",
         evidence=[
-            Evidence("KL to parent just cut, importance / random",
-                     f"{number(compress['kl_parent_cut'])} / {number(compress['kl_parent_random_cut'])}"),
+            Evidence("KL to parent just cut, importance / random / least important kept",
+                     " / ".join(number(compress[key]) for key in (
+                         "kl_parent_cut", "kl_parent_random_cut_mean", "kl_parent_reverse_cut")),
+                     f"random: {len(records.controls.seeds)} draws"),
             Evidence("KL to parent after distillation",
                      f"{number(compress['kl_parent_compressed'])} / {number(compress['kl_parent_random'])}",
                      "one random draw"),

@@ -37,11 +37,14 @@ def plots(records: Records) -> dict[str, Plot]:
     with mpl.rc_context(STYLE):
         drawn = [
             training_loss(records), validation(records), gradient_norm(records), layer_importance(records),
-            ffn_importance(records), candidates(records), distillation(records), decode_speed(records),
-            output_speed(records), cache_size(records), stage_times(records), *evaluations(records),
+            ffn_importance(records), candidates(records), controls(records), distillation(records),
+            decode_speed(records), output_speed(records), cache_size(records), stage_times(records),
+            *evaluations(records),
         ]
         if fp8_gaps(records):
             drawn.append(fp8_gap(records))
+        if any(item.decode_milliseconds is not None for item in records.candidates):
+            drawn.append(candidate_speed(records))
     return {plot.name: plot for plot in drawn}
 
 
@@ -168,6 +171,36 @@ def candidates(records: Records) -> Plot:
     return plot(figure, "candidates", "Candidates under the memory budget",
                  f"{len(records.candidates)} candidates; the {len(scored)} that keep most importance are scored, the "
                  "rest are ticks on the axis. Labels: KL to the parent after short distillation.")
+
+
+def candidate_speed(records: Records) -> Plot:
+    """Score against speed, memory as colour."""
+    figure, axes = canvas("Decode step, predicted (ms)", "Agreement with the parent")
+    scored = [(item.decode_milliseconds, item.agreement, item) for item in records.candidates
+              if item.agreement is not None and item.decode_milliseconds is not None]
+    steps, agreements = [entry[0] for entry in scored], [entry[1] for entry in scored]
+    memory = [1024 * entry[2].memory_gib for entry in scored]
+    axes.scatter(steps, agreements, s=26, c=memory, cmap="viridis")
+    for step, agreement, item in scored:
+        if item.chosen:
+            axes.plot(step, agreement, marker="*", markersize=13, linestyle="none", color=colours(records)["compressed"])
+    return plot(figure, "candidate-speed", "Candidates: score against speed",
+                f"The darker, the less memory: {min(memory):,.1f} to {max(memory):,.1f} MiB. Star: the chosen one. Steps "
+                "are sums over a table of timed layers.")
+
+
+def controls(records: Records) -> Plot:
+    figure, axes = canvas("KL to the parent, just cut (nats a token)", "", left=0.24, height=1.5)
+    found = records.controls
+    rows = [("by importance", [found.importance], colours(records)["compressed"]),
+            ("at random", found.random, colours(records)["compressed-random"]),
+            ("least important kept", [found.reverse], INK)]
+    for place, (_, values, colour) in enumerate(rows):
+        axes.plot(values, [place] * len(values), marker="o", markersize=6, linestyle="none", color=colour, alpha=0.8)
+    axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlim(left=0)
+    return plot(figure, "controls", "What importance is worth", "The chosen shape, cut in three ways; a dot a draw.")
 
 
 def distillation(records: Records) -> Plot:

@@ -156,13 +156,18 @@ class DataRecords:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One architecture of the compression search; None where a later round was not reached."""
+    """One architecture of the compression search; None where a later round was not reached, or nothing timed."""
 
     pattern: str
     ffn_hidden_size: int
     parameters: int
     memory_gib: float
+    decode_milliseconds: float | None
+    importance: float
+    accuracy: float | None
     agreement: float | None
+    kl_cut: float | None
+    task_accuracy: float | None
     kl_short: float | None
     chosen: bool
 
@@ -172,6 +177,18 @@ class Layer:
     index: int
     symbol: str
     importance: float
+    standard_error: float
+    influence: float
+
+
+@dataclass(frozen=True)
+class CutControls:
+    """KL to the parent of cuts to the chosen shape, before distillation."""
+
+    importance: float
+    random: list[float]             # by seed
+    seeds: list[int]
+    reverse: float
 
 
 @dataclass(frozen=True)
@@ -203,7 +220,10 @@ class Records:
     compressed_model: dict[str, Any]
     importance: list[Layer]
     ffn_importance: dict[int, dict[int, float]]         # by layer and width: share of importance kept
+    reliability: dict[str, float]                       # of importance, by axis
     candidates: list[Candidate]
+    controls: CutControls
+    costs: dict[str, dict[str, float]]                  # of parent and compressed, predicted and measured
     distillation: dict[str, Curve]                      # compressed, random: tokens, kl
     decode: dict[str, list[DecodePoint]]                # hybrid, transformer, compressed, by rising context
 
@@ -265,7 +285,10 @@ def load(stage: Stage) -> Records:
         compressed_model=_read_json(stage.record("compress", "model.json"), dict),
         importance=_objects(stage.record("compress", "importance.json"), Layer, "layers"),
         ffn_importance=_ffn_importance(stage.record("compress", "importance.json")),
+        reliability=_entry(stage.record("compress", "importance.json"), "reliability"),
         candidates=_objects(stage.record("compress", "candidates.json"), Candidate),
+        controls=_controls(stage.record("compress", "controls.json")),
+        costs=_entry(stage.record("compress", "costs.json"), "models"),
         distillation=_by(stage.record("compress", "distillation.csv"), "model", ("tokens", "kl")),
         decode=_decode(stage.record("benchmark", "decode.csv")),
     )
@@ -355,6 +378,21 @@ def _objects(path: Path, kind: Any, key: str | None = None) -> list[Any]:
     except (KeyError, TypeError) as error:
         raise DataError(f"{path}: a row lacks {error}; {', '.join(names)} are expected.\n"
                         "Run the stage that writes it again.") from None
+
+
+def _entry(path: Path, key: str) -> Any:
+    """The JSON object under `key`."""
+    found = _read_json(path, dict).get(key)
+    if not isinstance(found, dict):
+        raise _not_as_expected(path, f"`{key}` is no object")
+    return found
+
+
+def _controls(path: Path) -> CutControls:
+    try:
+        return CutControls(**_read_json(path, dict))
+    except TypeError as error:
+        raise _not_as_expected(path, error) from None
 
 
 def _ffn_importance(path: Path) -> dict[int, dict[int, float]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from stages import data_sections
+from stages import compression_sections, data_sections
 from stages.claims import Claim, claims
 from stages.plots import plots
 from stages.records import Metrics, Records
@@ -49,8 +49,9 @@ def document(records: Records) -> Document:
                 _figures(drawn, "bits-per-byte", *(f"{task}-accuracy".replace("_", "-") for task in TASKS)),
                 *_evaluation(records)]),
             Section("compression", "Compression", "dvc repro compress", [
-                _figures(drawn, "layer-importance", "ffn-importance", "candidates", "distillation"),
-                *_compression(records)]),
+                _figures(drawn, "layer-importance", "ffn-importance", "candidates", "candidate-speed", "controls",
+                         "distillation"),
+                *compression_sections.blocks(records)]),
             Section("inference", "Inference", "dvc repro benchmark", [
                 _figures(drawn, "decode-speed", "output-speed", "cache-size"), *_inference(records)]),
             *_data(records),
@@ -156,37 +157,6 @@ def _evaluation(records: Records) -> list[Block]:
     items = [f"{text}, {models[0][f'{task}_items']:,.0f} items" for task, text in TASKS.items()]
     return [Table("Bits per byte of held-out text ± standard error; lower is better", ["Model", "All", *domains], bits),
             Table("Accuracy ± standard error; higher is better", ["Model", *items], tasks)]
-
-
-def _compression(records: Records) -> list[Block]:
-    compress = records.metrics("compress")
-    rows = [
-        ["Parameters", f"{compress['parent_parameters']:,.0f}", f"{compress['compressed_parameters']:,.0f}", NONE],
-        ["Memory (GiB)", f"{compress['parent_memory_gib']:.4f}", f"{compress['compressed_memory_gib']:.4f}", NONE],
-        ["KL to the parent, just cut", NONE, number(compress["kl_parent_cut"]),
-         number(compress["kl_parent_random_cut"])],
-        ["KL to the parent, distilled", NONE, number(compress["kl_parent_compressed"]),
-         number(compress["kl_parent_random"])],
-        ["Agreement with the parent", NONE, number(compress["agreement_compressed"]),
-         number(compress["agreement_random"])],
-        ["Validation bits per byte",
-         *(number(compress[f"validation_bits_per_byte_{name}"]) for name in ("parent", "compressed", "random"))],
-    ]
-    scored = sorted((item for item in records.candidates if item.agreement is not None),
-                    key=lambda item: (not item.chosen, -(item.agreement or 0)))
-    candidates = [[f"`{item.pattern}`" + (" (chosen)" if item.chosen else ""), str(item.ffn_hidden_size),
-                   f"{item.parameters:,}", f"{1024 * item.memory_gib:.2f}",
-                   number(item.agreement or 0), NONE if item.kl_short is None else number(item.kl_short)]
-                  for item in scored]
-    layers = [[str(layer.index), f"`{layer.symbol}`", f"{layer.importance:.3g}"] for layer in records.importance]
-    return [
-        Table(f"Parent, compressed and random cut; budget {compress['budget_gib']:.4f} GiB",
-              ["", "Parent", "Compressed", "Random cut"], rows),
-        Table(f"Candidates scored, of {compress['candidates']:,.0f} under the budget",
-              ["Layers", "FFN width", "Parameters", "Memory (MiB)", "Agreement", "KL after short distillation"],
-              candidates),
-        Listing("Layer importance, every layer", "\n".join(" ".join(row).replace("`", "") for row in layers)),
-    ]
 
 
 def _inference(records: Records) -> list[Block]:

@@ -187,6 +187,7 @@ class Tree:
         folder, pattern = self.runs / "compress", self.params.model["hybrid"].pattern
         middle = len(pattern) / 2
         layers = [{"index": index, "symbol": symbol,
+                   "standard_error": 0.0004, "influence": 0.1 + 0.001 * index,
                    "importance": round(0.012 + 0.2 * (abs(index - middle) / middle) ** 5
                                        + 0.01 * self.random.random() + (0.02 if symbol == "*" else 0), 6)}
                   for index, symbol in enumerate(pattern)]
@@ -194,7 +195,15 @@ class Tree:
         neurons = [{"index": index, "kept_share_of_importance": {
             str(width): round((width / 384) ** (0.35 + 0.02 * index), 5) for width in widths}}
             for index, symbol in enumerate(pattern) if symbol == "-"]
-        write_json(folder / "importance.json", {"layers": layers, "ffn": neurons})
+        write_json(folder / "importance.json", {"layers": layers, "ffn": neurons,
+                                                "reliability": {"neurons": 0.992, "mamba output": 0.981}})
+        write_json(folder / "controls.json", {"importance": 0.293, "random": [0.751, 0.702, 0.733],
+                                              "seeds": [1234, 1235, 1236], "reverse": 1.71})
+        write_json(folder / "costs.json", {"models": {name: {
+            "parameters_predicted": count, "parameters": count, "weight_bytes_predicted": 2 * count,
+            "weight_bytes": 2 * count + 800, "cache_bytes_predicted": 5_000_000, "cache_bytes": 5_000_000,
+            "decode_seconds_predicted": seconds, "decode_seconds": 1.03 * seconds,
+        } for name, count, seconds in (("parent", 1_652_736, 0.0021), ("compressed", 1_390_000, 0.0018))}})
         candidates = []
         for number in range(34):
             scored, final = number < 12, number < 2
@@ -202,6 +211,10 @@ class Tree:
                 "pattern": "M-M-M*-M-M-M-M-" if number % 2 else "M-M-M-M*-M-M-M-", "rank": number + 1,
                 "ffn_hidden_size": 384 - 32 * (number % 4), "parameters": 1_390_000 - 900 * number,
                 "memory_gib": round(0.0842 - 0.0001 * (7 * number % 23), 5), "importance": 0.5 - 0.01 * number,
+                "decode_milliseconds": round(1.75 + 0.02 * (number % 7), 4),
+                "accuracy": round(0.42 - 0.004 * number, 4) if scored else None,
+                "kl_cut": round(0.29 + 0.02 * number, 4) if scored else None,
+                "task_accuracy": round(0.66 - 0.01 * number, 4) if number < 4 else None,
                 "agreement": round(0.71 - 0.012 * number - 0.01 * self.random.random(), 4) if scored else None,
                 "kl_short": (0.141, 0.152)[number] if final else None, "chosen": number == 0})
         write_json(folder / "candidates.json", candidates)
@@ -213,7 +226,10 @@ class Tree:
         self.record("compress", None, 118.0, {
             "parent_parameters": 1_652_736, "compressed_parameters": 1_390_000, "parent_memory_gib": 0.1003,
             "compressed_memory_gib": 0.0842, "budget_gib": 0.08425, "candidates": 34, "kl_parent_cut": 0.293,
-            "kl_parent_compressed": 0.0831, "kl_parent_random_cut": 0.751, "kl_parent_random": 0.1312,
+            "kl_parent_compressed": 0.0831, "kl_parent_random_cut": 0.751, "kl_parent_random_cut_mean": 0.7287,
+            "kl_parent_reverse_cut": 1.71, "validation_bits_per_byte_compressed_cut": 2.31,
+            "validation_bits_per_byte_random_cut": 2.52,
+ "kl_parent_random": 0.1312,
             "agreement_compressed": 0.842, "agreement_random": 0.801, "validation_bits_per_byte_parent": 2.142,
             "validation_bits_per_byte_compressed": 2.168, "validation_bits_per_byte_random": 2.206,
             "distillation_tokens": 204_800, "importance_split_half_correlation": 0.981})

@@ -36,8 +36,8 @@ def test_every_plot_is_there_with_its_words(drawn):
     expected = {
         "training-loss": "Loss (nats a token)", "validation": "Validation bits per byte", "gradient-norm": "Tokens",
         "fp8-gap": "FP8, same seed", "layer-importance": "attention", "ffn-importance": "neurons",
-        "candidates": "KL 0.141, chosen", "distillation": "random cut", "decode-speed": "transformer",
-            "output-speed": "compressed",
+        "candidates": "KL 0.141, chosen", "candidate-speed": "Decode step", "controls": "least important kept",
+        "distillation": "random cut", "decode-speed": "transformer", "output-speed": "compressed",
         "cache-size": "Cache (MiB)", "bits-per-byte": "2.162",
         "syntax-pairs-accuracy": "0.885", "cloze-accuracy": "hybrid-bf16", "recall-accuracy": "0.155",
         "stage-times": "pretrain@hybrid-fp8",
