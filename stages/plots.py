@@ -181,12 +181,13 @@ def candidate_speed(records: Records) -> Plot:
     steps, agreements = [entry[0] for entry in scored], [entry[1] for entry in scored]
     memory = [1024 * entry[2].memory_gib for entry in scored]
     axes.scatter(steps, agreements, s=26, c=memory, cmap="viridis")
+    colour = colours(records)["compressed"]
     for step, agreement, item in scored:
         if item.chosen:
-            axes.plot(step, agreement, marker="*", markersize=13, linestyle="none", color=colours(records)["compressed"])
+            axes.plot(step, agreement, marker="*", markersize=13, linestyle="none", color=colour)
     return plot(figure, "candidate-speed", "Candidates: score against speed",
-                f"The darker, the less memory: {min(memory):,.1f} to {max(memory):,.1f} MiB. Star: the chosen one. Steps "
-                "are sums over a table of timed layers.")
+                f"The darker, the less memory: {min(memory):,.1f} to {max(memory):,.1f} MiB. Star: the chosen one. "
+                "Steps are sums over a table of timed layers.")
 
 
 def controls(records: Records) -> Plot:
