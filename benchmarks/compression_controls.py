@@ -95,7 +95,8 @@ def pretrain(text: Text, steps: int) -> dict[str, Tensor]:
     torch.manual_seed(1)
     model = HybridLM(PARENT)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps, pct_start=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps, pct_start=0.05,
+                                                   cycle_momentum=False)
     for step in range(steps):
         batch = text.sequences(BATCH, 100_000 + step)
         loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
@@ -118,8 +119,8 @@ class Bench:
         self.widths: WidthImportance = width_importance(self.teacher, self.calibration, BATCH, silent)
         self.layers = layer_importance(self.teacher, self.calibration[:32], BATCH, silent, KINDS)
 
-    def judge(self, models: Mapping[str, HybridLM]) -> dict[str, Closeness]:
-        return compare(self.teacher, models, self.held_out, 16, silent)
+    def judge(self, models: Mapping[str, HybridLM], sequences: int = 64) -> dict[str, Closeness]:
+        return compare(self.teacher, models, self.held_out[:sequences], 16, silent)
 
     def cut(self, selection: Selection, correct_norms: bool = True) -> Weights:
         return cut(PARENT, self.state, selection, correct_norms)
@@ -196,7 +197,7 @@ def depth(bench: Bench) -> dict[str, Any]:
     for some in _batches(itertools.combinations(layers, DROPPED), 44):
         models = {str(subset): HybridLM.from_state(*bench.cut(Selection([i for i in layers if i not in subset])))
                   for subset in some}
-        judged = bench.judge(models)
+        judged = bench.judge(models, 32)
         kl |= {subset: judged[str(subset)].kl for subset in some}
     nearest = sorted(kl, key=lambda subset: kl[subset])
     scores: dict[str, list[float]] = {kind: values.mean(1).tolist() for kind, values in bench.layers.items()}
