@@ -6,7 +6,14 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from model.config import ModelError
-from model.distributed import MegatronOnCpu, Parallelism, is_main_process, main_process_first, process_groups
+from model.distributed import (
+    BFloat16ProductsOnCpu,
+    MegatronOnCpu,
+    Parallelism,
+    is_main_process,
+    main_process_first,
+    process_groups,
+)
 
 
 def test_groups_open_and_close_again_and_again():
@@ -41,3 +48,20 @@ def test_cuda_names_mean_the_cpu_only_inside():
         torch.cuda.synchronize()
     assert (torch.cuda.current_device, torch.cuda.synchronize) == before
     assert torch.ones(2).type() == "torch.FloatTensor"
+
+
+def test_bfloat16_products_in_float32_are_the_same_products():
+    torch.manual_seed(0)
+    x, weight = (torch.randn(64, 48).bfloat16().requires_grad_(), torch.randn(32, 48).bfloat16().requires_grad_())
+    dy = torch.randn(64, 32).bfloat16()
+    with BFloat16ProductsOnCpu():
+        y = x @ weight.t()
+        y.backward(dy)
+        batched = torch.bmm(x.detach().view(4, 16, 48), weight.detach().view(2, 16, 48).repeat(2, 1, 1).transpose(1, 2))
+        assert (torch.ones(2, 3) @ torch.ones(3, 2)).dtype is torch.float32
+    exact = x.detach().double() @ weight.detach().double().t(), dy.double() @ weight.detach().double()
+    exact += (dy.double().t() @ x.detach().double(),)
+    for result, expected in zip((y, x.grad, weight.grad), exact, strict=True):
+        assert result.dtype is torch.bfloat16
+        assert (result.double() - expected).abs().max() < 2**-8 * expected.abs().max()      # one rounding to BF16
+    assert batched.shape == (4, 16, 16) and torch.equal(batched[0], y.detach()[:16, :16])
