@@ -26,6 +26,7 @@ def compress(stage: Stage) -> dict[str, Any]:
     from model.checkpoint import load_weights, save_weights
     from model.compression import funnel
     from model.compression.data import read_data
+    from model.distributed import bfloat16_products
 
     config, seed = stage.params.compress, stage.params.seed
     torch.set_num_threads(stage.params.runtime.threads)
@@ -33,7 +34,8 @@ def compress(stage: Stage) -> dict[str, Any]:
     parent_config, state, training = load_weights(stage.input("checkpoints", config.parent))
     parent = funnel.Weights(parent_config, state)
     data = read_data(tokens, parent_config.sequence_length, config, seed, stage.scratch / "index")
-    result = funnel.compress(parent, data, config, seed, stage.scratch, Progress())
+    with bfloat16_products():
+        result = funnel.compress(parent, data, config, seed, stage.scratch, Progress())
 
     for name, weights in result.models.items():
         facts = {
