@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLoc
 
 from stages.records import Curve, Provenance, Records
 from stages.svg import INK, MUTED, PALETTE, STYLE, Plot, canvas, count, plot
-from stages.verdicts import FP8_LIMIT, TASKS, fp8_gaps
+from stages.verdicts import FP8_LIMIT, TASKS, fp8_gaps, loss_gaps
 
 KINDS = {"M": ("Mamba-2", "o", "#0b5fa5"), "*": ("attention", "D", "#c8500a"), "-": ("FFN", "s", "#12805c")}
 
@@ -43,6 +43,8 @@ def plots(records: Records) -> dict[str, Plot]:
         ]
         if fp8_gaps(records):
             drawn.append(fp8_gap(records))
+        if loss_gaps(records):
+            drawn.append(loss_gap(records))
         if any(item.decode_milliseconds is not None for item in records.candidates):
             drawn.append(candidate_speed(records))
     return {plot.name: plot for plot in drawn}
@@ -90,9 +92,7 @@ def validation(records: Records) -> Plot:
 
 def fp8_gap(records: Records) -> Plot:
     figure, axes = canvas("Tokens", "(BF16 − other) / BF16, %", right=0.73)
-    limit = 100 * FP8_LIMIT
-    axes.axhspan(-limit, limit, color="#dfe8f2", linewidth=0)
-    axes.axhline(0, color=MUTED, linewidth=0.8)
+    _shade_limit(axes)
     ends = []
     for name, gap in fp8_gaps(records).items():
         tokens, values = [point[0] for point in gap], [100 * point[1] for point in gap]
@@ -105,6 +105,34 @@ def fp8_gap(records: Records) -> Plot:
     return plot(figure, "fp8-gap", "Relative gap to BF16",
                  "In validation bits per byte; below zero is worse than BF16. Shaded: ± 0.1 %, the paper's bound. The "
                  "other seed shows what chance alone does.")
+
+
+def loss_gap(records: Records) -> Plot:
+    """Each FP8 run against its BF16 twin; the band between seeds is the gap's spread."""
+    figure, axes = canvas("Tokens", "(BF16 − FP8) / BF16, %", right=0.73)
+    _shade_limit(axes)
+    gaps = loss_gaps(records)
+    tokens = [point[0] for point in next(iter(gaps.values()))]
+    columns = [[100 * value for _, value in points] for points in zip(*gaps.values(), strict=True)]
+    if len(gaps) > 1:
+        axes.fill_between(tokens, [min(values) for values in columns], [max(values) for values in columns], alpha=0.2,
+                          color=MUTED, linewidth=0)
+    ends = []
+    for name, gap in gaps.items():
+        values = [100 * value for _, value in gap]
+        axes.plot(tokens, values, color=colours(records)[name], linestyle=_line(records, name))
+        ends.append((tokens[-1], values[-1], f"seed {records.params.variants[name].seed}", colours(records)[name]))
+    _token_axis(axes)
+    _label_ends(axes, ends)
+    return plot(figure, "loss-gap", "Relative gap to BF16 in training loss",
+                "Same seed, same text in the same order; mean losses of twentieths of training. Below zero FP8 is "
+                "worse. Shaded: ± 0.1 %, the paper's bound.")
+
+
+def _shade_limit(axes: Axes) -> None:
+    limit = 100 * FP8_LIMIT
+    axes.axhspan(-limit, limit, color="#dfe8f2", linewidth=0)
+    axes.axhline(0, color=MUTED, linewidth=0.8)
 
 
 # --- Compression ------------------------------------------------------------------------------------------------------

@@ -248,6 +248,13 @@ class Records:
         return same_seed[0] if same_seed else None
 
     @property
+    def fp8_pairs(self) -> list[tuple[str, str]]:
+        """FP8 and BF16 variants of the hybrid with the same seed, which see the same text in the same order."""
+        seed_of = {name: self.params.variants[name].seed for name in self.params.variants}
+        return [(fp8, bf16) for bf16 in self.hybrid_seeds for fp8 in self._variants("hybrid", "fp8")
+                if seed_of[fp8] == seed_of[bf16]]
+
+    @property
     def transformer(self) -> str | None:
         return next(iter(self._variants("transformer", "bf16")), None)
 

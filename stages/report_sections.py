@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -15,7 +16,7 @@ from stages.plots import plots
 from stages.records import Metrics, Records
 from stages.report_page import Block, ClaimTable, Document, Figures, Listing, Paragraph, Section, Table
 from stages.svg import Plot
-from stages.verdicts import TASKS, Verdict, controls, fp8_gaps, number, percent
+from stages.verdicts import TASKS, Verdict, controls, fp8_gaps, half_range, loss_gaps, number, percent
 
 NONE = "–"
 PAPER_TOKENS_PER_SECOND = {         # output a GPU, read off Figures 1 and 12
@@ -43,8 +44,9 @@ def document(records: Records) -> Document:
             ]),
             Section("controls", "Do the models learn?", "dvc repro evaluate", [_controls(records)]),
             Section("training", "Training", "dvc repro pretrain", [
-                _figures(drawn, "training-loss", "validation", "gradient-norm", "fp8-gap"), _models(records),
-                _validation(records), *_gaps(records)]),
+                _figures(drawn, "training-loss", "validation", "gradient-norm", "fp8-gap", "loss-gap"),
+                _models(records),
+                _validation(records), *_gaps(records), *_loss_gaps(records)]),
             Section("evaluation", "Evaluation", "dvc repro evaluate", [
                 _figures(drawn, "bits-per-byte", *(f"{task}-accuracy".replace("_", "-") for task in TASKS)),
                 *_evaluation(records)]),
@@ -140,6 +142,22 @@ def _gaps(records: Records) -> list[Block]:
             for points in zip(*gaps.values(), strict=True)]
     return [Table(f"Relative gap to {records.hybrid_seeds[0]} in validation bits per byte; negative is worse than BF16",
                   ["Tokens", *names], rows)]
+
+
+def _loss_gaps(records: Records) -> list[Block]:
+    """The smoothed gap in training loss, a column a seed, and its mean and spread where there are several."""
+    gaps = loss_gaps(records)
+    if not gaps:
+        return []
+    rows = []
+    for points in zip(*gaps.values(), strict=True):
+        values = [value for _, value in points]
+        spread = half_range(values)
+        mean = [] if spread is None else [f"{percent(fmean(values), 3)} ± {percent(spread, 3)}"]
+        rows.append([f"{points[0][0]:,.0f}", *(percent(value, 3) for value in values), *mean])
+    header = ["Tokens", *(f"{fp8} / {bf16}" for fp8, bf16 in records.fp8_pairs)]
+    return [Table("Relative gap (BF16 − FP8) / BF16 in smoothed training loss; negative is worse than BF16",
+                  header + (["Mean ± half the range"] if len(gaps) > 1 else []), rows)]
 
 
 def _evaluation(records: Records) -> list[Block]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 from statistics import fmean
 
 from stages.records import Curve, DecodePoint, Metrics, Records
@@ -16,6 +17,7 @@ TASKS = {"syntax_pairs": "syntax pairs", "cloze": "cloze", "recall": "recall"}
 BITS_PER_BYTE_MARGIN = 0.01         # relative; of the order of the loss differences between architectures at this size
 FP8_LIMIT = 0.001                   # relative gap the paper reports as its upper bound
 PAPER_CONTEXT = 65_536
+WINDOWS = 20                        # of a training run, over whose losses a gap is smoothed
 BILLION = 1e9                       # parameters below which a speed says nothing about an 8B model's
 
 
@@ -185,6 +187,30 @@ def fp8_gaps(records: Records) -> dict[str, list[tuple[float, float]]]:
     others = ([records.fp8] if records.fp8 else []) + repeats
     return {name: relative_gap(records.validation[reference]["all"], records.validation[name]["all"])
             for name in others}
+
+
+def loss_gaps(records: Records) -> dict[str, list[tuple[float, float]]]:
+    """Smoothed gap in training loss of each FP8 model to its BF16 twin, by FP8 variant.
+
+    (tokens at the end of a window, (BF16 - FP8) / BF16 of its mean losses), a window being a twentieth of training.
+    """
+    return {fp8: _smoothed_gap(records.training[bf16], records.training[fp8]) for fp8, bf16 in records.fp8_pairs}
+
+
+def _smoothed_gap(reference: Curve, other: Curve) -> list[tuple[float, float]]:
+    steps = min(len(reference["loss"]), len(other["loss"]))
+    ends = [round(steps * window / WINDOWS) for window in range(WINDOWS + 1)]
+    gap = []
+    for start, end in pairwise(ends):
+        if start < end:
+            mean = fmean(reference["loss"][start:end])
+            gap.append((reference["tokens"][end - 1], (mean - fmean(other["loss"][start:end])) / mean))
+    return gap
+
+
+def half_range(values: list[float]) -> float | None:
+    """Half the range over seeds; None for one."""
+    return (max(values) - min(values)) / 2 if len(values) > 1 else None
 
 
 def fp8_loss_verdict(worse: float, noise: float | None) -> tuple[Verdict, str]:

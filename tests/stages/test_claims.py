@@ -19,6 +19,7 @@ from stages.verdicts import (
     fp8_loss_verdict,
     growth_verdict,
     late_mean,
+    loss_gaps,
     measures,
     parity,
     relative_gap,
@@ -63,6 +64,33 @@ def test_parity_leaves_out_what_stands_at_the_control():
 ])
 def test_fp8_is_judged_against_the_limit_and_the_noise(worse, noise, verdict):
     assert fp8_loss_verdict(worse, noise)[0] == verdict
+
+
+def test_loss_gaps_pair_equal_seeds_and_average_over_windows(runs):
+    records = load(report_stage())
+    assert records.fp8_pairs == [("hybrid-fp8", "hybrid-bf16")]
+    path = runs / "pretrain/hybrid-fp8/training.csv"
+    twin = (runs / "pretrain/hybrid-bf16/training.csv").read_text().splitlines()
+    lines = [twin[0]]
+    for number, line in enumerate(twin[1:]):
+        step, tokens, loss, *rest = line.split(",")
+        lines.append(",".join([step, tokens, str(float(loss) * (1.01 if number % 2 else 0.99)), *rest]))
+    path.write_text("\n".join(lines) + "\n")
+    (gap,) = loss_gaps(load(report_stage())).values()
+    assert len(gap) == 20 and gap[-1][0] == records.training["hybrid-bf16"]["tokens"][-1]
+    assert max(abs(value) for _, value in gap) < 0.002        # single steps are off by 1 %
+
+
+def test_several_seeds_of_both_are_judged_by_the_spread_of_the_gap(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    extra = "variants.hybrid-fp8-seed2={architecture: hybrid, precision: fp8, seed: 2}"
+    params = load_params(ROOT / "params.yaml", (extra,))
+    write_runs(tmp_path, params)
+    records = load(report_stage(params))
+    assert records.fp8_pairs == [("hybrid-fp8", "hybrid-bf16"), ("hybrid-fp8-seed2", "hybrid-bf16-seed2")]
+    gap, smoothed = claim("BF16: loss", params).evidence
+    assert gap.measure.endswith("2 seeds") and gap.spread.startswith("the gap's spread over seeds")
+    assert smoothed.spread.startswith("± ")
 
 
 @pytest.mark.parametrize(("shortest", "longest", "contexts", "verdict"), [

@@ -35,7 +35,8 @@ def words(plot):
 def test_every_plot_is_there_with_its_words(drawn):
     expected = {
         "training-loss": "Loss (nats a token)", "validation": "Validation bits per byte", "gradient-norm": "Tokens",
-        "fp8-gap": "FP8, same seed", "layer-importance": "attention", "ffn-importance": "neurons",
+        "fp8-gap": "FP8, same seed", "loss-gap": "seed 1", "layer-importance": "attention",
+        "ffn-importance": "neurons",
         "candidates": "KL 0.141, chosen", "candidate-speed": "Decode step", "controls": "least important kept",
         "distillation": "random cut", "decode-speed": "transformer", "output-speed": "compressed",
         "cache-size": "Cache (MiB)", "bits-per-byte": "2.162",
