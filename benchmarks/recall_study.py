@@ -1,0 +1,183 @@
+"""What attention layers are for: recall tasks that separate Mamba-2 alone, hybrids and a Transformer.
+
+    python -m benchmarks.recall_study [--seeds 1,2] [--out FILE.json]
+
+Each model is trained on a task itself and asked for what it cannot have learnt by heart:
+
+    recall   multi-query associative recall (arXiv 2312.04927): pairs of a key and a value, then every key again in
+             another order; accuracy of the values
+    copy     tokens drawn at random, a mark, then the same tokens; accuracy of the copy
+
+The models differ in how many of their mixers are attention: none, about 8 % and 25 % of the layers by the paper's rules
+(`hybrid_pattern`), and all. Width, depth, batches, learning rates and steps are the same. Both tasks are given at a
+length at which the state of the Mamba-2 layers is too small to hold everything. On a GPU models and tasks are larger.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.hybrid_lm import HybridLM
+from model.presets import hybrid_pattern
+
+IGNORED = -100
+
+
+class Sizes(NamedTuple):
+    """Of models and tasks."""
+
+    layers: int
+    hidden: int
+    state: int
+    tokens: int                 # keys, and as many values; copied tokens are drawn from all of them
+    pairs: int                  # of a recall sequence in the test; training mixes a quarter, half and all of them
+    copied: int                 # tokens of a copy
+    batch: int
+    steps: int
+
+
+CPU = Sizes(layers=13, hidden=64, state=8, tokens=64, pairs=24, copied=48, batch=32, steps=600)
+GPU = Sizes(layers=24, hidden=256, state=16, tokens=512, pairs=128, copied=256, batch=64, steps=1500)
+TINY = Sizes(layers=13, hidden=32, state=8, tokens=8, pairs=4, copied=6, batch=8, steps=8)
+LEARNING_RATE, WARMUP = 2e-3, 0.1
+TEST_BATCHES = 8
+
+
+def patterns(layers: int) -> dict[str, str]:
+    """Share of attention -> pattern; every model has as many FFN layers as mixers, or nearly."""
+    return {
+        "0 %": "M-" * (layers // 2),
+        "8 %": hybrid_pattern(layers),
+        "25 %": hybrid_pattern(layers, 0.25),
+        "100 %": "*-" * (layers // 2),
+    }
+
+
+def model_config(pattern: str, sizes: Sizes) -> ModelConfig:
+    """The Transformer has rotary positions, as the paper's baseline; hybrids have none."""
+    head = min(64, sizes.hidden // 2)
+    return ModelConfig(
+        pattern=pattern, hidden_size=sizes.hidden, ffn_hidden_size=2 * sizes.hidden,
+        num_attention_heads=sizes.hidden // head, num_query_groups=sizes.hidden // head, head_dim=head,
+        mamba_num_heads=2 * sizes.hidden // head, mamba_head_dim=head, mamba_state_dim=sizes.state, mamba_num_groups=1,
+        chunk_size=32, position_embedding="none" if "M" in pattern else "rope",
+        sequence_length=max(4 * sizes.pairs, 2 * sizes.copied + 1), vocab_size=2 * sizes.tokens + 1,
+    )
+
+
+def recall_batch(sizes: Sizes, pairs: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Ids and labels (batch, 4 pairs): key value key value ..., then the keys in another order, each with its value."""
+    keys = torch.stack([torch.randperm(sizes.tokens, generator=draw)[:pairs] for _ in range(sizes.batch)])
+    values = torch.randint(sizes.tokens, keys.shape, generator=draw) + sizes.tokens
+    order = torch.stack([torch.randperm(pairs, generator=draw) for _ in range(sizes.batch)])
+    shown = torch.stack([keys, values], -1).flatten(1)
+    asked = torch.stack([keys.gather(1, order), values.gather(1, order)], -1).flatten(1)
+    ids = torch.cat([shown, asked], 1)
+    labels = torch.full_like(ids, IGNORED)
+    labels[:, 2 * pairs :: 2] = values.gather(1, order)         # at each key that is asked
+    return ids, labels
+
+
+def copy_batch(sizes: Sizes, length: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Ids and labels (batch, 2 length + 1): tokens, a mark, the tokens again."""
+    tokens = torch.randint(2 * sizes.tokens, (sizes.batch, length), generator=draw)
+    mark = torch.full((sizes.batch, 1), 2 * sizes.tokens)
+    ids = torch.cat([tokens, mark, tokens], 1)
+    labels = torch.full_like(ids, IGNORED)
+    labels[:, length:-1] = tokens
+    return ids, labels
+
+
+TASKS = {"recall": recall_batch, "copy": copy_batch}
+
+
+def lengths(task: str, sizes: Sizes) -> list[int]:
+    longest = sizes.pairs if task == "recall" else sizes.copied
+    return [max(1, longest // 4), max(1, longest // 2), longest]
+
+
+def train_and_test(task: str, pattern: str, sizes: Sizes, seed: int, device: torch.device) -> dict[str, Any]:
+    """Accuracy at the longest length after training, and its loss; chance is one in the number of tokens."""
+    torch.manual_seed(seed)
+    draw = torch.Generator().manual_seed(seed)
+    model = HybridLM(model_config(pattern, sizes)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.95))
+    shape = lengths(task, sizes)
+    started = time.monotonic()
+    for step in range(sizes.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * _shape(step / sizes.steps)
+        ids, labels = TASKS[task](sizes, shape[step % len(shape)], draw)
+        loss = F.cross_entropy(model(ids.to(device)).flatten(0, 1).float(), labels.flatten().to(device))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    right = asked = 0
+    test = torch.Generator().manual_seed(10_000 + seed)
+    with torch.no_grad():
+        for _ in range(TEST_BATCHES):
+            ids, labels = TASKS[task](sizes, shape[-1], test)
+            guesses = model(ids.to(device)).argmax(-1).cpu()
+            right += int((guesses == labels).sum())
+            asked += int((labels != IGNORED).sum())
+    return {"accuracy": right / asked, "loss": float(loss), "seconds": time.monotonic() - started,
+            "parameters": sum(parameter.numel() for parameter in model.parameters())}
+
+
+def _shape(progress: float) -> float:
+    """Linear warmup, then a cosine to a tenth."""
+    if progress < WARMUP:
+        return max(progress / WARMUP, 0.01)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (progress - WARMUP) / (1 - WARMUP)))
+
+
+def study(sizes: Sizes, seeds: list[int], device: torch.device, out: Path | None = None) -> list[dict[str, Any]]:
+    """A row for every task and share of attention."""
+    rows = []
+    for task in TASKS:
+        for share, pattern in patterns(sizes.layers).items():
+            runs = [train_and_test(task, pattern, sizes, seed, device) for seed in seeds]
+            found = [run["accuracy"] for run in runs]
+            rows.append({"task": task, "attention": share, "pattern": pattern, "accuracies": found, "runs": runs})
+            print(f"{task:7} {share:>6} {pattern:26} {statistics.fmean(found):6.1%} "
+                  f"({', '.join(f'{value:.1%}' for value in found)})  {sum(run['seconds'] for run in runs):.0f} s",
+                  flush=True)
+            if out:
+                out.write_text(json.dumps({"sizes": sizes._asdict(), "rows": rows}, indent=1) + "\n")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", default="1", help="by comma (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="of training, instead of the default")
+    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, to see whether all works")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_float32_matmul_precision("high")
+    sizes = TINY if arguments.tiny else GPU if device.type == "cuda" else CPU
+    if arguments.steps:
+        sizes = sizes._replace(steps=arguments.steps)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    print(f"{name}, torch {torch.__version__}, Python {platform.python_version()}; {sizes}\n"
+          f"chance: recall {1 / sizes.tokens:.1%}, copy {1 / (2 * sizes.tokens):.1%}")
+    print(f"{'task':7} {'attn':>6} {'pattern':26} accuracy (by seed)")
+    study(sizes, [int(seed) for seed in arguments.seeds.split(",")], device, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
