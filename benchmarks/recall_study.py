@@ -49,7 +49,7 @@ class Sizes(NamedTuple):
 
 
 CPU = Sizes(layers=13, hidden=64, state=8, tokens=64, pairs=24, copied=48, batch=32, steps=600)
-GPU = Sizes(layers=24, hidden=256, state=16, tokens=512, pairs=128, copied=256, batch=64, steps=1500)
+GPU = Sizes(layers=13, hidden=128, state=16, tokens=256, pairs=64, copied=128, batch=64, steps=1200)
 TINY = Sizes(layers=13, hidden=32, state=8, tokens=8, pairs=4, copied=6, batch=8, steps=8)
 LEARNING_RATE, WARMUP = 2e-3, 0.1
 TEST_BATCHES = 8

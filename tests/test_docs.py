@@ -1,4 +1,4 @@
-"""The configuration that docs/data.md shows is one the stages take."""
+"""The configuration that the guides show is one the stages take."""
 
 from __future__ import annotations
 
@@ -10,19 +10,27 @@ from pydantic import TypeAdapter
 from ruamel.yaml import YAML
 
 from data_pipeline.config import AnnotateConfig, ExecutorConfig, Source
+from stages.params import RuntimeConfig
 
 ROOT = Path(__file__).parent.parent
 
 
-def blocks() -> list[Any]:
-    found = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/data.md").read_text(), re.S)
+def blocks(guide: str) -> list[Any]:
+    found = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / guide).read_text(), re.S)
     return [YAML(typ="safe").load(block) for block in found]
 
 
 def test_the_guide_shows_what_the_stages_take() -> None:
-    sources, scorers, runtime = blocks()
+    sources, scorers, runtime = blocks("data.md")
     kinds = [source.kind for source in TypeAdapter(list[Source]).validate_python(sources)]
     assert kinds == ["installed", "hub", "web", "files"]
     field = AnnotateConfig.model_fields["scorers"]
     assert len(TypeAdapter(field.annotation).validate_python(scorers["scorers"])) == 3
     assert ExecutorConfig(**runtime["runtime"]).executor == "slurm"
+
+
+def test_the_guide_to_gpus_shows_launchers_and_layouts() -> None:
+    common = {"executor": "local", "workers": 1, "slots": 1, "threads": 1, "stage_timeout_minutes": 60}
+    torchrun, slurm = (RuntimeConfig(**common, **block["runtime"]) for block in blocks("gpu.md"))
+    assert (torchrun.launcher.kind, torchrun.data_parallel) == ("torchrun", 2)
+    assert slurm.launcher.processes == 1536 and slurm.launcher.slurm.directives == ["--exclusive"]
