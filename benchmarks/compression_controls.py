@@ -58,11 +58,11 @@ PARENT = ModelConfig(
     mamba_num_heads=8, mamba_head_dim=16, mamba_state_dim=16, mamba_num_groups=2, chunk_size=32, sequence_length=128,
     vocab_size=256,
 )
-BATCH = 8                       # sequences a step
+BATCH = 4                       # sequences a step
 DRAWS = 5                       # of random cuts without distillation
 SEEDS = (11, 12, 13)            # of distillation: data order, random cut, fresh weights
-DISTILLATION_STEPS = 300
-MULTIPLES = (1, 2, 4, 8)        # of these steps, from scratch
+DISTILLATION_STEPS = 250
+MULTIPLES = (1, 2, 4)        # of these steps, from scratch
 DROPPED = 3
 Weights = tuple[ModelConfig, dict[str, Tensor]]
 
@@ -267,7 +267,6 @@ def distillation(bench: Bench, base: CompressConfig) -> dict[str, Any]:
     gentle = base.model_copy(update={"micro_batch_size": BATCH, "checkpoint_every": 10**9, "learning_rate": 1e-3,
                                      "min_learning_rate": 1e-4, "warmup_fraction": 0.1})
     fresh = gentle.model_copy(update={"learning_rate": 4e-3, "min_learning_rate": 4e-5})
-    teacher = HybridLM.from_state(PARENT, bench.state, torch.bfloat16)
     after: dict[str, list[float]] = {}
 
     def train(students: dict[str, Weights], seed: int, config: CompressConfig, objective: Objective, times: int = 1
@@ -275,7 +274,7 @@ def distillation(bench: Bench, base: CompressConfig) -> dict[str, Any]:
         data = list(bench.text.sequences(times * DISTILLATION_STEPS * BATCH, 1000 + seed))
         with tempfile.TemporaryDirectory() as directory:
             pieces = Pieces(Path(directory))
-            done = distill(teacher, students, data, times * tokens, config, pieces, "arm", silent, objective)
+            done = distill(bench.teacher, students, data, times * tokens, config, pieces, "arm", silent, objective)
         return bench.losses({name: (students[name][0], state) for name, state in done.states.items()})
 
     before: dict[str, list[float]] = {}
@@ -310,7 +309,7 @@ def distillation(bench: Bench, base: CompressConfig) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=2000, help="of the parent's training, 1024 bytes each")
+    parser.add_argument("--steps", type=int, default=2000, help="of the parent's training, 512 bytes each")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -41,7 +41,7 @@ def compress(stage: Stage) -> dict[str, Any]:
         facts = {
             "parent": config.parent,
             "layers_kept": result.layers[name],
-            "precision": "bf16",
+            "precision": "bf16" if torch.cuda.is_available() else "float32",
             "seed": seed,
             "distillation_tokens": result.metrics["distillation_tokens"],
             "validation_bits_per_byte": result.metrics[f"validation_bits_per_byte_{name}"],

@@ -2,7 +2,8 @@
 
 The loss is the forward KL divergence KL(parent || student) of the logits at temperature 1, and nothing else: no
 cross-entropy, no hidden states. Students stand side by side in one run, so that all see the same tokens in the same
-order and the parent's logits are computed once. Both sides run in BF16, over float32 master weights of the students.
+order and the parent's logits are computed once. Both sides run in the teacher's number format (BF16 on a GPU; on a CPU
+float32, where BF16 is several times slower), over float32 master weights of the students.
 Cross-entropy on the next token instead is there as a control.
 """
 
@@ -51,13 +52,13 @@ class Distilled(NamedTuple):
 
 
 class _Student:
-    """A BF16 model, its float32 master weights and their optimiser, as in mixed-precision pretraining.
+    """A model, its float32 master weights and their optimiser, as in mixed-precision pretraining.
 
     Matrices decay, vectors (norms, biases, A_log, D) do not.
     """
 
-    def __init__(self, config: ModelConfig, state: Mapping[str, Tensor], device: torch.device):
-        self.model = HybridLM.from_state(config, state, torch.bfloat16).to(device)
+    def __init__(self, config: ModelConfig, state: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype):
+        self.model = HybridLM.from_state(config, state, dtype).to(device)
         self.parameters = dict(self.model.named_parameters())
         self.masters = {name: state[name].to(device, torch.float32, copy=True) for name in self.parameters}
         self.gradients = [torch.empty_like(master) for master in self.masters.values()]
@@ -103,15 +104,15 @@ def distill(
     is the weights, the optimisers and the step, which is also the position in the data.
 
     Args:
-        teacher: the parent, in BF16 or as `model.compression.fp8_teacher` makes it; training runs on its device.
+        teacher: the parent, or what `model.compression.fp8_teacher` makes of it; training runs on its device.
         students: name -> geometry and Hub-named weights, which are left as they are.
         sequences: (sequence_length + 1,) int64 each; at least as many as the tokens need.
         objective: `cross_entropy` leaves the teacher out.
     """
-    device = teacher.lm_head.weight.device
+    device, dtype = teacher.lm_head.weight.device, teacher.lm_head.weight.dtype
     batch_tokens = config.micro_batch_size * teacher.config.sequence_length
     steps = math.ceil(tokens / batch_tokens)
-    learners = {student: _Student(*weights, device) for student, weights in students.items()}
+    learners = {student: _Student(*weights, device, dtype) for student, weights in students.items()}
     curve: list[tuple[str, int, int, float]] = []
     saved = pieces.load(name)
     if saved:

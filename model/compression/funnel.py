@@ -120,7 +120,7 @@ def compress(
 
 
 class _Run:
-    """One compression: what its steps share. On a GPU everything runs in BF16, on a CPU scores are in float32."""
+    """One compression: what its steps share. Everything runs in BF16 on a GPU, in float32 on a CPU."""
 
     def __init__(
         self, parent: Weights, data: Data, config: CompressConfig, seed: int, pieces: Pieces,
@@ -254,10 +254,7 @@ class _Run:
         return {index: Closeness(*value) for index, value in plain.items()}
 
     def distil(self, starts: Mapping[str, Weights], tokens: int, name: str) -> Distilled:
-        if self.config.teacher_precision == "fp8":
-            teacher = fp8_teacher(self.teacher)
-        else:
-            teacher = HybridLM.from_state(self.parent.config, self.teacher.state_dict(), torch.bfloat16)
+        teacher = fp8_teacher(self.teacher) if self.config.teacher_precision == "fp8" else self.teacher
         return distill(teacher, starts, self.data.training, tokens, self.config, self.pieces, name, self.progress)
 
     # --- What came of it ----------------------------------------------------------------------------------------------

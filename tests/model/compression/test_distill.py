@@ -25,7 +25,7 @@ def students(parent):
 
 
 def run(parent, students, data, config, directory, progress=silent):
-    teacher = HybridLM.from_state(*parent, torch.bfloat16)
+    teacher = HybridLM.from_state(*parent)
     return distill(
         teacher, students, data.training, config.distillation_tokens, config, Pieces(directory), "run", progress
     )
