@@ -48,7 +48,7 @@ class Sizes(NamedTuple):
     steps: int
 
 
-CPU = Sizes(layers=13, hidden=64, state=8, tokens=64, pairs=24, copied=48, batch=32, steps=600)
+CPU = Sizes(layers=13, hidden=64, state=8, tokens=32, pairs=12, copied=24, batch=32, steps=600)
 GPU = Sizes(layers=13, hidden=128, state=16, tokens=256, pairs=64, copied=128, batch=64, steps=1200)
 TINY = Sizes(layers=13, hidden=32, state=8, tokens=8, pairs=4, copied=6, batch=8, steps=8)
 LEARNING_RATE, WARMUP = 2e-3, 0.1
