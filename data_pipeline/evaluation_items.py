@@ -1,16 +1,21 @@
 """Evaluation items from held-out text, by a seeded function, none of which shares an n-gram with training text.
 
-Four kinds, each of which a model of a few million parameters can say something about after minutes of training:
+Each kind is one that a model of a few million parameters can say something about after minutes of training:
 
 - bits per byte: held-out documents of each domain;
 - `syntax_pairs`: a line of real Python against the same line made ungrammatical, after the lines before it;
 - `cloze`: the true next word of a passage among words of the same length from other passages;
+- `signature`: after a docstring and a function's name, its parameters, or with one of them renamed
 - `recall`: `key = value` lines, then a key again: which of the values? (associative recall in context)
+- `copy_at_Nx`, `recall_at_Nx`, `needle_at_Nx`: what stood in a context of N training lengths (`context_items`)
 
-A score means little without what no training at all reaches. `control` gives that: the stronger of DEFLATE and LZMA
-on the same items. Without care a compressor solves such tasks: naive cloze and syntax items gave it 0.57 and 0.96. So
-in these two tasks the wrong choices are ones that both compressors need as many bytes for as for the true one. `recall`
-is left as it is: finding a repeated key is exactly what a compressor does; its score says that no knowledge is needed.
+A score means little without what no training at all reaches. `control` gives that: the best of DEFLATE, LZMA and the
+tokenizer, whose fewest tokens a model with random weights prefers. Without care these solve such tasks: naive cloze and
+syntax items gave a compressor 0.57 and 0.96, and the tokenizer still 0.8 where compressors were at chance. So in these
+and in `signature` the wrong choices are ones that take as many bytes by either compressor, and as many tokens, as the
+true one.
+Where the answer stood in the context they are left as they are: finding a repeated key is exactly what a compressor
+does; its score says that no knowledge is needed.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ import random
 import re
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -31,13 +36,16 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from data_pipeline import context_items, signatures
 from data_pipeline.config import DataError
+from data_pipeline.context_items import Asked, CountTokens
 from data_pipeline.steps.decontaminate import hash_set, is_in, ngram_hashes
 from data_pipeline.syntax_pairs import faulty_lines
 
 OVERSUPPLY = 2                  # candidates made for each item wanted: some are refused or dropped for balance
 DOCUMENTS_PER_DOMAIN = 12       # at least, so that the standard error over documents means something
 ITEMS_PER_DOCUMENT = 6
+Measure = Callable[[str], int]
 
 
 @dataclass(frozen=True)
@@ -85,11 +93,15 @@ def build(
     bits_per_byte_kilobytes: int,
     recall_pairs: int,
     context_tokens: int,
+    context_multiples: Sequence[int],
+    items_per_context: int,
+    count_tokens: CountTokens,
     seed: int,
 ) -> EvaluationItems:
     """Items from `curated/heldout`, checked against `curated/train`.
 
-    Contexts are kept to two characters a token of `context_tokens`, so that they are not cut off. A task has fewer than
+    Contexts are kept to two characters a token of `context_tokens`, so that they are not cut off; those of
+    `context_items` are as long as a multiple of `context_tokens` by `count_tokens`. A task has fewer than
     `items_per_task` items where the held-out text yields no more.
 
     Raises DataError where a domain or task gets no item at all, or a recall item cannot fit the context.
@@ -99,7 +111,7 @@ def build(
     by_domain = {
         domain: [document for document in documents if document.domain == domain] for domain in manifest["heldout"]
     }
-    wanted = OVERSUPPLY * items_per_task
+    wanted, costs = OVERSUPPLY * items_per_task, Costs(count_tokens)
     domain_bytes = 1000 * bits_per_byte_kilobytes
     texts = {
         domain: _texts(members, domain_bytes, random.Random(f"{seed}:texts:{domain}"))
@@ -107,11 +119,21 @@ def build(
     }
     tasks = {
         "syntax_pairs": _syntax_pairs(
-            by_domain.get("code", []), wanted, context_tokens, random.Random(f"{seed}:syntax_pairs")
+            by_domain.get("code", []), wanted, context_tokens, costs, random.Random(f"{seed}:syntax_pairs")
         ),
-        "cloze": _cloze(by_domain, wanted, 2 * context_tokens, random.Random(f"{seed}:cloze")),
+        "cloze": _cloze(by_domain, wanted, 2 * context_tokens, costs, random.Random(f"{seed}:cloze")),
+        "signature": _signatures(
+            by_domain.get("code", []), wanted, context_tokens, costs, random.Random(f"{seed}:signature")
+        ),
         "recall": _recall(wanted, recall_pairs, context_tokens, random.Random(f"{seed}:recall")),
     }
+    sizes = dict.fromkeys(tasks, items_per_task)
+    for multiple in context_multiples:
+        for task, asked in _context_tasks(documents, multiple * context_tokens, count_tokens, f"{seed}:{multiple}"):
+            name = f"{task}_at_{multiple}x"
+            tasks[name] = [ChoiceItem(f"{name}/{number}", *item) for number, item in
+                           enumerate(islice(asked, OVERSUPPLY * items_per_context))]
+            sizes[name] = items_per_context
     candidates = [item.text for items in texts.values() for item in items]
     candidates += [item.context + item.choices[item.answer] for items in tasks.values() for item in items]
     seen = set(_seen_in_training(candidates, curated / "train", manifest["decontamination_ngram"]))
@@ -120,7 +142,7 @@ def build(
         for domain, items in texts.items()
     }
     tasks = {
-        task: [item for item in items if item.context + item.choices[item.answer] not in seen][:items_per_task]
+        task: [item for item in items if item.context + item.choices[item.answer] not in seen][: sizes[task]]
         for task, items in tasks.items()
     }
     for name, items in [*texts.items(), *tasks.items()]:
@@ -130,6 +152,25 @@ def build(
                 "Raise `curate.megabytes_per_domain` or `curate.held_out_fraction`, or lower `evaluate.context_tokens`."
             )
     return EvaluationItems(texts, tasks, refused=sum(text in seen for text in candidates))
+
+
+def write(path: Path, items: EvaluationItems, controls: Mapping[str, float]) -> None:
+    """One JSON file with every item and what no training reaches on them."""
+    path.write_text(json.dumps({"controls": controls, **asdict(items)}, indent=1, ensure_ascii=False) + "\n")
+
+
+def read(path: Path) -> tuple[EvaluationItems, dict[str, float]]:
+    """What `write` wrote. Raises DataError."""
+    try:
+        content = json.loads(path.read_text())
+        texts = {domain: [TextItem(**row) for row in rows] for domain, rows in content["texts"].items()}
+        tasks = {
+            task: [ChoiceItem(row["id"], row["context"], tuple(row["choices"]), row["answer"]) for row in rows]
+            for task, rows in content["tasks"].items()
+        }
+        return EvaluationItems(texts, tasks, content["refused"]), content["controls"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: not evaluation items ({error!r}).\nRun the stage `items` again.") from None
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -205,7 +246,9 @@ def _up_to_bytes(items: list[TextItem], size: int) -> list[TextItem]:
 # --- syntax pairs -------------------------------------------------------------------------------------------------
 
 
-def _syntax_pairs(documents: list[Document], wanted: int, context_size: int, rng: random.Random) -> list[ChoiceItem]:
+def _syntax_pairs(
+    documents: list[Document], wanted: int, context_size: int, costs: Costs, rng: random.Random
+) -> list[ChoiceItem]:
     """A true line and the same line with a fault, after the lines before it.
 
     The fault is decided by what stands before and on the line: with it, no continuation is Python.
@@ -220,7 +263,7 @@ def _syntax_pairs(documents: list[Document], wanted: int, context_size: int, rng
         def admissible(row: int, wrong: str, lines: list[str] = lines) -> bool:
             context = _last_lines(lines[:row], context_size)
             long_enough = len(context.strip()) >= context_size // 4
-            return long_enough and _costs_are(context + wrong + "\n", _costs(context + lines[row] + "\n"))
+            return long_enough and costs.equal(context + wrong + "\n", costs.of(context + lines[row] + "\n"))
 
         for row, wrong in islice(faulty_lines(document.text, used, rng, admissible), ITEMS_PER_DOCUMENT):
             context = _last_lines(lines[:row], context_size)
@@ -247,7 +290,7 @@ TRIED_DISTRACTORS = 160
 
 
 def _cloze(
-    by_domain: dict[str, list[Document]], wanted: int, context_size: int, rng: random.Random
+    by_domain: dict[str, list[Document]], wanted: int, context_size: int, costs: Costs, rng: random.Random
 ) -> list[ChoiceItem]:
     """Domains take turns. Words of one length and domain are exchangeable: a word's frequency alone tells nothing."""
     per_domain = -(-wanted // len(by_domain))
@@ -263,7 +306,8 @@ def _cloze(
                 break
             context = document.text[max(0, match.start() - context_size) : match.start()]
             others = [word for identity, word in pools[len(match[1])] if identity != document.id]
-            choices = _equally_dear(context, match[1], rng.sample(others, min(TRIED_DISTRACTORS, len(others))))
+            tried = rng.sample(others, min(TRIED_DISTRACTORS, len(others)))
+            choices = costs.equally_dear(context, f" {match[1]}", [f" {word}" for word in tried])
             if len(choices) == 4:
                 made.append(_shuffled(f"cloze/{document.id[:16]}/{match.start()}", context, choices, rng))
         items.append(made)
@@ -283,16 +327,26 @@ def _places(
     return places
 
 
-def _equally_dear(context: str, word: str, others: list[str]) -> tuple[str, ...]:
-    """" word" and up to three of `others` that each compressor needs as many bytes for after `context`."""
-    costs = _costs(f"{context} {word}")
-    kept = [word]
-    for other in others:
-        if len(kept) == 4:
+# --- signatures ---------------------------------------------------------------------------------------------------
+
+
+def _signatures(
+    documents: list[Document], wanted: int, context_size: int, costs: Costs, rng: random.Random
+) -> list[ChoiceItem]:
+    """A function's true signature among ones with a parameter renamed, after its docstring and name."""
+    asked: list[signatures.Function] = []
+    for document in rng.sample(documents, len(documents)):
+        found = signatures.functions(document.id, document.text)
+        asked += rng.sample(found, min(ITEMS_PER_DOCUMENT, len(found)))
+        if len(asked) >= 4 * wanted:
             break
-        if other not in kept and _costs_are(f"{context} {other}", costs):
-            kept.append(other)
-    return tuple(f" {choice}" for choice in kept)
+    items = []
+    for function, context, choices in islice(
+        signatures.questions(asked, context_size, costs.equally_dear, rng), wanted
+    ):
+        identity = f"signature/{function.document[:16]}/{function.row + 1}"
+        items.append(_shuffled(identity, context, choices, rng))
+    return items
 
 
 # --- recall -------------------------------------------------------------------------------------------------------
@@ -322,6 +376,18 @@ def _recall(wanted: int, pairs: int, context_tokens: int, rng: random.Random) ->
     return items
 
 
+def _context_tasks(
+    documents: list[Document], length: int, count_tokens: CountTokens, seed: str
+) -> list[tuple[str, Iterator[Asked]]]:
+    """The tasks of `context_items` at `length` tokens."""
+    texts = [document.text for document in documents]
+    return [
+        ("copy", context_items.copies(length, count_tokens, random.Random(f"{seed}:copy"))),
+        ("recall", context_items.recalls(length, count_tokens, random.Random(f"{seed}:recall"))),
+        ("needle", context_items.needles(texts, length, count_tokens, random.Random(f"{seed}:needle"))),
+    ]
+
+
 def _shuffled(identity: str, context: str, choices: tuple[str, ...], rng: random.Random) -> ChoiceItem:
     """An item whose true choice, the first of `choices`, stands anywhere."""
     order = rng.sample(range(len(choices)), len(choices))
@@ -346,20 +412,40 @@ def lzma_size(data: bytes) -> int:
 COMPRESSORS = (deflate_size, lzma_size)
 
 
-def _costs(text: str) -> list[int]:
-    return [size(text.encode()) for size in COMPRESSORS]
+class Costs:
+    """What a text costs without any training of a model: bytes by either compressor, and tokens."""
+
+    def __init__(self, count_tokens: CountTokens):
+        self.measures: tuple[Measure, ...] = (
+            lambda text: deflate_size(text.encode()), count_tokens, lambda text: lzma_size(text.encode())
+        )
+
+    def of(self, text: str) -> list[int]:
+        return [measure(text) for measure in self.measures]
+
+    def equal(self, text: str, costs: list[int]) -> bool:
+        """Whether `text` costs just as much; the quickest measure is asked first."""
+        return all(measure(text) == cost for measure, cost in zip(self.measures, costs, strict=True))
+
+    def equally_dear(self, context: str, true: str, others: list[str]) -> tuple[str, ...]:
+        """`true` and up to three of `others` that cost as much after `context`."""
+        costs = self.of(context + true)
+        kept = [true]
+        for other in others:
+            if len(kept) == 4:
+                break
+            if other not in kept and self.equal(context + other, costs):
+                kept.append(other)
+        return tuple(kept)
 
 
-def _costs_are(text: str, costs: list[int]) -> bool:
-    """Whether each compressor needs `costs` bytes for `text`; the quick one is asked first."""
-    return all(size(text.encode()) == cost for size, cost in zip(COMPRESSORS, costs, strict=True))
-
-
-def control(items: EvaluationItems, window_bytes: int) -> dict[str, float]:
+def control(items: EvaluationItems, window_bytes: int, count_tokens: CountTokens) -> dict[str, float]:
     """What no training reaches on `items`.
 
-    A compressor's `bits_per_byte(_DOMAIN)_compressor` and `TASK_accuracy_control`; a guess's `TASK_accuracy_chance`.
+    A compressor's `bits_per_byte(_DOMAIN)_compressor`; `TASK_accuracy_control`, the best of the compressors and of
+    taking the fewest tokens; a guess's `TASK_accuracy_chance`.
     """
+    sizes = Costs(count_tokens).measures
     metrics: dict[str, float] = {}
     bits, size = 0, 0
     for domain, documents in items.texts.items():
@@ -369,7 +455,7 @@ def control(items: EvaluationItems, window_bytes: int) -> dict[str, float]:
         bits, size = bits + domain_bits, size + domain_size
     metrics["bits_per_byte_compressor"] = bits / size
     for task, choices in items.tasks.items():
-        metrics[f"{task}_accuracy_control"] = compressor_accuracy(choices)
+        metrics[f"{task}_accuracy_control"] = cheapest_accuracy(choices, sizes)
         metrics[f"{task}_accuracy_chance"] = sum(1 / len(item.choices) for item in choices) / len(choices)
     return metrics
 
@@ -387,14 +473,14 @@ def compressor_bits(texts: Sequence[str], window_bytes: int) -> int:
     return min(8 * sum(size(window) for window in windows) for size in COMPRESSORS)
 
 
-def compressor_accuracy(items: Sequence[ChoiceItem]) -> float:
-    """Share of items where the true choice compresses best after its context; of k equal ones it gets 1/k.
+def cheapest_accuracy(items: Sequence[ChoiceItem], measures: Sequence[Measure]) -> float:
+    """Share of items where the true choice costs least after its context; of k equal ones it gets 1/k.
 
-    Of the two compressors the one that does better on these items.
+    Of the measures the one that does best on these items.
     """
-    return max(sum(_credit(item, size) for item in items) / len(items) for size in COMPRESSORS)
+    return max(sum(_credit(item, measure) for item in items) / len(items) for measure in measures)
 
 
-def _credit(item: ChoiceItem, size: Callable[[bytes], int]) -> float:
-    costs = [size((item.context + choice).encode()) for choice in item.choices]
+def _credit(item: ChoiceItem, measure: Measure) -> float:
+    costs = [measure(item.context + choice) for choice in item.choices]
     return (costs[item.answer] == min(costs)) / costs.count(min(costs))

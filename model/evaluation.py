@@ -1,20 +1,22 @@
 """Our models under lm-evaluation-harness, offline: an adapter for `HybridLM` and the tasks of the default corpus.
 
 The harness (EleutherAI, 0.4) does what it is good at: requests, metrics, standard errors. `HarnessLM` answers its
-log-likelihood requests with the numbers its own Hugging Face adapter gives, several times faster: choices that share a
-context are scored in one pass, and logits are made only where they are asked for.
+requests with the numbers its own Hugging Face adapter gives, several times faster: choices that share a context are
+scored in one pass, and logits are made only where they are asked for. Weights are float32 on any device.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import io
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
@@ -23,16 +25,22 @@ from lm_eval.api.metrics import bits_per_byte, bootstrap_stderr
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate as harness_evaluate
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tokenizers import Tokenizer
 
 from model import hub
 from model.config import ModelError
 from model.hybrid_lm import HybridLM
+from model.model_card import CardScore
 
-BATCH_TOKENS = {"cpu": 2048, "cuda": 16_384}        # on a CPU, what stays in its cache is fastest
+if TYPE_CHECKING:
+    from model.inference import Decoder
+
+BATCH_TOKENS = {"cpu": 2048, "cuda": 32_768}        # on a CPU, what stays in its cache is fastest
 BOOTSTRAP_SAMPLES = 1000
 SAMPLES_SHOWN = 5               # items a task in the samples
+SHOWN_CHARACTERS = 500
 
 Pair = tuple[list[int], list[int]]                  # tokens of the context, tokens to be scored after it
 Score = tuple[float, bool]                          # log-likelihood in nats, whether each token was the likeliest
@@ -46,6 +54,7 @@ class HarnessLM(TemplateLM):
         tokenizer: the exported tokenizer; text that spells a special token is encoded as text.
         eot_token_id: id that ends a document, and stands before its first token.
         max_length: tokens of context a prediction may see; longer requests lose their beginning.
+        choice_length: the same for choices and generation, where these may see more; otherwise `max_length`.
         scratch: directory for scores of finished batches; a later run with the same requests goes on from them.
         progress: `progress(step, total)`, counted in scored continuations or windows.
     """
@@ -56,6 +65,7 @@ class HarnessLM(TemplateLM):
         tokenizer: Tokenizer,
         eot_token_id: int,
         max_length: int,
+        choice_length: int | None = None,
         scratch: Path | None = None,
         progress: Callable[[int, int], None] = lambda step, total: None,
     ):
@@ -64,7 +74,7 @@ class HarnessLM(TemplateLM):
         self._device = next(model.parameters()).device
         self.encoder = tokenizer
         self.encoder.encode_special_tokens = True
-        self.max_length = max_length
+        self.max_length, self.choice_length = max_length, choice_length or max_length
         self.scratch, self.progress = scratch, progress
         self._eot_token_id = eot_token_id
 
@@ -80,10 +90,49 @@ class HarnessLM(TemplateLM):
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        raise ModelError(
-            "A task asks for generated text; this adapter only scores text.\n"
-            "Use log-likelihood tasks, or lm-eval's own `hf` model on the exported directory."
-        )
+        """The likeliest text after each request's prompt, up to a stop sequence or its number of tokens.
+
+        A prompt that leaves no room in `choice_length` for as many tokens loses its beginning. Raises ModelError where
+        a request wants samples, or more tokens than fit at all.
+        """
+        answers = []
+        for done, request in enumerate(requests, start=1):
+            prompt, asked = request.args
+            options = normalize_gen_kwargs(dict(asked))
+            room = self.choice_length - options["max_gen_toks"]
+            if options["do_sample"] or room < 1:
+                raise ModelError(
+                    f"A request wants {'samples' if options['do_sample'] else str(options['max_gen_toks']) + ' tokens'}"
+                    f"; this adapter generates the likeliest text in {self.choice_length} tokens, prompt included.\n"
+                    "Raise `evaluate.context_tokens` or `evaluate.context_multiples`, or leave the task out."
+                )
+            ids = (self.tok_encode(prompt) or [self.prefix_token_id])[-room:]
+            answers.append(self._likeliest(ids, options["max_gen_toks"], options["until"]))
+            self.progress(done, len(requests))
+        return answers
+
+    @functools.cached_property
+    def decoder(self) -> Decoder:
+        from model.inference import Decoder  # imports torch's compiler, for which scoring has no use
+
+        return Decoder(self.model, self.choice_length)
+
+    def _likeliest(self, prompt: list[int], tokens: int, stops: Sequence[str]) -> str:
+        """At most `tokens` tokens after `prompt`, cut before the first of `stops`."""
+        logits = self.decoder.prefill(torch.tensor([prompt], device=self._device))
+        chosen: list[int] = []
+        text = ""
+        while len(chosen) < tokens:
+            token = int(logits[0].argmax())
+            if token == self.eot_token_id:
+                break
+            chosen.append(token)
+            text = self.encoder.decode(chosen, skip_special_tokens=True)
+            if any(stop and stop in text for stop in stops):
+                break
+            if len(chosen) < tokens:
+                logits = self.decoder.decode(torch.tensor([token], device=self._device))
+        return min((text.split(stop)[0] for stop in stops if stop), key=len, default=text)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood in nats of each whole text, in disjoint windows of `max_length` tokens."""
@@ -95,26 +144,28 @@ class HarnessLM(TemplateLM):
                 windows.append(make_disjoint_window(window))
                 owners.append(number)
         totals = [0.0] * len(requests)
-        for owner, (score, _) in zip(owners, self._scores("rolling", windows), strict=True):
+        for owner, (score, _) in zip(owners, self._scores("rolling", windows, self.max_length), strict=True):
             totals[owner] += score
         return totals
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[Score]:
-        return self._scores("choices", [(context, continuation) for _, context, continuation in requests])
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        return self._scores("choices", pairs, self.choice_length)
 
-    def _scores(self, kind: str, pairs: Sequence[Pair]) -> list[Score]:
-        """Score of each pair. Batches finished by an interrupted run are read from `scratch`."""
-        if any(not context or not 0 < len(continuation) <= self.max_length for context, continuation in pairs):
+    def _scores(self, kind: str, pairs: Sequence[Pair], window: int) -> list[Score]:
+        """Score of each pair in `window` tokens. Batches finished by an interrupted run are read from `scratch`."""
+        if any(not context or not 0 < len(continuation) <= window for context, continuation in pairs):
             raise ModelError(
-                f"A request has no context, nothing to score, or more to score than {self.max_length} tokens.\n"
+                f"A request has no context, nothing to score, or more to score than {window} tokens.\n"
                 "Raise `evaluate.context_tokens`, or mend the task."
             )
-        inputs = [(context + continuation)[-(self.max_length + 1) : -1] for context, continuation in pairs]
+        inputs = [(context + continuation)[-(window + 1) : -1] for context, continuation in pairs]
         scores: dict[int, Score] = {}
+        asked = hashlib.sha256(json.dumps([window, pairs]).encode()).hexdigest()[:12] if self.scratch else ""
         for number, batch in enumerate(self._batches(inputs)):
-            piece = self.scratch / f"{kind}-{number:06d}.json" if self.scratch else None
+            piece = self.scratch / f"{kind}-{number:06d}-{asked}.json" if self.scratch else None
             if piece and piece.exists():
                 finished = [(index, (score, greedy)) for index, score, greedy in json.loads(piece.read_text())]
                 piece.with_name("resumed").touch()
@@ -223,10 +274,17 @@ def choice_task(name: str, rows: Sequence[Mapping[str, Any]]) -> LocalTask:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`metrics`: flat figures; `samples`: for each task a few items with what the model made of them."""
+    """What a model made of the items.
+
+    Attributes:
+        metrics: flat figures.
+        samples: for each task a few items with what the model made of them.
+        scores: by item, in order: of `bits_per_byte_DOMAIN` (log-likelihood in nats, bytes), of a task 1 where right.
+    """
 
     metrics: dict[str, float]
     samples: dict[str, list[dict[str, Any]]]
+    scores: dict[str, list[Any]]
 
 
 def evaluate(
@@ -243,7 +301,8 @@ def evaluate(
     tasks = {name: text_task(name, rows) for name, rows in domains.items()}
     tasks |= {name: choice_task(name, rows) for name, rows in choices.items()}
     outcome = harness_evaluate(model, {"tasks": tasks, "groups": {}}, bootstrap_iters=BOOTSTRAP_SAMPLES)
-    results, samples = outcome["results"], outcome["samples"]
+    results = outcome["results"]
+    samples = {name: sorted(rows, key=lambda row: row["doc_id"]) for name, rows in outcome["samples"].items()}
     metrics: dict[str, float] = {}
     everything: list[tuple[float, int]] = []            # log-likelihood, bytes
     for name in domains:
@@ -258,7 +317,25 @@ def evaluate(
         metrics[f"{name}_items"] = len(samples[name])
     shown = {name: [_text_sample(sample) for sample in samples[name][:SAMPLES_SHOWN]] for name in domains}
     shown |= {name: [_choice_sample(sample) for sample in samples[name][:SAMPLES_SHOWN]] for name in choices}
-    return Evaluation(metrics, shown)
+    scores: dict[str, list[Any]] = {
+        name: [[round(score, 4), size] for score, size in (row["bits_per_byte"] for row in samples[name])]
+        for name in domains
+    }
+    scores |= {name: [int(row["acc"]) for row in samples[name]] for name in choices}
+    return Evaluation(metrics, shown, scores)
+
+
+def card_scores(metrics: Mapping[str, Any]) -> list[CardScore]:
+    """The model card's results from `evaluate`'s figures and their controls."""
+    scores = []
+    for key, value in metrics.items():
+        if f"{key}_stderr" in metrics:
+            if f"{key}_compressor" in metrics:
+                control = f"{metrics[f'{key}_compressor']:.3f}"
+            else:
+                control = f"{metrics[f'{key}_control']:.3f}, {metrics[f'{key}_chance']:.3f}"
+            scores.append(CardScore(key.replace("_", " "), value, metrics[f"{key}_stderr"], control))
+    return scores
 
 
 def _bootstrap_stderr(scored: list[tuple[float, int]]) -> float:
@@ -271,7 +348,7 @@ def _bootstrap_stderr(scored: list[tuple[float, int]]) -> float:
 def _text_sample(sample: dict[str, Any]) -> dict[str, Any]:
     document = sample["doc"]
     figure = bits_per_byte([sample["bits_per_byte"]])
-    return {"id": document["id"], "text": document["text"][:500], "bits_per_byte": round(figure, 4)}
+    return {"id": document["id"], "text": document["text"][:SHOWN_CHARACTERS], "bits_per_byte": round(figure, 4)}
 
 
 def _choice_sample(sample: dict[str, Any]) -> dict[str, Any]:
@@ -279,7 +356,7 @@ def _choice_sample(sample: dict[str, Any]) -> dict[str, Any]:
     scores = [score for score, _ in sample["filtered_resps"]]
     return {
         "id": document["id"],
-        "context": document["context"],
+        "context": document["context"][-SHOWN_CHARACTERS:],
         "choices": document["choices"],
         "log_likelihoods": [round(score, 4) for score in scores],
         "answer": document["answer"],

@@ -1,4 +1,4 @@
-"""Weights as a Hugging Face directory: config.json, safetensors, generation_config.json, model card.
+"""Weights as a Hugging Face directory and back: config.json, safetensors, generation_config.json, training.json, card.
 
 Hybrids are written as `nemotron_h` with a config.json by hand, since the one transformers 5 saves lacks what vLLM,
 SGLang, MLX and llama.cpp read. Two of its values are not obvious: `time_step_min` is 1e-9 because transformers takes it
@@ -6,14 +6,15 @@ as a floor for dt when it reads a prompt (and no other loader, nor our model, ha
 written because one alone makes llama.cpp expect experts. The Transformer baseline is an `arcee` model (RMSNorm, RoPE,
 grouped-query attention, ungated squared ReLU), which differs in names alone.
 
-In memory both have the names of `HybridLM`: `backbone.layers.0.mixer.in_proj.weight`.
+In memory both have the names of `HybridLM`: `backbone.layers.0.mixer.in_proj.weight`. training.json holds what the
+checkpoint says of its training, which no loader reads: an export that is imported and exported again is the same bytes.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,8 +29,18 @@ from model.hybrid_lm import FLOAT32_PARAMETERS, HybridLM
 from model.model_card import model_card
 
 EOD_ID, PAD_ID = 2, 3       # `</s>`, which begins and ends documents, and `<pad>`: data_pipeline.tokenizer's ids
+SPECIAL_TOKENS: dict[str, Any] = {"bos_token_id": EOD_ID, "eos_token_id": EOD_ID, "pad_token_id": PAD_ID}
+SHARD_GIGABYTES = 5.0       # transformers' own
 LAYER_TYPES = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*", "mlp": "-"}
+# What HybridLM computes, whatever the file says of it: another value would be another model. Absent means this value.
+FIXED = {
+    "mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "use_conv_bias": True, "use_bias": False,
+    "mamba_proj_bias": False, "mlp_bias": False, "attention_bias": False, "tie_word_embeddings": False,
+    "sliding_window": None, "hidden_act": "relu2",
+}
+NO_LIMIT = ([0.0, float("inf")], [0.0, {"__float__": "Infinity"}])      # of dt; the second as transformers 5 writes it
 State = dict[str, Tensor]
+Shape = tuple[int, ...]
 
 
 def save(
@@ -38,6 +49,9 @@ def save(
     state: Mapping[str, Tensor],
     training: Mapping[str, Any],
     dtype: Literal["float32", "bfloat16"],
+    *,
+    special_tokens: Mapping[str, Any] = SPECIAL_TOKENS,
+    shard_gigabytes: float = SHARD_GIGABYTES,
 ) -> None:
     """Write `state` and its description into `directory`, which may exist.
 
@@ -45,12 +59,16 @@ def save(
         state: every parameter of HybridLM(config) by name, any float type.
         training: what is true of the weights (checkpoint's model.json), for the model card.
         dtype: of the stored tensors; A_log, D and dt_bias are float32 in any file, for loaders that keep them so.
+        special_tokens: content of generation_config.json: ids of the tokenizer that is to stand beside.
+        shard_gigabytes: weights beyond it are several files and an index (10**9 bytes).
 
     Raises:
         ModelError: the state is not that of `config`, or no Hub architecture has this geometry.
     """
     architecture = _architecture(config)
-    check_state(config, state, "The weights to export")
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    _check_homogeneous(config, shapes)
+    check_shapes(config, shapes, "The weights to export")
     names = _arcee_names(config) if architecture == "arcee" else {name: name for name in state}
     stored = {
         names[name]: tensor.detach().to(         # a copy: views of one fused weight cannot be stored
@@ -60,7 +78,9 @@ def save(
         for name, tensor in state.items()
     }
     directory.mkdir(parents=True, exist_ok=True)
-    save_torch_state_dict(stored, directory, metadata={"format": "pt"})
+    save_torch_state_dict(
+        stored, directory, metadata={"format": "pt"}, max_shard_size=int(shard_gigabytes * 1e9)
+    )
     shared = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -78,59 +98,103 @@ def save(
         "use_cache": True,
         "torch_dtype": dtype,
     }
-    special = {"bos_token_id": EOD_ID, "eos_token_id": EOD_ID, "pad_token_id": PAD_ID}
+    special = {name: special_tokens.get(name) for name in SPECIAL_TOKENS}
     own = _arcee_config(config) if architecture == "arcee" else _nemotron_h_config(config)
     _write_json(directory / "config.json", own | shared | special)
-    _write_json(directory / "generation_config.json", special)
+    _write_json(directory / "generation_config.json", dict(special_tokens))
+    _write_json(directory / "training.json", dict(training))
     parameters = sum(tensor.numel() for tensor in stored.values())
     (directory / "README.md").write_text(model_card(config, parameters, training, dtype))
 
 
-def load(directory: Path | str) -> tuple[ModelConfig, State]:
-    """The geometry and the weights (float32, CPU, HybridLM's names) of a Hub directory.
+def load(directory: Path | str, dtype: torch.dtype | None = torch.float32) -> tuple[ModelConfig, State]:
+    """The geometry and the weights (CPU, HybridLM's names) of a Hub directory, in `dtype` or, if None, as stored.
 
-    Reads what `save` wrote, and what transformers' `save_pretrained` makes of it.
+    Reads what `save` wrote, what transformers' `save_pretrained` makes of it, and Nemotron-H as NVIDIA publishes it;
+    names may begin with `backbone.` or `model.`. Names and shapes are checked before any tensor is read.
 
     Raises:
         ModelError: a file is missing or broken, the model is of another type, or weights and config.json differ.
     """
     directory = Path(directory)
+    config = read_config(directory)
+    files = check_files(directory, config)
+    names = _names_there(config)
+    state: State = {}
+    for file in files:
+        with safe_open(directory / file, framework="pt") as tensors:
+            for name in tensors.keys():     # noqa: SIM118
+                tensor = tensors.get_tensor(name)
+                state[names(name)] = tensor if dtype is None else tensor.to(dtype)
+    return config, state
+
+
+def read_config(directory: Path) -> ModelConfig:
+    """The geometry in config.json. Raises ModelError where it is not one that HybridLM computes."""
     path = directory / "config.json"
-    values = _read_json(path)
+    values = read_json(path)
+    readers = {"nemotron_h": _from_nemotron_h, "arcee": _from_arcee}
     try:
-        if values.get("model_type") == "nemotron_h":
-            config = _from_nemotron_h(values)
-        elif values.get("model_type") == "arcee":
-            config = _from_arcee(values)
-        else:
+        if values.get("model_type") not in readers:
             raise ModelError(
                 f"{path}: model_type is {values.get('model_type')!r}, known are 'nemotron_h' and 'arcee'.\n"
-                "Give a directory that the `export` stage wrote."
+                "Give a Nemotron-H, or a directory that the `export` stage wrote."
             )
+        for name, expected in FIXED.items():
+            if values.get(name, expected) != expected:
+                raise ModelError(
+                    f"{path}: {name} is {values[name]!r}; the model here is made for {expected!r}.\n"
+                    "Take a model without it."
+                )
+        if values.get("time_step_limit", NO_LIMIT[0]) not in NO_LIMIT:
+            raise ModelError(
+                f"{path}: time_step_limit is {values['time_step_limit']}; the model here puts no limits to dt.\n"
+                "Take a model without it."
+            )
+        return readers[values["model_type"]](values)
     except KeyError as error:
-        raise ModelError(f"{path}: {error} is missing.\nExport the model again.") from None
+        raise ModelError(f"{path}: {error} is missing.\nExport or download the model again.") from None
     except ValidationError as error:
         item = error.errors()[0]
         where = ".".join(map(str, item["loc"])) or "geometry"
-        raise ModelError(f"{path}: {where}: {item['msg']}.\nExport the model again.") from None
-    stored = _read_tensors(directory)
-    if values["model_type"] == "arcee":
-        internal = {name: ours for ours, name in _arcee_names(config).items()}
-        stored = {internal.get(name, name): tensor for name, tensor in stored.items()}
-    check_state(config, stored, str(directory))
-    return config, {name: tensor.float() for name, tensor in stored.items()}
+        raise ModelError(f"{path}: {where}: {item['msg']}.\nExport or download the model again.") from None
 
 
-def check_state(config: ModelConfig, state: Mapping[str, Tensor], what: str) -> None:
-    """Raise ModelError, naming the tensors, unless `state` has exactly the names and shapes of HybridLM(config)."""
+def check_files(directory: Path, config: ModelConfig) -> list[str]:
+    """Names of the directory's weight files, whose headers have been compared with `config`. Raises ModelError."""
+    index = directory / "model.safetensors.index.json"
+    placed: dict[str, str] = read_json(index)["weight_map"] if index.exists() else {}
+    files = sorted(set(placed.values())) or ["model.safetensors"]
+    names = _names_there(config)
+    shapes: dict[str, Shape] = {}
+    for file in files:
+        try:
+            with safe_open(directory / file, framework="pt") as tensors:
+                found = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        except (FileNotFoundError, SafetensorError) as error:
+            raise ModelError(
+                f"{directory / file}: cannot be read: {error}.\nExport or download the model again."
+            ) from None
+        if placed and (misplaced := [name for name in found if placed.get(name) != file]):
+            raise ModelError(
+                f"{directory / file}: holds {misplaced[0]}, which {index.name} places elsewhere.\n"
+                "Export or download the model again; two versions may be mixed."
+            )
+        shapes |= {names(name): shape for name, shape in found.items()}
+    check_shapes(config, shapes, str(directory))
+    return files
+
+
+def check_shapes(config: ModelConfig, shapes: Mapping[str, Shape], what: str) -> None:
+    """Raise ModelError, naming the tensors, unless `shapes` has exactly the names and shapes of HybridLM(config)."""
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in HybridLM(config).state_dict().items()}
-    problems = [f"missing {name}" for name in expected if name not in state]
-    problems += [f"unexpected {name}" for name in state if name not in expected]
+    problems = [f"missing {name}" for name in expected if name not in shapes]
+    problems += [f"unexpected {name}" for name in shapes if name not in expected]
     problems += [
-        f"{name} is {tuple(state[name].shape)}, expected {shape}"
+        f"{name} is {shapes[name]}, expected {shape}"
         for name, shape in expected.items()
-        if name in state and tuple(state[name].shape) != shape
+        if name in shapes and shapes[name] != shape
     ]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
@@ -138,6 +202,37 @@ def check_state(config: ModelConfig, state: Mapping[str, Tensor], what: str) -> 
             f"{what}: not the weights of pattern {config.pattern}: {shown}.\n"
             "Use the configuration that was written with these weights."
         )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. Raises ModelError."""
+    try:
+        values: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ModelError(f"{path}: not found.\nGive a directory that the `export` stage wrote.") from None
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{path}: not JSON ({error}).\nExport or download the model again.") from None
+    return values
+
+
+def _check_homogeneous(config: ModelConfig, shapes: Mapping[str, Shape]) -> None:
+    """Raise ModelError where layers of a kind differ in width: config.json has one width a kind."""
+    for kind, symbol, name in (
+        ("feed-forward", "-", "up_proj"), ("Mamba-2", "M", "in_proj"), ("attention", "*", "q_proj"),
+        ("attention key-value", "*", "k_proj"),
+    ):
+        tensors = [f"backbone.layers.{layer}.mixer.{name}.weight" for layer, found in enumerate(config.pattern)
+                   if found == symbol]
+        widths = [shapes[tensor][0] for tensor in tensors if tensor in shapes]
+        if len(set(widths)) > 1:
+            raise ModelError(
+                f"{kind} layers of this model have {len(set(widths))} widths ({_listed(widths)}): no Hub architecture "
+                "has layers that differ.\nCompress to one width a kind (MiniPuzzle), or keep it a training checkpoint."
+            )
+
+
+def _listed(widths: Iterable[int]) -> str:
+    return ", ".join(str(width) for width in sorted(set(widths)))
 
 
 def _architecture(config: ModelConfig) -> Literal["nemotron_h", "arcee"]:
@@ -202,6 +297,14 @@ def _arcee_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _names_there(config: ModelConfig) -> Callable[[str], str]:
+    """The function from a name in the file to HybridLM's; names it does not know stay as they are."""
+    if config.position_embedding == "rope":
+        internal = {name: ours for ours, name in _arcee_names(config).items()}
+        return lambda name: internal.get(name, name)
+    return lambda name: re.sub(r"^model\.", "backbone.", name)      # transformers' modules, NVIDIA's later releases
+
+
 def _from_nemotron_h(values: dict[str, Any]) -> ModelConfig:
     if "hybrid_override_pattern" in values:
         pattern = values["hybrid_override_pattern"]
@@ -212,7 +315,7 @@ def _from_nemotron_h(values: dict[str, Any]) -> ModelConfig:
         mamba_num_heads=values["mamba_num_heads"],
         mamba_head_dim=values["mamba_head_dim"],
         mamba_state_dim=values["ssm_state_size"],
-        mamba_num_groups=values["n_groups"],
+        mamba_num_groups=values["n_groups"] if "n_groups" in values else values["mamba_n_groups"],
         conv_kernel=values["conv_kernel"],
         chunk_size=values["chunk_size"],
         norm_epsilon=values["layer_norm_epsilon"],
@@ -238,7 +341,7 @@ def _shared_fields(values: dict[str, Any]) -> dict[str, Any]:
         "ffn_hidden_size": values["intermediate_size"],
         "num_attention_heads": values["num_attention_heads"],
         "num_query_groups": values["num_key_value_heads"],
-        "head_dim": values["head_dim"],
+        "head_dim": values["head_dim"] if "head_dim" in values else values["attention_head_dim"],
         "init_method_std": values["initializer_range"],
         "sequence_length": values["max_position_embeddings"],
     }
@@ -261,30 +364,6 @@ def _arcee_names(config: ModelConfig) -> dict[str, str]:
         for part in ("up_proj", "down_proj"):
             names[f"{ffn}.mixer.{part}.weight"] = f"{there}.mlp.{part}.weight"
     return names
-
-
-def _read_tensors(directory: Path) -> State:
-    """Tensors of model.safetensors, or of the shards its index names. Raises ModelError."""
-    index = directory / "model.safetensors.index.json"
-    files = sorted(set(_read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
-    state: State = {}
-    for file in files:
-        try:
-            with safe_open(directory / file, framework="pt") as tensors:
-                state |= {name: tensors.get_tensor(name) for name in tensors.keys()}     # noqa: SIM118
-        except (FileNotFoundError, SafetensorError) as error:
-            raise ModelError(f"{directory / file}: cannot be read: {error}.\nExport the model again.") from None
-    return state
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ModelError(f"{path}: not found.\nGive a directory that the `export` stage wrote.") from None
-    except json.JSONDecodeError as error:
-        raise ModelError(f"{path}: not JSON ({error}).\nExport the model again.") from None
-    return values
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

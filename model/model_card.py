@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from model.config import ModelConfig
 
 CARD = """\
 ---
-license: apache-2.0
+license: {licence}
 library_name: transformers
 pipeline_tag: text-generation
 language:
 - en
 tags:
 {tags}
----
+{index}---
 
 # {title}
 
-A base language model made by an open reproduction of *Nemotron-H: A Family of Accurate and Efficient Hybrid
-Mamba-Transformer Models* (arXiv 2504.03624). It is no NVIDIA model and holds none of their weights.
+{about}
 
 ## Architecture
 
@@ -34,9 +34,7 @@ Mamba-Transformer Models* (arXiv 2504.03624). It is no NVIDIA model and holds no
 ## Training
 
 {training}
-
-Documents followed one another, each ended by `</s>`, so `</s>` is also the token to begin with.
-
+{data}{results}
 ## Use
 
 ```python
@@ -44,10 +42,30 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{placeholder}")
 tokenizer = AutoTokenizer.from_pretrained("{placeholder}")
-inputs = tokenizer("</s>def add(a, b):", return_tensors="pt", split_special_tokens=False)
+{usage}
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))
 ```
+{limits}"""
 
+ABOUT = """\
+A base language model made by an open reproduction of *Nemotron-H: A Family of Accurate and Efficient Hybrid
+Mamba-Transformer Models* (arXiv 2504.03624). It is no NVIDIA model and holds none of their weights."""
+
+ABOUT_IMPORTED = """\
+The weights of `{origin}`{changed}, read and written by an open reproduction of *Nemotron-H* (arXiv 2504.03624). The
+licence and the model card of `{origin}` go on to apply."""
+
+USAGE = """\
+inputs = tokenizer("</s>def add(a, b):", return_tensors="pt", split_special_tokens=False)"""
+
+USAGE_IMPORTED = """\
+inputs = tokenizer("def add(a, b):", return_tensors="pt")"""
+
+DOCUMENTS = """
+Documents followed one another, each ended by `</s>`, so `</s>` is also the token to begin with.
+"""
+
+LIMITS = """
 The tokenizer reads `</s>` inside text as text; `split_special_tokens=False` asks for the token.
 
 ## Limits
@@ -58,9 +76,39 @@ repeat text it was trained on, and contexts longer than {context:,} tokens were 
 """
 
 
-def model_card(config: ModelConfig, parameters: int, training: Mapping[str, Any], dtype: str) -> str:
-    """Markdown with the Hub's front matter: what the model is, how it was trained, how to load it, its limits."""
+@dataclass(frozen=True)
+class CardScore:
+    """One measured result: `control` is what no training at all reaches, as text."""
+
+    measure: str
+    value: float
+    stderr: float
+    control: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured on a model, and of which text it was made.
+
+    Attributes:
+        data: by domain, documents, bytes and the names of the sources that trained it.
+        items_digest: SHA-256 of what was asked.
+    """
+
+    scores: list[CardScore]
+    data: Mapping[str, Mapping[str, Any]]
+    items_digest: str
+
+
+def model_card(
+    config: ModelConfig, parameters: int, training: Mapping[str, Any], dtype: str, measured: Measured | None = None
+) -> str:
+    """Markdown with the Hub's front matter: what the model is, how it was trained, how to load it, its limits.
+
+    With `measured`, also its scores beside their controls and the text it was trained on.
+    """
     hybrid = "M" in config.pattern
+    origin = imported_from(training)
     positions = "rotary positions" if config.position_embedding == "rope" else "no position embedding"
     kind = (
         f"{len(config.pattern)} layers, `{config.pattern}` (`M` Mamba-2, `*` self-attention, `-` feed-forward), with "
@@ -82,15 +130,77 @@ def model_card(config: ModelConfig, parameters: int, training: Mapping[str, Any]
     precise = " (Mamba-2's A_log, D and dt_bias float32)" if hybrid and dtype != "float32" else ""
     rows["stored as"] = dtype + precise
     tags = ["nemotron-h-reproduction", *(["mamba2", "hybrid"] if hybrid else ["transformer"]), "research"]
+    title = "Nemotron-H reproduction: " + ("hybrid Mamba-Transformer" if hybrid else "Transformer baseline")
+    changed = "" if "imported_from" in training else ", compressed"
     return CARD.format(
+        licence="other" if origin else "apache-2.0",
         tags="\n".join(f"- {tag}" for tag in tags),
-        title="Nemotron-H reproduction: " + ("hybrid Mamba-Transformer" if hybrid else "Transformer baseline"),
+        index=_model_index(title, measured) if measured else "",
+        title=title,
+        about=ABOUT_IMPORTED.format(origin=origin, changed=changed) if origin else ABOUT,
         kind=kind,
-        architecture="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
-        training=_training_table(training),
+        architecture=_table(rows),
+        training=_training_table(training) + ("" if origin else "\n" + DOCUMENTS),
+        data=_data_section(measured) if measured else "",
+        results=_results_section(measured) if measured else "",
+        usage=USAGE_IMPORTED if origin else USAGE,
         placeholder="path/to/this/directory",
-        context=config.sequence_length,
+        limits="" if origin else LIMITS.format(context=config.sequence_length),
     )
+
+
+def imported_from(training: Mapping[str, Any]) -> str | None:
+    """The model that these weights, or those they were made of, were imported from."""
+    if "imported_from" in training:
+        return str(training["imported_from"])
+    parent = training.get("parent_training")
+    return imported_from(parent) if isinstance(parent, Mapping) else None
+
+
+def _model_index(title: str, measured: Measured) -> str:
+    """The Hub's front matter for results."""
+    lines = ["model-index:", f"- name: '{title}'", "  results:"]
+    for score in measured.scores:
+        lines += [
+            "  - task: {type: text-generation}",
+            "    dataset: {name: 'held-out text of the training corpus', type: held-out}",
+            f"    metrics: [{{type: '{score.measure}', value: {score.value:.4f}}}]",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _results_section(measured: Measured) -> str:
+    rows = "\n".join(
+        f"| {score.measure} | {score.value:.3f} ± {score.stderr:.3f} | {score.control} |" for score in measured.scores
+    )
+    return f"""
+## Results
+
+On held-out text whose 13-grams of words do not occur in the training text; ± is the standard error. The control is what
+no training reaches: by a compressor or the fewest tokens, and by a guess. Digest of the items: `{measured.items_digest[:16]}`.
+
+| measure | this model | no training |
+| --- | --- | --- |
+{rows}
+"""
+
+
+def _data_section(measured: Measured) -> str:
+    rows = "\n".join(
+        f"| {domain} | {entry['documents']:,} | {entry['bytes'] / 1e6:.1f} | {', '.join(entry['sources'])} |"
+        for domain, entry in measured.data.items()
+    )
+    return f"""
+The text: permissively licensed files, each under its own licence.
+
+| domain | documents | MB | sources |
+| --- | --- | --- | --- |
+{rows}
+"""
+
+
+def _table(rows: Mapping[str, Any]) -> str:
+    return "\n".join(f"| {name} | {value} |" for name, value in rows.items())
 
 
 def _training_table(training: Mapping[str, Any]) -> str:

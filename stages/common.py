@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("data_pipeline", "model", "kernels", "stages")
 # Directory under data/PROFILE/ -> the DVC stage that writes it: what to run when it is missing.
 MAKER = {"annotated": "annotate", "curated": "curate", "tokenizer": "tokenizer", "tokens": "tokenize",
-         "hub": "export@{name}"}
+         "items": "items", "hub": "export@{name}"}
 
 
 class StageError(SystemExit):
@@ -203,7 +203,7 @@ def run_stage(
         return
     if options.fresh:
         discard_scratch(stage.label)
-    with _only_one(stage.label), _plain_errors():
+    with _only_one(stage.label), plain_errors():
         started = time.time()
         metrics = function(stage)
         resumed = stage._scratch is not None and (stage._scratch / "resumed").exists()
@@ -239,7 +239,7 @@ def _only_one(label: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _plain_errors() -> Iterator[None]:
+def plain_errors() -> Iterator[None]:
     """Turn errors with a known cure into two lines; let all others show their traceback."""
     try:
         yield

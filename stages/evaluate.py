@@ -1,12 +1,19 @@
-"""Evaluate an exported model with lm-evaluation-harness on held-out text, offline.
+"""Evaluate an exported model with lm-evaluation-harness, offline, on the items of the stage `items`.
 
-Reads data/PROFILE/curated and data/PROFILE/hub/VARIANT. Writes metrics.json (bits per byte by domain, syntax pairs,
-cloze, associative recall; beside each score what a compressor reaches with no training at all) and samples.json (a few
-items of each task with what the model chose). Every model gets the same items: see `items_digest`.
+Reads data/PROFILE/items, data/PROFILE/curated (which text trained it) and data/PROFILE/hub/VARIANT.
+Writes, in runs/PROFILE/evaluate/VARIANT,
+  metrics.json      bits per byte by domain, accuracy of every task; beside each what no training at all reaches
+  scores.json       the same by item, for paired comparisons
+  samples.json      a few items of each task with what the model chose
+  paper_tasks.json  the paper's own tasks, with `evaluate.tasks: paper`, and why one was left out
+  README.md         the model card with these results, to be published in place of the directory's
+
+Every model gets the same items: see `items_digest`.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from dataclasses import asdict
@@ -16,32 +23,44 @@ from stages.common import Progress, Stage, run_stage
 
 
 def evaluate(stage: Stage) -> dict[str, Any]:
-    curated, directory = stage.input("curated"), stage.input("hub", stage.variant or "")
+    config = stage.params.evaluate
+    asked, curated = stage.input("items", "items.json"), stage.input("curated", "manifest.json")
+    directory = stage.input("hub", stage.variant or "")
     # Read by huggingface_hub, datasets, transformers and tqdm when they are imported.
-    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+    if config.tasks == "local":
+        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
     if not sys.stderr.isatty():
         os.environ["TQDM_DISABLE"] = "1"
     from data_pipeline import evaluation_items
-    from model import evaluation
+    from model import evaluation, hub
+    from model.costs import parameters
+    from model.model_card import Measured, model_card
 
-    config = stage.params.evaluate
-    items = evaluation_items.build(curated, **config.model_dump(), seed=stage.params.seed)
-    model = evaluation.load(directory, config.context_tokens, scratch=stage.scratch, progress=Progress())
+    items, controls = evaluation_items.read(asked)
+    longest = config.context_tokens * max(config.context_multiples)
+    model = evaluation.load(
+        directory, config.context_tokens, choice_length=longest, scratch=stage.scratch, progress=Progress()
+    )
     result = evaluation.evaluate(
         model,
         {domain: [asdict(item) for item in texts] for domain, texts in items.texts.items()},
         {task: [asdict(item) for item in choices] for task, choices in items.tasks.items()},
     )
+    paper = []
+    if config.tasks == "paper":
+        from model.paper_tasks import PAPER_TASKS, run_paper_tasks
+
+        paper = run_paper_tasks(model, PAPER_TASKS, config.paper_items, config.code_execution)
+    metrics = {**result.metrics, **controls}
+    data = json.loads(curated.read_text())["train"]
+    measured = Measured(evaluation.card_scores(metrics), data, items.digest())
+    geometry, training = hub.read_config(directory), hub.read_json(directory / "training.json")
+    dtype = hub.read_json(directory / "config.json")["torch_dtype"]
+    stage.write_record("README.md", model_card(geometry, parameters(geometry), training, dtype, measured))
     stage.write_record("samples.json", result.samples)
-    texts = [item.text for domain in items.texts.values() for item in domain]
-    tokens = sum(len(model.tok_encode(text)) for text in texts)
-    window_bytes = sum(len(text.encode()) for text in texts) * config.context_tokens // tokens
-    return {
-        **result.metrics,
-        **evaluation_items.control(items, window_bytes),
-        "items_refused": items.refused,
-        "items_digest": items.digest(),
-    }
+    stage.write_record("scores.json", json.dumps(result.scores, separators=(",", ":")) + "\n")
+    stage.write_record("paper_tasks.json", [asdict(outcome) for outcome in paper])
+    return {**metrics, "items_refused": items.refused, "items_digest": items.digest()}
 
 
 if __name__ == "__main__":

@@ -1,48 +1,157 @@
 """Export one model to a Hugging Face directory, and check that transformers computes what our model computes.
 
 Reads   data/PROFILE/checkpoints/VARIANT/, data/PROFILE/tokenizer/
-Writes  data/PROFILE/hub/VARIANT/: config.json, safetensors, tokenizer.json, model card
+Writes  data/PROFILE/hub/VARIANT/: config.json, safetensors, tokenizer.json, training.json, model card
         runs/PROFILE/export/VARIANT/metrics.json: size, and the largest difference of logits between the two
 
 The check reads the new directory back both ways and gives both models a few tokens of text in float32. A difference
 beyond 1e-4 of the largest logit, or a text that the two tokenizers encode differently, is an error.
+
+By hand, outside the pipeline (DIR must not exist yet):
+
+    python -m stages.export --from-hub DOWNLOADED --out DIR
+        a Nemotron-H in Hugging Face form becomes a training checkpoint, for compression; its tokenizer goes with it
+    python -m stages.export --from-checkpoint CHECKPOINT --out DIR [--tokenizer tokenizer.model] [--dtype bfloat16]
+        and back: the same weights, tokenizer and training record give the same bytes
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from stages.common import Stage, run_stage
+from stages.common import Stage, StageError, plain_errors, run_stage
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 LOGITS_TOLERANCE = 1e-4      # of the largest logit
 COMPARED_TOKENS = 256
+OWN_TOKENIZER = "tokenizer"  # folder of an imported checkpoint: the files of its tokenizer, generation_config.json
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                   "chat_template.jinja")
+PADDING = 1024               # ids a model may have beyond its tokenizer's: vocabularies are rounded up
 
 
 def export(stage: Stage) -> dict[str, Any]:
-    from data_pipeline import fast_tokenizer
-    from data_pipeline.tokenizer import MODEL_FILE, Tokenizer
-    from model import checkpoint, hub
+    from data_pipeline.tokenizer import MODEL_FILE
 
     assert stage.variant is not None
     weights = stage.input("checkpoints", stage.variant)
-    tokenizer_path = stage.input("tokenizer", MODEL_FILE)
-    config, state, training = checkpoint.load_weights(weights)
+    imported = (weights / OWN_TOKENIZER).exists()
+    tokenizer = weights / OWN_TOKENIZER if imported else stage.input("tokenizer", MODEL_FILE)
+    config = stage.params.export
     with stage.output("hub", stage.variant) as out:
-        hub.save(out, config, state, training, stage.params.export.dtype)
-        fast_tokenizer.export(tokenizer_path, out)
-        ids = check_tokenizer(out, Tokenizer(tokenizer_path), config.vocab_size)
-        difference, compared = check_logits(out, ids[: min(config.sequence_length, COMPARED_TOKENS)])
-        size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+        return to_hub(weights, tokenizer, out, config.dtype, config.shard_gigabytes)
+
+
+def to_hub(
+    weights: Path, tokenizer: Path, out: Path, dtype: Literal["float32", "bfloat16"], shard_gigabytes: float
+) -> dict[str, Any]:
+    """Write and check the Hub form of a training checkpoint in the directory `out`; its metrics.
+
+    Args:
+        tokenizer: the SentencePiece model, or the folder of an imported tokenizer.
+    """
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")     # read when the libraries are imported
+    from data_pipeline import fast_tokenizer
+    from data_pipeline.tokenizer import Tokenizer
+    from model import checkpoint, hub
+
+    config, state, training = checkpoint.load_weights(weights)
+    if tokenizer.is_dir():
+        check_vocabulary(tokenizer, config.vocab_size)
+        special_tokens = hub.read_json(tokenizer / "generation_config.json")
+        hub.save(out, config, state, training, dtype, special_tokens=special_tokens, shard_gigabytes=shard_gigabytes)
+        copy_tokenizer(tokenizer, out)
+        ids = encoded_card(out)
+    else:
+        pieces = Tokenizer(tokenizer)
+        if pieces.vocab_size != config.vocab_size:
+            raise other_vocabulary(str(tokenizer), pieces.vocab_size, config.vocab_size)
+        hub.save(out, config, state, training, dtype, shard_gigabytes=shard_gigabytes)
+        fast_tokenizer.export(tokenizer, out)
+        ids = check_tokenizer(out, pieces, config.vocab_size)
+    difference, compared = check_logits(out, ids[: min(config.sequence_length, COMPARED_TOKENS)])
     return {
         "parameters": sum(tensor.numel() for tensor in state.values()),
-        "megabytes": size / 1e6,
+        "megabytes": sum(file.stat().st_size for file in out.glob("*.safetensors")) / 1e6,
         "logits_max_relative_difference": difference,
         "tokens_compared": compared,
     }
+
+
+def from_hub(source: Path, out: Path) -> dict[str, Any]:
+    """Write the training checkpoint of a Hub directory to the directory `out`; what was read.
+
+    Names, shapes and vocabulary are checked before any tensor is read. Raises ModelError.
+    """
+    from model import checkpoint, hub
+
+    hub.check_files(source, config := hub.read_config(source))
+    check_vocabulary(source, config.vocab_size)
+    values = hub.read_json(source / "config.json")
+    if (source / "training.json").exists():
+        training = hub.read_json(source / "training.json")
+    else:
+        training = {"imported_from": values.get("_name_or_path") or source.resolve().name}
+    config, state = hub.load(source, dtype=None)
+    checkpoint.save_weights(out, config, state, training)
+    own = out / OWN_TOKENIZER
+    own.mkdir()
+    copy_tokenizer(source, own)
+    if (source / "generation_config.json").exists():
+        shutil.copy(source / "generation_config.json", own)
+    else:
+        special_tokens = {name: values.get(name) for name in hub.SPECIAL_TOKENS}
+        (own / "generation_config.json").write_text(json.dumps(special_tokens, indent=2) + "\n")
+    return {"pattern": config.pattern, "parameters": sum(tensor.numel() for tensor in state.values())}
+
+
+def copy_tokenizer(source: Path, out: Path) -> None:
+    """Copy those of TOKENIZER_FILES that there are: a chat template only where the model came with one."""
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copy(source / name, out)
+
+
+def check_vocabulary(directory: Path, vocab_size: int) -> None:
+    """Raise ModelError unless the tokenizer in `directory` is one for a model of `vocab_size` ids."""
+    from tokenizers import Tokenizer
+
+    from model.config import ModelError
+
+    path = directory / "tokenizer.json"
+    if not path.exists():
+        raise ModelError(f"{path}: not found.\nDownload the whole directory, tokenizer included.")
+    size = Tokenizer.from_file(str(path)).get_vocab_size()
+    if not vocab_size - PADDING < size <= vocab_size:
+        raise other_vocabulary(str(path), size, vocab_size)
+
+
+def other_vocabulary(what: str, size: int, vocab_size: int) -> Exception:
+    from model.config import ModelError
+
+    return ModelError(
+        f"{what}: a tokenizer of {size:,} ids, the model has {vocab_size:,}.\n"
+        "Give the tokenizer that the model was trained with."
+    )
+
+
+def encoded_card(directory: Path) -> list[int]:
+    """Ids of the model card by the directory's tokenizer."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    ids: list[int] = tokenizer((directory / "README.md").read_text())["input_ids"]
+    return ids
 
 
 def check_tokenizer(directory: Path, tokenizer: Any, vocab_size: int) -> list[int]:
@@ -51,12 +160,9 @@ def check_tokenizer(directory: Path, tokenizer: Any, vocab_size: int) -> list[in
 
     from model.config import ModelError
 
-    exported = AutoTokenizer.from_pretrained(directory)
-    if not tokenizer.vocab_size == len(exported) == vocab_size:
-        raise ModelError(
-            f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, tokenizer.json {len(exported)}, the model "
-            f"{vocab_size}.\nTrain the model on tokens of this tokenizer: `dvc repro tokenize pretrain`."
-        )
+    exported: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    if len(exported) != vocab_size:
+        raise other_vocabulary(str(directory / "tokenizer.json"), len(exported), vocab_size)
     text = (directory / "README.md").read_text()
     ids: list[int] = tokenizer.encode(text)
     if exported(text)["input_ids"] != ids or exported.decode(ids) != text or exported.eos_token_id != tokenizer.eod_id:
@@ -99,5 +205,45 @@ def check_logits(directory: Path, ids: list[int]) -> tuple[float, int]:
     return difference, len(ids)
 
 
+def convert(arguments: list[str]) -> None:
+    """`--from-hub` and `--from-checkpoint`."""
+    parser = argparse.ArgumentParser(prog="python -m stages.export", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--from-hub", type=Path, metavar="DIR", help="a Hugging Face directory")
+    source.add_argument("--from-checkpoint", type=Path, metavar="DIR", help="a training checkpoint")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write")
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE",
+                        help="tokenizer.model, for a checkpoint that did not come from the Hub")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the exported weights")
+    options = parser.parse_args(arguments)
+    with plain_errors(), new_directory(options.out) as out:
+        if options.from_hub:
+            facts = from_hub(options.from_hub, out)
+        else:
+            from model.hub import SHARD_GIGABYTES
+
+            tokenizer = options.tokenizer or options.from_checkpoint / OWN_TOKENIZER
+            if not tokenizer.exists():
+                raise StageError(f"{tokenizer}: not found.\nGive the tokenizer: --tokenizer tokenizer.model.")
+            facts = to_hub(options.from_checkpoint, tokenizer, out, options.dtype, SHARD_GIGABYTES)
+    print(options.out, json.dumps(facts))
+
+
+@contextlib.contextmanager
+def new_directory(final: Path) -> Iterator[Path]:
+    """A directory that gets its name when the block ends well. Raises StageError where the name is taken."""
+    if final.exists():
+        raise StageError(f"{final}: exists.\nGive --out a new directory, or remove it.")
+    partial = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    partial.rename(final)
+
+
 if __name__ == "__main__":
-    run_stage(export, __doc__, sections=("export",), members=lambda params: params.models)
+    if any(argument.startswith("--from-") for argument in sys.argv[1:]):
+        convert(sys.argv[1:])
+    else:
+        run_stage(export, __doc__, sections=("export",), members=lambda params: params.models)

@@ -38,13 +38,27 @@ class Variant(Section):
 
 class ExportConfig(Section):
     dtype: Literal["float32", "bfloat16"]
+    shard_gigabytes: float = Field(gt=0)
 
 
 class EvaluateConfig(Section):
+    """What is asked.
+
+    Attributes:
+        context_multiples: lengths of the copy, recall and needle items, in `context_tokens`.
+        tasks: `paper` also runs the paper's own, as far as their data can be had (model.paper_tasks).
+        code_execution: whether programs that a model writes may run, in a sandbox.
+    """
+
     items_per_task: int = Field(ge=4)
     bits_per_byte_kilobytes: int = Field(ge=1)
     recall_pairs: int = Field(ge=2)
-    context_tokens: int = Field(ge=16)
+    context_tokens: int = Field(ge=64)
+    context_multiples: list[int] = Field(min_length=1)
+    items_per_context: int = Field(ge=4)
+    tasks: Literal["local", "paper"]
+    paper_items: int | None = Field(ge=1)
+    code_execution: bool
 
 
 class BenchmarkConfig(Section):

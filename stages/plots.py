@@ -316,7 +316,7 @@ def evaluations(records: Records) -> list[Plot]:
                          "Lower is better. Mark: the compressor.", "bits_per_byte_compressor")]
     for task, name in TASKS.items():
         drawn.append(_evaluation(records, f"{task}_accuracy", f"{name.capitalize()}: accuracy",
-                                 "Higher is better. Whisker: one standard error. Mark: the control, a compressor.",
+                                 "Higher is better. Whisker: one standard error. Mark: the control, without training.",
                                  f"{task}_accuracy_control"))
     return drawn
 

@@ -226,6 +226,8 @@ class Records:
     costs: dict[str, dict[str, float]]                  # of parent and compressed, predicted and measured
     distillation: dict[str, Curve]                      # compressed, random: tokens, kl
     decode: dict[str, list[DecodePoint]]                # hybrid, transformer, compressed, by rising context
+    scores: dict[str, dict[str, list[Any]]]             # by model and task: 1 or 0, or (nats, bytes), of every item
+    paper_tasks: dict[str, list[dict[str, Any]]]        # by model: model.paper_tasks.PaperScore
 
     def metrics(self, stage: str, member: str | None = None) -> Metrics:
         """The metrics of a stage. Raises DataError for a model that params.yaml does not list."""
@@ -271,7 +273,8 @@ class Records:
 def load(stage: Stage) -> Records:
     """Read every record of the profile. Raises StageError for a missing file, DataError for a malformed one."""
     params = stage.params
-    stages = ("annotate", "curate", "tokenizer", "tokenize", "pretrain", "compress", "export", "evaluate", "benchmark")
+    stages = ("annotate", "curate", "tokenizer", "tokenize", "pretrain", "compress", "export", "items", "evaluate",
+              "benchmark")
     members = {"pretrain": list(params.variants), "export": params.models, "evaluate": params.models}
     runs: dict[str, Run] = {}
     for name in stages:
@@ -298,6 +301,9 @@ def load(stage: Stage) -> Records:
         costs=_entry(stage.record("compress", "costs.json"), "models"),
         distillation=_by(stage.record("compress", "distillation.csv"), "model", ("tokens", "kl")),
         decode=_decode(stage.record("benchmark", "decode.csv")),
+        scores={name: _read_json(stage.record("evaluate", name, "scores.json"), dict) for name in params.models},
+        paper_tasks={name: _read_json(stage.record("evaluate", name, "paper_tasks.json"), list)
+                     for name in params.models},
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from stages import compression_sections, data_sections
+from stages import compression_sections, data_sections, evaluation_sections
 from stages.claims import Claim, claims
 from stages.plots import plots
 from stages.records import Metrics, Records
@@ -49,7 +49,7 @@ def document(records: Records) -> Document:
                 _validation(records), *_gaps(records), *_loss_gaps(records)]),
             Section("evaluation", "Evaluation", "dvc repro evaluate", [
                 _figures(drawn, "bits-per-byte", *(f"{task}-accuracy".replace("_", "-") for task in TASKS)),
-                *_evaluation(records)]),
+                *evaluation_sections.blocks(records)]),
             Section("compression", "Compression", "dvc repro compress", [
                 _figures(drawn, "layer-importance", "ffn-importance", "candidates", "candidate-speed", "controls",
                          "distillation"),
@@ -160,23 +160,6 @@ def _loss_gaps(records: Records) -> list[Block]:
                   header + (["Mean ± half the range"] if len(gaps) > 1 else []), rows)]
 
 
-def _evaluation(records: Records) -> list[Block]:
-    models = [records.metrics("evaluate", name) for name in records.params.models]
-    domains = records.data.domains
-    bits = [[name, number(metrics["bits_per_byte"]),
-             *(_with_error(metrics, f"bits_per_byte_{domain}") for domain in domains)]
-            for name, metrics in zip(records.params.models, models, strict=True)]
-    bits.append(["compressor", _same(models, "bits_per_byte_compressor"),
-                 *(_same(models, f"bits_per_byte_{domain}_compressor") for domain in domains)])
-    tasks = [[name, *(_with_error(metrics, f"{task}_accuracy") for task in TASKS)]
-             for name, metrics in zip(records.params.models, models, strict=True)]
-    tasks.append(["control (a compressor)", *(_same(models, f"{task}_accuracy_control") for task in TASKS)])
-    tasks.append(["a guess", *(_same(models, f"{task}_accuracy_chance") for task in TASKS)])
-    items = [f"{text}, {models[0][f'{task}_items']:,.0f} items" for task, text in TASKS.items()]
-    return [Table("Bits per byte of held-out text ± standard error; lower is better", ["Model", "All", *domains], bits),
-            Table("Accuracy ± standard error; higher is better", ["Model", *items], tasks)]
-
-
 def _inference(records: Records) -> list[Block]:
     benchmark = records.metrics("benchmark")
     rows, caches = [], []
@@ -279,16 +262,6 @@ def _provenance(records: Records) -> list[Block]:
 
 def _figures(drawn: dict[str, Plot], *names: str) -> Figures:
     return Figures([drawn[name] for name in names if name in drawn])
-
-
-def _with_error(metrics: Metrics, key: str) -> str:
-    return f"{number(metrics[key])} ± {number(metrics[f'{key}_stderr'])}"
-
-
-def _same(models: list[Metrics], key: str) -> str:
-    """The one value all models share, or its range."""
-    low, high = min(metrics[key] for metrics in models), max(metrics[key] for metrics in models)
-    return number(low) if low == high else f"{number(low)} to {number(high)}"
 
 
 def _all_or(labels: list[str], total: int) -> str:

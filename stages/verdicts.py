@@ -13,7 +13,7 @@ from statistics import fmean
 
 from stages.records import Curve, DecodePoint, Metrics, Records
 
-TASKS = {"syntax_pairs": "syntax pairs", "cloze": "cloze", "recall": "recall"}
+TASKS = {"syntax_pairs": "syntax pairs", "cloze": "cloze", "signature": "signature", "recall": "recall"}
 BITS_PER_BYTE_MARGIN = 0.01         # relative; of the order of the loss differences between architectures at this size
 FP8_LIMIT = 0.001                   # relative gap the paper reports as its upper bound
 PAPER_CONTEXT = 65_536

@@ -17,7 +17,7 @@ from tests.archive import reproduce, start, unpack
 
 TIMES = {"tokens_per_second", "train_seconds", "peak_memory_gib"}
 VICTIMS = ["annotate", "curate", "tokenizer", "tokenize", "pretrain@hybrid-fp8", "pretrain@transformer-bf16",
-           "compress", "export@compressed", "evaluate@hybrid-fp8", "benchmark", "report"]
+           "compress", "export@compressed", "items", "evaluate@hybrid-fp8", "benchmark", "report"]
 
 
 def results(archive: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
@@ -59,3 +60,8 @@ def _documents(package: str) -> list[dict[str, object]]:
                     }
                 )
     return rows
+
+
+def count_tokens(text: str) -> int:
+    """Tokens of a simple tokenizer: words, digits, white space, and every other sign."""
+    return len(re.findall(r"[^\W\d]+|\s+|.", text))

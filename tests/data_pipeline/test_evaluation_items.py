@@ -20,9 +20,12 @@ import pytest
 from data_pipeline import evaluation_items
 from data_pipeline.config import DataError
 from data_pipeline.evaluation_items import ChoiceItem, EvaluationItems
-from tests.data_pipeline.small_corpus import HELD_OUT, TRAIN, write_curated
+from tests.data_pipeline.small_corpus import HELD_OUT, TRAIN, count_tokens, write_curated
 
-SIZES = {"items_per_task": 40, "bits_per_byte_kilobytes": 12, "recall_pairs": 8, "context_tokens": 128, "seed": 7}
+SIZES = {"items_per_task": 40, "bits_per_byte_kilobytes": 12, "recall_pairs": 8, "context_tokens": 128, "seed": 7,
+         "context_multiples": [1, 4], "items_per_context": 6, "count_tokens": count_tokens}
+PLAIN = {name: value for name, value in SIZES.items() if name != "count_tokens"}
+AT = [f"{task}_at_{multiple}x" for multiple in (1, 4) for task in ("copy", "recall", "needle")]
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +44,11 @@ def held_out_texts(curated: Path) -> dict[str, str]:
 
 
 def test_counts_identifiers_and_answers(items: EvaluationItems) -> None:
-    assert {task: len(members) for task, members in items.tasks.items()} == dict.fromkeys(items.tasks, 40)
+    counts = {task: len(members) for task, members in items.tasks.items()}
+    assert counts == dict.fromkeys(("syntax_pairs", "cloze", "signature", "recall"), 40) | dict.fromkeys(AT, 6)
     everything = [item for members in [*items.texts.values(), *items.tasks.values()] for item in members]
     assert len({item.id for item in everything}) == len(everything)
-    for task, choices in (("syntax_pairs", 2), ("cloze", 4), ("recall", 8)):
+    for task, choices in (("syntax_pairs", 2), ("cloze", 4), ("signature", 4), ("recall", 8)):
         assert all(len(set(item.choices)) == len(item.choices) == choices for item in items.tasks[task])
         assert {item.answer for item in items.tasks[task]} == set(range(choices)), "answers stand anywhere"
 
@@ -62,7 +66,8 @@ def test_same_seed_same_items_in_another_process(curated: Path, items: Evaluatio
     program = f"""
 from pathlib import Path
 from data_pipeline import evaluation_items
-print(evaluation_items.build(Path({str(curated)!r}), **{SIZES!r}).digest())
+from tests.data_pipeline.small_corpus import count_tokens
+print(evaluation_items.build(Path({str(curated)!r}), count_tokens=count_tokens, **{PLAIN!r}).digest())
 """
     environment = os.environ | {"PYTHONHASHSEED": "5"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
@@ -93,6 +98,63 @@ def test_syntax_pairs_are_decided_by_the_parser(items: EvaluationItems, curated:
                 ast.parse("\n".join(lines))
 
 
+def test_signatures_are_the_functions_own(items: EvaluationItems, curated: Path) -> None:
+    """The true choice is the module's own signature; the others differ from it in one name, as long."""
+    documents = held_out_texts(curated)
+    for item in items.tasks["signature"]:
+        _, identity, row = item.id.split("/")
+        name = item.context.rsplit("def ", 1)[1]
+        [node] = [node for node in ast.walk(ast.parse(documents[identity]))
+                  if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.lineno == int(row)]
+        assert node.name == name
+        assert item.choices[item.answer] == f"({ast.unparse(node.args)}):\n"
+        assert item.context.startswith('"""' + ast.get_docstring(node)[:40])
+        words = [re.findall(r"\w+", choice) for choice in item.choices]
+        for wrong in words:
+            assert sum(a != b for a, b in zip(wrong, words[item.answer], strict=True)) <= 1
+        assert len({len(choice) for choice in item.choices}) == 1
+        for choice in item.choices:
+            ast.parse(f"def {name}{choice}    pass")
+
+
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_answers_stand_in_contexts_of_the_asked_length(
+    items: EvaluationItems, curated: Path, multiple: int
+) -> None:
+    length = multiple * SIZES["context_tokens"]
+    for task in ("copy", "recall", "needle"):
+        members = items.tasks[f"{task}_at_{multiple}x"]
+        assert len({item.context for item in members}) == 6
+        for item in members:
+            asked = count_tokens(item.context + item.choices[item.answer])
+            assert length - 90 < asked <= length, "nearly as long: lines are whole"
+    for item in items.tasks[f"copy_at_{multiple}x"]:
+        passage, cue = item.context.split("\n")
+        assert len(cue) == 8 and passage.count(cue) == 1
+        assert passage[passage.index(cue) + 8] == item.choices[item.answer]
+    held_out = "\n".join(held_out_texts(curated).values())
+    for task in ("recall", "needle"):
+        for item in items.tasks[f"{task}_at_{multiple}x"]:
+            *lines, query = item.context.split("\n")
+            pairs = dict(match.groups() for line in lines if (match := re.fullmatch(r"([a-z]{4}) =( \d)", line)))
+            assert pairs[query.removesuffix(" =")] == item.choices[item.answer]
+            if task == "needle":
+                assert set(item.choices) == set(pairs.values()) and len(pairs) == 4
+                assert all(line in held_out for line in lines if not re.fullmatch(r"[a-z]{4} = \d", line))
+            else:
+                assert len(pairs) == len(lines) and len(item.choices) == 10
+
+
+def test_items_on_disk_are_the_same(items: EvaluationItems, tmp_path: Path) -> None:
+    evaluation_items.write(tmp_path / "items.json", items, {"cloze_accuracy_chance": 0.25})
+    again, controls = evaluation_items.read(tmp_path / "items.json")
+    assert again == items and again.digest() == items.digest()
+    assert controls == {"cloze_accuracy_chance": 0.25}
+    (tmp_path / "items.json").write_text("{}")
+    with pytest.raises(DataError, match=r"items\.json: not evaluation items .*\nRun the stage `items`"):
+        evaluation_items.read(tmp_path / "items.json")
+
+
 def test_faults_are_of_several_kinds(items: EvaluationItems) -> None:
     def kind(item: ChoiceItem) -> str:
         true, wrong = item.choices[item.answer], item.choices[1 - item.answer]
@@ -114,11 +176,13 @@ def test_recall_has_one_right_value(items: EvaluationItems) -> None:
 
 
 def test_control_is_at_chance_where_text_is_judged(items: EvaluationItems) -> None:
-    metrics = evaluation_items.control(items, window_bytes=400)
+    metrics = evaluation_items.control(items, 400, count_tokens)
     assert metrics["cloze_accuracy_control"] == pytest.approx(0.25, abs=1e-9)
     assert metrics["syntax_pairs_accuracy_control"] == pytest.approx(0.5, abs=1e-9)
     assert metrics["cloze_accuracy_chance"] == 0.25
     assert metrics["syntax_pairs_accuracy_chance"] == 0.5
+    assert metrics["signature_accuracy_control"] == pytest.approx(0.25, abs=1e-9)
+    assert {round(metrics[f"{name}_accuracy_chance"], 9) for name in AT} == {0.1, 0.25}
     assert metrics["recall_accuracy_control"] > 0.9, "a compressor finds a repeated key"
     assert 2.5 < metrics["bits_per_byte_compressor"] < 6
 
@@ -137,10 +201,11 @@ def test_compressor_bits_of_windows_by_hand() -> None:
 
 def test_equal_costs_share_the_credit() -> None:
     item = ChoiceItem("x", "pqrs tuvw ", ("kj", "hg"), 0)
-    assert evaluation_items.compressor_accuracy([item, replace(item, answer=1)]) == pytest.approx(0.5)
-    repeated = ChoiceItem("y", "the quick brown fox, the quick ", ("brown fox", "vjzkqxwyu"), 0)
-    assert evaluation_items.compressor_accuracy([repeated]) == 1
-    assert evaluation_items.compressor_accuracy([replace(repeated, answer=1)]) == 0
+    measures = evaluation_items.Costs(len).measures
+    assert evaluation_items.cheapest_accuracy([item, replace(item, answer=1)], measures) == pytest.approx(0.5)
+    repeated = ChoiceItem("y", "the quick brown fox, the quick ", ("brown fox", "vjzkqxwyuabc"), 0)
+    assert evaluation_items.cheapest_accuracy([repeated], measures) == 1
+    assert evaluation_items.cheapest_accuracy([replace(repeated, answer=1)], measures) == 0
 
 
 def test_items_that_occur_in_training_text_are_refused(tmp_path: Path, items: EvaluationItems) -> None:
@@ -164,6 +229,9 @@ def test_items_that_occur_in_training_text_are_refused(tmp_path: Path, items: Ev
 def test_errors_say_what_to_do(tmp_path: Path, curated: Path) -> None:
     with pytest.raises(DataError, match=r"manifest.json: not found.\nRun the stage `curate`"):
         evaluation_items.build(tmp_path, **SIZES)
+    with pytest.raises(DataError, match=r"context_tokens: 64 tokens do not hold 4 lines"):
+        evaluation_items.build(curated, **{**SIZES, "recall_pairs": 2, "context_tokens": 64, "count_tokens":
+                                           lambda text: 3 * len(text)})
     with pytest.raises(DataError, match="recall_pairs: 40 pairs take up to"):
         evaluation_items.build(curated, **{**SIZES, "recall_pairs": 40})
     bare = tmp_path / "bare"

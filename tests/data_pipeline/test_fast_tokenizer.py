@@ -54,6 +54,17 @@ def test_whole_source_files(ours, theirs):
     assert_equal(ours, theirs, [path.read_text() for path in FILES[:120]])
 
 
+def test_ten_thousand_real_lines(ours, theirs):
+    """Lines of the standard library, each once, all of them with what follows as well."""
+    lines = list(dict.fromkeys(line for path in FILES for line in path.read_text().splitlines(keepends=True)))[:10_000]
+    assert len(lines) == 10_000
+    pairs = [first + second for first, second in zip(lines[::2], lines[1::2], strict=True)]
+    texts = lines + pairs
+    ids = ours.encode_batch(texts)
+    assert theirs(texts)["input_ids"] == ids
+    assert theirs.batch_decode(ids) == texts == [ours.decode(row) for row in ids]
+
+
 def test_control_tokens_spelt_in_text(ours, theirs):
     texts = ["<s>", "</s>", "a <unk> b", "<pad><pad>", "x</s>\n<s>y", " <s> ", "<0x41>", "<0x0A>\n", "\\</s\\>"]
     assert_equal(ours, theirs, texts)

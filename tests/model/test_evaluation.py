@@ -109,6 +109,41 @@ def test_same_scores_as_the_harness_adapter_for_transformers(
     )
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_same_text_as_the_harness_adapter_for_transformers(
+    exported: dict[str, Path], harness_adapter: type[TemplateLM], name: str
+) -> None:
+    """Greedy text, cut at a stop sequence, and of a prompt too long for the window."""
+    ours = evaluation.load(exported[name], WINDOW)
+    theirs = harness_adapter(
+        pretrained=AutoModelForCausalLM.from_pretrained(exported[name], local_files_only=True),
+        tokenizer=AutoTokenizer.from_pretrained(exported[name], local_files_only=True),
+        batch_size=1,
+        max_length=WINDOW,
+    )
+    free = [(prompt, {"until": [], "max_gen_toks": 20, "do_sample": False})
+            for prompt in ("def add(a, b):", TEXT[:900], "x")]
+    expected = theirs.generate_until(requests("generate_until", free), disable_tqdm=True)
+    answers = ours.generate_until(requests("generate_until", free))
+    assert answers == expected
+    assert all(answers)
+    stop = answers[0][4:6]
+    stopped = requests("generate_until", [(free[0][0], free[0][1] | {"until": [stop, "never"]})])
+    assert ours.generate_until(stopped) == [answers[0].split(stop)[0]] == theirs.generate_until(
+        stopped, disable_tqdm=True)
+
+
+def test_choices_may_see_more_than_texts(exported: dict[str, Path]) -> None:
+    asked = requests("loglikelihood", [(TEXT[:500], " import")])
+    short, long, whole = (evaluation.load(exported["hybrid"], WINDOW, choice_length=length)
+                          for length in (None, 400, 2000))
+    assert len(whole.tok_encode(TEXT[:500])) < 400
+    seen = [model.loglikelihood(asked)[0][0] for model in (short, long, whole)]
+    assert seen[1] == pytest.approx(seen[2]) and seen[0] != pytest.approx(seen[1])
+    texts = requests("loglikelihood_rolling", [(TEXT[:500],)])
+    assert long.loglikelihood_rolling(texts) == short.loglikelihood_rolling(texts)
+
+
 def test_greedy_is_seen(exported: dict[str, Path]) -> None:
     """A continuation made of the likeliest tokens is greedy, and a shorter one is scored from the same pass."""
     model = evaluation.load(exported["hybrid"], WINDOW)
@@ -209,8 +244,9 @@ def test_requests_that_cannot_be_scored(exported: dict[str, Path], tmp_path: Pat
     model = evaluation.load(exported["hybrid"], WINDOW)
     with pytest.raises(ModelError, match="more to score than 48 tokens"):
         model.loglikelihood(requests("loglikelihood", [("a", TEXT[:500])]))
-    with pytest.raises(ModelError, match="only scores text"):
-        model.generate_until([])
+    for options in ({"do_sample": True}, {"max_gen_toks": WINDOW}):
+        with pytest.raises(ModelError, match=r"A request wants (samples|48 tokens); .* in 48 tokens, prompt included"):
+            model.generate_until(requests("generate_until", [("a", options)]))
     shutil.copytree(exported["hybrid"], tmp_path / "other")
     (tmp_path / "other" / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match=r"tokenizer\.json: not found"):

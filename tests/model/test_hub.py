@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from data_pipeline import tokenizer
@@ -97,7 +98,7 @@ def test_bfloat16_keeps_the_decays_precise(tmp_path):
     expected = random_state(HYBRID)
     hub.save(tmp_path, HYBRID, expected, {}, "bfloat16")
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    stored = hub._read_tensors(tmp_path)
+    _, stored = hub.load(tmp_path, dtype=None)
     for name, tensor in stored.items():
         precise = name.endswith(("A_log", ".D", "dt_bias"))
         assert tensor.dtype == (torch.float32 if precise else torch.bfloat16), name
@@ -109,9 +110,34 @@ def test_same_input_same_bytes(tmp_path):
     for name in ("a", "b"):
         hub.save(tmp_path / name, HYBRID, random_state(HYBRID), TRAINING, "float32")
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert names == ["README.md", "config.json", "generation_config.json", "model.safetensors"]
+    assert names == ["README.md", "config.json", "generation_config.json", "model.safetensors", "training.json"]
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+# Keys of config.json that a loader reads and that must stand there, and what it must find; from their sources:
+# vLLM 0.33 (transformers' class): github.com/vllm-project/vllm/blob/main/vllm/model_executor/models/nemotron_h.py
+# SGLang 0.5.23 (its own): github.com/sgl-project/sglang/blob/main/python/sglang/srt/configs/nemotron_h.py
+# mlx-lm 0.32: github.com/ml-explore/mlx-lm/blob/main/mlx_lm/models/nemotron_h.py
+READ_BY = {
+    "vllm": ("hybrid_override_pattern", "layer_norm_epsilon", "head_dim", "n_groups", "mamba_num_heads",
+             "mamba_head_dim", "ssm_state_size", "conv_kernel", "use_conv_bias", "use_bias", "attention_bias",
+             "mlp_bias", "chunk_size", "num_key_value_heads", "tie_word_embeddings"),
+    "sglang": ("hybrid_override_pattern", "num_hidden_layers", "layer_norm_epsilon", "head_dim", "mamba_n_groups",
+               "n_groups", "mamba_num_heads", "mamba_head_dim", "ssm_state_size", "chunk_size", "conv_kernel",
+               "mlp_hidden_act", "mamba_hidden_act", "sliding_window", "mlp_bias", "use_bias", "attention_bias"),
+    "mlx": ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+            "max_position_embeddings", "num_attention_heads", "num_key_value_heads", "attention_bias",
+            "mamba_num_heads", "mamba_head_dim", "mamba_proj_bias", "ssm_state_size", "conv_kernel", "n_groups",
+            "mlp_bias", "layer_norm_epsilon", "use_bias", "use_conv_bias", "hybrid_override_pattern", "head_dim"),
+}
+
+
+@pytest.mark.parametrize("loader", READ_BY)
+def test_config_has_what_a_loader_reads(loader, tmp_path):
+    hub.save(tmp_path, HYBRID, random_state(HYBRID), {}, "float32")
+    values = json.loads((tmp_path / "config.json").read_text())
+    assert not [key for key in READ_BY[loader] if key not in values]
 
 
 def test_config_suits_the_other_loaders(tmp_path):
@@ -162,6 +188,86 @@ def damage_config(directory: Path, **changes: object) -> None:
     path = directory / "config.json"
     values = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+
+
+def test_layers_of_different_widths_are_refused(tmp_path):
+    """What a per-layer search makes: no config.json can say it."""
+    state = random_state(HYBRID)
+    state["backbone.layers.6.mixer.up_proj.weight"] = torch.zeros(80, 48)
+    state["backbone.layers.6.mixer.down_proj.weight"] = torch.zeros(48, 80)
+    with pytest.raises(ModelError, match=r"feed-forward layers of this model have 2 widths \(80, 112\)"):
+        hub.save(tmp_path, HYBRID, state, {}, "float32")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_large_weights_are_several_files(tmp_path):
+    expected = random_state(HYBRID)
+    hub.save(tmp_path, HYBRID, expected, {}, "float32", shard_gigabytes=1e-4)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    shards = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert len(shards) > 2 and sorted(set(index["weight_map"].values())) == shards
+    assert index["metadata"]["total_size"] == sum(4 * tensor.numel() for tensor in expected.values())
+    _, state = hub.load(tmp_path)
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    transformers_model(tmp_path)
+    (tmp_path / shards[0]).rename(tmp_path / shards[1])
+    with pytest.raises(ModelError, match=rf"{shards[0]}: cannot be read"):
+        hub.load(tmp_path)
+    (tmp_path / shards[0]).write_bytes((tmp_path / shards[1]).read_bytes())
+    with pytest.raises(ModelError, match=rf"{shards[1]}: holds .*, which .*index\.json places elsewhere"):
+        hub.load(tmp_path)
+
+
+def published(directory: Path, prefix: str) -> dict[str, torch.Tensor]:
+    """A Nemotron-H as NVIDIA publishes one: its config.json keys, bfloat16 throughout, other special tokens."""
+    expected = {name: tensor.bfloat16() for name, tensor in random_state(HYBRID).items()}
+    directory.mkdir()
+    save_file({name.replace("backbone.", prefix): tensor for name, tensor in expected.items()},
+              directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps({
+        "architectures": ["NemotronHForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "attention_head_dim": 24, "auto_map": {"AutoConfig": "configuration_nemotron_h.NemotronHConfig"},
+        "bos_token_id": 1, "chunk_size": 16, "conv_kernel": 3, "eos_token_id": 2, "expand": 2, "hidden_dropout": 0.0,
+        "hidden_size": 48, "hybrid_override_pattern": "M-M*-M-", "initializer_range": 0.02, "intermediate_size": 112,
+        "layer_norm_epsilon": 2e-5, "mamba_head_dim": 16, "mamba_hidden_act": "silu", "mamba_num_heads": 6,
+        "mamba_proj_bias": False, "max_position_embeddings": 96, "mlp_bias": False, "mlp_hidden_act": "relu2",
+        "model_type": "nemotron_h", "n_groups": 2, "num_attention_heads": 4, "num_hidden_layers": 7,
+        "num_key_value_heads": 2, "num_logits_to_keep": 1, "pad_token_id": 0, "rescale_prenorm_residual": True,
+        "residual_in_fp32": False, "rms_norm_eps": 2e-5, "sliding_window": None, "ssm_state_size": 24,
+        "tie_word_embeddings": False, "time_step_floor": 1e-4, "time_step_limit": [0.0, float("inf")],
+        "time_step_max": 0.1, "time_step_min": 0.001, "time_step_rank": 256, "torch_dtype": "bfloat16",
+        "use_bias": False, "use_cache": True, "use_conv_bias": True, "use_mamba_kernels": True, "vocab_size": 320}))
+    return expected
+
+
+@pytest.mark.parametrize("prefix", ["backbone.", "model."])
+def test_published_models_are_read(tmp_path, prefix):
+    expected = published(tmp_path / "there", prefix)
+    config, state = hub.load(tmp_path / "there", dtype=None)
+    assert config == HYBRID
+    assert state.keys() == expected.keys()
+    assert all(state[name].dtype == torch.bfloat16 and torch.equal(state[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"attention_bias": True}, "attention_bias is True"),
+    ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
+    ({"mlp_hidden_act": "silu"}, "mlp_hidden_act is 'silu'"),
+    ({"time_step_limit": [0.001, 0.1]}, "time_step_limit is"),
+    ({"hybrid_override_pattern": "MEM*-M-"}, "layer 1 of the pattern is 'E'"),
+])
+def test_models_of_another_kind_are_refused(tmp_path, changes, message):
+    published(tmp_path / "there", "backbone.")
+    damage_config(tmp_path / "there", **changes)
+    with pytest.raises(ModelError, match=message):
+        hub.load(tmp_path / "there")
+
+
+def test_card_of_imported_weights_names_their_origin(tmp_path):
+    hub.save(tmp_path, HYBRID, random_state(HYBRID), {"parent_training": {"imported_from": "nvidia/X"}}, "bfloat16")
+    card = (tmp_path / "README.md").read_text()
+    assert "license: other" in card and "The weights of `nvidia/X`, compressed" in card
+    assert "It is no NVIDIA model" not in card
 
 
 def test_unusable_directories_are_named(tmp_path):

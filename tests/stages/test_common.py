@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.common import Progress, Stage, StageError, _plain_errors
+from stages.common import Progress, Stage, StageError, plain_errors
 from stages.params import load_params
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,10 +89,10 @@ def test_fingerprint_follows_parameters_and_inputs(stage):
 
 
 def test_full_disk_is_two_lines():
-    with pytest.raises(StageError) as error, _plain_errors():
+    with pytest.raises(StageError) as error, plain_errors():
         raise OSError(errno.ENOSPC, "No space left on device", "data/x.bin")
     assert str(error.value).splitlines()[0] == "No space left on the disk while writing data/x.bin."
-    with pytest.raises(PermissionError), _plain_errors():
+    with pytest.raises(PermissionError), plain_errors():
         raise PermissionError(errno.EACCES, "denied")
 
 

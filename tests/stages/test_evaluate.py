@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from ruamel.yaml import YAML
 from tiny_corpus import ROOT, run, write_params
 
 from data_pipeline import fast_tokenizer, tokenizer
@@ -29,6 +31,7 @@ SIZES = {
     "evaluate.bits_per_byte_kilobytes": 10,
     "evaluate.context_tokens": 96,
     "evaluate.recall_pairs": 4,
+    "evaluate.items_per_context": 4,
     "tokenizer.vocab_size": 512,
 }
 
@@ -49,6 +52,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         exported = directory / "data/tiny/hub" / name
         hub.save(exported, config, HybridLM(config).state_dict(), {}, "float32")
         fast_tokenizer.export(tokens / "tokenizer.model", exported)
+    run(directory, "-m", "stages.items")
     return directory
 
 
@@ -68,7 +72,8 @@ def test_records_of_two_models(prepared: Path) -> None:
         assert not done.stderr, "no bars or warnings where nobody looks"
     metrics, samples, provenance = records(prepared, NAMES[0])
     other, _, _ = records(prepared, NAMES[1])
-    expected = {f"{task}_{key}" for task in ("syntax_pairs", "cloze", "recall")
+    at = [f"{task}_at_{multiple}x" for task in ("copy", "recall", "needle") for multiple in (1, 2, 4)]
+    expected = {f"{task}_{key}" for task in ("syntax_pairs", "cloze", "signature", "recall", *at)
                 for key in ("accuracy", "accuracy_stderr", "accuracy_control", "accuracy_chance", "items")}
     suffixes = ("", "_stderr", "_compressor")
     expected |= {f"bits_per_byte_{domain}{suffix}" for domain in ("code", "docs") for suffix in suffixes}
@@ -81,7 +86,25 @@ def test_records_of_two_models(prepared: Path) -> None:
     assert 2 < metrics["bits_per_byte"] < 12
     assert metrics["cloze_items"] == 16
     assert {len(examples) > 0 for examples in samples.values()} == {True}
-    assert set(provenance["inputs"]) == {"data/tiny/curated", f"data/tiny/hub/{NAMES[0]}"}
+    assert set(provenance["inputs"]) == {
+        "data/tiny/curated/manifest.json", "data/tiny/items/items.json", f"data/tiny/hub/{NAMES[0]}"}
+    there = prepared / "runs/tiny/evaluate" / NAMES[0]
+    scores = json.loads((there / "scores.json").read_text())
+    for name, right in scores.items():
+        if name.startswith("bits_per_byte"):
+            figure = -sum(score for score, _ in right) / sum(size for _, size in right) / math.log(2)
+            assert figure == pytest.approx(metrics[name], rel=1e-4)
+        else:
+            assert len(right) == metrics[f"{name}_items"]
+            assert sum(right) / len(right) == pytest.approx(metrics[f"{name}_accuracy"], rel=1e-5)
+    assert len(scores) == 2 + 4 + 9
+    assert json.loads((there / "paper_tasks.json").read_text()) == []
+    card = (there / "README.md").read_text()
+    _, front, text = card.split("---\n", 2)
+    index = YAML(typ="safe").load(front)["model-index"][0]["results"]
+    assert len(index) == 15, "every measured figure"
+    assert f"| cloze accuracy | {metrics['cloze_accuracy']:.3f} ±" in text
+    assert "python/" in text, "the sources of the training text"
     assert not provenance["resumed"]
     assert not list((prepared / ".scratch").glob("evaluate-*-*/*")), "resume state is gone"
 
@@ -94,7 +117,7 @@ def test_killed_run_goes_on_with_the_same_results(prepared: Path) -> None:
         [sys.executable, *COMMAND, NAMES[0]], cwd=prepared, env=environment, stdout=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 60
-    while not list(prepared.glob(".scratch/evaluate-*/rolling-000001.json")):
+    while not list(prepared.glob(".scratch/evaluate-*/rolling-000001-*.json")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)

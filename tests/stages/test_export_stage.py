@@ -2,19 +2,21 @@
 
 import contextlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_corpus import MODULES, contents, run, write_params
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data_pipeline import tokenizer
+from data_pipeline import fast_tokenizer, tokenizer
 from model import checkpoint, hub
 from model.config import ModelError
 from model.hybrid_lm import HybridLM
-from stages.common import Stage
-from stages.export import check_logits, export
+from stages.common import Stage, StageError
+from stages.export import check_logits, convert, export
 from stages.params import load_params
 
 NAMES = ("hybrid-bf16", "transformer-bf16")
@@ -98,5 +100,87 @@ def test_another_vocabulary_is_an_error(done, tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(other if path.name == "tokenizer.model" else content)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelError, match="the tokenizer has 512 ids"):
+    with pytest.raises(ModelError, match=r"tokenizer\.model: a tokenizer of 512 ids, the model has 1,024"):
         export(stage_of(NAMES[0]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_export_import_export_gives_the_same_bytes(done, tmp_path, name):
+    convert(["--from-checkpoint", str(done / f"data/tiny/checkpoints/{name}"), "--out", str(tmp_path / "a"),
+             "--tokenizer", str(done / "data/tiny/tokenizer/tokenizer.model")])
+    convert(["--from-hub", str(tmp_path / "a"), "--out", str(tmp_path / "checkpoint")])
+    convert(["--from-checkpoint", str(tmp_path / "checkpoint"), "--out", str(tmp_path / "b")])
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert json.loads((tmp_path / "a/config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert not (tmp_path / "a/chat_template.jinja").exists(), "a base model is not trained for one"
+    config, state, training = checkpoint.load_weights(tmp_path / "checkpoint")
+    assert training == {"precision": "bf16", "tokens": 12}
+    _, exported = hub.load(tmp_path / "a")
+    assert config == load_params(done / "params.yaml").model_of(name)
+    assert all(torch.equal(state[key], exported[key]) for key in exported)
+
+
+def test_an_imported_model_keeps_its_tokenizer(done, tmp_path, monkeypatch):
+    """Special ids, chat template and origin of a model from elsewhere; as a stage's checkpoint too."""
+    source = tmp_path / "some-model"
+    shutil.copytree(done / f"data/tiny/hub/{NAMES[0]}", source)
+    (source / "training.json").unlink()
+    (source / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (source / "generation_config.json").write_text('{"bos_token_id": 1, "eos_token_id": [2, 11], "pad_token_id": 0}')
+    shutil.copytree(done, tmp_path / "run", ignore=shutil.ignore_patterns("runs"))
+    shutil.rmtree(there := tmp_path / f"run/data/tiny/checkpoints/{NAMES[0]}")
+    convert(["--from-hub", str(source), "--out", str(there)])
+    monkeypatch.chdir(tmp_path / "run")
+    export(stage_of(NAMES[0]))
+    again = tmp_path / f"run/data/tiny/hub/{NAMES[0]}"
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (again / name).read_bytes() == (source / name).read_bytes()
+    values = json.loads((again / "config.json").read_text())
+    assert (values["bos_token_id"], values["eos_token_id"], values["pad_token_id"]) == (1, [2, 11], 0)
+    assert json.loads((again / "training.json").read_text()) == {"imported_from": "some-model"}
+    assert "The weights of `some-model`" in (again / "README.md").read_text()
+
+
+def test_what_cannot_be_converted_is_named_before_any_work(done, tmp_path, monkeypatch):
+    source = tmp_path / "source"
+    shutil.copytree(done / f"data/tiny/hub/{NAMES[0]}", source)
+    monkeypatch.setattr(hub, "load", lambda *_: pytest.fail("tensors were read"))
+    out = ["--out", str(tmp_path / "out")]
+    other = fast_tokenizer.build(read_model_of(tmp_path, 512))
+    other.save(str(source / "tokenizer.json"))
+    with pytest.raises(StageError, match=r"tokenizer\.json: a tokenizer of 512 ids, the model has 10,240\.\nGive"):
+        damage(source, vocab_size=10_240)
+        rename(source, "backbone.embeddings.weight", torch.zeros(10_240, 128))
+        rename(source, "lm_head.weight", torch.zeros(10_240, 128))
+        convert(["--from-hub", str(source), *out])
+    rename(source, "lm_head.weight", None)
+    rename(source, "mtp.weight", torch.zeros(1))
+    with pytest.raises(StageError, match=r"missing lm_head\.weight; unexpected mtp\.weight"):
+        convert(["--from-hub", str(source), *out])
+    with pytest.raises(StageError, match=r"missing: not found|config\.json: not found"):
+        convert(["--from-hub", str(tmp_path / "missing"), *out])
+    with pytest.raises(StageError, match=r"tokenizer: not found\.\nGive the tokenizer"):
+        convert(["--from-checkpoint", str(done / f"data/tiny/checkpoints/{NAMES[0]}"), *out])
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    with pytest.raises(StageError, match="out: exists"):
+        convert(["--from-hub", str(source), *out])
+
+
+def read_model_of(directory: Path, vocab_size: int):
+    """The SentencePiece model of another tokenizer."""
+    (directory / "other.model").write_bytes(tokenizer.train_on([path.read_text() for path in MODULES], vocab_size))
+    return tokenizer.read_model(directory / "other.model")
+
+
+def damage(directory: Path, **changes: object) -> None:
+    values = json.loads((directory / "config.json").read_text()) | changes
+    (directory / "config.json").write_text(json.dumps(values))
+
+
+def rename(directory: Path, name: str, tensor: torch.Tensor | None) -> None:
+    """Put `tensor` under `name` into the weights, or take it out."""
+    state = load_file(directory / "model.safetensors")
+    state.pop(name, None)
+    save_file(state | ({name: tensor} if tensor is not None else {}), directory / "model.safetensors",
+              metadata={"format": "pt"})

@@ -41,6 +41,7 @@ def test_every_plot_is_there_with_its_words(drawn):
         "distillation": "random cut", "decode-speed": "transformer", "output-speed": "compressed",
         "cache-size": "Cache (MiB)", "bits-per-byte": "2.162",
         "syntax-pairs-accuracy": "0.885", "cloze-accuracy": "hybrid-bf16", "recall-accuracy": "0.155",
+        "signature-accuracy": "0.415",
         "stage-times": "pretrain@hybrid-fp8",
     }
     assert set(drawn) == set(expected)
