@@ -177,7 +177,8 @@ def _results_section(measured: Measured) -> str:
 ## Results
 
 On held-out text whose 13-grams of words do not occur in the training text; ± is the standard error. The control is what
-no training reaches: by a compressor or the fewest tokens, and by a guess. Digest of the items: `{measured.items_digest[:16]}`.
+no training reaches: by a compressor or the fewest tokens, and by a guess.
+Digest of the items: `{measured.items_digest[:16]}`.
 
 | measure | this model | no training |
 | --- | --- | --- |
