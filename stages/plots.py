@@ -219,7 +219,7 @@ def candidate_speed(records: Records) -> Plot:
 
 
 def controls(records: Records) -> Plot:
-    figure, axes = canvas("KL to the parent, just cut (nats a token)", "", left=0.24, height=1.5)
+    figure, axes = canvas("KL to the parent, just cut (nats a token)", "", left=0.31, height=1.5)
     found = records.controls
     rows = [("by importance", [found.importance], colours(records)["compressed"]),
             ("at random", found.random, colours(records)["compressed-random"]),

@@ -1,6 +1,7 @@
 """The whole search and distillation on a tiny parent: what it finds, and that a kill changes nothing."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from model.compression import funnel
 from model.compression.controls import random_selection
 from model.compression.funnel import Weights, compress, evenly
 from model.compression.prune import cut
+from model.config import ModelError
 from model.hybrid_lm import HybridLM
 from tests.model.compression.markov import silent
 
@@ -153,3 +155,16 @@ def test_importance_beats_chance(parent, data, config, tmp_path):
     mean = sum(value.kl for value in close.values()) / len(close)
     assert result.metrics["kl_parent_cut"] < 0.6 * mean
     assert result.metrics["kl_parent_compressed"] < result.metrics["kl_parent_cut"]
+
+
+def test_weights_of_another_model_are_refused_by_name(parent, data, config, tmp_path):
+    name = "backbone.layers.2.mixer.out_proj.weight"
+    missing = {key: tensor for key, tensor in parent.state.items() if key != name}
+    for broken in (Weights(parent.config, missing),
+                   Weights(parent.config.model_copy(update={"pattern": "M-M*M--"}), parent.state)):
+        with pytest.raises(ModelError) as error:
+            compress(broken, data, config, 1, tmp_path, silent)
+        wrong, _ = str(error.value).splitlines()
+        assert "weights: backbone.layers." in wrong
+    with pytest.raises(ModelError, match=re.escape(f"{name} is absent")):
+        compress(Weights(parent.config, missing), data, config, 1, tmp_path, silent)
