@@ -1,11 +1,14 @@
 """Generation with caches: read the prompt in pieces, then one token at a time.
 
+    python -m model.inference --checkpoint DIRECTORY --prompt TEXT
+
 A Mamba-2 layer carries a state of fixed size; an attention layer a key and a value for every token so far. That is why
 a hybrid's decoding hardly slows with the context (paper section 1, Figure 1).
 """
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Iterator
 from typing import cast
 
@@ -155,3 +158,7 @@ class Decoder:
                 f"max_length: {position} + {tokens} tokens do not fit a decoder made for {self.max_length}.\n"
                 "Make the Decoder with a larger max_length, or shorten the prompt."
             )
+
+
+if __name__ == "__main__":
+    runpy.run_module("model.text_generation", run_name="__main__")      # stages that measure speed do not depend on it
