@@ -287,6 +287,7 @@ def _last_lines(lines: list[str], size: int) -> str:
 
 WORD = re.compile(r"(?<=\S) ([A-Za-z_][A-Za-z0-9_]{2,11})(?![A-Za-z0-9_])")
 TRIED_DISTRACTORS = 160
+LEAST_PLACES = 800              # of a domain, whose words are one another's wrong choices
 
 
 def _cloze(
@@ -296,7 +297,7 @@ def _cloze(
     per_domain = -(-wanted // len(by_domain))
     items = []
     for documents in by_domain.values():
-        places = _places(documents, 4 * per_domain, context_size, rng)
+        places = _places(documents, max(LEAST_PLACES, 8 * per_domain), context_size, rng)
         pools: dict[int, list[tuple[str, str]]] = defaultdict(list)
         for document, match in places:
             pools[len(match[1])].append((document.id, match[1]))

@@ -70,7 +70,7 @@ def questions(
     choose: Callable[[str, str, list[str]], tuple[str, ...]],
     rng: random.Random,
 ) -> Iterator[tuple[Function, str, tuple[str, ...]]]:
-    """(function, context, choices with the true signature first) for those with four choices.
+    """(function, context, choices with the true signature first) for those with two choices or more.
 
     A wrong choice is the signature with one parameter renamed, to a word as long that stands in the docstring or names
     a parameter elsewhere in `asked`; `choose(context, true, others)` picks the true one and up to three of them.
@@ -80,8 +80,7 @@ def questions(
         for name in function.parameters:
             pool[len(name)].add(name)
     for function in rng.sample(asked, len(asked)):
-        name = rng.choice(function.parameters)
-        context = function.context(context_size)
+        name, context = rng.choice(function.parameters), function.context(context_size)
         taken = set(_names(function.arguments))
         words = {word for word in WORD.findall(context) if len(word) == len(name) and not keyword.iskeyword(word)}
         near = sorted(words - taken)
@@ -89,7 +88,7 @@ def questions(
         names = rng.sample(near, len(near)) + rng.sample(far, len(far))
         others = [_renamed(function.arguments, name, other) for other in names[:TRIED_NAMES]]
         choices = choose(context, function.signature, others)
-        if len(choices) == 4:
+        if len(choices) > 1:
             yield function, context, choices
 
 

@@ -32,6 +32,8 @@ SIZES = {
     "evaluate.context_tokens": 96,
     "evaluate.recall_pairs": 4,
     "evaluate.items_per_context": 4,
+    "model.hybrid.pattern": "M-M*-",
+    "model.transformer.pattern": "*-*-",
     "tokenizer.vocab_size": 512,
 }
 
