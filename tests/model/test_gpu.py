@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -132,13 +133,13 @@ def test_the_fused_feed_forward_is_transformer_engines(groups, monkeypatch):
 
 @pytest.fixture
 def one_configuration() -> None:
-    """mamba_ssm's kernels try a few hundred launch parameters otherwise, each compiled."""
+    """mamba_ssm's kernels try a few hundred launch parameters else, each compiled; the smallest always fit."""
     from mamba_ssm.ops.triton import ssd_combined  # noqa: F401
     from triton.runtime.autotuner import Autotuner
 
     for tuner in gc.get_objects():
         if type(tuner) is Autotuner:
-            tuner.configs = tuner.configs[:1]
+            tuner.configs = [min(tuner.configs, key=lambda each: (math.prod(each.kwargs.values()), each.num_stages))]
 
 
 def test_the_model_is_megatrons_own(groups, one_configuration):
