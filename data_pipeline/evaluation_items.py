@@ -5,7 +5,7 @@ Each kind is one that a model of a few million parameters can say something abou
 - bits per byte: held-out documents of each domain;
 - `syntax_pairs`: a line of real Python against the same line made ungrammatical, after the lines before it;
 - `cloze`: the true next word of a passage among words of the same length from other passages;
-- `signature`: after a docstring and a function's name, its parameters, or with one of them renamed
+- `signature`: after a docstring and a function's name, its parameters, or with one of them renamed;
 - `recall`: `key = value` lines, then a key again: which of the values? (associative recall in context)
 - `copy_at_Nx`, `recall_at_Nx`, `needle_at_Nx`: what stood in a context of N training lengths (`context_items`)
 
@@ -123,7 +123,7 @@ def build(
         ),
         "cloze": _cloze(by_domain, wanted, 2 * context_tokens, costs, random.Random(f"{seed}:cloze")),
         "signature": _signatures(
-            by_domain.get("code", []), wanted, context_tokens, costs, random.Random(f"{seed}:signature")
+            documents, wanted, context_tokens, costs, random.Random(f"{seed}:signature")
         ),
         "recall": _recall(wanted, recall_pairs, context_tokens, random.Random(f"{seed}:recall")),
     }
@@ -149,7 +149,7 @@ def build(
         if not items:
             raise DataError(
                 f"{curated}/heldout: no item for `{name}` could be made of the held-out text.\n"
-                "Raise `curate.megabytes_per_domain` or `curate.held_out_fraction`, or lower `evaluate.context_tokens`."
+                "Give `annotate.sources` more text, or raise `annotate.held_out.fraction`."
             )
     return EvaluationItems(texts, tasks, refused=sum(text in seen for text in candidates))
 

@@ -10,13 +10,14 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 LEAST_DOCSTRING = 40            # characters
 LONGEST_SIGNATURE = 80
 TRIED_NAMES = 160
 WORD = re.compile(r"[a-z_][a-z0-9_]+")
 NOT_ASKED = {"self", "cls"}
+HEADING = re.compile(r"([A-Za-z_][\w.]*)(\(.*\))( -> .+)?")       # of an entry in a page of docstrings
 
 
 @dataclass(frozen=True)
@@ -46,22 +47,47 @@ class Function:
 
 
 def functions(document: str, text: str) -> list[Function]:
-    """Those of the module `text` that have a docstring and a parameter to ask for; none if it is no Python."""
+    """Those of a Python module or of a page of docstrings (`sources.python_source`) that have a docstring and a
+    parameter to ask for."""
+    found = _of_module(document, text) or _of_page(document, text)
+    return [
+        function for function in found
+        if len(function.docstring) >= LEAST_DOCSTRING and function.parameters
+        and len(function.signature) <= LONGEST_SIGNATURE
+    ]
+
+
+def _of_module(document: str, text: str) -> list[Function]:
+    return [
+        Function(document, node.lineno - 1, node.name, ast.get_docstring(node) or "", node.args)
+        for node in ast.walk(_parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+
+
+def _of_page(document: str, text: str) -> list[Function]:
+    """A page's entries are paragraphs: `name(parameters)`, then the docstring, up to the next such heading."""
+    found: list[Function] = []
+    row = 0
+    for paragraph in text.split("\n\n"):
+        heading = HEADING.fullmatch(paragraph)
+        body = _parse(f"def f{heading[2]}: pass").body if heading else []
+        if heading and body and isinstance(body[0], ast.FunctionDef):
+            found.append(Function(document, row, heading[1].rpartition(".")[2], "", body[0].args))
+        elif found:
+            last = found[-1]
+            found[-1] = replace(last, docstring=f"{last.docstring}\n\n{paragraph}".strip())
+        row += paragraph.count("\n") + 2
+    return found
+
+
+def _parse(text: str) -> ast.Module:
+    """The syntax tree; an empty one of what is no Python."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                 # dubious escapes
         try:
-            tree = ast.parse(text)
-        except (SyntaxError, ValueError, RecursionError):
-            return []
-    found = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            docstring = ast.get_docstring(node) or ""
-            function = Function(document, node.lineno - 1, node.name, docstring, node.args)
-            if len(docstring) >= LEAST_DOCSTRING and function.parameters \
-                    and len(function.signature) <= LONGEST_SIGNATURE:
-                found.append(function)
-    return found
+            return ast.parse(text)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return ast.Module([], [])
 
 
 def questions(

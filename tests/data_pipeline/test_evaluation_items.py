@@ -20,6 +20,8 @@ import pytest
 from data_pipeline import evaluation_items
 from data_pipeline.config import DataError
 from data_pipeline.evaluation_items import ChoiceItem, EvaluationItems
+from data_pipeline.signatures import functions
+from data_pipeline.sources.python_source import docstring_pages
 from tests.data_pipeline.small_corpus import HELD_OUT, TRAIN, count_tokens, write_curated
 
 SIZES = {"items_per_task": 40, "bits_per_byte_kilobytes": 12, "recall_pairs": 8, "context_tokens": 128, "seed": 7,
@@ -115,6 +117,21 @@ def test_signatures_are_the_functions_own(items: EvaluationItems, curated: Path)
         assert len({len(choice) for choice in item.choices}) == 1 < len(set(item.choices)) == len(item.choices)
         for choice in item.choices:
             ast.parse(f"def {name}{choice}    pass")
+
+
+def test_functions_of_a_page_of_docstrings() -> None:
+    """The embedded corpus parts code from docstrings: there a function is a heading of a page."""
+    tree = ast.parse(
+        'class Pool:\n    def submit(self, work, limit=None) -> int:\n'
+        '        """Hand over a piece of work, to be done later.\n\n        At most `limit` at once."""\n\n'
+        'def close():\n    """Close everything there is, and wait for it to end."""\n\n'
+        'def wait(seconds):\n    """Soon."""\n'
+    )
+    [(_, page)] = docstring_pages(tree, "pool", signatures=True)
+    [found] = functions("page", page)
+    assert (found.name, found.signature, found.row) == ("submit", "(self, work, limit=None):\n", 2)
+    assert found.docstring == "Hand over a piece of work, to be done later.\n\nAt most `limit` at once."
+    assert page.split("\n")[found.row].startswith("Pool.submit(")
 
 
 @pytest.mark.parametrize("multiple", [1, 4])
