@@ -100,17 +100,31 @@ def test_syntax_pairs_are_decided_by_the_parser(items: EvaluationItems, curated:
                 ast.parse("\n".join(lines))
 
 
+def documented(text: str, name: str, row: int) -> tuple[str, ast.arguments]:
+    """Docstring and parameters of the function `name` at a row (from 1) of a module or of a page of docstrings."""
+    try:
+        tree = ast.parse(text)
+    except SyntaxError:
+        heading, _, rest = "\n".join(text.split("\n")[row - 1 :]).partition("\n\n")
+        path, parameters = heading.split(" -> ")[0].split("(", 1)
+        assert path.rpartition(".")[2] == name
+        [node] = ast.parse(f"def {name}({parameters}: pass").body
+        return rest, node.args
+    [node] = [node for node in ast.walk(tree)
+              if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.lineno == row]
+    assert node.name == name
+    return ast.get_docstring(node), node.args
+
+
 def test_signatures_are_the_functions_own(items: EvaluationItems, curated: Path) -> None:
     """The true choice is the module's own signature; the others differ from it in one name, as long."""
     documents = held_out_texts(curated)
     for item in items.tasks["signature"]:
         _, identity, row = item.id.split("/")
         name = item.context.rsplit("def ", 1)[1]
-        [node] = [node for node in ast.walk(ast.parse(documents[identity]))
-                  if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.lineno == int(row)]
-        assert node.name == name
-        assert item.choices[item.answer] == f"({ast.unparse(node.args)}):\n"
-        assert item.context.startswith('"""' + ast.get_docstring(node)[:40])
+        docstring, arguments = documented(documents[identity], name, int(row))
+        assert item.choices[item.answer] == f"({ast.unparse(arguments)}):\n"
+        assert item.context.startswith('"""' + docstring[:40])
         words = [re.findall(r"\w+", choice) for choice in item.choices]
         for wrong in words:
             assert sum(a != b for a, b in zip(wrong, words[item.answer], strict=True)) <= 1
