@@ -34,6 +34,15 @@ def _document(documents, b, t, length):
 
 
 @triton.jit
+def _parameters(weight, bias, c, here):
+    """The four taps' weights and the bias of channels c, as float32."""
+    w0, w1 = tl.load(weight + c * 4, here, 0.0).to(tl.float32), tl.load(weight + c * 4 + 1, here, 0.0).to(tl.float32)
+    w2, w3 = (tl.load(weight + c * 4 + 2, here, 0.0).to(tl.float32),
+              tl.load(weight + c * 4 + 3, here, 0.0).to(tl.float32))
+    return w0, w1, w2, w3, tl.load(bias + c, here, 0.0).to(tl.float32)
+
+
+@triton.jit
 def _forward_kernel(
     x, weight, bias, first, documents, y, batch_stride, time_stride, y_batch, y_time, length, channels,
     HAS_FIRST: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -41,10 +50,7 @@ def _forward_kernel(
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     start, b = tl.program_id(1) * TOKENS, tl.program_id(2)
     here = c < channels
-    w0, w1 = tl.load(weight + c * 4, here, 0.0).to(tl.float32), tl.load(weight + c * 4 + 1, here, 0.0).to(tl.float32)
-    w2, w3 = (tl.load(weight + c * 4 + 2, here, 0.0).to(tl.float32),
-              tl.load(weight + c * 4 + 3, here, 0.0).to(tl.float32))
-    shift = tl.load(bias + c, here, 0.0).to(tl.float32)
+    w0, w1, w2, w3, shift = _parameters(weight, bias, c, here)
     x += b.to(tl.int64) * batch_stride
     y += b.to(tl.int64) * y_batch + c
     x0 = _row(x, b, start - 3, length, c, channels, time_stride, first, HAS_FIRST)
@@ -134,10 +140,7 @@ def _backward_kernel(
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     start, b = tl.program_id(1) * TOKENS, tl.program_id(2)
     here = c < channels
-    w0, w1 = tl.load(weight + c * 4, here, 0.0).to(tl.float32), tl.load(weight + c * 4 + 1, here, 0.0).to(tl.float32)
-    w2, w3 = (tl.load(weight + c * 4 + 2, here, 0.0).to(tl.float32),
-              tl.load(weight + c * 4 + 3, here, 0.0).to(tl.float32))
-    shift = tl.load(bias + c, here, 0.0).to(tl.float32)
+    w0, w1, w2, w3, shift = _parameters(weight, bias, c, here)
     x += b.to(tl.int64) * batch_stride
     dy += b.to(tl.int64) * dy_batch
     dx += b.to(tl.int64) * dx_batch + c
