@@ -51,8 +51,10 @@ CASES = {
     "8b width, 10 layers, fp8": Case(_8B.model_copy(update={"pattern": "M-M-M*-M-M"}), 1, "fp8"),
     "222m, bf16": Case(_222M, 8, "bf16"),
     "222m, fp8": Case(_222M, 8, "fp8"),
-    "100m, bf16": Case(_100M, 32, "bf16", captured=False),
-    "100m transformer, bf16": Case(matched_transformer(_100M), 32, "bf16", captured=False),
+    "100m, bf16": Case(_100M, 32, "bf16"),
+    "100m, bf16, by Python": Case(_100M, 32, "bf16", captured=False),
+    "100m transformer, bf16": Case(matched_transformer(_100M), 32, "bf16"),
+    "100m transformer, by Python": Case(matched_transformer(_100M), 32, "bf16", captured=False),
 }
 
 

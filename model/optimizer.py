@@ -7,9 +7,11 @@ FusedAdam megatron-core 0.16.1 restores its Adam step wrongly.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import chain
 
 import torch
+from torch import Tensor
 
 from model import te_guard  # noqa: F401    # before Megatron
 
@@ -17,6 +19,7 @@ from model import te_guard  # noqa: F401    # before Megatron
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from model.config import PretrainConfig
@@ -40,10 +43,29 @@ def build_optimizer(recipe: PretrainConfig, model: DistributedDataParallel) -> M
         ),
         [model],
     )
+    for part in optimizer.chained_optimizers:
+        if isinstance(part, DistributedOptimizer):
+            part.model_param_group_index_map = parameter_places(part.model_fp32_groups, part.model_float16_groups)
     if not TRANSFORMER_ENGINE:
         for group in optimizer.param_groups:
             group["fused"] = True           # PyTorch's one-pass AdamW; Megatron has no argument for it
     return optimizer
+
+
+def parameter_places(
+    fp32_groups: Iterable[list[Tensor]], bf16_groups: Iterable[list[Tensor]]
+) -> dict[Tensor, tuple[int, int]]:
+    """Each parameter's group in the inner optimizer of Megatron's DistributedOptimizer, and its place there.
+
+    The inner optimizer holds a group's float32 parameters before the others. DistributedOptimizer 0.16.1 counts them as
+    gradient buffers hold them, so where a group has both, as norms with A_log, D and dt_bias here, it saves a
+    parameter's moments as another's, or fails.
+    """
+    return {
+        parameter: (group, place)
+        for group, parts in enumerate(zip(fp32_groups, bf16_groups, strict=True))
+        for place, parameter in enumerate(chain(*parts))
+    }
 
 
 @torch.no_grad()

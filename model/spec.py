@@ -75,6 +75,10 @@ def build_model(
         post_process=parallel_state.is_pipeline_last_stage(),
     )
     mark_quantized_layers(model.decoder.layers, precision, len(config.pattern))
+    if precision.scaling == "unscaled":
+        for module in model.modules():
+            if hasattr(module, "save_original_input"):      # Megatron asks for it, these quantizers cannot
+                module.save_original_input = False
     recompute_layers(model.decoder.layers, config.pattern, recompute)
     return model
 

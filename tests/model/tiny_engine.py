@@ -40,7 +40,8 @@ def run_processes(count: int, jobs: list[dict[str, Any]], directory: Path) -> li
     stores = [TCPStore("localhost", 0, is_master=True, wait_for_workers=False) for _ in jobs]     # torchrun's part
     environment = os.environ | {
         "WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "STORE_PORTS": " ".join(str(store.port) for store in stores), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+        "STORE_PORTS": " ".join(str(store.port) for store in stores), "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
     logs = [directory / f"rank-{rank}.txt" for rank in range(count)]
     processes = [
