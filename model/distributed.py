@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from model import te_guard  # noqa: F401    # before Megatron
 
@@ -86,18 +87,27 @@ class MegatronOnCpu(TorchFunctionMode):
 
 
 class BFloat16ProductsOnCpu(TorchDispatchMode):
-    """While entered, BF16 matrix products are FP32 products of the same values, rounded to BF16.
+    """While entered, BF16 matrix products and attention are FP32 ones of the same values, rounded to BF16.
 
-    For a CPU without BF16 instructions, where PyTorch's own take thirty times an FP32 product's time. Both multiply
-    exactly and accumulate in FP32; they differ in the order of the sum.
+    For a CPU without BF16 instructions, where PyTorch's own products take thirty times an FP32 product's time and the
+    backward of its attention four times. Products multiply exactly and accumulate in FP32 either way; they differ in
+    the order of the sum. Attention's weights stay in FP32 between its two products.
     """
 
-    PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
+    PRODUCTS = (
+        torch.ops.aten.mm.default, torch.ops.aten.bmm.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+    )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in self.PRODUCTS and args[0].dtype is torch.bfloat16 and args[0].device.type == "cpu":
-            return func(args[0].float(), args[1].float()).bfloat16()
-        return func(*args, **(kwargs or {}))
+        if func not in self.PRODUCTS or args[0].dtype is not torch.bfloat16 or args[0].device.type != "cpu":
+            return func(*args, **(kwargs or {}))
+        results = func(*tree_map_only(torch.Tensor, torch.Tensor.float, args), **(kwargs or {}))
+        if func is self.PRODUCTS[2]:
+            output, log_sum_exp = results           # the second is FP32 of BF16 inputs, too
+            return output.bfloat16(), log_sum_exp
+        return tree_map_only(torch.Tensor, torch.Tensor.bfloat16, results)
 
 
 def bfloat16_products() -> contextlib.AbstractContextManager[Any]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core import parallel_state
 
 from model.config import ModelError
@@ -65,3 +66,21 @@ def test_bfloat16_products_in_float32_are_the_same_products():
         assert result.dtype is torch.bfloat16
         assert (result.double() - expected).abs().max() < 2**-8 * expected.abs().max()      # one rounding to BF16
     assert batched.shape == (4, 16, 16) and torch.equal(batched[0], y.detach()[:16, :16])
+
+
+def test_bfloat16_attention_in_float32_is_the_same_attention():
+    torch.manual_seed(0)
+    q, k, v, dy = (torch.randn(2, heads, 24, 16).bfloat16() for heads in (4, 2, 2, 4))
+
+    def attention(*inputs: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
+
+    ours, exact = [[tensor.to(dtype, copy=True).requires_grad_() for tensor in (q, k, v)]
+                   for dtype in (torch.bfloat16, torch.float64)]
+    with BFloat16ProductsOnCpu():
+        y = attention(*ours)
+        found = (y, *torch.autograd.grad(y, ours, dy))
+    expected = attention(*exact)
+    for result, true in zip(found, (expected, *torch.autograd.grad(expected, exact, dy.double())), strict=True):
+        assert result.dtype is torch.bfloat16
+        assert (result.double() - true).abs().max() < 2**-7 * true.abs().max()      # k and v: a sum of two rounded parts
