@@ -2,7 +2,8 @@
 
 The harness (EleutherAI, 0.4) does what it is good at: requests, metrics, standard errors. `HarnessLM` answers its
 requests with the numbers its own Hugging Face adapter gives, several times faster: choices that share a context are
-scored in one pass, and logits are made only where they are asked for. Weights are float32 on any device.
+scored in one pass, and logits are made only where they are asked for. The layers run in float32 on a CPU and in
+bfloat16, as they were trained, on a GPU; logits are float32.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import bits_per_byte, bootstrap_stderr
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from model.inference import Decoder
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32_768}        # on a CPU, what stays in its cache is fastest
+LENGTH_MULTIPLE = {"cpu": 1, "cuda": 128}           # on a GPU every other length is compiled or planned for anew
+DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 BOOTSTRAP_SAMPLES = 1000
 SAMPLES_SHOWN = 5               # items a task in the samples
 SHOWN_CHARACTERS = 500
@@ -201,7 +205,9 @@ class HarnessLM(TemplateLM):
         self, batch: list[list[int]], inputs: Sequence[list[int]], pairs: Sequence[Pair]
     ) -> list[tuple[int, Score]]:
         """(index, score) of every pair in the batch. Rows are padded on the right: nothing before the pad sees it."""
-        ids = torch.zeros(len(batch), len(inputs[batch[0][-1]]), dtype=torch.int64)
+        multiple = LENGTH_MULTIPLE[self._device.type]
+        longest = len(inputs[batch[0][-1]])
+        ids = torch.zeros(len(batch), longest + -longest % multiple, dtype=torch.int64)
         asked: list[tuple[int, int, int]] = []          # row, position, the token that follows there
         lengths = []
         indices = [index for row in batch for index in row]
@@ -213,7 +219,7 @@ class HarnessLM(TemplateLM):
                 lengths.append(len(target))
         rows, positions, targets = torch.tensor(asked, device=self._device).unbind(-1)
         hidden = self.model.backbone(ids.to(self._device))[rows, positions]
-        predicted = self.model.lm_head(hidden).float().log_softmax(-1)
+        predicted = F.linear(hidden.float(), self.model.lm_head.weight.float()).log_softmax(-1)
         likelihoods = predicted.gather(-1, targets[:, None])[:, 0].cpu().split(lengths)
         hits = (predicted.argmax(-1) == targets).cpu().split(lengths)
         scores = [(part.sum().item(), bool(hit.all())) for part, hit in zip(likelihoods, hits, strict=True)]
@@ -226,7 +232,8 @@ def load(directory: Path, max_length: int, **options: Any) -> HarnessLM:
     path = directory / "tokenizer.json"
     if not path.exists():
         raise ModelError(f"{path}: not found.\nGive a directory that the `export` stage wrote.")
-    model = HybridLM.from_state(config, state).to("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = HybridLM.from_state(config, state, DTYPES[device]).to(device)
     eot_token_id = json.loads((directory / "config.json").read_text())["eos_token_id"]
     return HarnessLM(model, Tokenizer.from_file(str(path)), eot_token_id, max_length, **options)
 

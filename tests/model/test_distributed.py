@@ -83,4 +83,4 @@ def test_bfloat16_attention_in_float32_is_the_same_attention():
     expected = attention(*exact)
     for result, true in zip(found, (expected, *torch.autograd.grad(expected, exact, dy.double())), strict=True):
         assert result.dtype is torch.bfloat16
-        assert (result.double() - true).abs().max() < 2**-7 * true.abs().max()      # k and v: a sum of two rounded parts
+        assert (result.double() - true).abs().max() < 2**-7 * true.abs().max()      # k, v: sums of rounded parts

@@ -110,6 +110,20 @@ def test_same_scores_as_the_harness_adapter_for_transformers(
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+def test_padded_lengths_and_bfloat16_layers_as_on_a_gpu(
+    exported: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = requests("loglikelihood", PAIRS)
+    exact = [score for score, _ in evaluation.load(exported[name], WINDOW).loglikelihood(asked)]
+    monkeypatch.setitem(evaluation.LENGTH_MULTIPLE, "cpu", 16)
+    padded = evaluation.load(exported[name], WINDOW).loglikelihood(asked)
+    assert [score for score, _ in padded] == pytest.approx(exact, abs=1e-4)
+    monkeypatch.setitem(evaluation.DTYPES, "cpu", torch.bfloat16)
+    rounded = [score for score, _ in evaluation.load(exported[name], WINDOW).loglikelihood(asked)]
+    assert rounded != exact and rounded == pytest.approx(exact, rel=1e-2)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_same_text_as_the_harness_adapter_for_transformers(
     exported: dict[str, Path], harness_adapter: type[TemplateLM], name: str
 ) -> None:
