@@ -46,7 +46,7 @@ class Machine:
     link: float = 3.4e11
     network: float = 4.5e10
     gpus_per_node: int = 8
-    launch_seconds: float = 0.9e-3
+    launch_seconds: float = 3.6e-3
     peak: float = 989.4e12
 
 
@@ -58,7 +58,7 @@ MACHINES = {
 # Share of the copy's rate that kernels reach, forward and backward together (docs/results/kernels-h200.md).
 STREAMING = 0.8
 CONVOLUTION = 0.6
-ATTENTION = 0.65                        # of the BF16 rate, cuDNN
+ATTENTION, ATTENTION_HEAD = 0.65, 128    # of the BF16 rate, cuDNN, heads of 128
 # Seconds a token and inner channel of the scan take where a copy runs at 4.17 TB/s and a state is 128 wide.
 SCAN_SECONDS, SCAN_COPY, SCAN_STATE = 1.27e-3 / 8192 / 8192, 4.17e12, 128
 # A product whose smallest size is s runs at s / (s + RAMP) of the rate.
@@ -354,8 +354,13 @@ def _layer_seconds(
         attention = config.attention_size / split
         seconds += _product_seconds(tokens, hidden, attention + 2 * config.kv_size / split, fp8, machine)
         seconds += _product_seconds(tokens, attention, hidden, fp8, machine)
-        # causal: half of the square; two products forward, five backward
-        seconds += 7 * tokens * config.sequence_length * attention / (ATTENTION * machine.bf16)
+        # causal: half of the square; two products forward, five backward; half a head fills half a tensor core
+        rate = ATTENTION * machine.bf16 * min(1.0, config.head_dim / ATTENTION_HEAD)
+        seconds += 7 * tokens * config.sequence_length * attention / rate
+        # queries, keys and values are split, transposed, joined again; RoPE is some ten elementwise operations
+        heads = attention + config.kv_size / split
+        seconds += _stream_seconds(tokens * (24 * (heads + config.kv_size / split)
+                                             + (50 * heads if config.position_embedding == "rope" else 0)), machine)
     else:
         ffn = config.ffn_hidden_size / split
         seconds += _product_seconds(tokens, hidden, ffn, fp8, machine)
