@@ -1,0 +1,116 @@
+"""No kernel reads or writes an element outside the tensors it was given: Triton's interpreter, every address checked.
+
+On a GPU such an access mostly meets a neighbour and goes unnoticed; sizes here fill no tile.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from triton_device import DEVICE
+
+# isort: split
+from kernels import (
+    cross_entropy_triton,
+    forward_kl_triton,
+    gated_norm_triton,
+    mixer_triton,
+    squared_relu_triton,
+    state_update_triton,
+)
+
+pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="checks the interpreter's addresses")
+
+
+@pytest.fixture
+def outside(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Lines of kernels that touched memory outside the tensors of their launch."""
+    from triton.runtime import interpreter
+
+    found: list[str] = []
+    extents: list[tuple[int, int]] = []
+    builder, executor = type(interpreter.interpreter_builder), interpreter.GridExecutor
+    load, store, launch = builder.create_masked_load, builder.create_masked_store, executor._init_args_hst
+
+    def check(addresses: np.ndarray, mask: np.ndarray, size: int) -> None:
+        touched = addresses[np.broadcast_to(mask, addresses.shape).astype(bool)]
+        within = np.zeros(touched.shape, bool)
+        for first, end in extents:
+            within |= (touched >= first) & (touched + size <= end)
+        if not within.all():
+            frames = [frame for frame in traceback.extract_stack() if frame.filename.endswith("_triton.py")]
+            found.append(f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}")
+
+    def checked_launch(self, arguments, options):
+        arguments, options = launch(self, arguments, options)
+        extents[:] = [extent(value) for value in [*arguments, *options.values()] if isinstance(value, Tensor)]
+        return arguments, options
+
+    def checked_load(self, pointers, mask, *rest):
+        size = np.dtype(interpreter._get_np_dtype(pointers.get_element_ty())).itemsize
+        check(pointers.data, mask.data, size)
+        return load(self, pointers, mask, *rest)
+
+    def checked_store(self, pointers, value, mask, *rest):
+        check(pointers.data, mask.data, value.data.dtype.itemsize)
+        return store(self, pointers, value, mask, *rest)
+
+    monkeypatch.setattr(executor, "_init_args_hst", checked_launch)
+    monkeypatch.setattr(builder, "create_masked_load", checked_load)
+    monkeypatch.setattr(builder, "create_masked_store", checked_store)
+    yield found
+
+
+def extent(tensor: Tensor) -> tuple[int, int]:
+    """Addresses of its first element and behind its last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size() * bool(tensor.numel())
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+
+def mixer(length: int, documents: Tensor | None) -> Tensor:
+    heads, head_dim, groups, state = 4, 16, 2, 16
+    inner, channels = heads * head_dim, heads * head_dim + 2 * groups * state
+    return mixer_triton.mix(
+        normal(length, 2, inner + channels + heads).transpose(0, 1), normal(channels, 4), normal(channels),
+        normal(heads), normal(heads), normal(heads), normal(inner), groups, state, 1e-5, documents,
+    )[0]
+
+
+def test_the_check_finds_an_element_too_many(outside):
+    short = normal(10).detach()[:7]
+    squared_relu_triton._forward_kernel[(1,)](short, short, 8, BLOCK=8, num_warps=1)
+    assert len(outside) == 2 and "tl.load" in outside[0] and "tl.store" in outside[1]
+
+
+@pytest.mark.parametrize("run", [
+    lambda: mixer(16, None),
+    lambda: mixer(37, torch.tensor([0] * 20 + [1] * 17, dtype=torch.int32).expand(2, -1).contiguous()),
+    lambda: gated_norm_triton.normalise(normal(33, 24), normal(33, 24), normal(24), 2, 1e-5),
+    lambda: gated_norm_triton.normalise(normal(5, 40), None, normal(40), 1, 1e-5),
+    lambda: squared_relu_triton.activate(normal(33, 7)),
+    lambda: cross_entropy_triton.losses(normal(9, 50) * 1, torch.arange(9))[0],
+], ids=["mixer", "mixer-documents", "gated-norm", "norm", "squared-relu", "cross-entropy"])
+def test_forward_and_backward(run: Callable[[], Tensor], outside: list[str]) -> None:
+    y = run()
+    y.backward(torch.ones_like(y))
+    assert not outside
+
+
+def test_without_gradients(outside):
+    student, teacher = normal(9, 50).detach(), normal(9, 50).detach() + 1
+    forward_kl_triton.divergences(student, teacher, torch.empty_like(student))
+    state, x, dt = normal(2, 4, 8, 16).detach(), normal(2, 4, 8).detach(), normal(2, 4).detach()
+    shared, one = normal(2, 2, 16).detach(), normal(4).detach()
+    state_update_triton.advance_scan(state, x, dt, -one.exp(), shared, shared, one, one)
+    state_update_triton.advance_conv(normal(2, 20, 4).detach(), normal(2, 20).detach(), normal(20, 4).detach(),
+                                     normal(20).detach())
+    assert not outside
