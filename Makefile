@@ -54,7 +54,7 @@ ui: $(READY) ## Prefect's pages: start, watch and cancel runs; PORT=4200
 	@exec $(PY) -m flows.server --port $(PORT)
 
 test: $(READY) $(if $(GPU),,$(VENV)/.triton-$(TRITON)) ## The tests
-	@$(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile
+	@$(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY) ## ruff and mypy
 	@$(PY) -m ruff check .

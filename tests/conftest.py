@@ -13,10 +13,20 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"        # Triton reads it when it is imported, by whichever test comes first
+# One thread a process, as the stages compute (`runtime.threads`): pytest's workers share the cores, and the threads of
+# several wait for one another so busily that small models train ten times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from data_pipeline.indexed_dataset import IndexedDatasetWriter
 
 VOCABULARY = 64
+# A worker takes whole files: those that take longest start first, lest one be left alone at the end.
+LONGEST = (
+    "test_smoke.py", "test_mixer_triton.py", "test_executor.py", "test_annotation.py", "test_reproduce.py",
+    "test_trainer.py", "test_compress.py", "test_stage_runner.py", "test_synthesis.py", "test_funnel.py",
+    "test_evaluation_items.py", "test_evaluate.py", "test_trainer_recovery.py", "test_causal_conv1d_triton.py",
+    "test_launch.py", "test_pretrain.py", "test_server.py", "test_text_generation.py", "test_chat.py",
+)
 
 
 def write_token_files(directory: Path, documents: int = 60) -> Path:
@@ -51,6 +61,14 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
         return None
     modules = [collection_path] if collection_path.is_file() else collection_path.rglob("test_*.py")
     return None if any("mark.gpu" in module.read_text() for module in modules) else True
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))       # torch was imported before the variable was set
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")

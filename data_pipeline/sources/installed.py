@@ -97,7 +97,10 @@ def everything() -> dict[str, Distribution]:
     """Canonical name -> distribution for all that Python finds here; of two of a name, the one it would import."""
     found: dict[str, Distribution] = {}
     for package in distributions():
-        name = canonicalize_name(package.metadata["Name"] or "")     # half-removed packages have no metadata
+        try:
+            name = canonicalize_name(package.metadata["Name"] or "")     # half-removed packages have no metadata
+        except FileNotFoundError:       # which importlib_metadata, once anything has imported it, says in this way
+            continue
         if name and not ACCELERATOR_ONLY.fullmatch(name):
             found.setdefault(name, package)
     return dict(sorted(found.items()))

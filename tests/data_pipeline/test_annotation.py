@@ -76,6 +76,12 @@ def annotated(corpus, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def in_shards(corpus, tmp_path_factory) -> Path:
+    """By one worker, in many shards, without a break."""
+    return run(annotate_config(corpus, shard_megabytes=0.1), tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="module")
 def curated(annotated, tmp_path_factory) -> list[dict]:
     return curated_rows(annotated, tmp_path_factory.mktemp("curated"))
 
@@ -106,8 +112,9 @@ def test_repeats_are_where_the_text_says(annotated):
 
 
 @pytest.mark.parametrize(("shard_megabytes", "least"), [(0.4, 2), (0.1, 7)])
-def test_shards_change_nothing(corpus, annotated, curated, tmp_path, shard_megabytes, least):
-    other = run(annotate_config(corpus, shard_megabytes=shard_megabytes), tmp_path)
+def test_shards_change_nothing(corpus, annotated, curated, in_shards, tmp_path, shard_megabytes, least):
+    few = annotate_config(corpus, shard_megabytes=shard_megabytes)
+    other = in_shards if shard_megabytes == 0.1 else run(few, tmp_path)
     assert len(list(other.glob("part-*.parquet"))) >= least > len(list(annotated.glob("part-*.parquet")))
     assert_frame_equal(rows(other), rows(annotated))
     assert curated_rows(other, tmp_path) == curated
@@ -160,7 +167,7 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize("work", ["read", "deduplicate", "score"])
-def test_an_interrupted_run_ends_the_same(corpus, annotated, tmp_path, work):
+def test_an_interrupted_run_ends_the_same(corpus, annotated, in_shards, tmp_path, work):
     """Stopped in the middle of `work`, with a half-written shard left behind."""
     config = annotate_config(corpus, shard_megabytes=0.1)
     calls = []
@@ -183,12 +190,11 @@ def test_an_interrupted_run_ends_the_same(corpus, annotated, tmp_path, work):
     annotate(config, 1, out, scratch, HERE, lambda step, total, **figures: works.add(figures["work"]))
     assert (scratch / "resumed").exists()
     assert ("read" in works) == (work == "read"), "what was read is not read again"
-    unbroken = run(config, tmp_path / "unbroken")
-    assert files(out) == files(unbroken)
+    assert files(out) == files(in_shards)
     assert_frame_equal(rows(out), rows(annotated))
 
 
-def test_a_killed_run_resumes(corpus, tmp_path):
+def test_a_killed_run_resumes(corpus, in_shards, tmp_path):
     """SIGKILL of the whole stage's process, workers and all, somewhere in the middle."""
     config = annotate_config(corpus, shard_megabytes=0.1)
     script = tmp_path / "annotate.py"
@@ -219,7 +225,7 @@ def test_a_killed_run_resumes(corpus, tmp_path):
     assert not (tmp_path / "out" / "manifest.json").exists()
     again = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     assert "read" not in again.stdout.split() and (tmp_path / "scratch" / "resumed").exists()
-    assert files(tmp_path / "out") == files(run(config, tmp_path / "unbroken"))
+    assert files(tmp_path / "out") == files(in_shards)
 
 
 def test_a_worker_killed_midway_is_replaced(corpus, annotated, tmp_path, capfd):
@@ -243,7 +249,7 @@ def test_a_worker_killed_midway_is_replaced(corpus, annotated, tmp_path, capfd):
     assert_frame_equal(rows(other), rows(annotated))
 
 
-def test_a_bad_shard_is_named_and_the_others_are_kept(corpus, tmp_path, capfd):
+def test_a_bad_shard_is_named_and_the_others_are_kept(corpus, in_shards, tmp_path, capfd):
     """A shard damaged on disk; mended, the run goes on with what is missing."""
     config = annotate_config(corpus, shard_megabytes=0.1)
     damaged = {}
@@ -265,7 +271,7 @@ def test_a_bad_shard_is_named_and_the_others_are_kept(corpus, tmp_path, capfd):
     out = tmp_path / "again"
     out.mkdir()
     annotate(config, 1, out, tmp_path / "scratch", HERE, silent)
-    assert files(out) == files(run(config, tmp_path / "unbroken"))
+    assert files(out) == files(in_shards)
 
 
 def test_input_that_cannot_be_read_stops_the_run_after_the_rest(corpus, tmp_path):

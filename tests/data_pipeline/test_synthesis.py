@@ -20,6 +20,7 @@ from data_pipeline.config import AnnotateConfig, CurateConfig, DataError, Execut
 from data_pipeline.executor import workers
 from data_pipeline.prompts import BYTES_PER_TOKEN, DISTILL, DIVERSE_QA, TASKS, TASKS_OF_LABEL, WIKIPEDIA
 from data_pipeline.steps.heuristics import first_broken, rules_of
+from data_pipeline.steps.scorers import training_text
 from data_pipeline.steps.step import SCHEMA, text_id
 from data_pipeline.synthesis import (
     Drop,
@@ -261,8 +262,9 @@ def test_no_synthetic_documents_no_work(tmp_path):
         assert annotate(nothing, [tmp_path / "not there"], ANNOTATE, 1, tmp_path, pool).num_rows == 0
 
 
-def test_synthetic_documents_become_a_shard_of_the_corpus(serve, tmp_path):
+def test_synthetic_documents_become_a_shard_of_the_corpus(serve, tmp_path, monkeypatch):
     """Annotate and curate on a little real prose: what is asked is answered, cut and written, and again offline."""
+    monkeypatch.setattr(training_text, "INSTALLED_BYTES", 200_000)
     texts = [text for _, text in sorted(topics.items()) if len(text) > 600]
     (tmp_path / "docs.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     source = {"kind": "files", "paths": [str(tmp_path / "docs.jsonl")], "domain": "docs", "license": "PSF-2.0"}

@@ -22,10 +22,18 @@ def ignore(*_: object) -> None:
     pass
 
 
+@pytest.fixture(scope="module")
+def found() -> dict[str, Node]:
+    """Nodes that one test's repository had: they are those of every other."""
+    return {}
+
+
 @pytest.fixture
-def nodes(repository: Path) -> dict[str, Node]:
+def nodes(repository: Path, found: dict[str, Node]) -> dict[str, Node]:
     dvc_graph.allow_no_git()
-    return dvc_graph.graph()
+    if not found:
+        found.update(dvc_graph.graph())
+    return dict(found)
 
 
 def run_all(nodes: dict[str, Node], runner: StageRunner) -> dict[str, str]:

@@ -19,6 +19,7 @@ from model.token_data import TrainingData, validation
 from model.trainer import Trainer, train
 
 LAYOUTS = [{"tensor": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2}, {}]
+BY_DOCUMENT = {"reset_at_documents": True, "recompute": "M*-"}
 
 
 def losses(run: dict) -> list[float]:
@@ -77,23 +78,30 @@ def assert_same_gradients_and_moments(ours: dict, reference: dict, before: dict,
             assert (mine - theirs).norm() < 3e-5 * theirs.norm(), (name, layout)
 
 
-def test_layouts_agree_from_scratch_and_from_one_process_state(tokens, unbroken, tmp_path):
-    """Two processes: TP, TP with SP, PP and DP go on from the state one process saved; TP and DP also start alike."""
+@pytest.fixture(scope="module")
+def on_two(tokens, unbroken, tmp_path_factory) -> list[tuple[dict, dict]]:
+    """Jobs on two processes and their results: TP, TP with SP, PP and DP go on from the state one process saved; TP and
+    DP also start alike; at last TP with SP and PP go on from it with documents and recomputation."""
+    directory = tmp_path_factory.mktemp("two")
+    jobs = [{"parallelism": layout, "checkpoint_every": 5} for layout in LAYOUTS]
+    jobs += [{"parallelism": LAYOUTS[index], "checkpoint_every": 5, "fresh": True} for index in (0, 3)]
+    jobs += [{"parallelism": layout} | BY_DOCUMENT for layout in LAYOUTS[1:3]]
+    for index, job in enumerate(jobs):
+        name = "fresh" if job.pop("fresh", False) else "resumed"
+        job |= {"tokens": str(tokens), "out": str(directory / f"out-{index}"),
+                "scratch": str(directory / f"{name}-{index}")}
+        if name == "resumed":
+            shutil.copytree(unbroken["directory"] / "scratch", job["scratch"])
+    return list(zip(jobs, run_processes(2, jobs, directory), strict=True))
+
+
+def test_layouts_agree_from_scratch_and_from_one_process_state(tokens, unbroken, on_two, tmp_path):
     before, alone = optimizer_state(unbroken["directory"] / "scratch", 4), tmp_path / "alone"
     shutil.copytree(unbroken["directory"] / "scratch", alone)
     train_job(str(tokens), str(tmp_path / "out-alone"), str(alone), {}, checkpoint_every=5)
     reference = optimizer_state(alone, 5)
-    jobs = []
-    for index, layout in enumerate(LAYOUTS):
-        scratch = tmp_path / f"resumed-{index}"
-        shutil.copytree(unbroken["directory"] / "scratch", scratch)
-        jobs.append({"scratch": str(scratch), "parallelism": layout})
-    jobs += [{"scratch": str(tmp_path / f"fresh-{index}"), "parallelism": LAYOUTS[index]} for index in (0, 3)]
-    for index, job in enumerate(jobs):
-        job |= {"tokens": str(tokens), "out": str(tmp_path / f"out-{index}"), "checkpoint_every": 5}
-    results = run_processes(2, jobs, tmp_path)
-
-    for job, result in zip(jobs, results, strict=True):
+    of_layouts = on_two[:6]
+    for job, result in of_layouts:
         assert losses(result) == pytest.approx(losses(unbroken), rel=3e-5), job["parallelism"]
         assert [row["grad_norm"] for row in result["training"]] == pytest.approx(
             [row["grad_norm"] for row in unbroken["training"]], rel=3e-4), job["parallelism"]
@@ -105,22 +113,18 @@ def test_layouts_agree_from_scratch_and_from_one_process_state(tokens, unbroken,
             state = optimizer_state(Path(job["scratch"]), 5)
             assert_same_gradients_and_moments(state, reference, before, job["parallelism"])
     expected = load_weights(unbroken["directory"] / "out")[1]
-    for job in jobs:
+    for job, _ in of_layouts:
         for name, tensor in load_weights(Path(job["out"]))[1].items():
             torch.testing.assert_close(tensor, expected[name], rtol=1e-2, atol=2e-4)
 
 
-def test_layouts_agree_on_documents_and_recomputation(tokens, unbroken, tmp_path):
+def test_layouts_agree_on_documents_and_recomputation(tokens, unbroken, on_two, tmp_path):
     """From the same state, resetting at documents and recomputing activations: one process, TP with SP, and PP."""
-    jobs = []
-    for index, layout in enumerate([{}, *LAYOUTS[1:3]]):
-        scratch = tmp_path / f"resumed-{index}"
-        shutil.copytree(unbroken["directory"] / "scratch", scratch)
-        jobs.append({"tokens": str(tokens), "out": str(tmp_path / f"out-{index}"), "scratch": str(scratch),
-                     "parallelism": layout, "reset_at_documents": True, "recompute": "M*-"})
-    alone = train_job(**jobs[0])
+    shutil.copytree(unbroken["directory"] / "scratch", tmp_path / "scratch")
+    alone = train_job(str(tokens), str(tmp_path / "out"), str(tmp_path / "scratch"), {}, **BY_DOCUMENT)
     assert losses(alone)[4:] != pytest.approx(losses(unbroken)[4:], rel=1e-3)
-    for result in run_processes(2, jobs[1:], tmp_path):
+    assert len(on_two[6:]) == 2
+    for _, result in on_two[6:]:
         assert losses(result) == pytest.approx(losses(alone), rel=3e-5)
 
 
