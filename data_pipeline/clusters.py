@@ -48,9 +48,7 @@ class Dask(Backend):
 
     def finished(self) -> list[tuple[int, Answer]]:
         number = self.done.get()
-        future = self.futures.pop(number)
-        error = future.exception()
-        return [(number, _lost(error) if error else future.result())]
+        return [(number, _answer_of(self.futures.pop(number)))]
 
     def close(self) -> None:
         self.client.close()
@@ -89,9 +87,7 @@ class Ray(Backend):
 
     def finished(self) -> list[tuple[int, Answer]]:
         number = self.done.get()
-        future = self.futures.pop(number)
-        error = future.exception()
-        return [(number, _lost(error) if error else future.result())]
+        return [(number, _answer_of(self.futures.pop(number)))]
 
     def close(self) -> None:
         self.shutdown()
@@ -135,6 +131,15 @@ class Slurm(Backend):
     def close(self) -> None:
         for job in self.jobs.values():
             job.cancel()
+
+
+def _answer_of(future: Any) -> Answer:
+    """What a call that has ended gave; the worker that holds it may still die before it is fetched."""
+    try:
+        answer: Answer = future.result()
+    except Exception as error:
+        return _lost(error)
+    return answer
 
 
 def _lost(error: BaseException) -> Answer:
