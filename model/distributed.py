@@ -103,7 +103,8 @@ class BFloat16ProductsOnCpu(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in self.PRODUCTS or args[0].dtype is not torch.bfloat16 or args[0].device.type != "cpu":
             return func(*args, **(kwargs or {}))
-        results = func(*tree_map_only(torch.Tensor, torch.Tensor.float, args), **(kwargs or {}))
+        args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.float, (args, kwargs or {}))    # a mask is named
+        results = func(*args, **kwargs)
         if func is self.PRODUCTS[2]:
             output, log_sum_exp = results           # the second is FP32 of BF16 inputs, too
             return output.bfloat16(), log_sum_exp

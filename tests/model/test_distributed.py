@@ -68,12 +68,14 @@ def test_bfloat16_products_in_float32_are_the_same_products():
     assert batched.shape == (4, 16, 16) and torch.equal(batched[0], y.detach()[:16, :16])
 
 
-def test_bfloat16_attention_in_float32_is_the_same_attention():
+@pytest.mark.parametrize("masked", [False, True])
+def test_bfloat16_attention_in_float32_is_the_same_attention(masked):
     torch.manual_seed(0)
+    mask = torch.ones(24, 24, dtype=torch.bool).tril() if masked else None
     q, k, v, dy = (torch.randn(2, heads, 24, 16).bfloat16() for heads in (4, 2, 2, 4))
 
     def attention(*inputs: torch.Tensor) -> torch.Tensor:
-        return F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
+        return F.scaled_dot_product_attention(*inputs, attn_mask=mask, is_causal=not masked, enable_gqa=True)
 
     ours, exact = [[tensor.to(dtype, copy=True).requires_grad_() for tensor in (q, k, v)]
                    for dtype in (torch.bfloat16, torch.float64)]
