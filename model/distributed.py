@@ -94,9 +94,9 @@ class BFloat16ProductsOnCpu(TorchDispatchMode):
     the order of the sum. Attention's weights stay in FP32 between its two products.
     """
 
+    ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     PRODUCTS = (
-        torch.ops.aten.mm.default, torch.ops.aten.bmm.default,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.aten.mm.default, torch.ops.aten.bmm.default, ATTENTION,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
     )
 
@@ -105,8 +105,8 @@ class BFloat16ProductsOnCpu(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.float, (args, kwargs or {}))    # a mask is named
         results = func(*args, **kwargs)
-        if func is self.PRODUCTS[2]:
-            output, log_sum_exp = results           # the second is FP32 of BF16 inputs, too
+        if func is self.ATTENTION:
+            output, log_sum_exp = results           # the second is FP32 for BF16 inputs, too
             return output.bfloat16(), log_sum_exp
         return tree_map_only(torch.Tensor, torch.Tensor.bfloat16, results)
 

@@ -74,7 +74,7 @@ def test_start_cancel_and_report_to_the_pages(repository: Path, pages: str, repr
     _, alive = psutil.wait_procs(stages, timeout=30)
     assert alive == []
 
-    done = reproduce("--stages", "first")
+    done = reproduce()
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith(f"Watch this run at {pages}\n")
     assert "Starting a temporary" not in done.stdout

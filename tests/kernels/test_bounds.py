@@ -6,7 +6,7 @@ On a GPU such an access mostly meets a neighbour and goes unnoticed; sizes here 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="checks the interpreter
 
 
 @pytest.fixture
-def outside(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def outside(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Lines of kernels that touched memory outside the tensors of their launch."""
     from triton.runtime import interpreter
 
@@ -63,7 +63,7 @@ def outside(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(executor, "_init_args_hst", checked_launch)
     monkeypatch.setattr(builder, "create_masked_load", checked_load)
     monkeypatch.setattr(builder, "create_masked_store", checked_store)
-    yield found
+    return found
 
 
 def extent(tensor: Tensor) -> tuple[int, int]:

@@ -24,7 +24,7 @@ SMALL = {
     "importance_samples": 4, "ffn_importance_samples": 8, "ffn_widths": [24, 32, 48], "validation_samples": 8,
     "ranking_samples": 4, "ranked_by_agreement": 3, "ranked_by_task": 2, "task_items": 8, "finalists": 2,
     "short_distillation_tokens": 256,
-    "distillation_tokens": 40 * 128, "micro_batch_size": 4, "checkpoint_every": 1,
+    "distillation_tokens": 100 * 128, "micro_batch_size": 4, "checkpoint_every": 1,
 }
 METRICS = {
     "parent_parameters", "compressed_parameters", "parent_memory_gib", "compressed_memory_gib", "budget_gib",
@@ -65,7 +65,7 @@ def read(directory: Path, name: str):
 
 def test_outputs_and_records(done):
     metrics = read(done, "metrics.json")
-    assert metrics.keys() >= METRICS and metrics["distillation_tokens"] == 40 * 128
+    assert metrics.keys() >= METRICS and metrics["distillation_tokens"] == 100 * 128
     config = ModelConfig(**read(done, "model.json"))
     assert costs.parameters(config) == metrics["compressed_parameters"] < metrics["parent_parameters"]
     for name in ("compressed", "compressed-random"):
@@ -80,7 +80,7 @@ def test_outputs_and_records(done):
     assert all(candidate["memory_gib"] <= metrics["budget_gib"] for candidate in candidates)
     assert len(read(done, "importance.json")["layers"]) == 7
     rows = list(csv.DictReader((done / "runs/tiny/compress/distillation.csv").open()))
-    assert list(rows[0]) == ["model", "step", "tokens", "kl"] and len(rows) == 80
+    assert list(rows[0]) == ["model", "step", "tokens", "kl"] and len(rows) == 200
     assert metrics["kl_parent_compressed"] < metrics["kl_parent_cut"]
     assert not list((done / ".scratch").glob("compress-*/"))
 

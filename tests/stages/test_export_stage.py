@@ -20,6 +20,11 @@ from stages.export import check_logits, convert, export
 from stages.params import load_params
 
 NAMES = ("hybrid-bf16", "transformer-bf16")
+# What a GPU machine has installed, where transformers takes it for a model on the CPU as well.
+CAUSAL_CONV1D = """
+def causal_conv1d_fn(x, weight, bias=None, activation=None):
+    raise RuntimeError("Expected x.is_cuda() to be true, but got false.")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +41,7 @@ def done(tmp_path_factory) -> Path:
         weights = directory / "data/tiny/checkpoints" / name
         weights.mkdir(parents=True)
         checkpoint.save_weights(weights, config, HybridLM(config).state_dict(), {"precision": "bf16", "tokens": 12})
+    (directory / "causal_conv1d.py").write_text(CAUSAL_CONV1D)
     run(directory, "-m", "stages.export", "--variant", NAMES[0])
     with contextlib.chdir(directory):
         stage = stage_of(NAMES[1])

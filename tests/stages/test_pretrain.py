@@ -14,10 +14,8 @@ from ruamel.yaml import YAML
 
 from model.checkpoint import load_weights
 from model.trainer import train
-from stages.common import Stage
 from stages.params import load_params
 from stages.pretrain import csv_text
-from stages.pretrain import pretrain as pretrain_stage
 
 ROOT = Path(__file__).resolve().parents[2]
 GEOMETRY = {"pattern": "M-*M", "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4,
@@ -117,14 +115,13 @@ def test_tokens_of_another_tokenizer_are_an_error(workplace):
     assert errors.count("\n") == 2
 
 
-def test_a_truncated_token_file_is_an_error_before_any_work(workplace, monkeypatch):
+def test_a_truncated_token_file_is_an_error_before_any_work(workplace):
     path = workplace / "data" / "toy" / "tokens" / "train" / "code-high.bin"
     path.write_bytes(path.read_bytes()[:-2])
-    monkeypatch.chdir(workplace)
-    params = load_params("params.yaml", ("tokenizer.vocab_size=512",))
-    with pytest.raises(ValueError, match=r"train/code-high\.bin: ") as error:
-        pretrain_stage(Stage("pretrain", params, "hybrid-fp8", None, ("pretrain",)))
-    assert str(error.value).count("\n") == 1
+    process = pretrain(workplace, "--variant", "hybrid-fp8")
+    _, errors = process.communicate()
+    assert process.returncode == 1
+    assert "train/code-high.bin: " in errors and errors.count("\n") == 2
     assert not list((workplace / ".scratch").glob("*/index"))
 
 
