@@ -44,6 +44,7 @@ RWLOCK = Path(".dvc/tmp/rwlock")
 FLOW_LOCK = Path(".dvc/tmp/flow.lock")
 LOGS = Path("logs")
 SECONDS_TO_UNWIND = 20.0
+SECONDS_TO_GATHER = 0.5           # in which stages that one other held up come to the queue, in any order
 
 
 class GraphError(RuntimeError):
@@ -275,6 +276,7 @@ class StageRunner:
                                   "Change runtime.launcher in params.yaml, or run it on a larger machine.")
             self.waiting.append(node)
             self.waiting.sort(key=lambda other: -other.priority)
+            self.turn.wait_for(lambda: self.stopped, SECONDS_TO_GATHER)
             self.turn.wait_for(lambda: self.stopped or self._next() is node)
             self.waiting.remove(node)
             if self.stopped:

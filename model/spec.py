@@ -44,10 +44,12 @@ from model.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from model.precision import Precision, mark_quantized_layers
 from model.recompute import recompute_layers
 
-# cuDNN's attention takes half of FlashAttention 2's time on Hopper.
+# cuDNN's attention takes half of FlashAttention 2's time on Hopper. Of short sequences, where it gains nothing, its
+# gradients came wrong or not finite out of a CUDA graph (cuDNN 9.19; 16 and 64 tokens, not 256).
 FASTEST_FIRST = [
     SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH,
 ]
+SHORTEST_FOR_CUDNN = 256
 
 
 def build_model(
@@ -200,7 +202,8 @@ class CausalAttention(MegatronModule):
         """query (sequence, batch, heads, head_dim), key and value with one head a group -> (sequence, batch, size)."""
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         mask = None if packed_seq_params is None else packed_seq_params.attention_mask()
-        with sdpa_kernel(FASTEST_FIRST, set_priority=True):
+        backends = FASTEST_FIRST if len(query) >= SHORTEST_FOR_CUDNN else FASTEST_FIRST[1:]
+        with sdpa_kernel(backends, set_priority=True):
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
             )

@@ -94,7 +94,8 @@ def fp8_gap(records: Records) -> Plot:
     figure, axes = canvas("Tokens", "(BF16 − other) / BF16, %", right=0.73)
     _shade_limit(axes)
     ends = []
-    for name, gap in fp8_gaps(records).items():
+    gaps = fp8_gaps(records)
+    for name, gap in gaps.items():
         tokens, values = [point[0] for point in gap], [100 * point[1] for point in gap]
         axes.plot(tokens, values, color=colours(records)[name], marker="o", markersize=3,
                   linestyle=_line(records, name))
@@ -102,9 +103,10 @@ def fp8_gap(records: Records) -> Plot:
                      colours(records)[name]))
     _token_axis(axes)
     _label_ends(axes, ends)
-    return plot(figure, "fp8-gap", "Relative gap to BF16",
-                 "In validation bits per byte; below zero is worse than BF16. Shaded: ± 0.1 %, the paper's bound. The "
-                 "other seed shows what chance alone does.")
+    caption = "In validation bits per byte; below zero is worse than BF16. Shaded: ± 0.1 %, the paper's bound."
+    if len(gaps) > 1:
+        caption += " The other seed shows what chance alone does."
+    return plot(figure, "fp8-gap", "Relative gap to BF16", caption)
 
 
 def loss_gap(records: Records) -> Plot:
@@ -175,20 +177,18 @@ def ffn_importance(records: Records) -> Plot:
 
 
 def candidates(records: Records) -> Plot:
-    figure, axes = canvas("Memory (MiB)", "Agreement with the parent")
+    figure, axes = canvas("Memory (MiB)", "Agreement with the parent", right=0.76)
     scored = [(1024 * item.memory_gib, item.agreement, item) for item in records.candidates
               if item.agreement is not None]
     unscored = [item for item in records.candidates if item.agreement is None]
-    middle = fmean(1024 * item.memory_gib for item in records.candidates)
+    finalists = []
     for memory, agreement, item in scored:
         colour = colours(records)["compressed"] if item.chosen else INK if item.kl_short is not None else "#8fa3b8"
         axes.plot(memory, agreement, marker="*" if item.chosen else "o", markersize=11 if item.chosen else 5,
                   linestyle="none", color=colour, zorder=3 if item.chosen else 2)
         if item.kl_short is not None:
-            side = -1 if memory > middle else 1
-            axes.annotate(f"KL {item.kl_short:.3f}" + (", chosen" if item.chosen else ""), (memory, agreement),
-                          xytext=(7 * side, 0), textcoords="offset points", va="center", color=colour, fontsize=8.5,
-                          ha="right" if side < 0 else "left")
+            name = f"KL {item.kl_short:.3f}" + (", chosen" if item.chosen else "")
+            finalists.append((memory, agreement, name, colour))
     axes.plot([1024 * item.memory_gib for item in unscored], [0.015] * len(unscored), marker="|", markersize=7,
               linestyle="none", color="#8fa3b8", transform=axes.get_xaxis_transform())
     axes.margins(x=0.06, y=0.16)
@@ -196,9 +196,11 @@ def candidates(records: Records) -> Plot:
     axes.axvline(budget, color=MUTED, linestyle=":", linewidth=1.2)
     axes.annotate("budget", (budget, 1), xycoords=("data", "axes fraction"), xytext=(-4, -3), va="top", ha="right",
                   textcoords="offset points", fontsize=8.5, color=MUTED)
+    _label_ends(axes, finalists)
+    which = (f"{len(records.candidates)} candidates; the {len(scored)} that keep most importance are scored, the rest "
+             "are ticks on the axis.") if unscored else f"All {len(scored)} candidates are scored."
     return plot(figure, "candidates", "Candidates under the memory budget",
-                 f"{len(records.candidates)} candidates; the {len(scored)} that keep most importance are scored, the "
-                 "rest are ticks on the axis. Labels: KL to the parent after short distillation.")
+                f"{which} Beside the finalists' heights: KL to the parent after short distillation.")
 
 
 def candidate_speed(records: Records) -> Plot:

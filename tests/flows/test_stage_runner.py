@@ -112,6 +112,23 @@ def test_slots_go_to_the_longest_way_first(nodes: dict[str, Node]) -> None:
     assert runner.free == 1
 
 
+def test_the_first_to_come_does_not_take_the_turn_of_the_longest_way(nodes: dict[str, Node]) -> None:
+    runner = StageRunner(1, 5)
+    started: list[str] = []
+
+    def take(node: Node) -> None:
+        with runner._slot(node):
+            started.append(node.name)
+
+    waiting = [threading.Thread(target=take, args=(nodes[name],)) for name in ("second@right", "second@left")]
+    for thread in waiting:
+        thread.start()
+        time.sleep(0.05)
+    for thread in waiting:
+        thread.join()
+    assert started == ["second@left", "second@right"]
+
+
 def test_a_stage_has_its_gpus_to_itself_and_those_without_run_beside() -> None:
     """Two GPUs, three stages that need one, one that needs none, one that needs both; all wait at once."""
     needs = {"a": 1, "both": 2, "b": 1, "none": 0, "c": 1}

@@ -62,7 +62,14 @@ def test_float8_weights(config):
     found = run(model, ids, 280)
     assert 0.01 < relative(full, exact) < 0.2
     assert relative(found, exact) < 1.1 * relative(full, exact)
-    assert relative(found, full) < 0.05
+    # A value near the middle of two E4M3 numbers goes to the other one for any difference, so that FP8 answers the
+    # smallest change at its input with most of its own rounding error: as much as BF16's rounding is what to allow.
+    embedding = model.backbone.embeddings.weight
+    noise = torch.randn(embedding.shape, generator=torch.Generator().manual_seed(1)).cuda()
+    with torch.no_grad():
+        embedding.mul_(1 + 2**-9 * noise)
+        nudged = model(ids)[:, 279:]
+    assert relative(found, full) < relative(nudged, full)
 
 
 def test_float32_and_bfloat16_states():
