@@ -44,12 +44,13 @@ from model.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from model.precision import Precision, mark_quantized_layers
 from model.recompute import recompute_layers
 
-# cuDNN's attention takes half of FlashAttention 2's time on Hopper. Of short sequences, where it gains nothing, its
-# gradients came wrong or not finite out of a CUDA graph (cuDNN 9.19; 16 and 64 tokens, not 256).
+# cuDNN's attention takes half of FlashAttention 2's time on Hopper. But its gradients (cuDNN 9.19) came wrong or not
+# finite out of a CUDA graph at 16 and 64 tokens, not at 256, and with a mask are not finite at some lengths that 128
+# does not divide (pytorch/pytorch#196678).
 FASTEST_FIRST = [
     SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH,
 ]
-SHORTEST_FOR_CUDNN = 256
+SHORTEST_FOR_CUDNN, TILE_OF_CUDNN = 256, 128
 
 
 def build_model(
@@ -202,7 +203,8 @@ class CausalAttention(MegatronModule):
         """query (sequence, batch, heads, head_dim), key and value with one head a group -> (sequence, batch, size)."""
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         mask = None if packed_seq_params is None else packed_seq_params.attention_mask()
-        backends = FASTEST_FIRST if len(query) >= SHORTEST_FOR_CUDNN else FASTEST_FIRST[1:]
+        suits_cudnn = len(query) >= SHORTEST_FOR_CUDNN and len(query) % TILE_OF_CUDNN == 0
+        backends = FASTEST_FIRST if suits_cudnn else FASTEST_FIRST[1:]
         with sdpa_kernel(backends, set_priority=True):
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]

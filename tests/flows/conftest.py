@@ -26,7 +26,8 @@ with open("history", "a") as history:
     history.write(f"{name} from {done} at {time.time()}\\n")
 for step in range(done + 1, 11):
     time.sleep(float(seconds) / 10)
-    scratch.write_text(str(step))
+    pathlib.Path(f"new-{name}").write_text(str(step))
+    pathlib.Path(f"new-{name}").replace(scratch)
     print(f"step {step}/10 loss {1 / step:.3f} eta 00:00:01", flush=True)
 scratch.unlink()
 text = name + "".join(pathlib.Path(path).read_text() for path in inputs)

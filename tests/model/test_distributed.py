@@ -8,9 +8,9 @@ from megatron.core import parallel_state
 
 from model.config import ModelError
 from model.distributed import (
-    BFloat16ProductsOnCpu,
     MegatronOnCpu,
     Parallelism,
+    bfloat16_products_in_float32,
     is_main_process,
     main_process_first,
     process_groups,
@@ -55,7 +55,7 @@ def test_bfloat16_products_in_float32_are_the_same_products():
     torch.manual_seed(0)
     x, weight = (torch.randn(64, 48).bfloat16().requires_grad_(), torch.randn(32, 48).bfloat16().requires_grad_())
     dy = torch.randn(64, 32).bfloat16()
-    with BFloat16ProductsOnCpu():
+    with bfloat16_products_in_float32():
         y = x @ weight.t()
         y.backward(dy)
         batched = torch.bmm(x.detach().view(4, 16, 48), weight.detach().view(2, 16, 48).repeat(2, 1, 1).transpose(1, 2))
@@ -79,7 +79,7 @@ def test_bfloat16_attention_in_float32_is_the_same_attention(masked):
 
     ours, exact = [[tensor.to(dtype, copy=True).requires_grad_() for tensor in (q, k, v)]
                    for dtype in (torch.bfloat16, torch.float64)]
-    with BFloat16ProductsOnCpu():
+    with bfloat16_products_in_float32():
         y = attention(*ours)
         found = (y, *torch.autograd.grad(y, ours, dy))
     expected = attention(*exact)
