@@ -180,3 +180,8 @@ class PretrainConfig(Section):
                 "Set cuda_graph to false, or fp8_recipe to current."
             )
         return self
+
+    def overlaps_gradients(self, replicas: int) -> bool:
+        """Whether gradients travel between replicas while the last micro-batch's backward goes on. With `cuda_graph`
+        they travel after it."""
+        return replicas > 1 and not self.cuda_graph

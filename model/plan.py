@@ -61,8 +61,11 @@ CONVOLUTION = 0.6
 ATTENTION, ATTENTION_HEAD = 0.65, 128    # of the BF16 rate, cuDNN, heads of 128
 # Seconds a token and inner channel of the scan take where a copy runs at 4.17 TB/s and a state is 128 wide.
 SCAN_SECONDS, SCAN_COPY, SCAN_STATE = 1.27e-3 / 8192 / 8192, 4.17e12, 128
+BACKWARD = 2 / 3                # of a micro-batch's time
 # A product whose smallest size is s runs at s / (s + RAMP) of the rate.
 RAMP = 100
+# Megatron sends gradients in buckets of so many weights, or so many times the replicas where that is more.
+BUCKET, BUCKET_A_REPLICA = 40e6, 1e6
 
 
 class Layout(NamedTuple):
@@ -117,7 +120,7 @@ class Time(NamedTuple):
     update: float               # gradients into FP32, norm, AdamW
     tensor_parallel: float      # what travels within a layer
     pipeline: float             # stages that wait, and what travels between them
-    data_parallel: float        # gradients and weights between replicas
+    data_parallel: float        # gradients and weights between replicas, as far as they are waited for
 
     @property
     def total(self) -> float:
@@ -302,7 +305,8 @@ def backward_bytes(config: ModelConfig, symbol: str, layout: Layout) -> float:
 # time
 
 def step_time(config: ModelConfig, recipe: PretrainConfig, fp8: bool, layout: Layout, machine: Machine) -> Time:
-    """Seconds of a step, nothing overlapped: that is how the trainer runs."""
+    """Seconds of a step. Between replicas gradients travel while the last micro-batch's backward goes on, but for the
+    last bucket; nothing else overlaps: that is how the trainer runs."""
     tokens = layout.micro_batch_size * config.sequence_length
     micro_batches = recipe.global_batch_size // (layout.micro_batch_size * layout.data)
     held = parameters(config) / layout.tensor / layout.pipeline
@@ -325,12 +329,16 @@ def step_time(config: ModelConfig, recipe: PretrainConfig, fp8: bool, layout: La
     between = 2 * tokens * config.hidden_size * BF16 / (layout.tensor if layout.sequence else 1) / wire
     waiting = (layout.pipeline - 1) * (one + between) + (micro_batches * between if layout.pipeline > 1 else 0)
     replica = (layout.data - 1) / layout.data * held
-    gradients = FP32 if layout.distributed_optimizer else 2 * FP32
-    weights = BF16 if layout.distributed_optimizer else 0
+    gradients = replica * (FP32 if layout.distributed_optimizer else 2 * FP32) / wire
+    if recipe.overlaps_gradients(layout.data):
+        last_bucket = min(1.0, max(BUCKET, BUCKET_A_REPLICA * layout.data) / held)
+        gradients = max(gradients - BACKWARD * (layers + head / layout.pipeline + tensor_parallel),
+                        gradients * last_bucket)
+    weights = replica * (BF16 if layout.distributed_optimizer else 0) / wire
     return Time(
         layers=micro_batches * layers, head=micro_batches * head / layout.pipeline,
         update=micro_batches * accumulate + update, tensor_parallel=micro_batches * tensor_parallel, pipeline=waiting,
-        data_parallel=replica * (gradients + weights) / wire,
+        data_parallel=gradients + weights,
     )
 
 

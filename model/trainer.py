@@ -130,11 +130,15 @@ class Trainer:
         token_data.check(tokens, config.vocab_size)
         self.model = build_model(config, self.precision, parallelism, seed, recipe.recompute).to(device())
         self.step_graph = StepGraph(self.model, self._whole_step) if recipe.cuda_graph else None
+        self.ranks, self.rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
         distribution = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=uses_distributed_optimizer(recipe)
+            grad_reduce_in_fp32=True, use_distributed_optimizer=uses_distributed_optimizer(recipe),
+            overlap_grad_reduce=recipe.overlaps_gradients(self.ranks),
         )
         with self.step_graph.on_stream() if self.step_graph else nullcontext():
             self.ddp = DistributedDataParallel(self.model.config, distribution, self.model)
+        if distribution.overlap_grad_reduce:
+            self.model.config.no_sync_func = self.ddp.no_sync       # until the last micro-batch
         self.ddp.broadcast_params()
         self.tokens_per_step = recipe.global_batch_size * config.sequence_length
         self.steps = recipe.tokens // self.tokens_per_step
@@ -149,7 +153,6 @@ class Trainer:
                                   in_background=device().type == "cuda")
         self.watch = GradientWatch(recipe.spike_factor, recipe.max_skipped_steps)
         self.log = RunLog(scratch) if is_main_process() else None
-        self.ranks, self.rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
         self.micro_batches, left = divmod(recipe.global_batch_size, recipe.micro_batch_size * self.ranks)
         if left:
             raise ModelError(

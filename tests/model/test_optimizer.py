@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -14,7 +15,8 @@ from model.precision import Precision
 from model.spec import build_model
 
 
-def test_each_parameter_is_found_where_its_values_are(monkeypatch):
+@pytest.mark.parametrize("buckets", [{}, {"overlap_grad_reduce": True, "bucket_size": 2000}], ids=["one", "many"])
+def test_each_parameter_is_found_where_its_values_are(buckets, monkeypatch):
     """BF16 and float32 parameters share a group; every value of the model differs."""
     monkeypatch.setattr(optimizer_module, "uses_distributed_optimizer", lambda recipe: True)
     with process_groups():
@@ -22,8 +24,11 @@ def test_each_parameter_is_found_where_its_values_are(monkeypatch):
         with torch.no_grad():
             for number, parameter in enumerate(model.parameters()):
                 parameter.normal_(number, 0.1)
-        distribution = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+        distribution = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=True, **buckets
+        )
         ddp = DistributedDataParallel(model.config, distribution, model)
+        assert (sum(len(buffer.buckets) for buffer in ddp.buffers) > len(ddp.buffers)) == bool(buckets)
         [part] = build_optimizer(RECIPE, ddp).chained_optimizers
         assert isinstance(part, DistributedOptimizer)
         dtypes = [{parameter.dtype for parameter in [*single, *half]} for single, half in

@@ -117,6 +117,15 @@ def test_time_adds_up_and_answers_to_layout() -> None:
     assert eager.layers == pytest.approx(96 * 4 * H100.launch_seconds)        # Python is the slower
     graph = RECIPE.model_copy(update={"cuda_graph": True})
     assert step_time(SMALL, graph, False, Layout(8), H100).layers < eager.layers / 5
+    # what the backward does not cover: nothing but the last bucket of 40 million weights while there are many
+    # micro-batches' worth of work, all of it out of a graph
+    all_of_it = step_time(config, graph, False, Layout(8), H100).data_parallel
+    assert all_of_it == pytest.approx(7 / 8 * parameters(config) * 8 / H100.link)
+    assert one.data_parallel == pytest.approx(all_of_it * 40e6 / parameters(config))
+    apart = step_time(config, RECIPE, True, Layout(768, distributed_optimizer=True), H100)
+    whole = step_time(config, graph, True, Layout(768, distributed_optimizer=True), H100)
+    hidden = 2 / 3 * (apart.layers + apart.head)
+    assert whole.data_parallel - apart.data_parallel == pytest.approx(hidden) and apart.layers == whole.layers
 
 
 @pytest.mark.parametrize(("layout", "said"), [

@@ -84,7 +84,9 @@ def on_two(tokens, unbroken, tmp_path_factory) -> list[tuple[dict, dict]]:
     DP also start alike; at last TP with SP and PP go on from it with documents and recomputation."""
     directory = tmp_path_factory.mktemp("two")
     jobs = [{"parallelism": layout, "checkpoint_every": 5} for layout in LAYOUTS]
-    jobs += [{"parallelism": LAYOUTS[index], "checkpoint_every": 5, "fresh": True} for index in (0, 3)]
+    sizes = {"micro_batch_size": 1, "validation_micro_batch_size": 2}       # of two micro-batches the second sends
+    jobs += [{"parallelism": LAYOUTS[0], "checkpoint_every": 5, "fresh": True},
+             {"parallelism": LAYOUTS[3], "checkpoint_every": 5, "fresh": True} | sizes]
     jobs += [{"parallelism": layout} | BY_DOCUMENT for layout in LAYOUTS[1:3]]
     for index, job in enumerate(jobs):
         name = "fresh" if job.pop("fresh", False) else "resumed"

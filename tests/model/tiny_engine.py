@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,14 @@ def optimizer_state(scratch: Path, step: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """A worker process: train all jobs, the first process writes the results. One that hangs says where."""
+    """A worker process: train all jobs, the first process writes the results. One that hangs says where.
+
+    Between replicas gradients travel in several buckets, as those of large models do."""
     import torch
 
+    from model import trainer
+
+    trainer.DistributedDataParallelConfig = partial(trainer.DistributedDataParallelConfig, bucket_size=2000)
     faulthandler.dump_traceback_later(240, exit=True)
 
     torch.set_num_threads(1)
