@@ -54,8 +54,8 @@ def measure(
     seed: int, dtype: torch.dtype, device: torch.device, progress: Callable[..., None],
 ) -> Iterator[Speed]:
     """Time the reading of a prompt of each context up to `longest_prompt`, after some of it was read untimed, and the
-    decoding of the last `tokens` tokens of each context. A GPU reads it three times, the fastest counts: attention
-    kernels of every length of what was read before are made ready at the first.
+    decoding of the last `tokens` tokens of each context. A GPU reads it three times, the fastest counts: kernels for
+    the lengths that only a long prompt comes to may have to be made ready.
 
     Within a repeat every model has its turn, so that noise of the machine meets all alike; one untimed repeat comes
     first. Raises ModelError for a context shorter than `tokens`.

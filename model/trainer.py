@@ -137,8 +137,8 @@ class Trainer:
         )
         with self.step_graph.on_stream() if self.step_graph else nullcontext():
             self.ddp = DistributedDataParallel(self.model.config, distribution, self.model)
-        if distribution.overlap_grad_reduce:
-            self.model.config.no_sync_func = self.ddp.no_sync       # until the last micro-batch
+        if distribution.overlap_grad_reduce:        # as Megatron's own loop: nothing leaves before the last micro-batch
+            self.model.config.no_sync_func = self.ddp.no_sync
         self.ddp.broadcast_params()
         self.tokens_per_step = recipe.global_batch_size * config.sequence_length
         self.steps = recipe.tokens // self.tokens_per_step

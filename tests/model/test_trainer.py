@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 from tiny_engine import HYBRID, RECIPE, optimizer_state, run_processes, train_job
 
+from model import trainer
 from model.checkpoint import describe, load_weights
-from model.config import ModelError
+from model.config import ModelError, PretrainConfig
 from model.distributed import ONE_COPY, process_groups
 from model.engine_checkpoint import save_model
 from model.hybrid_lm import HybridLM
@@ -128,6 +131,27 @@ def test_layouts_agree_on_documents_and_recomputation(tokens, unbroken, on_two, 
     assert len(on_two[6:]) == 2
     for _, result in on_two[6:]:
         assert losses(result) == pytest.approx(losses(alone), rel=3e-5)
+
+
+def test_gradients_leave_while_the_backward_goes_on(tokens, tmp_path, monkeypatch):
+    """From the second step on, when Megatron knows how often a step touches each weight."""
+    calls = []
+
+    def noted(name, original):
+        def note(group, *arguments, **options):
+            calls.append(name)
+            return original(group, *arguments, **options)
+        return note
+
+    for name in ("start", "finish"):
+        original = getattr(_ParamAndGradBucketGroup, f"{name}_grad_sync")
+        monkeypatch.setattr(_ParamAndGradBucketGroup, f"{name}_grad_sync", noted(name, original))
+    monkeypatch.setattr(PretrainConfig, "overlaps_gradients", lambda recipe, replicas: True)
+    monkeypatch.setattr(
+        trainer, "DistributedDataParallelConfig", partial(trainer.DistributedDataParallelConfig, bucket_size=2000))
+    train_job(str(tokens), str(tmp_path / "out"), str(tmp_path / "scratch"), {}, tokens_to_train_on=4 * 16 * 2)
+    buckets = len(calls) // 4
+    assert buckets > 2 and calls[2 * buckets:] == ["start"] * buckets + ["finish"] * buckets
 
 
 @pytest.mark.slow
