@@ -30,6 +30,10 @@ class Console:
             self.printed[stage] = time.monotonic()
             self._event(stage, "started")
 
+    def say(self, stage: str, text: str) -> None:
+        with self.lock:
+            self._event(stage, text)
+
     def progress(self, stage: str, text: str) -> None:
         with self.lock:
             if stage not in self.running:

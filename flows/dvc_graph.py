@@ -44,6 +44,8 @@ RWLOCK = Path(".dvc/tmp/rwlock")
 FLOW_LOCK = Path(".dvc/tmp/flow.lock")
 LOGS = Path("logs")
 SECONDS_TO_UNWIND = 20.0
+STAGES_AHEAD = 2                  # that get ready for a GPU while another computes on it
+SECONDS_BETWEEN_LOOKS = 5.0       # at whether a stage is over its time
 SECONDS_TO_GATHER = 0.5           # in which stages that one other held up come to the queue, in any order
 
 
@@ -229,10 +231,24 @@ def _is_repro(pid: int) -> bool:
     return any("dvc" in word for word in command) and "repro" in command
 
 
+@dataclass(frozen=True)
+class GpuTaken:
+    """The line `gpu 0 waited 12.3 s`: a stage has its GPUs, for which it waited so long (`Stage.take_gpus`)."""
+
+    gpus: str
+    waited: float
+
+    @classmethod
+    def parse(cls, line: str) -> GpuTaken | None:
+        match = re.fullmatch(r"gpu (\S+) waited (\d+\.\d) s", line)
+        return cls(match[1], float(match[2])) if match else None
+
+
 class StageRunner:
     """Runs stages, so many at once, the one with the longest way to go first.
 
-    Where there are GPUs, a stage that computes on some has them to itself, and the others see none.
+    Where there are GPUs, a stage that computes on some has them to itself, and the others see none. While a stage
+    computes on a GPU the next ones get ready: they are started, and wait for that GPU when they come to need it.
 
     Args:
         slots: stages at once.
@@ -243,8 +259,8 @@ class StageRunner:
     def __init__(self, slots: int, timeout_minutes: float, gpus: Sequence[str] = ()):
         self.slots = slots
         self.free = slots
-        self.gpus = list(gpus)
-        self.free_gpus = list(gpus)
+        self.queues: dict[str, list[Node]] = {gpu: [] for gpu in gpus}      # who has it, who is to
+        self.computing: list[Node] = []                                     # those that have their GPUs, in that order
         self.timeout_minutes = timeout_minutes
         self.waiting: list[Node] = []
         self.processes: set[subprocess.Popen[bytes]] = set()
@@ -269,10 +285,10 @@ class StageRunner:
 
     @contextlib.contextmanager
     def _slot(self, node: Node) -> Iterator[list[str]]:
-        """Wait for the stage's turn. Yields the GPUs that are its own."""
+        """Wait for the stage's turn to start. Yields the GPUs that are its own, or will be when another stage ends."""
         with self.turn:
-            if self.gpus and node.gpus > len(self.gpus):
-                raise StageFailed(f"{node.name}: needs {node.gpus} GPUs, this machine has {len(self.gpus)}.\n"
+            if self.queues and node.gpus > len(self.queues):
+                raise StageFailed(f"{node.name}: needs {node.gpus} GPUs, this machine has {len(self.queues)}.\n"
                                   "Change runtime.launcher in params.yaml, or run it on a larger machine.")
             self.waiting.append(node)
             self.waiting.sort(key=lambda other: -other.priority)
@@ -281,41 +297,67 @@ class StageRunner:
             self.waiting.remove(node)
             if self.stopped:
                 raise StageFailed(f"{node.name}: not started; the flow was stopped.\nRun the same command again.")
-            slots, count = self._needs(node)
+            slots, gpus = self._slots(node), self._gpus(node) or []
             self.free -= slots
-            gpus, self.free_gpus = self.free_gpus[:count], self.free_gpus[count:]
+            for gpu in gpus:
+                self.queues[gpu].append(node)
             self.turn.notify_all()
         try:
             yield gpus
         finally:
             with self.turn:
                 self.free += slots
-                self.free_gpus = sorted([*self.free_gpus, *gpus], key=self.gpus.index)
+                for gpu in gpus:
+                    self.queues[gpu].remove(node)
+                if node in self.computing:
+                    self.computing.remove(node)
                 self.turn.notify_all()
 
-    def _needs(self, node: Node) -> tuple[int, int]:
-        """Slots and GPUs the stage takes; an exclusive one takes all."""
+    def _slots(self, node: Node) -> int:
+        return self.slots if node.exclusive else 1
+
+    def _gpus(self, node: Node) -> list[str] | None:
+        """GPUs the stage may be started for: free ones, then such as other stages compute on, with few to come.
+
+        An exclusive stage gets all, when all are free. None where there are too few.
+        """
+        free = [gpu for gpu, queue in self.queues.items() if not queue]
         if node.exclusive:
-            return self.slots, len(self.gpus)
-        return 1, min(node.gpus, len(self.gpus))
+            return free if len(free) == len(self.queues) else None
+        busy = [gpu for stage in self.computing for gpu, queue in self.queues.items()
+                if queue[:1] == [stage] and len(queue) <= STAGES_AHEAD]
+        count = min(node.gpus, len(self.queues))
+        found = free + sorted(busy, key=lambda gpu: len(self.queues[gpu]))
+        # In one order, as the stage takes them: two that wait for the same two do not each get one.
+        return sorted(found[:count], key=list(self.queues).index) if len(found) >= count else None
+
+    def _computes(self, node: Node) -> None:
+        """The stage has its GPUs, maybe before one that was started earlier."""
+        with self.turn:
+            for queue in self.queues.values():
+                if node in queue:
+                    queue.remove(node)
+                    queue.insert(sum(other in self.computing for other in queue), node)
+            self.computing.append(node)
+            self.turn.notify_all()
 
     def _next(self) -> Node | None:
         """The waiting stage that may start: the first that fits. What waits for GPUs holds up others that need some; an
         exclusive stage holds up all."""
         gpus_promised = False
         for node in self.waiting:
-            slots, count = self._needs(node)
-            if slots <= self.free and count <= len(self.free_gpus) and not (count and gpus_promised):
+            gpus = self._gpus(node)
+            if self._slots(node) <= self.free and gpus is not None and not (gpus and gpus_promised):
                 return node
             if node.exclusive:
                 return None
-            gpus_promised = gpus_promised or count > 0
+            gpus_promised = gpus_promised or (node.gpus > 0 and bool(self.queues))
         return None
 
     def _repro(self, node: Node, gpus: list[str], on_line: Callable[[str], None]) -> str:
         node.log.parent.mkdir(parents=True, exist_ok=True)
         environment = os.environ | ENVIRONMENT
-        if self.gpus:
+        if self.queues:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         with self.turn:
             if self.stopped:
@@ -328,13 +370,25 @@ class StageRunner:
             self.processes.add(process)
         ended = threading.Event()
         context = contextvars.copy_context()
-        watcher = threading.Thread(target=context.run, args=(_follow, node.log, on_line, ended), daemon=True)
+
+        def watch(line: str) -> None:
+            if GpuTaken.parse(line):
+                self._computes(node)
+            on_line(line)
+
+        watcher = threading.Thread(target=context.run, args=(_follow, node.log, watch, ended), daemon=True)
         watcher.start()
+        deadline = time.monotonic() + self.timeout_minutes * 60
+        status = None
         try:
-            status = process.wait(self.timeout_minutes * 60)
-        except subprocess.TimeoutExpired:
-            _end(process)
-            status = None
+            while status is None and (left := deadline - time.monotonic()) > 0:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    status = process.wait(min(left, SECONDS_BETWEEN_LOOKS))
+                with self.turn:
+                    if any(queue.index(node) for queue in self.queues.values() if node in queue):
+                        deadline = time.monotonic() + self.timeout_minutes * 60      # another stage has its GPU
+            if status is None:
+                _end(process)
         finally:
             self.processes.discard(process)
             ended.set()

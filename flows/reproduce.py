@@ -29,7 +29,7 @@ from prefect.states import Completed
 
 from flows import artifacts, dvc_graph, server
 from flows.console import Console, clock, table
-from flows.dvc_graph import GraphError, Node, Progress, StageFailed, StageRunner
+from flows.dvc_graph import GpuTaken, GraphError, Node, Progress, StageFailed, StageRunner
 from flows.profile import apply, resolve
 from stages.params import ParamsError, load_params
 
@@ -57,7 +57,7 @@ class Run:
         self.stale = dvc_graph.stale(self.nodes)
         gpus = dvc_graph.visible_gpus()
         if gpus:
-            self.console.line(f"GPUs: {', '.join(gpus)}; a stage that computes on one has it to itself.")
+            self.console.line(f"GPUs: {', '.join(gpus)}; a stage has its own to itself while the next ones get ready.")
         self.runner = StageRunner(params.runtime.slots, params.runtime.stage_timeout_minutes, gpus)
         self.outcomes: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
@@ -113,7 +113,11 @@ def run_stage(run: Run, node: Node) -> State:
         run.console.start(node.name)
 
     def on_line(line: str) -> None:
+        nonlocal started
         logger.info(line)
+        if taken := GpuTaken.parse(line):
+            started += taken.waited
+            run.console.say(node.name, f"has GPU {taken.gpus}")
         if progress := Progress.parse(line):
             run.console.progress(node.name, line)
             bar.update(progress)

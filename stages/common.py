@@ -49,6 +49,7 @@ class Stage:
         records: directory for small results: metrics, curves, provenance.
         scratch: directory for resume state, unique to these parameters, inputs and code; removed on success.
         inputs: paths read so far through `input`, for the provenance.
+        waited: seconds in which another stage had the GPU.
     """
 
     def __init__(self, name: str, params: Params, variant: str | None, out: Path | None, sections: tuple[str, ...]):
@@ -60,6 +61,7 @@ class Stage:
         self.records_root = Path("runs") / params.profile
         self.records = (out / "runs" if out else self.records_root) / name / (variant or "")
         self.label = f"{name}-{variant}" if variant else name
+        self.waited = 0.0
         self._scratch: Path | None = None
 
     def input(self, *parts: str) -> Path:
@@ -91,6 +93,27 @@ class Stage:
         yield partial
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
+
+    def take_gpus(self) -> None:
+        """Wait until no other stage of this repository has a GPU that CUDA_VISIBLE_DEVICES names; then have them all
+        until this process ends.
+
+        Called when all is ready that needs no GPU, imports above all: a flow starts a stage while another computes, and
+        the line printed here (`gpu 0 waited 12.3 s`) tells it who has the GPU. Without that variable nothing is taken.
+        """
+        names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "").split(",") if name]
+        started = time.monotonic()
+        Path(".scratch").mkdir(exist_ok=True)
+        for name in names:
+            lock = os.open(f".scratch/gpu-{name.replace('/', '-')}.lock", os.O_CREAT | os.O_RDWR)     # never closed
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"Waiting for GPU {name}, which another stage has.", flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        self.waited = time.monotonic() - started
+        if names:
+            print(f"gpu {','.join(names)} waited {self.waited:.1f} s", flush=True)
 
     def write_record(self, name: str, content: str | dict[str, Any] | list[Any]) -> None:
         """Write `content` (text, or a value to put as JSON) to records/NAME, whole or not at all."""
@@ -208,7 +231,7 @@ def run_stage(
         metrics = function(stage)
         resumed = stage._scratch is not None and (stage._scratch / "resumed").exists()
         stage.write_record("metrics.json", {key: _rounded(value) for key, value in metrics.items()})
-        stage.write_record("provenance.json", provenance(stage, started, resumed))
+        stage.write_record("provenance.json", provenance(stage, started + stage.waited, resumed))
         discard_scratch(stage.label)
 
 
@@ -274,7 +297,11 @@ def code_digest() -> str:
 
 
 def provenance(stage: Stage, started: float, resumed: bool) -> dict[str, Any]:
-    """Where a result comes from: parameters, inputs, code, versions, machine, time."""
+    """Where a result comes from: parameters, inputs, code, versions, machine, time.
+
+    Args:
+        started: in seconds since 1970, later by what the stage waited for a GPU.
+    """
     import resource
 
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))

@@ -34,6 +34,7 @@ def compress(stage: Stage) -> dict[str, Any]:
     parent_config, state, training = load_weights(stage.input("checkpoints", config.parent))
     parent = funnel.Weights(parent_config, state)
     data = read_data(tokens, parent_config.sequence_length, config, seed, stage.scratch / "index")
+    stage.take_gpus()
     with bfloat16_products():
         result = funnel.compress(parent, data, config, seed, stage.scratch, Progress())
 

@@ -38,6 +38,7 @@ def evaluate(stage: Stage) -> dict[str, Any]:
 
     items, controls = evaluation_items.read(asked)
     longest = config.context_tokens * max(config.context_multiples)
+    stage.take_gpus()
     model = evaluation.load(
         directory, config.context_tokens, choice_length=longest, scratch=stage.scratch, progress=Progress()
     )

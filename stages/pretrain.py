@@ -44,6 +44,7 @@ def pretrain(stage: Stage) -> dict[str, Any]:
                 "scratch": str(stage.scratch.absolute()), "parallelism": runtime.parallel.model_dump(),
                 "threads": runtime.threads,
             }
+            stage.take_gpus()
             run = launch(runtime.launcher, job, stage.scratch, stage.label)
             run["metrics"]["processes"] = runtime.launcher.processes
     stage.write_record("training.csv", csv_text(run["training"]))
@@ -78,6 +79,7 @@ def train_here(stage: Stage, variant: Variant, config: ModelConfig, tokens: Path
     from model.trainer import train
 
     torch.set_num_threads(stage.params.runtime.threads)
+    stage.take_gpus()
     return asdict(train(config, stage.params.pretrain, variant.architecture, variant.precision, variant.seed, tokens,
                         out, stage.scratch, Progress()))
 

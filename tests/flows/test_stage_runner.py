@@ -168,12 +168,102 @@ def test_a_stage_has_its_gpus_to_itself_and_those_without_run_beside() -> None:
         end.set()
     for thread in threads:
         thread.join()
-    assert runner.free == 5 and runner.free_gpus == ["0", "3"]
+    assert runner.free == 5 and runner.queues == {"0": [], "3": []}
     with pytest.raises(StageFailed, match="needs 3 GPUs, this machine has 2"), \
             runner._slot(Node("all", frozenset(), False, 3, 0)):
         pass
     with StageRunner(5, 5)._slot(Node("all", frozenset(), False, 3, 0)) as gpus:       # a machine without any
         assert gpus == []
+
+
+def test_while_a_stage_computes_the_next_ones_get_ready() -> None:
+    """One GPU: two more start when the first has said that it has the GPU, the third of them has to wait."""
+    runner = StageRunner(5, 5, ["0"])
+    names = ("first", "second", "third", "fourth", "alone")
+    nodes = {name: Node(name, frozenset(), name == "alone", 1, 9 - place) for place, name in enumerate(names)}
+    given: dict[str, list[str]] = {}
+    ends = {name: threading.Event() for name in names}
+
+    def take(node: Node) -> None:
+        with runner._slot(node) as gpus:
+            given[node.name] = gpus
+            ends[node.name].wait(30)
+
+    def settled(*expected: str) -> bool:
+        deadline = time.monotonic() + 10
+        while set(given) != set(expected) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        return set(given) == set(expected)
+
+    threads = [threading.Thread(target=take, args=(node,)) for node in nodes.values()]
+    for thread in threads:
+        thread.start()
+    assert settled("first")                     # it may have got no further than its imports
+    runner._computes(nodes["first"])
+    assert settled(*names[:3]) and given["third"] == ["0"]
+    ends["first"].set()
+    assert settled(*names[:3])                  # the GPU is the second's, which has not come to it yet
+    runner._computes(nodes["third"])            # the third was there first
+    assert [node.name for node in runner.queues["0"]] == ["third", "second"]
+    assert settled(*names[:4])
+    for name in names[1:3]:
+        ends[name].set()
+    runner._computes(nodes["fourth"])
+    assert settled(*names[:4])                  # what must be alone does not get ready beside another
+    ends["fourth"].set()
+    assert settled(*names)
+    ends["alone"].set()
+    for thread in threads:
+        thread.join()
+    assert runner.queues == {"0": []} and runner.computing == [] and runner.free == 5
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [("gpu 0 waited 12.3 s", ("0", 12.3)), ("gpu 2,3 waited 0.0 s", ("2,3", 0.0)), ("gpu 0 waits 1.0 s", None)],
+)
+def test_the_line_of_a_stage_that_has_its_gpus(line: str, expected: tuple[str, float] | None) -> None:
+    taken = dvc_graph.GpuTaken.parse(line)
+    assert (taken and (taken.gpus, taken.waited)) == expected
+
+
+def test_time_in_which_another_stage_has_the_gpu_is_not_the_stages(
+    repository: Path, nodes: dict[str, Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit is shorter than the wait: the stage is ended only once the GPU is its own."""
+    monkeypatch.setattr(dvc_graph, "SECONDS_BETWEEN_LOOKS", 0.1)
+    StageRunner(2, 5).run(nodes["first"], ignore, ignore)
+    work = repository / "work.py"
+    work.write_text("import time\ntime.sleep(30)\n" + work.read_text())
+    runner = StageRunner(5, 1.0 / 60, ["0"])
+    other = Node("other", frozenset(), False, 1, 9)
+    errors: list[StageFailed] = []
+
+    def run() -> None:
+        try:
+            runner.run(nodes["second@left"], ignore, ignore)
+        except StageFailed as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    with runner._slot(other):
+        runner._computes(other)
+        thread.start()
+        time.sleep(3)
+        assert not errors
+    thread.join(20)
+    assert "took longer than" in str(errors[0])
+
+
+def test_stages_that_wait_for_the_same_gpus_take_them_in_one_order() -> None:
+    runner = StageRunner(5, 5, ["0", "1"])
+    zero, one, both = (Node(name, frozenset(), False, gpus, 0) for name, gpus in (("zero", 1), ("one", 1), ("both", 2)))
+    with runner._slot(zero), runner._slot(one):
+        runner._computes(one)
+        runner._computes(zero)
+        with runner._slot(both) as gpus:
+            assert gpus == ["0", "1"]
 
 
 def test_a_stage_sees_its_own_gpus_only(repository: Path, nodes: dict[str, Node]) -> None:

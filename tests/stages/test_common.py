@@ -1,16 +1,20 @@
 """The frame of a stage, through its command line as a user meets it."""
 
 import errno
+import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
-from stages.common import Progress, Stage, StageError, plain_errors
+from flows.dvc_graph import GpuTaken
+from stages.common import Progress, Stage, StageError, plain_errors, run_stage
 from stages.params import load_params
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -107,6 +111,44 @@ def test_second_run_of_the_same_stage_is_refused(tmp_path):
     finally:
         holder.kill()
         holder.wait()
+
+
+def test_a_stage_waits_for_its_gpus_and_has_them_until_it_ends(stage, capsys, monkeypatch):
+    Path(".scratch").mkdir()
+    hold = "import fcntl, time; f = open('.scratch/gpu-MIG-a-1.lock', 'w')\n" \
+           "fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(1.5)"
+    holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    for nothing in ("", None):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if nothing is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", nothing)
+        stage.take_gpus()
+        assert stage.waited < 0.1 and capsys.readouterr().out == ""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0, MIG-a/1")
+    stage.take_gpus()
+    assert holder.wait() == 0 and 1 < stage.waited < 10
+    assert capsys.readouterr().out.splitlines() == [
+        "Waiting for GPU MIG-a/1, which another stage has.", f"gpu 0,MIG-a/1 waited {stage.waited:.1f} s"
+    ]
+    assert GpuTaken.parse(f"gpu 0,MIG-a/1 waited {stage.waited:.1f} s") is not None
+    with Path(".scratch/gpu-0.lock").open("w") as lock, pytest.raises(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_time_spent_waiting_for_a_gpu_is_not_the_stages(stage, monkeypatch):
+    def tokenizer(stage: Stage) -> dict[str, float]:
+        stage.waited = 3600.0
+        return {}
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(sys, "argv", ["tokenizer", "--params", str(ROOT / "params.yaml")])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    before = time.time()
+    run_stage(tokenizer, "", ("tokenizer",))
+    record = json.loads((stage.records / "provenance.json").read_text())
+    assert -3600 <= record["wall_seconds"] < -3500
+    assert datetime.fromisoformat(record["started"]).timestamp() >= int(before) + 3600
 
 
 def test_progress_line(capsys, monkeypatch):
