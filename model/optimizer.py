@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from model import te_guard  # noqa: F401    # before Megatron
 
@@ -46,6 +48,7 @@ def build_optimizer(recipe: PretrainConfig, model: DistributedDataParallel) -> M
     for part in optimizer.chained_optimizers:
         if isinstance(part, DistributedOptimizer):
             part.model_param_group_index_map = parameter_places(part.model_fp32_groups, part.model_float16_groups)
+            save_parameters_by_place(part)
     if not TRANSFORMER_ENGINE:
         for group in optimizer.param_groups:
             group["fused"] = True           # PyTorch's one-pass AdamW; Megatron has no argument for it
@@ -66,6 +69,30 @@ def parameter_places(
         for group, parts in enumerate(zip(fp32_groups, bf16_groups, strict=True))
         for place, parameter in enumerate(chain(*parts))
     }
+
+
+def save_parameters_by_place(optimizer: DistributedOptimizer) -> None:
+    """Let `optimizer` save every parameter's own master weights and moments, in however many buckets gradients travel.
+
+    DistributedOptimizer 0.16.1 drops the padding after each bucket from what it gathers, and then takes a parameter's
+    values from where they are with the padding: from the second bucket on, others' (mended upstream in
+    NVIDIA/Megatron-LM#5077). Here the padding is put back in between.
+    """
+    gather = optimizer.get_parameter_state_dp_zero
+
+    def gather_with_padding(**options: Any) -> dict[Any, Any] | None:
+        state = gather(**options)
+        for index, buffer in enumerate(optimizer.buffers if state else []):
+            [tensors] = state[index].values()
+            for name in ("param", "exp_avg", "exp_avg_sq"):
+                parts = tensors[name].split([bucket.numel_unpadded for bucket in buffer.buckets])
+                tensors[name] = torch.cat([
+                    pad(part, (0, bucket.grad_data.numel() - len(part)))
+                    for part, bucket in zip(parts, buffer.buckets, strict=True)
+                ])
+        return state
+
+    optimizer.get_parameter_state_dp_zero = gather_with_padding
 
 
 @torch.no_grad()
