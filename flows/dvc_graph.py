@@ -317,19 +317,24 @@ class StageRunner:
         return self.slots if node.exclusive else 1
 
     def _gpus(self, node: Node) -> list[str] | None:
-        """GPUs the stage may be started for: free ones, then such as other stages compute on, with few to come.
+        """GPUs with the fewest stages, if each is free or one computes on it and few get ready; else None.
 
-        An exclusive stage gets all, when all are free. None where there are too few.
+        An exclusive stage gets all, when all are free.
         """
-        free = [gpu for gpu, queue in self.queues.items() if not queue]
         if node.exclusive:
-            return free if len(free) == len(self.queues) else None
-        busy = [gpu for stage in self.computing for gpu, queue in self.queues.items()
-                if queue[:1] == [stage] and len(queue) <= STAGES_AHEAD]
-        count = min(node.gpus, len(self.queues))
-        found = free + sorted(busy, key=lambda gpu: len(self.queues[gpu]))
+            return None if any(self.queues.values()) else list(self.queues)
+        gpus = list(self.queues)
+        found = sorted(gpus, key=lambda gpu: (len(self.queues[gpu]), self._since(gpu)))[:node.gpus]
+        for queue in (self.queues[gpu] for gpu in found):
+            if queue and (queue[0] not in self.computing or len(queue) > STAGES_AHEAD):
+                return None
         # In one order, as the stage takes them: two that wait for the same two do not each get one.
-        return sorted(found[:count], key=list(self.queues).index) if len(found) >= count else None
+        return sorted(found, key=gpus.index)
+
+    def _since(self, gpu: str) -> int:
+        """Place of the stage on the GPU among those that compute: the first is likely to end first."""
+        queue = self.queues[gpu]
+        return self.computing.index(queue[0]) if queue and queue[0] in self.computing else len(self.computing)
 
     def _computes(self, node: Node) -> None:
         """The stage has its GPUs, maybe before one that was started earlier."""

@@ -256,6 +256,21 @@ def test_time_in_which_another_stage_has_the_gpu_is_not_the_stages(
     assert "took longer than" in str(errors[0])
 
 
+def test_stages_get_ready_for_the_gpu_that_fewest_wait_for() -> None:
+    runner = StageRunner(9, 5, ["0", "1"])
+    zero, one, next_, after, last = (Node(name, frozenset(), False, 1, 0) for name in ("0", "1", "2", "3", "4"))
+    with runner._slot(zero), runner._slot(one):
+        assert runner._gpus(next_) is None
+        runner._computes(zero)
+        with runner._slot(next_) as gpus:
+            assert gpus == ["0"]                    # nobody computes on the other yet
+            assert runner._gpus(after) is None      # and yet it is the one to wait for
+            runner._computes(one)
+            with runner._slot(after) as gpus:
+                assert gpus == ["1"]
+                assert runner._gpus(last) == ["0"]  # on which a stage has computed for longer
+
+
 def test_stages_that_wait_for_the_same_gpus_take_them_in_one_order() -> None:
     runner = StageRunner(5, 5, ["0", "1"])
     zero, one, both = (Node(name, frozenset(), False, gpus, 0) for name, gpus in (("zero", 1), ("one", 1), ("both", 2)))
