@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLoc
 
 from stages.records import Curve, Provenance, Records
 from stages.svg import INK, MUTED, PALETTE, STYLE, Plot, canvas, count, plot
-from stages.verdicts import FP8_LIMIT, TASKS, fp8_gaps, loss_gaps
+from stages.verdicts import FP8_LIMIT, TASKS, loss_gaps, validation_gaps
 
 KINDS = {"M": ("Mamba-2", "o", "#0b5fa5"), "*": ("attention", "D", "#c8500a"), "-": ("FFN", "s", "#12805c")}
 
@@ -41,8 +41,8 @@ def plots(records: Records) -> dict[str, Plot]:
             decode_speed(records), output_speed(records), cache_size(records), stage_times(records),
             *evaluations(records),
         ]
-        if fp8_gaps(records):
-            drawn.append(fp8_gap(records))
+        if validation_gaps(records):
+            drawn.append(validation_gap(records))
         if loss_gaps(records):
             drawn.append(loss_gap(records))
         if any(item.decode_milliseconds is not None for item in records.candidates):
@@ -90,22 +90,23 @@ def validation(records: Records) -> Plot:
     return plot(figure, "validation", "Validation", "Mean over domains, weighted by bytes; lower is better.")
 
 
-def fp8_gap(records: Records) -> Plot:
+def validation_gap(records: Records) -> Plot:
     figure, axes = canvas("Tokens", "(BF16 − other) / BF16, %", right=0.73)
     _shade_limit(axes)
     ends = []
-    gaps = fp8_gaps(records)
+    gaps = validation_gaps(records)
     for name, gap in gaps.items():
         tokens, values = [point[0] for point in gap], [100 * point[1] for point in gap]
         axes.plot(tokens, values, color=colours(records)[name], marker="o", markersize=3,
                   linestyle=_line(records, name))
-        ends.append((tokens[-1], values[-1], "FP8, same seed" if name == records.fp8 else "BF16, other seed",
-                     colours(records)[name]))
+        seed = records.params.variants[name].seed
+        label = "BF16, other seed" if name in records.hybrid_seeds else f"FP8, seed {seed}"
+        ends.append((tokens[-1], values[-1], label, colours(records)[name]))
     _token_axis(axes)
     _label_ends(axes, ends)
     caption = "In validation bits per byte; below zero is worse than BF16. Shaded: ± 0.1 %, the paper's bound."
-    if len(gaps) > 1:
-        caption += " The other seed shows what chance alone does."
+    if len(records.hybrid_seeds) > 1:
+        caption += " The other BF16 seed shows what chance alone does."
     return plot(figure, "fp8-gap", "Relative gap to BF16", caption)
 
 

@@ -16,7 +16,7 @@ from stages.plots import plots
 from stages.records import Metrics, Records
 from stages.report_page import Block, ClaimTable, Document, Figures, Listing, Paragraph, Section, Table
 from stages.svg import Plot
-from stages.verdicts import TASKS, Verdict, controls, fp8_gaps, half_range, loss_gaps, number, percent
+from stages.verdicts import TASKS, Verdict, controls, half_range, loss_gaps, number, percent, validation_gaps
 
 NONE = "–"
 PAPER_TOKENS_PER_SECOND = {         # output a GPU, read off Figures 1 and 12
@@ -46,7 +46,7 @@ def document(records: Records) -> Document:
             Section("training", "Training", "dvc repro pretrain", [
                 _figures(drawn, "training-loss", "validation", "gradient-norm", "fp8-gap", "loss-gap"),
                 _models(records),
-                _validation(records), *_gaps(records), *_loss_gaps(records)]),
+                _validation(records), *_validation_gaps(records), *_loss_gaps(records)]),
             Section("evaluation", "Evaluation", "dvc repro evaluate", [
                 _figures(drawn, "bits-per-byte", *(f"{task}-accuracy".replace("_", "-") for task in TASKS)),
                 *evaluation_sections.blocks(records)]),
@@ -133,14 +133,15 @@ def _validation(records: Records) -> Table:
     return Table("Validation bits per byte by tokens", ["Tokens", *names], rows)
 
 
-def _gaps(records: Records) -> list[Block]:
-    gaps = fp8_gaps(records)
+def _validation_gaps(records: Records) -> list[Block]:
+    gaps = validation_gaps(records)
     if not gaps:
         return []
-    names = [f"{name} (FP8, same seed)" if name == records.fp8 else f"{name} (other seed)" for name in gaps]
+    twins = dict(records.fp8_pairs)
+    names = [f"{name} / {twins.get(name, records.hybrid_seeds[0])}" for name in gaps]
     rows = [[f"{points[0][0]:,.0f}", *(percent(value, 3) for _, value in points)]
             for points in zip(*gaps.values(), strict=True)]
-    return [Table(f"Relative gap to {records.hybrid_seeds[0]} in validation bits per byte; negative is worse than BF16",
+    return [Table("Relative gap (BF16 − other) / BF16 in validation bits per byte; negative is worse than BF16",
                   ["Tokens", *names], rows)]
 
 

@@ -179,14 +179,14 @@ def late_mean(gap: list[tuple[float, float]], absolute: bool = False) -> float:
     return fmean(late) if late else math.nan
 
 
-def fp8_gaps(records: Records) -> dict[str, list[tuple[float, float]]]:
-    """Validation gap of the FP8 model and of every further seed to the first BF16 hybrid, by variant."""
+def validation_gaps(records: Records) -> dict[str, list[tuple[float, float]]]:
+    """Validation gap by variant: of each FP8 model to its BF16 twin, of every other BF16 seed to the first."""
     if not records.hybrid_seeds:
         return {}
-    reference, *repeats = records.hybrid_seeds
-    others = ([records.fp8] if records.fp8 else []) + repeats
+    first, *others = records.hybrid_seeds
+    twins = dict(records.fp8_pairs) | dict.fromkeys(others, first)
     return {name: relative_gap(records.validation[reference]["all"], records.validation[name]["all"])
-            for name in others}
+            for name, reference in twins.items()}
 
 
 def loss_gaps(records: Records) -> dict[str, list[tuple[float, float]]]:
@@ -217,11 +217,12 @@ def fp8_loss_verdict(worse: float, noise: float | None) -> tuple[Verdict, str]:
     """Verdict on FP8 being `worse` (relative) where two seeds differ by `noise`."""
     if noise is None:
         return Verdict.UNTESTED, "one seed only: no spread to judge by"
+    found = f"{'worse' if worse > 0 else 'better'} by {percent(abs(worse))}"
     if not worse <= max(FP8_LIMIT, noise):
-        return Verdict.FAILS, f"worse by {percent(worse)}; two seeds differ by {percent(noise)}"
+        return Verdict.FAILS, f"{found}; two seeds differ by {percent(noise)}"
     if not noise <= FP8_LIMIT:
-        return Verdict.UNTESTED, f"two seeds differ by {percent(noise)}, more than the 0.1 % in question"
-    return Verdict.HOLDS, f"worse by {percent(worse)}, at most 0.1 %"
+        return Verdict.UNTESTED, f"{found}, but two seeds differ by {percent(noise)}, more than the 0.1 % in question"
+    return Verdict.HOLDS, f"{found}; worse by 0.1 % at most is asked"
 
 
 def number(value: float) -> str:

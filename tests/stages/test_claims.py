@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 from runs_tree import ROOT, edit_json, report_stage, write_runs
@@ -81,7 +82,12 @@ def test_loss_gaps_pair_equal_seeds_and_average_over_windows(runs):
     assert max(abs(value) for _, value in gap) < 0.002        # single steps are off by 1 %
 
 
-def test_several_seeds_of_both_are_judged_by_the_spread_of_the_gap(tmp_path, monkeypatch):
+def test_fp8s_gap_is_worded_by_its_sign():
+    assert fp8_loss_verdict(-0.003, 0.0)[1].startswith("better by 0.30 %")
+    assert fp8_loss_verdict(0.0005, 0.0)[1].startswith("worse by 0.05 %")
+
+
+def test_several_seeds_of_both_are_judged_by_what_differs_most(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     extra = "variants.hybrid-fp8-seed2={architecture: hybrid, precision: fp8, seed: 2}"
     params = load_params(ROOT / "params.yaml", (extra,))
@@ -89,8 +95,11 @@ def test_several_seeds_of_both_are_judged_by_the_spread_of_the_gap(tmp_path, mon
     records = load(report_stage(params))
     assert records.fp8_pairs == [("hybrid-fp8", "hybrid-bf16"), ("hybrid-fp8-seed2", "hybrid-bf16-seed2")]
     gap, smoothed = claim("BF16: loss", params).evidence
-    assert gap.measure.endswith("2 seeds") and gap.spread.startswith("the gap's spread over seeds")
+    assert gap.measure.endswith("2 seeds")
+    seeds, over_seeds = re.fullmatch(r"two BF16 seeds: (\S+) %; the gap over seeds: ± (\S+) %", gap.spread).groups()
     assert smoothed.spread.startswith("± ")
+    larger = max(float(seeds), float(over_seeds))
+    assert larger > 0.1 and f"differ by {larger:.2f} %" in claim("BF16: loss", params).because
 
 
 @pytest.mark.parametrize(("shortest", "longest", "contexts", "verdict"), [

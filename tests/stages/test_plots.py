@@ -35,7 +35,7 @@ def words(plot):
 def test_every_plot_is_there_with_its_words(drawn):
     expected = {
         "training-loss": "Loss (nats a token)", "validation": "Validation bits per byte", "gradient-norm": "Tokens",
-        "fp8-gap": "FP8, same seed", "loss-gap": "seed 1", "layer-importance": "attention",
+        "fp8-gap": "FP8, seed 1", "loss-gap": "seed 1", "layer-importance": "attention",
         "ffn-importance": "neurons",
         "candidates": "KL 0.141, chosen", "candidate-speed": "Decode step", "controls": "least important kept",
         "distillation": "random cut", "decode-speed": "transformer", "output-speed": "compressed",
