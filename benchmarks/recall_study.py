@@ -1,6 +1,6 @@
 """What attention layers are for: recall tasks that separate Mamba-2 alone, hybrids and a Transformer.
 
-    python -m benchmarks.recall_study [--seeds 1,2] [--tasks recall] [--attention 0,8] [--out FILE.json]
+    python -m benchmarks.recall_study [--seeds 1,2] [--tasks recall] [--attention 0 8] [--out FILE.json]
 
 Each model is trained on a task itself and asked for what it cannot have learnt by heart:
 
@@ -22,7 +22,6 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,12 +57,12 @@ TEST_BATCHES = 8
 
 
 def patterns(layers: int) -> dict[str, str]:
-    """Share of attention -> pattern; every model has as many FFN layers as mixers, or nearly."""
+    """Percent of attention -> pattern; every model has as many FFN layers as mixers, or nearly."""
     return {
-        "0 %": "M-" * (layers // 2),
-        "8 %": hybrid_pattern(layers),
-        "25 %": hybrid_pattern(layers, 0.25),
-        "100 %": "*-" * (layers // 2),
+        "0": "M-" * (layers // 2),
+        "8": hybrid_pattern(layers),
+        "25": hybrid_pattern(layers, 0.25),
+        "100": "*-" * (layers // 2),
     }
 
 
@@ -157,7 +156,7 @@ def study(
             runs = [train_and_test(task, pattern, sizes, seed, device) for seed in seeds]
             found = [run["accuracy"] for run in runs]
             rows.append({"task": task, "attention": share, "pattern": pattern, "accuracies": found, "runs": runs})
-            print(f"{task:7} {share:>6} {pattern:26} {statistics.fmean(found):6.1%} "
+            print(f"{task:7} {share:>4} % {pattern:26} {statistics.fmean(found):6.1%} "
                   f"({', '.join(f'{value:.1%}' for value in found)})  {sum(run['seconds'] for run in runs):.0f} s",
                   flush=True)
             if out:
@@ -168,9 +167,9 @@ def study(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="1", help="by comma (default: %(default)s)")
-    parser.add_argument("--tasks", type=_several(list(TASKS)), default=list(TASKS), help="recall, copy")
-    shares = [share.removesuffix(" %") for share in patterns(CPU.layers)]
-    parser.add_argument("--attention", type=_several(shares), default=shares, help="percent: 0, 8, 25, 100")
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="these only")
+    shares = list(patterns(CPU.layers))
+    parser.add_argument("--attention", nargs="+", choices=shares, default=shares, help="these models only, by percent")
     parser.add_argument("--steps", type=int, help="of training, instead of the default")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see whether all works")
@@ -184,18 +183,8 @@ def main() -> None:
     print(f"{name}, torch {torch.__version__}, Python {platform.python_version()}; {sizes}\n"
           f"chance: recall {1 / sizes.tokens:.1%}, copy {1 / (2 * sizes.tokens):.1%}")
     print(f"{'task':7} {'attn':>6} {'pattern':26} accuracy (by seed)")
-    study(sizes, arguments.tasks, [f"{share} %" for share in arguments.attention],
-          [int(seed) for seed in arguments.seeds.split(",")], device, arguments.out)
-
-
-def _several(known: list[str]) -> Callable[[str], list[str]]:
-    """A type for argparse: some of `known`, by comma."""
-    def parse(text: str) -> list[str]:
-        if unknown := set(text.split(",")) - set(known):
-            raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: not one of {', '.join(known)}")
-        return text.split(",")
-
-    return parse
+    study(sizes, arguments.tasks, arguments.attention, [int(seed) for seed in arguments.seeds.split(",")], device,
+          arguments.out)
 
 
 if __name__ == "__main__":

@@ -297,7 +297,8 @@ class StageRunner:
             self.waiting.remove(node)
             if self.stopped:
                 raise StageFailed(f"{node.name}: not started; the flow was stopped.\nRun the same command again.")
-            slots, gpus = self._slots(node), self._gpus(node) or []
+            slots, gpus = self._slots(node), self._gpus(node)
+            assert gpus is not None             # else it would not be the next
             self.free -= slots
             for gpu in gpus:
                 self.queues[gpu].append(node)

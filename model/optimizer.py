@@ -76,7 +76,8 @@ def save_parameters_by_place(optimizer: DistributedOptimizer) -> None:
 
     DistributedOptimizer 0.16.1 drops the padding after each bucket from what it gathers, and then takes a parameter's
     values from where they are with the padding: from the second bucket on, others' (mended upstream in
-    NVIDIA/Megatron-LM#5077). Here the padding is put back in between.
+    NVIDIA/Megatron-LM#5077). Here the padding is put back in between, as the format in use expects, `fully_reshardable`
+    (`model.engine_checkpoint`).
     """
     gather = optimizer.get_parameter_state_dp_zero
 

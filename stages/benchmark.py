@@ -36,6 +36,7 @@ def benchmark(stage: Stage) -> dict[str, Any]:
     models = {name: ModelConfig(**params.model[name].model_dump(), vocab_size=params.tokenizer.vocab_size)
               for name in ("hybrid", "transformer")}
     models["compressed"] = ModelConfig.model_validate_json(compressed)
+    stage.take_gpus()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     published = published_pairs(config.published, device)
     rows = list(measure(models, config.contexts, config.batch, config.decode_tokens, config.repeats,

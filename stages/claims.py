@@ -199,18 +199,18 @@ def fp8_loss(records: Records) -> Claim:
     gaps = validation_gaps(records)
     pairs = [late_mean(gaps[fp8]) for fp8, _ in records.fp8_pairs]
     signed = fmean(pairs)
-    seed_spread = [late_mean(gaps[seed], absolute=True) for seed in records.hybrid_seeds[1:]]
-    gap_spread = half_range(pairs)
-    noises = ([fmean(seed_spread)] if seed_spread else []) + ([] if gap_spread is None else [gap_spread])
-    noise = max(noises, default=None)
-    verdict, because = fp8_loss_verdict(-signed, noise)
-    spread = [f"two BF16 seeds: {percent(fmean(seed_spread))}"] if seed_spread else []
-    spread += [] if gap_spread is None else [f"the gap over seeds: ± {percent(gap_spread)}"]
+    spreads = {}
+    if others := records.hybrid_seeds[1:]:
+        spreads["two BF16 seeds: "] = fmean(late_mean(gaps[seed], absolute=True) for seed in others)
+    if (over_seeds := half_range(pairs)) is not None:
+        spreads["the gap over seeds: ± "] = over_seeds
+    verdict, because = fp8_loss_verdict(-signed, max(spreads.values(), default=None))
+    spread = "; ".join(f"{of}{percent(value)}" for of, value in spreads.items())
     losses = [late_mean(gap) for gap in loss_gaps(records).values()]
     seeds = "1 seed" if len(pairs) == 1 else f"{len(pairs)} seeds"
     loss_spread = half_range(losses)
     return Claim(title, paper, "section 2.3", [
-        Evidence(f"relative gap, {fp8_kind(records)}, {seeds}", percent(signed), "; ".join(spread)),
+        Evidence(f"relative gap, {fp8_kind(records)}, {seeds}", percent(signed), spread),
         Evidence("the same in smoothed training loss", percent(fmean(losses), 3),
                  "" if loss_spread is None else f"± {percent(loss_spread, 3)}"),
     ], rule, verdict, because, command)

@@ -217,7 +217,7 @@ def fp8_loss_verdict(worse: float, noise: float | None) -> tuple[Verdict, str]:
     """Verdict on FP8 being `worse` (relative) where two seeds differ by `noise`."""
     if noise is None:
         return Verdict.UNTESTED, "one seed only: no spread to judge by"
-    found = f"{'worse' if worse > 0 else 'better'} by {percent(abs(worse))}"
+    found = f"{'better' if worse < 0 else 'worse'} by {percent(abs(worse))}"
     if not worse <= max(FP8_LIMIT, noise):
         return Verdict.FAILS, f"{found}; two seeds differ by {percent(noise)}"
     if not noise <= FP8_LIMIT:

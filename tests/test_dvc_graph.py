@@ -125,6 +125,13 @@ def test_parameters_are_the_sections_the_stage_declares_and_reads(stage: str) ->
     assert read & set(Params.model_fields) - {"runtime"} <= declared | {"profile"}
 
 
+def test_stages_that_compute_on_a_gpu_take_it() -> None:
+    """And no others: `meta` in dvc.yaml is what the flow counts on."""
+    taking = {name for name in STAGES if "stage.take_gpus()" in stage_file(name).read_text()}
+    metas = {name: stage.get("meta", {}) for name, stage in STAGES.items()}
+    assert taking == {name for name, meta in metas.items() if meta.get("gpus") or meta.get("exclusive")}
+
+
 def test_closure_follows_imports_inside_functions_and_skips_the_frame() -> None:
     used = {str(file.relative_to(ROOT)) for file in closure(ROOT / "stages/tokenizer.py")}
     assert used == {"stages/tokenizer.py", "data_pipeline/tokenizer.py", "data_pipeline/curated.py"}

@@ -129,45 +129,63 @@ def test_the_first_to_come_does_not_take_the_turn_of_the_longest_way(nodes: dict
     assert started == ["second@left", "second@right"]
 
 
+class Held:
+    """Stages that each wait for their slot in a thread, and keep it until they are ended.
+
+    Attributes:
+        gpus: those given to the stages that have a slot, or had one.
+    """
+
+    def __init__(self, runner: StageRunner, nodes: list[Node]):
+        self.runner = runner
+        self.gpus: dict[str, list[str]] = {}
+        self.ends = {node.name: threading.Event() for node in nodes}
+        self.threads = [threading.Thread(target=self._take, args=(node,)) for node in nodes]
+
+    def _take(self, node: Node) -> None:
+        with self.runner._slot(node) as gpus:
+            self.gpus[node.name] = gpus
+            self.ends[node.name].wait(30)
+
+    def are(self, *names: str) -> bool:
+        """Whether these, and no others, come to have had a slot."""
+        deadline = time.monotonic() + 10
+        while set(self.gpus) != set(names) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        return set(self.gpus) == set(names)
+
+    def end(self, *names: str) -> None:
+        for name in names:
+            self.ends[name].set()
+
+    def end_all(self) -> None:
+        self.end(*self.ends)
+        for thread in self.threads:
+            thread.join()
+
+
 def test_a_stage_has_its_gpus_to_itself_and_those_without_run_beside() -> None:
     """Two GPUs, three stages that need one, one that needs none, one that needs both; all wait at once."""
     needs = {"a": 1, "both": 2, "b": 1, "none": 0, "c": 1}
     nodes = [Node(name, frozenset(), False, gpus, 9 - place) for place, (name, gpus) in enumerate(needs.items())]
     runner = StageRunner(5, 5, ["0", "3"])
-    taken: dict[str, list[str]] = {}
-    ends = {node.name: threading.Event() for node in nodes}
-
-    def take(node: Node) -> None:
-        with runner._slot(node) as gpus:
-            taken[node.name] = gpus
-            ends[node.name].wait(30)
-
-    def settled(*names: str) -> bool:
-        deadline = time.monotonic() + 10
-        while set(taken) != set(names) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(0.05)
-        return set(taken) == set(names)
-
-    threads = [threading.Thread(target=take, args=(node,)) for node in nodes]
+    held = Held(runner, nodes)
     with runner._slot(Node("benchmark", frozenset(), True, 0, 0)) as gpus:
         assert gpus == ["0", "3"]               # all wait while it runs
-        for number, thread in enumerate(threads, start=1):
+        for number, thread in enumerate(held.threads, start=1):
             thread.start()
             while len(runner.waiting) < number:
                 time.sleep(0.01)
-        assert not taken
+        assert not held.gpus
     # "both" cannot have two while "a" has one; what comes after it must not keep it from them
-    assert settled("a", "none")
-    assert taken["a"] == ["0"] and taken["none"] == []
-    ends["a"].set()
-    assert settled("a", "none", "both") and taken["both"] == ["0", "3"]
-    ends["both"].set()
-    assert settled("a", "none", "both", "b", "c") and sorted(taken["b"] + taken["c"]) == ["0", "3"]
-    for end in ends.values():
-        end.set()
-    for thread in threads:
-        thread.join()
+    assert held.are("a", "none")
+    assert held.gpus["a"] == ["0"] and held.gpus["none"] == []
+    held.end("a")
+    assert held.are("a", "none", "both") and held.gpus["both"] == ["0", "3"]
+    held.end("both")
+    assert held.are("a", "none", "both", "b", "c") and sorted(held.gpus["b"] + held.gpus["c"]) == ["0", "3"]
+    held.end_all()
     assert runner.free == 5 and runner.queues == {"0": [], "3": []}
     with pytest.raises(StageFailed, match="needs 3 GPUs, this machine has 2"), \
             runner._slot(Node("all", frozenset(), False, 3, 0)):
@@ -181,41 +199,23 @@ def test_while_a_stage_computes_the_next_ones_get_ready() -> None:
     runner = StageRunner(5, 5, ["0"])
     names = ("first", "second", "third", "fourth", "alone")
     nodes = {name: Node(name, frozenset(), name == "alone", 1, 9 - place) for place, name in enumerate(names)}
-    given: dict[str, list[str]] = {}
-    ends = {name: threading.Event() for name in names}
-
-    def take(node: Node) -> None:
-        with runner._slot(node) as gpus:
-            given[node.name] = gpus
-            ends[node.name].wait(30)
-
-    def settled(*expected: str) -> bool:
-        deadline = time.monotonic() + 10
-        while set(given) != set(expected) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(0.05)
-        return set(given) == set(expected)
-
-    threads = [threading.Thread(target=take, args=(node,)) for node in nodes.values()]
-    for thread in threads:
+    held = Held(runner, list(nodes.values()))
+    for thread in held.threads:
         thread.start()
-    assert settled("first")                     # it may have got no further than its imports
+    assert held.are("first")                    # it may have got no further than its imports
     runner._computes(nodes["first"])
-    assert settled(*names[:3]) and given["third"] == ["0"]
-    ends["first"].set()
-    assert settled(*names[:3])                  # the GPU is the second's, which has not come to it yet
+    assert held.are(*names[:3]) and held.gpus["third"] == ["0"]
+    held.end("first")
+    assert held.are(*names[:3])                 # the GPU is the second's, which has not come to it yet
     runner._computes(nodes["third"])            # the third was there first
     assert [node.name for node in runner.queues["0"]] == ["third", "second"]
-    assert settled(*names[:4])
-    for name in names[1:3]:
-        ends[name].set()
+    assert held.are(*names[:4])
+    held.end("second", "third")
     runner._computes(nodes["fourth"])
-    assert settled(*names[:4])                  # what must be alone does not get ready beside another
-    ends["fourth"].set()
-    assert settled(*names)
-    ends["alone"].set()
-    for thread in threads:
-        thread.join()
+    assert held.are(*names[:4])                 # what must be alone does not get ready beside another
+    held.end("fourth")
+    assert held.are(*names)
+    held.end_all()
     assert runner.queues == {"0": []} and runner.computing == [] and runner.free == 5
 
 
