@@ -98,7 +98,8 @@ def check_records(records: Path, workplace: Path) -> None:
     assert metrics["validation_bits_per_byte"] == pytest.approx(last["all"], rel=1e-4)
     assert metrics["validation_bits_per_byte_code"] == pytest.approx(last["code"], rel=1e-4)
     assert {"tokens_per_second", "train_seconds", "peak_memory_gib", "final_loss", "steps", "tokens",
-            "validation_bits_per_byte_first_tenth", "steps_skipped", "gradient_spikes"} <= metrics.keys()
+            "validation_bits_per_byte_first", "validation_first_tokens", "validation_unigram_loss",
+            "steps_skipped", "gradient_spikes"} <= metrics.keys()
     assert description["precision"] == "fp8" and description["architecture"] == "hybrid" and description["seed"] == 1
     assert description["tokenizer_digest"] == "aa" and not any("second" in name for name in description)
     assert math.isclose(description["validation_bits_per_byte"], last["all"], rel_tol=1e-4)
