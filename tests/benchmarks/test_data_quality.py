@@ -22,7 +22,7 @@ MODEL = ModelConfig.model_validate({
 })
 RECIPE = PretrainConfig.model_validate({
     "tokens": 512, "global_batch_size": 4, "micro_batch_size": 4, "learning_rate": 3e-3, "min_learning_rate": 3e-5,
-    "warmup_fraction": 0.05, "decay_fraction": 0.2, "decay_style": "minus_sqrt", "weight_decay": 0.1,
+    "warmup_fraction": 0.05, "decay_style": "cosine", "weight_decay": 0.1,
     "adam_betas": [0.9, 0.95], "clip_grad": 1.0, "bf16_layers_at_start": 2, "bf16_layers_at_end": 2,
     "evaluations": 1, "checkpoint_every": 50,
 })

@@ -198,20 +198,29 @@ def test_a_resumed_run_gives_the_very_same_records_and_weights(tokens, precision
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
 
 
-def test_schedule_is_warmup_stable_and_minus_square_root_decay():
+def cosine(step: int, steps: int, warmup: int) -> float:
+    """What is left of the way from the peak to the least rate."""
+    return (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+
+def minus_sqrt(step: int, steps: int, decay: int) -> float:
+    return 1 - math.sqrt(max(0, step - steps + decay) / decay)
+
+
+@pytest.mark.parametrize(("change", "left"), [
+    ({}, lambda step: cosine(step, 50, 10)),
+    ({"decay_style": "minus_sqrt", "decay_fraction": 0.4}, lambda step: minus_sqrt(step, 50, 20)),
+])
+def test_schedule_is_warmup_and_the_decay_in_closed_form(change, left):
+    recipe = PretrainConfig.model_validate(RECIPE.model_dump() | change)
+    top, least, steps, warmup = recipe.learning_rate, recipe.min_learning_rate, 50, 10
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
-    steps, warmup, decay = 50, 10, 20
-    schedule = build_schedule(RECIPE, optimizer, steps)
+    schedule = build_schedule(recipe, optimizer, steps)
     for step in range(1, steps + 1):
         schedule.step(1)
-        top, least = RECIPE.learning_rate, RECIPE.min_learning_rate
-        if step <= warmup:
-            expected = top * step / warmup
-        elif step <= steps - decay:
-            expected = top
-        else:
-            expected = least + (top - least) * (1 - math.sqrt((step - steps + decay) / decay))
+        expected = top * step / warmup if step <= warmup else least + (top - least) * left(step)
         assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-12)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(least) == pytest.approx(top / 100)
 
 
 def test_bf16_keeps_float32_masters_and_decays_matrices_only(tokens, tmp_path):
