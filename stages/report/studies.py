@@ -29,7 +29,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
 ClaimKey = Literal[                 # those that a study may decide; their words are in stages.report.claims
     "attention_share", "position", "inference_speed", "compressed_speed", "fp8_parity", "fp8_recipe", "neuron_score",
-    "mamba_heads", "funnel_order", "distillation", "memory", "phased_blend", "scorer_ensemble", "quality_labels",
+    "mamba_heads", "funnel_order", "distillation", "phased_blend", "scorer_ensemble", "quality_labels",
     "extraction", "rephrasing", "long_context",
 ]
 
