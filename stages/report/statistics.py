@@ -221,45 +221,6 @@ def _decision(answer: Answer, estimate: Estimate, alpha: float, distance: float,
     return Decision(answer, estimate, alpha, needed)
 
 
-# --- Two models side by side, for the page ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """`difference`: candidate minus reference; `low`, `high`: 95 % interval; `p`: two-sided, of no difference."""
-
-    candidate: float
-    reference: float
-    difference: float
-    low: float
-    high: float
-    p: float
-    items: int
-
-
-def compare_accuracy(candidate: Sequence[int], reference: Sequence[int]) -> Comparison:
-    """Of 1 (right) and 0 for each item, in the same order; p by McNemar's exact test over the items that one of the
-    two alone gets right. Raises ValueError where the lengths differ."""
-    gain = accuracy_gain(candidate, reference)
-    ours, theirs = np.asarray(candidate), np.asarray(reference)
-    alone, either = int((ours > theirs).sum()), int((ours != theirs).sum())
-    p = float(stats.binomtest(alone, either).pvalue) if either else 1.0
-    return Comparison(float(ours.mean()), float(theirs.mean()), gain.value, *gain.interval(ALPHA), p, len(ours))
-
-
-def compare_bits_per_byte(
-    candidate: Mapping[str, Sequence[Any]], reference: Mapping[str, Sequence[Any]]
-) -> Comparison:
-    """Of (log-likelihood in nats, bytes) for each document by domain; p by the t test of `bits_per_byte_gain`."""
-    gain = bits_per_byte_gain(candidate, reference)
-    rows = {name: np.concatenate([np.asarray(of[domain], dtype=float) for domain in candidate])
-            for name, of in (("ours", candidate), ("theirs", reference))}
-    ours, theirs = (float(-of[:, 0].sum() / of[:, 1].sum() / math.log(2)) for of in rows.values())
-    low, high = (-theirs * bound for bound in reversed(gain.interval(ALPHA)))
-    p = 2 * float(special.stdtr(gain.df, -abs(gain.value) / gain.error)) if gain.error else float(gain.value == 0)
-    return Comparison(ours, theirs, ours - theirs, low, high, p, len(rows["ours"]))
-
-
 def _check_same(ours: NDArray[Any], theirs: NDArray[Any], lengths_only: bool = False) -> None:
     if len(ours) != len(theirs) or not len(ours) or not (lengths_only or np.array_equal(ours, theirs)):
         raise ValueError(f"{len(ours)} and {len(theirs)} items: not the same ones")

@@ -15,8 +15,6 @@ from stages.report.statistics import (
     average,
     beats_chance,
     bits_per_byte_gain,
-    compare_accuracy,
-    compare_bits_per_byte,
     controlled,
     equivalence,
     mean,
@@ -163,28 +161,8 @@ def test_chance(right, beats):
     assert beats_chance(right, 100, 0.25) is beats is bool(low > 0.25)
 
 
-@pytest.mark.parametrize(("ours", "theirs"), [(0, 0), (1, 0), (5, 5), (3, 14), (40, 22), (0, 9)])
-def test_p_of_accuracies_is_mcnemars(ours, theirs):
-    candidate, reference = ([1] * ours + [0] * theirs + [1] * 30, [0] * ours + [1] * theirs + [1] * 30)
-    tails = 2 * stats.binom.cdf(min(ours, theirs), ours + theirs, 0.5)
-    found = compare_accuracy(candidate, reference)
-    assert found.p == pytest.approx(min(1.0, tails)) and found.items == ours + theirs + 30
-    assert found.difference == pytest.approx(found.candidate - found.reference)
-
-
-def test_comparison_of_bits_per_byte():
-    ours, theirs = documents(np.random.default_rng(5))
-    found = compare_bits_per_byte(ours, theirs)
-    expected = [-sum(row[0] for rows in of.values() for row in rows) / math.log(2)
-                / sum(row[1] for rows in of.values() for row in rows) for of in (ours, theirs)]
-    assert (found.candidate, found.reference) == pytest.approx(expected)
-    assert found.low < found.difference < found.high < 0 and found.p < 0.001 and found.items == 105
-    same = compare_bits_per_byte(ours, ours)
-    assert (same.difference, same.low, same.high, same.p) == (0, 0, 0, 1)
-
-
 def test_other_items_are_refused():
     with pytest.raises(ValueError, match="3 and 2 items"):
-        compare_accuracy([1, 0, 1], [1, 0])
+        accuracy_gain([1, 0, 1], [1, 0])
     with pytest.raises(ValueError, match="not the same ones"):
         bits_per_byte_gain({"a": [[-1.0, 3]]}, {"a": [[-1.0, 4]]})
