@@ -20,24 +20,9 @@ from data_pipeline.config import DataError
 from model.compression.config import MemoryBudget
 from model.costs import memory
 from model.presets import PRESETS
+from stages.report import statistics
 from stages.report.records import RecordError, Records
-from stages.report.statistics import (
-    Answer,
-    Decision,
-    Estimate,
-    Source,
-    accuracy_gain,
-    all_of,
-    beats_chance,
-    bits_per_byte_gain,
-    controlled,
-    equivalence,
-    mean,
-    over_seeds,
-    superiority,
-    tasks_equivalence,
-    unpaired,
-)
+from stages.report.statistics import Answer, Decision, Estimate, Source, equivalence, mean, over_seeds, superiority
 from stages.report.studies import Comparison, Measurement, Study
 
 WORDS = tomllib.loads(Path(__file__).with_name("claims.toml").read_text())["claim"]
@@ -74,8 +59,9 @@ class Claim:
     command: str
 
 
-Finding = tuple[Answer, str, list[Evidence]]        # the last three of what a claim adds to its words
+Finding = tuple[Answer, str, list[Evidence]]        # answer, because, evidence
 Show = Callable[[float], str]
+Pair = tuple[str, str]                              # models: candidate, reference
 
 
 def claims(records: Records, studies: Mapping[str, Study | RecordError]) -> list[Claim]:
@@ -117,6 +103,14 @@ def plain(value: float) -> str:
     return f"{value:+.3g}".replace("-", "−")
 
 
+def times(logarithm: float) -> str:
+    return f"{math.exp(logarithm):.2f} times"
+
+
+def line(measure: str, decision: Decision, show: Show) -> Evidence:
+    return Evidence(measure, show(decision.estimate.value), interval(decision, show))
+
+
 def interval(decision: Decision, show: Show) -> str:
     low, high = decision.estimate.interval(decision.alpha)
     return "" if math.isnan(low) else f"{1 - decision.alpha:.0%} interval {show(low)} to {show(high)}"
@@ -140,13 +134,19 @@ def with_control(decision: Decision, control: Decision | None, name: str, show: 
     if control is None:
         return Answer.UNDECIDED, f"{told(decision, show)}. No control: {name} was not measured"
     seen = "fails, as it must" if control.answer is Answer.FAILS else "is not seen to fail, so nothing is told"
-    return (controlled(decision.answer, control.answer),
+    return (statistics.controlled(decision.answer, control.answer),
             f"{told(decision, show)}. The control ({name}) {seen}: {told(control, show)}")
 
 
-# --- Models of one profile --------------------------------------------------------------------------------------------
+def in_order(show: Show, **decisions: Decision) -> Finding:
+    """Of order claims that must all hold, by what was measured."""
+    named = {name.replace("_", " "): decision for name, decision in decisions.items()}
+    return (statistics.all_of([decision.answer for decision in named.values()]),
+            "; ".join(f"{name}: {told(decision, show)}" for name, decision in named.items()),
+            [line(name, decision, show) for name, decision in named.items()])
 
-Pair = tuple[str, str]              # candidate, reference
+
+# --- Models of one profile --------------------------------------------------------------------------------------------
 
 
 def variants(records: Records, architecture: str, precision: str, recipe: str | None = None) -> dict[int, str]:
@@ -155,40 +155,34 @@ def variants(records: Records, architecture: str, precision: str, recipe: str | 
         variant, "fp8_recipe", None) and (variant.architecture, variant.precision) == (architecture, precision)}
 
 
-def paired(candidates: Mapping[int, str], references: Mapping[int, str]) -> list[Pair]:
+def by_seed(candidates: Mapping[int, str], references: Mapping[int, str]) -> list[Pair]:
     return [(name, references[seed]) for seed, name in candidates.items() if seed in references]
+
+
+def fp8_pairs(records: Records, architecture: str, recipe: str | None = None) -> list[Pair]:
+    return by_seed(variants(records, architecture, "fp8", recipe), variants(records, architecture, "bf16"))
 
 
 def evaluated(records: Records, pairs: Sequence[Pair]) -> list[Pair]:
     return [pair for pair in pairs if set(pair) <= set(records.scores)]
 
 
-def final(records: Records, variant: str) -> float:
-    return records.metrics("pretrain", variant)["validation_bits_per_byte"]
-
-
 def trained_gains(records: Records, pairs: Sequence[Pair]) -> list[float]:
     """Share of the reference's final validation bits per byte that the candidate saves, by pair."""
-    return [1 - final(records, ours) / final(records, theirs) for ours, theirs in pairs]
+    final = {name: records.metrics("pretrain", name)["validation_bits_per_byte"] for pair in pairs for name in pair}
+    return [1 - final[ours] / final[theirs] for ours, theirs in pairs]
 
 
-def half_trained_loss(records: Records, variant: str) -> float:
-    """Validation bits per byte at the evaluation that is nearest to half of the tokens, over the final ones."""
+def half_trained_gain(records: Records, variant: str) -> float:
+    """As `trained_gains`, of the same model at the evaluation that is nearest to half of its tokens."""
     curve = records.validation[variant]["all"]
     nearest = min(range(len(curve["tokens"])), key=lambda at: abs(curve["tokens"][at] - curve["tokens"][-1] / 2))
-    return curve["bits_per_byte"][nearest] / curve["bits_per_byte"][-1]
+    return 1 - curve["bits_per_byte"][nearest] / curve["bits_per_byte"][-1]
 
 
-def split_scores(records: Records, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(documents by domain, items by task) of an evaluated model; tasks of lengthened contexts left out."""
-    scores = records.scores[name]
-    texts = {task: rows for task, rows in scores.items() if task.startswith("bits_per_byte_")}
-    return texts, {task: rows for task, rows in scores.items() if task not in texts and "_at_" not in task}
-
-
-def same_items(gain: Callable[[Any, Any], Estimate], ours: Any, theirs: Any, pair: Pair) -> Estimate:
+def same_items(pair: Pair, gain: Callable[[], Estimate]) -> Estimate:
     try:
-        return gain(ours, theirs)
+        return gain()
     except (KeyError, ValueError):
         raise RecordError(f"evaluate/{pair[0]}/scores.json and evaluate/{pair[1]}/scores.json: not the same items.\n"
                           "Run the stage `evaluate` again for both.") from None
@@ -196,13 +190,9 @@ def same_items(gain: Callable[[Any, Any], Estimate], ours: Any, theirs: Any, pai
 
 def documents(records: Records, pair: Pair) -> Estimate:
     """Gain in bits per byte over the documents both were evaluated on."""
-    return same_items(bits_per_byte_gain, *(split_scores(records, name)[0] for name in pair), pair)
-
-
-def unlearned(records: Records, names: Sequence[str]) -> list[str]:
-    """Models that are not better than the compressor."""
-    found = {name: records.metrics("evaluate", name) for name in names}
-    return [name for name, of in found.items() if not of["bits_per_byte"] < of["bits_per_byte_compressor"]]
+    ours, theirs = ({name: rows for name, rows in records.scores[model].items() if name.startswith("bits_per_byte_")}
+                    for model in pair)
+    return same_items(pair, lambda: statistics.bits_per_byte_gain(ours, theirs))
 
 
 def loss(records: Records, pairs: list[Pair], margin: float, or_better: bool, broken: Sequence[float], control: str
@@ -210,34 +200,28 @@ def loss(records: Records, pairs: list[Pair], margin: float, or_better: bool, br
     """Equivalence of final bits per byte over seeds and documents; `broken`: the control's gains."""
     if not (known := evaluated(records, pairs)):
         return Answer.UNDECIDED, "this profile does not train and evaluate both", []
-    if names := unlearned(records, known[0]):
-        return Answer.UNDECIDED, f"{' and '.join(names)} not better than the compressor", []
+    for name in known[0]:
+        metrics = records.metrics("evaluate", name)
+        if not metrics["bits_per_byte"] < metrics["bits_per_byte_compressor"]:
+            return Answer.UNDECIDED, f"{name} is not better than the compressor", []
     gains, texts = trained_gains(records, pairs), documents(records, known[0])
     rule = partial(equivalence, margin=margin, or_better=or_better)
     decision = rule(over_seeds(mean(gains, "seed"), texts))
     seen = rule(over_seeds(mean(broken, "seed", gains if len(broken) == 1 else None), texts)) if broken else None
-    answer, because = with_control(decision, seen, control, percent)
-    evidence = [Evidence(f"bits per byte, {ours} / {theirs}",
-                         f"{final(records, ours):.4f} / {final(records, theirs):.4f}", percent(gain))
-                for (ours, theirs), gain in zip(pairs, gains, strict=True)]
-    evidence.append(Evidence("bits per byte saved, mean over seeds", percent(decision.estimate.value),
-                             interval(decision, percent)))
-    return answer, because, evidence
+    rows = [Evidence(f"bits per byte saved, {' / '.join(pair)}", percent(gain))
+            for pair, gain in zip(pairs, gains, strict=True)]
+    return *with_control(decision, seen, control, percent), [line("mean over seeds", decision, percent), *rows]
 
 
 def hybrid_loss(records: Records) -> Finding:
     transformers = variants(records, "transformer", "bf16")
-    pairs = paired(variants(records, "hybrid", "bf16"), transformers)
+    pairs = by_seed(variants(records, "hybrid", "bf16"), transformers)
     for pair in pairs:
         ours, theirs = (records.metrics("pretrain", name) for name in pair)
         if abs(ours["parameters"] / theirs["parameters"] - 1) > 0.05 or ours["tokens"] != theirs["tokens"]:
             return Answer.UNDECIDED, f"{' and '.join(pair)}: parameters or tokens are not alike", []
-    broken = [1 - half_trained_loss(records, name) for name in transformers.values()]
+    broken = [half_trained_gain(records, name) for name in transformers.values()]
     return loss(records, pairs, LOSS_MARGIN, True, broken, "each Transformer at half its tokens")
-
-
-def fp8_pairs(records: Records, architecture: str, recipe: str | None = None) -> list[Pair]:
-    return paired(variants(records, architecture, "fp8", recipe), variants(records, architecture, "bf16"))
 
 
 def fp8_loss(records: Records, architecture: str) -> Finding:
@@ -246,114 +230,99 @@ def fp8_loss(records: Records, architecture: str) -> Finding:
 
 
 def fp8_scaling(records: Records) -> Finding:
-    pairs = paired(variants(records, "hybrid", "fp8"), variants(records, "hybrid", "fp8", "unscaled"))
+    pairs = by_seed(variants(records, "hybrid", "fp8"), variants(records, "hybrid", "fp8", "unscaled"))
     if not pairs:
         return Answer.UNDECIDED, "this profile does not train FP8 without scales", []
-    gains = trained_gains(records, pairs)
-    spread = trained_gains(records, fp8_pairs(records, "hybrid")) if len(gains) == 1 else None
-    return ordered(superiority(mean(gains, "seed", spread)), "bits per byte saved by scales", percent)
+    spread = trained_gains(records, fp8_pairs(records, "hybrid")) if len(pairs) == 1 else None
+    gain = mean(trained_gains(records, pairs), "seed", spread)
+    return in_order(percent, bits_per_byte_saved_by_scales=superiority(gain))
 
 
-def tasks(records: Records, pairs: list[Pair], margin: float, broken: Sequence[Pair], control: str, training: bool
-          ) -> Finding:
+def tasks(records: Records, pairs: list[Pair], margin: float, broken: Sequence[Pair], control: str,
+          training: bool = True) -> Finding:
     """Equivalence of the mean over tasks; `training`: over seeds too, and not of one given pair of models alone."""
-    known, evidence = evaluated(records, pairs), []
+    known, failing, rows = evaluated(records, pairs), evaluated(records, broken), []
     if not known:
         return Answer.UNDECIDED, "this profile does not evaluate both", []
-    right = {name: split_scores(records, name)[1] for pair in [*known, *evaluated(records, broken)] for name in pair}
-    counted = []
-    for task, rows in right[known[0][0]].items():
-        chance = records.metrics("evaluate", known[0][0])[f"{task}_accuracy_chance"]
-        beaten = any(beats_chance(int(np.sum(right[name][task])), len(rows), chance) for name in known[0])
+    counted, models = [], known[0]
+    for task, right in records.scores[models[0]].items():
+        if task.startswith("bits_per_byte_") or "_at_" in task:     # texts, and tasks of lengthened contexts
+            continue
+        chance = records.metrics("evaluate", models[0])[f"{task}_accuracy_chance"]
+        answers = [records.scores[model][task] for model in models]
+        beaten = any(statistics.beats_chance(sum(each), len(each), chance) for each in answers)
         counted += [task] if beaten else []
-        evidence.append(Evidence(
-            f"{task.replace('_', ' ')}, {' / '.join(known[0])}" + ("" if beaten else " (at a guess: not counted)"),
-            " / ".join(f"{np.mean(right[name][task]):.3f}" for name in known[0]), f"{len(rows)} items"))
+        name = f"{task.replace('_', ' ')}, {' / '.join(models)}" + ("" if beaten else " (a guess: not counted)")
+        rows.append(Evidence(name, " / ".join(f"{np.mean(each):.3f}" for each in answers), f"{len(right)} items"))
     if not counted:
-        return Answer.UNDECIDED, "no task at which either model beats a guess", evidence
+        return Answer.UNDECIDED, "no task at which either model beats a guess", rows
 
-    def judged(of: Sequence[Pair], spread_of: Sequence[Pair]) -> Decision:
-        by_task, gains = [], {pair: [] for pair in {*of, *spread_of}}
-        for task in counted:
-            for pair in gains:
-                gains[pair].append(np.mean(right[pair[0]][task]) - np.mean(right[pair[1]][task]))
-            by_task.append(same_items(accuracy_gain, *(
-                np.mean([right[pair[side]][task] for pair in of], axis=0) for side in (0, 1)), of[0]))
-        seeds = mean([float(np.mean(gains[pair])) for pair in of], "seed",
-                     [float(np.mean(gains[pair])) for pair in spread_of] if len(of) == 1 else None)
-        return tasks_equivalence(by_task, margin, seeds if training else None)
+    def seeds(of: Sequence[Pair]) -> list[float]:
+        return [float(np.mean([np.mean(records.scores[ours][task]) - np.mean(records.scores[theirs][task])
+                               for task in counted])) for ours, theirs in of]
 
-    decision, failing = judged(known, known), evaluated(records, broken)
-    answer, because = with_control(decision, judged(failing, known) if failing else None, control, points)
-    evidence.append(Evidence(f"mean over {len(counted)} tasks", points(decision.estimate.value),
-                             interval(decision, points)))
-    return answer, because, evidence
+    def gain(of: Sequence[Pair], task: str) -> Estimate:
+        ours, theirs = (np.mean([records.scores[model][task] for model in side], 0) for side in zip(*of, strict=True))
+        return statistics.accuracy_gain(ours, theirs)
+
+    def judged(of: Sequence[Pair]) -> Decision:
+        by_task = [same_items(of[0], partial(gain, of, task)) for task in counted]
+        over = mean(seeds(of), "seed", seeds(known) if len(of) == 1 else None) if training else None
+        return statistics.tasks_equivalence(by_task, margin, over)
+
+    decision = judged(known)
+    answer, because = with_control(decision, judged(failing) if failing else None, control, points)
+    return answer, because, [line(f"mean over {len(counted)} tasks", decision, points), *rows]
 
 
 def hybrid_tasks(records: Records) -> Finding:
     transformers = variants(records, "transformer", "bf16")
-    return tasks(records, paired(variants(records, "hybrid", "bf16"), transformers), HYBRID_TASKS,
-                 paired(variants(records, "hybrid", "fp8", "unscaled"), transformers),
-                 "the hybrid in FP8 without scales", True)
+    return tasks(records, by_seed(variants(records, "hybrid", "bf16"), transformers), HYBRID_TASKS,
+                 by_seed(variants(records, "hybrid", "fp8", "unscaled"), transformers), "the hybrid in unscaled FP8")
 
 
 def fp8_tasks(records: Records) -> Finding:
     return tasks(records, fp8_pairs(records, "hybrid"), FP8_TASKS, fp8_pairs(records, "hybrid", "unscaled"),
-                 "FP8 without scales", True)
+                 "FP8 without scales")
 
 
 # --- Compression, inference, release ----------------------------------------------------------------------------------
 
 
 def compressed_loss(records: Records) -> Finding:
-    parent = records.params.compress.parent
-    if not evaluated(records, [("compressed", parent)]):
+    both = [("compressed", records.params.compress.parent), ("compressed-random", records.params.compress.parent)]
+    found = [equivalence(documents(records, pair), LOSS_MARGIN, True) if evaluated(records, [pair]) else None
+             for pair in both]
+    if found[0] is None:
         return Answer.UNDECIDED, "this profile does not evaluate both", []
-    decision = equivalence(documents(records, ("compressed", parent)), LOSS_MARGIN, True)
-    cut = ("compressed-random", parent)
-    control = equivalence(documents(records, cut), LOSS_MARGIN, True) if evaluated(records, [cut]) else None
-    answer, because = with_control(decision, control, "the random cut", percent)
-    return answer, because, [Evidence("bits per byte saved against the parent", percent(decision.estimate.value),
-                                      interval(decision, percent))]
+    return *with_control(found[0], found[1], "the random cut", percent), [
+        line("bits per byte saved against the parent", found[0], percent)]
 
 
 def compressed_tasks(records: Records) -> Finding:
     parent = records.params.compress.parent
     return tasks(records, [("compressed", parent)], COMPRESSED_TASKS, [("compressed-random", parent)],
-                 "the random cut", False)
-
-
-def ordered(decision: Decision, measure: str, show: Show) -> Finding:
-    line = Evidence(measure, show(decision.estimate.value), interval(decision, show))
-    return decision.answer, told(decision, show), [line]
+                 "the random cut", training=False)
 
 
 def layer_importance(records: Records) -> Finding:
     layers, count = records.importance, records.params.compress.importance_samples
-    decisions = []
+    found = []
     for end in (layers[0], layers[-1]):
         others = sorted((layer for layer in layers if layer is not end), key=lambda layer: -layer.importance)
         bar = others[math.ceil(len(layers) / 4) - 1]
-        decisions.append(superiority(Estimate(end.importance - bar.importance, tuple(
+        found.append(superiority(Estimate(end.importance - bar.importance, tuple(
             Source("sample", layer.standard_error**2, count, count - 1) for layer in (end, bar))), comparisons=2))
-    named = list(zip(("first", "last"), decisions, strict=True))
-    return (all_of([decision.answer for decision in decisions]),
-            "; ".join(f"{which} layer: {told(decision, plain)}" for which, decision in named),
-            [Evidence(f"importance of the {which} layer above the top quarter's least",
-                      plain(decision.estimate.value), interval(decision, plain)) for which, decision in named])
+    return in_order(plain, first_layer_above_the_top_quarter=found[0], last_layer_above_the_top_quarter=found[1])
 
 
 def importance_random(records: Records) -> Finding:
     cuts = records.controls
-    gain = unpaired([-math.log(cuts.importance)], [-math.log(value) for value in cuts.random], "draw")
-    answer, because, evidence = ordered(superiority(gain), "KL to the parent just cut, random over chosen", times)
-    return answer, because, [*evidence, Evidence(
-        "KL just cut, by importance / at random / least important kept",
-        f"{cuts.importance:.4f} / {float(np.mean(cuts.random)):.4f} / {cuts.reverse:.4f}", f"{len(cuts.random)} draws")]
-
-
-def times(logarithm: float) -> str:
-    return f"{math.exp(logarithm):.2f} times"
+    gain = statistics.unpaired([-math.log(cuts.importance)], [-math.log(value) for value in cuts.random], "draw")
+    answer, because, evidence = in_order(times, KL_just_cut_at_random_over_chosen=superiority(gain))
+    shown = f"{cuts.importance:.4f} / {float(np.mean(cuts.random)):.4f} / {cuts.reverse:.4f}"
+    return answer, because, [*evidence, Evidence("KL by importance / at random / least important kept", shown,
+                                                 f"{len(cuts.random)} draws")]
 
 
 def speed_ratio(records: Records, model: str, other: str, context: int) -> Estimate:
@@ -368,29 +337,28 @@ def inference_mechanism(records: Records) -> Finding:
         return Answer.UNDECIDED, "decoding was measured at one context only", []
     short, long = (speed_ratio(records, "hybrid", "transformer", context) for context in (contexts[0], contexts[-1]))
     growth = Estimate(long.value - short.value, long.sources + short.sources)
-    found = [(f"at {contexts[-1]:,} tokens", superiority(long, comparisons=2)),
-             (f"over that at {contexts[0]:,} tokens", superiority(growth, comparisons=2))]
-    return (all_of([decision.answer for _, decision in found]),
-            "; ".join(f"{where}: {told(decision, times)}" for where, decision in found),
-            [Evidence(f"decoding, hybrid over Transformer, {where}", times(decision.estimate.value),
-                      interval(decision, times)) for where, decision in found])
+    return in_order(times, **{f"hybrid over Transformer at {contexts[-1]:,} tokens": superiority(long, comparisons=2),
+                              f"that over the same at {contexts[0]:,}": superiority(growth, comparisons=2)})
 
 
 def compressed_decode(records: Records) -> Finding:
     longest = max(records.decode_repeats["hybrid"])
-    return ordered(superiority(speed_ratio(records, "compressed", "hybrid", longest)),
-                   f"decoding at {longest:,} tokens, compressed over parent", times)
+    gain = speed_ratio(records, "compressed", "hybrid", longest)
+    return in_order(times, **{f"compressed over parent at {longest:,} tokens": superiority(gain)})
+
+
+def exact(wrong: Sequence[str], right: str, evidence: list[Evidence]) -> Finding:
+    return Answer.FAILS if wrong else Answer.HOLDS, f"{', '.join(wrong)} differ" if wrong else right, evidence
 
 
 def published_sizes(records: Records) -> Finding:
     found = {name: records.metrics("benchmark")[f"{name}_parameters"] for name in PUBLISHED}
+    patterns = {f"the pattern of {name}": PRESETS[name].pattern for name in ("nemotron_h_8b", "nemotron_h_56b")}
     wrong = [name for name, count in found.items() if count != PUBLISHED[name]]
-    for name in ("nemotron_h_8b", "nemotron_h_56b"):
-        pattern = PRESETS[name].pattern
-        if pattern[0] != "M" or pattern[-1] != "-" or pattern.count("*") != pattern.count("*-"):
-            wrong.append(f"the pattern of {name}")
-    return _exact(not wrong, "all equal, and the patterns keep the rules", f"{', '.join(wrong)} differ",
-                  [Evidence(name, f"{count:,.0f}", "exact") for name, count in found.items()])
+    wrong += [name for name, pattern in patterns.items() if not (
+        pattern[0] == "M" and pattern[-1] == "-" and pattern.count("*") == pattern.count("*-"))]
+    return exact(wrong, "all equal, and the patterns keep the rules",
+                 [Evidence(name, f"{count:,.0f}", "exact") for name, count in found.items()])
 
 
 def million_tokens(_: Records) -> Finding:
@@ -399,29 +367,22 @@ def million_tokens(_: Records) -> Finding:
     small, large = (memory(PRESETS[f"nemotron_h_{size}"], fp4) for size in ("47b", "56b"))
     right = abs(large.weights / GIB - WEIGHTS_GIB) < 0.05 and small.total <= CARD_GIB * GIB < large.total
     text = f"56B {large.weights / GIB:.3f} GiB of weights, {large.total / GIB:.1f} in all; 47B {small.total / GIB:.1f}"
-    return _exact(right, text, text, [Evidence("weights and caches at 1,000,000 tokens", text, "closed form")])
+    return exact([] if right else [text], text, [Evidence("weights and caches at 1,000,000 tokens", text, "exact")])
 
 
 def release_forms(records: Records) -> Finding:
     found = {name: records.metrics("export", name)["logits_max_relative_difference"] for name in records.params.models}
     wrong = [name for name, difference in found.items() if not difference <= LOGITS_TOLERANCE]
-    return _exact(not wrong, f"all {len(found)} models agree", f"{', '.join(wrong)} differ by more",
-                  [Evidence(name, f"{difference:.1e}", f"≤ {LOGITS_TOLERANCE:.0e}")
-                   for name, difference in found.items()])
-
-
-def _exact(right: bool, holds: str, fails: str, evidence: list[Evidence]) -> Finding:
-    return (Answer.HOLDS, holds, evidence) if right else (Answer.FAILS, fails, evidence)
+    return exact(wrong, f"all {len(found)} models agree", [
+        Evidence(name, f"{difference:.1e}", f"≤ {LOGITS_TOLERANCE:.0e}") for name, difference in found.items()])
 
 
 JUDGES: dict[str, Callable[[Records], Finding]] = {
-    "published_sizes": published_sizes, "hybrid_loss": hybrid_loss, "hybrid_tasks": hybrid_tasks,
-    "inference_mechanism": inference_mechanism, "compressed_decode": compressed_decode,
-    "fp8_loss": partial(fp8_loss, architecture="hybrid"),
-    "fp8_loss_transformer": partial(fp8_loss, architecture="transformer"), "fp8_scaling": fp8_scaling,
-    "fp8_tasks": fp8_tasks, "layer_importance": layer_importance, "importance_random": importance_random,
-    "compressed_loss": compressed_loss, "compressed_tasks": compressed_tasks, "memory": million_tokens,
-    "release_forms": release_forms,
+    "fp8_loss": partial(fp8_loss, architecture="hybrid"), "memory": million_tokens,
+    "fp8_loss_transformer": partial(fp8_loss, architecture="transformer"),
+    **{judge.__name__: judge for judge in (
+        published_sizes, hybrid_loss, hybrid_tasks, inference_mechanism, compressed_decode, fp8_scaling, fp8_tasks,
+        layer_importance, importance_random, compressed_loss, compressed_tasks, release_forms)},
 }
 
 
@@ -439,63 +400,59 @@ def _study(studies: Mapping[str, Study | RecordError], name: str) -> Study:
 
 def _study_rule(study: Study, key: str) -> str:
     """In words, from the comparisons themselves."""
-    asked = {"better": "better than", "equal": "equal to", "not worse": "not worse than"}
-    texts = [f"{item.candidate} {asked[item.question]} {item.reference}"
-             + (f" by {percent(item.margin) if item.relative else plain(item.margin)}".replace("+", "")
-                if item.margin else "") + (f" (control that must fail: {item.control})" if item.control else "")
-             for item in study.comparisons if item.claim == key]
+    texts = []
+    for item in study.asked(key):
+        margin = f" by {(percent if item.relative else plain)(item.margin).lstrip('+')}" if item.margin else ""
+        control = f" (control that must fail: {item.control})" if item.control else ""
+        texts.append(f"{item.candidate} {item.question} against {item.reference}{margin}{control}")
     return f"All of: {'; '.join(texts)}. {study.note}".strip()
 
 
 def judge_study(study: Study, key: str) -> Finding:
     """All comparisons of the claim must hold; those at a guess's level are shown and not counted."""
-    asked = [item for item in study.comparisons if item.claim == key]
+    asked = study.asked(key)
     answers, reasons, evidence = [], [], []
     for item in asked:
         show = (lambda value: percent(math.expm1(value))) if item.relative else plain
         decision = compared(study, item, item.candidate, len(asked))
-        line = f"{item.candidate} against {item.reference}"
-        evidence.append(Evidence(line, show(decision.estimate.value), interval(decision, show)))
-        measured = [study.measurement(name) for name in (item.candidate, item.reference) if isinstance(name, str)]
-        if all(at_chance(one) for one in measured):
-            reasons.append(f"{line}: at a guess, not counted")
-        elif item.question == "better":
-            answers.append(decision.answer)
-            reasons.append(f"{line}: {told(decision, show)}")
-        else:
+        name = f"{item.candidate} against {item.reference}"
+        evidence.append(line(name, decision, show))
+        if all(at_chance(study.measurement(of)) for of in (item.candidate, item.reference) if isinstance(of, str)):
+            reasons.append(f"{name}: at a guess, not counted")
+            continue
+        answer, because = decision.answer, told(decision, show)
+        if item.question != "better":
             control = compared(study, item, item.control, 1) if item.control else None
             answer, because = with_control(decision, control, item.control or "a broken arm", show)
-            answers.append(answer)
-            reasons.append(f"{line}: {because}")
-    return all_of(answers), "; ".join(reasons) or "the study compares nothing for this claim", evidence
+        answers.append(answer)
+        reasons.append(f"{name}: {because}")
+    return statistics.all_of(answers), "; ".join(reasons) or "the study compares nothing for this claim", evidence
 
 
 def at_chance(measured: Measurement) -> bool:
+    """Whether the 95 % interval of a figure with a chance level reaches down to it."""
     if measured.chance is None:
         return False
-    low, high = mean(measured.values, measured.per).interval(0.05)
-    return not (low > measured.chance if measured.better == "higher" else high < measured.chance)
+    low, high = mean(measured.values, measured.per).interval(statistics.ALPHA)
+    return low <= measured.chance if measured.better == "higher" else high >= measured.chance
 
 
 def compared(study: Study, item: Comparison, candidate: str, comparisons: int) -> Decision:
     """`candidate`, the comparison's own or its control, against the reference."""
+    def values(of: str | float) -> Any:
+        found = np.asarray(study.measurement(of).values if isinstance(of, str) else of)
+        return (1 if measured.better == "higher" else -1) * (np.log(found) if item.relative else found)
+
+    def gains(of: str) -> Any:
+        ours, theirs = values(of), values(item.reference)
+        return ours - (theirs[:len(ours)] if theirs.ndim else theirs)
+
     measured = study.measurement(candidate)
-    scale: Callable[[Any], Any] = np.log if item.relative else np.asarray
-    sign = 1 if measured.better == "higher" else -1
-
-    def values(name: str) -> list[float]:
-        return (sign * scale(study.measurement(name).values)).tolist()
-
-    def gains(name: str) -> list[float]:
-        reference = values(item.reference) if isinstance(item.reference, str) else None
-        fixed = float(sign * scale(item.reference)) if reference is None else 0.0
-        return [value - (reference[at] if reference else fixed) for at, value in enumerate(values(name))]
-
     if isinstance(item.reference, str) and not item.paired:
-        gain = unpaired(values(candidate), values(item.reference), measured.per)
+        gain = statistics.unpaired(values(candidate), values(item.reference), measured.per)
     else:
-        few = len(measured.values) == 1 and candidate == item.control
-        gain = mean(gains(candidate), measured.per, gains(item.candidate) if few else None)
+        gain = mean(gains(candidate), measured.per,
+                    gains(item.candidate) if candidate == item.control and len(measured.values) == 1 else None)
     margin = math.log1p(item.margin) if item.relative else item.margin
     if item.question == "better":
         return superiority(gain, margin, comparisons)

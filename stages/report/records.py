@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from data_pipeline.config import DataError
-from stages.records import Metrics, Records, load
+from stages import records
+from stages.records import Metrics, load
 
 __all__ = ["Metrics", "RecordError", "Records", "load"]
+
+
+class Records(records.Records):
+    decode_repeats: dict[str, dict[int, list[float]]]       # seconds a token by model and context, interleaved
 
 
 class RecordError(DataError):

@@ -134,6 +134,9 @@ class Study(Part):
     def measurement(self, name: str) -> Measurement:
         return next(item for item in self.measurements if item.name == name)
 
+    def asked(self, claim: str) -> list[Comparison]:
+        return [item for item in self.comparisons if item.claim == claim]
+
     def save(self, folder: Path = FOLDER) -> Path:
         """Write FOLDER/STUDY.json and return its path."""
         folder.mkdir(parents=True, exist_ok=True)
