@@ -78,7 +78,11 @@ def _claim(records: Records, studies: Mapping[str, Study | RecordError], key: st
     evidence: list[Evidence] = []
     try:
         if study:
-            record = _study(studies, study)
+            command = command or f"python -m benchmarks.studies {study}"
+            rule = "All comparisons of the study must hold."
+            record = studies.get(study) or RecordError(f"Not measured here: there is no study {study}.\nRun {command}.")
+            if isinstance(record, RecordError):
+                raise record
             rule, command = _study_rule(record, key), f"{record.command} ({record.machine}, {record.date})"
             answer, because, evidence = judge_study(record, key)
         else:
@@ -92,7 +96,7 @@ def _claim(records: Records, studies: Mapping[str, Study | RecordError], key: st
 
 
 def percent(value: float) -> str:
-    return f"{100 * value:+.2f} %".replace("-", "−")
+    return f"{100 * value:+.3g} %".replace("-", "−")
 
 
 def points(value: float) -> str:
@@ -122,7 +126,7 @@ def told(decision: Decision, show: Show) -> str:
     if math.isnan(decision.seen):
         single = [source.unit for source in decision.estimate.sources if math.isnan(source.variance)]
         return f"{text}; one {' and one '.join(single)} only, whose spread is unknown: 3 would be the least to tell"
-    text += f" ({interval(decision, show)}; in sight from {show(decision.seen).lstrip('+')} on)"
+    text += f" ({interval(decision, show)}; smallest difference in sight {show(decision.seen).lstrip('+')})"
     if decision.needed:
         named = " and ".join(f"{count:,} {unit}s" for unit, count in decision.needed.items())
         text += f"; about {named} would decide"
@@ -250,7 +254,7 @@ def tasks(records: Records, pairs: list[Pair], margin: float, broken: Sequence[P
             continue
         chance = records.metrics("evaluate", models[0])[f"{task}_accuracy_chance"]
         answers = [records.scores[model][task] for model in models]
-        beaten = any(statistics.beats_chance(sum(each), len(each), chance) for each in answers)
+        beaten = any(statistics.beats_chance(int(np.sum(each)), len(each), chance) for each in answers)
         counted += [task] if beaten else []
         name = f"{task.replace('_', ' ')}, {' / '.join(models)}" + ("" if beaten else " (a guess: not counted)")
         rows.append(Evidence(name, " / ".join(f"{np.mean(each):.3f}" for each in answers), f"{len(right)} items"))
@@ -387,15 +391,6 @@ JUDGES: dict[str, Callable[[Records], Finding]] = {
 
 
 # --- Studies ----------------------------------------------------------------------------------------------------------
-
-
-def _study(studies: Mapping[str, Study | RecordError], name: str) -> Study:
-    found = studies.get(name)
-    if found is None:
-        raise RecordError(f"Not measured here: docs/results/studies/{name}.json does not exist.\nRun that study.")
-    if isinstance(found, RecordError):
-        raise found
-    return found
 
 
 def _study_rule(study: Study, key: str) -> str:

@@ -3,13 +3,8 @@
 A record holds what was measured and what is compared, never a verdict: the report computes that anew from `values`
 (`stages.report.statistics`). A study fixes its comparisons before it runs. Writing and reading:
 
-    study = Study(study="position", command="python -m benchmarks.position", machine="2 cores of ...",
-                  date="2026-11-29", commit="d6c7349", versions={"torch": "2.13.0"}, measurements=[
-                      Measurement(name="hybrid NoPE, recall", values=[0.81, 0.79, 0.84], unit="accuracy",
-                                  better="higher", chance=0.125), ...],
-                  comparisons=[Comparison(claim="position", candidate="hybrid NoPE, recall",
-                                          reference="Transformer NoPE, recall", question="better")])
-    study.save()                # what cannot be used later is refused above, by a ValidationError
+    Study(study="position", command="python -m ...", machine="2 cores of ...", date="2026-11-29", commit="d6c7349",
+          versions={"torch": "2.13.0"}, measurements=[Measurement(...)], comparisons=[Comparison(...)]).save()
     studies = load_studies()    # by name: a Study, or the RecordError that says what is wrong with it
 """
 
@@ -173,14 +168,10 @@ def load_studies(folder: Path = FOLDER) -> dict[str, Study | RecordError]:
 
 def _explain(text: str, error: ValidationError) -> str:
     """One line for the first of pydantic's errors."""
-    if not text.strip():
-        return "empty"
     first = error.errors()[0]
-    field = ".".join(map(str, first["loc"])) or "the whole"
     if first["type"] == "json_invalid":
-        return "not valid JSON"
+        return "not valid JSON" if text.strip() else "empty"
     if first["loc"] == ("version",):
         return f"version {first['input']!r}, where {Study.model_fields['version'].default} is read: an older schema"
-    if first["type"] == "missing":
-        return f"`{field}` is missing"
-    return f"`{field}`: {first['msg'].removeprefix('Value error, ')}"
+    field, fault = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+    return f"`{field}` is missing" if first["type"] == "missing" else f"`{field}`: {fault}" if field else fault
