@@ -45,13 +45,16 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from scipy import stats
 
+from model.config import ModelConfig, ModelError, PretrainConfig
+from model.presets import hybrid_pattern
+
 MARGIN = 0.1            # % of the loss: the paper's "< 0.1 %"
-CONFIDENCE = 0.95
-POWER = 0.8             # of the number of pairs that would decide
+ALPHA = 0.05            # how often an answer may be wrong, as in the report's rules
+POWER = 0.9             # of the number of pairs that would decide
 TAIL = 0.2              # last share of the steps that means are over
 STARTS = (0.5, 0.75)    # of BF16 runs that keep a state to branch from; both before the tail
 ARCHITECTURES = ("transformer", "hybrid")
@@ -65,7 +68,7 @@ METRIC = "training_mean"
 class Arm(NamedTuple):
     """What differs from the BF16 run."""
 
-    precision: str
+    precision: Literal["bf16", "fp8"]
     changes: dict[str, Any]
 
 
@@ -103,7 +106,10 @@ SETTINGS = {
     "tiny": Setting(width=32, layers=12, ffn=64, mamba=(16, 8, 8, 4), head=16, learning_rate=1e-2, sequences=8,
                     length=32, steps=40),
 }
-PILOT = ("deep-1e-3", "deep-5e-4", "wide-1e-3")
+# Of the pilot, for every seed: setting, architecture, and where FP8 runs start.
+PILOT = (("deep-1e-3", "transformer", (0.5, 0.75, 0.0)), ("deep-1e-3", "hybrid", (0.5, 0.75)),
+         ("deep-5e-4", "transformer", (0.5, 0.75)), ("wide-1e-3", "transformer", (0.5, 0.75)))
+TINY_PILOT = (("tiny", "transformer", (0.5, 0.75, 0.0)), ("tiny", "hybrid", (0.5,)))
 
 
 class Job(NamedTuple):
@@ -127,11 +133,8 @@ class Job(NamedTuple):
 # ---------------------------------------------------------------------------------------------------- one model
 
 
-def model_config(setting: Setting, architecture: str, vocab_size: int) -> Any:
+def model_config(setting: Setting, architecture: str, vocab_size: int) -> ModelConfig:
     """The hybrid by the paper's rules, without positions; the Transformer in as many layers, with rotary ones."""
-    from model.config import ModelConfig
-    from model.presets import hybrid_pattern
-
     heads = setting.width // setting.head
     mamba = dict(zip(("mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups"), setting.mamba,
                      strict=True))
@@ -144,13 +147,11 @@ def model_config(setting: Setting, architecture: str, vocab_size: int) -> Any:
     )
 
 
-def recipe(setting: Setting, arm: Arm, keeps_states: bool, cuda_graph: bool) -> Any:
+def recipe(setting: Setting, arm: Arm, keeps_states: bool, cuda_graph: bool) -> PretrainConfig:
     """The paper's: cosine to 1 % after the warm-up, AdamW; a whole batch is one micro-batch."""
-    from model.config import PretrainConfig
-
     warmup = 0.05
     states = math.gcd(*(round(start * setting.steps) for start in STARTS))
-    values = {
+    values: dict[str, Any] = {
         "tokens": setting.steps * setting.sequences * setting.length,
         "global_batch_size": setting.sequences, "micro_batch_size": setting.sequences,
         "learning_rate": setting.learning_rate, "min_learning_rate": setting.learning_rate / 100,
@@ -172,7 +173,6 @@ def train_one(
     """
     import torch
 
-    from model.config import ModelError
     from model.distributed import ONE_COPY, process_groups
     from model.trainer import Trainer
 
@@ -236,8 +236,6 @@ def train_one(
 
 def branch(trunk: Path, own: Path, step: int) -> None:
     """Make `own` the scratch directory of a run that goes on from the trunk's state after `step`."""
-    from model.config import ModelError
-
     state = trunk / "resume" / f"step-{step:08d}"
     if not (state.exists() and (trunk / "trunk").exists()):
         raise ModelError(
@@ -379,7 +377,7 @@ class Scheduler:
                     self.slots.append(slot)
                     pending.discard(job)
                     self._finish(job, process, started, rows)
-                startable = [job for job in waiting if self._fits(job, rows) and job.trunk not in self.failed
+                startable = [job for job in waiting if self._fits(job, waiting, rows) and job.trunk not in self.failed
                              and (job.trunk == job or job.trunk not in pending)]
                 while self.slots and startable:
                     job = startable.pop(0)
@@ -415,15 +413,20 @@ class Scheduler:
             "seconds": round(seconds, 1), "date": datetime.datetime.now(datetime.UTC).date().isoformat()})
         print(f"{job}: {seconds:.0f} s, " + ", ".join(f"{name} {result[name]:.4f}" for name in METRICS), flush=True)
 
-    def _fits(self, job: Job, rows: dict[Job, float]) -> bool:
-        """Whether `job` would end in time, as long as the longest of its kind so far; else of its setting."""
+    def _fits(self, job: Job, waiting: Sequence[Job], rows: dict[Job, float]) -> bool:
+        """Whether `job` would end in time, and where others wait for it the shortest of them too."""
         if self.end == math.inf:
             return True
-        kinds = [[seconds for other, seconds in rows.items() if other[:2] + other[3:] == job[:2] + job[3:]],
-                 [seconds for other, seconds in rows.items() if other[0] == job[0] and other.start == job.start],
-                 list(rows.values())]
-        expected = next((max(kind) for kind in kinds if kind), 0.0)
-        return time.monotonic() + 1.1 * expected < self.end
+        after = [self._expected(other, rows) for other in waiting if other.trunk == job != other]
+        return time.monotonic() + self._expected(job, rows) + min(after, default=0.0) < self.end
+
+    def _expected(self, job: Job, rows: dict[Job, float]) -> float:
+        """Seconds of the longest job of its kind so far; else by its share of the steps of what its setting, or any
+        other, took longest; nothing where nothing is known."""
+        kinds = [[seconds for other, seconds in rows.items() if other._replace(seed=job.seed) == job],
+                 *([seconds / (1 - other.start) * (1 - job.start) for other, seconds in rows.items() if same(other)]
+                   for same in (lambda other: other.setting == job.setting, lambda _: True))]
+        return 1.1 * next((max(kind) for kind in kinds if kind), 0.0)
 
     def _log(self, job: Job) -> Path:
         return self.logs / f"{job}.log".replace(" ", "-")
@@ -449,6 +452,7 @@ class Answer(NamedTuple):
     """On the gaps of one arm, in % of the BF16 run's loss; above 0 the arm is worse.
 
     Attributes:
+        low, high: 95 % interval of the mean.
         sd: of a pair's gap.
         holds: `holds`, `does not hold` or `cannot be told`: whether the mean lies within the margin.
         pairs: that would decide, if there were no gap, with a power of POWER.
@@ -466,26 +470,27 @@ class Answer(NamedTuple):
 
 
 def answer(gaps: Sequence[float], margin: float = MARGIN) -> Answer:
-    """Two one-sided t-tests at (1 - CONFIDENCE) / 2 each, read off the interval of the mean."""
+    """Two one-sided t-tests at ALPHA each: `holds` where the 90 % interval lies within the margin, `does not hold`
+    where the 95 % interval lies outside of it, or a loss was not finite."""
     finite = [gap for gap in gaps if math.isfinite(gap)]
     n, broken = len(finite), len(gaps) - len(finite)
     if n < 2:
-        return Answer(n, *finite or [math.nan], *[math.nan] * 3, "cannot be told", 0, broken)
+        undecided = "does not hold" if broken else "cannot be told"
+        return Answer(n, finite[0] if n else math.nan, math.nan, math.nan, math.nan, undecided, 0, broken)
     mean, sd = statistics.fmean(finite), statistics.stdev(finite)
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * sd / math.sqrt(n)
-    low, high = mean - half, mean + half
-    if broken or low > margin or high < -margin:
+    inner, half = (float(stats.t.ppf(1 - alpha, n - 1)) * sd / math.sqrt(n) for alpha in (ALPHA, ALPHA / 2))
+    if broken or mean - half > margin or mean + half < -margin:
         verdict = "does not hold"
     else:
-        verdict = "holds" if -margin < low and high < margin else "cannot be told"
-    return Answer(n, mean, low, high, sd, verdict, pairs_needed(sd, margin), broken)
+        verdict = "holds" if -margin < mean - inner and mean + inner < margin else "cannot be told"
+    return Answer(n, mean, mean - half, mean + half, sd, verdict, pairs_needed(sd, margin), broken)
 
 
 def pairs_needed(sd: float, margin: float = MARGIN) -> int:
-    """Pairs whose interval lies within the margin with a probability of POWER where the true gap is 0 (the usual
-    formula of two one-sided tests, by t)."""
+    """Pairs that say `holds` with a probability of POWER where the true gap is 0 (the usual formula of two one-sided
+    tests, by t)."""
     def enough(n: int) -> bool:
-        quantiles = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) + stats.t.ppf((1 + POWER) / 2, n - 1)
+        quantiles = stats.t.ppf(1 - ALPHA, n - 1) + stats.t.ppf((1 + POWER) / 2, n - 1)
         return bool(quantiles * sd / math.sqrt(n) <= margin)
 
     most = 2
@@ -546,7 +551,7 @@ def print_noise(rows: Sequence[Row]) -> None:
 
 def print_table(rows: Sequence[Row], metric: str) -> None:
     """The answer for each architecture and arm."""
-    print(f"\nGap of {metric} to BF16, %; {CONFIDENCE:.0%} interval by t over pairs; within {MARGIN} %?")
+    print(f"\nGap of {metric} to BF16, %; 95 % interval by t over pairs; within {MARGIN} %?")
     print(f"{'setting':12} {'architecture':12} {'arm':10} {'start':>5} {'n':>3} {'mean':>8} {'interval':>19} "
           f"{'sd':>7}  {'answer':15} {'pairs, GPU-hours to decide':>26}")
     found = gaps(rows, metric)
@@ -590,11 +595,11 @@ def write_record(rows: Sequence[Row], setting: str, start: float, metric: str, f
             broken = f"{architecture}, {words[CONTROL]}"
             if arm == CONTROL:
                 continue
-            claim = "fp8_parity" if arm == "fp8" else "fp8_recipe"
             if arm != "again":
                 comparisons.append(Comparison(
-                    claim=claim, candidate=names[0], reference=names[1], question="equal", margin=MARGIN / 100,
-                    relative=True, control=broken if control and control <= set(seeds) else None))
+                    claim="fp8_parity" if arm == "fp8" else "fp8_recipe", candidate=names[0], reference=names[1],
+                    question="equal", margin=MARGIN / 100, relative=True,
+                    control=broken if control and control <= set(seeds) else None))
     first, geometry = rows[0], SETTINGS[setting]
     study = Study(
         study="fp8_parity",
@@ -614,11 +619,10 @@ def write_record(rows: Sequence[Row], setting: str, start: float, metric: str, f
 # ---------------------------------------------------------------------------------------------------- command line
 
 
-def pilot_jobs(settings: Sequence[str], architectures: Sequence[str], seeds: Sequence[int]) -> list[Job]:
-    """Seed by seed, so that whatever the time allows compares all settings: BF16, and FP8 from each start."""
-    return [Job(setting, architecture, seed, arm, start)
-            for seed in seeds for architecture in architectures for setting in settings
-            for arm, start in (("bf16", 0.0), *(("fp8", start) for start in (*STARTS, 0.0)))]
+def pilot_jobs(kinds: Iterable[tuple[str, str, tuple[float, ...]]], seeds: Sequence[int]) -> list[Job]:
+    """Seed by seed, so that whatever the time allows compares all settings."""
+    return [Job(setting, architecture, seed, arm, start) for seed in seeds for setting, architecture, starts in kinds
+            for arm, start in (("bf16", 0.0), *(("fp8", start) for start in starts))]
 
 
 def run_jobs(setting: str, architectures: Sequence[str], seeds: Sequence[int], arms: Sequence[str], start: float
@@ -673,7 +677,6 @@ def parser() -> argparse.ArgumentParser:
         if name in ("pilot", "run"):
             phase.add_argument("--seconds", type=float, help="start nothing that would not end within them")
             phase.add_argument("--at-once", type=int, default=6, help="models on a GPU (default: %(default)s)")
-            phase.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
             phase.add_argument("--tiny", action="store_true", help="toy sizes, to see whether all works")
             phase.add_argument("--commit", help="for the rows, where there is no git")
         if name != "table":
@@ -681,10 +684,10 @@ def parser() -> argparse.ArgumentParser:
             phase.add_argument("--scratch", type=Path, default=Path(".scratch/fp8-parity"), help="(%(default)s)")
             phase.add_argument("--graph", action="store_true", help="each step as a CUDA graph")
         if name == "pilot":
-            phase.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(PILOT))
             phase.add_argument("--seeds", type=int, default=4, help="seeds 1 to this (default: %(default)s)")
         if name == "run":
             phase.add_argument("--setting", choices=list(SETTINGS))
+            phase.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
             phase.add_argument("--arms", nargs="+", choices=list(ARMS)[1:], default=list(ARMS)[1:])
             phase.add_argument("--seeds", type=int, default=16, help="seeds 101 to 100 + this (default: %(default)s)")
         if name in ("run", "table"):
@@ -716,19 +719,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"\n{write_record(mine, options.setting, options.start, options.metric)} written")
         return 0
     if options.tiny:
-        options.tokens = options.tokens or tiny_tokens(options.scratch / "tokens")
-        settings = ["tiny"]
-    else:
-        settings = options.settings if options.phase == "pilot" else [options.setting]
-    if options.tokens is None or settings == [None]:
+        options.tokens, options.setting = options.tokens or tiny_tokens(options.scratch / "tokens"), "tiny"
+    if options.tokens is None or (options.phase == "run" and options.setting is None):
         raise SystemExit("--tokens or --setting is missing.\nName the tokens directory and, of `run`, the setting.")
     if not (options.tokens / "tokens.json").exists():
         raise SystemExit(f"{options.tokens}: no tokens.json.\nName a tokens directory that stage `tokenize` wrote.")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))         # its models end with it
     if options.phase == "pilot":
-        jobs = pilot_jobs(settings, options.architectures, range(1, options.seeds + 1))
+        jobs = pilot_jobs(TINY_PILOT if options.tiny else PILOT, range(1, options.seeds + 1))
     else:
-        jobs = run_jobs(settings[0], options.architectures, range(101, 101 + options.seeds), options.arms,
+        jobs = run_jobs(options.setting, options.architectures, range(101, 101 + options.seeds), options.arms,
                         options.start)
     return schedule(jobs, options)
 
@@ -762,8 +762,6 @@ def schedule(jobs: Sequence[Job], options: argparse.Namespace) -> int:
 
 def one(options: argparse.Namespace) -> int:
     """The process of one model: its row as the last line."""
-    from model.config import ModelError
-
     job = Job(*options.job)
     setting = SETTINGS[job.setting]
     try:
