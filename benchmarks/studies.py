@@ -191,7 +191,8 @@ def scale_of(params: Params, vocab_size: int, on_gpu: bool, tiny: bool) -> Scale
         compress = compress.model_copy(update={
             "importance_samples": 64, "ffn_importance_samples": 256, "ffn_widths": [512, 576, 640, 704, 768],
             "global_batch_size": 16, "micro_batch_size": 16, "validation_samples": 192,
-            "short_distillation_tokens": 2**20, "distillation_tokens": 2**22})
+            "short_distillation_tokens": 2**20, "distillation_tokens": 2**22,
+            "learning_rate": 3e-4, "min_learning_rate": 3e-5})
         recall = recall_study.GPU
     return Scale(hybrid, transformer, recipe, compress, recall)
 
