@@ -246,7 +246,7 @@ def _total(values: list[list[float]], choice: list[int]) -> float:
 
 def minipuzzle_cut(bench: Bench) -> Selection:
     """The paper's search at 60 % of the parameters: kept importance, then agreement on training text."""
-    deployment = MemoryBudget(context=1024, batch=1, weight_bytes=2, kv_bytes=2, ssm_bytes=4, conv_bytes=2,
+    deployment = MemoryBudget(context=1024, batch=1, weight_bits=16, kv_bits=16, ssm_bits=32, conv_bits=16,
                               budget_fraction=0.9)
     budget = share_budget("parameters", 0.6, costs.parameters, PARENT, "")
     cells = maximal_cells(PARENT, {"ffn_hidden_size": [96, 128, 160, 192, 224, 256]}, 1, [budget])
@@ -264,8 +264,8 @@ def distillation(bench: Bench, base: CompressConfig) -> dict[str, Any]:
     chosen = minipuzzle_cut(bench)
     shape, _ = bench.cut(chosen)
     tokens = DISTILLATION_STEPS * BATCH * PARENT.sequence_length
-    gentle = base.model_copy(update={"micro_batch_size": BATCH, "checkpoint_every": 10**9, "learning_rate": 1e-3,
-                                     "min_learning_rate": 1e-4, "warmup_fraction": 0.1})
+    gentle = base.model_copy(update={"global_batch_size": BATCH, "micro_batch_size": BATCH, "checkpoint_every": 10**9,
+                                     "learning_rate": 1e-3, "min_learning_rate": 1e-4, "warmup_fraction": 0.1})
     fresh = gentle.model_copy(update={"learning_rate": 4e-3, "min_learning_rate": 4e-5})
     after: dict[str, list[float]] = {}
 

@@ -83,7 +83,7 @@ def predictions(name: str, context: int, batch: int, seed: int) -> dict[str, Any
     """Ten unseen candidates, predicted and measured."""
     parent, widths = parent_of(name)
     workload = Workload(context=context, batch=batch, decode_tokens=STEPS, repeats=REPEATS)
-    deployment = MemoryBudget(context=context, batch=batch, weight_bytes=2, kv_bytes=2, ssm_bytes=4, conv_bytes=2,
+    deployment = MemoryBudget(context=context, batch=batch, weight_bits=16, kv_bits=16, ssm_bits=32, conv_bits=16,
                               budget_fraction=0.9)
     budget = share_budget("parameters", PARAMETERS_KEPT, costs.parameters, parent, "")
     cells = maximal_cells(parent, {"ffn_hidden_size": widths}, 1, [budget])
@@ -124,7 +124,8 @@ def distillation(sequences: int, steps: int) -> dict[str, float]:
     """Tokens a second of the h200 profile's distillation: two students of 83 % beside each teacher."""
     parent, _ = parent_of("h200")
     base = load_params("params.yaml").compress
-    config = base.model_copy(update={"micro_batch_size": sequences, "checkpoint_every": 10**9})
+    batch = {"global_batch_size": sequences, "micro_batch_size": sequences}
+    config = base.model_copy(update=batch | {"checkpoint_every": 10**9})
     teacher = random_model(parent, torch.bfloat16, DEVICE)
     layers = "".join(symbol * (parent.pattern.count(symbol) * 3 // 4) for symbol in "M*-")
     shape = parent.model_copy(update={"pattern": layers})

@@ -89,7 +89,7 @@ def most_repeats(phases: Blend, tokens: Mapping[str, int], drawn: int) -> float:
 def prepare(directory: Path, tokens: Path, phases: Blend) -> None:
     """`directory` becomes a tokens directory: the files of `tokens`, another blend."""
     directory.mkdir(parents=True, exist_ok=True)
-    for name in ("train", "validation", "tokens.json"):
+    for name in ("train", "validation", "tokens.json", "token_bytes.npy"):
         if not (directory / name).exists():
             (directory / name).symlink_to((tokens / name).resolve())
     write(directory / "blend.json", {"phases": phases})

@@ -56,7 +56,7 @@ TINY = {"hidden_size": 256, "ffn_hidden_size": 512, "num_attention_heads": 4, "n
         "mamba_num_heads": 16, "sequence_length": 512, "vocab_size": 1024}
 RECIPE = PretrainConfig(
     tokens=1, global_batch_size=1, micro_batch_size=1, learning_rate=1e-5, min_learning_rate=1e-6, warmup_fraction=0.0,
-    decay_fraction=0.0, decay_style="minus_sqrt", weight_decay=0.1, adam_betas=(0.9, 0.95), clip_grad=1.0,
+    decay_style="cosine", weight_decay=0.1, adam_betas=(0.9, 0.95), clip_grad=1.0,
     bf16_layers_at_start=1, bf16_layers_at_end=1, evaluations=1, checkpoint_every=1,
 )
 WARMUPS, STEPS = 3, 10          # the third of ours captures

@@ -113,7 +113,14 @@ def with_ids(files: Sequence[Path], identities: Sequence[str]) -> Iterator[pa.Ta
 
 
 def sample(files: Sequence[Path], limit: float, seed: int) -> pa.Table:
-    """Whole documents of each domain up to `limit` bytes, chosen by lots that `seed` draws (`Survey.choose`)."""
+    """Whole documents of each domain up to `limit` bytes, chosen by lots that `seed` draws (`Survey.choose`).
+
+    Raises DataError where `files` hold none.
+    """
     domains = survey(files, limit, seed)
+    if not domains:
+        raise DataError(
+            f"{files[0].parent}: no documents.\nRaise annotate.held_out.fraction and run `annotate` and `curate` again."
+        )
     chosen = [identity for domain in domains.values() for identity in domain.choose(limit)]
     return pa.concat_tables(with_ids(files, chosen))

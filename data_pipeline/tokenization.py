@@ -21,17 +21,17 @@ from data_pipeline.executor import Workers
 from data_pipeline.indexed_dataset import IndexedDatasetWriter, merge
 from data_pipeline.segment_encoder import Int32, Int64, SegmentEncoder
 from data_pipeline.steps.words import texts_of
-from data_pipeline.tokenizer import BYTE_IDS, UNK_ID, Tokenizer
+from data_pipeline.tokenizer import BYTE_IDS, SPACE, UNK_ID, Tokenizer
 
 COUNTS_FILE = "counts.json"
 
 
 class Counts(NamedTuple):
-    """What a token file holds; bytes are of UTF-8 text, tokens include the end-of-document marks."""
+    """What a token file holds; tokens include the end-of-document marks, which have no bytes."""
 
     documents: int = 0
     tokens: int = 0
-    bytes: int = 0
+    bytes: int = 0              # of the UTF-8 text as it is decoded: U+2581 is the one byte of a space
     unknown: int = 0            # tokens that are <unk>
     single_bytes: int = 0       # tokens that stand for a byte of a character outside the vocabulary
 
@@ -138,7 +138,8 @@ def encode_documents(encoder: SegmentEncoder, documents: pa.Table) -> tuple[Int3
     lengths = np.diff(np.flatnonzero(ids == encoder.tokenizer.eod_id), prepend=-1)
     single_bytes = np.count_nonzero((ids >= BYTE_IDS.start) & (ids < BYTE_IDS.stop))
     unknown = np.count_nonzero(ids == UNK_ID)
-    size = int(texts.offsets[-1] - texts.offsets[0])
+    text = texts.buffer[texts.offsets[0] : texts.offsets[-1]].tobytes()
+    size = len(text) - (len(SPACE.encode()) - 1) * text.count(SPACE.encode())
     return ids, lengths, Counts(len(lengths), len(ids), size, int(unknown), int(single_bytes))
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import sentencepiece
 from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
@@ -42,6 +43,8 @@ class Tokenizer:
         vocab_size: number of ids, control tokens and bytes included.
         eod_id: id that ends a document; its token is `</s>`. Text never encodes to it.
         pieces: what text is merged into, neither control tokens nor bytes. A space is U+2581 in them.
+        token_bytes: (vocab_size,) uint16, UTF-8 bytes that each id adds to the decoded text: none for control tokens,
+            the end-of-document mark among them; one for a byte, a part of its character.
         digest: SHA-256 of the model file, hexadecimal.
 
     Raises:
@@ -55,6 +58,9 @@ class Tokenizer:
         self.vocab_size = len(model.pieces)
         self.eod_id = EOD_ID
         self.pieces: list[str] = [piece.piece for piece in model.pieces if piece.type == NORMAL]
+        self.token_bytes = np.zeros(self.vocab_size, np.uint16)
+        self.token_bytes[BYTE_IDS.start :] = 1
+        self.token_bytes[BYTE_IDS.stop :] = [len(piece.replace(SPACE, " ").encode()) for piece in self.pieces]
         self.digest = hashlib.sha256(content).hexdigest()
 
     def encode(self, text: str) -> list[int]:

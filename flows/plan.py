@@ -50,7 +50,7 @@ def plans(params: Params, machine: Machine) -> dict[str, Plan]:
         if (kind := (variant.architecture, variant.precision)) not in seen:
             seen.add(kind)
             config = params.model_of(name)
-            found[name] = plan(config, params.pretrain, variant.precision == "fp8", layout_of(params), machine)
+            found[name] = plan(config, params.recipe_of(name), variant.precision == "fp8", layout_of(params), machine)
     return found
 
 

@@ -106,9 +106,12 @@ class ModelConfig(Geometry):
 
 
 class PretrainConfig(Section):
-    """The paper's recipe (section 2.3, 2.4): WSD schedule, AdamW, FP8 with BF16 ends.
+    """The paper's recipe (section 2.3, 2.4): cosine schedule, AdamW, FP8 with BF16 ends.
 
     Attributes:
+        decay_style: `cosine` from the end of warm-up to the last step (the paper), or `minus_sqrt` over the last
+            `decay_fraction` of the steps after a stable rate (WSD, arXiv 2405.18392), as its siblings.
+        bf16_layers_at_start, bf16_layers_at_end: pattern symbols that stay in BF16 under FP8.
         validation_micro_batch_size: sequences a forward pass of validation takes; micro_batch_size where it is null.
         spike_factor: a gradient norm above this multiple of the running median is reported as a spike.
         max_skipped_steps: updates in a row that may be skipped because loss or gradient are not finite.
@@ -129,8 +132,8 @@ class PretrainConfig(Section):
     learning_rate: float = Field(gt=0)
     min_learning_rate: float = Field(ge=0)
     warmup_fraction: float = Field(ge=0, lt=1)
-    decay_fraction: float = Field(ge=0, le=1)
-    decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"]
+    decay_style: Literal["cosine", "minus_sqrt"]
+    decay_fraction: float | None = Field(default=None, gt=0, le=1)
     weight_decay: float = Field(ge=0)
     adam_betas: tuple[float, float]
     clip_grad: float = Field(gt=0)
@@ -157,7 +160,26 @@ class PretrainConfig(Section):
                 f"global_batch_size ({self.global_batch_size}) must be a multiple of "
                 f"micro_batch_size ({self.micro_batch_size})\nA batch is a whole number of micro-batches: change one."
             )
-        if self.warmup_fraction + self.decay_fraction > 1:
+        return self
+
+    @model_validator(mode="after")
+    def rate_falls(self) -> PretrainConfig:
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate ({self.min_learning_rate}) must not exceed learning_rate ({self.learning_rate})\n"
+                "The rate falls from one to the other: lower the first."
+            )
+        if self.decay_style == "cosine" and self.decay_fraction is not None:
+            raise ValueError(
+                f"decay_fraction ({self.decay_fraction}) with decay_style cosine, which falls over the whole run\n"
+                "Set decay_fraction to null, or decay_style to minus_sqrt."
+            )
+        if self.decay_style == "minus_sqrt" and self.decay_fraction is None:
+            raise ValueError(
+                "decay_style minus_sqrt without decay_fraction\n"
+                "Say over which last part of the steps the rate falls, for example 0.15."
+            )
+        if self.warmup_fraction + (self.decay_fraction or 0) > 1:
             raise ValueError("warmup_fraction + decay_fraction must not exceed 1\nShorten one of them.")
         return self
 
@@ -180,6 +202,10 @@ class PretrainConfig(Section):
                 "Set cuda_graph to false, or fp8_recipe to current."
             )
         return self
+
+    def fp8_layers(self, layers: int) -> range:
+        """Of `layers` layers, those whose linear layers an FP8 run computes in FP8."""
+        return range(self.bf16_layers_at_start, layers - self.bf16_layers_at_end)
 
     def overlaps_gradients(self, replicas: int) -> bool:
         """Whether gradients travel between replicas while the last micro-batch's backward goes on. With `cuda_graph`

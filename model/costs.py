@@ -14,20 +14,20 @@ from model.config import ModelConfig
 
 
 class CacheTypes(Protocol):
-    """A deployment: context in tokens, sequences at once, bytes an element; `MemoryBudget` is one."""
+    """A deployment: context in tokens, sequences at once, bits an element; `MemoryBudget` is one."""
 
     @property
     def context(self) -> int: ...
     @property
     def batch(self) -> int: ...
     @property
-    def weight_bytes(self) -> float: ...
+    def weight_bits(self) -> float: ...
     @property
-    def kv_bytes(self) -> float: ...
+    def kv_bits(self) -> float: ...
     @property
-    def ssm_bytes(self) -> float: ...
+    def ssm_bits(self) -> float: ...
     @property
-    def conv_bytes(self) -> float: ...
+    def conv_bits(self) -> float: ...
 
 
 class GatedTransformer(NamedTuple):
@@ -95,7 +95,7 @@ def memory(model: ModelConfig | GatedTransformer, budget: CacheTypes) -> Memory:
     """Bytes of weights and caches at `budget`'s context, batch and element sizes.
 
     The convolution keeps conv_kernel - 1 past tokens a channel; SSM and convolution states do not grow with context.
-    Element sizes may be fractions (0.5 for FP4, 0.5625 with its block scales); each part is rounded up to a byte.
+    Bits may be fractions (4.5 for FP4 with its block scales); each part is rounded up to a byte.
     """
     if isinstance(model, GatedTransformer):
         kv, ssm, conv = model.layers * model.kv_size, 0, 0
@@ -105,10 +105,10 @@ def memory(model: ModelConfig | GatedTransformer, budget: CacheTypes) -> Memory:
         ssm = mamba_layers * model.mamba_inner_size * model.mamba_state_dim
         conv = mamba_layers * model.conv_channels * (model.conv_kernel - 1)
     return Memory(
-        weights=_bytes(parameters(model), budget.weight_bytes),
-        kv_cache=_bytes(2 * budget.batch * budget.context * kv, budget.kv_bytes),
-        ssm_state=_bytes(budget.batch * ssm, budget.ssm_bytes),
-        conv_state=_bytes(budget.batch * conv, budget.conv_bytes),
+        weights=_bytes(parameters(model), budget.weight_bits),
+        kv_cache=_bytes(2 * budget.batch * budget.context * kv, budget.kv_bits),
+        ssm_state=_bytes(budget.batch * ssm, budget.ssm_bits),
+        conv_state=_bytes(budget.batch * conv, budget.conv_bits),
     )
 
 
@@ -132,5 +132,5 @@ def flops_per_token(model: ModelConfig | GatedTransformer, context: int) -> int:
     return 2 * (count("M") * mamba + count("*") * attention + count("-") * ffn + model.vocab_size * hidden)
 
 
-def _bytes(elements: int, element_bytes: float) -> int:
-    return math.ceil(elements * Fraction(element_bytes))
+def _bytes(elements: int, bits: float) -> int:
+    return math.ceil(elements * Fraction(bits) / 8)

@@ -16,10 +16,21 @@ KERNEL_TAPS = 4
 def check_model(config: ModelConfig, precision: Precision, parallelism: Parallelism) -> None:
     """Raise ModelError where `config` cannot be built for `parallelism` and `precision` on this process's device."""
     check_split(config, parallelism)
-    if precision.name == "fp8" and not precision.emulated:
-        _check_fp8(config, precision, parallelism.tensor)
+    if precision.name == "fp8":
+        check_fp8_layers(len(config.pattern), precision.bf16_layers_at_start, precision.bf16_layers_at_end)
+        if not precision.emulated:
+            _check_fp8(config, precision, parallelism.tensor)
     if device().type == "cuda" and precision.dtype is torch.bfloat16 and "M" in config.pattern:
         check_kernels(config)
+
+
+def check_fp8_layers(layers: int, bf16_at_start: int, bf16_at_end: int) -> None:
+    """Raise ModelError where BF16 ends leave no layer to FP8: a run called FP8 would be a BF16 run."""
+    if bf16_at_start + bf16_at_end >= layers:
+        raise ModelError(
+            f"precision fp8: bf16_layers_at_start ({bf16_at_start}) and bf16_layers_at_end ({bf16_at_end}) leave none "
+            f"of {layers} layers to compute in FP8.\nLower them, or choose a bf16 variant."
+        )
 
 
 def check_micro_batch(config: ModelConfig, precision: Precision, micro_batch_size: int) -> None:
@@ -83,8 +94,6 @@ def _check_fp8(config: ModelConfig, precision: Precision, ranks: int) -> None:
     """Both sizes of every weight, on one tensor-parallel process, in the layers that compute in FP8."""
     layers = len(config.pattern)
     symbols = {symbol for layer, symbol in enumerate(config.pattern) if precision.quantizes(layer, layers)}
-    if not symbols:
-        return
     sizes = [("hidden_size", config.hidden_size, "hidden_size")]
     if "M" in symbols:
         sizes += [("in_proj rows, 2 x inner + 2 x groups x state + heads", config.in_proj_size // ranks,

@@ -1,4 +1,4 @@
-"""AdamW with FP32 master weights and the warmup-stable-decay schedule, both megatron-core's (paper section 2.4).
+"""AdamW with FP32 master weights and a schedule of the learning rate, both megatron-core's (paper section 2.4).
 
 On a GPU with Transformer Engine the update is its FusedAdam, alone or within Megatron's DistributedOptimizer, which
 spreads master weights and moments over the data-parallel processes. On a CPU the distributed optimizer is off: without
@@ -111,7 +111,8 @@ def update(optimizer: MegatronOptimizer, clip_grad: float, approve: Callable[[fl
 
 
 def build_schedule(recipe: PretrainConfig, optimizer: MegatronOptimizer, steps: int) -> OptimizerParamScheduler:
-    """WSD: linear warmup from 0, a stable rate, and over the last part of training a decay to the least rate."""
+    """Linear warm-up from 0, then down to the least rate at step `steps`: by a cosine, or after a stable rate (WSD)."""
+    decay = recipe.decay_fraction
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -119,9 +120,9 @@ def build_schedule(recipe: PretrainConfig, optimizer: MegatronOptimizer, steps: 
         min_lr=recipe.min_learning_rate,
         lr_warmup_steps=round(recipe.warmup_fraction * steps),
         lr_decay_steps=steps,
-        lr_decay_style="WSD",
-        wsd_decay_steps=round(recipe.decay_fraction * steps),
-        lr_wsd_decay_style=recipe.decay_style,
+        lr_decay_style=recipe.decay_style if decay is None else "WSD",
+        wsd_decay_steps=None if decay is None else round(decay * steps),
+        lr_wsd_decay_style=None if decay is None else recipe.decay_style,
         start_wd=recipe.weight_decay,
         end_wd=recipe.weight_decay,
         wd_incr_steps=steps,

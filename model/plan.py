@@ -261,10 +261,10 @@ def _stage_layers(
 ) -> list[tuple[str, bool]]:
     """Symbol of each layer of a stage, and whether it computes in FP8."""
     layers = len(config.pattern)
-    first, last = recipe.bf16_layers_at_start, layers - recipe.bf16_layers_at_end
+    in_fp8 = recipe.fp8_layers(layers)
     count = layers // layout.pipeline
     indices = range(stage * count, (stage + 1) * count)
-    return [(config.pattern[index], fp8 and first <= index < last) for index in indices]
+    return [(config.pattern[index], fp8 and index in in_fp8) for index in indices]
 
 
 def kept_bytes(config: ModelConfig, symbol: str, fp8: bool, layout: Layout) -> float:

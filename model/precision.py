@@ -45,7 +45,7 @@ class Precision:
 
     Attributes:
         name: `bf16`, `fp8`, or `float32`, which parity checks use.
-        bf16_layers_at_start: pattern symbols kept in BF16 at the start of the model (2 symbols = 4 GEMMs).
+        bf16_layers_at_start: pattern symbols kept in BF16 at the start of the model (4 in the paper).
         bf16_layers_at_end: the same at its end.
         emulated: whether FP8 products are BF16 products of FP8 values.
         scaling: where scales come from: a tensor's `current` maximum, earlier steps' (`delayed`), or nowhere.

@@ -68,7 +68,7 @@ def matched_transformer(hybrid: ModelConfig, blocks: int | None = None) -> Model
 _8B = ModelConfig(
     pattern=hybrid_pattern(52), hidden_size=4096, ffn_hidden_size=21504, num_attention_heads=32,
     num_query_groups=8, head_dim=128, mamba_num_heads=128, mamba_head_dim=64, mamba_state_dim=128, mamba_num_groups=8,
-    sequence_length=8192, vocab_size=131072,
+    init_method_std=0.014, sequence_length=8192, vocab_size=131072,
 )
 _56B = ModelConfig(
     pattern=hybrid_pattern(118), hidden_size=8192, ffn_hidden_size=32768, num_attention_heads=64,
@@ -87,7 +87,7 @@ PRESETS: dict[str, ModelConfig] = {
     # Nemotron-T-8B, the Transformer the paper trains on the same data.
     "nemotron_t_8b": ModelConfig(
         pattern="*-" * 32, hidden_size=4096, ffn_hidden_size=21504, num_attention_heads=32, num_query_groups=8,
-        head_dim=128, position_embedding="rope", sequence_length=8192, vocab_size=131072,
+        head_dim=128, position_embedding="rope", init_method_std=0.014, sequence_length=8192, vocab_size=131072,
     ),
 }
 

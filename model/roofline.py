@@ -34,10 +34,10 @@ class Deployment(NamedTuple):
 
     context: int
     batch: int
-    weight_bytes: float = 2
-    kv_bytes: float = 2
-    ssm_bytes: float = 4
-    conv_bytes: float = 2
+    weight_bits: float = 16
+    kv_bits: float = 16
+    ssm_bits: float = 32
+    conv_bits: float = 16
 
 
 def weights_bytes(config: ModelConfig, dtype: torch.dtype, float8: bool) -> int:
@@ -48,8 +48,12 @@ def weights_bytes(config: ModelConfig, dtype: torch.dtype, float8: bool) -> int:
 
 def sequence_bytes(config: ModelConfig, context: int, dtype: torch.dtype, state_dtype: torch.dtype) -> int:
     """Caches of one sequence of `context` tokens."""
-    return memory(config, Deployment(context, 1, dtype.itemsize, dtype.itemsize, state_dtype.itemsize,
-                                     dtype.itemsize)).cache
+    return memory(config, _deployment(context, 1, dtype, state_dtype)).cache
+
+
+def _deployment(context: int, batch: int, dtype: torch.dtype, state_dtype: torch.dtype) -> Deployment:
+    bits, state_bits = 8 * dtype.itemsize, 8 * state_dtype.itemsize
+    return Deployment(context, batch, bits, bits, state_bits, bits)
 
 
 def decode_floor(
@@ -58,8 +62,7 @@ def decode_floor(
 ) -> float:
     """Seconds of one decoding step at least: every weight but the input embedding read once, keys and values read, the
     states read and written; or its operations, where they take longer."""
-    held = memory(config, Deployment(context, batch, dtype.itemsize, dtype.itemsize, state_dtype.itemsize,
-                                     dtype.itemsize))
+    held = memory(config, _deployment(context, batch, dtype, state_dtype))
     weights = weights_bytes(config, dtype, float8) - config.vocab_size * config.hidden_size * dtype.itemsize
     moved = weights + held.kv_cache + 2 * (held.ssm_state + held.conv_state)
     operations = batch * flops_per_token(config, context)

@@ -1,8 +1,8 @@
 """Token files as training samples and validation sequences, through megatron-core's datasets (paper 2.2).
 
-A tokens directory holds Megatron `.bin/.idx` files, `tokens.json` (what is in them) and `blend.json` (which share of
-training draws how much from which). Samples are random-access: sample i is the same on every run and every process, so
-a resumed run goes on with the next one.
+A tokens directory holds Megatron `.bin/.idx` files, `tokens.json` (what is in them), `token_bytes.npy` (UTF-8 bytes
+that each id stands for) and `blend.json` (which share of training draws how much from which). Samples are
+random-access: sample i is the same on every run and every process, so a resumed run goes on with the next one.
 """
 
 from __future__ import annotations
@@ -40,27 +40,37 @@ class ValidationSet:
     Attributes:
         sequences: (n, sequence_length + 1) int64; the last token of one is the first of the next, so that every token
             but the very first is predicted once.
-        bytes: UTF-8 bytes of the predicted text (the file's, in proportion to the tokens used).
+        sizes: (n,) int64, UTF-8 bytes that each sequence's predicted tokens decode to. An end-of-document mark is
+            predicted and has none; a token that is one byte of a character counts as that byte.
     """
 
     sequences: Tensor
-    bytes: int
+    sizes: Tensor
+
+    @property
+    def bytes(self) -> int:
+        """UTF-8 bytes of the predicted text."""
+        return int(self.sizes.sum())
 
     def first(self, count: int) -> ValidationSet:
-        """The first `count` sequences and their share of the bytes."""
-        return ValidationSet(self.sequences[:count], round(self.bytes * min(1.0, count / len(self.sequences))))
+        """The first `count` sequences."""
+        return ValidationSet(self.sequences[:count], self.sizes[:count])
 
 
 def validation(tokens: Path, domain: str, sequence_length: int) -> ValidationSet:
     """The validation text of `domain` cut into sequences; what is left at the end is dropped.
 
     Raises:
-        ModelError: no such domain, or less text than one sequence.
+        ModelError: no such domain, no text, less of it than one sequence, or token_bytes.npy of another tokenizer.
     """
     name = f"validation/{domain}"
     figures = _contents(tokens)["files"].get(name)
     if figures is None:
         raise ModelError(f"{tokens / 'tokens.json'}: no file {name}.\nRun `dvc repro tokenize` again.")
+    if not figures["tokens"]:
+        raise ModelError(
+            f"{tokens / name}.bin: no text to validate on.\nRaise annotate.held_out.fraction, then run `dvc repro`."
+        )
     dataset = IndexedDataset(str(tokens / name))            # its arrays are views that die with it
     stream = np.concatenate([dataset[document] for document in range(len(dataset))])
     count = (len(stream) - 1) // sequence_length
@@ -69,15 +79,27 @@ def validation(tokens: Path, domain: str, sequence_length: int) -> ValidationSet
             f"{tokens / name}.bin: {len(stream)} tokens are fewer than one sequence of {sequence_length} and its first "
             "prediction.\nRaise tokenize.validation_kilobytes_per_domain or lower the model's sequence_length."
         )
+    table = np.load(tokens / "token_bytes.npy").astype(np.int64)
+    if stream.max() >= len(table) or table[stream].sum() != figures["bytes"]:
+        raise ModelError(
+            f"{tokens / name}.bin: by token_bytes.npy its tokens are not the {figures['bytes']} bytes that tokens.json "
+            "says.\nOne of the three is damaged or of another run: run `dvc repro tokenize` again."
+        )
     starts = np.arange(count)[:, None] * sequence_length
     sequences = torch.from_numpy(stream[starts + np.arange(sequence_length + 1)].astype(np.int64))
-    return ValidationSet(sequences, round(figures["bytes"] * count * sequence_length / len(stream)))
+    return ValidationSet(sequences, torch.from_numpy(table)[sequences[:, 1:]].sum(1))
 
 
 def domains(tokens: Path) -> list[str]:
-    """Domains with validation text, in the order of tokens.json."""
+    """Domains with validation text, in the order of tokens.json. Raises ModelError where there are none."""
     names = [name.partition("/") for name in _contents(tokens)["files"]]
-    return [domain for split, _, domain in names if split == "validation"]
+    found = [domain for split, _, domain in names if split == "validation"]
+    if not found:
+        raise ModelError(
+            f"{tokens / 'tokens.json'}: no validation/DOMAIN among its files, so that nothing can be measured.\n"
+            "Hold out text: raise annotate.held_out.fraction, then run `dvc repro`."
+        )
+    return found
 
 
 def end_of_document(tokens: Path) -> int:
@@ -89,14 +111,24 @@ def check(tokens: Path, vocab_size: int) -> None:
     """See that the token files are whole and hold no ids but the model's.
 
     Raises:
-        ModelError: tokens.json cannot be read, a file is missing or is not of the size tokens.json says, or the
-            vocabulary is larger than the model's.
+        ModelError: tokens.json cannot be read, a file is missing or is not of the size tokens.json says,
+            token_bytes.npy is not a number for each id, or the vocabulary is larger than the model's.
     """
     contents = _contents(tokens)
     if contents["vocab_size"] > vocab_size:
         raise ModelError(
             f"{tokens / 'tokens.json'}: a vocabulary of {contents['vocab_size']} ids, and the model has {vocab_size}.\n"
             "Set tokenizer.vocab_size to what the tokens were made with, or run `dvc repro tokenize` again."
+        )
+    table = tokens / "token_bytes.npy"
+    try:
+        shape = np.load(table).shape
+    except (OSError, ValueError, EOFError) as error:
+        raise ModelError(f"{table}: cannot be read ({error}).\nRun `dvc repro tokenize` again.") from None
+    if shape != (contents["vocab_size"],):
+        raise ModelError(
+            f"{table}: of shape {shape}, and tokens.json says {contents['vocab_size']} ids.\n"
+            "Run `dvc repro tokenize` again."
         )
     item_size = np.dtype(contents["dtype"]).itemsize
     for name, figures in contents["files"].items():

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,12 @@ from model.throughput import flops_utilization
 
 # A validation run reads at most this share of the training tokens: ten of them then cost about a tenth of training.
 VALIDATION_SHARE = 1 / 50
+# What may differ where a run goes on from a resume state: what changes memory, speed and warnings alone.
+FREE_WHEN_RESUMED = frozenset((
+    "micro_batch_size", "validation_micro_batch_size", "distributed_optimizer", "recompute", "cuda_graph",
+    "checkpoint_every", "checkpoints_kept", "spike_factor", "max_skipped_steps", "fp8_statistics",
+))
+UNIGRAM_TOKENS = 1_000_000      # of the training text, from which unigram frequencies are taken
 
 
 @dataclass
@@ -98,7 +104,8 @@ def train(
 
     Raises:
         ModelError: sizes that do not fit together, FP8 that cannot be computed here, token files that are not whole, a
-            checkpoint that could not be written, or loss or gradients not finite for too long.
+            resume state of another recipe, a checkpoint that could not be written, loss or gradients not finite for
+            too long, or a model that learned nothing (`Trainer.check_learned`); such a one is not written.
     """
     with process_groups(parallelism):
         trainer = Trainer(config, recipe, precision, seed, tokens, scratch, parallelism)
@@ -147,6 +154,10 @@ class Trainer:
                 f"pretrain.tokens ({recipe.tokens}) is less than one batch of {self.tokens_per_step}.\n"
                 "Raise it, or lower pretrain.global_batch_size."
             )
+        self.identity = (
+            config.model_dump(mode="json") | recipe.model_dump(mode="json", exclude=set(FREE_WHEN_RESUMED))
+            | {"precision": precision, "seed": seed} | token_data.digests(tokens)
+        )
         self.optimizer = build_optimizer(recipe, self.ddp)
         self.schedule = build_schedule(recipe, self.optimizer, self.steps)
         self.resume = ResumeState(scratch, self.model, self.optimizer, self.schedule, recipe.checkpoints_kept,
@@ -171,13 +182,16 @@ class Trainer:
         first, seconds, restored = 0, 0.0, self.resume.restore()
         if restored:
             first, records = restored
-            seconds = records["train_seconds"]
+            self._check_identity(records.get("identity", {}))
+            seconds, untrained = records["train_seconds"], records["untrained"]
             self.watch.load_state_dict(records["watch"])
             (self.scratch / "resumed").touch()
         if self.log is not None:
             self.log.start(first, records["log"] if restored else {})
         if not restored:
-            self._record("validation", self.validate(0))
+            rows = self.validate(0)
+            untrained = rows[-1]["loss"]
+            self._record("validation", rows)
         evaluation_steps = {
             round(self.steps * part / self.recipe.evaluations) for part in range(1, self.recipe.evaluations + 1)
         }
@@ -189,12 +203,15 @@ class Trainer:
             self._record("training", [row], tokens_per_second=self.tokens_per_step / took)
             progress(step, self.steps, **self._figures(row, seconds))
             if step in evaluation_steps:
-                self._record("validation", self.validate(step))
+                rows = self.validate(step)
+                self._record("validation", rows)
             self.resume.collect(wait=False)
             if step % self.recipe.checkpoint_every == 0 and step < self.steps:
                 self.resume.save(step, {"train_seconds": seconds, "watch": self.watch.state_dict(),
+                                        "untrained": untrained, "identity": self.identity,
                                         "log": self.log.sizes() if self.log else {}})
         self.resume.collect(wait=True)
+        self.check_learned(untrained, rows[-1]["loss"])
         if self.log is None:
             return Run([], [], [], {}, first or None)
         self.log.close()
@@ -240,7 +257,7 @@ class Trainer:
         return row
 
     def validate(self, step: int) -> list[Row]:
-        """Rows of validation.csv: every domain, then `all`, their mean weighted by bytes."""
+        """Rows of validation.csv: every domain, then `all`: losses weighted by tokens, bits by bytes."""
         self.ddp.eval()
         rows, nats, tokens, size = [], 0.0, 0, 0
         for domain, data in self.validation_sets.items():
@@ -250,6 +267,50 @@ class Trainer:
             nats, tokens, size = nats + domain_nats, tokens + domain_tokens, size + data.bytes
         self.ddp.train()
         return [*rows, self._validation_row(step, "all", nats, tokens, size)]
+
+    def _check_identity(self, of_state: dict[str, Any]) -> None:
+        """Refuse the resume state of a run with another model, recipe, seed or text. Raises ModelError."""
+        differ = [name for name, value in self.identity.items() if of_state.get(name) != value]
+        if differ:
+            values = ", ".join(f"{name} {of_state.get(name)} and now {self.identity[name]}" for name in differ)
+            raise ModelError(
+                f"{self.scratch / 'resume'}: the state of another run: {values}.\n"
+                "Give this run a directory of its own, or go on with the values of the state."
+            )
+
+    def check_learned(self, untrained: float, trained: float) -> None:
+        """Refuse a run that learned nothing, by its validation losses before and after, nats a token.
+
+        Every run must end below where it started. One of at least a token a parameter must also end below the unigram
+        loss: what a model would have that knew no more than how often each token occurs.
+
+        Raises:
+            ModelError: it did not.
+        """
+        limit, name = untrained, "its validation loss before training"
+        if self.steps * self.tokens_per_step >= costs.parameters(self.config) and self.unigram_loss < limit:
+            limit, name = self.unigram_loss, "the unigram loss, of token frequencies alone"
+        if not trained < limit:
+            raise ModelError(
+                f"{self.scratch / 'validation.csv'}: training ends at {trained:.4f} nats a token, not below {name} "
+                f"({limit:.4f}): the model learned nothing.\n"
+                "Look at loss and grad_norm in training.csv beside it: lower pretrain.learning_rate, or see whether "
+                "BF16 learns, and on a GPU whether `pytest -m gpu` passes."
+            )
+
+    @cached_property
+    def unigram_loss(self) -> float:
+        """Cross entropy, nats a token, of the predicted validation tokens under the token frequencies of training text.
+
+        Frequencies are those of about UNIGRAM_TOKENS tokens, spread evenly over the run's samples, each id's count
+        raised by one so that none is impossible.
+        """
+        wanted = min(len(self.data), -(-UNIGRAM_TOKENS // self.config.sequence_length))
+        counts = torch.ones(self.config.vocab_size, dtype=torch.float64)
+        for number in range(wanted):
+            counts += torch.bincount(self.data[number * len(self.data) // wanted], minlength=len(counts))
+        predicted = torch.cat([data.sequences[:, 1:].flatten() for data in self.validation_sets.values()])
+        return -(counts / counts.sum()).log()[predicted].mean().item()
 
     def _record(self, name: str, rows: list[Row], **rates: float) -> None:
         """Append rows to the log and their figures, with those of `rates`, to its curves."""
@@ -339,11 +400,10 @@ class Trainer:
         return self.recipe.validation_micro_batch_size or self.recipe.micro_batch_size
 
     def _validation_sets(self, tokens: Path) -> dict[str, token_data.ValidationSet]:
-        """Each domain's first sequences, so many that one validation run stays within its share of training."""
+        """Each domain's first sequences, so many that one validation run stays within its share of training; at least
+        one. Micro-batches and processes have no say in it."""
         domains = token_data.domains(tokens)
-        size = self._validation_size()
-        allowed = self.recipe.tokens * VALIDATION_SHARE / len(domains) / self.config.sequence_length
-        count = math.ceil(allowed / size) * size
+        count = max(1, int(self.recipe.tokens * VALIDATION_SHARE / len(domains) / self.config.sequence_length))
         return {
             domain: token_data.validation(tokens, domain, self.config.sequence_length).first(count)
             for domain in domains
@@ -351,9 +411,8 @@ class Trainer:
 
     def _metrics(self, training: list[Row], validation: list[Row], seconds: float) -> dict[str, float]:
         tail = [row["loss"] for row in training[-max(1, self.steps // 20):] if not row["skipped"]]
-        first_tenth = min(row["step"] for row in validation if row["step"] > 0)
+        first = next(row for row in validation if row["step"] > 0 and row["domain"] == "all")
         at_end = {row["domain"]: row["bits_per_byte"] for row in validation if row["step"] == self.steps}
-        at_first_tenth = {row["domain"]: row["bits_per_byte"] for row in validation if row["step"] == first_tenth}
         if torch.cuda.is_available():
             peak = torch.cuda.max_memory_allocated() / 2**30
         else:
@@ -365,7 +424,9 @@ class Trainer:
             "steps": self.steps,
             "final_loss": sum(tail) / len(tail) if tail else math.nan,      # the last twentieth of training
             "validation_bits_per_byte": at_end.pop("all"),
-            "validation_bits_per_byte_first_tenth": at_first_tenth["all"],
+            "validation_bits_per_byte_first": first["bits_per_byte"],       # the first evaluation after the start
+            "validation_first_tokens": first["tokens"],
+            "validation_unigram_loss": self.unigram_loss,
             "tokens_per_second": speed,
             "train_seconds": seconds,
             "peak_memory_gib": peak,

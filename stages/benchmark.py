@@ -89,7 +89,7 @@ def published_models() -> dict[str, float]:
     from model.costs import GatedTransformer, memory, parameters
     from model.presets import PEERS, PRESETS
 
-    bf16 = MemoryBudget(context=PAPER_CONTEXT, batch=1, weight_bytes=2, kv_bytes=2, ssm_bytes=4, conv_bytes=2,
+    bf16 = MemoryBudget(context=PAPER_CONTEXT, batch=1, weight_bits=16, kv_bits=16, ssm_bits=32, conv_bits=16,
                         budget_fraction=0.5)
     models: dict[str, ModelConfig | GatedTransformer] = {**PRESETS, **PEERS}
     figures: dict[str, float] = {}

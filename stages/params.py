@@ -29,11 +29,23 @@ class Section(BaseModel):
 
 
 class Variant(Section):
-    """One pretraining run: an architecture of the `model` section, a precision and a seed."""
+    """One pretraining run: an architecture of the `model` section, a precision and a seed.
+
+    Attributes:
+        fp8_recipe: in place of `pretrain.fp8_recipe`, for a control arm; null for all others.
+    """
 
     architecture: str
     precision: Literal["bf16", "fp8"]
     seed: int
+    fp8_recipe: Literal["current", "delayed", "unscaled"] | None = None
+
+    @model_validator(mode="after")
+    def recipe_has_an_effect(self) -> Variant:
+        if self.fp8_recipe and self.precision != "fp8":
+            raise ValueError(f"fp8_recipe {self.fp8_recipe} with precision {self.precision}\n"
+                             "Set precision to fp8, or leave fp8_recipe out.")
+        return self
 
 
 class ExportConfig(Section):
@@ -129,12 +141,33 @@ class Params(Section):
                     f"variants.{name}.architecture is '{variant.architecture}', which `model` does not define "
                     f"(it has: {', '.join(self.model)})"
                 )
+            self._check_recipe(name)
         if self.compress.parent not in self.variants:
             raise ValueError(f"compress.parent is '{self.compress.parent}', which `variants` does not define")
         known = {*self.variants, "compressed", "compressed-random"}
         if unknown := [name for name in self.models if name not in known]:
             raise ValueError(f"models names {unknown}, known are {sorted(known)}")
         return self
+
+    def _check_recipe(self, name: str) -> None:
+        """Raise ValueError where a variant's recipe cannot be, or its FP8 would compute nothing in FP8."""
+        variant, layers = self.variants[name], len(self.model[self.variants[name].architecture].pattern)
+        try:
+            recipe = self.recipe_of(name)
+        except ValidationError as error:
+            message = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise ValueError(f"variants.{name}: {message}") from None
+        if variant.precision == "fp8" and not recipe.fp8_layers(layers):
+            raise ValueError(
+                f"variants.{name}: pretrain.bf16_layers_at_start ({recipe.bf16_layers_at_start}) and _at_end "
+                f"({recipe.bf16_layers_at_end}) leave none of its {layers} layers to compute in FP8\n"
+                "Lower them, or give the variant precision bf16."
+            )
+
+    def recipe_of(self, variant: str) -> PretrainConfig:
+        """The recipe of a variant: `pretrain`, with its own FP8 recipe where it has one."""
+        own = self.variants[variant].fp8_recipe
+        return PretrainConfig(**self.pretrain.model_dump() | {"fp8_recipe": own}) if own else self.pretrain
 
     def model_of(self, variant: str) -> ModelConfig:
         """Geometry of a variant's architecture with the tokenizer's vocabulary."""

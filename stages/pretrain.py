@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from stages.common import Progress, Stage, StageError, run_stage
 
 if TYPE_CHECKING:
-    from model.config import ModelConfig
+    from model.config import ModelConfig, PretrainConfig
     from stages.params import Variant
 
 
@@ -32,14 +32,15 @@ def pretrain(stage: Stage) -> dict[str, Any]:
     params = stage.params
     assert stage.variant is not None
     variant = params.variants[stage.variant]
-    config, tokens, runtime = params.model_of(stage.variant), stage.input("tokens"), params.runtime
+    config, recipe = params.model_of(stage.variant), params.recipe_of(stage.variant)
+    tokens, runtime = stage.input("tokens"), params.runtime
     check_tokenizer(stage.data_root / "tokenizer" / "tokenizer.model", tokens / "tokens.json")
     with stage.output("checkpoints", stage.variant) as out:
         if runtime.launcher.kind == "here":
-            run = train_here(stage, variant, config, tokens, out)
+            run = train_here(stage, variant, config, recipe, tokens, out)
         else:
             job = {
-                "model": config.model_dump(mode="json"), "recipe": params.pretrain.model_dump(mode="json"),
+                "model": config.model_dump(mode="json"), "recipe": recipe.model_dump(mode="json"),
                 **variant.model_dump(), "tokens": str(tokens.absolute()), "out": str(out.absolute()),
                 "scratch": str(stage.scratch.absolute()), "parallelism": runtime.parallel.model_dump(),
                 "threads": runtime.threads,
@@ -70,7 +71,9 @@ def check_tokenizer(model: Path, tokens: Path) -> None:
         )
 
 
-def train_here(stage: Stage, variant: Variant, config: ModelConfig, tokens: Path, out: Path) -> dict[str, Any]:
+def train_here(
+    stage: Stage, variant: Variant, config: ModelConfig, recipe: PretrainConfig, tokens: Path, out: Path
+) -> dict[str, Any]:
     """Train in this process. Returns the fields of the run."""
     from dataclasses import asdict
 
@@ -80,8 +83,8 @@ def train_here(stage: Stage, variant: Variant, config: ModelConfig, tokens: Path
 
     torch.set_num_threads(stage.params.runtime.threads)
     stage.take_gpus()
-    return asdict(train(config, stage.params.pretrain, variant.architecture, variant.precision, variant.seed, tokens,
-                        out, stage.scratch, Progress()))
+    return asdict(train(config, recipe, variant.architecture, variant.precision, variant.seed, tokens, out,
+                        stage.scratch, Progress()))
 
 
 def csv_text(rows: list[dict[str, Any]]) -> str:

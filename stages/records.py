@@ -266,8 +266,9 @@ class Records:
         return self.runs["benchmark"].provenance.machine.get("accelerator")
 
     def _variants(self, architecture: str, precision: str) -> list[str]:
+        """Without control arms, which have an FP8 recipe of their own."""
         return [name for name, variant in self.params.variants.items()
-                if (variant.architecture, variant.precision) == (architecture, precision)]
+                if (variant.architecture, variant.precision, variant.fp8_recipe) == (architecture, precision, None)]
 
 
 def load(stage: Stage) -> Records:

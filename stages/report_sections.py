@@ -96,13 +96,13 @@ def facts(records: Records) -> list[tuple[str, str]]:
 def _controls(records: Records) -> Table:
     rows = []
     for control in controls(records):
-        values = (percent(control.below_compressor, 1), number(control.drop_since_first_tenth),
+        values = (percent(control.below_compressor, 1), number(control.drop_since_first),
                   number(control.syntax_accuracy))
         rows.append([control.model, *(f"{'✓' if met else '✗'} {value}"
                                       for met, value in zip(control.met, values, strict=True))])
     return Table("Controls; ✓ met, ✗ not met",
                  ["Model", "Bits per byte below the compressor (≥ 25 %)",
-                  "Validation bits per byte gained since the first tenth (≥ 0.3)", "Syntax pairs (> 0.85)"], rows)
+                  "Validation bits per byte gained since the first evaluation (≥ 0.3)", "Syntax pairs (> 0.85)"], rows)
 
 
 def _models(records: Records) -> Table:

@@ -3,7 +3,7 @@
 Reads   data/PROFILE/curated/, data/PROFILE/tokenizer/
 Writes  data/PROFILE/tokens/train/DOMAIN-LABEL.{bin,idx}     every training document
         data/PROFILE/tokens/validation/DOMAIN.{bin,idx}      held-out documents, some kilobytes a domain
-        data/PROFILE/tokens/tokens.json, blend.json
+        data/PROFILE/tokens/tokens.json, blend.json, token_bytes.npy (UTF-8 bytes each id stands for)
         runs/PROFILE/tokenize/metrics.json: tokens, bytes a token, unknown and byte tokens, times each file is read
         runs/PROFILE/tokenize/blend.json: blend.json, with the bound on repeats and what each file holds
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 
 def tokenize(stage: Stage) -> dict[str, Any]:
+    import numpy as np
+
     from data_pipeline import tokenization
     from data_pipeline.blend import blend
     from data_pipeline.curated import shards
@@ -58,6 +60,7 @@ def tokenize(stage: Stage) -> dict[str, Any]:
         for name in files:
             move(stage.scratch / name, out / name)
         (out / "tokens.json").write_text(json.dumps(contents, indent=1) + "\n")
+        np.save(out / "token_bytes.npy", tokenizer.token_bytes)
         (out / "blend.json").write_text(json.dumps(mixture, indent=1) + "\n")
     stage.write_record("blend.json", {**mixture, "repeats_at_most": config.repeats, "files": contents["files"]})
     return {**sizes(files), **repeats(mixture["repeats"])}

@@ -30,26 +30,29 @@ LONGEST = (
 
 
 def write_token_files(directory: Path, documents: int = 60) -> Path:
-    """A tokens directory of random documents in a language where each token has two successors; id 0 ends one."""
+    """A tokens directory of random documents in a language where each token has two successors; id 0 ends one and is
+    no text, id n is 1 + n % 4 bytes of it."""
     generator = np.random.default_rng(0)
     successors = generator.integers(1, VOCABULARY, (VOCABULARY, 2))
+    token_bytes = np.array([0, *(1 + token % 4 for token in range(1, VOCABULARY))], np.uint16)
     files = {}
     for name in ("train/code-high", "train/code-low", "train/docs-high", "validation/code", "validation/docs"):
-        tokens = 0
+        tokens = size = 0
         with IndexedDatasetWriter(directory / name, VOCABULARY) as writer:
             for _ in range(documents):
                 document = [int(generator.integers(1, VOCABULARY))]
                 for _ in range(int(generator.integers(10, 60))):
                     document.append(int(successors[document[-1], generator.integers(2)]))
                 writer.add([*document, 0])
-                tokens += len(document) + 1
-        files[name] = {"documents": documents, "tokens": tokens, "bytes": 3 * (tokens - documents)}
+                tokens, size = tokens + len(document) + 1, size + int(token_bytes[document].sum())
+        files[name] = {"documents": documents, "tokens": tokens, "bytes": size}
     contents = {"vocab_size": VOCABULARY, "eod_id": 0, "dtype": "uint16", "tokenizer_digest": "aa",
                 "corpus_digest": "bb", "files": files}
     phases = [
         {"until": 0.6, "weights": {"train/code-high": 0.3, "train/code-low": 0.2, "train/docs-high": 0.5}},
         {"until": 1.0, "weights": {"train/code-high": 0.4, "train/docs-high": 0.6}},
     ]
+    np.save(directory / "token_bytes.npy", token_bytes)
     (directory / "tokens.json").write_text(json.dumps(contents))
     (directory / "blend.json").write_text(json.dumps({"phases": phases}))
     return directory

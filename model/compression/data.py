@@ -40,9 +40,9 @@ def read_data(tokens: Path, sequence_length: int, config: CompressConfig, seed: 
     Raises:
         ModelError: the tokens directory is not what blend.json and tokens.json say.
     """
-    per_batch = config.micro_batch_size * sequence_length
+    per_batch = config.global_batch_size * sequence_length
     longest = max(config.distillation_tokens, config.short_distillation_tokens)
-    distillation = math.ceil(longest / per_batch) * config.micro_batch_size
+    distillation = math.ceil(longest / per_batch) * config.global_batch_size
     calibration = max(config.importance_samples, config.ffn_importance_samples)
     samples = last_phase(tokens, sequence_length, distillation + calibration, seed, cache)
     names = domains(tokens)

@@ -68,23 +68,33 @@ class _Student:
         ]
         self.optimizer = torch.optim.AdamW(groups, betas=ADAM_BETAS, fused=device.type == "cuda")
 
-    def step(self, inputs: Tensor, targets: Tensor, teacher: Tensor | None, rate: float) -> Tensor:
-        """One update towards the teacher's logits (tokens, vocab), or without them towards the targets (tokens,)."""
-        masters = list(self.masters.values())
-        with torch.no_grad():
-            torch._foreach_copy_(list(self.parameters.values()), masters)
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Start a step: the masters' values, no gradient."""
+        torch._foreach_copy_(list(self.parameters.values()), list(self.masters.values()))
+        torch._foreach_zero_(self.gradients)
+
+    def accumulate(self, inputs: Tensor, targets: Tensor, teacher: Tensor | None, share: float) -> Tensor:
+        """Add the gradient of a micro-batch that is `share` of the batch, towards the teacher's logits (tokens, vocab),
+        or without them towards the targets (tokens,). Returns its part of the batch's loss, ()."""
         logits = self.model(inputs).flatten(0, 1)
         loss = cross_entropy(logits, targets).mean() if teacher is None else forward_kl(logits, teacher)
         loss.backward()
-        for parameter, master, gradient in zip(self.parameters.values(), masters, self.gradients, strict=True):
+        for parameter, gradient in zip(self.parameters.values(), self.gradients, strict=True):
             assert parameter.grad is not None
-            master.grad = gradient.copy_(parameter.grad)
+            gradient.add_(parameter.grad, alpha=share)
             parameter.grad = None
+        return loss.detach() * share
+
+    def update(self, rate: float) -> None:
+        """One step of the optimiser on what has accumulated, in float32."""
+        masters = list(self.masters.values())
+        for master, gradient in zip(masters, self.gradients, strict=True):
+            master.grad = gradient
         clip_grad_norm_(masters, CLIP_GRAD)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        return loss.detach()
 
 
 def distill(
@@ -110,7 +120,8 @@ def distill(
         objective: `cross_entropy` leaves the teacher out.
     """
     device, dtype = teacher.lm_head.weight.device, teacher.lm_head.weight.dtype
-    batch_tokens = config.micro_batch_size * teacher.config.sequence_length
+    batch_tokens = config.global_batch_size * teacher.config.sequence_length
+    parts = config.global_batch_size // config.micro_batch_size
     steps = math.ceil(tokens / batch_tokens)
     learners = {student: _Student(*weights, device, dtype) for student, weights in students.items()}
     curve: list[tuple[str, int, int, float]] = []
@@ -123,21 +134,29 @@ def distill(
             learner.optimizer.load_state_dict(saved["optimizers"][student])
     waiting: list[Tensor] = []                              # losses of the last steps, (students,) each
     for step in range(saved["step"] if saved else 0, steps):
-        inputs, targets = _batch(sequences, step, config.micro_batch_size, device)
-        logits = None
-        if objective == "kl":
-            with torch.no_grad():
-                logits = teacher(inputs).flatten(0, 1)
+        for learner in learners.values():
+            learner.begin()
+        losses = torch.zeros(len(learners), device=device)
+        for part in range(parts):
+            inputs, targets = _batch(sequences, step * parts + part, config.micro_batch_size, device)
+            logits = None
+            if objective == "kl":
+                with torch.no_grad():
+                    logits = teacher(inputs).flatten(0, 1)
+            losses += torch.stack([learner.accumulate(inputs, targets, logits, 1 / parts)
+                                   for learner in learners.values()])
         rate = learning_rate(config, step, steps)
-        waiting.append(torch.stack([learner.step(inputs, targets, logits, rate) for learner in learners.values()]))
+        for learner in learners.values():
+            learner.update(rate)
+        waiting.append(losses)
         done = step + 1
         save = done % config.checkpoint_every == 0 or done == steps
         figures: dict[str, float] = {"lr": rate}
         if save or len(waiting) == FETCH_EVERY:
             rows = torch.stack(waiting).tolist()
-            for at, losses in enumerate(rows, start=done - len(rows) + 1):
+            for at, row in enumerate(rows, start=done - len(rows) + 1):
                 curve += [(student, at, at * batch_tokens, loss)
-                          for student, loss in zip(learners, losses, strict=True)]
+                          for student, loss in zip(learners, row, strict=True)]
             figures |= {f"{objective}_{student}": loss for student, loss in zip(learners, rows[-1], strict=True)}
             waiting = []
         if save:
@@ -155,9 +174,9 @@ def distill(
     return Distilled(states, curve)
 
 
-def _batch(sequences: Sequence[Tensor], step: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Inputs (size, sequence) and targets (size x sequence,) of a step, without waiting for the device."""
-    batch = torch.stack([sequences[step * size + i] for i in range(size)])
+def _batch(sequences: Sequence[Tensor], number: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Inputs (size, sequence) and targets (size x sequence,) of a micro-batch, without waiting for the device."""
+    batch = torch.stack([sequences[number * size + i] for i in range(size)])
     if device.type == "cuda":
         batch = batch.pin_memory().to(device, non_blocking=True)
     return batch[:, :-1], batch[:, 1:].flatten()

@@ -25,7 +25,13 @@ from model.compression.controls import random_selection, reverse_selection
 from model.compression.data import Data
 from model.compression.distill import Distilled, distill
 from model.compression.fp8_teacher import fp8_teacher
-from model.compression.importance import Kind, iterative_importance, layer_importance, split_half_correlation
+from model.compression.importance import (
+    Kind,
+    iterative_importance,
+    layer_importance,
+    mean_ranks,
+    split_half_correlation,
+)
 from model.compression.latency import LatencyTable, measure_table, step_seconds
 from model.compression.prune import Selection, State, cut
 from model.compression.records import candidate_records, importance_record, ranking_record
@@ -98,7 +104,7 @@ def compress(
         "compressed_memory_gib": winner.memory.total / GIB,
         "budget_gib": config.memory.budget_fraction * parent_bytes / GIB,
         "candidates": len(candidates),
-        "importance_split_half_correlation": split_half_correlation(run.layer_scores[config.layer_rule]),
+        "importance_split_half_correlation": split_half_correlation(run.layer_scores[config.layer_kind]),
         "neuron_split_half_correlation": run.widths.reliability.get("neurons", 1.0),
         **measured,
         "kl_parent_random_cut_mean": sum(controls["random"]) / len(controls["random"]),
@@ -143,19 +149,21 @@ class _Run:
     # --- Importance ---------------------------------------------------------------------------------------------------
 
     def _layer_scores(self) -> dict[Kind, Tensor]:
-        kinds: list[Kind] = list(dict.fromkeys([self.config.layer_rule, "mse", "influence"]))
+        kinds: list[Kind] = list(dict.fromkeys([self.config.layer_kind, "mse", "influence"]))
         samples = self.data.calibration[: self.config.importance_samples]
         return layer_importance(self.teacher, samples, self.config.micro_batch_size, self.progress, kinds)
 
     def _layers(self) -> list[float]:
-        rule, samples = self.config.layer_rule, self.data.calibration[: self.config.importance_samples]
+        kind, samples = self.config.layer_kind, self.data.calibration[: self.config.importance_samples]
         if self.config.layer_rounds == "one":
-            return self.layer_scores[rule].mean(dim=1).tolist()
-        return iterative_importance(self.teacher, samples, self.config.micro_batch_size, self.progress, rule)
+            scores = self.layer_scores[kind]
+            return (mean_ranks(scores) if self.config.layer_rule == "rank" else scores.mean(dim=1)).tolist()
+        return iterative_importance(self.teacher, samples, self.config.micro_batch_size, self.progress, kind)
 
     def _widths(self) -> WidthImportance:
         samples = self.data.calibration[: self.config.ffn_importance_samples]
-        return width_importance(self.teacher, samples, self.config.micro_batch_size, self.progress)
+        return width_importance(self.teacher, samples, self.config.micro_batch_size, self.progress,
+                                self.config.ffn_score)
 
     # --- Candidates ---------------------------------------------------------------------------------------------------
 
@@ -302,7 +310,7 @@ class _Run:
     def costs(self, winner: Candidate) -> dict[str, Any]:
         """Parameters, bytes and decode step of parent and winner, predicted and measured, and the largest error."""
         runtime = self.config.memory.model_copy(
-            update={"weight_bytes": 2, "kv_bytes": 2, "ssm_bytes": 4, "conv_bytes": 2}
+            update={"weight_bits": 16, "kv_bits": 16, "ssm_bits": 32, "conv_bits": 16}
         )
         rows: dict[str, dict[str, float]] = {}
         for name, geometry in {"parent": self.parent.config, "compressed": winner.config}.items():

@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
+from scipy.stats import rankdata
 from torch import Tensor
 
 from kernels.forward_kl import forward_kl
@@ -179,6 +180,19 @@ def _check_finite(scores: Tensor, pattern: str, what: str) -> None:
                 f"{what} of layer {index} (`{pattern[index]}`) is {values.sum().item()}: activations overflow.\n"
                 "Check the weights, and that the calibration tokens are of the model's own tokenizer."
             )
+
+
+def mean_ranks(scores: Tensor) -> Tensor:
+    """A layer's place among all of them, 1 the least important, mean over samples: the paper averages rankings, where
+    one sample with large errors counts no more than another.
+
+    Args:
+        scores: (layers, samples).
+
+    Returns:
+        (layers,) float64.
+    """
+    return torch.from_numpy(rankdata(scores.numpy(), axis=0).mean(axis=1))
 
 
 def split_half_correlation(scores: Tensor) -> float:

@@ -31,7 +31,7 @@ def importance_record(
         "samples": {"layers": config.importance_samples, "widths": config.ffn_importance_samples},
         "layers": [
             {"index": index, "symbol": symbol, "importance": layers[index],
-             "standard_error": _standard_error(scores[config.layer_rule][index]),
+             "standard_error": _standard_error(scores[config.layer_kind][index]),
              **{kind: float(values[index].mean()) for kind, values in scores.items()}}
             for index, symbol in enumerate(parent.pattern)
         ],

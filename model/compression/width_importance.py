@@ -1,9 +1,12 @@
 """Importance of every width axis in one forward pass: neurons, heads, groups, channels.
 
-Minitron's rule (arXiv 2407.14679): a channel's importance is the mean over the sequence of its absolute activation,
-then the L2 norm over the sequences; that of a head or a group is the L2 norm over its channels. The activations are
+Minitron's rule (arXiv 2407.14679), as its code has it: a channel's importance is the mean over the sequence of its
+absolute activation, then the L2 norm over the batch of sequences; that of a head or a group is the L2 norm over its
+channels. An FFN neuron's is so with `l2_then_mean`. With `mean_then_l2` it is the mean over the batch at each position,
+then the L2 norm over positions, as MiniPuzzle's words are ordered (paper section 3.1: mean and L2, batch and sequence).
+The activations are
 
-    FFN neurons             the squared ReLU, input of down_proj (MiniPuzzle cuts by it, paper section 3.1)
+    FFN neurons             squared_relu(x W1^T), input of down_proj (MiniPuzzle cuts by it)
     attention heads         input of o_proj; ranked within their query group
     query groups            the same, over the heads of the group
     Mamba channels, heads   `input`: the x part of in_proj's output (Minitron-SSM, arXiv 2504.11409);
@@ -19,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +34,7 @@ from model.hybrid_lm import HybridLM, Mamba2
 
 HALVES = 2                      # even and odd sequences are kept apart
 MAMBA_SCORES = ("input", "output")
+NeuronScore = Literal["mean_then_l2", "l2_then_mean"]   # over the batch, then over the sequence
 
 
 @dataclass(frozen=True)
@@ -66,30 +70,48 @@ class WidthImportance:
 
 
 @torch.no_grad()
-def width_importance(model: HybridLM, sequences: Tensor, batch_size: int, progress: Progress) -> WidthImportance:
+def width_importance(
+    model: HybridLM, sequences: Tensor, batch_size: int, progress: Progress, ffn_score: NeuronScore = "mean_then_l2"
+) -> WidthImportance:
     """Scores of all axes from one pass over `sequences` (samples, sequence) int64.
+
+    `mean_then_l2` holds 16 bytes for every position of a sequence and neuron of the model meanwhile.
 
     Raises:
         ModelError: fewer than two samples, or an activation that is not finite.
     """
     check_samples(sequences)
     config = model.config
-    squares: dict[tuple[str, int], Tensor] = {}
+    sums: dict[tuple[str, int], Tensor] = {}        # of the even and of the odd sequences
     seen = 0
 
     def add(axis: str, index: int, activation: Tensor) -> None:
-        means = activation.float().abs().mean(dim=1).double().square()          # (batch, channels)
-        parity = (torch.arange(len(means), device=means.device) + seen) % HALVES
-        halves = means.new_zeros(HALVES, means.shape[1]).index_add_(0, parity, means)
+        values = activation.float().abs()
+        if by_position(axis):                                                   # (batch, sequence, channels)
+            values = values.double()
+        else:                                                                   # (batch, channels)
+            values = values.mean(dim=1).double().square()
+        parity = (torch.arange(len(values), device=values.device) + seen) % HALVES
         key = axis, index
-        squares[key] = squares[key] + halves if key in squares else halves
+        if key not in sums:
+            sums[key] = values.new_zeros(HALVES, *values.shape[1:])
+        sums[key].index_add_(0, parity, values)
+
+    def by_position(axis: str) -> bool:
+        return axis == "neurons" and ffn_score == "mean_then_l2"
+
+    def score(axis: str, total: Tensor, samples: int) -> Tensor:
+        """(channels,) of what was added up over `samples` sequences."""
+        return ((total / samples).norm(dim=0) if by_position(axis) else total.sqrt()).cpu()
 
     with _hooks(model, add):
         for batch in sequences.split(batch_size):
             model.backbone(batch.to(model.lm_head.weight.device))
             seen += len(batch)
             progress(seen, len(sequences))
-    halves = {key: values.sqrt().cpu() for key, values in squares.items()}
+    counts = [(seen + 1 - half) // HALVES for half in range(HALVES)]
+    halves = {(axis, index): torch.stack([score(axis, *half) for half in zip(values, counts, strict=True)])
+              for (axis, index), values in sums.items()}
     for (axis, index), values in halves.items():
         if not values.isfinite().all():
             raise ModelError(
@@ -98,7 +120,7 @@ def width_importance(model: HybridLM, sequences: Tensor, batch_size: int, progre
             )
 
     def both(axis: str) -> dict[int, Tensor]:
-        return {index: values.square().sum(0).sqrt() for (other, index), values in halves.items() if other == axis}
+        return {index: score(axis, values.sum(0), seen) for (other, index), values in sums.items() if other == axis}
 
     heads = (config.num_attention_heads, config.head_dim)
     mamba = (config.mamba_num_heads, config.mamba_head_dim)

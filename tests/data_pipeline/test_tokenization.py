@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import sentencepiece
 import torch
-from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from data_pipeline import tokenization, tokenizer
 from data_pipeline.config import DataError, ExecutorConfig
@@ -85,6 +85,15 @@ def test_counts(whole, model):
     assert list(again) == sorted(again)
 
 
+def test_bytes_of_a_file_are_those_of_its_tokens(whole, model):
+    """With characters that are several byte tokens, and U+2581, which is decoded as a space: 2 bytes less."""
+    token_bytes = tokenizer.Tokenizer(model).token_bytes
+    for name, counts in run([Path("part-00000.parquet")], model, whole).items():
+        texts = [row["text"] for row in rows() if f"train/{row['domain']}-{row['label']}" == name]
+        assert counts.bytes == len("".join(texts).replace("\u2581", " ").encode())
+        assert counts.bytes == sum(int(token_bytes[ids].sum()) for ids in IndexedDataset(str(whole / name)))
+
+
 @pytest.mark.parametrize(("shards", "count"), [(2, 1), (7, 2)])
 def test_neither_shards_nor_workers_change_a_byte(whole, model, tmp_path, shards, count):
     files = write(tmp_path / "shards", shards)
@@ -129,5 +138,8 @@ def test_most_tokens_bounds_the_tokens(whole, model, tmp_path):
     with workers(ExecutorConfig(executor="local", workers=1)) as pool:
         most = most_tokens(files, pool)
     counts = run([Path("part-00000.parquet")], model, whole)
-    assert most == {name: count.bytes + count.documents for name, count in counts.items()}
+    assert list(most) == list(counts)
+    for name, bound in most.items():
+        texts = [row["text"] for row in rows() if f"train/{row['domain']}-{row['label']}" == name]
+        assert bound == sum(len(text.encode()) + 1 for text in texts) >= counts[name].tokens
     assert all(most[name] >= counts[name].tokens for name in most)

@@ -56,6 +56,20 @@ def test_round_trip_loses_nothing(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@pytest.mark.parametrize("text", [*AWKWARD, "\u2581 \u2581\u2581x", STDLIB_TEXT])
+def test_bytes_of_the_tokens_are_those_of_the_decoded_text(tokenizer, text):
+    ids = tokenizer.encode(text)
+    size = tokenizer.token_bytes[ids].sum()
+    assert size == len(tokenizer.decode(ids).encode()) == len(text.replace("\u2581", " ").encode())
+
+
+def test_bytes_of_each_token(tokenizer):
+    """Control tokens have none, a byte is one though it is no whole character, a piece is what it decodes to."""
+    assert tokenizer.token_bytes[:260].tolist() == [0] * 4 + [1] * 256
+    decoded = [len(tokenizer.decode([token]).encode()) for token in range(260, 1024)]
+    assert tokenizer.token_bytes[260:].tolist() == decoded and max(decoded) > 4
+
+
 def test_code_and_documents_longer_than_any_line_limit_round_trip(tokenizer):
     for name in ("turtle.py", "typing.py", "tarfile.py"):
         text = (STDLIB / name).read_text()

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from ruamel.yaml import YAML
 
 from flows import profile
+from model.optimizer import build_schedule
 from stages.params import ParamsError, load_params
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,3 +91,24 @@ def test_command_line(here: Path) -> None:
     unknown = run("smok")
     assert unknown.returncode == 1
     assert unknown.stderr.splitlines() == ["Profile smok: no profiles/smok.yaml.", "Did you mean smoke?"]
+
+
+@pytest.mark.parametrize(("name", "steps", "warmup", "peak", "last_phase"), [
+    ("nemotron-h-8b", 2_384_185, 8.3e9, 8e-4, 0.9747), ("nemotron-h-56b", 3_178_914, 25e9, 4e-4, 0.981),
+])
+def test_the_papers_schedule(
+    here: Path, name: str, steps: int, warmup: float, peak: float, last_phase: float
+) -> None:
+    """Peak after the paper's warm-up, and where its four phases begin (paper section 2.4)."""
+    profile.apply(name)
+    recipe = load_params("params.yaml").pretrain
+    batch = recipe.global_batch_size * 8192
+    assert (batch, recipe.tokens // batch) == (768 * 8192, steps)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    schedule = build_schedule(recipe, optimizer, steps)
+    found = {}
+    for share in (warmup / recipe.tokens, 0.6, 0.8, last_phase, 1.0):
+        schedule.num_steps = 0
+        schedule.step(round(share * steps))
+        found[share] = optimizer.param_groups[0]["lr"] / peak
+    assert list(found.values()) == pytest.approx([1, 0.352, 0.105, 0.0115, 0.01], abs=1e-3)

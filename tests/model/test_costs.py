@@ -15,9 +15,9 @@ from model.config import ModelConfig
 from model.hybrid_lm import HybridLM
 from model.presets import PEERS, PRESETS
 
-# What reproduces the paper's 31.7 GiB for FP4 inference at a million tokens: FP4 weights, FP8 cache, BF16 states.
+# A million tokens in the paper's unit, 4.5 bits a weight; keys and values of 4 bits and FP32 states are inferred.
 FP4_MILLION = MemoryBudget(
-    context=1_000_000, batch=1, weight_bytes=0.5, kv_bytes=1, ssm_bytes=2, conv_bytes=2, budget_fraction=0.7
+    context=1_000_000, batch=1, weight_bits=4.5, kv_bits=4, ssm_bits=32, conv_bits=16, budget_fraction=0.7
 )
 GIB = 2**30
 
@@ -101,7 +101,7 @@ def test_cache_bytes_equal_what_transformers_allocates():
     with torch.no_grad():
         cache = model(torch.zeros(3, 17, dtype=torch.int64), use_cache=True).past_key_values
     budget = MemoryBudget(
-        context=17, batch=3, weight_bytes=4, kv_bytes=4, ssm_bytes=4, conv_bytes=4, budget_fraction=0.5
+        context=17, batch=3, weight_bits=32, kv_bits=32, ssm_bits=32, conv_bits=32, budget_fraction=0.5
     )
     ours = costs.memory(config, budget)
     layers = dict(zip(range(5), config.pattern, strict=True))
@@ -115,22 +115,21 @@ def test_cache_bytes_equal_what_transformers_allocates():
     assert ours.weights == 4 * elements(model)
 
 
-def test_47b_fits_the_papers_budget_and_56b_does_not():
-    small = costs.memory(PRESETS["nemotron_h_47b"], FP4_MILLION).total / GIB
-    large = costs.memory(PRESETS["nemotron_h_56b"], FP4_MILLION).total / GIB
-    assert small == pytest.approx(31.6825, abs=5e-5)
-    assert small < 31.7 < large
-
-
-def test_47b_is_maximal_under_the_papers_budget():
-    model = PRESETS["nemotron_h_47b"]
-    larger = [model.model_copy(update={"pattern": model.pattern + symbol}) for symbol in "M*-"]
-    larger.append(model.model_copy(update={"ffn_hidden_size": model.ffn_hidden_size + 1024}))
-    assert all(costs.memory(step, FP4_MILLION).total / GIB > 31.7 for step in larger)
+def test_56b_takes_the_papers_29_and_a_half_gib_and_47b_alone_fits_with_a_million_tokens():
+    """Section 3: FP4 weights of 29.5 GiB; a budget of 31.7 GiB."""
+    small, large = (costs.memory(PRESETS[f"nemotron_h_{size}"], FP4_MILLION) for size in ("47b", "56b"))
+    assert large.weights == math.ceil(56_324_350_464 * 4.5 / 8)
+    assert large.weights / GIB == pytest.approx(29.507, abs=5e-4)
+    assert [part / GIB for part in (large.kv_cache, large.weights + large.kv_cache)] == pytest.approx([9.54, 39.04],
+                                                                                                      abs=0.01)
+    # 0.7 GiB of states: 46.79 billion parameters are the released model's
+    assert [part / GIB for part in small] == pytest.approx([24.51, 4.77, 0.70, 0.005], abs=0.02)
+    assert small.total / GIB == pytest.approx(30.0, abs=0.02)
+    assert small.total / GIB < 31.7 < large.total / GIB
 
 
 def test_cache_grows_with_context_only_through_attention():
-    budget = FP4_MILLION.model_copy(update={"kv_bytes": 2, "ssm_bytes": 4, "context": 1})
+    budget = FP4_MILLION.model_copy(update={"kv_bits": 16, "context": 1})
     hybrid, transformer = (costs.memory(PRESETS[name], budget) for name in ("nemotron_h_8b", "nemotron_t_8b"))
     assert hybrid.kv_cache == 16_384 and transformer.kv_cache == 131_072
     assert hybrid.ssm_state == 96 * 2**20 and transformer.ssm_state == 0
@@ -141,7 +140,7 @@ def test_cache_grows_with_context_only_through_attention():
 def test_bytes_are_exact_for_fractional_elements_and_round_up():
     config = tiny(vocab_size=50)
     count = costs.parameters(config)
-    budget = FP4_MILLION.model_copy(update={"weight_bytes": 0.5625})
+    budget = FP4_MILLION
     assert costs.memory(config, budget).weights == math.ceil(count * 9 / 16)
 
 

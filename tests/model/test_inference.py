@@ -155,8 +155,9 @@ def test_sampling_without_a_meaning(sampling, message, ids):
 def test_cache_bytes_are_the_cost_models(config, dtype):
     model = HybridLM.from_state(config, random_model(config).state_dict(), dtype)
     decoder = Decoder(model, max_length=50, batch=3)
-    budget = MemoryBudget(context=50, batch=3, weight_bytes=dtype.itemsize, kv_bytes=dtype.itemsize, ssm_bytes=4,
-                          conv_bytes=dtype.itemsize, budget_fraction=0.5)
+    bits = 8 * dtype.itemsize
+    budget = MemoryBudget(context=50, batch=3, weight_bits=bits, kv_bits=bits, ssm_bits=32, conv_bits=bits,
+                          budget_fraction=0.5)
     assert decoder.cache_bytes == memory(config, budget).cache
 
 

@@ -55,6 +55,14 @@ def test_layers_that_stay_bf16_may_have_any_size():
         check_model(config, Precision("fp8", 0, 2), ONE_COPY)
 
 
+@pytest.mark.parametrize("precision", [FP8, EMULATED])
+def test_fp8_without_a_layer_in_fp8_is_an_error(precision):
+    check_model(WIDE.model_copy(update={"pattern": "M-*-M"}), precision, ONE_COPY)
+    with pytest.raises(ModelError, match="leave none of 4 layers") as error:
+        check_model(WIDE.model_copy(update={"pattern": "M-*-"}), precision, ONE_COPY)
+    assert "bf16 variant" in message(error).splitlines()[1]
+
+
 def test_fp8_wants_tokens_in_multiples_of_16():
     config = WIDE.model_copy(update={"sequence_length": 40})
     with pytest.raises(ModelError, match="micro_batch_size") as error:

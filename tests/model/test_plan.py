@@ -16,7 +16,7 @@ from model.spec import build_model
 
 RECIPE = PretrainConfig(
     tokens=20_000_000_000_000, global_batch_size=768, micro_batch_size=1, learning_rate=4e-4, min_learning_rate=4e-6,
-    warmup_fraction=0.00125, decay_fraction=0.15, decay_style="minus_sqrt", weight_decay=0.1, adam_betas=(0.9, 0.95),
+    warmup_fraction=0.00125, decay_style="cosine", weight_decay=0.1, adam_betas=(0.9, 0.95),
     clip_grad=1.0, bf16_layers_at_start=2, bf16_layers_at_end=2, evaluations=1, checkpoint_every=500,
 )
 H100 = MACHINES["h100"]

@@ -85,17 +85,44 @@ def test_validation_predicts_every_token_once(tokens):
     predicted = data.sequences[:, 1:].flatten()
     assert torch.equal(predicted, torch.from_numpy(stream[1 : 1 + len(predicted)].astype(np.int64)))
     assert len(stream) - 1 - len(predicted) < 16
-    size = json.loads((tokens / "tokens.json").read_text())["files"]["validation/code"]["bytes"]
-    assert data.bytes == pytest.approx(size * len(predicted) / len(stream), abs=1)
+    assert data.bytes == sum(1 + token % 4 for token in predicted.tolist() if token)
     part = data.first(3)
     assert len(part.sequences) == 3
-    assert part.bytes / 3 == pytest.approx(data.bytes / len(data.sequences), rel=0.01)
+    assert part.bytes == sum(1 + token % 4 for token in part.sequences[:, 1:].flatten().tolist() if token)
     assert data.first(10**6).bytes == data.bytes
 
 
 def test_domains_and_digests_come_from_tokens_json(tokens):
     assert domains(tokens) == ["code", "docs"]
     assert digests(tokens) == {"tokenizer_digest": "aa", "corpus_digest": "bb"}
+
+
+def change(directory, file: str | None, **figures) -> None:
+    """Other figures in tokens.json, of a file where it is named."""
+    contents = json.loads((directory / "tokens.json").read_text())
+    (contents["files"][file] if file else contents).update(figures)
+    (directory / "tokens.json").write_text(json.dumps(contents))
+
+
+@pytest.mark.parametrize(("harm", "message"), [
+    (lambda tokens: change(tokens, "validation/code", bytes=1), "by token_bytes.npy its tokens are not the 1 "),
+    (lambda tokens: np.save(tokens / "token_bytes.npy", np.ones(64, np.uint16)), "its tokens are not the"),
+    (lambda tokens: np.save(tokens / "token_bytes.npy", np.ones(60, np.uint16)), "its tokens are not the"),
+    (lambda tokens: change(tokens, "validation/code", tokens=0), "no text to validate on"),
+])
+def test_validation_whose_bytes_are_unknown_is_an_error(tokens, harm, message):
+    harm(tokens)
+    with pytest.raises(ModelError, match=message) as error:
+        validation(tokens, "code", 16)
+    assert str(error.value).count("\n") == 1
+
+
+def test_tokens_without_held_out_text_are_an_error(tokens):
+    files = json.loads((tokens / "tokens.json").read_text())["files"]
+    change(tokens, None, files={name: figures for name, figures in files.items() if name.startswith("train/")})
+    with pytest.raises(ModelError, match="no validation/DOMAIN") as error:
+        domains(tokens)
+    assert str(error.value).count("\n") == 1
 
 
 def test_errors_name_the_file_and_the_cure(tokens, tmp_path):
@@ -130,6 +157,9 @@ def forget_a_key(tokens):
     (lambda tokens: (tokens / "tokens.json").write_text("{"), "tokens.json: cannot be read"),
     (lambda tokens: (tokens / "tokens.json").unlink(), "tokens.json: cannot be read"),
     (forget_a_key, "tokens.json: without tokenizer_digest"),
+    (lambda tokens: (tokens / "token_bytes.npy").unlink(), "token_bytes.npy: cannot be read"),
+    (lambda tokens: (tokens / "token_bytes.npy").write_bytes(b""), "token_bytes.npy: cannot be read"),
+    (lambda tokens: np.save(tokens / "token_bytes.npy", np.ones(63, np.uint16)), r"of shape \(63,\)"),
 ])
 def test_token_files_that_are_not_whole_are_errors(tokens, harm, message):
     check(tokens, 64)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 from tiny_engine import HYBRID, RECIPE, optimizer_state, run_processes, train_job
 
-from model import trainer
+from model import costs, trainer
 from model.checkpoint import describe, load_weights
 from model.config import ModelError, PretrainConfig
 from model.distributed import ONE_COPY, process_groups
@@ -82,9 +83,17 @@ def assert_same_gradients_and_moments(ours: dict, reference: dict, before: dict,
 
 
 @pytest.fixture(scope="module")
-def on_two(tokens, unbroken, tmp_path_factory) -> list[tuple[dict, dict]]:
+def by_document(tokens, tmp_path_factory) -> Path:
+    """The scratch directory of a run whose layers restart at documents, with the state after step 4."""
+    directory = tmp_path_factory.mktemp("by-document")
+    train_job(str(tokens), str(directory / "out"), str(directory / "scratch"), {}, checkpoint_every=4, **BY_DOCUMENT)
+    return directory / "scratch"
+
+
+@pytest.fixture(scope="module")
+def on_two(tokens, unbroken, by_document, tmp_path_factory) -> list[tuple[dict, dict]]:
     """Jobs on two processes and their results: TP, TP with SP, PP and DP go on from the state one process saved; TP and
-    DP also start alike; at last TP with SP and PP go on from it with documents and recomputation."""
+    DP also start alike; at last TP with SP and PP go on from another one with documents and recomputation."""
     directory = tmp_path_factory.mktemp("two")
     jobs = [{"parallelism": layout, "checkpoint_every": 5} for layout in LAYOUTS]
     sizes = {"micro_batch_size": 1, "validation_micro_batch_size": 2}       # of two micro-batches the second sends
@@ -96,7 +105,7 @@ def on_two(tokens, unbroken, tmp_path_factory) -> list[tuple[dict, dict]]:
         job |= {"tokens": str(tokens), "out": str(directory / f"out-{index}"),
                 "scratch": str(directory / f"{name}-{index}")}
         if name == "resumed":
-            shutil.copytree(unbroken["directory"] / "scratch", job["scratch"])
+            shutil.copytree(by_document if "recompute" in job else unbroken["directory"] / "scratch", job["scratch"])
     return list(zip(jobs, run_processes(2, jobs, directory), strict=True))
 
 
@@ -123,10 +132,9 @@ def test_layouts_agree_from_scratch_and_from_one_process_state(tokens, unbroken,
             torch.testing.assert_close(tensor, expected[name], rtol=1e-2, atol=2e-4)
 
 
-def test_layouts_agree_on_documents_and_recomputation(tokens, unbroken, on_two, tmp_path):
+def test_layouts_agree_on_documents_and_recomputation(tokens, unbroken, by_document, on_two, tmp_path):
     """From the same state, resetting at documents and recomputing activations: one process, TP with SP, and PP."""
-    shutil.copytree(unbroken["directory"] / "scratch", tmp_path / "scratch")
-    alone = train_job(str(tokens), str(tmp_path / "out"), str(tmp_path / "scratch"), {}, **BY_DOCUMENT)
+    alone = train_job(str(tokens), str(tmp_path / "out"), str(by_document), {}, **BY_DOCUMENT)
     assert losses(alone)[4:] != pytest.approx(losses(unbroken)[4:], rel=1e-3)
     assert len(on_two[6:]) == 2
     for _, result in on_two[6:]:
@@ -190,20 +198,29 @@ def test_a_resumed_run_gives_the_very_same_records_and_weights(tokens, precision
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
 
 
-def test_schedule_is_warmup_stable_and_minus_square_root_decay():
+def cosine(step: int, steps: int, warmup: int) -> float:
+    """What is left of the way from the peak to the least rate."""
+    return (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+
+def minus_sqrt(step: int, steps: int, decay: int) -> float:
+    return 1 - math.sqrt(max(0, step - steps + decay) / decay)
+
+
+@pytest.mark.parametrize(("change", "left"), [
+    ({}, lambda step: cosine(step, 50, 10)),
+    ({"decay_style": "minus_sqrt", "decay_fraction": 0.4}, lambda step: minus_sqrt(step, 50, 20)),
+])
+def test_schedule_is_warmup_and_the_decay_in_closed_form(change, left):
+    recipe = PretrainConfig.model_validate(RECIPE.model_dump() | change)
+    top, least, steps, warmup = recipe.learning_rate, recipe.min_learning_rate, 50, 10
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
-    steps, warmup, decay = 50, 10, 20
-    schedule = build_schedule(RECIPE, optimizer, steps)
+    schedule = build_schedule(recipe, optimizer, steps)
     for step in range(1, steps + 1):
         schedule.step(1)
-        top, least = RECIPE.learning_rate, RECIPE.min_learning_rate
-        if step <= warmup:
-            expected = top * step / warmup
-        elif step <= steps - decay:
-            expected = top
-        else:
-            expected = least + (top - least) * (1 - math.sqrt((step - steps + decay) / decay))
+        expected = top * step / warmup if step <= warmup else least + (top - least) * left(step)
         assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-12)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(least) == pytest.approx(top / 100)
 
 
 def test_bf16_keeps_float32_masters_and_decays_matrices_only(tokens, tmp_path):
@@ -223,7 +240,7 @@ def test_validation_is_the_bits_a_byte_of_the_weights(tokens, unbroken):
     last = {row["domain"]: row for row in unbroken["validation"] if row["step"] == 6}
     nats = size = 0.0
     for domain in ("code", "docs"):
-        data = validation(tokens, domain, 16).first(2)
+        data = validation(tokens, domain, 16).first(1)
         with torch.no_grad():
             loss = F.cross_entropy(model(data.sequences[:, :-1]).flatten(0, 1), data.sequences[:, 1:].flatten(),
                                    reduction="sum")
@@ -242,7 +259,8 @@ def test_training_learns(tokens, tmp_path):
     assert first == pytest.approx(math.log(64), abs=0.5)
     assert last < first - 1.0
     assert run.metrics["steps"] == 60 and run.metrics["tokens"] == 64 * 60
-    assert run.metrics["validation_bits_per_byte"] < run.metrics["validation_bits_per_byte_first_tenth"]
+    assert run.metrics["validation_bits_per_byte"] < run.metrics["validation_bits_per_byte_first"]
+    assert run.metrics["validation_first_tokens"] == 64 * 30
     assert "fp8_emulated" not in run.metrics
 
 
@@ -255,4 +273,83 @@ def test_errors_say_what_to_change(tokens, tmp_path, change, message):
     with pytest.raises(ModelError, match=message) as error:
         train(HYBRID, recipe, "hybrid", "float32", 1, tokens, tmp_path / "out", tmp_path / "scratch",
               lambda *_, **__: None)
+    assert str(error.value).count("\n") == 1
+
+
+def test_validation_does_not_depend_on_micro_batches(tokens, tmp_path):
+    """Of a fiftieth of 2,048 tokens in two domains: one sequence of each."""
+    seen = []
+    for number, size in enumerate((1, 2, 8)):
+        recipe = RECIPE.model_copy(update={"tokens": 2048, "validation_micro_batch_size": size})
+        with process_groups():
+            trainer = Trainer(HYBRID, recipe, "float32", 1, tokens, tmp_path / str(number), ONE_COPY)
+            assert [len(data.sequences) for data in trainer.validation_sets.values()] == [1, 1]
+            seen.append([value for row in trainer.validate(0) for value in (row["loss"], row["bits_per_byte"])])
+            trainer.close()
+    assert seen[1] == pytest.approx(seen[0], rel=1e-5) and seen[2] == pytest.approx(seen[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(("tokens_to_train_on", "sequences"), [(1, 1), (3199, 1), (3200, 2), (16 * 100 * 7 + 1599, 7)])
+def test_validation_reads_at_most_its_share(tokens, tmp_path, tokens_to_train_on, sequences):
+    recipe = RECIPE.model_copy(update={"tokens": max(64, tokens_to_train_on)})
+    with process_groups():
+        trainer = Trainer(HYBRID, recipe, "float32", 1, tokens, tmp_path, ONE_COPY)
+        assert [len(data.sequences) for data in trainer.validation_sets.values()] == [sequences] * 2
+        trainer.close()
+
+
+@pytest.mark.parametrize("changes", [{"weight_decay": 0.0}, {"learning_rate": 3.0}])
+def test_a_run_that_learned_nothing_fails(tokens, tmp_path, monkeypatch, changes):
+    """With gradients of zero, and at an absurd learning rate."""
+    if "weight_decay" in changes:
+        whole = trainer._loss
+
+        def zeroed(counted, nats):
+            loss, report = whole(counted, nats)
+            return (0.0 * loss if counted is None else loss), report
+
+        monkeypatch.setattr(trainer, "_loss", zeroed)
+    with pytest.raises(ModelError, match=r"not below its validation loss before training .*learned nothing") as error:
+        train_job(str(tokens), str(tmp_path / "out"), str(tmp_path / "scratch"), {}, **changes)
+    assert str(error.value).count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def counted_unigram_loss(tokens: Path, samples: int, cache: Path) -> float:
+    """From frequencies of a run's samples, each id once more, of the predicted tokens of the first sequences."""
+    data, counts = TrainingData(tokens, 16, samples, 1, cache), Counter(range(64))
+    for sample in range(samples):
+        counts.update(data[sample].tolist())
+    predicted = [token for name in ("code", "docs") for token in validation(tokens, name, 16).sequences[0, 1:].tolist()]
+    return -sum(math.log(counts[token] / counts.total()) for token in predicted) / len(predicted)
+
+
+def test_a_long_run_must_know_more_than_token_frequencies(tokens, unbroken, tmp_path):
+    expected = counted_unigram_loss(tokens, 24, tmp_path / "index")
+    assert unbroken["metrics"]["validation_unigram_loss"] == pytest.approx(expected, rel=1e-9)
+    enough = math.ceil(costs.parameters(HYBRID) / 64)
+    for number, steps in enumerate((enough - 1, enough)):           # less than a token a parameter, and one
+        recipe = RECIPE.model_copy(update={"tokens": 64 * steps})
+        with process_groups():
+            run = Trainer(HYBRID, recipe, "float32", 1, tokens, tmp_path / str(number), ONE_COPY)
+            run.check_learned(untrained=9.0, trained=run.unigram_loss - 0.01)
+            if number == 0:
+                run.check_learned(untrained=9.0, trained=run.unigram_loss + 0.01)
+            else:
+                with pytest.raises(ModelError, match=f"not below the unigram loss.*{run.unigram_loss:.4f}"):
+                    run.check_learned(untrained=9.0, trained=run.unigram_loss + 0.01)
+            for nothing in (9.0, math.nan):
+                with pytest.raises(ModelError, match="before training" if number == 0 else "unigram loss"):
+                    run.check_learned(untrained=9.0, trained=nothing)
+            run.close()
+
+
+@pytest.mark.parametrize("changes", [
+    {"learning_rate": 5e-3}, {"tokens_to_train_on": 4 * 16 * 8}, {"global_batch_size": 8}, {"decay_style": "linear"},
+])
+def test_the_state_of_another_run_is_refused(tokens, unbroken, tmp_path, changes):
+    shutil.copytree(unbroken["directory"] / "scratch", tmp_path / "scratch")
+    name = next(iter(changes)).removesuffix("_to_train_on")
+    with pytest.raises(ModelError, match=f"resume: the state of another run: {name} .* and now ") as error:
+        train_job(str(tokens), str(tmp_path / "out"), str(tmp_path / "scratch"), {}, **changes)
     assert str(error.value).count("\n") == 1

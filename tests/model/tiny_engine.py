@@ -29,7 +29,7 @@ TRANSFORMER = ModelConfig(
 )
 RECIPE = PretrainConfig(
     tokens=4 * 16 * 6, global_batch_size=4, micro_batch_size=2, learning_rate=1e-2, min_learning_rate=1e-4,
-    warmup_fraction=0.2, decay_fraction=0.4, decay_style="minus_sqrt", weight_decay=0.1, adam_betas=(0.9, 0.95),
+    warmup_fraction=0.2, decay_style="cosine", weight_decay=0.1, adam_betas=(0.9, 0.95),
     clip_grad=1.0, bf16_layers_at_start=1, bf16_layers_at_end=1, evaluations=2, checkpoint_every=100,
 )
 

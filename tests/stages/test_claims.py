@@ -211,7 +211,7 @@ def test_controls_at_their_thresholds(runs):
     edit_json(runs / "evaluate" / "hybrid-fp8" / "metrics.json", bits_per_byte=1.5, bits_per_byte_compressor=2.0,
               syntax_pairs_accuracy=0.85)
     edit_json(runs / "pretrain" / "hybrid-fp8" / "metrics.json", validation_bits_per_byte=1.5,
-              validation_bits_per_byte_first_tenth=1.75)
+              validation_bits_per_byte_first=1.75)
     first = controls(load(report_stage()))[0]
     assert first.met == (True, False, False)
 

@@ -39,7 +39,7 @@ def ready(tmp_path_factory) -> Path:
     """A working directory with tokens and an untrained parent."""
     directory = tmp_path_factory.mktemp("compress")
     changes = {f"compress.{key}": value for key, value in SMALL.items()}
-    memory = {"context": 64, "batch": 1, "weight_bytes": 2, "kv_bytes": 2, "ssm_bytes": 4, "conv_bytes": 2}
+    memory = {"context": 64, "batch": 1, "weight_bits": 16, "kv_bits": 16, "ssm_bits": 32, "conv_bits": 16}
     write_params(directory, **changes, **{"compress.memory": memory | {"budget_fraction": 0.8}})
     write_tokens(directory / "data/tiny/tokens")
     torch.manual_seed(0)

@@ -45,7 +45,18 @@ def test_unknown_key_inside_a_named_entry(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
-        ("warmup_fraction: 0.05", "warmup_fraction: 0.95", "warmup_fraction + decay_fraction must not exceed 1"),
+        ("decay_style: cosine", "decay_style: minus_sqrt", "without decay_fraction"),
+        ("decay_fraction: null", "decay_fraction: 0.2", "decay_fraction (0.2) with decay_style cosine"),
+        ("  min_learning_rate: 3.0e-5", "  min_learning_rate: 3.0e-2", "min_learning_rate (0.03) must not exceed"),
+        ("bf16_layers_at_start: 4", "bf16_layers_at_start: 15",
+         "variants.hybrid-fp8: pretrain.bf16_layers_at_start (15) and _at_end (4) leave none of its 19 layers"),
+        ("precision: fp8, seed: 1", "precision: fp8, seed: 1, fp8_recipe: delayed",
+         "variants.hybrid-fp8: fp8_recipe delayed with BF16 layers at the ends"),
+        ("precision: bf16, seed: 1", "precision: bf16, seed: 1, fp8_recipe: unscaled",
+         "fp8_recipe unscaled with precision bf16"),
+        ("layer_rounds: one", "layer_rounds: iterative", "layer_rounds cannot be iterative with layer_rule rank"),
+        ("  global_batch_size: 8            # sequences a step", "  global_batch_size: 12",
+         "global_batch_size (12) must be a multiple of micro_batch_size (8)"),
         ("num_query_groups: 2", "num_query_groups: 3", "must be a multiple of"),
         ("pattern: M-M", "pattern: Mx-M", "model.hybrid.pattern"),
         ("until: 1.0", "until: 0.99", "the last at 1.0"),
@@ -58,6 +69,23 @@ def test_impossible_value_names_its_field(old, new, expected, tmp_path):
     lines = refused(edited(old, new), tmp_path)
     assert expected in lines[0]
     assert len(lines) == 2
+
+
+def test_warmup_and_decay_fit_into_the_run(tmp_path):
+    text = edited("decay_style: cosine", "decay_style: minus_sqrt")
+    text = text.replace("decay_fraction: null", "decay_fraction: 0.2")
+    (tmp_path / "wsd.yaml").write_text(text)
+    assert load_params(tmp_path / "wsd.yaml").pretrain.decay_fraction == 0.2
+    lines = refused(text.replace("warmup_fraction: 0.05", "warmup_fraction: 0.95"), tmp_path)
+    assert "warmup_fraction + decay_fraction must not exceed 1" in lines[0] and len(lines) == 2
+
+
+def test_a_variant_may_have_an_fp8_recipe_of_its_own(tmp_path):
+    arm = "hybrid-fp8-unscaled: {architecture: hybrid, precision: fp8, seed: 1, fp8_recipe: unscaled}"
+    (tmp_path / "params.yaml").write_text(edited("variants:\n", f"variants:\n  {arm}\n"))
+    params = load_params(tmp_path / "params.yaml")
+    assert params.recipe_of("hybrid-fp8") == params.pretrain and params.pretrain.fp8_recipe == "current"
+    assert params.recipe_of("hybrid-fp8-unscaled") == params.pretrain.model_copy(update={"fp8_recipe": "unscaled"})
 
 
 @pytest.mark.parametrize("text", ["profile: [", "just text", ""])

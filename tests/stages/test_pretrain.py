@@ -98,10 +98,28 @@ def check_records(records: Path, workplace: Path) -> None:
     assert metrics["validation_bits_per_byte"] == pytest.approx(last["all"], rel=1e-4)
     assert metrics["validation_bits_per_byte_code"] == pytest.approx(last["code"], rel=1e-4)
     assert {"tokens_per_second", "train_seconds", "peak_memory_gib", "final_loss", "steps", "tokens",
-            "validation_bits_per_byte_first_tenth", "steps_skipped", "gradient_spikes"} <= metrics.keys()
+            "validation_bits_per_byte_first", "validation_first_tokens", "validation_unigram_loss",
+            "steps_skipped", "gradient_spikes"} <= metrics.keys()
     assert description["precision"] == "fp8" and description["architecture"] == "hybrid" and description["seed"] == 1
     assert description["tokenizer_digest"] == "aa" and not any("second" in name for name in description)
     assert math.isclose(description["validation_bits_per_byte"], last["all"], rel_tol=1e-4)
+
+
+def test_a_variant_trains_with_its_own_fp8_recipe(workplace):
+    """The same seed without scales: the first loss is already another, and it is that of the recipe given outright."""
+    arm = "variants.control={architecture: hybrid, precision: fp8, seed: 1, fp8_recipe: unscaled}"
+    short = ("--set", "pretrain.tokens=256", "--set", "pretrain.evaluations=1")
+    process = pretrain(workplace, "--variant", "control", "--set", arm, *short)
+    assert process.wait() == 0, process.stderr.read()
+    params = load_params(workplace / "params.yaml", ("tokenizer.vocab_size=512", *short[1::2]))
+    for scaling, same in (("unscaled", True), ("current", False)):
+        recipe = params.pretrain.model_copy(update={"fp8_recipe": scaling})
+        run = train(
+            params.model_of("hybrid-fp8"), recipe, "hybrid", "fp8", 1, workplace / "data" / "toy" / "tokens",
+            workplace / scaling, workplace / "scratch" / scaling, lambda *_, **__: None,
+        )
+        written = (workplace / "runs" / "pretrain" / "control" / "training.csv").read_text()
+        assert (written == csv_text(run.training)) is same
 
 
 def test_tokens_of_another_tokenizer_are_an_error(workplace):

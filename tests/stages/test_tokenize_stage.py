@@ -81,6 +81,8 @@ def test_validation_is_held_out_and_limited(done):
         texts = [tokenizer.decode(ids[:-1]) for ids in stored]
         assert set(texts) <= set(heldout.filter(domain=domain)["text"])
         assert sum(len(text.encode()) for text in texts) == figures["bytes"]
+        token_bytes = np.load(done / "data/tiny/tokens/token_bytes.npy")
+        assert sum(int(token_bytes[ids].sum()) for ids in stored) == figures["bytes"]
         assert 10_000 < figures["bytes"] <= 30_000
 
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,6 +40,7 @@ def write_tokens(directory: Path, bytes_a_token: int = 2) -> None:
                 writer.add([*document, vocab])
         tokens = documents.numel() + len(documents)
         files[name] = {"documents": len(documents), "tokens": tokens, "bytes": bytes_a_token * tokens}
+    np.save(directory / "token_bytes.npy", np.full(vocab + 1, bytes_a_token, np.uint16))
     (directory / "tokens.json").write_text(json.dumps({
         "vocab_size": vocab + 1, "eod_id": vocab, "dtype": "uint16", "tokenizer_digest": "0", "corpus_digest": "0",
         "files": files,

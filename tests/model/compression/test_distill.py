@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model.compression.comparison import compare
-from model.compression.distill import distill, learning_rate
+from model.compression.distill import _Student, distill, learning_rate
 from model.compression.prune import Selection, cut
 from model.compression.resume import Pieces
 from model.hybrid_lm import HybridLM
@@ -67,6 +67,35 @@ def test_distillation_brings_the_student_closer(parent, students, data, unbroken
 def test_a_student_is_trained_the_same_alone_and_beside_another(parent, students, data, config, tmp_path, unbroken):
     alone = run(parent, {"narrow": students["narrow"]}, data, config, tmp_path)
     assert all(torch.equal(alone.states["narrow"][key], tensor) for key, tensor in unbroken.states["narrow"].items())
+
+
+@pytest.mark.parametrize("objective", ["kl", "cross_entropy"])
+def test_accumulated_gradients_are_those_of_the_whole_batch(parent, students, data, objective):
+    """To float32's rounding: each micro-batch's gradient is rounded once more as it is added."""
+    geometry, state = students["narrow"]
+    teacher = HybridLM.from_state(*parent)
+    batch = torch.stack(data.training[:8])
+    gradients, losses = [], []
+    for parts in (1, 2, 8):
+        learner = _Student(geometry, state, torch.device("cpu"), torch.float32)
+        learner.begin()
+        loss = torch.zeros(())
+        for micro in batch.chunk(parts):
+            with torch.no_grad():
+                logits = teacher(micro[:, :-1]).flatten(0, 1) if objective == "kl" else None
+            loss += learner.accumulate(micro[:, :-1], micro[:, 1:].flatten(), logits, 1 / parts)
+        gradients.append(torch.cat([gradient.flatten() for gradient in learner.gradients]))
+        losses.append(loss)
+    for gradient, loss in zip(gradients[1:], losses[1:], strict=True):
+        assert (gradient - gradients[0]).norm() < 1e-5 * gradients[0].norm()
+        assert loss.item() == pytest.approx(losses[0].item(), rel=1e-5)
+
+
+def test_a_run_in_micro_batches_is_the_run_in_whole_batches(parent, students, data, config, tmp_path, unbroken):
+    """The same tokens a step, the same number of steps; sequences are drawn in the same order."""
+    small = run(parent, students, data, config.model_copy(update={"micro_batch_size": 1}), tmp_path)
+    assert [row[:3] for row in small.curve] == [row[:3] for row in unbroken.curve]
+    assert [row[3] for row in small.curve] == pytest.approx([row[3] for row in unbroken.curve], rel=1e-2)
 
 
 @pytest.mark.parametrize("last_step", [3, 10, 20])

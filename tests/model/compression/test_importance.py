@@ -12,6 +12,7 @@ from model.compression.importance import (
     KINDS,
     iterative_importance,
     layer_importance,
+    mean_ranks,
     rank_correlation,
     split_half_correlation,
 )
@@ -104,6 +105,13 @@ def test_iterative_removal_scores_what_is_left_anew(parent, data):
         highest = max(highest, error)
         assert found[index] == pytest.approx(highest, rel=1e-4)
     assert all(found[index] == pytest.approx(highest, rel=1e-4) for index in left)
+
+
+def test_mean_ranks_average_the_places_and_not_the_errors():
+    """One sample with large errors decides the mean; it is one of three for the ranks. Equal errors share a place."""
+    errors = torch.tensor([[1.0, 2.0, 900.0], [2.0, 3.0, 5.0], [3.0, 3.0, 1.0]], dtype=torch.float64)
+    assert mean_ranks(errors).tolist() == pytest.approx([(1 + 1 + 3) / 3, (2 + 2.5 + 2) / 3, (3 + 2.5 + 1) / 3])
+    assert errors.mean(dim=1).argmax() == 0 and mean_ranks(errors).argmin() == 0
 
 
 def test_too_few_samples_and_overflowing_activations_are_refused(parent, data):

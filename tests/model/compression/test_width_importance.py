@@ -26,7 +26,7 @@ def minitron(activation: Tensor) -> Tensor:
 def test_every_axis_is_minitrons_rule(parent, data):
     model, config = HybridLM.from_state(*parent), parent.config
     sequences = data.calibration[:5]
-    found = width_importance(model, sequences, 2, silent)
+    found = width_importance(model, sequences, 2, silent, "l2_then_mean")
     assert sorted(found.neurons) == [1, 4, 6] and sorted(found.heads) == [3]
     assert sorted(found.mamba["input"]) == [0, 2, 5]
     seen: dict[str, Tensor] = {}
@@ -56,6 +56,28 @@ def test_every_axis_is_minitrons_rule(parent, data):
     torch.testing.assert_close(found.mamba_heads("input")[0], found.mamba["input"][0].norm(dim=1))
     torch.testing.assert_close(found.mamba_channels("input")[0], found.mamba["input"][0].norm(dim=0))
     torch.testing.assert_close(found.groups(config)[3], found.heads[3].norm()[None])
+
+
+@pytest.mark.parametrize(("order", "score"), [
+    ("mean_then_l2", lambda a: a.mean(dim=0).norm(dim=0)),                  # over the batch, then over the sequence
+    ("l2_then_mean", lambda a: a.mean(dim=1).norm(dim=0)),                  # L2 over the batch, mean over the sequence
+])
+def test_both_orders_of_the_neurons_score_are_a_direct_computation_in_float64(parent, data, order, score):
+    """squared_relu(x W1^T) of float64 weights on the FFN's float64 inputs."""
+    model = HybridLM.from_state(*parent).double()
+    sequences = data.calibration[:7]
+    found = width_importance(HybridLM.from_state(*parent), sequences, 3, silent, order)
+    hidden = model.backbone.embeddings(sequences)
+    with torch.no_grad():
+        for index, layer in enumerate(model.backbone.layers):
+            if layer.symbol == "-":
+                activation = torch.relu(layer.norm(hidden) @ layer.mixer.up_proj.weight.T).square()
+                torch.testing.assert_close(found.neurons[index], score(activation), rtol=1e-4, atol=1e-9)
+            hidden = layer(hidden)
+    other = width_importance(HybridLM.from_state(*parent), sequences, 3, silent,
+                             next(name for name in ("mean_then_l2", "l2_then_mean") if name != order))
+    assert not any(torch.allclose(found.neurons[index], other.neurons[index], rtol=1e-3) for index in found.neurons)
+    assert all(torch.equal(found.heads[index], other.heads[index]) for index in found.heads)
 
 
 def test_reliability_is_the_rank_correlation_of_two_halves(parent, data):
