@@ -21,8 +21,8 @@ take tokens that `dvc repro tokenize` made; those that cut a trained hybrid
     distillation     after MiniPuzzle's first cut: KL to the parent, cross-entropy, or the same shape from scratch
     funnel_order     eight candidates just cut and after a short distillation
 
-train one parent a seed first, or take `--parents`, a checkpoint a seed. On a GPU models have about 12 million
-parameters and read 16 million tokens, on a CPU they are the profile's. Arms of one seed see the same tokens in the same
+train one parent a seed first, or take `--parents`, a checkpoint a seed. On a GPU models have about 10 million
+parameters and read 10 million tokens, on a CPU they are the profile's. Arms of one seed see the same tokens in the same
 order. Finished runs are kept in .scratch, by what they depend on: the same command goes on where it stopped.
 """
 
@@ -156,7 +156,7 @@ def silent(*_: Any, **__: Any) -> None:
 
 
 def scale_of(params: Params, vocab_size: int, on_gpu: bool, tiny: bool) -> Scale:
-    """The profile's on a CPU; larger on a GPU, in shapes of its kernels; `tiny` to see whether all works."""
+    """The profile's on a CPU; larger on a GPU; `tiny` to see whether all works."""
     hybrid, transformer = (
         ModelConfig.model_validate({**params.model[name].model_dump(), "vocab_size": vocab_size})
         for name in ("hybrid", "transformer")
@@ -183,15 +183,15 @@ def scale_of(params: Params, vocab_size: int, on_gpu: bool, tiny: bool) -> Scale
         wide = {"hidden_size": 256, "num_attention_heads": 4, "num_query_groups": 2, "head_dim": 64,
                 "sequence_length": 1024}
         hybrid = hybrid.model_copy(update=wide | {
-            "ffn_hidden_size": 768, "mamba_num_heads": 8, "mamba_head_dim": 64, "mamba_state_dim": 64,
+            "ffn_hidden_size": 768, "mamba_num_heads": 8, "mamba_head_dim": 64, "mamba_state_dim": 32,
             "mamba_num_groups": 2, "chunk_size": 128})
-        transformer = transformer.model_copy(update=wide | {"pattern": "*-" * 13, "ffn_hidden_size": 800})
-        recipe = recipe.model_copy(update={"tokens": 2**24, "global_batch_size": 32, "micro_batch_size": 32,
+        transformer = transformer.model_copy(update=wide | {"pattern": "*-" * 13, "ffn_hidden_size": 752})
+        recipe = recipe.model_copy(update={"tokens": 10 * 2**20, "global_batch_size": 32, "micro_batch_size": 32,
                                            "learning_rate": 1e-3, "min_learning_rate": 1e-5})
         compress = compress.model_copy(update={
             "importance_samples": 64, "ffn_importance_samples": 256, "ffn_widths": [512, 576, 640, 704, 768],
             "global_batch_size": 16, "micro_batch_size": 16, "validation_samples": 192,
-            "short_distillation_tokens": 2**20, "distillation_tokens": 2**22,
+            "short_distillation_tokens": 2**19, "distillation_tokens": 2**21,
             "learning_rate": 3e-4, "min_learning_rate": 3e-5})
         recall = recall_study.GPU
     return Scale(hybrid, transformer, recipe, compress, recall)
