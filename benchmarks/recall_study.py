@@ -114,28 +114,42 @@ def train_and_test(task: str, pattern: str, sizes: Sizes, seed: int, device: tor
     torch.manual_seed(seed)
     draw = torch.Generator().manual_seed(seed)
     model = HybridLM(model_config(pattern, sizes)).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.95))
-    shape = lengths(task, sizes)
-    started = time.monotonic()
-    for step in range(sizes.steps):
+    started, shape = time.monotonic(), lengths(task, sizes)
+    loss = fit(model, task, sizes, shape, sizes.steps, LEARNING_RATE, draw, device)
+    return {"accuracy": accuracy(model, task, sizes, shape[-1], seed, device), "loss": loss,
+            "seconds": time.monotonic() - started,
+            "parameters": sum(parameter.numel() for parameter in model.parameters())}
+
+
+def fit(
+    model: HybridLM, task: str, sizes: Sizes, shape: list[int], steps: int, rate: float, draw: torch.Generator,
+    device: torch.device,
+) -> float:
+    """Train on the lengths of `shape` in turn, at a peak of `rate`. Returns the last loss."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, betas=(0.9, 0.95))
+    for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * _shape(step / sizes.steps)
+            group["lr"] = rate * _shape(step / steps)
         ids, labels = TASKS[task](sizes, shape[step % len(shape)], draw)
         loss = F.cross_entropy(model(ids.to(device)).flatten(0, 1).float(), labels.flatten().to(device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+    return loss.item()
+
+
+@torch.no_grad()
+def accuracy(model: HybridLM, task: str, sizes: Sizes, length: int, seed: int, device: torch.device) -> float:
+    """Share of what is asked that the model answers rightly, in sequences of one length that training has not drawn."""
     right = asked = 0
     test = torch.Generator().manual_seed(10_000 + seed)
-    with torch.no_grad():
-        for _ in range(TEST_BATCHES):
-            ids, labels = TASKS[task](sizes, shape[-1], test)
-            guesses = model(ids.to(device)).argmax(-1).cpu()
-            right += int((guesses == labels).sum())
-            asked += int((labels != IGNORED).sum())
-    return {"accuracy": right / asked, "loss": loss.item(), "seconds": time.monotonic() - started,
-            "parameters": sum(parameter.numel() for parameter in model.parameters())}
+    for _ in range(TEST_BATCHES):
+        ids, labels = TASKS[task](sizes, length, test)
+        guesses = model(ids.to(device)).argmax(-1).cpu()
+        right += int((guesses == labels).sum())
+        asked += int((labels != IGNORED).sum())
+    return right / asked
 
 
 def _shape(progress: float) -> float:
