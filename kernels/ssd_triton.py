@@ -62,9 +62,10 @@ def _load_state(state, n, p, N: tl.constexpr, N_TILE: tl.constexpr, P: tl.conste
     """A tile (n, p) of a state, zeros beyond its sizes."""
     at = state + n[:, None] * P + p[None, :]
     if (N_TILE > N) or (P_TILE > P):
-        return tl.load(at, (n < N)[:, None] & (p < P)[None, :], 0.0)
+        values = tl.load(at, (n < N)[:, None] & (p < P)[None, :], 0.0)
     else:
-        return tl.load(at)
+        values = tl.load(at)
+    return values
 
 
 @triton.jit
