@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.arguments import check_any, check_shapes
+
 
 def causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor, initial_state: Tensor | None = None, seq_idx: Tensor | None = None
@@ -28,13 +30,22 @@ def causal_conv1d(
     Returns:
         y like x, and the last K - 1 inputs (batch, K - 1, channels): the initial state of what follows. With `seq_idx`
         those of the last document, zeros before it.
+
+    Raises:
+        ArgumentError: shapes or devices disagree, or there is no token.
     """
-    taps = weight.shape[1]
+    taps = weight.shape[-1]
+    check_shapes("causal_conv1d", x=(x, "batch sequence channels"), weight=(weight, "channels K"),
+                 bias=(bias, "channels"), initial_state=(initial_state, f"batch {taps - 1} channels"),
+                 seq_idx=(seq_idx, "batch sequence"))
+    check_any("causal_conv1d", x=x)
     if x.is_cuda:
         from kernels import causal_conv1d_triton
 
         if causal_conv1d_triton.supports(x, weight):
-            y = causal_conv1d_triton.convolve(x, weight, bias, initial_state, seq_idx)
+            y = causal_conv1d_triton.convolve(
+                *causal_conv1d_triton.prepared(x, weight, bias, initial_state, seq_idx)
+            )
             return y, _last_inputs(x, taps - 1, initial_state, seq_idx)
     if initial_state is None:
         initial_state = x.new_zeros(x.shape[0], taps - 1, x.shape[2])
