@@ -9,8 +9,8 @@ downloads of its own.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lm_eval.api.model import LM
@@ -35,6 +35,7 @@ class PaperTask:
         kind: `choice` scores continuations, `text` generates, `code` generates and runs what came out.
         chance: what a guess reaches.
         published: Nemotron-H-8B-Base's figure as a share; None where the model card has none.
+        changes: fields of the harness's task that the paper has otherwise.
     """
 
     name: str
@@ -44,7 +45,16 @@ class PaperTask:
     kind: Literal["choice", "text", "code"]
     chance: float
     published: float | None
+    changes: Mapping[str, str] = field(default_factory=dict)
 
+
+# ARC challenge as the paper asks it: all options shown, the answer a letter, as in MMLU. The harness's own task shows
+# none and scores their texts.
+ALL_OPTIONS = {
+    "doc_to_text": "{{question.strip()}}{% for text in choices.text %}\n{{'ABCDE'[loop.index0]}}. {{text}}{% endfor %}"
+                   "\nAnswer:",
+    "doc_to_choice": "{{['A', 'B', 'C', 'D', 'E'][:choices.text|length]}}",
+}
 
 PAPER_TASKS = (
     PaperTask("MMLU", "mmlu", 5, "acc,none", "choice", 0.25, 0.7277),
@@ -57,7 +67,7 @@ PAPER_TASKS = (
     PaperTask("HumanEval+", "humaneval_plus", 0, "pass@1,create_test", "code", 0.0, 0.5549),
     PaperTask("MBPP", "mbpp", 3, "pass_at_1,none", "code", 0.0, 0.6537),
     PaperTask("MBPP+", "mbpp_plus", 0, "pass_at_1,none", "code", 0.0, 0.5952),
-    PaperTask("ARC challenge", "arc_challenge", 25, "acc_norm,none", "choice", 0.25, 0.8874),
+    PaperTask("ARC challenge, options shown", "arc_challenge", 25, "acc,none", "choice", 0.25, 0.8874, ALL_OPTIONS),
     PaperTask("HellaSwag", "hellaswag", 10, "acc_norm,none", "choice", 0.25, 0.8323),
     PaperTask("Winogrande", "winogrande", 5, "acc,none", "choice", 0.5, 0.8051),
     PaperTask("CommonsenseQA", "commonsense_qa", 7, "acc,none", "choice", 0.2, 0.7871),
@@ -99,7 +109,8 @@ def _run(model: LM, manager: TaskManager, task: PaperTask, items: int | None, co
         except Exception as error:      # no network, no such data set, a package missing: each in its library's words
             return PaperScore(task, left_out=f"cannot be loaded: {' '.join(repr(error).split())[:200]}")
         for part in loaded["tasks"].values():
-            part.set_config(key="num_fewshot", value=task.shots)
+            for key, value in {**task.changes, "num_fewshot": task.shots}.items():
+                part.set_config(key=key, value=value)
             part.set_fewshot_seed(FEWSHOT_SEED)
         outcome: Any = harness_evaluate(
             model, loaded, limit=items, bootstrap_iters=BOOTSTRAP_SAMPLES, confirm_run_unsafe_code=True

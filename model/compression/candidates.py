@@ -213,14 +213,16 @@ def keep_top_layers(pattern: str, importance: Sequence[float], counts: Mapping[s
 
 
 def realise(
-    parent: ModelConfig, cell: Cell, layers: Sequence[float], widths: WidthImportance, deployment: MemoryBudget
+    parent: ModelConfig, cell: Cell, layers: Sequence[float], widths: WidthImportance, deployment: MemoryBudget,
+    order: Sequence[float] | None = None,
 ) -> Candidate:
     """The candidate of a cell.
 
     Args:
         layers: importance of each of the parent's layers.
+        order: by which layers of a type stay, the largest first; their importance by default.
     """
-    kept = keep_top_layers(parent.pattern, layers, cell.counts)
+    kept = keep_top_layers(parent.pattern, order or layers, cell.counts)
     changes = {"pattern": "".join(parent.pattern[index] for index in kept)}
     config = cell.config(parent).model_copy(update=changes)
     selection = select(parent, config, kept, widths)

@@ -139,6 +139,8 @@ class _Run:
         self.teacher = self.load(self.parent)
         self.layer_scores = pieces.once("layers", self._layer_scores)
         self.layers: list[float] = pieces.once("layer_order", self._layers)
+        by_rank = config.layer_rule == "rank"
+        self.order = mean_ranks(self.layer_scores["mse"]).tolist() if by_rank else self.layers   # which stay, in a type
         self.widths = WidthImportance(**pieces.once("widths", lambda: vars(self._widths())))
         self.table = self._latency_table()
         self.budgets = self._budgets()
@@ -156,8 +158,7 @@ class _Run:
     def _layers(self) -> list[float]:
         kind, samples = self.config.layer_kind, self.data.calibration[: self.config.importance_samples]
         if self.config.layer_rounds == "one":
-            scores = self.layer_scores[kind]
-            return (mean_ranks(scores) if self.config.layer_rule == "rank" else scores.mean(dim=1)).tolist()
+            return self.layer_scores[kind].mean(dim=1).tolist()
         return iterative_importance(self.teacher, samples, self.config.micro_batch_size, self.progress, kind)
 
     def _widths(self) -> WidthImportance:
@@ -203,7 +204,7 @@ class _Run:
     def candidates(self) -> list[Candidate]:
         parent, config = self.parent.config, self.config
         cells = maximal_cells(parent, self.grid, config.min_attention_layers, self.budgets)
-        return [realise(parent, cell, self.layers, self.widths, config.memory) for cell in cells]
+        return [realise(parent, cell, self.layers, self.widths, config.memory, self.order) for cell in cells]
 
     def cut(self, selection: Selection) -> Weights:
         """The parent cut to the selection, refitted if asked for."""
@@ -289,7 +290,7 @@ class _Run:
 
     def controls(self, winner: Candidate) -> dict[str, Any]:
         """KL to the parent, just cut, of `random_draws` draws and of the least important."""
-        selections = {"reverse": reverse_selection(self.parent.config, winner.config, self.layers, self.widths)}
+        selections = {"reverse": reverse_selection(self.parent.config, winner.config, self.order, self.widths)}
         for draw in range(self.config.random_draws):
             generator = torch.Generator().manual_seed(self.seed + draw)
             selections[f"random {draw}"] = random_selection(self.parent.config, winner.config, generator)

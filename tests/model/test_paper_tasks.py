@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +106,10 @@ class Manager:
 def test_what_can_be_had_is_run_and_the_rest_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paper_tasks, "TaskManager", Manager)
     zero_shot = [PaperTask(task.name, task.task, 0, task.metric, task.kind, task.chance, task.published)
-                 for task in PAPER_TASKS]
+                 for task in PAPER_TASKS if not task.changes]
+    zero_shot.append(PaperTask("ARC", "arc_challenge", 0, "acc_norm,none", "choice", 0.25, None))
     found = {score.task.task: score for score in run_paper_tasks(Prefers(), zero_shot, None, code_execution=False)}
-    assert list(found) == [task.task for task in PAPER_TASKS]
+    assert list(found) == [task.task for task in zero_shot]
     arc = found["arc_challenge"]
     assert (arc.score, arc.items, arc.left_out) == (0.75, 8, "") and arc.stderr == pytest.approx(0.1637, abs=1e-3)
     assert "code_execution` is false" in found["humaneval"].left_out
@@ -115,3 +117,40 @@ def test_what_can_be_had_is_run_and_the_rest_says_why(monkeypatch: pytest.Monkey
     with_code = run_paper_tasks(Prefers(), [task for task in zero_shot if task.kind == "code"], 4, code_execution=True)
     assert all("cannot be loaded" in score.left_out for score in with_code)
     assert run_paper_tasks(Prefers(), (), None, False) == []
+
+
+class Letters(Prefers):
+    """Prefers B, and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[str, str]] = []
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        self.asked += [request.args for request in requests]
+        return [(float(request.args[1].strip() == "B"), False) for request in requests]
+
+
+def test_arc_shows_every_option_and_is_answered_by_a_letter(monkeypatch: pytest.MonkeyPatch) -> None:
+    [arc] = [task for task in PAPER_TASKS if task.task == "arc_challenge"]
+    easy = yaml.load((TASKS / "arc/arc_easy.yaml").read_text(), Loader)         # which arc_challenge includes
+    config = {key: value for key, value in easy.items() if key.startswith(("doc_to", "output", "metric"))}
+    rows = [
+        {"question": "Which is hot? ", "choices": {"text": ["ice", "fire", "snow"], "label": ["1", "2", "3"]},
+         "answerKey": "2"},
+        {"question": "Which flies?", "choices": {"text": ["ox", "cow", "hen", "pig"], "label": ["A", "B", "C", "D"]},
+         "answerKey": "C"},
+    ]
+
+    class Arc:
+        def load(self, names: list[str]) -> dict[str, Any]:
+            return {"tasks": {"arc_challenge": LocalTask({"task": "arc_challenge", **config}, rows)}, "groups": {}}
+
+    monkeypatch.setattr(paper_tasks, "TaskManager", Arc)
+    model = Letters()
+    [score] = run_paper_tasks(model, [dataclasses.replace(arc, shots=0)], None, code_execution=False)
+    assert (score.score, score.items) == (0.5, 2)
+    assert {context for context, _ in model.asked} == {
+        "Which is hot?\nA. ice\nB. fire\nC. snow\nAnswer:", "Which flies?\nA. ox\nB. cow\nC. hen\nD. pig\nAnswer:"}
+    assert [choice.strip() for context, choice in model.asked if "hot" in context] == ["A", "B", "C"]
+    assert len(model.asked) == 7

@@ -24,7 +24,7 @@ SMALL = {
     "importance_samples": 4, "ffn_importance_samples": 8, "ffn_widths": [24, 32, 48], "validation_samples": 8,
     "ranking_samples": 4, "ranked_by_agreement": 3, "ranked_by_task": 2, "task_items": 8, "finalists": 2,
     "short_distillation_tokens": 256,
-    "distillation_tokens": 100 * 128, "micro_batch_size": 4, "checkpoint_every": 1,
+    "distillation_tokens": 100 * 128, "global_batch_size": 4, "micro_batch_size": 4, "checkpoint_every": 1,
 }
 METRICS = {
     "parent_parameters", "compressed_parameters", "parent_memory_gib", "compressed_memory_gib", "budget_gib",

@@ -184,6 +184,8 @@ def test_a_candidate_counts_what_is_kept():
     assert found.importance == pytest.approx((4 + 2 * 8 / 10 + 3) / 10)
     assert found.parameters == costs.parameters(found.config)
     assert found.memory == costs.memory(found.config, budget())
+    other = realise(config, cell, [4.0, 2.0, 3.0, 1.0], scores(config, neurons), budget(), [3.0, 1.0, 2.0, 4.0])
+    assert other.layers == [0, 2, 3] and other.importance == pytest.approx((4 + 3 + 1 / 64) / 10)
     half = realise(config, cell._replace(mamba_num_heads=2), [4.0, 2.0, 3.0, 1.0], scores(config, neurons), budget())
     assert half.selection.mamba_heads[0].tolist() == [0, 2]
     assert half.importance == pytest.approx((4 / 2 + 2 * 8 / 10 + 3) / 10)

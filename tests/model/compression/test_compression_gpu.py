@@ -61,7 +61,7 @@ def test_the_whole_funnel_with_a_latency_budget(trained, config, tmp_path):
     gpu = config.model_copy(update={
         "ffn_widths": [64, 96, 128], "memory": config.memory.model_copy(update={"budget_fraction": 0.9}),
         "latency": LatencyBudget(context=512, batch=8, decode_tokens=8, repeats=3, budget_fraction=0.9),
-        "micro_batch_size": 16, "distillation_tokens": 60 * 16 * 32, "checkpoint_every": 30,
+        "global_batch_size": 16, "micro_batch_size": 16, "distillation_tokens": 60 * 16 * 32, "checkpoint_every": 30,
     })
     result = compress(trained, data, gpu, 1, tmp_path, silent)
     metrics = result.metrics
