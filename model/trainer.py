@@ -282,7 +282,8 @@ class Trainer:
         """Refuse a run that learned nothing, by its validation losses before and after, nats a token.
 
         Every run must end below where it started. One of at least a token a parameter must also end below the unigram
-        loss: what a model would have that knew no more than how often each token occurs.
+        loss: what a model would have that knew no more than how often each token occurs. A shorter one, a trial of a
+        few steps, need not.
 
         Raises:
             ModelError: it did not.
