@@ -205,6 +205,17 @@ def test_a_record_that_cannot_be_read_leaves_its_claims_alone(records):
     assert claim(Broken(), "layer_importance").answer is HOLDS
 
 
+def test_a_figure_that_is_missing_or_impossible_is_named(records):
+    del records.validation["transformer-bf16"]["all"]
+    del records.decode_repeats["compressed"][16384]
+    records.controls.importance = 0.0
+    assert claim(records, "hybrid_loss").because == (
+        "A record is not as expected (KeyError('all')).\nRun `dvc repro pretrain evaluate` again.")
+    assert "KeyError(16384)" in claim(records, "compressed_decode").because
+    found = claim(records, "importance_random")
+    assert found.answer is UNDECIDED and "math domain error" in found.because
+
+
 def test_ends_that_matter_least_fail_and_noise_is_undecided(records):
     records.importance[15].importance = 0.0
     assert claim(records, "layer_importance").answer is FAILS
