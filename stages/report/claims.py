@@ -127,7 +127,7 @@ def told(decision: Decision, show: Show) -> str:
     text = show(decision.estimate.value)
     if math.isnan(decision.seen):
         single = [source.unit for source in decision.estimate.sources if math.isnan(source.variance)]
-        return f"{text}; one {' and one '.join(single)} only, whose spread is unknown: 3 would be the least to tell"
+        return f"{text}; one {' and one '.join(single)} only, or all alike: the spread is unknown, 3 would be the least"
     text += f" ({interval(decision, show)}; smallest difference in sight {show(decision.seen).lstrip('+')})"
     if decision.needed:
         named = " and ".join(f"{count:,} {unit}s" for unit, count in decision.needed.items())
@@ -449,7 +449,8 @@ def compared(study: Study, item: Comparison, candidate: str, comparisons: int) -
         gain = statistics.unpaired(values(candidate), values(item.reference), measured.per)
     else:
         gain = mean(gains(candidate), measured.per,
-                    gains(item.candidate) if candidate == item.control and len(measured.values) == 1 else None)
+                    gains(item.candidate) if candidate == item.control and len(measured.values) == 1 else None,
+                    2 / (measured.items + 2) ** 2 if measured.items else 0.0)       # as statistics.accuracy_gain's
     margin = math.log1p(item.margin) if item.relative else item.margin
     if item.question == "better":
         return superiority(gain, margin, comparisons)

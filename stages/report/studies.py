@@ -40,6 +40,7 @@ class Measurement(Part):
         unit: of `values`, as it is shown: "bits per byte", "accuracy", "seconds", "rank correlation".
         better: which direction is the better one; None for a figure that is only shown.
         per: what one value stands for; the report counts in it ("12 seeds would decide").
+        items: behind each value of an accuracy; without it, values that are all alike decide nothing.
         chance: what a guess scores; a comparison of two measurements that do not beat it is shown and not counted.
     """
 
@@ -49,6 +50,7 @@ class Measurement(Part):
     better: Literal["higher", "lower"] | None
     per: Literal["seed", "draw", "document", "repeat"] = "seed"
     chance: Finite | None = None
+    items: Annotated[int, Field(ge=1)] | None = None
 
 
 class Comparison(Part):
