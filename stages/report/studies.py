@@ -144,16 +144,14 @@ class Study(Part):
 
 def read_study(path: Path) -> Study:
     """Raises RecordError."""
-    remedy = "Make it again by the study's command, or restore the committed file."
+    text = path.read_text()
     try:
-        text = path.read_text()
         study = Study.model_validate_json(text)
-    except OSError as error:
-        raise RecordError(f"{path}: cannot be read ({error.strerror}).\n{remedy}") from None
+        fault = "" if study.study == path.stem else f"holds the study `{study.study}`, not the one of its name"
     except ValidationError as error:
-        raise RecordError(f"{path}: {_explain(text, error)}.\n{remedy}") from None
-    if study.study != path.stem:
-        raise RecordError(f"{path}: holds the study `{study.study}`.\nName the file after its study.")
+        fault = _explain(text, error)
+    if fault:
+        raise RecordError(f"{path}: {fault}.\nMake it again by the study's command, or restore the committed file.")
     return study
 
 
