@@ -262,18 +262,24 @@ def tasks(records: Records, pairs: list[Pair], margin: float, broken: Sequence[P
     if not counted:
         return Answer.UNDECIDED, "no task at which either model beats a guess", rows
 
-    def seeds(of: Sequence[Pair]) -> list[float]:
-        return [float(np.mean([np.mean(records.scores[ours][task]) - np.mean(records.scores[theirs][task])
-                               for task in counted])) for ours, theirs in of]
+    def gains(of: Sequence[Pair], task: str) -> list[float]:
+        return [float(np.mean(records.scores[ours][task]) - np.mean(records.scores[theirs][task]))
+                for ours, theirs in of]
 
-    def gain(of: Sequence[Pair], task: str) -> Estimate:
+    def items(of: Sequence[Pair], task: str) -> Estimate:
         ours, theirs = (np.mean([records.scores[model][task] for model in side], 0) for side in zip(*of, strict=True))
         return statistics.accuracy_gain(ours, theirs)
 
     def judged(of: Sequence[Pair]) -> Decision:
-        by_task = [same_items(of[0], partial(gain, of, task)) for task in counted]
-        over = mean(seeds(of), "seed", seeds(known) if len(of) == 1 else None) if training else None
-        return statistics.tasks_equivalence(by_task, margin, over)
+        by_task = [same_items(of[0], partial(items, of, task)) for task in counted]
+        overall = statistics.average(by_task)
+        if training:
+            found = np.array([gains(of, task) for task in counted])
+            spread = np.array([gains(known, task) for task in counted]) if len(of) == 1 else found
+            by_task = [over_seeds(mean(one, "seed", drawn), item)
+                       for one, drawn, item in zip(found, spread, by_task, strict=True)]
+            overall = over_seeds(mean(found.mean(0), "seed", spread.mean(0)), overall)
+        return statistics.tasks_equivalence(by_task, overall, margin)
 
     decision = judged(known)
     answer, because = with_control(decision, judged(failing) if failing else None, control, points)

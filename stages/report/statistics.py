@@ -182,15 +182,11 @@ def equivalence(estimate: Estimate, margin: float, or_better: bool = False, comp
     return _decision(answer, estimate, 2 * ALPHA, margin, POWER if or_better else (1 + POWER) / 2)
 
 
-def tasks_equivalence(tasks: Sequence[Estimate], margin: float, seeds: Estimate | None = None) -> Decision:
-    """Not worse in the mean over tasks, and in none by itself beyond the margin.
-
-    `seeds`: the mean over tasks once a seed, where the claim is about training; else it is about the models at hand.
-    """
-    overall = average(tasks)
-    decision = equivalence(over_seeds(seeds, overall) if seeds else overall, margin, True, len(tasks) + 1)
-    worse = [equivalence(task, margin, True, len(tasks) + 1).answer for task in tasks]
-    return replace(decision, answer=Answer.FAILS, needed={}) if Answer.FAILS in worse else decision
+def tasks_equivalence(tasks: Sequence[Estimate], overall: Estimate, margin: float) -> Decision:
+    """Not worse in the mean over tasks, and in none by itself beyond the margin."""
+    decision, *each = (equivalence(estimate, margin, True, len(tasks) + 1) for estimate in (overall, *tasks))
+    worse = Answer.FAILS in [one.answer for one in each]
+    return replace(decision, answer=Answer.FAILS, needed={}) if worse else decision
 
 
 def superiority(estimate: Estimate, least: float = 0.0, comparisons: int = 1) -> Decision:
