@@ -36,7 +36,7 @@ class Source:
 
     unit: str                   # seed, document, item, repeat, draw
     variance: float
-    count: int
+    count: int                  # 0: more of them would not make it smaller
     df: float
 
 
@@ -110,7 +110,7 @@ def unpaired(candidate: Sequence[float], reference: Sequence[float], unit: str) 
     if len(candidate) == 1:                 # the two variances are multiples of one estimate
         (source,) = theirs.sources
         return Estimate(ours.value - theirs.value,
-                        (replace(source, variance=source.variance + ours.sources[0].variance),))
+                        (replace(source, variance=source.variance + ours.sources[0].variance, count=0),))
     return Estimate(ours.value - theirs.value, (*ours.sources, *theirs.sources))
 
 
@@ -215,7 +215,7 @@ def _decision(answer: Answer, estimate: Estimate, alpha: float, distance: float,
     quantile = float(special.ndtri(1 - alpha / 2))
     factor = ((quantile + float(special.ndtri(power))) * estimate.error / distance) ** 2 if distance else math.inf
     needed: dict[str, int] = {}
-    if answer is Answer.UNDECIDED and factor < MOST:
+    if answer is Answer.UNDECIDED and factor < MOST and all(source.count for source in estimate.sources):
         for source in estimate.sources:
             count = math.ceil(max(factor, 1) * source.count + quantile**2 / 2)
             needed[source.unit] = needed.get(source.unit, 0) + count
