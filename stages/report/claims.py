@@ -87,8 +87,10 @@ def _claim(records: Records, studies: Mapping[str, Study | RecordError], key: st
             answer, because, evidence = judge_study(record, key)
         else:
             answer, because, evidence = JUDGES[key](records)
-    except DataError as error:
-        answer, because = Answer.UNDECIDED, str(error)
+    except (ValueError, LookupError, ArithmeticError) as error:
+        answer = Answer.UNDECIDED
+        because = str(error) if isinstance(error, DataError) else (
+            f"A record is not as expected ({error!r}).\nRun `{command}` again.")
     return Claim(key=key, rule=rule, command=command, answer=answer, because=because, evidence=evidence, **words)
 
 
@@ -125,7 +127,7 @@ def told(decision: Decision, show: Show) -> str:
     text = show(decision.estimate.value)
     if math.isnan(decision.seen):
         single = [source.unit for source in decision.estimate.sources if math.isnan(source.variance)]
-        return f"{text}; one {' and one '.join(single)} only, whose spread is unknown: 3 would be the least to tell"
+        return f"{text}; one {' and one '.join(single)} only, or all alike: the spread is unknown, 3 would be the least"
     text += f" ({interval(decision, show)}; smallest difference in sight {show(decision.seen).lstrip('+')})"
     if decision.needed:
         named = " and ".join(f"{count:,} {unit}s" for unit, count in decision.needed.items())
@@ -142,12 +144,11 @@ def with_control(decision: Decision, control: Decision | None, name: str, show: 
             f"{told(decision, show)}. The control ({name}) {seen}: {told(control, show)}")
 
 
-def in_order(show: Show, **decisions: Decision) -> Finding:
+def in_order(show: Show, decisions: Mapping[str, Decision]) -> Finding:
     """Of order claims that must all hold, by what was measured."""
-    named = {name.replace("_", " "): decision for name, decision in decisions.items()}
-    return (statistics.all_of([decision.answer for decision in named.values()]),
-            "; ".join(f"{name}: {told(decision, show)}" for name, decision in named.items()),
-            [line(name, decision, show) for name, decision in named.items()])
+    return (statistics.all_of([decision.answer for decision in decisions.values()]),
+            "; ".join(f"{name}: {told(decision, show)}" for name, decision in decisions.items()),
+            [line(name, decision, show) for name, decision in decisions.items()])
 
 
 # --- Models of one profile --------------------------------------------------------------------------------------------
@@ -169,6 +170,14 @@ def fp8_pairs(records: Records, architecture: str, recipe: str | None = None) ->
 
 def evaluated(records: Records, pairs: Sequence[Pair]) -> list[Pair]:
     return [pair for pair in pairs if set(pair) <= set(records.scores)]
+
+
+def learned(records: Records, *models: str) -> None:
+    """Raises DataError for a model that is no better than the compressor, which nothing can be told of."""
+    for model in models:
+        metrics = records.metrics("evaluate", model)
+        if not metrics["bits_per_byte"] < metrics["bits_per_byte_compressor"]:
+            raise DataError(f"{model} learned nothing: it is not better than a compressor.\nTrain it on more tokens.")
 
 
 def trained_gains(records: Records, pairs: Sequence[Pair]) -> list[float]:
@@ -204,10 +213,7 @@ def loss(records: Records, pairs: list[Pair], margin: float, or_better: bool, br
     """Equivalence of final bits per byte over seeds and documents; `broken`: the control's gains."""
     if not (known := evaluated(records, pairs)):
         return Answer.UNDECIDED, "this profile does not train and evaluate both", []
-    for name in known[0]:
-        metrics = records.metrics("evaluate", name)
-        if not metrics["bits_per_byte"] < metrics["bits_per_byte_compressor"]:
-            return Answer.UNDECIDED, f"{name} is not better than the compressor", []
+    learned(records, *known[0])
     gains, texts = trained_gains(records, pairs), documents(records, known[0])
     rule = partial(equivalence, margin=margin, or_better=or_better)
     decision = rule(over_seeds(mean(gains, "seed"), texts))
@@ -239,7 +245,7 @@ def fp8_scaling(records: Records) -> Finding:
         return Answer.UNDECIDED, "this profile does not train FP8 without scales", []
     spread = trained_gains(records, fp8_pairs(records, "hybrid")) if len(pairs) == 1 else None
     gain = mean(trained_gains(records, pairs), "seed", spread)
-    return in_order(percent, bits_per_byte_saved_by_scales=superiority(gain))
+    return in_order(percent, {"bits per byte saved by scales": superiority(gain)})
 
 
 def tasks(records: Records, pairs: list[Pair], margin: float, broken: Sequence[Pair], control: str,
@@ -249,6 +255,7 @@ def tasks(records: Records, pairs: list[Pair], margin: float, broken: Sequence[P
     if not known:
         return Answer.UNDECIDED, "this profile does not evaluate both", []
     counted, models = [], known[0]
+    learned(records, *models)
     for task, right in records.scores[models[0]].items():
         if task.startswith("bits_per_byte_") or "_at_" in task:     # texts, and tasks of lengthened contexts
             continue
@@ -261,22 +268,28 @@ def tasks(records: Records, pairs: list[Pair], margin: float, broken: Sequence[P
     if not counted:
         return Answer.UNDECIDED, "no task at which either model beats a guess", rows
 
-    def seeds(of: Sequence[Pair]) -> list[float]:
-        return [float(np.mean([np.mean(records.scores[ours][task]) - np.mean(records.scores[theirs][task])
-                               for task in counted])) for ours, theirs in of]
+    def gains(of: Sequence[Pair], task: str) -> list[float]:
+        return [float(np.mean(records.scores[ours][task]) - np.mean(records.scores[theirs][task]))
+                for ours, theirs in of]
 
-    def gain(of: Sequence[Pair], task: str) -> Estimate:
+    def items(of: Sequence[Pair], task: str) -> Estimate:
         ours, theirs = (np.mean([records.scores[model][task] for model in side], 0) for side in zip(*of, strict=True))
         return statistics.accuracy_gain(ours, theirs)
 
     def judged(of: Sequence[Pair]) -> Decision:
-        by_task = [same_items(of[0], partial(gain, of, task)) for task in counted]
-        over = mean(seeds(of), "seed", seeds(known) if len(of) == 1 else None) if training else None
-        return statistics.tasks_equivalence(by_task, margin, over)
+        by_task = [same_items(of[0], partial(items, of, task)) for task in counted]
+        overall = statistics.average(by_task)
+        if training:
+            found = np.array([gains(of, task) for task in counted])
+            spread = np.array([gains(known, task) for task in counted]) if len(of) == 1 else found
+            by_task = [over_seeds(mean(one, "seed", drawn), item)
+                       for one, drawn, item in zip(found, spread, by_task, strict=True)]
+            overall = over_seeds(mean(found.mean(0), "seed", spread.mean(0)), overall)
+        return statistics.tasks_equivalence(by_task, overall, margin)
 
     decision = judged(known)
     answer, because = with_control(decision, judged(failing) if failing else None, control, points)
-    return answer, because, [line(f"mean over {len(counted)} tasks", decision, points), *rows]
+    return answer, because, [line(f"mean over {len(counted)} counted", decision, points), *rows]
 
 
 def hybrid_tasks(records: Records) -> Finding:
@@ -294,6 +307,7 @@ def fp8_tasks(records: Records) -> Finding:
 
 
 def compressed_loss(records: Records) -> Finding:
+    learned(records, records.params.compress.parent)
     both = [("compressed", records.params.compress.parent), ("compressed-random", records.params.compress.parent)]
     found = [equivalence(documents(records, pair), LOSS_MARGIN, True) if evaluated(records, [pair]) else None
              for pair in both]
@@ -310,6 +324,7 @@ def compressed_tasks(records: Records) -> Finding:
 
 
 def layer_importance(records: Records) -> Finding:
+    learned(records, records.params.compress.parent)
     layers, count = records.importance, records.params.compress.importance_samples
     found = []
     for end in (layers[0], layers[-1]):
@@ -317,13 +332,15 @@ def layer_importance(records: Records) -> Finding:
         bar = others[math.ceil(len(layers) / 4) - 1]
         found.append(superiority(Estimate(end.importance - bar.importance, tuple(
             Source("sample", layer.standard_error**2, count, count - 1) for layer in (end, bar))), comparisons=2))
-    return in_order(plain, first_layer_above_the_top_quarter=found[0], last_layer_above_the_top_quarter=found[1])
+    return in_order(plain, {f"{which} layer's importance above the top quarter's least": decision
+                            for which, decision in zip(("first", "last"), found, strict=True)})
 
 
 def importance_random(records: Records) -> Finding:
+    learned(records, records.params.compress.parent)
     cuts = records.controls
     gain = statistics.unpaired([-math.log(cuts.importance)], [-math.log(value) for value in cuts.random], "draw")
-    answer, because, evidence = in_order(times, KL_just_cut_at_random_over_chosen=superiority(gain))
+    answer, because, evidence = in_order(times, {"KL just cut, at random over chosen": superiority(gain)})
     shown = f"{cuts.importance:.4f} / {float(np.mean(cuts.random)):.4f} / {cuts.reverse:.4f}"
     return answer, because, [*evidence, Evidence("KL by importance / at random / least important kept", shown,
                                                  f"{len(cuts.random)} draws")]
@@ -341,14 +358,14 @@ def inference_mechanism(records: Records) -> Finding:
         return Answer.UNDECIDED, "decoding was measured at one context only", []
     short, long = (speed_ratio(records, "hybrid", "transformer", context) for context in (contexts[0], contexts[-1]))
     growth = Estimate(long.value - short.value, long.sources + short.sources)
-    return in_order(times, **{f"hybrid over Transformer at {contexts[-1]:,} tokens": superiority(long, comparisons=2),
-                              f"that over the same at {contexts[0]:,}": superiority(growth, comparisons=2)})
+    return in_order(times, {f"hybrid over Transformer at {contexts[-1]:,} tokens": superiority(long, comparisons=2),
+                            f"that over the same at {contexts[0]:,}": superiority(growth, comparisons=2)})
 
 
 def compressed_decode(records: Records) -> Finding:
     longest = max(records.decode_repeats["hybrid"])
     gain = speed_ratio(records, "compressed", "hybrid", longest)
-    return in_order(times, **{f"compressed over parent at {longest:,} tokens": superiority(gain)})
+    return in_order(times, {f"compressed over parent at {longest:,} tokens": superiority(gain)})
 
 
 def exact(wrong: Sequence[str], right: str, evidence: list[Evidence]) -> Finding:
@@ -447,7 +464,8 @@ def compared(study: Study, item: Comparison, candidate: str, comparisons: int) -
         gain = statistics.unpaired(values(candidate), values(item.reference), measured.per)
     else:
         gain = mean(gains(candidate), measured.per,
-                    gains(item.candidate) if candidate == item.control and len(measured.values) == 1 else None)
+                    gains(item.candidate) if candidate == item.control and len(measured.values) == 1 else None,
+                    2 / (measured.items + 2) ** 2 if measured.items else 0.0)       # as statistics.accuracy_gain's
     margin = math.log1p(item.margin) if item.relative else item.margin
     if item.question == "better":
         return superiority(gain, margin, comparisons)

@@ -97,7 +97,7 @@ def test_chance_of_seeds_and_documents_adds_up():
 
 def test_one_seed_decides_nothing_and_a_borrowed_spread_does():
     for found in (equivalence(mean([0.0], "seed"), 1.0), superiority(mean([5.0], "seed")),
-                  superiority(unpaired([5.0], [0.0], "seed"))):
+                  superiority(mean([5.0, 5.0, 5.0], "seed")), superiority(unpaired([5.0], [0.0], "seed"))):
         assert found.answer is UNDECIDED and math.isnan(found.seen) and not found.needed
     assert equivalence(mean([-5.0], "seed", spread_of=[0.1, 0.2, 0.0]), 1.0).answer is FAILS
 
@@ -131,9 +131,9 @@ def test_any_of_several_comparisons_may_fail_only_together_once_in_twenty():
 
 def test_a_task_far_worse_fails_what_the_mean_hides():
     good, bad = certain(0.1), certain(-0.1)
-    assert tasks_equivalence([good, good], 0.02).answer is HOLDS
-    assert tasks_equivalence([good, good, bad], 0.02).answer is FAILS
-    assert tasks_equivalence([good, good], 0.02, seeds=mean([0.1], "seed")).answer is UNDECIDED
+    assert tasks_equivalence([good, good], good, 0.02).answer is HOLDS
+    assert tasks_equivalence([good, good, bad], good, 0.02).answer is FAILS
+    assert tasks_equivalence([good, good], mean([0.1], "seed"), 0.02).answer is UNDECIDED
 
 
 def test_without_a_control_that_fails_nothing_is_told():
