@@ -27,16 +27,24 @@ from flows import PREFECT_HOME
 RECORD = PREFECT_HOME / "server.json"             # {"url", "pid"} of the server that runs
 LOG = Path("logs/prefect-server.log")
 SECONDS_TO_START = 180.0
+SECONDS_TO_ANSWER = 30.0
 PORT = 4200
 
 
 def running() -> str | None:
-    """URL of this repository's server, if it runs and answers."""
+    """URL of this repository's server, if it runs. One that is too busy to answer is waited for, SECONDS_TO_ANSWER."""
     try:
         record = json.loads(RECORD.read_text())
     except (OSError, json.JSONDecodeError):
         return None
-    return record["url"] if psutil.pid_exists(record["pid"]) and _healthy(record["url"]) else None
+    deadline = time.monotonic() + SECONDS_TO_ANSWER
+    while psutil.pid_exists(record["pid"]):
+        if _healthy(record["url"]):
+            return str(record["url"])
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.3)
+    return None
 
 
 def _healthy(url: str) -> bool:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.arguments import check_dtypes, check_multiple, check_shapes
+
 
 def prompt_attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Causal attention of the last tokens of a sequence, those of `q`, over all of it.
@@ -22,7 +24,14 @@ def prompt_attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
     Returns:
         (batch, heads, new tokens, head_dim).
+
+    Raises:
+        ArgumentError: shapes, devices or dtypes disagree, or heads are no multiple of groups.
     """
+    sizes = check_shapes("prompt_attention", q=(q, "batch heads new head_dim"),
+                         keys=(keys, "batch groups tokens head_dim"), values=(values, "batch groups tokens head_dim"))
+    check_dtypes("prompt_attention", q=q, keys=keys, values=values)
+    check_multiple("prompt_attention", "heads", sizes["heads"], "groups", sizes["groups"])
     new, length = q.shape[2], keys.shape[2]
     if not _has_cudnn_kernel(q):
         whole = new == length
@@ -48,7 +57,14 @@ def token_attention(q: Tensor, keys: Tensor, values: Tensor, position: Tensor) -
 
     Returns:
         (batch, heads, head_dim).
+
+    Raises:
+        ArgumentError: shapes, devices or dtypes disagree, or heads are no multiple of groups.
     """
+    sizes = check_shapes("token_attention", q=(q, "batch heads head_dim"),
+                         keys=(keys, "batch groups tokens head_dim"), values=(values, "batch groups tokens head_dim"))
+    check_dtypes("token_attention", q=q, keys=keys, values=values)
+    check_multiple("token_attention", "heads", sizes["heads"], "groups", sizes["groups"])
     if q.is_cuda:
         from kernels import cached_attention_triton
 

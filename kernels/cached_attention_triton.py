@@ -33,7 +33,7 @@ def _split_kernel(
     HEADS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """One split of the tokens for the `HEADS` query heads of a sequence's group."""
-    row, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    row, split, splits = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     length = (tl.load(position) + 1).to(tl.int32)
     share = tl.cdiv(tl.cdiv(length, splits), BLOCK) * BLOCK
     start = split * share
@@ -41,7 +41,7 @@ def _split_kernel(
     head, d = tl.arange(0, ROWS), tl.arange(0, D)
     mine = head < HEADS
     qs = tl.load(q + (row * HEADS + head)[:, None] * D + d[None, :], mine[:, None], 0.0)
-    cache = row.to(tl.int64) * max_length * D
+    cache = row * max_length * D
     highest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     out = tl.zeros((ROWS, D), tl.float32)
@@ -65,7 +65,7 @@ def _split_kernel(
 
 @triton.jit
 def _merge_kernel(outputs, log_sums, y, splits, D: tl.constexpr, SPLITS: tl.constexpr):
-    row, s, d = tl.program_id(0), tl.arange(0, SPLITS), tl.arange(0, D)
+    row, s, d = tl.program_id(0).to(tl.int64), tl.arange(0, SPLITS), tl.arange(0, D)
     sums = tl.load(log_sums + row * splits + s, s < splits, float("-inf"))
     weights = tl.exp2(sums - tl.max(sums, 0))
     outs = tl.load(outputs + (row * splits + s)[:, None] * D + d[None, :], (s < splits)[:, None], 0.0)

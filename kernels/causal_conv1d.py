@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.arguments import check_any, check_shapes
+
 
 def causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor, initial_state: Tensor | None = None, seq_idx: Tensor | None = None
@@ -28,20 +30,28 @@ def causal_conv1d(
     Returns:
         y like x, and the last K - 1 inputs (batch, K - 1, channels): the initial state of what follows. With `seq_idx`
         those of the last document, zeros before it.
+
+    Raises:
+        ArgumentError: shapes or devices disagree, or there is no token.
     """
-    taps = weight.shape[1]
+    taps = weight.shape[-1]
+    check_shapes("causal_conv1d", x=(x, "batch sequence channels"), weight=(weight, "channels K"),
+                 bias=(bias, "channels"), initial_state=(initial_state, f"batch {taps - 1} channels"),
+                 seq_idx=(seq_idx, "batch sequence"))
+    check_any("causal_conv1d", x=x)
     if x.is_cuda:
         from kernels import causal_conv1d_triton
 
         if causal_conv1d_triton.supports(x, weight):
-            y = causal_conv1d_triton.convolve(x, weight, bias, initial_state, seq_idx)
+            y = causal_conv1d_triton.convolve(
+                *causal_conv1d_triton.prepared(x, weight, bias, initial_state, seq_idx)
+            )
             return y, _last_inputs(x, taps - 1, initial_state, seq_idx)
     if initial_state is None:
         initial_state = x.new_zeros(x.shape[0], taps - 1, x.shape[2])
     if seq_idx is not None:
         return _by_document(x, weight, bias, initial_state.to(x.dtype), seq_idx)
-    inputs = torch.cat([initial_state.to(x.dtype), x], 1)
-    return _ShiftedTaps.apply(inputs, weight, bias), inputs[:, x.shape[1] :]
+    return _Convolution.apply(x, initial_state, weight, bias), _last_inputs(x, taps - 1, initial_state, None)
 
 
 def _by_document(
@@ -57,7 +67,7 @@ def _by_document(
     before = position.view(batch, length)[:, :1] + torch.arange(-reach, 0, device=x.device)
     rows = x.new_zeros(batch * length + reach * int(document[-1]), channels)
     rows = rows.index_copy(0, position, x.flatten(0, 1)).index_copy(0, before.flatten(), initial_state.flatten(0, 1))
-    y = _ShiftedTaps.apply(rows[None], weight, bias)[0]
+    y = _Convolution.apply(rows[None, reach:], rows[None, :reach], weight, bias)[0]
     after = position.view(batch, length)[:, -1:] + torch.arange(1 - reach, 1, device=x.device)
     return y[position - reach].view_as(x), rows[after]
 
@@ -72,51 +82,45 @@ def _last_inputs(x: Tensor, count: int, initial_state: Tensor | None, seq_idx: T
     return inputs * (documents == documents[:, -1:])[..., None]
 
 
-class _ShiftedTaps(torch.autograd.Function):
-    """Shifted multiply-adds with channels last, one sequence at a time so that its rows stay in the cache.
-
-    `F.conv1d` wants channels first, and PyTorch's CPU backward of a depthwise convolution takes most of its time.
-    """
+class _Convolution(torch.autograd.Function):
+    """PyTorch's depthwise convolution over an image one pixel high whose channels are last in memory: oneDNN then reads
+    and writes rows as they lie. `F.conv1d` would have them turned over first, and back."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """(batch, K - 1 + sequence, channels) -> (batch, sequence, channels)."""
-        precise = torch.promote_types(inputs.dtype, torch.float32)
-        taps = weight.to(precise).T.contiguous()
-        shift = bias.to(precise)
-        batch, length, channels = inputs.shape[0], inputs.shape[1] - len(taps) + 1, inputs.shape[2]
-        before_silu = inputs.new_empty(batch, length, channels, dtype=precise)
-        y = inputs.new_empty(batch, length, channels)
-        rows = taps.new_empty(inputs.shape[1:])
-        for source, sums, out in zip(inputs, before_silu, y, strict=True):
-            rows.copy_(source)
-            torch.addcmul(shift, rows[:length], taps[0], out=sums)
-            for k in range(1, len(taps)):
-                sums.addcmul_(rows[k : k + length], taps[k])
-            out.copy_(F.silu(sums))
+    def forward(ctx: Any, x: Tensor, initial_state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """(batch, sequence, channels) after (batch, K - 1, channels) -> (batch, sequence, channels)."""
+        precise, reach = torch.promote_types(x.dtype, torch.float32), initial_state.shape[1]
+        inputs = x.new_empty(x.shape[0], reach + x.shape[1], x.shape[2], dtype=precise)
+        inputs[:, :reach], inputs[:, reach:] = initial_state, x             # joined and converted in one pass
+        sums = F.conv2d(_image(inputs), _kernel(weight.to(precise)), bias.to(precise), groups=len(bias))
+        before_silu = sums.squeeze(2).transpose(1, 2).contiguous()
         ctx.save_for_backward(inputs, before_silu, weight, bias)
-        return y
+        return F.silu(before_silu).to(x.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
         inputs, before_silu, weight, bias = ctx.saved_tensors
-        taps = weight.to(before_silu.dtype).T.contiguous()
-        reach, length, channels = len(taps) - 1, dy.shape[1], dy.shape[2]
-        dinputs = torch.empty_like(inputs)
-        dtaps, dbias = torch.zeros_like(taps), torch.zeros_like(taps[0])
-        padded = taps.new_zeros(length + 2 * reach, channels)           # the sums' gradient between zeros
-        dsums = padded[reach : reach + length]
-        product, rows = torch.empty_like(dsums), taps.new_empty(inputs.shape[1:])
-        total = torch.empty_like(rows)
-        for source, sums, dout, out in zip(inputs, before_silu, dy, dinputs, strict=True):
-            rows.copy_(source)
-            dsums.copy_(torch.ops.aten.silu_backward(dout.to(taps.dtype), sums))
-            dbias += dsums.sum(0)
-            torch.mul(padded[reach:], taps[0], out=total)
-            for k in range(len(taps)):
-                dtaps[k] += torch.mul(dsums, rows[k : k + length], out=product).sum(0)
-                if k:
-                    total.addcmul_(padded[reach - k : reach - k + length + reach], taps[k])
-            out.copy_(total)
-        return dinputs, dtaps.T.to(weight.dtype), dbias.to(bias.dtype)
+        dsums = torch.ops.aten.silu_backward(dy.to(inputs.dtype), before_silu).contiguous()
+
+        def gradient(*wanted: bool) -> list[Tensor]:
+            return torch.ops.aten.convolution_backward(
+                _image(dsums), _image(inputs), _kernel(weight.to(inputs.dtype)), None, (1, 1), (0, 0), (1, 1), False,
+                (0, 0), len(bias), wanted,
+            )
+
+        dinputs = gradient(True, False, False)[0].squeeze(2).transpose(1, 2).to(dy.dtype)
+        dweight = gradient(False, True, False)[1].squeeze(2).squeeze(1)
+        reach = inputs.shape[1] - dy.shape[1]
+        return (dinputs[:, reach:], dinputs[:, :reach], dweight.to(weight.dtype),
+                dsums.sum((0, 1)).to(bias.dtype))
+
+
+def _image(rows: Tensor) -> Tensor:
+    """(batch, width, channels) seen as (batch, channels, 1, width)."""
+    return rows.transpose(1, 2).unsqueeze(2)
+
+
+def _kernel(weight: Tensor) -> Tensor:
+    """(channels, K) seen as (channels, 1, 1, K)."""
+    return weight[:, None, None, :]

@@ -34,6 +34,15 @@ def _document(documents, b, t, length):
 
 
 @triton.jit
+def _program(length, channels, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
+    """A program's channels, its first token and its sequence, in 64 bits. All in one axis: others end at 65,535."""
+    across, along = tl.cdiv(channels, CHANNELS), tl.cdiv(length, TOKENS)
+    stretch = tl.program_id(0) // across
+    c = tl.program_id(0) % across * CHANNELS + tl.arange(0, CHANNELS)
+    return c, stretch % along * TOKENS, (stretch // along).to(tl.int64)
+
+
+@triton.jit
 def _parameters(weight, bias, c, here):
     """The four taps' weights and the bias of channels c, as float32."""
     w0, w1 = tl.load(weight + c * 4, here, 0.0).to(tl.float32), tl.load(weight + c * 4 + 1, here, 0.0).to(tl.float32)
@@ -47,12 +56,11 @@ def _forward_kernel(
     x, weight, bias, first, documents, y, batch_stride, time_stride, y_batch, y_time, length, channels,
     HAS_FIRST: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):
-    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    start, b = tl.program_id(1) * TOKENS, tl.program_id(2)
+    c, start, b = _program(length, channels, TOKENS, CHANNELS)
     here = c < channels
     w0, w1, w2, w3, shift = _parameters(weight, bias, c, here)
-    x += b.to(tl.int64) * batch_stride
-    y += b.to(tl.int64) * y_batch + c
+    x += b * batch_stride
+    y += b * y_batch + c
     x0 = _row(x, b, start - 3, length, c, channels, time_stride, first, HAS_FIRST)
     x1 = _row(x, b, start - 2, length, c, channels, time_stride, first, HAS_FIRST)
     x2 = _row(x, b, start - 1, length, c, channels, time_stride, first, HAS_FIRST)
@@ -137,13 +145,12 @@ def _backward_kernel(
 ):
     """dx of tokens start - 3 .. start + TOKENS - 4 and, of sequences' first programs, that of the inputs before them;
     the last program goes 3 further. `partial` (batch, programs, 5, channels): dweight and dbias."""
-    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    start, b = tl.program_id(1) * TOKENS, tl.program_id(2)
+    c, start, b = _program(length, channels, TOKENS, CHANNELS)
     here = c < channels
     w0, w1, w2, w3, shift = _parameters(weight, bias, c, here)
-    x += b.to(tl.int64) * batch_stride
-    dy += b.to(tl.int64) * dy_batch
-    dx += b.to(tl.int64) * dx_batch + c
+    x += b * batch_stride
+    dy += b * dy_batch
+    dx += b * dx_batch + c
     zero = tl.zeros((CHANNELS,), tl.float32)
     dw0, dw1, dw2, dw3, db, open0, open1, open2 = zero, zero, zero, zero, zero, zero, zero, zero
     x0 = _row(x, b, start - 6, length, c, channels, time_stride, first, HAS_FIRST)
@@ -202,7 +209,7 @@ def _backward_kernel(
             if HAS_FIRST:
                 tl.store(dfirst + (b * 3 + due + 3) * channels + c, open0, here & (due < 0))
             open0, open1, open2 = open1, open2, zero
-    partial += (b * tl.num_programs(1) + tl.program_id(1)) * 5 * channels + c
+    partial += (b * tl.cdiv(length, TOKENS) + start // TOKENS) * 5 * channels + c
     tl.store(partial, dw0, here)
     tl.store(partial + channels, dw1, here)
     tl.store(partial + 2 * channels, dw2, here)
@@ -216,8 +223,17 @@ BACKWARD = Tiles(channels=128, tokens=128, warps=1)
 
 
 def supports(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernels take these inputs: on a GPU, 2 bytes an element, four taps, channels side by side."""
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and weight.shape[1] == TAPS and x.stride(2) == 1
+    """Whether the kernels take these inputs: on a GPU, 2 bytes an element, four taps."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and weight.shape[1] == TAPS
+
+
+def prepared(
+    x: Tensor, weight: Tensor, bias: Tensor, first: Tensor | None, documents: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The arguments of `convolve`, copied where they do not lie as the kernels read them."""
+    return (x if x.stride(2) == 1 else x.contiguous(), weight.contiguous(), bias.contiguous(),
+            None if first is None else first.contiguous(),
+            None if documents is None else documents.to(torch.int32).contiguous())
 
 
 def run_forward(
@@ -225,9 +241,8 @@ def run_forward(
 ) -> None:
     """Write y, of any strides whose channels lie side by side."""
     b, t, channels = x.shape
-    grid = (triton.cdiv(channels, FORWARD.channels), triton.cdiv(t, FORWARD.tokens), b)
-    _forward_kernel[grid](
-        x, weight.contiguous(), bias, x if first is None else first, x if documents is None else documents, y,
+    _forward_kernel[(triton.cdiv(channels, FORWARD.channels) * triton.cdiv(t, FORWARD.tokens) * b,)](
+        x, weight, bias, x if first is None else first, x if documents is None else documents, y,
         *x.stride()[:2], *y.stride()[:2], t, channels, HAS_FIRST=first is not None, HAS_DOCUMENTS=documents is not None,
         TOKENS=FORWARD.tokens, CHANNELS=FORWARD.channels, num_warps=FORWARD.warps,
     )
@@ -241,8 +256,8 @@ def run_backward(
     programs = triton.cdiv(t, BACKWARD.tokens)
     dfirst = x.new_empty(b, TAPS - 1, channels, dtype=torch.float32)
     partial = x.new_empty(b * programs, TAPS + 1, channels, dtype=torch.float32)
-    _backward_kernel[(triton.cdiv(channels, BACKWARD.channels), programs, b)](
-        x, dy, weight.contiguous(), bias, x if first is None else first, x if documents is None else documents, dx,
+    _backward_kernel[(triton.cdiv(channels, BACKWARD.channels) * programs * b,)](
+        x, dy, weight, bias, x if first is None else first, x if documents is None else documents, dx,
         dfirst, partial, *x.stride()[:2], *dy.stride()[:2], *dx.stride()[:2], t, channels, HAS_FIRST=first is not None,
         HAS_DOCUMENTS=documents is not None, TOKENS=BACKWARD.tokens, CHANNELS=BACKWARD.channels,
         num_warps=BACKWARD.warps,

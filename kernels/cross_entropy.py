@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.arguments import ArgumentError, check_dtypes, check_shapes
+
+IGNORED = -100              # a label without a loss, PyTorch's `ignore_index`
 _ROWS = 32                  # of logits at a time on a CPU: their float32 copies stay in cache
 _BLOCK_BYTES = 2**30        # of logits at a time in linear_cross_entropy
 
@@ -20,12 +23,17 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: (..., vocab) float32 or bfloat16, contiguous.
-        labels: (...) int64, from 0 to vocab - 1.
+        labels: (...) int64, from 0 to vocab - 1, or -100: no loss and no gradient.
 
     Returns:
-        (...) float32.
+        (...) float32. On a GPU, which nobody waits for here, the loss of a label out of range is NaN.
+
+    Raises:
+        ArgumentError: shapes or devices disagree; on a CPU, a label is out of range.
     """
-    rows, targets = logits.flatten(0, -2), labels.flatten()
+    check_shapes("cross_entropy", logits=(logits, " ".join(map(str, logits.shape))),
+                 labels=(labels, " ".join(map(str, logits.shape[:-1]))))
+    rows, targets = logits.flatten(0, -2), labels.flatten().contiguous()
     if logits.is_cuda:
         from kernels import cross_entropy_triton
 
@@ -49,14 +57,22 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, row_wei
     Args:
         hidden: (..., hidden) float32 or bfloat16.
         weight: (vocab, hidden), hidden's dtype.
-        labels: (...) int64, from 0 to vocab - 1.
+        labels: (...) int64, from 0 to vocab - 1, or -100: no loss and no gradient.
         row_weights: (...) float32.
 
     Returns:
-        sum(row_weights * losses) (), and the losses (...), float32; the losses carry no gradient.
+        sum(row_weights * losses) (), and the losses (...), float32; the losses carry no gradient. As `cross_entropy`
+        for labels out of range.
+
+    Raises:
+        ArgumentError: shapes, devices or the dtypes of hidden and weight disagree; on a CPU, a label is out of range.
     """
-    rows = hidden.flatten(0, -2), weight, labels.flatten(), row_weights.flatten().float()
-    total, losses = _LinearCrossEntropy.apply(*rows, torch.is_grad_enabled())
+    rows = " ".join(map(str, hidden.shape[:-1]))
+    check_shapes("linear_cross_entropy", hidden=(hidden, f"{rows} hidden"), weight=(weight, "vocab hidden"),
+                 labels=(labels, rows), row_weights=(row_weights, rows))
+    check_dtypes("linear_cross_entropy", hidden=hidden, weight=weight)
+    flat = (hidden.flatten(0, -2), weight, labels.flatten().contiguous(), row_weights.flatten().float().contiguous())
+    total, losses = _LinearCrossEntropy.apply(*flat, torch.is_grad_enabled())
     return total, losses.view_as(labels)
 
 
@@ -126,16 +142,22 @@ def _replace_by_gradient(logits: Tensor, labels: Tensor, row_weights: Tensor) ->
 
 def _losses_and_gradient(logits: Tensor, labels: Tensor, row_weights: Tensor | None, gradient: Tensor) -> Tensor:
     """Losses (rows,) of logits (rows, vocab), and into `gradient` softmax - one_hot times the weights."""
+    ignored = labels == IGNORED
+    targets = labels.masked_fill(ignored, 0)
+    if len(labels) and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]:
+        raise ArgumentError(f"cross_entropy: labels lie between {int(targets.min())} and {int(targets.max())}.\n"
+                            f"They must lie between 0 and {logits.shape[1] - 1}, or be {IGNORED}.")
     losses = torch.empty_like(labels, dtype=torch.float32)
     for start in range(0, len(labels), _ROWS):
         block = slice(start, start + _ROWS)
         values = logits[block].to(torch.float32, copy=True)
-        target = labels[block, None]
+        target = targets[block, None]
         of_target = values.gather(1, target).squeeze(1)
         largest = values.amax(-1, keepdim=True)
         values.sub_(largest).exp_()
         total = values.sum(-1, keepdim=True)
         torch.sub(torch.log(total).add_(largest).squeeze(1), of_target, out=losses[block])
         values.div_(total).scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
+        values.masked_fill_(ignored[block, None], 0)
         gradient[block] = values if row_weights is None else values.mul_(row_weights[block, None])
-    return losses
+    return losses.masked_fill_(ignored, 0)

@@ -21,6 +21,7 @@ class Tiles(NamedTuple):
 
 
 LOWEST = tl.constexpr(-3.0e38)          # finite: the difference of two infinities is no number
+IGNORED = tl.constexpr(-100)            # PyTorch's `ignore_index`
 _VECTOR_BYTES = 16
 
 
@@ -50,11 +51,18 @@ def _write_gradient(row, label, log_sum_exp, weight, vocab, LANES: tl.constexpr,
 
 
 @triton.jit
+def _logit_of(row, label, vocab):
+    """The label's logit; NaN for a label out of range, rather than another row's."""
+    return tl.load(row + label, (label >= 0) & (label < vocab), float("nan")).to(tl.float32)
+
+
+@triton.jit
 def _losses_kernel(logits, labels, losses, log_sum_exps, stride, vocab, LANES: tl.constexpr, WIDTH: tl.constexpr):
     r = tl.program_id(0).to(tl.int64)
-    of_label = tl.load(logits + r * stride + tl.load(labels + r)).to(tl.float32)
+    label = tl.load(labels + r)
+    of_label = _logit_of(logits + r * stride, label, vocab)
     log_sum_exp = _log_sum_exp(logits + r * stride, vocab, LANES, WIDTH)
-    tl.store(losses + r, log_sum_exp - of_label)
+    tl.store(losses + r, tl.where(label == IGNORED, 0.0, log_sum_exp - of_label))
     tl.store(log_sum_exps + r, log_sum_exp)
 
 
@@ -63,8 +71,9 @@ def _gradient_kernel(
     logits, labels, log_sum_exps, weights, weights_stride, stride, vocab, LANES: tl.constexpr, WIDTH: tl.constexpr
 ):
     r = tl.program_id(0).to(tl.int64)
-    _write_gradient(logits + r * stride, tl.load(labels + r), tl.load(log_sum_exps + r),
-                    tl.load(weights + r * weights_stride), vocab, LANES, WIDTH)
+    label = tl.load(labels + r)
+    weight = tl.where(label == IGNORED, 0.0, tl.load(weights + r * weights_stride))
+    _write_gradient(logits + r * stride, label, tl.load(log_sum_exps + r), weight, vocab, LANES, WIDTH)
 
 
 @triton.jit
@@ -73,10 +82,11 @@ def _losses_and_gradient_kernel(
 ):
     r = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + r)
-    of_label = tl.load(logits + r * stride + label).to(tl.float32)     # before the barriers, so not overwritten yet
+    of_label = _logit_of(logits + r * stride, label, vocab)            # before the barriers, so not overwritten yet
     log_sum_exp = _log_sum_exp(logits + r * stride, vocab, LANES, WIDTH)
-    tl.store(losses + r, log_sum_exp - of_label)
-    _write_gradient(logits + r * stride, label, log_sum_exp, tl.load(weights + r), vocab, LANES, WIDTH)
+    tl.store(losses + r, tl.where(label == IGNORED, 0.0, log_sum_exp - of_label))
+    weight = tl.where(label == IGNORED, 0.0, tl.load(weights + r))
+    _write_gradient(logits + r * stride, label, log_sum_exp, weight, vocab, LANES, WIDTH)
 
 
 # Fastest on an H200 at a vocabulary of 131072.

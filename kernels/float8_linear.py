@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.arguments import check_shapes
+
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -47,7 +49,12 @@ def float8_linear(x: Tensor, weight: Rows) -> Tensor:
 
     Returns:
         (..., outputs) in x's dtype.
+
+    Raises:
+        ArgumentError: shapes or devices disagree.
     """
+    check_shapes("float8_linear", x=(x, " ".join([*map(str, x.shape[:-1]), "inputs"])),
+                 weight=(weight.values, "outputs inputs"), scales=(weight.scales, "outputs 1"))
     rows = quantize_rows(x.reshape(-1, x.shape[-1]))
     if x.is_cuda:
         y = torch._scaled_mm(rows.values, weight.values.t(), scale_a=rows.scales, scale_b=weight.scales.t(),

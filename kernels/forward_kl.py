@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.arguments import check_any, check_dtypes, check_shapes
+
 _ROWS = 64                  # of logits at a time on a CPU: their float32 copies stay in cache
 
 
@@ -23,7 +25,13 @@ def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
 
     Returns:
         () float32, float64 for float64 logits.
+
+    Raises:
+        ArgumentError: shapes, devices or dtypes disagree, or there is no row.
     """
+    check_shapes("forward_kl", student=(student, "rows vocab"), teacher=(teacher, "rows vocab"))
+    check_dtypes("forward_kl", student=student, teacher=teacher)
+    check_any("forward_kl", student=student)
     return _ForwardKL.apply(student, teacher)
 
 

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.arguments import check_any, check_dtypes, check_multiple, check_shapes
+
 _BLOCK = 65_536                  # elements; the float32 temporaries of one block stay in the second-level cache
 
 
@@ -24,14 +26,24 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, groups: int, epsilon
 
     Returns:
         (..., channels) in x's dtype.
+
+    Raises:
+        ArgumentError: shapes, devices or the dtypes of x and gate disagree, or channels are no multiple of groups.
     """
     channels = x.shape[-1]
+    axes = " ".join(map(str, x.shape))
+    check_shapes("gated_rms_norm", x=(x, axes), gate=(gate, axes), weight=(weight, str(channels)))
+    check_dtypes("gated_rms_norm", x=x, gate=gate)
+    check_any("gated_rms_norm", x=x)
+    check_multiple("gated_rms_norm", "channels", channels, "groups", groups)
     rows = x.reshape(-1, channels), gate.reshape(-1, channels)
     if x.is_cuda:
         from kernels import gated_norm_triton
 
         if gated_norm_triton.supports(*rows):
-            return gated_norm_triton.normalise(*rows, weight, groups, epsilon).view(x.shape)
+            return gated_norm_triton.normalise(
+                *gated_norm_triton.prepared(*rows, weight), groups, epsilon
+            ).view(x.shape)
     y = _GatedNorm.apply(*rows, weight, groups, epsilon)
     return y.view(x.shape)
 
@@ -44,13 +56,20 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     Args:
         x: (..., channels) float64, float32 or bfloat16.
         weight: (channels,).
+
+    Raises:
+        ArgumentError: shapes or devices disagree.
     """
+    check_shapes("rms_norm", x=(x, " ".join(map(str, x.shape))), weight=(weight, str(x.shape[-1])))
+    check_any("rms_norm", x=x)
     rows = x.reshape(-1, x.shape[-1])
     if x.is_cuda:
         from kernels import gated_norm_triton
 
         if gated_norm_triton.supports(rows, None):
-            return gated_norm_triton.normalise(rows, None, weight, 1, epsilon).view(x.shape)
+            return gated_norm_triton.normalise(
+                *gated_norm_triton.prepared(rows, None, weight), 1, epsilon
+            ).view(x.shape)
     return F.rms_norm(x, weight.shape, weight, epsilon)
 
 

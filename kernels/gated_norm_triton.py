@@ -84,9 +84,14 @@ WIDTH = 1024
 
 
 def supports(x: Tensor, gate: Tensor | None) -> bool:
-    """Whether the kernels take (rows, channels) inputs like these: on a GPU, 2 bytes an element, channels together."""
-    together = x.stride(1) == 1 and (gate is None or gate.stride(1) == 1)
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and together
+    """Whether the kernels take (rows, channels) inputs like these: on a GPU, 2 bytes an element."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def prepared(x: Tensor, gate: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The tensors of `normalise`, copied where they do not lie as the kernels read them."""
+    x, gate = (rows if rows is None or rows.stride(1) == 1 else rows.contiguous() for rows in (x, gate))
+    return x, gate, weight.contiguous()
 
 
 def run_forward(
@@ -132,7 +137,7 @@ def run_backward(
     size = channels // groups
     block = triton.next_power_of_2(size)
     tile = _fitted(BACKWARD, block)
-    programs = min(tile.programs // groups, triton.cdiv(rows, tile.rows))
+    programs = min(max(1, tile.programs // groups), triton.cdiv(rows, tile.rows))
     partial = x.new_empty(programs, channels, dtype=torch.float32)
     strides = (0, dy.stride(0), 0) if gate is None or dgate is None else (gate.stride(0), dy.stride(0), dgate.stride(0))
     _backward_kernel[(programs, groups)](

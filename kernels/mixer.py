@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.arguments import check_any, check_multiple, check_shapes
 from kernels.causal_conv1d import causal_conv1d
 from kernels.gated_norm import gated_rms_norm
 from kernels.ssd import chunk_scan
@@ -49,14 +50,28 @@ def mix(
 
     Returns:
         (batch, sequence, heads head_dim), its tokens in memory in the order of `projected`'s.
+
+    Raises:
+        ArgumentError: shapes or devices disagree, or heads are no multiple of groups.
     """
     heads, inner = len(weights.D), len(weights.norm_weight)
     states = groups * state_dim
+    check_multiple("mix", "channels of the norm", inner, "heads", heads)
+    check_multiple("mix", "heads", heads, "groups", groups)
+    check_shapes(
+        "mix", projected=(projected, f"batch sequence {2 * inner + 2 * states + heads}"),
+        conv_weight=(weights.conv_weight, f"{inner + 2 * states} K"),
+        conv_bias=(weights.conv_bias, f"{inner + 2 * states}"), dt_bias=(weights.dt_bias, f"{heads}"),
+        A_log=(weights.A_log, f"{heads}"), D=(weights.D, f"{heads}"), norm_weight=(weights.norm_weight, f"{inner}"),
+        seq_idx=(seq_idx, "batch sequence"),
+    )
+    check_any("mix", projected=projected)
     if projected.is_cuda:
         from kernels import mixer_triton
 
         if mixer_triton.supports(projected, weights, inner // heads, state_dim):
-            return mixer_triton.mix(projected, *weights, groups, state_dim, epsilon, seq_idx)[0]
+            prepared = mixer_triton.prepared(projected, weights, seq_idx)
+            return mixer_triton.mix(*prepared[:-1], groups, state_dim, epsilon, prepared[-1])[0]
     gate, xBC, dt = projected.split([inner, inner + 2 * states, heads], -1)
     xBC, _ = causal_conv1d(xBC, weights.conv_weight, weights.conv_bias, seq_idx=seq_idx)
     x, B, C = xBC.split([inner, states, states], -1)

@@ -19,10 +19,15 @@ from kernels import causal_conv1d_triton, gated_norm_triton, ssd_triton
 def supports(projected: Tensor, weights: Any, head_dim: int, state_dim: int) -> bool:
     """Whether the kernels take these inputs."""
     like = projected.new_empty(1, 1, 1, head_dim), projected.new_empty(1, 1, 1, state_dim)
-    return (
-        causal_conv1d_triton.supports(projected, weights.conv_weight) and ssd_triton.supports(*like)
-        and _is_packed(projected)
-    )
+    return causal_conv1d_triton.supports(projected, weights.conv_weight) and ssd_triton.supports(*like)
+
+
+def prepared(projected: Tensor, weights: Any, documents: Tensor | None) -> tuple[Any, ...]:
+    """The tensors of `mix`, copied where they do not lie as the kernels read them."""
+    in_place = _is_packed(projected) and projected.stride(1) * ssd_triton.CHUNK < 2**31
+    conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = (tensor.contiguous() for tensor in weights)
+    return (projected if in_place else projected.contiguous(), conv_weight, conv_bias, dt_bias.float(), A_log.float(),
+            D.float(), norm_weight, None if documents is None else documents.to(torch.int32).contiguous())
 
 
 @torch.library.custom_op("nemotron_h::mixer", mutates_args=())

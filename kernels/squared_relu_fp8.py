@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.arguments import check_dtypes, check_shapes
 from kernels.fp8_quantize import Format, quantize
 
 Operation = Literal["none", "squared_relu", "squared_relu_backward"]
@@ -47,6 +48,8 @@ def squared_relu_backward_quantize(dy: Tensor, h: Tensor) -> Quantized:
 
 
 def _run(operation: Operation, h: Tensor, dy: Tensor | None, format: Format) -> Quantized:
+    check_shapes(operation, h=(h, "tokens channels"), dy=(dy, "tokens channels"))
+    check_dtypes(operation, h=h, dy=dy)
     if h.is_cuda:
         from kernels import squared_relu_fp8_triton
 

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.arguments import ArgumentError, check_any, check_dtypes, check_multiple, check_shapes
+
 # exp(-50) = 2e-22 is nothing beside 1, but keeps products of decays out of the denormal range, where a CPU crawls.
 _LEAST_LOG_DECAY = -50.0
 
@@ -53,13 +55,25 @@ def chunk_scan(
 
     Returns:
         y (b, t, h, p) in x's dtype and the state after the last token, (b, h, p, n) float32 (float64 for float64 x).
+
+    Raises:
+        ArgumentError: shapes, devices or the dtypes of x, B and C disagree, heads are no multiple of groups, or there
+            is no token or chunk.
     """
+    sizes = check_shapes(
+        "chunk_scan", x=(x, "b t h p"), dt=(dt, "b t h"), A=(A, "h"), B=(B, "b t g n"), C=(C, "b t g n"), D=(D, "h"),
+        dt_bias=(dt_bias, "h"), initial_state=(initial_state, "b h p n"), seq_idx=(seq_idx, "b t"),
+    )
+    check_dtypes("chunk_scan", x=x, B=B, C=C)
+    check_multiple("chunk_scan", "heads", sizes["h"], "groups", sizes["g"])
+    check_any("chunk_scan", x=x, B=B)
+    if chunk_size < 1:
+        raise ArgumentError(f"chunk_scan: chunk_size is {chunk_size}.\nIt must be at least 1.")
     if x.is_cuda:
         from kernels import ssd_triton
 
         if ssd_triton.supports(x, B):
-            before = None if initial_state is None else initial_state.float().transpose(2, 3).contiguous()
-            y, final, *_ = ssd_triton.scan(x, dt, A, B, C, D, dt_bias, before, seq_idx)
+            y, final, *_ = ssd_triton.scan(*ssd_triton.prepared(x, dt, A, B, C, D, dt_bias, initial_state, seq_idx))
             return y, final.transpose(2, 3)
     batch, length, heads, head_dim = x.shape
     precise = torch.promote_types(x.dtype, torch.float32)
@@ -185,5 +199,6 @@ def _stay_in_document(seq_idx: Tensor, decay: Tensor, to_end: Tensor, from_start
 def _chunk_passing(log_decay: Tensor) -> Tensor:
     """Log decay over each chunk, (b, h, c) -> (b, h, c+1, c+1): what is left at the start of chunk i (row c: at the
     end) of column 0, the initial state, and of column k + 1, what chunk k added."""
-    total = F.pad(log_decay, (1, 0)).cumsum(-1)
-    return (total[..., :, None] - total[..., None, :]).clamp_(_LEAST_LOG_DECAY, 0).exp_().tril_()
+    total = F.pad(log_decay, (1, 0)).double().cumsum(-1)            # thousands of chunks: float32 would round them away
+    passed = (total[..., :, None] - total[..., None, :]).clamp_(_LEAST_LOG_DECAY, 0)
+    return passed.to(log_decay.dtype).exp_().tril_()

@@ -44,19 +44,62 @@ def _document(documents, b, t, length):
 
 
 @triton.jit
+def _rows(tensor, b, c, Q: tl.constexpr, batch_stride, time_stride):
+    """Where chunk c of sequence b begins: in 64 bits, so that offsets within a chunk may have 32."""
+    return tensor + b * batch_stride + c.to(tl.int64) * Q * time_stride
+
+
+@triton.jit
+def _columns(inside, column, SIZE: tl.constexpr, TILE: tl.constexpr):
+    """`inside` (rows, 1), and where a tile is wider than the tensor, its columns too."""
+    if TILE > SIZE:
+        inside = inside & (column < SIZE)[None, :]
+    return inside
+
+
+@triton.jit
+def _load_state(state, n, p, N: tl.constexpr, N_TILE: tl.constexpr, P: tl.constexpr, P_TILE: tl.constexpr):
+    """A tile (n, p) of a state, zeros beyond its sizes."""
+    at = state + n[:, None] * P + p[None, :]
+    if (N_TILE > N) or (P_TILE > P):
+        values = tl.load(at, (n < N)[:, None] & (p < P)[None, :], 0.0)
+    else:
+        values = tl.load(at)
+    return values
+
+
+@triton.jit
+def _store_state(state, values, n, p, N: tl.constexpr, N_TILE: tl.constexpr, P: tl.constexpr, P_TILE: tl.constexpr):
+    at = state + n[:, None] * P + p[None, :]
+    if (N_TILE > N) or (P_TILE > P):
+        tl.store(at, values.to(state.dtype.element_ty), (n < N)[:, None] & (p < P)[None, :])
+    else:
+        tl.store(at, values.to(state.dtype.element_ty))
+
+
+@triton.jit
+def softplus(raw):
+    """log(1 + exp(raw)), to float32's precision for very negative ones too."""
+    small = tl.exp(-tl.abs(raw))
+    series = small * (1.0 - small * (1.0 / 2 - small * (1.0 / 3 - small * (1.0 / 4))))
+    return tl.maximum(raw, 0.0) + tl.where(small < 0.03, series, tl.log(1.0 + small))
+
+
+@triton.jit
 def _decays_kernel(
     dt, dt_bias, A, step, decay, batch_stride, time_stride, length, heads, chunks, padded,
     Q: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """step = softplus(dt + dt_bias) and the running sum of step A log2(e) in each chunk: (batch, heads, padded)."""
-    c, h_block, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    t = c * Q + tl.arange(0, Q)
+    c, h_block, b = tl.program_id(0) % chunks, tl.program_id(1), (tl.program_id(0) // chunks).to(tl.int64)
+    q = tl.arange(0, Q)
+    t = c * Q + q
     h = h_block * BLOCK + tl.arange(0, BLOCK)
     inside = (t < length)[:, None] & (h < heads)[None, :]
-    raw = tl.load(dt + b * batch_stride + t[:, None] * time_stride + h[None, :], inside, 0.0).to(tl.float32)
+    dt = _rows(dt, b, c, Q, batch_stride, time_stride)
+    raw = tl.load(dt + q[:, None] * time_stride + h[None, :], inside, 0.0).to(tl.float32)
     raw += tl.load(dt_bias + h, h < heads, 0.0)[None, :]
-    softplus = tl.maximum(raw, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(raw)))
-    steps = tl.where(inside, softplus, 0.0)
+    steps = tl.where(inside, softplus(raw), 0.0)
     rate = tl.load(A + h, h < heads, 0.0) * LOG2_E
     out = (b * heads + h[None, :]) * padded + t[:, None]
     tl.store(step + out, steps, (h < heads)[None, :])
@@ -67,25 +110,25 @@ def _decays_kernel(
 def _state_walk_kernel(
     x, B, step, decay, initial, documents, states, final, x_batch, x_time, B_batch, B_time,
     length, heads, ratio, chunks, padded, HAS_INITIAL: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
-    Q: tl.constexpr, N: tl.constexpr, P: tl.constexpr, COLUMNS: tl.constexpr,
+    Q: tl.constexpr, N: tl.constexpr, N_TILE: tl.constexpr, P: tl.constexpr, P_TILE: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """States (batch, chunks, heads, n, p) before each chunk, in x's type, and the last one in float32."""
-    h, part, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    n, p, q = tl.arange(0, N), part * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, Q)
-    as_state = n[:, None] * P + p[None, :]
+    h, part, b = tl.program_id(0) % heads, tl.program_id(1), (tl.program_id(0) // heads).to(tl.int64)
+    n, p, q = tl.arange(0, N_TILE), part * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, Q)
     if HAS_INITIAL:
-        state = tl.load(initial + (b * heads + h).to(tl.int64) * (N * P) + as_state)
+        state = _load_state(initial + (b * heads + h) * (N * P), n, p, N, N_TILE, P, P_TILE)
     else:
-        state = tl.zeros((N, COLUMNS), tl.float32)
+        state = tl.zeros((N_TILE, COLUMNS), tl.float32)
     B += b * B_batch + (h // ratio) * N
     x += b * x_batch + h * P
-    row = (b * heads + h).to(tl.int64) * padded
-    out = states + (b * chunks * heads + h).to(tl.int64) * (N * P) + as_state
+    row = (b * heads + h) * padded
+    out = states + (b * chunks * heads + h) * (N * P)
     for c in range(chunks):
         t = c * Q + q
         inside = (t < length)[:, None]
-        tl.store(out, state.to(states.dtype.element_ty))
-        out += heads.to(tl.int64) * (N * P)
+        _store_state(out, state, n, p, N, N_TILE, P, P_TILE)
+        out += heads * (N * P)
         end = tl.load(decay + row + c * Q + Q - 1)
         weight = tl.exp2(end - tl.load(decay + row + t)) * tl.load(step + row + t)
         kept = tl.exp2(end)
@@ -93,48 +136,53 @@ def _state_walk_kernel(
             last = _document(documents, b, c * Q + Q - 1, length)
             weight = tl.where(_document(documents, b, t, length) == last, weight, 0.0)
             kept = tl.where(_document(documents, b, c * Q - 1, length) == last, kept, 0.0)
-        xs = tl.load(x + t[:, None] * x_time + p[None, :], inside, 0.0)
-        Bs = tl.load(B + t[:, None] * B_time + n[None, :], inside, 0.0)
+        start = tl.cast(c, tl.int64) * Q
+        xs = tl.load(x + start * x_time + q[:, None] * x_time + p[None, :], _columns(inside, p, P, P_TILE), 0.0)
+        Bs = tl.load(B + start * B_time + q[:, None] * B_time + n[None, :], _columns(inside, n, N, N_TILE), 0.0)
         state = tl.dot(tl.trans(Bs), (xs * weight[:, None]).to(Bs.dtype), state * kept)
-    tl.store(final + (b * heads + h).to(tl.int64) * (N * P) + as_state, state)
+    _store_state(final + (b * heads + h) * (N * P), state, n, p, N, N_TILE, P, P_TILE)
 
 
 @triton.jit
 def _outputs_kernel(
     x, B, C, D, step, decay, documents, states, y, x_batch, x_time, B_batch, B_time, C_batch, C_time, y_batch, y_time,
     length, heads, groups, chunks, padded, HAS_DOCUMENTS: tl.constexpr,
-    R: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
+    R: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr, N_TILE: tl.constexpr, P: tl.constexpr,
+    P_TILE: tl.constexpr,
 ):
     """y = (C B^T * decay) (step x) + decay from the start * C state + D x, some rows of a chunk and a group."""
-    g, b = tl.program_id(0), tl.program_id(2)
+    g, b = tl.program_id(0) % groups, (tl.program_id(0) // groups).to(tl.int64)
     c, part = tl.program_id(1) // (Q // ROWS), tl.program_id(1) % (Q // ROWS)
-    n, p, j, i = tl.arange(0, N), tl.arange(0, P), tl.arange(0, Q), part * ROWS + tl.arange(0, ROWS)
+    n, p, j, i = tl.arange(0, N_TILE), tl.arange(0, P_TILE), tl.arange(0, Q), part * ROWS + tl.arange(0, ROWS)
     tj, ti = c * Q + j, c * Q + i
     inside_j, inside_i = (tj < length)[:, None], (ti < length)[:, None]
-    Bs = tl.load(B + b * B_batch + g * N + tj[:, None] * B_time + n[None, :], inside_j, 0.0)
-    Cs = tl.load(C + b * C_batch + g * N + ti[:, None] * C_time + n[None, :], inside_i, 0.0)
+    B, C = _rows(B, b, c, Q, B_batch, B_time) + g * N, _rows(C, b, c, Q, C_batch, C_time) + g * N
+    x, y = _rows(x, b, c, Q, x_batch, x_time), _rows(y, b, c, Q, y_batch, y_time)
+    Bs = tl.load(B + j[:, None] * B_time + n[None, :], _columns(inside_j, n, N, N_TILE), 0.0)
+    Cs = tl.load(C + i[:, None] * C_time + n[None, :], _columns(inside_i, n, N, N_TILE), 0.0)
     seen = i[:, None] >= j[None, :]
     if HAS_DOCUMENTS:
         own = _document(documents, b, ti, length)
         seen = seen & (own[:, None] == _document(documents, b, tj, length)[None, :])
         goes_on = own == _document(documents, b, c * Q - 1, length)
     scores = tl.where(seen, tl.dot(Cs, tl.trans(Bs)), 0.0)
+    inside_j, inside_i = _columns(inside_j, p, P, P_TILE), _columns(inside_i, p, P, P_TILE)
     for r in range(R):
         h = g * R + r
-        row = (b * heads + h).to(tl.int64) * padded
+        row = (b * heads + h) * padded
         decays = tl.load(decay + row + ti)
         from_start = tl.exp2(decays)
         if HAS_DOCUMENTS:
             from_start = tl.where(goes_on, from_start, 0.0)
-        xs = tl.load(x + b * x_batch + h * P + tj[:, None] * x_time + p[None, :], inside_j, 0.0)
-        x_rows = tl.load(x + b * x_batch + h * P + ti[:, None] * x_time + p[None, :], inside_i, 0.0)
-        before = tl.load(states + ((b * chunks + c) * heads + h).to(tl.int64) * (N * P) + n[:, None] * P + p[None, :])
+        xs = tl.load(x + h * P + j[:, None] * x_time + p[None, :], inside_j, 0.0)
+        x_rows = tl.load(x + h * P + i[:, None] * x_time + p[None, :], inside_i, 0.0)
+        before = _load_state(states + ((b * chunks + c) * heads + h) * (N * P), n, p, N, N_TILE, P, P_TILE)
         fading = tl.exp2(tl.minimum(decays[:, None] - tl.load(decay + row + tj)[None, :], 0.0))
         mask = scores * fading * tl.load(step + row + tj)[None, :]
         ys = tl.dot(Cs, before) * from_start[:, None]
         ys = tl.dot(mask.to(xs.dtype), xs, ys)
         ys += tl.load(D + h) * x_rows
-        out = y + b * y_batch + h * P + ti[:, None] * y_time + p[None, :]
+        out = y + h * P + i[:, None] * y_time + p[None, :]
         tl.store(out, ys.to(y.dtype.element_ty), inside_i)
 
 
@@ -142,27 +190,27 @@ def _outputs_kernel(
 def _gradient_walk_kernel(
     dy, C, decay, documents, states, dfinal, dstates, dinitial, through, dy_batch, dy_time, C_batch, C_time,
     length, heads, ratio, chunks, padded, HAS_FINAL: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
-    Q: tl.constexpr, N: tl.constexpr, P: tl.constexpr, COLUMNS: tl.constexpr,
+    Q: tl.constexpr, N: tl.constexpr, N_TILE: tl.constexpr, P: tl.constexpr, P_TILE: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """Gradients (batch, chunks, heads, n, p) of the state after each chunk, and that of the initial state. `through`
     (batch, chunks, heads, parts, n), to be summed: the start's state in the end's times its gradient."""
-    h, part, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    n, p, q = tl.arange(0, N), part * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, Q)
-    as_state = (b * heads + h).to(tl.int64) * (N * P) + n[:, None] * P + p[None, :]
+    h, part, b = tl.program_id(0) % heads, tl.program_id(1), (tl.program_id(0) // heads).to(tl.int64)
+    n, p, q = tl.arange(0, N_TILE), part * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, Q)
     if HAS_FINAL:
-        gradient = tl.load(dfinal + as_state)
+        gradient = _load_state(dfinal + (b * heads + h) * (N * P), n, p, N, N_TILE, P, P_TILE)
     else:
-        gradient = tl.zeros((N, COLUMNS), tl.float32)
+        gradient = tl.zeros((N_TILE, COLUMNS), tl.float32)
     C += b * C_batch + (h // ratio) * N
     dy += b * dy_batch + h * P
-    row = (b * heads + h).to(tl.int64) * padded
-    at = (((b + 1) * chunks - 1) * heads + h).to(tl.int64) * (N * P) + n[:, None] * P + p[None, :]
-    sums = through + ((((b + 1) * chunks - 1) * heads + h) * (P // COLUMNS) + part) * N + n
+    row = (b * heads + h) * padded
+    at = (((b + 1) * chunks - 1) * heads + h) * (N * P)
+    sums = through + ((((b + 1) * chunks - 1) * heads + h) * (P_TILE // COLUMNS) + part) * N + n
     for backwards in range(chunks):
         c = chunks - 1 - backwards
         t = c * Q + q
         inside = (t < length)[:, None]
-        tl.store(dstates + at, gradient.to(dstates.dtype.element_ty))
+        _store_state(dstates + at, gradient, n, p, N, N_TILE, P, P_TILE)
         kept = tl.exp2(tl.load(decay + row + c * Q + Q - 1))
         from_start = tl.exp2(tl.load(decay + row + t))
         if HAS_DOCUMENTS:
@@ -170,51 +218,63 @@ def _gradient_walk_kernel(
             from_start = tl.where(_document(documents, b, t, length) == first, from_start, 0.0)
             kept = tl.where(_document(documents, b, c * Q + Q - 1, length) == first, kept, 0.0)
         gradient *= kept
-        tl.store(sums, tl.sum(gradient * tl.load(states + at).to(tl.float32), 1))
-        at -= heads.to(tl.int64) * (N * P)
-        sums -= heads * N * (P // COLUMNS)
-        dys = tl.load(dy + t[:, None] * dy_time + p[None, :], inside, 0.0)
-        Cs = tl.load(C + t[:, None] * C_time + n[None, :], inside, 0.0)
+        passed = tl.sum(gradient * _load_state(states + at, n, p, N, N_TILE, P, P_TILE).to(tl.float32), 1)
+        if N_TILE > N:
+            tl.store(sums, passed, n < N)
+        else:
+            tl.store(sums, passed)
+        at -= heads * (N * P)
+        sums -= heads * N * (P_TILE // COLUMNS)
+        start = tl.cast(c, tl.int64) * Q
+        dys = tl.load(dy + start * dy_time + q[:, None] * dy_time + p[None, :], _columns(inside, p, P, P_TILE), 0.0)
+        Cs = tl.load(C + start * C_time + q[:, None] * C_time + n[None, :], _columns(inside, n, N, N_TILE), 0.0)
         gradient = tl.dot(tl.trans(Cs), (dys * from_start[:, None]).to(Cs.dtype), gradient)
-    tl.store(dinitial + as_state, gradient)
+    _store_state(dinitial + (b * heads + h) * (N * P), gradient, n, p, N, N_TILE, P, P_TILE)
 
 
 @triton.jit
-def _pair_gradients(xs, dys, scores, seen, j_decays, i_decays, steps, dinput):
+def _pair_gradients(xs, dys, scores, seen, counted, j_decays, i_decays, steps, dinput, ALL: tl.constexpr):
     """One block of inputs (rows j) and one of outputs (columns i) of a head: the gradient of scores, dinput with the
-    block's part added, and the sums of G = dM * M over either axis."""
+    block's part added, and the sums of G = dM * M over either axis, of `counted` pairs unless `ALL` are."""
     fading = tl.where(seen, tl.exp2(tl.minimum(i_decays[None, :] - j_decays[:, None], 0.0)), 0.0)
     dscores = tl.dot(xs, tl.trans(dys)) * (fading * steps[:, None])
     dinput = tl.dot((scores * fading).to(dys.dtype), dys, dinput)
     G = dscores * scores
+    if not ALL:
+        G = tl.where(counted, G, 0.0)
     return dscores, dinput, tl.sum(G, 1), tl.sum(G, 0)
 
 
 @triton.jit
 def _input_gradients_kernel(
-    x, dy, B, C, D, step, decay, documents, dstates, dscores, dx, sums, x_batch, x_time, dy_batch, dy_time, B_batch,
-    B_time, C_batch, C_time, dx_batch, dx_time, length, heads, groups, chunks, padded, plane,
+    x, dy, B, C, D, step, decay, documents, dstates, dscores, dx, sums, own_scores, x_batch, x_time, dy_batch, dy_time,
+    B_batch, B_time, C_batch, C_time, dx_batch, dx_time, length, heads, groups, chunks, padded, plane,
     HAS_DOCUMENTS: tl.constexpr,
-    R: tl.constexpr, Q: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
+    R: tl.constexpr, Q: tl.constexpr, N: tl.constexpr, N_TILE: tl.constexpr, P: tl.constexpr, P_TILE: tl.constexpr,
 ):
     """dx, the gradient of C B^T summed over the group's heads (transposed), and sums a token; inputs of half a chunk.
 
     Inputs of the first half also reach the outputs of the second. `sums` are planes (batch, heads, padded): with
-    G = dM * M, G summed over i; what the input adds to the end's state times its gradient; x dy; G summed over j of the
-    own half; and, for the second half's tokens, over j of the first.
+    G = dM * M of a token's input and a later token's output, G summed over i; what the input adds to the end's state
+    times its gradient; x dy; G summed over j of the own half; and, for the second half's tokens, over j of the first.
+    Pairs of a token with itself stay out: they pass no decay, and where decays are strong they would drown all that
+    does. Their part of the step's gradient is x dy times `own_scores` (batch, groups, padded), C B of a token.
     """
     HALF: tl.constexpr = Q // 2
-    g, b = tl.program_id(0), tl.program_id(2)
+    g, b = tl.program_id(0) % groups, (tl.program_id(0) // groups).to(tl.int64)
     c, part = tl.program_id(1) // 2, tl.program_id(1) % 2
-    n, p, j = tl.arange(0, N), tl.arange(0, P), tl.arange(0, HALF)
-    t = c * Q + part * HALF + j
+    n, p, j = tl.arange(0, N_TILE), tl.arange(0, P_TILE), tl.arange(0, HALF)
+    k = part * HALF + j
+    t = c * Q + k
     later = c * Q + HALF + j
     inside, inside_later = (t < length)[:, None], (later < length)[:, None]
-    B += b * B_batch + g * N
-    C += b * C_batch + g * N
-    Bs = tl.load(B + t[:, None] * B_time + n[None, :], inside, 0.0)
-    Cs = tl.load(C + t[:, None] * C_time + n[None, :], inside, 0.0)
-    Cs_later = tl.load(C + later[:, None] * C_time + n[None, :], inside_later, 0.0)
+    B, C = _rows(B, b, c, Q, B_batch, B_time) + g * N, _rows(C, b, c, Q, C_batch, C_time) + g * N
+    x, dx = _rows(x, b, c, Q, x_batch, x_time), _rows(dx, b, c, Q, dx_batch, dx_time)
+    dy = _rows(dy, b, c, Q, dy_batch, dy_time)
+    inside_n = _columns(inside, n, N, N_TILE)
+    Bs = tl.load(B + k[:, None] * B_time + n[None, :], inside_n, 0.0)
+    Cs = tl.load(C + k[:, None] * C_time + n[None, :], inside_n, 0.0)
+    Cs_later = tl.load(C + (HALF + j)[:, None] * C_time + n[None, :], _columns(inside_later, n, N, N_TILE), 0.0)
     seen, seen_later = j[:, None] <= j[None, :], j[:, None] >= 0
     if HAS_DOCUMENTS:
         own = _document(documents, b, t, length)
@@ -223,36 +283,41 @@ def _input_gradients_kernel(
         in_last = own == _document(documents, b, c * Q + Q - 1, length)
     scores = tl.where(seen, tl.dot(Bs, tl.trans(Cs)), 0.0)
     scores_later = tl.where(seen_later, tl.dot(Bs, tl.trans(Cs_later)), 0.0)
+    tl.store(own_scores + (b * groups + g) * padded + t, tl.sum(tl.where(j[:, None] == j[None, :], scores, 0.0), 1))
     sum_own, sum_later = tl.zeros((HALF, HALF), tl.float32), tl.zeros((HALF, HALF), tl.float32)
+    inside, inside_later = _columns(inside, p, P, P_TILE), _columns(inside_later, p, P, P_TILE)
+    plane = tl.cast(plane, tl.int64)
     for r in range(R):
         h = g * R + r
-        row = (b * heads + h).to(tl.int64) * padded
+        row = (b * heads + h) * padded
         decays, steps = tl.load(decay + row + t), tl.load(step + row + t)
-        xs = tl.load(x + b * x_batch + h * P + t[:, None] * x_time + p[None, :], inside, 0.0)
-        dys = tl.load(dy + b * dy_batch + h * P + t[:, None] * dy_time + p[None, :], inside, 0.0)
-        dafter = tl.load(dstates + ((b * chunks + c) * heads + h).to(tl.int64) * (N * P) + n[:, None] * P + p[None, :])
+        xs = tl.load(x + h * P + k[:, None] * x_time + p[None, :], inside, 0.0)
+        dys = tl.load(dy + h * P + k[:, None] * dy_time + p[None, :], inside, 0.0)
+        dafter = _load_state(dstates + ((b * chunks + c) * heads + h) * (N * P), n, p, N, N_TILE, P, P_TILE)
         into_end = tl.exp2(tl.load(decay + row + c * Q + Q - 1) - decays)
         if HAS_DOCUMENTS:
             into_end = tl.where(in_last, into_end, 0.0)
         dinput = tl.dot(Bs, dafter) * into_end[:, None]
         tl.store(sums + plane + row + t, tl.sum(dinput * xs, 1) * steps)
         tl.store(sums + 2 * plane + row + t, tl.sum(xs.to(tl.float32) * dys.to(tl.float32), 1))
-        dmask, dinput, over_i, over_j = _pair_gradients(xs, dys, scores, seen, decays, decays, steps, dinput)
+        dmask, dinput, over_i, over_j = _pair_gradients(
+            xs, dys, scores, seen, j[:, None] < j[None, :], decays, decays, steps, dinput, False
+        )
         tl.store(sums + 3 * plane + row + t, over_j)
         sum_own += dmask
         skip = tl.load(D + h) * dys
         if part == 0:
-            dys = tl.load(dy + b * dy_batch + h * P + later[:, None] * dy_time + p[None, :], inside_later, 0.0)
+            dys = tl.load(dy + h * P + (HALF + j)[:, None] * dy_time + p[None, :], inside_later, 0.0)
             dmask, dinput, more_over_i, over_j = _pair_gradients(
-                xs, dys, scores_later, seen_later, decays, tl.load(decay + row + later), steps, dinput
+                xs, dys, scores_later, seen_later, seen_later, decays, tl.load(decay + row + later), steps, dinput, True
             )
             tl.store(sums + 4 * plane + row + later, over_j)
             sum_later += dmask
             over_i += more_over_i
         tl.store(sums + row + t, over_i)
-        out = dx + b * dx_batch + h * P + t[:, None] * dx_time + p[None, :]
+        out = dx + h * P + k[:, None] * dx_time + p[None, :]
         tl.store(out, (dinput * steps[:, None] + skip).to(dx.dtype.element_ty), inside)
-    dscores += ((b * chunks + c) * groups + g).to(tl.int64) * (Q * Q) + j[:, None] * Q + j[None, :]
+    dscores += ((b * chunks + c) * groups + g) * (Q * Q) + j[:, None] * Q + j[None, :]
     tl.store(dscores + part * (HALF * Q + HALF), sum_own.to(dscores.dtype.element_ty))
     if part == 0:
         tl.store(dscores + HALF, sum_later.to(dscores.dtype.element_ty))
@@ -263,76 +328,87 @@ def _shared_gradients_kernel(
     x, dy, B, C, step, decay, documents, states, dstates, dscores, dB, dC, from_start, x_batch, x_time, dy_batch,
     dy_time, B_batch, B_time, C_batch, C_time, dB_batch, dB_time, dC_batch, dC_time, length, heads, groups, chunks,
     padded, HAS_DOCUMENTS: tl.constexpr,
-    R: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
+    R: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr, N_TILE: tl.constexpr, P: tl.constexpr,
+    P_TILE: tl.constexpr,
 ):
     """dB and dC, some rows of a chunk and a group; `from_start` (batch, heads, padded), what the start's state gives
     each output times its gradient."""
-    g, b = tl.program_id(0), tl.program_id(2)
+    g, b = tl.program_id(0) % groups, (tl.program_id(0) // groups).to(tl.int64)
     c, part = tl.program_id(1) // (Q // ROWS), tl.program_id(1) % (Q // ROWS)
-    n, p, k, q = tl.arange(0, N), tl.arange(0, P), tl.arange(0, Q), part * ROWS + tl.arange(0, ROWS)
+    n, p, k, q = tl.arange(0, N_TILE), tl.arange(0, P_TILE), tl.arange(0, Q), part * ROWS + tl.arange(0, ROWS)
     tk, t = c * Q + k, c * Q + q
     inside_k, inside = (tk < length)[:, None], (t < length)[:, None]
-    C_rows = tl.load(C + b * C_batch + g * N + t[:, None] * C_time + n[None, :], inside, 0.0)
+    inside_n, inside = _columns(inside, n, N, N_TILE), _columns(inside, p, P, P_TILE)
+    B, C = _rows(B, b, c, Q, B_batch, B_time) + g * N, _rows(C, b, c, Q, C_batch, C_time) + g * N
+    dB, dC = _rows(dB, b, c, Q, dB_batch, dB_time) + g * N, _rows(dC, b, c, Q, dC_batch, dC_time) + g * N
+    x, dy = _rows(x, b, c, Q, x_batch, x_time), _rows(dy, b, c, Q, dy_batch, dy_time)
+    C_rows = tl.load(C + q[:, None] * C_time + n[None, :], inside_n, 0.0)
     if HAS_DOCUMENTS:
         own = _document(documents, b, t, length)
         in_last = own == _document(documents, b, c * Q + Q - 1, length)
         goes_on = own == _document(documents, b, c * Q - 1, length)
-    sum_dB, sum_dC = tl.zeros((ROWS, N), tl.float32), tl.zeros((ROWS, N), tl.float32)
+    sum_dB, sum_dC = tl.zeros((ROWS, N_TILE), tl.float32), tl.zeros((ROWS, N_TILE), tl.float32)
     for r in range(R):
         h = g * R + r
-        row = (b * heads + h).to(tl.int64) * padded
+        row = (b * heads + h) * padded
         decays = tl.load(decay + row + t)
         weight = tl.exp2(tl.load(decay + row + c * Q + Q - 1) - decays) * tl.load(step + row + t)
         fading = tl.exp2(decays)
         if HAS_DOCUMENTS:
             weight, fading = tl.where(in_last, weight, 0.0), tl.where(goes_on, fading, 0.0)
-        xs = tl.load(x + b * x_batch + h * P + t[:, None] * x_time + p[None, :], inside, 0.0)
-        dys = tl.load(dy + b * dy_batch + h * P + t[:, None] * dy_time + p[None, :], inside, 0.0)
-        at = ((b * chunks + c) * heads + h).to(tl.int64) * (N * P) + n[:, None] * P + p[None, :]
-        sum_dB = tl.dot((xs * weight[:, None]).to(xs.dtype), tl.trans(tl.load(dstates + at)), sum_dB)
-        dstart = tl.dot(dys, tl.trans(tl.load(states + at))) * fading[:, None]
+        xs = tl.load(x + h * P + q[:, None] * x_time + p[None, :], inside, 0.0)
+        dys = tl.load(dy + h * P + q[:, None] * dy_time + p[None, :], inside, 0.0)
+        at = ((b * chunks + c) * heads + h) * (N * P)
+        dafter = _load_state(dstates + at, n, p, N, N_TILE, P, P_TILE)
+        sum_dB = tl.dot((xs * weight[:, None]).to(xs.dtype), tl.trans(dafter), sum_dB)
+        before = _load_state(states + at, n, p, N, N_TILE, P, P_TILE)
+        dstart = tl.dot(dys, tl.trans(before)) * fading[:, None]
         sum_dC += dstart
         tl.store(from_start + row + t, tl.sum(dstart * C_rows, 1))
     # Last, so that these tiles need not lie in shared memory beside the loop's.
-    dscores += ((b * chunks + c) * groups + g).to(tl.int64) * (Q * Q)
-    Cs = tl.load(C + b * C_batch + g * N + tk[:, None] * C_time + n[None, :], inside_k, 0.0)
+    dscores += ((b * chunks + c) * groups + g) * (Q * Q)
+    inside_k = _columns(inside_k, n, N, N_TILE)
+    Cs = tl.load(C + k[:, None] * C_time + n[None, :], inside_k, 0.0)
     sum_dB = tl.dot(tl.load(dscores + q[:, None] * Q + k[None, :], q[:, None] <= k[None, :], 0.0), Cs, sum_dB)
-    Bs = tl.load(B + b * B_batch + g * N + tk[:, None] * B_time + n[None, :], inside_k, 0.0)
+    Bs = tl.load(B + k[:, None] * B_time + n[None, :], inside_k, 0.0)
     sum_dC = tl.dot(tl.load(dscores + k[None, :] * Q + q[:, None], k[None, :] <= q[:, None], 0.0), Bs, sum_dC)
-    tl.store(dB + b * dB_batch + g * N + t[:, None] * dB_time + n[None, :], sum_dB.to(dB.dtype.element_ty), inside)
-    tl.store(dC + b * dC_batch + g * N + t[:, None] * dC_time + n[None, :], sum_dC.to(dC.dtype.element_ty), inside)
+    tl.store(dB + q[:, None] * dB_time + n[None, :], sum_dB.to(dB.dtype.element_ty), inside_n)
+    tl.store(dC + q[:, None] * dC_time + n[None, :], sum_dC.to(dC.dtype.element_ty), inside_n)
 
 
 @triton.jit
 def _step_gradients_kernel(
-    sums, from_start, through, step, A, ddt, partial, ddt_batch, ddt_time, length, heads, chunks, padded, plane,
-    Q: tl.constexpr, BLOCK: tl.constexpr, THROUGH: tl.constexpr,
+    sums, own_scores, from_start, through, step, A, ddt, partial, ddt_batch, ddt_time, length, heads, ratio, chunks,
+    padded, plane, Q: tl.constexpr, BLOCK: tl.constexpr, THROUGH: tl.constexpr,
 ):
     """ddt, and a chunk's part of dA, dD and the gradient of dt_bias: partial (batch, chunks, 3, heads) float32.
 
     The gradient of the log decay at token t of a chunk sums what passes over t: G_ij for j < t <= i, the start's state
     into outputs i >= t, inputs j < t into the end's state, and the start's state into the end's.
     """
-    c, h_block, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    c, h_block, b = tl.program_id(0) % chunks, tl.program_id(1), (tl.program_id(0) // chunks).to(tl.int64)
     q = tl.arange(0, Q)
     t = c * Q + q
     h = h_block * BLOCK + tl.arange(0, BLOCK)
     there = (h < heads)[:, None]
-    at = (b * heads + h[:, None]).to(tl.int64) * padded + t[None, :]
+    plane = tl.cast(plane, tl.int64)
+    at = (b * heads + h[:, None]) * padded + t[None, :]
     inputs, into_end = tl.load(sums + at, there, 0.0), tl.load(sums + plane + at, there, 0.0)
     diagonal, outputs = tl.load(sums + 2 * plane + at, there, 0.0), tl.load(from_start + at, there, 0.0)
     outputs += tl.load(sums + 3 * plane + at, there, 0.0)
     outputs += tl.load(sums + 4 * plane + at, there & (q >= Q // 2)[None, :], 0.0)
     steps = tl.load(step + at, there, 0.0)
+    scores = tl.load(own_scores + (b * (heads // ratio) + (h // ratio)[:, None]) * padded + t[None, :], there, 0.0)
     parts = (((b * chunks + c) * heads + h) * THROUGH)[:, None] + tl.arange(0, THROUGH)[None, :]
-    passing = outputs - inputs
-    ddecay = tl.sum(passing, 1)[:, None] - tl.cumsum(passing - into_end, 1) + passing - into_end
+    ddecay = tl.cumsum(outputs - inputs, 1, reverse=True) + tl.cumsum(into_end, 1) - into_end
     ddecay += tl.sum(tl.load(through + parts, there, 0.0), 1)[:, None]
-    direct = (inputs + into_end) / tl.where(steps > 0.0, steps, 1.0)
+    direct = (inputs + into_end) / tl.where(steps > 0.0, steps, 1.0) + diagonal * scores
     dstep = direct + ddecay * tl.load(A + h, h < heads, 0.0)[:, None]
-    draw = dstep * (1.0 - tl.exp(-steps))                                   # softplus' = 1 - exp(-softplus)
+    # softplus' = 1 - exp(-softplus), by its series where that would cancel
+    series = steps * (1.0 - steps * (1.0 / 2 - steps * (1.0 / 6 - steps * (1.0 / 24))))
+    draw = dstep * tl.where(steps < 0.06, series, 1.0 - tl.exp(-steps))
     draw = tl.where((t < length)[None, :], draw, 0.0)
-    out = ddt + b * ddt_batch + t[None, :] * ddt_time + h[:, None]
+    out = _rows(ddt, b, c, Q, ddt_batch, ddt_time) + q[None, :] * ddt_time + h[:, None]
     tl.store(out, draw.to(ddt.dtype.element_ty), (t < length)[None, :] & there)
     partial += (b * chunks + c) * 3 * heads + h
     tl.store(partial, tl.sum(ddecay * steps, 1), h < heads)
@@ -349,16 +425,62 @@ GRADIENT_WALK = Tiles(warps=8, stages=3, size=64)
 INPUT_GRADIENTS = Tiles(warps=4, stages=1)
 SHARED_GRADIENTS = Tiles(warps=8, stages=3, size=64)
 STEP_GRADIENTS = Tiles(warps=4, stages=1, size=4)
+# Elements a matrix product's tiles have along their rows, at least: 128 bytes. For narrower ones ptxas 12.8, which
+# Triton 3.6 brings, adds offsets to a uniform register that nothing wrote, and products read whatever lies there.
+LEAST_WIDTH = 64
+TUNED_STATE = 128 * 64          # elements of the largest state for which the pipelines above fit into shared memory
+LARGEST_STATE = 256 * 128       # and without pipelines
+SIZES = (16, 32, 64, 128, 256)
+
+
+def refusal(head_dim: int, state_dim: int) -> str | None:
+    """Why the kernels do not take these sizes; None where they do."""
+    for name, size in (("head_dim", head_dim), ("state_dim", state_dim)):
+        if size not in SIZES:
+            return f"{name} ({size}) is none of {', '.join(map(str, SIZES))}"
+    if head_dim * state_dim > LARGEST_STATE:
+        return f"a state of head_dim x state_dim = {head_dim} x {state_dim} does not fit into shared memory"
+    return None
 
 
 def supports(x: Tensor, B: Tensor) -> bool:
-    """Whether the kernels take these inputs: on a GPU, 2 bytes an element, powers of two that fill a tensor core."""
-    sizes = (x.shape[-1], B.shape[-1])
-    return (
-        x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
-        and all(16 <= size <= 256 and size & (size - 1) == 0 for size in sizes)
-        and x.stride()[2:] == (sizes[0], 1) and B.stride()[2:] == (sizes[1], 1)
-    )
+    """Whether the kernels take these inputs: on a GPU, 2 bytes an element, sizes as `refusal` says."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and refusal(x.shape[-1], B.shape[-1]) is None
+
+
+def prepared(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, initial: Tensor | None,
+    documents: Tensor | None,
+) -> tuple[Any, ...]:
+    """The arguments of `scan` from those of `chunk_scan`, copied where they do not lie as the kernels read them."""
+    x, B, C = (tensor if _heads_together(tensor) else tensor.contiguous() for tensor in (x, B, C))
+    dt = dt if dt.stride(2) == 1 and _is_near(dt) else dt.contiguous()
+    A, D, dt_bias = (tensor.float().contiguous() for tensor in (A, D, dt_bias))
+    initial = None if initial is None else initial.float().transpose(2, 3).contiguous()
+    return x, dt, A, B, C, D, dt_bias, initial, None if documents is None else documents.to(torch.int32).contiguous()
+
+
+def _heads_together(tensor: Tensor) -> bool:
+    return tensor.stride()[2:] == (tensor.shape[3], 1) and _is_near(tensor)
+
+
+def _is_near(tensor: Tensor) -> bool:
+    """Whether offsets within a chunk have 31 bits."""
+    return tensor.stride(1) * CHUNK + tensor.shape[2:].numel() < 2**31
+
+
+def _tile(size: int) -> int:
+    return max(size, LEAST_WIDTH)
+
+
+def _state_tiles(n: int, p: int) -> dict[str, int]:
+    return {"N": n, "N_TILE": _tile(n), "P": p, "P_TILE": _tile(p)}
+
+
+def _launched(tiles: Tiles, n: int, p: int) -> dict[str, int]:
+    """Warps and stages: a larger state leaves no shared memory for a pipeline."""
+    stages = tiles.stages if _tile(n) * _tile(p) <= TUNED_STATE else 1
+    return {"num_warps": tiles.warps, "num_stages": stages}
 
 
 def run_forward(
@@ -370,21 +492,21 @@ def run_forward(
     g, n = B.shape[2:]
     chunks = triton.cdiv(t, CHUNK)
     final, step, decay, states = kept_like(x, n)
-    _decays_kernel[(chunks, triton.cdiv(h, DECAYS.size), b)](
+    _decays_kernel[(chunks * b, triton.cdiv(h, DECAYS.size))](
         dt, dt_bias, A, step, decay, *_strides(dt), t, h, chunks, chunks * CHUNK,
         Q=CHUNK, BLOCK=DECAYS.size, num_warps=DECAYS.warps, num_stages=DECAYS.stages,
     )
-    columns, has_documents = min(p, STATE_WALK.size), documents is not None
+    columns, has_documents = min(_tile(p), STATE_WALK.size), documents is not None
     documents = step if documents is None else documents
-    _state_walk_kernel[(h, p // columns, b)](
+    _state_walk_kernel[(h * b, _tile(p) // columns)](
         x, B, step, decay, final if initial is None else initial, documents, states, final, *_strides(x, B), t, h,
-        h // g, chunks, chunks * CHUNK, HAS_INITIAL=initial is not None, HAS_DOCUMENTS=has_documents, Q=CHUNK, N=n, P=p,
-        COLUMNS=columns, num_warps=STATE_WALK.warps, num_stages=_stages(STATE_WALK, n),
+        h // g, chunks, chunks * CHUNK, HAS_INITIAL=initial is not None, HAS_DOCUMENTS=has_documents, Q=CHUNK,
+        **_state_tiles(n, p), COLUMNS=columns, **_launched(STATE_WALK, n, columns),
     )
-    _outputs_kernel[(g, chunks * (CHUNK // OUTPUTS.size), b)](
+    _outputs_kernel[(g * b, chunks * (CHUNK // OUTPUTS.size))](
         x, B, C, D, step, decay, documents, states, y, *_strides(x, B, C, y), t, h, g, chunks, chunks * CHUNK,
-        HAS_DOCUMENTS=has_documents, R=h // g, Q=CHUNK, ROWS=OUTPUTS.size, N=n, P=p, num_warps=OUTPUTS.warps,
-        num_stages=OUTPUTS.stages,
+        HAS_DOCUMENTS=has_documents, R=h // g, Q=CHUNK, ROWS=OUTPUTS.size, **_state_tiles(n, p),
+        **_launched(OUTPUTS, n, p),
     )
     return final, step, decay, states
 
@@ -398,31 +520,32 @@ def run_backward(
     b, t, h, p = x.shape
     g, n = B.shape[2:]
     chunks, padded = states.shape[1], step.shape[2]
-    columns, has_documents = min(p, GRADIENT_WALK.size), documents is not None
+    columns, has_documents = min(_tile(p), GRADIENT_WALK.size), documents is not None
     documents = step if documents is None else documents
     dstates, dinitial = torch.empty_like(states), x.new_empty(b, h, n, p, dtype=torch.float32)
-    through = x.new_empty(b, chunks, h, p // columns * n, dtype=torch.float32)
-    _gradient_walk_kernel[(h, p // columns, b)](
+    through = x.new_empty(b, chunks, h, _tile(p) // columns * n, dtype=torch.float32)
+    _gradient_walk_kernel[(h * b, _tile(p) // columns)](
         dy, C, decay, documents, states, dinitial if dfinal is None else dfinal, dstates, dinitial, through,
         *_strides(dy, C), t, h, h // g, chunks, padded, HAS_FINAL=dfinal is not None, HAS_DOCUMENTS=has_documents,
-        Q=CHUNK, N=n, P=p, COLUMNS=columns, num_warps=GRADIENT_WALK.warps, num_stages=GRADIENT_WALK.stages,
+        Q=CHUNK, **_state_tiles(n, p), COLUMNS=columns, **_launched(GRADIENT_WALK, n, columns),
     )
     sums, from_start = x.new_empty(5, b, h, padded, dtype=torch.float32), torch.empty_like(step)
+    own_scores = x.new_empty(b, g, padded, dtype=torch.float32)
     dscores = x.new_empty(b, chunks, g, CHUNK, CHUNK)
-    _input_gradients_kernel[(g, chunks * 2, b)](
-        x, dy, B, C, D, step, decay, documents, dstates, dscores, dx, sums, *_strides(x, dy, B, C, dx), t, h, g, chunks,
-        padded, step.numel(), HAS_DOCUMENTS=has_documents, R=h // g, Q=CHUNK, N=n, P=p,
-        num_warps=INPUT_GRADIENTS.warps, num_stages=INPUT_GRADIENTS.stages,
+    _input_gradients_kernel[(g * b, chunks * 2)](
+        x, dy, B, C, D, step, decay, documents, dstates, dscores, dx, sums, own_scores, *_strides(x, dy, B, C, dx), t,
+        h, g, chunks, padded, step.numel(), HAS_DOCUMENTS=has_documents, R=h // g, Q=CHUNK, **_state_tiles(n, p),
+        **_launched(INPUT_GRADIENTS, n, p),
     )
-    _shared_gradients_kernel[(g, chunks * (CHUNK // SHARED_GRADIENTS.size), b)](
+    _shared_gradients_kernel[(g * b, chunks * (CHUNK // SHARED_GRADIENTS.size))](
         x, dy, B, C, step, decay, documents, states, dstates, dscores, dB, dC, from_start,
         *_strides(x, dy, B, C, dB, dC), t, h, g, chunks, padded, HAS_DOCUMENTS=has_documents, R=h // g, Q=CHUNK,
-        ROWS=SHARED_GRADIENTS.size, N=n, P=p, num_warps=SHARED_GRADIENTS.warps, num_stages=SHARED_GRADIENTS.stages,
+        ROWS=SHARED_GRADIENTS.size, **_state_tiles(n, p), **_launched(SHARED_GRADIENTS, n, p),
     )
     partial = x.new_empty(b * chunks, 3, h, dtype=torch.float32)
-    _step_gradients_kernel[(chunks, triton.cdiv(h, STEP_GRADIENTS.size), b)](
-        sums, from_start, through, step, A, ddt, partial, *_strides(ddt), t, h, chunks, padded, step.numel(),
-        Q=CHUNK, BLOCK=STEP_GRADIENTS.size, THROUGH=through.shape[3], num_warps=STEP_GRADIENTS.warps,
+    _step_gradients_kernel[(chunks * b, triton.cdiv(h, STEP_GRADIENTS.size))](
+        sums, own_scores, from_start, through, step, A, ddt, partial, *_strides(ddt), t, h, h // g, chunks, padded,
+        step.numel(), Q=CHUNK, BLOCK=STEP_GRADIENTS.size, THROUGH=through.shape[3], num_warps=STEP_GRADIENTS.warps,
         num_stages=STEP_GRADIENTS.stages,
     )
     dA, dD, ddt_bias = partial.sum(0)
@@ -489,7 +612,7 @@ def _differentiate(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, *_: Tenso
     x, dt, A, B, C, D, step, decay, states, documents = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros_like(x)
-    elif dy.stride()[2:] != (x.shape[3], 1):
+    elif not _heads_together(dy):
         dy = dy.contiguous()
     if dfinal is not None:
         dfinal = dfinal.contiguous()
@@ -498,11 +621,6 @@ def _differentiate(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, *_: Tenso
 
 
 scan.register_autograd(_differentiate, setup_context=_keep)
-
-
-def _stages(tiles: Tiles, n: int) -> int:
-    """Stages of a walk: a larger state, as the 56B model's 256, leaves shared memory for fewer."""
-    return tiles.stages if n <= 128 else tiles.stages // 2
 
 
 def _strides(*tensors: Tensor) -> list[int]:

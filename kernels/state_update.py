@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.arguments import ArgumentError, check_any, check_multiple, check_shapes
+
 
 def ssd_state_update(
     state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor
@@ -25,12 +27,27 @@ def ssd_state_update(
 
     Returns:
         y (batch, heads, head_dim) in x's dtype.
+
+    Raises:
+        ArgumentError: shapes or devices disagree, heads are no multiple of groups, or the state is not contiguous.
     """
+    sizes = check_shapes(
+        "ssd_state_update", state=(state, "batch heads head_dim state_dim"), x=(x, "batch heads head_dim"),
+        dt=(dt, "batch heads"), A=(A, "heads"), B=(B, "batch groups state_dim"), C=(C, "batch groups state_dim"),
+        D=(D, "heads"), dt_bias=(dt_bias, "heads"),
+    )
+    check_any("ssd_state_update", state=state)
+    check_multiple("ssd_state_update", "heads", sizes["heads"], "groups", sizes["groups"])
+    if not state.is_contiguous():
+        raise ArgumentError("ssd_state_update: the state is not contiguous, and is updated in place.\n"
+                            "Give a contiguous one: a slice of the batch, say.")
     if state.is_cuda:
         from kernels import state_update_triton
 
         if state_update_triton.supports_scan(state, x, dt, B, C):
-            return state_update_triton.advance_scan(state, x, dt, A, B, C, D, dt_bias)
+            return state_update_triton.advance_scan(
+                state, *state_update_triton.prepared_scan(x, dt, A, B, C, D, dt_bias)
+            )
     batch, heads, head_dim, state_dim = state.shape
     groups = B.shape[1]
     precise = torch.promote_types(state.dtype, torch.float32)
@@ -59,12 +76,19 @@ def conv_state_update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor) ->
 
     Returns:
         y (batch, channels) in x's dtype.
+
+    Raises:
+        ArgumentError: shapes or devices disagree.
     """
+    check_shapes("conv_state_update", x=(x, "batch channels"), weight=(weight, "channels K"), bias=(bias, "channels"),
+                 state=(state, f"batch {weight.shape[1] - 1} channels"))
+    check_any("conv_state_update", x=x)
     if state.is_cuda:
         from kernels import state_update_triton
 
         if state_update_triton.supports_conv(state, x, weight):
-            return state_update_triton.advance_conv(state, x, weight, bias)
+            rows = x if x.stride(1) == 1 else x.contiguous()
+            return state_update_triton.advance_conv(state, rows, weight.contiguous(), bias.contiguous())
     precise = torch.promote_types(x.dtype, torch.float32)
     window = torch.cat([state, x[:, None].to(state.dtype)], 1)
     state.copy_(window[:, 1:])

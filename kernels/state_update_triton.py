@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.ssd_triton import softplus
+
 
 class Tiles(NamedTuple):
     bytes: int              # of a head's state in a program, whole rows
@@ -22,17 +24,19 @@ class Tiles(NamedTuple):
 
 @triton.jit
 def _scan_kernel(
-    state, x, dt, A, B, C, D, dt_bias, y, x_batch, x_head, dt_batch, B_batch, B_group, C_batch, C_group, ratio,
+    state, x, dt, A, B, C, D, dt_bias, y, x_batch, x_head, dt_batch, B_batch, B_group, C_batch, C_group, heads, ratio,
     P: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
-    h, part, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row = tl.program_id(0) // heads             # all in one axis: others end at 65,535
+    h, part = tl.program_id(0) % heads, row % tl.cdiv(P, ROWS)
+    b = (row // tl.cdiv(P, ROWS)).to(tl.int64)
     p = part * ROWS + tl.arange(0, ROWS)
     n = tl.arange(0, COLUMNS)
     inside = (p < P)[:, None] & (n < N)[None, :]
-    tile = state + (b.to(tl.int64) * tl.num_programs(0) + h) * (P * N) + p[:, None] * N + n[None, :]
+    tile = state + (b * heads + h) * (P * N) + p[:, None] * N + n[None, :]
     before = tl.load(tile, inside, 0.0, eviction_policy="evict_first").to(tl.float32)
     raw = tl.load(dt + b * dt_batch + h).to(tl.float32) + tl.load(dt_bias + h)
-    step = tl.maximum(raw, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(raw)))
+    step = softplus(raw)
     decay = tl.exp(step * tl.load(A + h))
     Bs = tl.load(B + b * B_batch + h // ratio * B_group + n, n < N, 0.0).to(tl.float32)
     Cs = tl.load(C + b * C_batch + h // ratio * C_group + n, n < N, 0.0).to(tl.float32)
@@ -40,15 +44,16 @@ def _scan_kernel(
     after = before * decay + (xs * step)[:, None] * Bs[None, :]
     tl.store(tile, after.to(state.dtype.element_ty), inside, eviction_policy="evict_first")
     ys = tl.sum(after * Cs[None, :], 1) + tl.load(D + h) * xs
-    tl.store(y + (b * tl.num_programs(0) + h) * P + p, ys.to(y.dtype.element_ty), p < P)
+    tl.store(y + (b * heads + h) * P + p, ys.to(y.dtype.element_ty), p < P)
 
 
 @triton.jit
 def _conv_kernel(
     state, x, weight, bias, y, state_batch, state_tap, x_batch, channels, K: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    b = tl.program_id(1).to(tl.int64)
+    across = tl.cdiv(channels, BLOCK)
+    c = tl.program_id(0) % across * BLOCK + tl.arange(0, BLOCK)
+    b = (tl.program_id(0) // across).to(tl.int64)
     inside = c < channels
     new = tl.load(x + b * x_batch + c, inside, 0.0)
     window = state + b * state_batch + c
@@ -69,16 +74,23 @@ CONV_CHANNELS = 128         # in a program of one warp
 
 
 def supports_scan(state: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> bool:
-    """Whether the kernel takes these: on a GPU, at most 4 bytes an element, state contiguous, channels together."""
-    sizes_ok = all(tensor.itemsize <= 4 for tensor in (state, x, dt, B, C))
-    return state.is_cuda and sizes_ok and state.is_contiguous() and all(t.stride(-1) == 1 for t in (x, dt, B, C))
+    """Whether the kernel takes these: on a GPU, at most 4 bytes an element."""
+    return state.is_cuda and all(tensor.itemsize <= 4 for tensor in (state, x, dt, B, C))
+
+
+def prepared_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor
+) -> tuple[Tensor, ...]:
+    """The arguments of `advance_scan` after the state, copied where they do not lie as the kernel reads them."""
+    x, dt, B, C = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (x, dt, B, C))
+    A, D, dt_bias = (tensor.float().contiguous() for tensor in (A, D, dt_bias))
+    return x, dt, A, B, C, D, dt_bias
 
 
 def supports_conv(state: Tensor, x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernel takes these: on a GPU, at most 4 bytes an element, channels together, two taps or more."""
-    sizes_ok = state.itemsize <= 4 and x.itemsize <= 4
-    return (x.is_cuda and sizes_ok and state.stride(2) == x.stride(1) == 1 and weight.is_contiguous()
-            and weight.shape[1] > 1)
+    """Whether the kernel takes these: on a GPU, at most 4 bytes an element, a state of channels together, two taps or
+    more."""
+    return x.is_cuda and state.itemsize <= 4 and x.itemsize <= 4 and state.stride(2) == 1 and weight.shape[1] > 1
 
 
 @torch.library.custom_op("nemotron_h::ssd_state_update", mutates_args=("state",))
@@ -90,9 +102,9 @@ def advance_scan(
     y = x.new_empty(batch, heads, head_dim)
     columns = triton.next_power_of_2(state_dim)
     rows = min(max(1, SCAN.bytes // (columns * state.itemsize)), triton.next_power_of_2(head_dim))
-    _scan_kernel[(heads, triton.cdiv(head_dim, rows), batch)](
+    _scan_kernel[(heads * triton.cdiv(head_dim, rows) * batch,)](
         state, x, dt, A, B, C, D, dt_bias, y, x.stride(0), x.stride(1), dt.stride(0), B.stride(0), B.stride(1),
-        C.stride(0), C.stride(1), heads // B.shape[1],
+        C.stride(0), C.stride(1), heads, heads // B.shape[1],
         P=head_dim, N=state_dim, ROWS=rows, COLUMNS=columns, num_warps=SCAN.warps,
     )
     return y
@@ -110,7 +122,7 @@ def advance_conv(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tens
     """y (batch, channels), contiguous; shapes as in `kernels.state_update`."""
     batch, channels = x.shape
     y = x.new_empty(batch, channels)
-    _conv_kernel[(triton.cdiv(channels, CONV_CHANNELS), batch)](
+    _conv_kernel[(triton.cdiv(channels, CONV_CHANNELS) * batch,)](
         state, x, weight, bias, y, state.stride(0), state.stride(1), x.stride(0), channels,
         K=weight.shape[1], BLOCK=CONV_CHANNELS, num_warps=1,
     )

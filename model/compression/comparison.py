@@ -39,22 +39,35 @@ def compare(
     for start in range(0, len(sequences), batch_size):
         batch = sequences[start : start + batch_size].to(device)
         inputs, targets = batch[:, :-1], batch[:, 1:].reshape(-1)
-        expected = parent(inputs).flatten(0, 1)
-        for name, model in models.items():
-            logits = expected if model is parent else model(inputs).flatten(0, 1)
-            for part in zip(expected.split(rows), logits.split(rows), targets.split(rows), strict=True):
-                sums[name] += _sums(*part)
+        hidden = {name: model.backbone(inputs).flatten(0, 1) for name, model in models.items()}
+        expected = next((hidden[name] for name, model in models.items() if model is parent), None)
+        expected = parent.backbone(inputs).flatten(0, 1) if expected is None else expected
+        for first in range(0, len(targets), rows):
+            some = slice(first, first + rows)
+            truth = _log_softmax(parent, expected[some])
+            chance, likeliest = truth.exp(), truth.max(dim=-1).indices      # a CPU's argmax takes thrice as long
+            for name, model in models.items():
+                logs = truth if model is parent else _log_softmax(model, hidden[name][some])
+                sums[name] += _sums(truth, chance, likeliest, logs, targets[some])
         progress(start + len(batch), len(sequences))
     tokens = sequences[:, 1:].numel()
     return {name: Closeness(*(total / tokens).tolist()) for name, total in sums.items()}
 
 
-def _sums(expected: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-    """Sums over tokens of KL, agreement, accuracy and loss, float64; logits (tokens, vocab), targets (tokens,)."""
-    exact = torch.promote_types(logits.dtype, torch.float32)
-    truth, logs = expected.to(exact).log_softmax(dim=-1), logits.to(exact).log_softmax(dim=-1)
-    greedy = logs.argmax(dim=-1)
+def _log_softmax(model: HybridLM, hidden: Tensor) -> Tensor:
+    """(tokens, vocab), float32 or better, from (tokens, hidden)."""
+    logits = model.lm_head(hidden)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
+
+
+def _sums(truth: Tensor, chance: Tensor, likeliest: Tensor, logs: Tensor, targets: Tensor) -> Tensor:
+    """Sums over tokens of KL, agreement, accuracy and loss, float64.
+
+    Args:
+        truth, chance, logs: (tokens, vocab), the parent's log-probabilities and probabilities, the model's.
+        likeliest, targets: (tokens,), the parent's most certain token and the true one.
+    """
+    greedy = logs.max(dim=-1).indices
     loss = -logs.gather(1, targets[:, None])
-    kl = torch.linalg.vecdot(truth.exp(), truth - logs)
-    parts = (kl, truth.argmax(dim=-1) == greedy, greedy == targets, loss)
+    parts = (torch.linalg.vecdot(chance, truth - logs), likeliest == greedy, greedy == targets, loss)
     return torch.stack([part.double().sum() for part in parts])

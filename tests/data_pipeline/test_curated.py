@@ -105,3 +105,11 @@ def test_damage_is_named(tmp_path):
     with pytest.raises(DataError, match=r"part-00000.parquet: columns \['text'\] have empty rows"):
         list(batches(file, ("text",)))
     assert pickle.loads(pickle.dumps(DataError("a\nb"))).args == ("a\nb",)
+
+
+def test_no_documents_at_all_are_two_lines(tmp_path):
+    """As the held-out shards are where annotate.held_out.fraction is 0."""
+    files = write(tmp_path / "heldout", documents(1), 1)
+    pq.write_table(pq.read_table(files[0]).slice(0, 0), files[0])
+    with pytest.raises(DataError, match=r"heldout: no documents\.\nRaise annotate\.held_out\.fraction"):
+        sample(files, 1000, 1)

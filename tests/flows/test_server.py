@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+
+from flows import server
 
 Reproduce = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -35,11 +42,21 @@ def free_port() -> int:
 
 
 def ask(url: str, body: dict[str, Any] | None = None) -> Any:
-    """GET, or POST of `body`; the decoded answer."""
+    """GET, or POST of `body`; the decoded answer. A busy server (503: SQLite is locked, nothing was done) is asked
+    again, as Prefect's own client does."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return json.loads(answer.read())
+
+    def answered() -> list[Any]:
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return [json.loads(answer.read())]
+        except urllib.error.HTTPError as error:
+            if error.code != HTTPStatus.SERVICE_UNAVAILABLE:
+                raise
+            return []
+
+    return wait_for(answered)[0]
 
 
 @pytest.fixture
@@ -91,3 +108,44 @@ def test_a_port_in_use_is_named(repository: Path, environment: dict[str, str]) -
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.splitlines() == [f"Port {port} is in use.", f"Choose another: make ui PORT={port + 1}"]
+
+
+@pytest.fixture
+def busy() -> Iterator[tuple[str, list[int]]]:
+    """A server that is busy for its first two answers; its URL, and the answers it gave."""
+    given: list[int] = []
+
+    class Busy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            given.append(HTTPStatus.SERVICE_UNAVAILABLE if len(given) < 2 else HTTPStatus.OK)
+            self.send_response(given[-1])
+            self.end_headers()
+            self.wfile.write(b"true")
+
+        def log_message(self, format: str, *arguments: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Busy) as answering:
+        threading.Thread(target=answering.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{answering.server_port}", given
+        answering.shutdown()
+
+
+def test_a_busy_server_is_waited_for(
+    busy: tuple[str, list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`make reproduce` reports to it all the same, and does not start another."""
+    url, given = busy
+    monkeypatch.setattr(server, "RECORD", tmp_path / "server.json")
+    assert server.running() is None
+    server.RECORD.write_text(json.dumps({"url": url, "pid": os.getpid()}))
+    assert server.running() == url and len(given) == 3
+    given.clear()
+    assert ask(url) is True and len(given) == 3
+
+
+def test_a_server_that_does_not_answer_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "RECORD", tmp_path / "server.json")
+    monkeypatch.setattr(server, "SECONDS_TO_ANSWER", 1.0)
+    server.RECORD.write_text(json.dumps({"url": f"http://127.0.0.1:{free_port()}", "pid": os.getpid()}))
+    assert server.running() is None

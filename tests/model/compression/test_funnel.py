@@ -43,7 +43,7 @@ def test_the_funnel_finds_what_does_not_matter(planted, data, tight, tmp_path):
     winner = result.records["candidates"][0]
     assert winner["pattern"] == "M-*M-" and winner["ffn_hidden_size"] == 32 and winner["chosen"]
     assert result.layers["compressed"] == [0, 1, 3, 5, 6]
-    assert winner["importance"] == pytest.approx(1.0, abs=1e-9) and winner["agreement"] == 1.0
+    assert winner["importance"] == pytest.approx(1.0, abs=1e-9) and winner["agreement"] > 0.99
     assert metrics["kl_parent_cut"] < 1e-6
     assert metrics["kl_parent_random_cut"] > 0.05
     assert metrics["kl_parent_random"] < metrics["kl_parent_random_cut"]
@@ -64,7 +64,8 @@ def test_the_records_have_what_the_report_reads(planted, data, config, tmp_path)
     assert [layer["symbol"] for layer in importance["layers"]] == list("M-M*-M-")
     assert [entry["index"] for entry in importance["ffn"]] == [1, 4, 6]
     shares = importance["ffn"][0]["kept_share_of_importance"]
-    assert list(shares) == ["16", "24", "28", "32", "48"] and shares["24"] < shares["32"] <= shares["48"] == 1.0
+    assert list(shares) == ["16", "24", "28", "32", "48"] and shares["16"] < shares["24"] < shares["32"]
+    assert [shares["32"], shares["48"]] == pytest.approx([1, 1], rel=1e-12)       # sixteen of them are dead
     assert len(candidates) == result.metrics["candidates"] > config.ranked_by_agreement
     assert [candidate["rank"] for candidate in candidates] == list(range(1, len(candidates) + 1))
     assert [candidate["kl_short"] is not None for candidate in candidates[:3]] == [True, True, False]

@@ -1,0 +1,283 @@
+"""The FP8 study: its scheduler loses nothing and says what failed, its answers are SciPy's, a branch is its trunk's."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from benchmarks import fp8_parity
+from benchmarks.fp8_parity import (
+    ARMS,
+    METRIC,
+    METRICS,
+    SETTINGS,
+    Arm,
+    Job,
+    Scheduler,
+    answer,
+    append_row,
+    gaps,
+    job_of,
+    metrics,
+    pairs_needed,
+    pilot_jobs,
+    read_rows,
+    run_jobs,
+    tiny_tokens,
+    train_one,
+)
+
+TRUNK = Job("tiny", "hybrid", 1)
+FP8 = TRUNK._replace(arm="fp8", start=0.5)
+RESULT = dict.fromkeys(METRICS, 2.0) | {"entropy": 3.0, "parameters": 10, "trunk": "t", "tokens": 100} | dict.fromkeys(
+    ("machine", "python", "torch", "megatron", "transformer_engine"), "x")
+EXTRA = {"at_once": 2, "gpus": 1, "commit": "c"}
+
+
+def row(job: Job, loss: float, trunk: str = "t", seconds: float = 1.0) -> dict:
+    return job._asdict() | RESULT | EXTRA | dict.fromkeys(METRICS, loss) | {
+        "trunk": trunk, "seconds": seconds, "date": "2026-01-01"}
+
+
+def says(code: str = "", seconds: float = 0.0, result: dict = RESULT) -> list[str]:
+    """A process that takes `seconds`, runs `code` and prints `result`."""
+    program = f"import time; time.sleep({seconds}); {code or 'pass'}; print({json.dumps(result)!r})"
+    return [sys.executable, "-S", "-c", program]
+
+
+def scheduler(tmp_path: Path, command, seconds: float | None = None, slots: int = 2, **options) -> Scheduler:
+    return Scheduler(command, [{}] * slots, tmp_path / "runs.csv", seconds, EXTRA, logs=tmp_path / "logs", **options)
+
+
+def test_every_job_leaves_a_row_and_is_not_run_again(tmp_path):
+    jobs = [Job("tiny", "hybrid", seed) for seed in (1, 2, 3)]
+    started = []
+
+    def command(job):
+        started.append(job)
+        return says()
+
+    first = scheduler(tmp_path, command)
+    first.run(jobs)
+    assert not first.failed and not first.left
+    assert sorted(job_of(row) for row in read_rows(tmp_path / "runs.csv")) == jobs
+    scheduler(tmp_path, command).run([*jobs, Job("tiny", "hybrid", 4)])
+    assert sorted(started) == [*jobs, Job("tiny", "hybrid", 4)]
+
+
+def test_a_failed_run_is_said_leaves_no_row_and_is_tried_again(tmp_path, capsys):
+    bad = Job("tiny", "hybrid", 1)
+
+    def broken(job):
+        return says("raise SystemExit('the loss is\\nnot finite')") if job == bad else says()
+
+    first = scheduler(tmp_path, broken)
+    first.run([bad, Job("tiny", "hybrid", 2)])
+    assert list(first.failed) == [bad] and "not finite" in first.failed[bad]
+    assert "seed 1 bf16@0: FAILED (1)" in capsys.readouterr().out
+    assert [row["seed"] for row in read_rows(tmp_path / "runs.csv")] == [2]
+    second = scheduler(tmp_path, lambda _: says())
+    second.run([bad])
+    assert not second.failed and len(read_rows(tmp_path / "runs.csv")) == 2
+
+
+def test_nothing_is_started_that_would_not_end_in_time(tmp_path):
+    append_row(tmp_path / "runs.csv", row(Job("tiny", "hybrid", 9), 2.0, seconds=1000))
+    limited = scheduler(tmp_path, lambda _: says(), seconds=60)
+    limited.run([TRUNK])
+    assert limited.left == [TRUNK] and not limited.failed
+    free = scheduler(tmp_path, lambda _: says())
+    free.run([TRUNK])
+    assert not free.left
+
+
+def test_a_trunk_is_not_started_where_no_branch_of_it_would_end(tmp_path):
+    append_row(tmp_path / "runs.csv", row(TRUNK._replace(seed=9), 2.0, seconds=40))
+    for seconds, ends in ((60, False), (80, True)):         # 1.1 x 40 s, and half of it for the branch
+        limited = scheduler(tmp_path, lambda _: says(), seconds=seconds)
+        limited.run([TRUNK, FP8])
+        assert limited.left == ([] if ends else [TRUNK, FP8])
+
+
+def test_what_runs_over_the_limit_is_stopped_and_said(tmp_path):
+    started = time.monotonic()
+    limited = scheduler(tmp_path, lambda _: says(seconds=60), seconds=1.0)
+    limited.run([TRUNK])
+    assert time.monotonic() - started < 30
+    assert list(limited.failed) == [TRUNK] and "time limit" in limited.failed[TRUNK]
+    assert not read_rows(tmp_path / "runs.csv")
+
+
+def test_a_branch_waits_for_its_trunk_and_goes_with_it_where_it_fails(tmp_path):
+    order = []
+
+    def command(job):
+        order.append(job)
+        return says("raise SystemExit(1)" if job == TRUNK and len(order) == 1 else "")
+
+    first = scheduler(tmp_path, command, ready=lambda job: TRUNK in order[1:])
+    first.run([FP8, TRUNK])
+    assert order == [TRUNK] and first.left == [FP8]
+    second = scheduler(tmp_path, command, ready=lambda job: TRUNK in order[1:])
+    second.run([FP8])
+    assert order == [TRUNK, TRUNK, FP8] and not second.failed
+
+
+def test_a_lost_trunk_is_trained_again_with_all_that_branched_from_it(tmp_path):
+    other = FP8._replace(arm="e4m3")
+    for job in (TRUNK, FP8):
+        append_row(tmp_path / "runs.csv", row(job, 2.0, "old"))
+    order = []
+
+    def command(job):
+        order.append(job)
+        return says()
+
+    scheduler(tmp_path, command, slots=1, ready=lambda _: False).run([TRUNK, FP8, other])
+    assert order == [TRUNK, FP8, other]
+    order.clear()
+    scheduler(tmp_path, command, ready=lambda _: False).run([TRUNK, FP8, other])
+    assert not order                            # all is there: nothing has to branch
+
+
+def test_a_file_of_other_columns_is_an_error_and_a_line_cut_short_is_not(tmp_path):
+    path = tmp_path / "runs.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(SystemExit, match=r"columns are not"):
+        read_rows(path)
+    path.unlink()
+    append_row(path, row(TRUNK, 2.0))
+    with path.open("a") as file:
+        file.write("tiny,hybrid,2,bf")
+    assert [one["seed"] for one in read_rows(path)] == [1]
+
+
+@pytest.mark.parametrize("shift, spread, verdict", [
+    (0.0, 0.05, "holds"), (0.5, 0.05, "does not hold"), (-0.5, 0.05, "does not hold"), (0.0, 1.0, "cannot be told"),
+])
+def test_the_answer_is_that_of_two_one_sided_tests(shift, spread, verdict):
+    values = np.random.default_rng(3).normal(0, spread, 16)
+    values += shift - values.mean()
+    found = answer(list(values))
+    interval = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
+    assert (found.n, found.holds) == (16, verdict)
+    assert (found.mean, found.low, found.high) == pytest.approx((values.mean(), interval.low, interval.high))
+    above = stats.ttest_1samp(values, -0.1, alternative="greater").pvalue
+    below = stats.ttest_1samp(values, 0.1, alternative="less").pvalue
+    assert (max(above, below) < 0.05) == (verdict == "holds")
+
+
+def test_the_answer_is_the_reports():
+    rules = pytest.importorskip("stages.report.statistics")
+    draw = np.random.default_rng(5)
+    for _ in range(300):
+        values = draw.normal(draw.uniform(-0.3, 0.3), draw.uniform(0.01, 0.4), draw.integers(2, 20))
+        assert answer(list(values)).holds == rules.equivalence(rules.mean(values, "seed"), 0.1).answer
+
+
+def test_losses_that_are_not_finite_are_counted_and_do_not_hold():
+    found = answer([0.0, 0.01, -0.01, math.inf])
+    assert (found.n, found.broken, found.holds) == (3, 1, "does not hold")
+    assert answer([0.0]).holds == answer([]).holds == "cannot be told"
+
+
+@pytest.mark.parametrize("sd", [0.05, 0.1, 0.3])
+def test_the_pairs_needed_decide_as_often_as_they_say(sd):
+    n = pairs_needed(sd)
+    draws = np.random.default_rng(1).normal(0, sd, (4000, n))
+    half = stats.t.ppf(0.95, n - 1) * draws.std(1, ddof=1) / math.sqrt(n)
+    decided = np.mean(np.abs(draws.mean(1)) + half < 0.1)
+    assert 0.87 < decided < 0.96
+    fewer = np.random.default_rng(2).normal(0, sd, (4000, max(2, n - 1 - n // 5)))
+    half = stats.t.ppf(0.95, fewer.shape[1] - 1) * fewer.std(1, ddof=1) / math.sqrt(fewer.shape[1])
+    assert np.mean(np.abs(fewer.mean(1)) + half < 0.1) < 0.87
+
+
+def test_a_gap_is_of_the_run_it_branched_from():
+    rows = [row(TRUNK, 2.0, "new"), row(FP8, 2.02, "new"), row(FP8._replace(arm="e4m3"), 3.0, "old"),
+            row(FP8._replace(seed=2), 2.0)]
+    assert gaps(rows, METRIC) == {("tiny", "hybrid", "fp8", 0.5): {1: pytest.approx(1.0)}}
+    with pytest.raises(SystemExit, match="Nothing was computed in FP8"):
+        gaps([row(TRUNK, 2.0), row(FP8, 2.0)], METRIC)
+
+
+def test_means_are_over_the_last_fifth():
+    training = [{"step": step, "loss": float(step)} for step in range(1, 11)]
+    validation = [{"step": step, "domain": domain, "loss": step * scale}
+                  for step in range(1, 11) for domain, scale in (("code", 7.0), ("all", 10.0))]
+    assert metrics(training, validation, 10) == {
+        "validation": 100.0, "validation_mean": 95.0, "training_mean": 9.5}
+
+
+def test_jobs_come_seed_by_seed_and_arms_differ_from_bf16_alone():
+    jobs = run_jobs("tiny", ["transformer", "hybrid"], [101, 102], ["fp8", "unscaled"], 0.5)
+    assert [job.seed for job in jobs] == [101] * 6 + [102] * 6 and jobs[0] == jobs[1].trunk == jobs[2].trunk
+    starts = {job.start for job in pilot_jobs(fp8_parity.PILOT, [1, 2]) if job.arm == "fp8"}
+    assert starts == {0.0, *fp8_parity.STARTS}
+    recipes = {arm: fp8_parity.recipe(SETTINGS["tiny"], ARMS[arm], False, False).model_dump() for arm in ARMS}
+    for arm, recipe in recipes.items():
+        assert {name for name, value in recipe.items() if value != recipes["bf16"][name]} == set(ARMS[arm].changes)
+
+
+@pytest.mark.parametrize("setting", [name for name in SETTINGS if name != "tiny"])
+@pytest.mark.parametrize("architecture", fp8_parity.ARCHITECTURES)
+def test_the_settings_suit_fp8_products_and_the_kernels(setting, architecture):
+    from model.limits import FP8_MULTIPLE, check_kernels
+
+    config = fp8_parity.model_config(SETTINGS[setting], architecture, 8192)
+    sizes = [config.hidden_size, config.ffn_hidden_size, config.attention_size,
+             config.attention_size + 2 * config.kv_size]
+    if architecture == "hybrid":
+        check_kernels(config)
+        sizes += [config.in_proj_size, config.mamba_inner_size]
+    assert all(size % FP8_MULTIPLE == 0 for size in sizes)
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory) -> Path:
+    return tiny_tokens(tmp_path_factory.mktemp("tokens"))
+
+
+def test_a_branch_goes_on_as_its_trunk_did_and_fp8_does_not(tokens, tmp_path, monkeypatch):
+    monkeypatch.setitem(ARMS, "same", Arm("bf16", {}))
+    setting = SETTINGS["tiny"]
+    trunk = train_one(TRUNK, setting, tokens, tmp_path, keeps_states=True)
+    assert trunk["validation"] < trunk["entropy"] and trunk["trunk"]
+    same = train_one(TRUNK._replace(arm="same", start=0.5), setting, tokens, tmp_path)
+    assert {name: same[name] for name in (*METRICS, "trunk")} == {name: trunk[name] for name in (*METRICS, "trunk")}
+    fp8 = train_one(FP8, setting, tokens, tmp_path)
+    assert all(fp8[name] != trunk[name] for name in METRICS)
+    assert fp8["validation"] == pytest.approx(trunk["validation"], rel=0.02)
+    assert fp8["trunk"] == trunk["trunk"]
+
+
+def test_a_model_that_does_not_learn_is_an_error(tokens, tmp_path):
+    from model.config import ModelError
+
+    with pytest.raises(ModelError, match="it did not learn"):
+        setting = SETTINGS["tiny"]._replace(learning_rate=1e-7, steps=20)
+        train_one(Job("tiny", "transformer", 1), setting, tokens, tmp_path)
+
+
+def test_the_record_holds_pairs_and_their_control(tmp_path):
+    pytest.importorskip("stages.report.studies")
+    rows = []
+    for architecture in fp8_parity.ARCHITECTURES:
+        for seed in range(101, 106):
+            trunk = Job("deep-1e-3", architecture, seed)
+            rows += [row(trunk, 2.0), row(trunk._replace(arm="fp8", start=0.5), 2.001)]
+            if seed in (103, 104):
+                rows.append(row(trunk._replace(arm="unscaled", start=0.5), 2.2))
+    path = fp8_parity.write_record(rows, "deep-1e-3", 0.5, METRIC, tmp_path)
+    study = json.loads(path.read_text())
+    assert [item["claim"] for item in study["comparisons"]] == ["fp8_parity"] * 2
+    values = {item["name"]: item["values"] for item in study["measurements"]}
+    for item in study["comparisons"]:
+        assert (len(values[item["candidate"]]), len(values[item["control"]])) == (5, 2)
