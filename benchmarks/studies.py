@@ -163,7 +163,7 @@ def scale_of(params: Params, vocab_size: int, on_gpu: bool, tiny: bool) -> Scale
     )
     recipe = params.pretrain.model_copy(update={"evaluations": 1, "checkpoint_every": 10**9})
     compress = params.compress.model_copy(update={"checkpoint_every": 10**9})
-    recall = recall_study.CPU._replace(tokens=4 * recall_study.CPU.pairs)
+    recall = recall_study.CPU._replace(tokens=max(MULTIPLES) * recall_study.CPU.pairs)      # keys of the longest
     if tiny:
         narrow = {"hidden_size": 32, "num_attention_heads": 2, "num_query_groups": 1, "head_dim": 16,
                   "sequence_length": 16}
@@ -193,7 +193,6 @@ def scale_of(params: Params, vocab_size: int, on_gpu: bool, tiny: bool) -> Scale
             "global_batch_size": 16, "micro_batch_size": 16, "validation_samples": 192,
             "short_distillation_tokens": 2**19, "distillation_tokens": 2**21,
             "learning_rate": 3e-4, "min_learning_rate": 3e-5})
-        recall = recall_study.GPU
     return Scale(hybrid, transformer, recipe, compress, recall)
 
 
