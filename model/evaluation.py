@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +30,12 @@ from lm_eval.evaluator import evaluate as harness_evaluate
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from model import hub
 from model.config import ModelError
 from model.hybrid_lm import HybridLM
+from model.layer_caches import PrefixReader
 from model.model_card import CardScore
 
 if TYPE_CHECKING:
@@ -41,13 +43,23 @@ if TYPE_CHECKING:
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32_768}        # on a CPU, what stays in its cache is fastest
 LENGTH_MULTIPLE = {"cpu": 1, "cuda": 128}           # on a GPU every other length is compiled or planned for anew
+STEM_ROWS = {"cpu": 32, "cuda": 1}                  # rows that may share their context's pass; each has caches
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
+STEM_SPREAD = 0.8               # shortest over longest in a batch: what stands behind the shortest is not shared
 BOOTSTRAP_SAMPLES = 1000
 SAMPLES_SHOWN = 5               # items a task in the samples
 SHOWN_CHARACTERS = 500
 
 Pair = tuple[list[int], list[int]]                  # tokens of the context, tokens to be scored after it
 Score = tuple[float, bool]                          # log-likelihood in nats, whether each token was the likeliest
+
+
+class Stem(NamedTuple):
+    """Tokens that all of `rows` begin with. A row is indices of inputs that begin one another, the longest last:
+    scoring it scores the others too, as the model is causal."""
+
+    tokens: list[int]
+    rows: list[list[int]]
 
 
 class HarnessLM(TemplateLM):
@@ -166,9 +178,10 @@ class HarnessLM(TemplateLM):
                 "Raise `evaluate.context_tokens`, or mend the task."
             )
         inputs = [(context + continuation)[-(window + 1) : -1] for context, continuation in pairs]
+        stems = self._stems(inputs, [len(continuation) for _, continuation in pairs])
         scores: dict[int, Score] = {}
         asked = hashlib.sha256(json.dumps([window, pairs]).encode()).hexdigest()[:12] if self.scratch else ""
-        for number, batch in enumerate(self._batches(inputs)):
+        for number, batch in enumerate(self._batches(stems, inputs)):
             piece = self.scratch / f"{kind}-{number:06d}-{asked}.json" if self.scratch else None
             if piece and piece.exists():
                 finished = [(index, (score, greedy)) for index, score, greedy in json.loads(piece.read_text())]
@@ -183,10 +196,10 @@ class HarnessLM(TemplateLM):
             self.progress(len(scores), len(pairs))
         return [scores[index] for index in range(len(pairs))]
 
-    def _batches(self, inputs: Sequence[list[int]]) -> Iterator[list[list[int]]]:
-        """Indices of `inputs`, grouped into rows (inputs that begin one another), rows into batches, longest first.
+    def _stems(self, inputs: Sequence[list[int]], asked: Sequence[int]) -> list[Stem]:
+        """All `inputs`, of each of which the last `asked` predictions count, the longest stem first.
 
-        In a row the last index is the longest input: scoring it scores the others too, as the model is causal.
+        Inputs that begin one another become a row, rows that go on from one context a stem.
         """
         rows: list[list[int]] = []
         for index in sorted(range(len(inputs)), key=lambda index: inputs[index]):
@@ -194,36 +207,77 @@ class HarnessLM(TemplateLM):
                 rows[-1].append(index)
             else:
                 rows.append([index])
-        rows.sort(key=lambda row: (-len(inputs[row[-1]]), row))
-        while rows:
-            size = max(1, BATCH_TOKENS[self._device.type] // len(inputs[rows[0][-1]]))
-            yield rows[:size]
-            rows = rows[size:]
+        stems: dict[tuple[int, ...], list[list[int]]] = {}
+        for row in rows:
+            context = inputs[row[-1]][: len(inputs[row[-1]]) - asked[row[-1]] + 1]
+            stems.setdefault(tuple(context), []).append(row)
+        most = STEM_ROWS[self._device.type]
+        found = []
+        for context, together in stems.items():
+            for first in range(0, len(together), most):
+                members = together[first : first + most]
+                found.append(Stem(list(context) if len(members) > 1 else inputs[members[0][-1]], members))
+        return sorted(found, key=lambda stem: (-len(stem.tokens), stem.rows))
+
+    def _batches(self, stems: Sequence[Stem], inputs: Sequence[list[int]]) -> Iterator[list[Stem]]:
+        """As many stems of about one length together as the device likes tokens; what rows share counts once."""
+        batch: list[Stem] = []
+        tokens = 0
+        for stem in stems:
+            size = len(stem.tokens) + sum(len(inputs[row[-1]]) - len(stem.tokens) for row in stem.rows)
+            shorter = batch and len(stem.tokens) < STEM_SPREAD * len(batch[0].tokens)
+            if shorter or (tokens and tokens + size > BATCH_TOKENS[self._device.type]):
+                yield batch
+                batch, tokens = [], 0
+            batch.append(stem)
+            tokens += size
+        if batch:
+            yield batch
 
     @torch.inference_mode()
     def _batch_scores(
-        self, batch: list[list[int]], inputs: Sequence[list[int]], pairs: Sequence[Pair]
+        self, stems: list[Stem], inputs: Sequence[list[int]], pairs: Sequence[Pair]
     ) -> list[tuple[int, Score]]:
-        """(index, score) of every pair in the batch. Rows are padded on the right: nothing before the pad sees it."""
-        multiple = LENGTH_MULTIPLE[self._device.type]
-        longest = len(inputs[batch[0][-1]])
-        ids = torch.zeros(len(batch), longest + -longest % multiple, dtype=torch.int64)
+        """(index, score) of every pair in the batch."""
         asked: list[tuple[int, int, int]] = []          # row, position, the token that follows there
         lengths = []
-        indices = [index for row in batch for index in row]
-        for number, row in enumerate(batch):
-            ids[number, : len(inputs[row[-1]])] = torch.tensor(inputs[row[-1]])
+        rows = [row for stem in stems for row in stem.rows]
+        for number, row in enumerate(rows):
             for index in row:
                 target, end = pairs[index][1], len(inputs[index])
                 asked += zip([number] * len(target), range(end - len(target), end), target, strict=True)
                 lengths.append(len(target))
-        rows, positions, targets = torch.tensor(asked, device=self._device).unbind(-1)
-        hidden = self.model.backbone(ids.to(self._device))[rows, positions]
+        number, positions, targets = torch.tensor(asked, device=self._device).unbind(-1)
+        hidden = self._hidden(stems, [inputs[row[-1]] for row in rows])[number, positions]
         predicted = F.linear(hidden.float(), self.model.lm_head.weight.float()).log_softmax(-1)
         likelihoods = predicted.gather(-1, targets[:, None])[:, 0].cpu().split(lengths)
-        hits = (predicted.argmax(-1) == targets).cpu().split(lengths)
+        hits = (predicted.max(-1).indices == targets).cpu().split(lengths)     # a CPU's argmax takes thrice as long
         scores = [(part.sum().item(), bool(hit.all())) for part, hit in zip(likelihoods, hits, strict=True)]
-        return list(zip(indices, scores, strict=True))
+        return list(zip([index for row in rows for index in row], scores, strict=True))
+
+    def _hidden(self, stems: list[Stem], rows: list[list[int]]) -> Tensor:
+        """(rows, tokens, hidden) of all the stems' rows, before the head; what stands after a row's end is anything.
+
+        Where rows share stems, these run once, as far as the shortest reaches, and the rows go on from copies of the
+        caches. Rows are padded on the right: nothing before the pad sees it.
+        """
+        longest = max(map(len, rows))
+        if len(rows) == len(stems):
+            padded = longest + -longest % LENGTH_MULTIPLE[self._device.type]
+            return self.model.backbone(_padded(rows, padded).to(self._device))
+        shared = len(stems[-1].tokens)
+        of_stem = torch.repeat_interleave(torch.tensor([len(stem.rows) for stem in stems]))
+        reader = PrefixReader(self.model, longest, len(rows))
+        begun = reader.read(_padded([stem.tokens[:shared] for stem in stems], shared))[of_stem]
+        if longest == shared:
+            return begun
+        reader.fork(of_stem)
+        return torch.cat([begun, reader.read(_padded([row[shared:] for row in rows], longest - shared))], 1)
+
+
+def _padded(rows: Sequence[list[int]], length: int) -> Tensor:
+    """(rows, length) int64, zeros after a row's end."""
+    return torch.tensor([row + [0] * (length - len(row)) for row in rows])
 
 
 def load(directory: Path, max_length: int, **options: Any) -> HarnessLM:

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from kernels.gated_norm import gated_rms_norm, rms_norm
 from kernels.mixer import MixerWeights, mix
@@ -43,6 +45,12 @@ class HybridLM(nn.Module):
         return self.lm_head(self.backbone(input_ids))
 
     @classmethod
+    def skeleton(cls, config: ModelConfig) -> HybridLM:
+        """A model without weights, on the meta device: names and shapes, to be filled."""
+        with torch.device("meta"), _NothingDrawn():
+            return cls(config)
+
+    @classmethod
     def from_state(
         cls, config: ModelConfig, state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
     ) -> HybridLM:
@@ -50,8 +58,7 @@ class HybridLM(nn.Module):
 
         Raises ModelError when names or shapes are not those of `config`.
         """
-        with torch.device("meta"):
-            model = cls(config)
+        model = cls.skeleton(config)
         expected = {name: parameter.shape for name, parameter in model.named_parameters()}
         given = {name: tensor.shape for name, tensor in state.items()}
         wrong = sorted(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name))
@@ -76,6 +83,17 @@ class HybridLM(nn.Module):
             if isinstance(module, nn.Linear | nn.Embedding):
                 writes_residual = name.endswith(("out_proj", "o_proj", "down_proj"))
                 module.weight.normal_(0.0, deviation / (math.sqrt(len(self.config.pattern)) if writes_residual else 1))
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """A block in which PyTorch's modules draw no weights. On the meta device there is nothing to fill, and PyTorch
+    imports its compiler to do so: a second and a half of every process."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = kwargs or {}
+        if function.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):
+            return args[0] if args else options["tensor"]
+        return function(*args, **options)
 
 
 def _shape(shapes: Mapping[str, torch.Size], name: str) -> tuple[int, ...] | str:
@@ -132,12 +150,18 @@ class Mamba2(nn.Module):
         inner, heads = config.mamba_inner_size, config.mamba_num_heads
         self.in_proj = nn.Linear(config.hidden_size, config.in_proj_size, bias=False)
         self.conv1d = ConvWeights(config.conv_channels, config.conv_kernel)
-        step = torch.exp(torch.empty(heads).uniform_(math.log(1e-3), math.log(1e-1))).clamp(min=1e-4)
-        self.dt_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))      # softplus(dt_bias) = step
-        self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
+        self.dt_bias, self.A_log = nn.Parameter(torch.empty(heads)), nn.Parameter(torch.empty(heads))
+        if not self.A_log.is_meta:
+            self._draw_steps_and_decays()
         self.D = nn.Parameter(torch.ones(heads))
         self.norm = NormWeight(inner)
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
+
+    @torch.no_grad()
+    def _draw_steps_and_decays(self) -> None:
+        step = self.dt_bias.uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
+        self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))               # softplus(dt_bias) = step
+        self.A_log.uniform_(1, 16).log_()
 
     def forward(self, x: Tensor) -> Tensor:
         config = self.config

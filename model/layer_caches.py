@@ -5,7 +5,7 @@ Caches are allocated once and written in place: a captured CUDA graph goes on re
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from kernels.causal_conv1d import causal_conv1d
 from kernels.squared_relu import squared_relu
 from kernels.ssd import chunk_scan
 from kernels.state_update import conv_state_update, ssd_state_update
-from model.hybrid_lm import Attention, FeedForward, Mamba2
+from model.hybrid_lm import Attention, FeedForward, HybridLM, Layer, Mamba2
 
 
 class CacheShape(Protocol):
@@ -123,3 +123,31 @@ def cached(mixer: Mamba2 | Attention | FeedForward, shape: CacheShape) -> Cached
             return CachedAttention(mixer, shape)
         case FeedForward():
             return CachedFeedForward(mixer)
+
+
+class PrefixReader:
+    """A model that reads `batch` sequences of at most `max_length` tokens in pieces, and goes on from one in several.
+
+    Nothing is decoded, so there is no graph to capture: `model.inference.Decoder` has that.
+    """
+
+    def __init__(self, model: HybridLM, max_length: int, batch: int):
+        embeddings = model.backbone.embeddings.weight
+        self.model, self.batch, self.max_length = model, batch, max_length
+        self.dtype, self.device, self.state_dtype = embeddings.dtype, embeddings.device, torch.float32
+        self._layers = [(layer, cached(layer.mixer, self)) for layer in cast("list[Layer]", model.backbone.layers)]
+        self._position = 0
+
+    def read(self, ids: Tensor) -> Tensor:
+        """The next tokens (rows, tokens) of the first rows -> (rows, tokens, hidden), before the head."""
+        x = self.model.backbone.embeddings(ids)
+        for layer, cache in self._layers:
+            x = x + cache.prefill(layer.norm(x), slice(len(ids)), self._position)
+        self._position += ids.shape[1]
+        return self.model.backbone.norm_f(x)
+
+    def fork(self, sources: Tensor) -> None:
+        """Row i goes on from what row `sources[i]` has read; sources (batch,) int64."""
+        for _, cache in self._layers:
+            for tensor in cache.caches:
+                tensor.copy_(tensor[sources])

@@ -21,8 +21,7 @@ def random_model(
     are as of a fresh Mamba-2.
     """
     generator = torch.Generator(device).manual_seed(seed)
-    with torch.device("meta"):
-        model = HybridLM(config)
+    model = HybridLM.skeleton(config)
     for layer in cast("list[Layer]", model.backbone.layers):
         _fill(layer, config, dtype, generator)
         if float8:

@@ -91,8 +91,7 @@ class Library:
     def assemble(self, choice: Sequence[int]) -> HybridLM:
         """The model of one variant a layer, its parts shared with the teacher and the library."""
         chosen = [options[index] for options, index in zip(self.variants, choice, strict=True)]
-        with torch.device("meta"):
-            model = HybridLM(self.teacher.config)
+        model = HybridLM.skeleton(self.teacher.config)
         backbone = self.teacher.backbone
         model.backbone.embeddings, model.backbone.norm_f = backbone.embeddings, backbone.norm_f
         model.backbone.layers = nn.ModuleList(self.modules[variant] for variant in chosen if variant.width is not None)

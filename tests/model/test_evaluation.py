@@ -116,6 +116,7 @@ def test_padded_lengths_and_bfloat16_layers_as_on_a_gpu(
     asked = requests("loglikelihood", PAIRS)
     exact = [score for score, _ in evaluation.load(exported[name], WINDOW).loglikelihood(asked)]
     monkeypatch.setitem(evaluation.LENGTH_MULTIPLE, "cpu", 16)
+    monkeypatch.setitem(evaluation.STEM_ROWS, "cpu", 1)
     padded = evaluation.load(exported[name], WINDOW).loglikelihood(asked)
     assert [score for score, _ in padded] == pytest.approx(exact, abs=1e-4)
     monkeypatch.setitem(evaluation.DTYPES, "cpu", torch.bfloat16)
@@ -145,6 +146,31 @@ def test_same_text_as_the_harness_adapter_for_transformers(
     stopped = requests("generate_until", [(free[0][0], free[0][1] | {"until": [stop, "never"]})])
     assert ours.generate_until(stopped) == [answers[0].split(stop)[0]] == theirs.generate_until(
         stopped, disable_tqdm=True)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_context_that_runs_once_gives_the_scores_of_whole_rows(
+    exported: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contexts of several lengths in one batch, with one choice and with more than a stem takes."""
+    asked = requests("loglikelihood", [
+        (TEXT[40 * i : 40 * i + 30 + 7 * i], choice)
+        for i, choices in enumerate([" a", " return x + y", "\n\n    yield"][: 1 + i % 3] for i in range(8))
+        for choice in choices
+    ])
+    asked += requests("loglikelihood", [(TEXT[:60] + "\nx =", f" {value}") for value in range(100, 140)])
+    scores, tokens = [], []
+    for most in (1, 32):
+        monkeypatch.setitem(evaluation.STEM_ROWS, "cpu", most)
+        model = evaluation.load(exported[name], WINDOW, choice_length=100)
+        seen: list[int] = []
+        model.model.backbone.embeddings.register_forward_hook(lambda _, ids, y, seen=seen: seen.append(ids[0].numel()))
+        scores.append(model.loglikelihood(asked))
+        tokens.append(sum(seen))
+    whole, shared = scores
+    assert [score for score, _ in shared] == pytest.approx([score for score, _ in whole], abs=1e-4)
+    assert [greedy for _, greedy in shared] == [greedy for _, greedy in whole]
+    assert tokens[1] < 0.75 * tokens[0]
 
 
 def test_choices_may_see_more_than_texts(exported: dict[str, Path]) -> None:

@@ -1,5 +1,8 @@
 """HybridLM against transformers' Arcee with the same weights; against NemotronH: test_exactness."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import ArceeConfig, ArceeForCausalLM
@@ -86,6 +89,18 @@ def test_from_state_copies(ids):
             parameter.zero_()
         assert torch.equal(model(ids), before)
     assert all(parameter.requires_grad for parameter in copy.parameters())
+
+
+def test_a_skeleton_has_the_model_s_shapes_and_needs_no_compiler():
+    expected = {name: tensor.shape for name, tensor in HybridLM(HYBRID).state_dict().items()}
+    found = HybridLM.skeleton(HYBRID).state_dict()
+    assert {name: tensor.shape for name, tensor in found.items()} == expected
+    assert all(tensor.is_meta for tensor in found.values())
+    code = (
+        "import sys; from model.config import ModelConfig; from model.hybrid_lm import HybridLM;"
+        f"HybridLM.skeleton(ModelConfig(**{HYBRID.model_dump()!r})); print('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
 def test_every_parameter_gets_a_gradient(ids):
