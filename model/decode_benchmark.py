@@ -28,6 +28,7 @@ class Speed(NamedTuple):
         prefill_of_floor: as `decode_of_floor`.
         cache_bytes: of one sequence, in a decoder made for exactly `context` tokens.
         held_bytes: weights and the caches of the batch.
+        repeats: seconds a token of each repeat; all models' repeats have one order.
     """
 
     model: str
@@ -40,6 +41,7 @@ class Speed(NamedTuple):
     prefill_of_floor: float | None
     cache_bytes: int
     held_bytes: int
+    repeats: tuple[float, ...]
 
     def output_tokens_per_second(self, output: int) -> float | None:
         """Of requests that read `context` tokens and write `output`: prompts one after another, then the batch
@@ -86,7 +88,7 @@ def measure(
             yield Speed(
                 name, context, batch, rate, (max(found) - min(found)) / 2, step_floor * rate / batch, prompt,
                 None if prompt is None else prefill_floor(config, context, ceilings) / prompt, caches // batch,
-                weights_bytes(config, dtype, False) + caches,
+                weights_bytes(config, dtype, False) + caches, tuple(found),
             )
 
 

@@ -1,0 +1,454 @@
+"""The report's figures: matplotlib draws, the page's style sheet colours.
+
+Words and frames take the CSS variables of the page, so that a figure is legible on a light and on a dark ground; a
+file of its own follows the reader's setting. Text stays text. The same records give the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from statistics import fmean
+from typing import Any, ClassVar
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+
+from data_pipeline.schema import Histogram
+from stages.report.records import LABELS, Curve, DataRecords, Records
+from stages.schema import Provenance
+
+# At least 3:1 against white and against the dark ground of style.css; distinguishable with the common colour-vision
+# deficiencies beside line styles.
+PALETTE = ("#c9561b", "#2f7dc1", "#1c8a63", "#8a66c9", "#9a7416", "#b8508f", "#5f7f96", "#c2494f")
+INK, MUTED, GRID = "#010101", "#020202", "#030303"      # stand for what the style sheet says
+VARIABLES = {INK: "var(--ink, #1f2933)", MUTED: "var(--muted, #5a6675)", GRID: "var(--line, #dfe4ea)"}
+DARK = "@media (prefers-color-scheme: dark) { svg { --ink: #e4e8ee; --muted: #a0abb8; --line: #333c47; } }"
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none", "svg.hashsalt": "report", "svg.id": None, "font.family": "DejaVu Sans", "font.size": 9.5,
+    "axes.edgecolor": MUTED, "axes.labelcolor": INK, "axes.linewidth": 0.8, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.facecolor": "none", "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "text.color": INK, "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
+    "lines.linewidth": 1.7, "lines.markersize": 3.5, "axes.formatter.use_mathtext": False,
+}
+WIDTH, HEIGHT = 4.8, 2.9        # inches; the page scales figures to its columns
+LABEL_COLOURS = dict(zip(LABELS, PALETTE[1::-1] + PALETTE[2:5], strict=True))
+KEPT, CUT = PALETTE[1], PALETTE[0]
+KINDS = {"M": "Mamba-2", "*": "attention", "-": "FFN"}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure of the page: `name` is its id and file name, `caption` a line below it."""
+
+    kind: ClassVar[str] = "plot"
+    name: str
+    title: str
+    caption: str
+    svg: str
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line; `style` is matplotlib's ("-", "--", ":" or "o" for dots), `error` half the length of error bars."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: str
+    style: str = "-"
+    error: Sequence[float] | None = None
+
+
+@dataclass(frozen=True)
+class Bar:
+    label: str
+    value: float
+    text: str
+    colour: str
+    error: float = 0.0
+    mark: float | None = None       # drawn across: what no training reaches
+    behind: float = 0.0             # a pale bar behind it
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A small histogram without words: `ends` of its axis, a `key` of (colour, text), where thresholds come from."""
+
+    kind: ClassVar[str] = "panel"
+    title: str
+    svg: str
+    ends: tuple[str, str]
+    key: list[tuple[str, str]] = field(default_factory=list)
+    note: str = ""
+
+
+# --- Drawing ----------------------------------------------------------------------------------------------------------
+
+
+def lines(
+    name: str, title: str, caption: str, series: Sequence[Series], x: str, y: str, *, right: float = 0.74,
+    adjust: Callable[[Axes], None] | None = None,
+) -> Plot:
+    """Lines named at their ends. `adjust` sets scales and limits; without it the x-axis counts tokens."""
+    with mpl.rc_context(STYLE):
+        figure, axes = _canvas(x, y, 0.14, right, HEIGHT)
+        for one in series:
+            if one.error is not None:
+                axes.errorbar(one.x, one.y, yerr=one.error, fmt="none", color=one.colour, capsize=2.5, elinewidth=1)
+            marker = "o" if one.style == "o" or len(one.x) < 30 else ""
+            axes.plot(one.x, one.y, color=one.colour, linestyle="none" if one.style == "o" else one.style,
+                      marker=marker, markersize=5 if one.style == "o" else 3)
+        if adjust:
+            adjust(axes)
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+            axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+        _name_ends(axes, series)
+        return Plot(name, title, caption, _svg(figure, name, f"{title}. {caption}"))
+
+
+def bars(name: str, title: str, caption: str, rows: Sequence[Bar], x: str = "", left: float = 0.3) -> Plot:
+    """A horizontal bar a row, its text behind it."""
+    with mpl.rc_context(STYLE):
+        figure, axes = _canvas(x, "", left, 0.97, 0.5 + 0.25 * len(rows))
+        places = range(len(rows))
+        axes.barh(places, [row.behind for row in rows], height=0.66, color=MUTED, alpha=0.25)
+        axes.barh(places, [row.value for row in rows], height=0.66, color=[row.colour for row in rows])
+        longest = max(max(row.value + row.error, row.mark or 0, row.behind) for row in rows)
+        for place, row in enumerate(rows):
+            if row.error:
+                axes.errorbar(row.value, place, xerr=row.error, color=INK, capsize=2.5, elinewidth=1)
+            if row.mark is not None:
+                axes.plot([row.mark] * 2, [place - 0.42, place + 0.42], color=INK, linewidth=1.6)
+            end = max(row.value + row.error, row.behind)
+            end = row.mark if row.mark is not None and end < row.mark < end + 0.2 * longest else end
+            axes.annotate(row.text, (end, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8.5)
+        axes.set_yticks(places, [row.label for row in rows])
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.set_xlim(0, 1.3 * longest or 1)
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(axis="y", length=0)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        return Plot(name, title, caption, _svg(figure, name, f"{title}. {caption}"))
+
+
+def _canvas(x: str, y: str, left: float, right: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH, height))
+    FigureCanvasSVG(figure)
+    bottom = (0.46 if x else 0.26) / height
+    axes = figure.add_axes((left, bottom, right - left, 1 - bottom - 0.08 / height))
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    return figure, axes
+
+
+def _name_ends(axes: Axes, series: Sequence[Series]) -> None:
+    """Write each label beside the right end of its line, moved apart where two would touch."""
+    axes.autoscale_view()
+    frame = axes.get_window_extent()
+    gap = 11 * axes.figure.dpi / 72 / frame.height
+    ends = sorted((min(max((axes.transData.transform((one.x[-1], one.y[-1]))[1] - frame.y0) / frame.height, 0), 1),
+                   one.label, one.colour) for one in series if one.label and len(one.x) and math.isfinite(one.y[-1]))
+    low = -math.inf
+    heights = [low := max(low + gap, end[0]) for end in ends]
+    high = 1 + gap
+    for place in reversed(range(len(ends))):
+        high = min(high - gap, heights[place])
+        axes.annotate(ends[place][1], (1, high), xycoords="axes fraction", xytext=(6, 0), textcoords="offset points",
+                      va="center", fontsize=9, color=ends[place][2])
+
+
+def _svg(figure: Figure, name: str, words: str) -> str:
+    """The figure as an SVG element: ids begin with `name`, its colours are the page's, its size its container's."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", facecolor="none",
+                   metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    svg = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
+    svg = re.sub(r"<style[^>]*>.*?</style>", f"<style>{DARK}</style>", svg[svg.index("<svg"):], flags=re.DOTALL)
+    size = re.search(r'viewBox="[^"]*"', svg)
+    assert size is not None
+    words = words.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    svg = re.sub(r"^<svg[^>]*>", f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+                 f'{size[0]} role="img" aria-label="{words}">', svg)
+    svg = re.sub(r'(id="|url\(#|href="#)', rf"\1{name}-", svg)
+    for colour, variable in VARIABLES.items():
+        svg = svg.replace(colour, variable)
+    return re.sub(r">\s+<", "><", svg).strip()
+
+
+# --- Training ---------------------------------------------------------------------------------------------------------
+
+
+def colours(records: Records) -> dict[str, str]:
+    """A colour for every model, and for the benchmark's `hybrid` and `transformer`."""
+    names = [*records.params.variants, "compressed", "compressed-random"]
+    found = dict(zip(names, itertools.cycle(PALETTE), strict=False))
+    return found | {"hybrid": found.get((records.hybrid_seeds or names)[0], INK),
+                    "transformer": found.get(records.transformer or "", MUTED)}
+
+
+def _line(records: Records, model: str) -> str:
+    """Dashes for further seeds and controls, so that colour is not the only cue."""
+    variants = records.params.variants
+    first = next((name for name in variants if model in variants and (
+        variants[name].architecture, variants[name].precision) == (
+        variants[model].architecture, variants[model].precision)), model)
+    return "--" if model != first or model == "compressed-random" else "-"
+
+
+def _zoom(axes: Axes, series: Sequence[Series]) -> None:
+    """Cut off the steep start: the upper 15 % of the values."""
+    values = sorted(value for one in series for value in one.y if math.isfinite(value))
+    if values:
+        low, high = values[0], values[int(0.85 * (len(values) - 1))]
+        axes.set_ylim(low - 0.06 * (high - low or 1), high + 0.06 * (high - low or 1))
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+
+
+def validation(records: Records) -> Plot:
+    series = [Series(name, curves["all"]["tokens"], curves["all"]["bits_per_byte"], colours(records)[name],
+                     _line(records, name)) for name, curves in records.validation.items()]
+    return lines("validation", "Bits per byte by tokens", "Held-out text, mean over domains weighted by bytes; lower "
+                 "is better. The steep start is cut off.", series, "Tokens", "Bits per byte",
+                 adjust=lambda axes: _zoom(axes, series))
+
+
+def training_loss(records: Records) -> Plot:
+    series = [Series(name, *binned(curve, "loss", 120), colours(records)[name], _line(records, name))
+              for name, curve in records.training.items()]
+    return lines("training-loss", "Training loss", "Means over equal runs of steps; the steep start is cut off.",
+                 series, "Tokens", "Loss (nats a token)", adjust=lambda axes: _zoom(axes, series))
+
+
+def binned(curve: Curve, column: str, bins: int) -> tuple[list[float], list[float]]:
+    """Tokens at the end of, and the column's mean over, at most `bins` equal runs of steps."""
+    tokens, values = curve["tokens"], curve[column]
+    size = math.ceil(len(values) / bins)
+    starts = range(0, len(values), size)
+    return [tokens[min(start + size, len(tokens)) - 1] for start in starts], [
+        fmean(values[start:start + size]) for start in starts]
+
+
+def fp8_gap(records: Records) -> Plot:
+    """Relative gap in validation of each FP8 model to its BF16 twin, and of further BF16 seeds to the first."""
+    series = []
+    for architecture in dict.fromkeys(variant.architecture for variant in records.params.variants.values()):
+        pairs = records.precision_pairs(architecture)
+        first, *others = records.variants(architecture, "bf16") or [""]
+        for name, twin in [*pairs, *(((other, first) for other in others) if pairs else [])]:
+            seed = records.params.variants[name].seed
+            label = f"{'FP8' if (name, twin) in pairs else 'BF16'}, seed {seed}"
+            series.append(Series(label if architecture == "hybrid" else f"{architecture}: {label}",
+                                 *gap(records.validation[twin]["all"], records.validation[name]["all"]),
+                                 colours(records)[name], "-" if (name, twin) in pairs else "--"))
+
+    def adjust(axes: Axes) -> None:
+        axes.axhspan(-0.1, 0.1, color=MUTED, alpha=0.2, linewidth=0)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+
+    return lines("fp8-gap", "Relative gap to BF16", "In validation bits per byte, same seed and order of text; below "
+                 "zero is worse than BF16. Dashed: another BF16 seed, what chance alone does. Shaded: ± 0.1 %, the "
+                 "paper's bound.", series, "Tokens", "(BF16 − other) / BF16, %", adjust=adjust)
+
+
+def gap(reference: Curve, other: Curve) -> tuple[list[float], list[float]]:
+    """Tokens, and 100 (reference - other) / reference in bits per byte, where both were evaluated after the start."""
+    others = dict(zip(other["tokens"], other["bits_per_byte"], strict=True))
+    points = [(tokens, 100 * (value - others[tokens]) / value) for tokens, value in
+              zip(reference["tokens"], reference["bits_per_byte"], strict=True) if tokens > 0 and tokens in others]
+    return [point[0] for point in points], [point[1] for point in points]
+
+
+# --- Compression ------------------------------------------------------------------------------------------------------
+
+
+def layer_importance(records: Records) -> Plot:
+    series = []
+    for (symbol, label), colour in zip(KINDS.items(), PALETTE[1:], strict=False):
+        layers = [layer for layer in records.importance if layer.symbol == symbol and layer.importance > 0]
+        series.append(Series(label, [layer.index for layer in layers], [layer.importance for layer in layers], colour,
+                             "o"))
+
+    def adjust(axes: Axes) -> None:
+        axes.set_yscale("log")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+    return lines("layer-importance", "Layer importance", "Effect of leaving one layer out on the activation before the "
+                 "head; logarithmic.", series, "Layer", "Importance (MSE)", right=0.8, adjust=adjust)
+
+
+def candidates(records: Records) -> Plot:
+    scored = [item for item in records.candidates if item.agreement is not None]
+    groups = [("compared", [item for item in scored if item.kl_short is None], MUTED),
+              ("distilled", [item for item in scored if item.kl_short is not None and not item.chosen], PALETTE[1]),
+              ("chosen", [item for item in scored if item.chosen], PALETTE[0])]
+    series = [Series(label, [1024 * item.memory_gib for item in items], [item.agreement or 0.0 for item in items],
+                     colour, "o") for label, items, colour in groups]
+    return lines("candidates", "Candidates under the memory budget", f"{len(scored)} of {len(records.candidates):,} "
+                 "within the budget were compared with the parent; the best were distilled briefly.", series,
+                 "Memory (MiB)", "Agreement with the parent", right=0.8,
+                 adjust=lambda axes: axes.xaxis.set_major_locator(MaxNLocator(5)))
+
+
+def distillation(records: Records) -> Plot:
+    series = [Series("random cut" if name == "random" else name, curve["tokens"], curve["kl"],
+                     colours(records)["compressed-random" if name == "random" else name],
+                     "--" if name == "random" else "-") for name, curve in records.distillation.items()]
+    return lines("distillation", "Distillation", "The cut by importance and a random cut to the same shape, on the "
+                 "same data.", series, "Distillation tokens", "KL to the parent (nats)", right=0.78)
+
+
+# --- Inference, evaluation, time --------------------------------------------------------------------------------------
+
+
+def _contexts(records: Records, log: bool) -> Callable[[Axes], None]:
+    def adjust(axes: Axes) -> None:
+        contexts = sorted({row.context for rows in records.decode.values() for row in rows})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(contexts, [EngFormatter(places=0, sep="")(c) if c >= 10_000 else f"{c:,}" for c in contexts])
+        axes.xaxis.set_minor_locator(NullLocator())
+        if log:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        else:
+            axes.set_ylim(bottom=0)
+    return adjust
+
+
+def decoding(records: Records) -> Plot:
+    series = [Series(name, [row.context for row in rows], [row.tokens_per_second for row in rows],
+                     colours(records)[name], "--" if name == "compressed" else "-",
+                     [row.seconds_per_token_spread * row.tokens_per_second ** 2 for row in rows])
+              for name, rows in records.decode.items()]
+    where = records.accelerator or records.machine.processor
+    return lines("decoding", "Decoding speed by context", f"Batch {records.params.benchmark.batch}, random weights, "
+                 f"{where}; bars: spread over repeats. Higher is better.", series, "Context (tokens)", "Tokens/s",
+                 right=0.78, adjust=_contexts(records, log=False))
+
+
+def cache(records: Records) -> Plot:
+    series = [Series(name, [row.context for row in rows], [row.cache_mib for row in rows], colours(records)[name],
+                     "--" if name == "compressed" else "-") for name, rows in records.decode.items()]
+    return lines("cache", "Cache by context", "Keys, values and Mamba-2 states of one sequence; logarithmic.", series,
+                 "Context (tokens)", "MiB", right=0.78, adjust=_contexts(records, log=True))
+
+
+def bits_per_byte(records: Records) -> Plot:
+    rows = []
+    for name in records.params.models:
+        metrics = records.metrics("evaluate", name)
+        rows.append(Bar(name, metrics["bits_per_byte"], f"{metrics['bits_per_byte']:.3f}", colours(records)[name],
+                        mark=metrics["bits_per_byte_compressor"]))
+    return bars("bits-per-byte", "Bits per byte of held-out text", "Lower is better. Mark: a compressor, without "
+                "training.", rows)
+
+
+def stage_times(runs: Mapping[str, Provenance]) -> Plot:
+    stages = list(dict.fromkeys(run.stage for run in runs.values()))
+    rows = [Bar(name, run.wall_seconds / 60, f"{run.wall_seconds:,.0f} s",
+                PALETTE[stages.index(run.stage) % len(PALETTE)]) for name, run in runs.items()]
+    return bars("stage-times", "Stage times", "Wall time of each; some ran beside one another.", rows, "Minutes", 0.42)
+
+
+# --- Data -------------------------------------------------------------------------------------------------------------
+
+
+def funnel(records: DataRecords, domain: str) -> Plot:
+    steps = records.steps(domain)
+    rows = [Bar(row.step.replace("_", " "), row.bytes / 1e6, f"{row.bytes / 1e6:,.2f} MB, {row.documents:,}", KEPT,
+                behind=before.bytes / 1e6) for before, row in zip([steps[0], *steps], steps, strict=False)]
+    return bars(f"funnel-{domain}", f"Left of {domain}", "Megabytes of text and documents after each step; pale: what "
+                "the step took.", rows, left=0.27)
+
+
+def threshold_panel(measure: str, domain: str, histogram: Histogram, reasons: Mapping[str, int]) -> Panel:
+    """What a rule leaves and what it takes; `reasons` are documents of the domain that went, by reason."""
+    low, high = histogram.low, histogram.high
+    ends = [0.0, 0.0 if low is None else place(histogram, low),
+            len(histogram.counts) if high is None else place(histogram, high, inclusive=True), len(histogram.counts)]
+    regions = list(zip(pairwise(sorted(ends)), (CUT, KEPT, CUT), strict=True))
+    limits = " or ".join(f"{sign} {value:,.6g}" for sign, value in (("<", low), (">", high)) if value is not None)
+    went = sum(count for reason, count in reasons.items() if is_about(reason, measure))
+    key = [(CUT, f"{limits}: {went:,} went")] if limits else []
+    name = f"threshold-{domain}-{measure}"
+    return Panel(measure.replace("_", " "), _histogram(histogram, regions, name, f"{measure} of {domain}"),
+                 _ends(histogram), key, histogram.source)
+
+
+def score_panel(measure: str, domain: str, histogram: Histogram) -> Panel:
+    """The scores of a quality scorer, in the colours of the labels they give."""
+    rising = [(label, histogram.labels[label]) for label in reversed(LABELS) if label in histogram.labels]
+    lowest = next(label for label in reversed(LABELS) if label not in histogram.labels)
+    starts = [0.0, *(place(histogram, value) for _, value in rising), float(len(histogram.counts))]
+    labels = [lowest, *(label for label, _ in rising)]
+    regions = list(zip(pairwise(starts), (LABEL_COLOURS[label] for label in labels), strict=True))
+    key = [(LABEL_COLOURS[label], f"{label} ≥ {value:.3g}") for label, value in reversed(rising)]
+    return Panel(f"{domain}: {measure}", _histogram(histogram, regions, f"score-{domain}-{measure}",
+                                                    f"{measure} of {domain}"),
+                 _ends(histogram), [*key, (LABEL_COLOURS[lowest], lowest)])
+
+
+def is_about(reason: str, measure: str) -> bool:
+    """Whether documents that went for `reason` went for this measure: "digits > 0.2" for digits."""
+    if measure == "language_share":
+        return reason.startswith("share of ")
+    return reason == measure or reason.startswith((f"{measure} < ", f"{measure} > "))
+
+
+def place(histogram: Histogram, value: float, inclusive: bool = False) -> float:
+    """Where `value` stands, in bins from the left and within the ends; edges may coincide.
+
+    Args:
+        inclusive: behind the bin that begins with `value` itself: most documents may have it.
+    """
+    edges = np.array(histogram.edges)
+    index = int(np.clip(np.searchsorted(edges, value, side="right") - 1, 0, len(edges) - 2))
+    low, high = edges[index], edges[index + 1]
+    if inclusive and value == low:
+        return index + 1.0
+    return index + float(np.clip((value - low) / (high - low), 0, 1) if high > low else value >= high)
+
+
+def _histogram(
+    histogram: Histogram, regions: Sequence[tuple[tuple[float, float], str]], name: str, words: str
+) -> str:
+    """Bins of one width in the colours of the regions they lie in; heights are logarithms of documents."""
+    heights = np.log1p(histogram.counts)
+    heights = np.where(heights > 0, np.maximum(heights, 0.03 * heights.max()), 0)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(2.4, 0.72))
+        FigureCanvasSVG(figure)
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.axis("off")
+        for (start, end), colour in regions:
+            inner = np.arange(math.floor(start) + 1, math.ceil(end))
+            edges = np.concatenate([[start], inner, [end]])
+            if end > start:
+                axes.stairs(heights[np.floor(edges[:-1]).astype(int)], edges, fill=True, color=colour)
+            if 0 < start < len(heights):
+                axes.axvline(start, color=INK, linewidth=0.8)
+        axes.axhline(0, color=MUTED, linewidth=0.8)
+        axes.set_xlim(0, len(heights))
+        axes.set_ylim(0, 1.05 * heights.max() or 1)
+        return _svg(figure, re.sub(r"\W+", "-", name), f"{words}: documents by value, from {histogram.edges[0]:g} to "
+                                                     f"{histogram.edges[-1]:g}")
+
+
+def _ends(histogram: Histogram) -> tuple[str, str]:
+    first, last = (f"{value:,.0f}" if 1000 <= abs(value) < 1e8 else f"{value:.3g}"
+                   for value in (histogram.edges[0], histogram.edges[-1]))
+    return first, last
