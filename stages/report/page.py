@@ -269,8 +269,8 @@ def data_sections(records: DataRecords) -> list[Section]:
             lambda: tables.tokens(records))),
         Section("thresholds", "Data: thresholds and scores", "dvc repro curate", read(
             lambda: Words("Documents by value; heights are logarithmic. Counted is training text without copies, in "
-                          "the languages that stay, before any rule. A document has the best label that any scorer gives "
-                          "it, and goes for the first rule it breaks; rules may spare good labels."),
+                          "the languages that stay, before any rule. A document has the best label that any scorer "
+                          "gives it, and goes for the first rule it breaks; rules may spare good labels."),
             lambda: Panels([figures.score_panel(*item) for item in records.histograms if item[2].labels]),
             lambda: each(lambda domain: thresholds(records, domain)))),
         Section("dropped", "Data: what was dropped", "dvc repro curate", read(

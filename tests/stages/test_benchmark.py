@@ -81,6 +81,8 @@ def test_median_spread_and_turns(monkeypatch):
     assert one.tokens_per_second == pytest.approx(2 * 4 / 4.0)
     assert one.seconds_per_token_spread == pytest.approx((8.0 - 2.0) / 2 / (2 * 4))
     assert two.tokens_per_second == pytest.approx(2 * 4 / 20.0)
+    assert one.repeats == pytest.approx([2 / 8, 4 / 8, 8 / 8])
+    assert two.repeats == pytest.approx([30 / 8, 10 / 8, 20 / 8])
     assert turns[0::2] == [turns[0]] * 4 and turns[1::2] == [turns[1]] * 4 and turns[0] is not turns[1]
 
 

@@ -1,0 +1,226 @@
+"""How a claim is decided: an estimate with its sources of chance, an interval, one of three answers.
+
+Effects are gains: positive where the candidate is the better one. Their chance comes from what was drawn, seeds and
+documents or items, whose variances add; t quantiles take the degrees of freedom of Welch and Satterthwaite. An answer
+that is wrong comes at most once in 20 times (tests/stages/report/test_simulation.py); one that says "cannot be told"
+names the smallest difference that was in sight and how much more would decide. Pure functions; nothing is drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import special, stats
+
+ALPHA = 0.05                    # how often an answer may be wrong
+POWER = 0.9                     # with which the numbers that `needed` names would decide
+MOST = 1e6                      # times what was measured; beyond it no number is named
+
+
+class Answer(StrEnum):
+    HOLDS = "holds"
+    FAILS = "does not hold"
+    UNDECIDED = "cannot be told"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of chance: `variance` is what `count` drawn units leave in the estimate, known to `df` degrees of
+    freedom; not a number where one unit alone was drawn."""
+
+    unit: str                   # seed, document, item, repeat, draw
+    variance: float
+    count: int
+    df: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An effect and where its chance comes from."""
+
+    value: float
+    sources: tuple[Source, ...]
+
+    @property
+    def error(self) -> float:
+        """Standard error."""
+        return math.sqrt(math.fsum(source.variance for source in self.sources))
+
+    @property
+    def df(self) -> float:
+        """Degrees of freedom, after Satterthwaite (1946): infinite where nothing varies, not a number where a spread is
+        unknown."""
+        if math.isnan(self.error):
+            return math.nan
+        parts = math.fsum(source.variance**2 / source.df for source in self.sources if source.variance)
+        return self.error**4 / parts if parts else math.inf
+
+    def half_width(self, alpha: float = 2 * ALPHA) -> float:
+        """Of the interval with `alpha` outside, half of it on each side; by default that of two one-sided tests."""
+        return self.error * float(special.stdtrit(self.df, 1 - alpha / 2))
+
+    def interval(self, alpha: float = 2 * ALPHA) -> tuple[float, float]:
+        half = self.half_width(alpha)
+        return self.value - half, self.value + half
+
+
+@dataclass(frozen=True)
+class Decision:
+    """`seen`: the smallest difference in sight, half the interval; `needed`: units that would decide, by kind, where
+    the answer is undecided and they can be named."""
+
+    answer: Answer
+    estimate: Estimate
+    alpha: float                # outside the interval that is shown
+    needed: Mapping[str, int]
+
+    @property
+    def seen(self) -> float:
+        return self.estimate.half_width(self.alpha)
+
+
+# --- Estimates --------------------------------------------------------------------------------------------------------
+
+
+def mean(values: Sequence[float], unit: str, spread_of: Sequence[float] | None = None) -> Estimate:
+    """Of one value a unit, as of paired differences (a log ratio for timings).
+
+    `spread_of`: the values whose spread `values`, too few for one of their own, are taken to share.
+    """
+    drawn = np.asarray(values if spread_of is None else spread_of, dtype=float)
+    spread = float(drawn.var(ddof=1)) if len(drawn) > 1 else math.nan
+    return Estimate(float(np.mean(values)), (Source(unit, spread / len(values), len(values), len(drawn) - 1),))
+
+
+def unpaired(candidate: Sequence[float], reference: Sequence[float], unit: str) -> Estimate:
+    """Difference of two means (Welch). One value against several: against where a further one of theirs would fall."""
+    theirs = mean(reference, unit)
+    ours = mean(candidate, unit, reference if len(candidate) == 1 else None)
+    if len(candidate) == 1:                 # the two variances are multiples of one estimate
+        (source,) = theirs.sources
+        return Estimate(ours.value - theirs.value,
+                        (replace(source, variance=source.variance + ours.sources[0].variance),))
+    return Estimate(ours.value - theirs.value, (*ours.sources, *theirs.sources))
+
+
+def bits_per_byte_gain(candidate: Mapping[str, Sequence[Any]], reference: Mapping[str, Sequence[Any]]) -> Estimate:
+    """Share of the reference's bits per byte that the candidate saves on the same documents.
+
+    Both: (log-likelihood in nats, bytes) of each document by domain. The variance is that of a ratio of sums with
+    documents drawn within their domain (Cochran, Sampling Techniques, chapter 6). Raises ValueError for others.
+    """
+    pairs = []
+    for domain, rows in candidate.items():
+        ours, theirs = np.asarray(rows, dtype=float), np.asarray(reference[domain], dtype=float)
+        _check_same(ours[:, 1], theirs[:, 1])
+        pairs.append((ours[:, 0] - theirs[:, 0], -theirs[:, 0]))
+    saved, total = (float(sum(pair[column].sum() for pair in pairs)) for column in (0, 1))
+    gain, variance, count = saved / total, 0.0, sum(len(pair[0]) for pair in pairs)
+    for difference, nats in pairs:
+        size = len(nats)
+        variance += size * float((difference - gain * nats).var(ddof=1)) if size > 1 else math.nan
+    return Estimate(gain, (Source("document", variance / total**2, count, max(count - len(pairs), 1)),))
+
+
+def accuracy_gain(candidate: Sequence[Any], reference: Sequence[Any]) -> Estimate:
+    """Difference of accuracies on the same items: 1 or 0 for each, or each item's mean over seeds.
+
+    The variance after Bonett and Price (2012): with one more item that each alone gets right, so that agreement on few
+    items is not taken for certainty. Raises ValueError for other items.
+    """
+    ours, theirs = np.asarray(candidate, dtype=float), np.asarray(reference, dtype=float)
+    _check_same(ours, theirs, lengths_only=True)
+    differences = np.append(ours - theirs, (1, -1))
+    count = len(ours)
+    return Estimate(float((ours - theirs).mean()),
+                    (Source("item", float(differences.var()) / (count + 2), count, count + 1),))
+
+
+def average(estimates: Sequence[Estimate]) -> Estimate:
+    """Of estimates that share no unit, such as tasks."""
+    count = len(estimates)
+    return Estimate(math.fsum(one.value for one in estimates) / count, tuple(
+        replace(source, variance=source.variance / count**2) for one in estimates for source in one.sources))
+
+
+def over_seeds(seeds: Estimate, items: Estimate) -> Estimate:
+    """An effect measured once a seed on the same items: the value of `seeds` with the chance of both."""
+    return Estimate(seeds.value, (*seeds.sources, *items.sources))
+
+
+def beats_chance(right: int, items: int, chance: float) -> bool:
+    """Whether the exact 95 % interval of an accuracy lies above a guess."""
+    return bool(stats.binomtest(right, items).proportion_ci(1 - ALPHA).low > chance)
+
+
+# --- Answers ----------------------------------------------------------------------------------------------------------
+
+
+def equivalence(estimate: Estimate, margin: float, or_better: bool = False, comparisons: int = 1) -> Decision:
+    """Two one-sided tests (Schuirmann 1987): holds where the 90 % interval lies within the margin, with `or_better`
+    above its lower end. Does not hold where the effect lies beyond the margin at 95 %, over both sides and, with
+    `comparisons` of which any may decide so, over all of them."""
+    low, high = estimate.interval()
+    fail_low, fail_high = estimate.interval(2 * ALPHA / (comparisons * (1 if or_better else 2)))
+    if low > -margin and (or_better or high < margin):
+        answer = Answer.HOLDS
+    elif fail_high < -margin or (not or_better and fail_low > margin):
+        answer = Answer.FAILS
+    else:
+        answer = Answer.UNDECIDED
+    return _decision(answer, estimate, 2 * ALPHA, margin, POWER if or_better else (1 + POWER) / 2)
+
+
+def tasks_equivalence(tasks: Sequence[Estimate], margin: float, seeds: Estimate | None = None) -> Decision:
+    """Not worse in the mean over tasks, and in none by itself beyond the margin.
+
+    `seeds`: the mean over tasks once a seed, where the claim is about training; else it is about the models at hand.
+    """
+    overall = average(tasks)
+    decision = equivalence(over_seeds(seeds, overall) if seeds else overall, margin, True, len(tasks) + 1)
+    worse = [equivalence(task, margin, True, len(tasks) + 1).answer for task in tasks]
+    return replace(decision, answer=Answer.FAILS, needed={}) if Answer.FAILS in worse else decision
+
+
+def superiority(estimate: Estimate, least: float = 0.0, comparisons: int = 1) -> Decision:
+    """Whether the effect is above `least`: holds, or does not, where the 95 % interval lies on one side of it. With
+    `comparisons` of which any may decide against it, that side is taken at 95 % over all of them."""
+    low, _ = estimate.interval(ALPHA)
+    _, fail_high = estimate.interval(ALPHA / comparisons)
+    answer = Answer.HOLDS if low > least else Answer.FAILS if fail_high < least else Answer.UNDECIDED
+    return _decision(answer, estimate, ALPHA, abs(estimate.value - least), POWER)
+
+
+def controlled(answer: Answer, control: Answer | None) -> Answer:
+    """`answer` where its negative control is seen to fail by the same rule; else it cannot be told."""
+    return answer if control is Answer.FAILS else Answer.UNDECIDED
+
+
+def all_of(answers: Sequence[Answer]) -> Answer:
+    """Of answers that must all hold; undecided for none."""
+    if Answer.FAILS in answers:
+        return Answer.FAILS
+    return Answer.HOLDS if set(answers) == {Answer.HOLDS} else Answer.UNDECIDED
+
+
+def _decision(answer: Answer, estimate: Estimate, alpha: float, distance: float, power: float) -> Decision:
+    """With what must be drawn to tell `distance`: normal quantiles, and Guenther's (1981) correction for t."""
+    quantile = float(special.ndtri(1 - alpha / 2))
+    factor = ((quantile + float(special.ndtri(power))) * estimate.error / distance) ** 2 if distance else math.inf
+    needed: dict[str, int] = {}
+    if answer is Answer.UNDECIDED and factor < MOST:
+        for source in estimate.sources:
+            count = math.ceil(max(factor, 1) * source.count + quantile**2 / 2)
+            needed[source.unit] = needed.get(source.unit, 0) + count
+    return Decision(answer, estimate, alpha, needed)
+
+
+def _check_same(ours: NDArray[Any], theirs: NDArray[Any], lengths_only: bool = False) -> None:
+    if len(ours) != len(theirs) or not len(ours) or not (lengths_only or np.array_equal(ours, theirs)):
+        raise ValueError(f"{len(ours)} and {len(theirs)} items: not the same ones")

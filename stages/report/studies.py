@@ -1,0 +1,177 @@
+"""Records of studies that were measured apart from a profile: docs/results/studies/NAME.json, committed.
+
+A record holds what was measured and what is compared, never a verdict: the report computes that anew from `values`
+(`stages.report.statistics`). A study fixes its comparisons before it runs. Writing and reading:
+
+    Study(study="position", command="python -m ...", machine="2 cores of ...", date="2026-11-29", commit="d6c7349",
+          versions={"torch": "2.13.0"}, measurements=[Measurement(...)], comparisons=[Comparison(...)]).save()
+    studies = load_studies()    # by name: a Study, or the RecordError that says what is wrong with it
+"""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from stages.report.records import RecordError
+
+FOLDER = Path("docs/results/studies")
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Text = Annotated[str, Field(min_length=1)]
+ClaimKey = Literal[                 # those that a study may decide; their words are in stages.report.claims
+    "attention_share", "position", "inference_speed", "compressed_speed", "fp8_parity", "fp8_recipe", "neuron_score",
+    "mamba_heads", "funnel_order", "distillation", "phased_blend", "scorer_ensemble", "quality_labels",
+    "extraction", "rephrasing", "long_context",
+]
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Measurement(Part):
+    """One figure of one model, recipe or method, measured once for each seed, draw, document or repeat.
+
+    Attributes:
+        unit: of `values`, as it is shown: "bits per byte", "accuracy", "seconds", "rank correlation".
+        better: which direction is the better one; None for a figure that is only shown.
+        per: what one value stands for; the report counts in it ("12 seeds would decide").
+        chance: what a guess scores; a comparison of two measurements that do not beat it is shown and not counted.
+    """
+
+    name: Text
+    values: list[Finite] = Field(min_length=1)
+    unit: Text
+    better: Literal["higher", "lower"] | None
+    per: Literal["seed", "draw", "document", "repeat"] = "seed"
+    chance: Finite | None = None
+
+
+class Comparison(Part):
+    """What decides a claim: whether `candidate` is better than `reference`, equal to it, or not worse.
+
+    Attributes:
+        candidate: name of a measurement. One value against several of the reference, unpaired: judged by where a
+            further one of the reference's would fall (a chosen value against random draws).
+        reference: name of a measurement of the same unit and direction, or a fixed value.
+        question: "better" by more than `margin`, "equal" within it, or "not worse" by more than it.
+        margin: in the unit; where `relative`, a share (0.001: 0.1 %; with "better", 0.8: 1.8 times). 0 asks for any
+            difference, of "better" only.
+        relative: values are compared by their ratio (on the logarithmic scale), as timings and losses are.
+        paired: value i of both has the same seed, document or repeat.
+        control: of "equal" and "not worse": the measurement of a broken candidate, which must be seen to fail by the
+            same question; without one the claim is left undecided. Paired with the reference's first values.
+    """
+
+    claim: ClaimKey
+    candidate: Text
+    reference: Text | Finite
+    question: Literal["better", "equal", "not worse"]
+    margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    relative: bool = False
+    paired: bool = True
+    control: Text | None = None
+
+    @model_validator(mode="after")
+    def margin_goes_with_the_question(self) -> Comparison:
+        if self.question != "better" and not self.margin:
+            raise ValueError(f"`{self.question}` needs a margin")
+        if self.question == "better" and self.control:
+            raise ValueError("`better` takes no control: no difference fails it")
+        return self
+
+
+class Study(Part):
+    """One file.
+
+    Attributes:
+        command: makes the record again.
+        machine: processor or GPU, and how many.
+        date: of the measurement.
+        note: what a reader must know; may be empty.
+    """
+
+    version: Literal[1] = 1
+    study: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$")]
+    command: Text
+    machine: Text
+    date: datetime.date
+    commit: Text
+    versions: Annotated[dict[str, str], Field(min_length=1)]
+    note: str = ""
+    measurements: list[Measurement] = Field(min_length=1)
+    comparisons: list[Comparison]
+
+    @model_validator(mode="after")
+    def names_refer_to_measurements(self) -> Study:
+        known = {item.name: item for item in self.measurements}
+        if len(known) < len(self.measurements):
+            raise ValueError("two measurements have one name")
+        for item in self.comparisons:
+            named = [name for name in (item.candidate, item.reference, item.control) if isinstance(name, str)]
+            if unknown := [name for name in named if name not in known]:
+                raise ValueError(f"comparisons name {unknown}, which `measurements` lacks")
+            found = [known[name] for name in named]
+            if len({(one.unit, one.better) for one in found}) > 1 or found[0].better is None:
+                raise ValueError(f"{named} differ in unit or direction, or have none")
+            if item.relative and min(value for one in found for value in one.values) <= 0:
+                raise ValueError(f"{named}: a ratio needs values above 0")
+            if item.paired and isinstance(item.reference, str):
+                length = len(known[item.reference].values)
+                if len(found[0].values) != length or (item.control and len(known[item.control].values) > length):
+                    raise ValueError(f"{named} are paired and differ in their number of values")
+        return self
+
+    def measurement(self, name: str) -> Measurement:
+        return next(item for item in self.measurements if item.name == name)
+
+    def asked(self, claim: str) -> list[Comparison]:
+        return [item for item in self.comparisons if item.claim == claim]
+
+    def save(self, folder: Path = FOLDER) -> Path:
+        """Write FOLDER/STUDY.json and return its path."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.study}.json"
+        path.write_text(self.model_dump_json(indent=1) + "\n")
+        return path
+
+
+def read_study(path: Path) -> Study:
+    """Raises RecordError."""
+    remedy = "Make it again by the study's command, or restore the committed file."
+    try:
+        text = path.read_text()
+        study = Study.model_validate_json(text)
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read ({error.strerror}).\n{remedy}") from None
+    except ValidationError as error:
+        raise RecordError(f"{path}: {_explain(text, error)}.\n{remedy}") from None
+    if study.study != path.stem:
+        raise RecordError(f"{path}: holds the study `{study.study}`.\nName the file after its study.")
+    return study
+
+
+def load_studies(folder: Path = FOLDER) -> dict[str, Study | RecordError]:
+    """Every record by its file's name; one that cannot be used is the error that says why."""
+    found: dict[str, Study | RecordError] = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            found[path.stem] = read_study(path)
+        except RecordError as error:
+            found[path.stem] = error
+    return found
+
+
+def _explain(text: str, error: ValidationError) -> str:
+    """One line for the first of pydantic's errors."""
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return "not valid JSON" if text.strip() else "empty"
+    if first["loc"] == ("version",):
+        return f"version {first['input']!r}, where {Study.model_fields['version'].default} is read: an older schema"
+    field, fault = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+    return f"`{field}` is missing" if first["type"] == "missing" else f"`{field}`: {fault}" if field else fault

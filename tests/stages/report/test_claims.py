@@ -1,0 +1,302 @@
+"""The claims of records whose truth is known: each answer, what turns it, and what is missing."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from stages.report.claims import JUDGES, WORDS, claims, counts
+from stages.report.records import RecordError
+from stages.report.statistics import Answer
+from stages.report.studies import ClaimKey, Study
+
+HOLDS, FAILS, UNDECIDED = Answer
+SEEDS = ("", "-seed2", "-seed3")
+TASKS = {"syntax_pairs": (0.9, 0.5), "cloze": (0.55, 0.25), "recall": (0.12, 0.125)}
+ITEMS = 2000
+
+
+class FakeRecords:
+    """What claims read of `stages.report.records.Records`; every dictionary may be changed before judging."""
+
+    def __init__(self):
+        draw = np.random.default_rng(0)
+        self.variants = {}
+        for seed, end in enumerate(SEEDS, start=1):
+            for name, architecture, precision in (("hybrid-bf16", "hybrid", "bf16"), ("hybrid-fp8", "hybrid", "fp8"),
+                                                  ("transformer-bf16", "transformer", "bf16")):
+                self.variants[name + end] = SimpleNamespace(architecture=architecture, precision=precision, seed=seed)
+        self.variants["hybrid-fp8-unscaled"] = SimpleNamespace(architecture="hybrid", precision="fp8", seed=1,
+                                                               fp8_recipe="unscaled")
+        models = [*self.variants, "compressed", "compressed-random"]
+        self.params = SimpleNamespace(variants=self.variants, models=models, compress=SimpleNamespace(
+            parent="hybrid-fp8", importance_samples=32))
+        level = {name: 2.0 * (1 + 0.001 * draw.normal()) for name in SEEDS}
+        bits = {}
+        for name in self.variants:
+            seed = next(end for end in reversed(SEEDS) if name.endswith(end))
+            bits[name] = level[seed] * (1 + 0.0002 * draw.normal())
+        bits |= {"hybrid-fp8-unscaled": 2.2, "compressed": bits["hybrid-fp8"] * 1.001,
+                 "compressed-random": bits["hybrid-fp8"] * 1.05}
+        self.stages = {("evaluate", name): {"bits_per_byte": bits[name], "bits_per_byte_compressor": 2.9}
+                       | {f"{task}_accuracy_chance": chance for task, (_, chance) in TASKS.items()} for name in models}
+        self.stages |= {("export", name): {"logits_max_relative_difference": 2e-7} for name in models}
+        self.stages |= {("pretrain", name): {"validation_bits_per_byte": bits[name], "parameters": 1e6, "tokens": 1e6}
+                        for name in self.variants}
+        self.stages["benchmark", None] = {f"nemotron_h_{size}_parameters": count for size, count in (
+            ("8b", 8_100_852_736), ("56b", 56_324_350_464), ("47b", 46_791_554_816))}
+        self.validation = {name: {"all": {"tokens": [0, 5e5, 1e6], "bits_per_byte": [8, 1.1 * bits[name], bits[name]]}}
+                           for name in self.variants}
+        nats, size = draw.normal(1, 0.2, (3, 60)), draw.integers(300, 900, (3, 60))
+        of_text = draw.normal(0, 0.001, (len(models), 3, 60))
+        luck = {task: draw.random(ITEMS) for task in TASKS}
+        self.scores = {}
+        for name, own in zip(models, of_text, strict=True):
+            worse = {"compressed-random": 0.1, "hybrid-fp8-unscaled": 0.2}.get(name, 0.0)
+            self.scores[name] = {f"bits_per_byte_{domain}": np.stack(
+                [-bits[name] / 2 * (nats * size)[domain] * (1 + own[domain]), size[domain]], 1).tolist()
+                for domain in range(3)}
+            self.scores[name] |= {task: (luck[task] < level - worse * (level > 0.2)).astype(int).tolist()
+                                  for task, (level, _) in TASKS.items()}
+            self.scores[name]["copy_at_2x"] = [0, 1]
+        self.importance = [SimpleNamespace(importance=1.0 if at in (0, 15) else 0.1 + 0.001 * at, standard_error=0.02)
+                           for at in range(16)]
+        self.controls = SimpleNamespace(importance=0.29, random=[0.75, 0.70, 0.73], reverse=1.7)
+        noise = np.exp(draw.normal(0, 0.02, (3, 2, 5)))
+        seconds = {"hybrid": (2.0, 2.0), "transformer": (1.5, 3.0), "compressed": (1.8, 1.6)}
+        self.decode_repeats = {name: {256: list(short * of[0]), 16384: list(long * of[1])}
+                               for (name, (short, long)), of in zip(seconds.items(), noise, strict=True)}
+
+    def metrics(self, stage, member=None):
+        return self.stages[stage, member]
+
+
+@pytest.fixture
+def records():
+    return FakeRecords()
+
+
+def claim(records, key, studies=None):
+    (found,) = [item for item in claims(records, studies or {}) if item.key == key]
+    return found
+
+
+def test_every_number_once_and_every_judge_named():
+    keys = [words["key"] for words in WORDS]
+    assert len(set(keys)) == len(keys) and {int(words["number"].rstrip("abc")) for words in WORDS} == {*range(1, 21)}
+    studied = {words["key"] for words in WORDS if "study" in words}
+    assert studied == set(ClaimKey.__args__) and set(JUDGES) == set(keys) - studied
+
+
+def test_what_good_records_show(records):
+    found = claims(records, {})
+    expected = dict.fromkeys(JUDGES, HOLDS) | {"fp8_loss_transformer": UNDECIDED}
+    assert {item.key: item.answer for item in found if item.key in JUDGES} == expected, [
+        (item.key, item.because) for item in found if item.key in JUDGES and item.answer is not expected[item.key]]
+    assert all(item.evidence and item.rule and item.command for item in found if item.answer is HOLDS)
+    studied = [item for item in found if item.key not in JUDGES]
+    assert {item.answer for item in studied} == {UNDECIDED}
+    assert all(item.because.startswith("Not measured here") for item in studied)
+    assert counts(found) == {HOLDS: 14, FAILS: 0, UNDECIDED: len(WORDS) - 14}
+
+
+def worse(records, name, share):
+    """A model worse by `share`, in everything recorded."""
+    if ("pretrain", name) in records.stages:
+        records.stages["pretrain", name]["validation_bits_per_byte"] *= 1 + share
+    for task, rows in records.scores[name].items():
+        if task.startswith("bits"):
+            records.scores[name][task] = [(nats * (1 + share), size) for nats, size in rows]
+        elif task in TASKS and TASKS[task][0] > 0.2:
+            records.scores[name][task] = [right * (at % 10 < 8) for at, right in enumerate(rows)]
+
+
+@pytest.mark.parametrize(("models", "keys"), [
+    (["hybrid-bf16", "hybrid-bf16-seed2", "hybrid-bf16-seed3"], ("hybrid_loss", "hybrid_tasks")),
+    (["hybrid-fp8", "hybrid-fp8-seed2", "hybrid-fp8-seed3"], ("fp8_loss", "fp8_tasks")),
+    (["compressed"], ("compressed_loss", "compressed_tasks")),
+])
+def test_what_is_worse_fails(records, models, keys):
+    for name in models:
+        worse(records, name, 0.03)
+    if "hybrid-fp8" in models:
+        worse(records, "hybrid-fp8-unscaled", 0.05)
+    if "compressed" in models:
+        worse(records, "compressed-random", 0.05)
+    for key in keys:
+        assert claim(records, key).answer is FAILS, claim(records, key).because
+
+
+def test_better_is_on_par_but_not_for_the_loss_in_fp8(records):
+    for end in SEEDS:
+        worse(records, f"transformer-bf16{end}", 0.03)
+        worse(records, f"hybrid-bf16{end}", 0.005)
+    assert claim(records, "hybrid_loss").answer is HOLDS
+    assert claim(records, "fp8_loss").answer is FAILS
+
+
+def test_without_a_control_that_fails_nothing_is_told(records):
+    for name in records.variants:
+        records.validation[name]["all"]["bits_per_byte"][1] = records.validation[name]["all"]["bits_per_byte"][2]
+    records.scores["compressed-random"] = records.scores["compressed"]
+    records.stages["pretrain", "hybrid-fp8-unscaled"]["validation_bits_per_byte"] = 2.0
+    records.scores["hybrid-fp8-unscaled"] = records.scores["hybrid-fp8"]
+    for key in ("hybrid_loss", "hybrid_tasks", "fp8_loss", "fp8_tasks", "compressed_loss", "compressed_tasks"):
+        assert claim(records, key).answer is UNDECIDED
+        assert "is not seen to fail, so nothing is told" in claim(records, key).because
+
+
+def test_one_seed_tells_nothing_about_training(records):
+    for name in list(records.variants):
+        if "seed" in name:
+            del records.variants[name]
+    for key in ("hybrid_loss", "hybrid_tasks", "fp8_loss", "fp8_tasks", "fp8_scaling"):
+        assert claim(records, key).answer is UNDECIDED
+        assert "one seed only" in claim(records, key).because
+    assert claim(records, "compressed_loss").answer is HOLDS
+
+
+def test_noise_is_named_with_what_would_decide(records):
+    records.stages["pretrain", "hybrid-fp8-seed2"]["validation_bits_per_byte"] *= 1.01
+    found = claim(records, "fp8_loss")
+    assert found.answer is UNDECIDED
+    for words in ("smallest difference in sight", "seeds and", "documents would decide"):
+        assert words in found.because
+
+
+def test_models_that_learned_nothing_or_differ_are_not_compared(records):
+    records.stages["evaluate", "transformer-bf16"]["bits_per_byte_compressor"] = 1.0
+    assert claim(records, "hybrid_loss").because == "transformer-bf16 is not better than the compressor"
+    records.stages["pretrain", "transformer-bf16-seed2"]["tokens"] = 5
+    assert claim(records, "hybrid_loss").because.endswith("parameters or tokens are not alike")
+
+
+def test_tasks_at_a_guess_are_shown_and_not_counted(records):
+    found = claim(records, "compressed_tasks")
+    assert [line.measure for line in found.evidence][::3] == [
+        "mean over 2 tasks", "recall, compressed / hybrid-fp8 (a guess: not counted)"]
+    for name in ("compressed", "hybrid-fp8"):
+        for task in TASKS:
+            records.scores[name][task] = [0] * ITEMS
+    assert claim(records, "compressed_tasks").because == "no task at which either model beats a guess"
+
+
+def test_other_items_are_a_record_to_mend(records):
+    records.scores["compressed"]["cloze"] = [1, 0]
+    found = claim(records, "compressed_tasks")
+    assert found.answer is UNDECIDED and "not the same items.\nRun the stage" in found.because
+    records.scores["compressed"]["bits_per_byte_0"] = [(-1.0, 3)]
+    assert "not the same items" in claim(records, "compressed_loss").because
+
+
+def test_a_record_that_cannot_be_read_leaves_its_claims_alone(records):
+    class Broken(FakeRecords):
+        @property
+        def controls(self):
+            raise RecordError("controls.json: empty.\nRun compress again.")
+
+        @controls.setter
+        def controls(self, value):
+            pass
+
+    found = claim(Broken(), "importance_random")
+    assert (found.answer, found.because) == (UNDECIDED, "controls.json: empty.\nRun compress again.")
+    assert claim(Broken(), "layer_importance").answer is HOLDS
+
+
+def test_ends_that_matter_least_fail_and_noise_is_undecided(records):
+    records.importance[15].importance = 0.0
+    assert claim(records, "layer_importance").answer is FAILS
+    records.importance[15].importance = records.importance[14].importance
+    assert claim(records, "layer_importance").answer is UNDECIDED
+
+
+def test_a_cut_among_the_random_ones_is_undecided(records):
+    records.controls.importance = 0.69
+    assert claim(records, "importance_random").answer is UNDECIDED
+    records.controls.importance = 2.0
+    assert claim(records, "importance_random").answer is FAILS
+
+
+def test_timings_decide_by_their_repeats(records):
+    assert claim(records, "compressed_decode").evidence[0].ours.startswith("1.2")
+    loaded = np.exp(np.random.default_rng(1).normal(0, 0.5, 5))
+    records.decode_repeats["compressed"][16384] = list(2.0 * loaded)
+    assert claim(records, "compressed_decode").answer is UNDECIDED
+    records.decode_repeats["transformer"] = {256: [1.5] * 5, 16384: [1.5] * 5}
+    assert claim(records, "inference_mechanism").answer is FAILS
+    for model in records.decode_repeats.values():
+        del model[256]
+    assert claim(records, "inference_mechanism").because == "decoding was measured at one context only"
+
+
+@pytest.mark.parametrize(("key", "stage", "values"), [
+    ("published_sizes", ("benchmark", None), {"nemotron_h_47b_parameters": 46_791_554_817}),
+    ("release_forms", ("export", "compressed"), {"logits_max_relative_difference": 1.01e-5}),
+    ("release_forms", ("export", "compressed"), {"logits_max_relative_difference": math.nan}),
+])
+def test_exact_claims_fail_by_their_own_record(records, key, stage, values):
+    records.stages[stage] |= values
+    assert claim(records, key).answer is FAILS
+
+
+def test_memory_is_the_papers(records):
+    assert claim(records, "memory").because == "56B 29.507 GiB of weights, 39.9 in all; 47B 30.0"
+
+
+def study(measurements, comparisons):
+    return Study.model_validate({
+        "study": "position", "command": "python -m benchmarks.studies position", "machine": "2 cores",
+        "date": "2026-11-29", "commit": "d6c7349", "versions": {"torch": "2.13.0"}, "note": "Ours.",
+        "measurements": [{"unit": "nats", "better": "lower", "name": name, "values": values, **more}
+                         for name, (values, more) in measurements.items()],
+        "comparisons": [{"claim": "position", **comparison} for comparison in comparisons]})
+
+
+NOPE, ROPE, BROKEN = [2.0, 2.1, 2.05], [2.001, 2.102, 2.05], [2.5, 2.6, 2.5]
+
+
+@pytest.mark.parametrize(("candidate", "comparison", "answer"), [
+    (NOPE, {"question": "not worse", "margin": 0.005, "relative": True, "control": "broken"}, HOLDS),
+    (NOPE, {"question": "equal", "margin": 0.005, "relative": True, "control": "broken"}, HOLDS),
+    (NOPE, {"question": "equal", "margin": 0.005, "relative": True, "control": "rope"}, UNDECIDED),
+    (NOPE, {"question": "equal", "margin": 0.005, "relative": True}, UNDECIDED),
+    (NOPE, {"question": "equal", "margin": 0.0001, "relative": True, "control": "broken"}, UNDECIDED),
+    (BROKEN, {"question": "not worse", "margin": 0.05, "control": "broken"}, FAILS),
+    (NOPE, {"question": "better", "reference": "broken"}, HOLDS),
+    (NOPE, {"question": "better", "reference": "broken", "margin": 0.6}, FAILS),
+    (BROKEN, {"question": "better"}, FAILS),
+    (NOPE, {"question": "better"}, UNDECIDED),
+    (NOPE, {"question": "better", "reference": 3.0}, HOLDS),
+    (NOPE, {"question": "better", "reference": "broken", "paired": False, "relative": True, "margin": 0.1}, HOLDS),
+    ([1.0], {"question": "better", "paired": False}, HOLDS),
+    ([2.0], {"question": "better", "paired": False}, UNDECIDED),
+])
+def test_studies_are_judged_by_the_same_rules(records, candidate, comparison, answer):
+    made = study({"nope": (candidate, {}), "rope": (ROPE, {}), "broken": (BROKEN, {})},
+                 [{"candidate": "nope", "reference": "rope"} | comparison])
+    found = claim(records, "position", {"position": made})
+    assert found.answer is answer, found.because
+    assert found.command == "python -m benchmarks.studies position (2 cores, 2026-11-29)"
+    assert found.rule.startswith("All of: nope ") and found.rule.endswith("Ours.")
+
+
+def test_a_control_of_one_value_has_the_spread_of_the_claims_pairs(records):
+    made = study({"nope": (NOPE, {}), "rope": (ROPE, {}), "broken": ([2.5], {})}, [
+        {"candidate": "nope", "reference": "rope", "question": "equal", "margin": 0.01, "control": "broken"}])
+    assert claim(records, "position", {"position": made}).answer is HOLDS
+
+
+def test_a_study_at_chance_decides_nothing(records):
+    guess = {"better": "higher", "unit": "accuracy", "chance": 0.25}
+    made = study({"a": ([0.26, 0.24, 0.27], guess), "b": ([0.2, 0.21, 0.2], guess)},
+                 [{"candidate": "a", "reference": "b", "question": "better"}])
+    found = claim(records, "position", {"position": made})
+    assert found.answer is UNDECIDED and "at a guess, not counted" in found.because
+    assert found.evidence[0].measure == "a against b"
+
+
+def test_a_study_that_cannot_be_read_says_so(records):
+    broken = RecordError("position.json: `date` is missing.\nMake it again.")
+    assert claim(records, "position", {"position": broken}).because == str(broken)

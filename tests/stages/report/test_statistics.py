@@ -1,0 +1,168 @@
+"""Referees: SciPy's tests, intervals and bootstrap; the rules at their boundaries."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from stages.report.statistics import (
+    Answer,
+    Estimate,
+    Source,
+    accuracy_gain,
+    all_of,
+    average,
+    beats_chance,
+    bits_per_byte_gain,
+    controlled,
+    equivalence,
+    mean,
+    over_seeds,
+    superiority,
+    tasks_equivalence,
+    unpaired,
+)
+
+HOLDS, FAILS, UNDECIDED = Answer
+
+
+def certain(value, error=0.01):
+    return Estimate(value, (Source("item", error**2, 100, math.inf),))
+
+
+def test_paired_interval_is_scipys():
+    ours, theirs = np.random.default_rng(0).normal(size=(2, 7))
+    expected = stats.ttest_rel(ours, theirs).confidence_interval(0.9)
+    assert mean(ours - theirs, "seed").interval() == pytest.approx((expected.low, expected.high))
+
+
+def test_unpaired_interval_is_welchs():
+    draw = np.random.default_rng(1)
+    ours, theirs = draw.normal(1, 1, 4), draw.normal(0, 3, 9)
+    expected = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.95)
+    assert unpaired(ours, theirs, "draw").interval(0.05) == pytest.approx((expected.low, expected.high))
+
+
+def test_one_value_against_draws_is_a_prediction_interval():
+    draws = np.array([0.751, 0.702, 0.733, 0.69])
+    found = unpaired([0.5], draws, "draw")
+    half = stats.t.ppf(0.975, 3) * draws.std(ddof=1) * math.sqrt(1 + 1 / 4)
+    assert found.value == pytest.approx(0.5 - draws.mean()) and found.half_width(0.05) == pytest.approx(half)
+
+
+def documents(draw, sizes=(60, 45), noise=0.03, gain=0.03):
+    theirs, ours = {}, {}
+    for domain, count in zip("ab", sizes, strict=True):
+        size = draw.integers(200, 900, count)
+        nats = size * draw.uniform(0.7, 1.3, count)
+        theirs[domain] = np.stack([-nats, size], 1).tolist()
+        ours[domain] = np.stack([-nats * (1 - gain + draw.normal(0, noise, count)), size], 1).tolist()
+    return ours, theirs
+
+
+def test_gain_in_bits_per_byte_is_the_bootstraps():
+    ours, theirs = documents(np.random.default_rng(2))
+    found = bits_per_byte_gain(ours, theirs)
+    resampled, draw = np.zeros((2, 9999)), np.random.default_rng(3)
+    for domain, rows in theirs.items():
+        drawn = draw.integers(0, len(rows), (9999, len(rows)))
+        resampled += [np.array(of[domain])[:, 0][drawn].sum(1) for of in (ours, theirs)]
+    gains = 1 - resampled[0] / resampled[1]
+    assert found.value == pytest.approx(0.03, abs=0.01)
+    assert found.error == pytest.approx(gains.std(), rel=0.05)
+    assert found.interval(0.05) == pytest.approx(np.quantile(gains, (0.025, 0.975)), abs=0.001)
+
+
+def test_gain_in_accuracy_is_the_bootstraps_and_never_certain():
+    draw = np.random.default_rng(4)
+    theirs = (draw.random(600) < 0.6).astype(int)
+    ours = np.where(draw.random(600) < 0.2, draw.random(600) < 0.7, theirs).astype(int)
+    found = accuracy_gain(ours, theirs)
+    referee = stats.bootstrap((ours, theirs), lambda a, b, axis: a.mean(axis) - b.mean(axis), paired=True,
+                              method="percentile", n_resamples=4000, rng=draw).confidence_interval
+    assert found.interval(0.05) == pytest.approx((referee.low, referee.high), abs=0.005)
+    same = accuracy_gain([1] * 20, [1] * 20)
+    assert same.value == 0 and same.half_width() > 0.1
+
+
+def test_chance_of_seeds_and_documents_adds_up():
+    seeds, items = mean([0.01, 0.03, 0.02], "seed"), certain(0.5, 0.004)
+    found = over_seeds(seeds, items)
+    assert found.value == pytest.approx(0.02)
+    assert found.error == pytest.approx(math.hypot(0.01 / math.sqrt(3), 0.004))
+    assert found.df == pytest.approx(found.error**4 / ((0.01**2 / 3) ** 2 / 2))
+    assert average([certain(0.1, 0.03), certain(0.3, 0.04)]).error == pytest.approx(0.025)
+
+
+def test_one_seed_decides_nothing_and_a_borrowed_spread_does():
+    for found in (equivalence(mean([0.0], "seed"), 1.0), superiority(mean([5.0], "seed")),
+                  superiority(unpaired([5.0], [0.0], "seed"))):
+        assert found.answer is UNDECIDED and math.isnan(found.seen) and not found.needed
+    assert equivalence(mean([-5.0], "seed", spread_of=[0.1, 0.2, 0.0]), 1.0).answer is FAILS
+
+
+@pytest.mark.parametrize(("value", "error", "two_sided", "or_better"), [
+    (0.0, 0.01, HOLDS, HOLDS), (0.08, 0.01, HOLDS, HOLDS), (-0.08, 0.01, HOLDS, HOLDS),
+    (0.2, 0.01, FAILS, HOLDS), (-0.2, 0.01, FAILS, FAILS),
+    (0.09, 0.01, UNDECIDED, HOLDS), (-0.09, 0.01, UNDECIDED, UNDECIDED), (-0.117, 0.01, UNDECIDED, FAILS),
+    (0.0, 0.1, UNDECIDED, UNDECIDED), (math.nan, 0.01, UNDECIDED, UNDECIDED), (0.0, math.nan, UNDECIDED, UNDECIDED),
+])
+def test_equivalence_against_its_margin(value, error, two_sided, or_better):
+    estimate = certain(value, error)
+    assert equivalence(estimate, 0.1).answer is two_sided
+    assert equivalence(estimate, 0.1, or_better=True).answer is or_better
+
+
+@pytest.mark.parametrize(("value", "least", "answer"), [
+    (0.03, 0.0, HOLDS), (-0.03, 0.0, FAILS), (0.01, 0.0, UNDECIDED), (0.03, 0.02, UNDECIDED), (0.0, 0.02, FAILS),
+])
+def test_superiority(value, least, answer):
+    assert superiority(certain(value), least).answer is answer
+
+
+def test_any_of_several_comparisons_may_fail_only_together_once_in_twenty():
+    estimate = certain(-0.1 - 0.018)
+    assert equivalence(estimate, 0.1, or_better=True).answer is FAILS
+    assert equivalence(estimate, 0.1, or_better=True, comparisons=5).answer is UNDECIDED
+    assert superiority(certain(-0.021)).answer is FAILS
+    assert superiority(certain(-0.021), comparisons=3).answer is UNDECIDED
+
+
+def test_a_task_far_worse_fails_what_the_mean_hides():
+    good, bad = certain(0.1), certain(-0.1)
+    assert tasks_equivalence([good, good], 0.02).answer is HOLDS
+    assert tasks_equivalence([good, good, bad], 0.02).answer is FAILS
+    assert tasks_equivalence([good, good], 0.02, seeds=mean([0.1], "seed")).answer is UNDECIDED
+
+
+def test_without_a_control_that_fails_nothing_is_told():
+    for answer in Answer:
+        assert controlled(answer, FAILS) is answer
+        assert {controlled(answer, control) for control in (HOLDS, UNDECIDED, None)} == {UNDECIDED}
+
+
+def test_all_of_several_answers():
+    assert all_of([HOLDS, HOLDS]) is HOLDS
+    assert all_of([HOLDS, UNDECIDED]) is all_of([]) is UNDECIDED
+    assert all_of([HOLDS, UNDECIDED, FAILS]) is FAILS
+
+
+def test_needed_is_named_where_undecided_only():
+    assert equivalence(certain(0.0), 0.1).needed == {}
+    found = equivalence(certain(0.0, 0.1), 0.1)
+    assert found.needed["item"] == pytest.approx(100 * (2 * stats.norm.ppf(0.95)) ** 2, abs=3)
+    assert found.seen == pytest.approx(0.1 * stats.norm.ppf(0.95))
+
+
+@pytest.mark.parametrize(("right", "beats"), [(25, False), (33, False), (36, True), (10, False)])
+def test_chance(right, beats):
+    low = stats.binomtest(right, 100).proportion_ci(0.95).low
+    assert beats_chance(right, 100, 0.25) is beats is bool(low > 0.25)
+
+
+def test_other_items_are_refused():
+    with pytest.raises(ValueError, match="3 and 2 items"):
+        accuracy_gain([1, 0, 1], [1, 0])
+    with pytest.raises(ValueError, match="not the same ones"):
+        bits_per_byte_gain({"a": [[-1.0, 3]]}, {"a": [[-1.0, 4]]})

@@ -1,0 +1,86 @@
+"""A study's record as it is written and read, and every way in which it cannot be used."""
+
+import json
+
+import pytest
+from pydantic import ValidationError
+
+from stages.report.records import RecordError
+from stages.report.studies import Comparison, Measurement, Study, load_studies, read_study
+
+CONTENT = {
+    "version": 1, "study": "position", "command": "python -m benchmarks.position", "machine": "2 cores",
+    "date": "2026-11-29", "commit": "d6c7349", "versions": {"torch": "2.13.0"}, "note": "",
+    "measurements": [
+        {"name": "hybrid", "values": [0.9, 0.8, 0.85], "unit": "accuracy", "better": "higher", "chance": 0.1},
+        {"name": "transformer", "values": [0.7, 0.6, 0.75], "unit": "accuracy", "better": "higher", "chance": 0.1},
+    ],
+    "comparisons": [
+        {"claim": "position", "candidate": "hybrid", "reference": "transformer", "question": "better"},
+    ],
+}
+
+
+def test_what_is_saved_is_read(tmp_path):
+    study = Study.model_validate(CONTENT)
+    assert read_study(study.save(tmp_path)) == study
+    assert load_studies(tmp_path) == {"position": study}
+    assert load_studies(tmp_path / "none") == {}
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"date": None}, "`date`"),
+    ({"date": "yesterday"}, "`date`"),
+    ({"version": 0}, "version 0, where 1 is read: an older schema"),
+    ({"measurements": []}, "`measurements`"),
+    ({"measurements": CONTENT["measurements"][:1]}, r"comparisons name \['transformer'\]"),
+    ({"machine": ""}, "`machine`"),
+    ({"study": "other"}, "holds the study `other`"),
+    ({"verdict": "holds"}, "`verdict`: Extra inputs"),
+])
+def test_a_record_that_cannot_be_used_is_two_lines(tmp_path, change, message):
+    path = tmp_path / "position.json"
+    path.write_text(json.dumps(CONTENT | change))
+    with pytest.raises(RecordError, match=message) as caught:
+        read_study(path)
+    assert len(str(caught.value).splitlines()) == 2
+    assert isinstance(load_studies(tmp_path)["position"], RecordError)
+
+
+@pytest.mark.parametrize(("text", "message"), [("", "empty"), ("{", "not valid JSON"), ("{}", "`study` is missing")])
+def test_what_is_no_record(tmp_path, text, message):
+    path = tmp_path / "position.json"
+    path.write_text(text)
+    with pytest.raises(RecordError, match=message):
+        read_study(path)
+
+
+def test_a_missing_date_is_named(tmp_path):
+    path = tmp_path / "position.json"
+    path.write_text(json.dumps({key: value for key, value in CONTENT.items() if key != "date"}))
+    with pytest.raises(RecordError, match=r"position\.json: `date` is missing\.\nMake it again by the study's command"):
+        read_study(path)
+
+
+def compared(candidate=(1.0, 2.0), reference=(1.0, 2.0), better="higher", **comparison):
+    def measured(name, values):
+        return Measurement(name=name, values=list(values), unit="points", better=better)
+
+    asked = {"claim": "position", "candidate": "a", "reference": "b", "question": "better"} | comparison
+    return Study.model_validate(CONTENT | {"measurements": [measured("a", candidate), measured("b", reference)],
+                                           "comparisons": [Comparison.model_validate(asked)]})
+
+
+def test_comparisons_that_mean_nothing_are_refused():
+    assert compared((1.0,), paired=False)
+    for wrong, message in (
+        (lambda: compared((1.0,)), "differ in their number"),
+        (lambda: compared(better=None), "or have none"),
+        (lambda: compared((0.0, 1.0), relative=True), "above 0"),
+        (lambda: compared(question="equal"), "needs a margin"),
+        (lambda: compared(control="a"), "takes no control"),
+        (lambda: compared(claim="no such claim"), "claim"),
+        (lambda: compared((float("nan"), 1.0)), "finite"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            wrong()
