@@ -12,45 +12,39 @@ the metric `records_not_read`; the page is made for the rest.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from stages.common import Stage, run_stage
+
+SAVED = ("validation", "decoding", "fp8-gap", "distillation")   # figures that are files of their own, too
 
 
 def report(stage: Stage) -> dict[str, int]:
     import json
 
-    from stages.report.claims import Answer, claims
-    from stages.report.page import SAVED, report_page, write
+    from stages.report.claims import claims
+    from stages.report.page import counts, report_page, summary, write
     from stages.report.records import RecordError, load
-    from stages.report.studies import FOLDER, load_studies
+    from stages.report.studies import load_studies
 
-    records, studies, directory = load(stage), load_studies(FOLDER), reports_directory(stage)
-    lost = [study for study in studies.values() if isinstance(study, RecordError)]
-    page = report_page(records, lambda: claims(records, studies), lost)
-    file = page.write(directory)
-    write(directory / "claims.json", json.dumps(summary(page), indent=1, ensure_ascii=False) + "\n")
-    for plot in page.blocks("plot"):
-        if plot.name in SAVED:
-            write(directory / f"{plot.name}.svg", plot.svg + "\n")
+    records, studies, directory = load(stage), load_studies(), reports_directory(stage)
+    found = claims(records, studies)
+    page = report_page(records, found, [study for study in studies.values() if isinstance(study, RecordError)])
+    write(directory / "index.html", page.text)
+    for name in SAVED:
+        if name in page.plots:
+            write(directory / f"{name}.svg", page.plots[name] + "\n")
+    answers = counts(found)
+    write(directory / "claims.json", json.dumps({
+        "profile": stage.params.profile, **page.facts, "summary": summary(records, found), "counts": answers,
+        "claims": [{"number": claim.number, "key": claim.key, "title": claim.title, "paper": claim.paper,
+                    "ours": "; ".join(f"{line.measure}: {line.ours}" for line in claim.evidence[:1]),
+                    "answer": claim.answer, "because": claim.because} for claim in found],
+    }, indent=1, ensure_ascii=False) + "\n")
     stage.inputs += records.reader.files
-    unread = list(dict.fromkeys([block.text for block in page.blocks("unread")] + records.reader.faults))
-    print("\n".join([f"{file}: {page.summary}", *unread]), flush=True)
-    return {
-        "claims": len(page.claims),
-        "claims_that_hold": page.counts.get(Answer.HOLDS, 0),
-        "claims_that_do_not_hold": page.counts.get(Answer.FAILS, 0),
-        "claims_that_cannot_be_told": page.counts.get(Answer.UNDECIDED, 0),
-        "records_not_read": len(unread),
-    }
-
-
-def summary(page: Any) -> dict[str, Any]:
-    """Contents of claims.json."""
-    return {"profile": page.profile, **page.facts, "summary": page.summary, "counts": page.counts, "claims": [
-        {"number": claim.number, "key": claim.key, "title": claim.title, "paper": claim.paper,
-         "ours": "; ".join(f"{line.measure}: {line.ours}" for line in claim.evidence[:1]),
-         "answer": str(claim.answer), "because": claim.because} for claim in page.claims]}
+    unread = list(dict.fromkeys([*page.unread, *records.reader.faults]))
+    print("\n".join([f"{directory / 'index.html'}: {summary(records, found)}", *unread]), flush=True)
+    names = ("claims_that_hold", "claims_that_do_not_hold", "claims_that_cannot_be_told")
+    return {"claims": len(found), **dict(zip(names, answers.values(), strict=True)), "records_not_read": len(unread)}
 
 
 def reports_directory(stage: Stage) -> Path:

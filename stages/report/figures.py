@@ -12,20 +12,21 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from itertools import pairwise
 from statistics import fmean
-from typing import Any, ClassVar
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullLocator
 
 from data_pipeline.schema import Histogram
 from stages.report.records import LABELS, Curve, DataRecords, Records
-from stages.schema import Provenance
+from stages.schema import DecodeRow, Provenance
 
 # At least 3:1 against white and against the dark ground of style.css; distinguishable with the common colour-vision
 # deficiencies beside line styles.
@@ -45,17 +46,6 @@ WIDTH, HEIGHT = 4.8, 2.9        # inches; the page scales figures to its columns
 LABEL_COLOURS = dict(zip(LABELS, PALETTE[1::-1] + PALETTE[2:5], strict=True))
 KEPT, CUT = PALETTE[1], PALETTE[0]
 KINDS = {"M": "Mamba-2", "*": "attention", "-": "FFN"}
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A figure of the page: `name` is its id and file name, `caption` a line below it."""
-
-    kind: ClassVar[str] = "plot"
-    name: str
-    title: str
-    caption: str
-    svg: str
 
 
 @dataclass(frozen=True)
@@ -85,7 +75,6 @@ class Bar:
 class Panel:
     """A small histogram without words: `ends` of its axis, a `key` of (colour, text), where thresholds come from."""
 
-    kind: ClassVar[str] = "panel"
     title: str
     svg: str
     ends: tuple[str, str]
@@ -97,10 +86,9 @@ class Panel:
 
 
 def lines(
-    name: str, title: str, caption: str, series: Sequence[Series], x: str, y: str, *, right: float = 0.74,
-    adjust: Callable[[Axes], None] | None = None,
-) -> Plot:
-    """Lines named at their ends. `adjust` sets scales and limits; without it the x-axis counts tokens."""
+    series: Sequence[Series], x: str, y: str, right: float = 0.73, adjust: Callable[[Axes], None] | None = None
+) -> str:
+    """Lines named at their ends. `adjust` sets scales and limits; an x-axis of tokens is set already."""
     with mpl.rc_context(STYLE):
         figure, axes = _canvas(x, y, 0.14, right, HEIGHT)
         for one in series:
@@ -109,16 +97,15 @@ def lines(
             marker = "o" if one.style == "o" or len(one.x) < 30 else ""
             axes.plot(one.x, one.y, color=one.colour, linestyle="none" if one.style == "o" else one.style,
                       marker=marker, markersize=5 if one.style == "o" else 3)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
         if adjust:
             adjust(axes)
-        else:
-            axes.xaxis.set_major_locator(MaxNLocator(5))
-            axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
         _name_ends(axes, series)
-        return Plot(name, title, caption, _svg(figure, name, f"{title}. {caption}"))
+        return _svg(figure)
 
 
-def bars(name: str, title: str, caption: str, rows: Sequence[Bar], x: str = "", left: float = 0.3) -> Plot:
+def bars(rows: Sequence[Bar], x: str = "", left: float = 0.3) -> str:
     """A horizontal bar a row, its text behind it."""
     with mpl.rc_context(STYLE):
         figure, axes = _canvas(x, "", left, 0.97, 0.5 + 0.25 * len(rows))
@@ -140,7 +127,7 @@ def bars(name: str, title: str, caption: str, rows: Sequence[Bar], x: str = "", 
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        return Plot(name, title, caption, _svg(figure, name, f"{title}. {caption}"))
+        return _svg(figure)
 
 
 def _canvas(x: str, y: str, left: float, right: float, height: float) -> tuple[Figure, Axes]:
@@ -169,67 +156,63 @@ def _name_ends(axes: Axes, series: Sequence[Series]) -> None:
                       va="center", fontsize=9, color=ends[place][2])
 
 
-def _svg(figure: Figure, name: str, words: str) -> str:
-    """The figure as an SVG element: ids begin with `name`, its colours are the page's, its size its container's."""
+def _svg(figure: Figure) -> str:
+    """The figure as an SVG element in the colours of the page and the size of its container."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", facecolor="none",
-                   metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(buffer, format="svg", facecolor="none", metadata=metadata)
     svg = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
     svg = re.sub(r"<style[^>]*>.*?</style>", f"<style>{DARK}</style>", svg[svg.index("<svg"):], flags=re.DOTALL)
-    size = re.search(r'viewBox="[^"]*"', svg)
-    assert size is not None
-    words = words.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    svg = re.sub(r"^<svg[^>]*>", f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-                 f'{size[0]} role="img" aria-label="{words}">', svg)
-    svg = re.sub(r'(id="|url\(#|href="#)', rf"\1{name}-", svg)
+    svg = re.sub(r'^<svg[^>]*?(viewBox="[^"]*")[^>]*>', r'<svg xmlns="http://www.w3.org/2000/svg" '
+                 r'xmlns:xlink="http://www.w3.org/1999/xlink" \1>', svg)
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, variable)
     return re.sub(r">\s+<", "><", svg).strip()
 
 
-# --- Training ---------------------------------------------------------------------------------------------------------
+def labelled(svg: str, name: str, words: str) -> str:
+    """The element with ids that begin with `name`, and words for those who do not see it."""
+    svg = re.sub(r'(id="|url\(#|href="#)', rf"\1{re.sub(r'[^a-z0-9]+', '-', name.lower())}-", svg)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(words, quote=True)}"', 1)
+
+
+# --- Of a profile -----------------------------------------------------------------------------------------------------
 
 
 def colours(records: Records) -> dict[str, str]:
     """A colour for every model, and for the benchmark's `hybrid` and `transformer`."""
     names = [*records.params.variants, "compressed", "compressed-random"]
     found = dict(zip(names, itertools.cycle(PALETTE), strict=False))
-    return found | {"hybrid": found.get((records.hybrid_seeds or names)[0], INK),
-                    "transformer": found.get(records.transformer or "", MUTED)}
+    return found | {"hybrid": found[(records.hybrid_seeds or names)[0]],
+                    "transformer": found.get(records.transformer or "", MUTED), "random": found["compressed-random"]}
 
 
-def _line(records: Records, model: str) -> str:
-    """Dashes for further seeds and controls, so that colour is not the only cue."""
-    variants = records.params.variants
-    first = next((name for name in variants if model in variants and (
-        variants[name].architecture, variants[name].precision) == (
-        variants[model].architecture, variants[model].precision)), model)
-    return "--" if model != first or model == "compressed-random" else "-"
+def style(records: Records, model: str) -> str:
+    """Dashes for further seeds, control arms and the random cut, so that colour is not the only cue."""
+    variant = records.params.variants.get(model)
+    firsts = [records.variants(variant.architecture, variant.precision)[:1]] if variant else [["compressed", "hybrid",
+                                                                                               "transformer"]]
+    return "-" if model in firsts[0] else "--"
 
 
-def _zoom(axes: Axes, series: Sequence[Series]) -> None:
-    """Cut off the steep start: the upper 15 % of the values."""
-    values = sorted(value for one in series for value in one.y if math.isfinite(value))
-    if values:
-        low, high = values[0], values[int(0.85 * (len(values) - 1))]
-        axes.set_ylim(low - 0.06 * (high - low or 1), high + 0.06 * (high - low or 1))
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+def zoom(series: Sequence[Series]) -> Callable[[Axes], None]:
+    """Limits that cut off the steep start: the upper 15 % of the values."""
+    values = sorted(value for one in series for value in one.y if math.isfinite(value)) or [0.0]
+    low, high = values[0], values[int(0.85 * (len(values) - 1))]
+    room = 0.06 * (high - low or 1)
+    return lambda axes: axes.set_ylim(low - room, high + room)
 
 
-def validation(records: Records) -> Plot:
+def validation(records: Records) -> str:
     series = [Series(name, curves["all"]["tokens"], curves["all"]["bits_per_byte"], colours(records)[name],
-                     _line(records, name)) for name, curves in records.validation.items()]
-    return lines("validation", "Bits per byte by tokens", "Held-out text, mean over domains weighted by bytes; lower "
-                 "is better. The steep start is cut off.", series, "Tokens", "Bits per byte",
-                 adjust=lambda axes: _zoom(axes, series))
+                     style(records, name)) for name, curves in records.validation.items()]
+    return lines(series, "Tokens", "Bits per byte", adjust=zoom(series))
 
 
-def training_loss(records: Records) -> Plot:
-    series = [Series(name, *binned(curve, "loss", 120), colours(records)[name], _line(records, name))
+def training_loss(records: Records) -> str:
+    series = [Series(name, *binned(curve, "loss", 120), colours(records)[name], style(records, name))
               for name, curve in records.training.items()]
-    return lines("training-loss", "Training loss", "Means over equal runs of steps; the steep start is cut off.",
-                 series, "Tokens", "Loss (nats a token)", adjust=lambda axes: _zoom(axes, series))
+    return lines(series, "Tokens", "Loss (nats a token)", adjust=zoom(series))
 
 
 def binned(curve: Curve, column: str, bins: int) -> tuple[list[float], list[float]]:
@@ -237,169 +220,126 @@ def binned(curve: Curve, column: str, bins: int) -> tuple[list[float], list[floa
     tokens, values = curve["tokens"], curve[column]
     size = math.ceil(len(values) / bins)
     starts = range(0, len(values), size)
-    return [tokens[min(start + size, len(tokens)) - 1] for start in starts], [
-        fmean(values[start:start + size]) for start in starts]
+    return ([tokens[min(start + size, len(tokens)) - 1] for start in starts],
+            [fmean(values[start:start + size]) for start in starts])
 
 
-def fp8_gap(records: Records) -> Plot:
-    """Relative gap in validation of each FP8 model to its BF16 twin, and of further BF16 seeds to the first."""
+def fp8_gap(records: Records) -> str:
+    """Of each FP8 model to its BF16 twin and, where there are such, of further BF16 seeds to the first."""
     series = []
     for architecture in dict.fromkeys(variant.architecture for variant in records.params.variants.values()):
         pairs = records.precision_pairs(architecture)
-        first, *others = records.variants(architecture, "bf16") or [""]
-        for name, twin in [*pairs, *(((other, first) for other in others) if pairs else [])]:
-            seed = records.params.variants[name].seed
-            label = f"{'FP8' if (name, twin) in pairs else 'BF16'}, seed {seed}"
-            series.append(Series(label if architecture == "hybrid" else f"{architecture}: {label}",
+        first, *others = records.variants(architecture, "bf16") if pairs else [""]
+        for name, twin in [*pairs, *((other, first) for other in others)]:
+            words = f"{architecture} " * (architecture != "hybrid") + ("FP8" if (name, twin) in pairs else "BF16")
+            series.append(Series(f"{words}, seed {records.params.variants[name].seed}",
                                  *gap(records.validation[twin]["all"], records.validation[name]["all"]),
                                  colours(records)[name], "-" if (name, twin) in pairs else "--"))
-
-    def adjust(axes: Axes) -> None:
-        axes.axhspan(-0.1, 0.1, color=MUTED, alpha=0.2, linewidth=0)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
-
-    return lines("fp8-gap", "Relative gap to BF16", "In validation bits per byte, same seed and order of text; below "
-                 "zero is worse than BF16. Dashed: another BF16 seed, what chance alone does. Shaded: ± 0.1 %, the "
-                 "paper's bound.", series, "Tokens", "(BF16 − other) / BF16, %", adjust=adjust)
+    return lines(series, "Tokens", "(BF16 − other) / BF16, %",
+                 adjust=lambda axes: axes.axhspan(-0.1, 0.1, color=MUTED, alpha=0.2, linewidth=0))
 
 
 def gap(reference: Curve, other: Curve) -> tuple[list[float], list[float]]:
     """Tokens, and 100 (reference - other) / reference in bits per byte, where both were evaluated after the start."""
     others = dict(zip(other["tokens"], other["bits_per_byte"], strict=True))
-    points = [(tokens, 100 * (value - others[tokens]) / value) for tokens, value in
-              zip(reference["tokens"], reference["bits_per_byte"], strict=True) if tokens > 0 and tokens in others]
-    return [point[0] for point in points], [point[1] for point in points]
+    both = {tokens: 100 * (value - others[tokens]) / value for tokens, value in
+            zip(reference["tokens"], reference["bits_per_byte"], strict=True) if tokens > 0 and tokens in others}
+    return list(both), list(both.values())
 
 
-# --- Compression ------------------------------------------------------------------------------------------------------
+def layer_importance(records: Records) -> str:
+    layers = [layer for layer in records.importance if layer.importance > 0]
+    series = [Series(label, *([getattr(layer, of) for layer in layers if layer.symbol == symbol]
+                              for of in ("index", "importance")), colour, "o")
+              for (symbol, label), colour in zip(KINDS.items(), PALETTE[1:], strict=False)]
+    return lines(series, "Layer", "Importance (MSE)", 0.8, lambda axes: axes.set_yscale("log"))
 
 
-def layer_importance(records: Records) -> Plot:
-    series = []
-    for (symbol, label), colour in zip(KINDS.items(), PALETTE[1:], strict=False):
-        layers = [layer for layer in records.importance if layer.symbol == symbol and layer.importance > 0]
-        series.append(Series(label, [layer.index for layer in layers], [layer.importance for layer in layers], colour,
-                             "o"))
-
-    def adjust(axes: Axes) -> None:
-        axes.set_yscale("log")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-    return lines("layer-importance", "Layer importance", "Effect of leaving one layer out on the activation before the "
-                 "head; logarithmic.", series, "Layer", "Importance (MSE)", right=0.8, adjust=adjust)
-
-
-def candidates(records: Records) -> Plot:
+def candidates(records: Records) -> str:
     scored = [item for item in records.candidates if item.agreement is not None]
-    groups = [("compared", [item for item in scored if item.kl_short is None], MUTED),
-              ("distilled", [item for item in scored if item.kl_short is not None and not item.chosen], PALETTE[1]),
-              ("chosen", [item for item in scored if item.chosen], PALETTE[0])]
-    series = [Series(label, [1024 * item.memory_gib for item in items], [item.agreement or 0.0 for item in items],
-                     colour, "o") for label, items, colour in groups]
-    return lines("candidates", "Candidates under the memory budget", f"{len(scored)} of {len(records.candidates):,} "
-                 "within the budget were compared with the parent; the best were distilled briefly.", series,
-                 "Memory (MiB)", "Agreement with the parent", right=0.8,
-                 adjust=lambda axes: axes.xaxis.set_major_locator(MaxNLocator(5)))
+    groups = {"compared": (MUTED, [item for item in scored if item.kl_short is None]),
+              "distilled": (PALETTE[1], [item for item in scored if item.kl_short is not None and not item.chosen]),
+              "chosen": (PALETTE[0], [item for item in scored if item.chosen])}
+    return lines([Series(label, [1024 * item.memory_gib for item in items], [item.agreement or 0.0 for item in items],
+                         colour, "o") for label, (colour, items) in groups.items()],
+                 "Memory (MiB)", "Agreement with the parent", 0.8)
 
 
-def distillation(records: Records) -> Plot:
-    series = [Series("random cut" if name == "random" else name, curve["tokens"], curve["kl"],
-                     colours(records)["compressed-random" if name == "random" else name],
-                     "--" if name == "random" else "-") for name, curve in records.distillation.items()]
-    return lines("distillation", "Distillation", "The cut by importance and a random cut to the same shape, on the "
-                 "same data.", series, "Distillation tokens", "KL to the parent (nats)", right=0.78)
+def distillation(records: Records) -> str:
+    return lines([Series(name, curve["tokens"], curve["kl"], colours(records)[name], style(records, name))
+                  for name, curve in records.distillation.items()], "Distillation tokens", "KL to the parent (nats)")
 
 
-# --- Inference, evaluation, time --------------------------------------------------------------------------------------
+def decoding(records: Records) -> str:
+    return _by_context(records, "Tokens/s", lambda row: row.tokens_per_second,
+                       lambda row: row.seconds_per_token_spread * row.tokens_per_second ** 2)
 
 
-def _contexts(records: Records, log: bool) -> Callable[[Axes], None]:
+def cache(records: Records) -> str:
+    return _by_context(records, "MiB", lambda row: row.cache_mib)
+
+
+def _by_context(
+    records: Records, label: str, value: Callable[[DecodeRow], float], error: Callable[[DecodeRow], float] | None = None
+) -> str:
+    contexts = [row.context for row in records.decode["hybrid"]]
+    series = [Series(name, [row.context for row in rows], list(map(value, rows)), colours(records)[name], "-",
+                     error and list(map(error, rows))) for name, rows in records.decode.items()]
+
     def adjust(axes: Axes) -> None:
-        contexts = sorted({row.context for rows in records.decode.values() for row in rows})
         axes.set_xscale("log", base=2)
-        axes.set_xticks(contexts, [EngFormatter(places=0, sep="")(c) if c >= 10_000 else f"{c:,}" for c in contexts])
+        axes.set_xticks(contexts, [f"{context // 1024}k" if context >= 1024 else f"{context}" for context in contexts])
         axes.xaxis.set_minor_locator(NullLocator())
-        if log:
+        if error:
+            axes.set_ylim(bottom=0)
+        else:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.yaxis.set_minor_formatter(NullFormatter())
-        else:
-            axes.set_ylim(bottom=0)
-    return adjust
+
+    return lines(series, "Context (tokens)", label, 0.78, adjust)
 
 
-def decoding(records: Records) -> Plot:
-    series = [Series(name, [row.context for row in rows], [row.tokens_per_second for row in rows],
-                     colours(records)[name], "--" if name == "compressed" else "-",
-                     [row.seconds_per_token_spread * row.tokens_per_second ** 2 for row in rows])
-              for name, rows in records.decode.items()]
-    where = records.accelerator or records.machine.processor
-    return lines("decoding", "Decoding speed by context", f"Batch {records.params.benchmark.batch}, random weights, "
-                 f"{where}; bars: spread over repeats. Higher is better.", series, "Context (tokens)", "Tokens/s",
-                 right=0.78, adjust=_contexts(records, log=False))
+def bits_per_byte(records: Records) -> str:
+    found = {name: records.metrics("evaluate", name) for name in records.params.models}
+    return bars([Bar(name, metrics["bits_per_byte"], f"{metrics['bits_per_byte']:.3f}", colours(records)[name],
+                     mark=metrics["bits_per_byte_compressor"]) for name, metrics in found.items()])
 
 
-def cache(records: Records) -> Plot:
-    series = [Series(name, [row.context for row in rows], [row.cache_mib for row in rows], colours(records)[name],
-                     "--" if name == "compressed" else "-") for name, rows in records.decode.items()]
-    return lines("cache", "Cache by context", "Keys, values and Mamba-2 states of one sequence; logarithmic.", series,
-                 "Context (tokens)", "MiB", right=0.78, adjust=_contexts(records, log=True))
-
-
-def bits_per_byte(records: Records) -> Plot:
-    rows = []
-    for name in records.params.models:
-        metrics = records.metrics("evaluate", name)
-        rows.append(Bar(name, metrics["bits_per_byte"], f"{metrics['bits_per_byte']:.3f}", colours(records)[name],
-                        mark=metrics["bits_per_byte_compressor"]))
-    return bars("bits-per-byte", "Bits per byte of held-out text", "Lower is better. Mark: a compressor, without "
-                "training.", rows)
-
-
-def stage_times(runs: Mapping[str, Provenance]) -> Plot:
+def stage_times(runs: Mapping[str, Provenance]) -> str:
     stages = list(dict.fromkeys(run.stage for run in runs.values()))
-    rows = [Bar(name, run.wall_seconds / 60, f"{run.wall_seconds:,.0f} s",
-                PALETTE[stages.index(run.stage) % len(PALETTE)]) for name, run in runs.items()]
-    return bars("stage-times", "Stage times", "Wall time of each; some ran beside one another.", rows, "Minutes", 0.42)
+    return bars([Bar(name, run.wall_seconds / 60, f"{run.wall_seconds:,.0f} s",
+                     PALETTE[stages.index(run.stage) % len(PALETTE)]) for name, run in runs.items()], "Minutes", 0.42)
 
 
 # --- Data -------------------------------------------------------------------------------------------------------------
 
 
-def funnel(records: DataRecords, domain: str) -> Plot:
+def funnel(records: DataRecords, domain: str) -> str:
     steps = records.steps(domain)
-    rows = [Bar(row.step.replace("_", " "), row.bytes / 1e6, f"{row.bytes / 1e6:,.2f} MB, {row.documents:,}", KEPT,
-                behind=before.bytes / 1e6) for before, row in zip([steps[0], *steps], steps, strict=False)]
-    return bars(f"funnel-{domain}", f"Left of {domain}", "Megabytes of text and documents after each step; pale: what "
-                "the step took.", rows, left=0.27)
+    return bars([Bar(row.step.replace("_", " "), row.bytes / 1e6, f"{row.bytes / 1e6:,.2f} MB, {row.documents:,}", KEPT,
+                     behind=before.bytes / 1e6) for before, row in zip([steps[0], *steps], steps, strict=False)],
+                left=0.27)
 
 
 def threshold_panel(measure: str, domain: str, histogram: Histogram, reasons: Mapping[str, int]) -> Panel:
     """What a rule leaves and what it takes; `reasons` are documents of the domain that went, by reason."""
-    low, high = histogram.low, histogram.high
-    ends = [0.0, 0.0 if low is None else place(histogram, low),
-            len(histogram.counts) if high is None else place(histogram, high, inclusive=True), len(histogram.counts)]
-    regions = list(zip(pairwise(sorted(ends)), (CUT, KEPT, CUT), strict=True))
+    low, high, end = histogram.low, histogram.high, len(histogram.counts)
+    places = sorted([0.0, 0.0 if low is None else place(histogram, low),
+                     end if high is None else place(histogram, high, inclusive=True), end])
     limits = " or ".join(f"{sign} {value:,.6g}" for sign, value in (("<", low), (">", high)) if value is not None)
     went = sum(count for reason, count in reasons.items() if is_about(reason, measure))
-    key = [(CUT, f"{limits}: {went:,} went")] if limits else []
-    name = f"threshold-{domain}-{measure}"
-    return Panel(measure.replace("_", " "), _histogram(histogram, regions, name, f"{measure} of {domain}"),
-                 _ends(histogram), key, histogram.source)
+    return _panel(measure.replace("_", " "), measure, domain, histogram, places, (CUT, KEPT, CUT),
+                  [(CUT, f"{limits}: {went:,} went")] if limits else [], histogram.source)
 
 
 def score_panel(measure: str, domain: str, histogram: Histogram) -> Panel:
     """The scores of a quality scorer, in the colours of the labels they give."""
-    rising = [(label, histogram.labels[label]) for label in reversed(LABELS) if label in histogram.labels]
+    rising = [label for label in reversed(LABELS) if label in histogram.labels]
     lowest = next(label for label in reversed(LABELS) if label not in histogram.labels)
-    starts = [0.0, *(place(histogram, value) for _, value in rising), float(len(histogram.counts))]
-    labels = [lowest, *(label for label, _ in rising)]
-    regions = list(zip(pairwise(starts), (LABEL_COLOURS[label] for label in labels), strict=True))
-    key = [(LABEL_COLOURS[label], f"{label} ≥ {value:.3g}") for label, value in reversed(rising)]
-    return Panel(f"{domain}: {measure}", _histogram(histogram, regions, f"score-{domain}-{measure}",
-                                                    f"{measure} of {domain}"),
-                 _ends(histogram), [*key, (LABEL_COLOURS[lowest], lowest)])
+    places = [0.0, *(place(histogram, histogram.labels[label]) for label in rising), len(histogram.counts)]
+    key = {lowest: lowest} | {label: f"{label} ≥ {histogram.labels[label]:.3g}" for label in rising}
+    return _panel(f"{domain}: {measure}", measure, domain, histogram, places, [LABEL_COLOURS[label] for label in key],
+                  [(LABEL_COLOURS[label], words) for label, words in reversed(key.items())])
 
 
 def is_about(reason: str, measure: str) -> bool:
@@ -420,23 +360,25 @@ def place(histogram: Histogram, value: float, inclusive: bool = False) -> float:
     low, high = edges[index], edges[index + 1]
     if inclusive and value == low:
         return index + 1.0
-    return index + float(np.clip((value - low) / (high - low), 0, 1) if high > low else value >= high)
+    return index + float((np.clip(value, low, high) - low) / (high - low) if high > low else value >= high)
 
 
-def _histogram(
-    histogram: Histogram, regions: Sequence[tuple[tuple[float, float], str]], name: str, words: str
-) -> str:
-    """Bins of one width in the colours of the regions they lie in; heights are logarithms of documents."""
+def _panel(
+    title: str, measure: str, domain: str, histogram: Histogram, places: Sequence[float], shades: Sequence[str],
+    key: list[tuple[str, str]], note: str = "",
+) -> Panel:
+    """Bins of one width, from place to place in another colour; heights are logarithms of documents."""
     heights = np.log1p(histogram.counts)
     heights = np.where(heights > 0, np.maximum(heights, 0.03 * heights.max()), 0)
+    first, last = (f"{value:,.0f}" if 1000 <= abs(value) < 1e8 else f"{value:.3g}"
+                   for value in (histogram.edges[0], histogram.edges[-1]))
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(2.4, 0.72))
         FigureCanvasSVG(figure)
         axes = figure.add_axes((0, 0, 1, 1))
         axes.axis("off")
-        for (start, end), colour in regions:
-            inner = np.arange(math.floor(start) + 1, math.ceil(end))
-            edges = np.concatenate([[start], inner, [end]])
+        for (start, end), colour in zip(pairwise(places), shades, strict=True):
+            edges = np.array([start, *range(math.floor(start) + 1, math.ceil(end)), end])
             if end > start:
                 axes.stairs(heights[np.floor(edges[:-1]).astype(int)], edges, fill=True, color=colour)
             if 0 < start < len(heights):
@@ -444,11 +386,5 @@ def _histogram(
         axes.axhline(0, color=MUTED, linewidth=0.8)
         axes.set_xlim(0, len(heights))
         axes.set_ylim(0, 1.05 * heights.max() or 1)
-        return _svg(figure, re.sub(r"\W+", "-", name), f"{words}: documents by value, from {histogram.edges[0]:g} to "
-                                                     f"{histogram.edges[-1]:g}")
-
-
-def _ends(histogram: Histogram) -> tuple[str, str]:
-    first, last = (f"{value:,.0f}" if 1000 <= abs(value) < 1e8 else f"{value:.3g}"
-                   for value in (histogram.edges[0], histogram.edges[-1]))
-    return first, last
+        words = f"{measure} of {domain}: documents by value, {first} to {last}"
+        return Panel(title, labelled(_svg(figure), f"{domain}-{measure}", words), (first, last), key, note)

@@ -1,243 +1,127 @@
-"""The page: its sections, filled from the records; what cannot be read stands in its place as two lines."""
+"""The page from its templates; what cannot be read stands in its place as two lines."""
 
 from __future__ import annotations
 
+import io
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 from markupsafe import Markup, escape
+from pydantic import BaseModel
+from ruamel.yaml import YAML
 
-from data_pipeline.schema import Dropped
-from model.evaluation_schema import ChoiceSample, Samples
-from stages.report import figures, tables
-from stages.report.claims import Answer, Claim
-from stages.report.figures import Panel
+from stages.report import figures
+from stages.report.claims import Claim
 from stages.report.records import DataRecords, Reader, RecordError, Records
+from stages.report.statistics import Answer
 from stages.schema import Machine, Provenance
 
 HERE = Path(__file__).parent
-SAVED = ("validation", "decoding", "fp8-gap", "distillation")   # plots that are files of their own, too
-EXAMPLES = 3                        # of each reason that are shown
-SHORTENED = "substring"             # the reason of strings taken out of documents that stay
+NONE = "–"
+REASONS = 6                         # of a step that are named
 # Controls but line feed and tab, format characters, lone surrogates, line and paragraph separators, private use.
 INVISIBLE = re.compile("[" + "".join(
     re.escape(chr(code)) for code in range(0x10000)
     if unicodedata.category(chr(code)) in ("Cc", "Cf", "Cs", "Zl", "Zp", "Co") and chr(code) not in "\n\t") + "]")
-Blocks = Sequence[Any]              # tables.Table, figures.Plot, those below: the template knows them by `kind`
 
 
-@dataclass(frozen=True)
-class Words:
-    """A paragraph; `code` in backticks."""
-
-    kind: ClassVar[str] = "words"
-    text: str
-
-
-@dataclass(frozen=True)
-class Unread:
-    """The two lines of a RecordError."""
-
-    kind: ClassVar[str] = "unread"
-    text: str
-
-
-@dataclass(frozen=True)
-class Fold:
-    kind: ClassVar[str] = "fold"
-    title: str
-    blocks: Blocks
-
-
-@dataclass(frozen=True)
-class Panels:
-    kind: ClassVar[str] = "panels"
-    panels: list[Panel]
-
-
-@dataclass(frozen=True)
-class Excerpts:
-    """(heading, text) of documents or items, word for word."""
-
-    kind: ClassVar[str] = "excerpts"
-    items: list[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class Section:
-    """`command` makes the section's figures again; empty where there is nothing to run."""
-
-    name: str
-    title: str
-    command: str
-    blocks: Blocks
-
-
-@dataclass(frozen=True)
 class Page:
-    title: str
-    profile: str
-    summary: str
-    sections: list[Section]
-    facts: dict[str, str] = field(default_factory=dict)
-    claims: list[Claim] = field(default_factory=list)
-    first: Blocks = ()              # below the claims
+    """A page that fetches nothing.
 
-    @property
-    def counts(self) -> dict[str, int]:
-        """Claims by answer."""
-        found = Counter(claim.answer for claim in self.claims)
-        return {str(answer): found[answer] for answer in Answer} if self.claims else {}
-
-    def blocks(self, kind: str) -> list[Any]:
-        """All blocks of one kind, those within others too."""
-        def inside(blocks: Blocks) -> list[Any]:
-            return [found for block in blocks for found in [block, *inside(getattr(block, "blocks", ()))]]
-
-        return [block for block in inside([*self.first, *self.sections]) if getattr(block, "kind", "") == kind]
-
-    def write(self, directory: Path) -> Path:
-        """Write DIRECTORY/index.html, which fetches nothing; its path."""
-        environment = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True,
-                                         lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-        environment.filters |= {"code": code, "seen": seen}
-        template, style = environment.get_template("page.html.jinja"), (HERE / "style.css").read_text()
-        write(directory / "index.html", template.render(page=self, style=Markup(style)))
-        return directory / "index.html"
-
-
-def write(path: Path, text: str) -> None:
-    """The file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.rename(path)
-
-
-def code(text: str) -> Markup:
-    """Escaped text with `code` marked."""
-    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
-
-
-def seen(text: str) -> Markup:
-    """Escaped text whose invisible characters are written as Python writes them."""
-    return Markup(INVISIBLE.sub(lambda character: f'<span class="control">{ascii(character[0])[1:-1]}</span>',
-                                str(escape(text))))
-
-
-def read(*makers: Callable[[], Any]) -> list[Any]:
-    """The block, or blocks, of each; in place of what cannot be read, why."""
-    blocks: list[Any] = []
-    for make in makers:
-        try:
-            made = make()
-        except RecordError as error:
-            made = Unread(str(error))
-        blocks += made if isinstance(made, list) else [made]
-    return blocks
-
-
-# --- The whole report -------------------------------------------------------------------------------------------------
-
-
-def report_page(records: Records, claims: Callable[[], list[Claim]], others: Sequence[RecordError] = ()) -> Page:
-    """The page of a profile.
-
-    Args:
-        claims: makes them.
-        others: what could not be read besides.
+    Attributes:
+        text: HTML.
+        plots: SVG by name.
+        unread: two lines each, of what could not be read.
     """
-    found = [claim for claim in read(claims) if isinstance(claim, Claim)]
-    unread = [block for block in read(claims) if isinstance(block, Unread)] + [Unread(str(error)) for error in others]
-    runs, lost = provenances(records)
-    r, draw, table = records, figures, tables
-    sections = [
-        Section("training", "Training", "dvc repro pretrain", read(
-            lambda: draw.training_loss(r), lambda: draw.fp8_gap(r) if r.fp8_pairs else [], lambda: table.models(r))),
-        Section("compression", "Compression", "dvc repro compress", read(
-            lambda: draw.layer_importance(r), lambda: draw.candidates(r), lambda: draw.distillation(r),
-            lambda: table.compression(r), lambda: table.candidates(r), lambda: table.costs(r))),
-        Section("evaluation", "Evaluation", "dvc repro evaluate", read(
-            lambda: draw.bits_per_byte(r), lambda: table.evaluation(r), lambda: table.paper_tasks(r),
-            lambda: [samples(r.samples[name], name) for name in r.params.models[:1]])),
-        Section("inference", "Inference", "dvc repro benchmark", read(
-            lambda: draw.cache(r), lambda: table.decoding(r), lambda: table.export(r))),
-        *data_sections(r.data),
-        Section("runs", "Stage times and provenance", "", [
-            *read(lambda: draw.stage_times(runs)), *lost,
-            *(Fold(block.caption, [block]) for block in table.provenance(runs)),
-            Fold("Versions and parameters", [
-                Words(", ".join(sorted({f"{name} {version}" for run in runs.values()
-                                        for name, version in run.versions.items()}))),
-                Excerpts([("params.yaml", table.parameters(r))])])]),
-    ]
-    return Page("Nemotron-H reproduced", records.params.profile, summary(records, found), sections, facts(runs), found,
-                [*unread, *read(lambda: draw.validation(r), lambda: draw.decoding(r))])
+
+    def __init__(self, title: str, profile: str, summary: str, data: DataRecords, records: Records | None = None,
+                 claims: Sequence[Claim] = (), unread: Sequence[RecordError] = (), **others: Any):
+        self.plots: dict[str, str] = {}
+        self.unread: list[str] = []
+        self.facts: dict[str, str] = others.get("facts", {})
+        environment = jinja2.Environment(
+            loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+            undefined=jinja2.StrictUndefined, extensions=["jinja2.ext.do"])
+        environment.filters |= {"code": code, "commit": commit, "number": number, "percent": percent,
+                                "reasons": reasons, "seen": seen, "yaml": yaml}
+        environment.globals |= {"show": self.show, "plot": self.plot, "score_panel": figures.score_panel,
+                                "threshold_panel": figures.threshold_panel}
+        self.pieces: Any = environment.get_template("macros.html.jinja").module
+        self.text = environment.get_template("page.html.jinja").render(
+            title=title, profile=profile, summary=summary, r=records, data=data, claims=claims, counts=counts(claims),
+            style=Markup((HERE / "style.css").read_text()), errors=list(map(self._not_read, unread)), **others)
+
+    def show(self, make: Callable[..., Markup], *arguments: Any) -> Markup:
+        """What a macro makes, or why it cannot."""
+        try:
+            return make(*arguments)
+        except RecordError as error:
+            return self._not_read(error)
+
+    def plot(self, name: str, title: str, caption: str, *arguments: Any) -> Markup:
+        """The figure that the function `name` of `figures` draws of the arguments."""
+        def draw() -> Markup:
+            svg = getattr(figures, name)(*arguments)
+            label = "-".join([name, *(text for text in arguments if isinstance(text, str))]).replace("_", "-")
+            self.plots[label] = figures.labelled(svg, label, f"{title}. {caption}")
+            return Markup(self.pieces.figure(label, title, caption, self.plots[label]))
+
+        return self.show(draw)
+
+    def _not_read(self, error: RecordError) -> Markup:
+        self.unread.append(str(error))
+        lines = Markup("<br>").join(map(code, str(error).split("\n")))
+        return Markup('<p class="unread" role="alert">{}</p>').format(lines)
 
 
-def provenances(records: Records) -> tuple[dict[str, Provenance], list[Unread]]:
-    """Of every run; and what is wrong with the others, or with their metrics."""
-    found: dict[str, Provenance] = {}
-    lost: list[Unread] = []
+# --- The page of a profile, of a curation -----------------------------------------------------------------------------
 
+
+def report_page(records: Records, claims: Sequence[Claim], unread: Sequence[RecordError]) -> Page:
+    """The page of a profile; `unread`: what could not be read beside its records."""
+    runs: dict[str, Provenance] = {}
+    lost = list(unread)
     for name, run in records.runs.items():
         try:
-            found[name] = run.provenance
+            runs[name] = run.provenance
             run.metrics.keys()
         except RecordError as error:
-            lost.append(Unread(str(error)))
-    return found, lost
+            lost.append(error)
+    return Page("Nemotron-H reproduced", records.params.profile, summary(records, claims), records.data, records,
+                claims, lost, facts=facts(runs), runs=runs)
 
 
-def summary(records: Records, claims: list[Claim]) -> str:
+def counts(claims: Sequence[Claim]) -> dict[str, int]:
+    found = Counter(claim.answer for claim in claims)
+    return {str(answer): found[answer] for answer in Answer}
+
+
+def summary(records: Records, claims: Sequence[Claim]) -> str:
     """One sentence: how the answers fall, at what size."""
-    counts = Counter(claim.answer for claim in claims)
-    answers = (f"Of {len(claims)} claims of the paper, {counts[Answer.HOLDS]} hold at this scale, "
-               f"{counts[Answer.FAILS]} do not, and of {counts[Answer.UNDECIDED]} it cannot be told" if claims
-               else "No claim could be judged")
+    holds, fails, undecided = counts(claims).values()
     try:
         trained = [records.metrics("pretrain", name) for name in records.params.variants]
-        size = (f"the models have {tables.short(max(metrics['parameters'] for metrics in trained))} parameters and saw "
-                f"{tables.short(max(metrics['tokens'] for metrics in trained))} tokens")
+        parameters, tokens = (short(max(metrics[key] for metrics in trained)) for key in ("parameters", "tokens"))
+        size = f"the models have {parameters} parameters and saw {tokens} tokens"
     except RecordError:
         size = "the records of training cannot be read"
-    return f"{answers}: {size}; the paper's have 8 to 56 billion and saw 15 to 20 trillion."
+    return (f"Of {len(claims)} claims of the paper, {holds} hold at this scale, {fails} do not, and of {undecided} it "
+            f"cannot be told: {size}; the paper's have 8 to 56 billion and saw 15 to 20 trillion.")
 
 
-def facts(runs: dict[str, Provenance]) -> dict[str, str]:
-    def words(machine: Machine) -> list[str]:
+def facts(runs: Mapping[str, Provenance]) -> dict[str, str]:
+    def words(machine: Machine) -> str:
         processor = f"{machine.processor}, {machine.cores} cores, {machine.memory_gib:g} GiB"
-        return [machine.accelerator, processor] if machine.accelerator else [processor]
+        return f"{machine.accelerator}; {processor}" if machine.accelerator else processor
 
-    machines = dict.fromkeys(word for run in runs.values() for word in words(run.machine))
-    commits = dict.fromkeys(tables.commit(run.code.commit) for run in runs.values())
-    return {"machine": "; ".join(machines), "commit": ", ".join(commits),
-            "time, stages added up": f"{sum(run.wall_seconds for run in runs.values()) / 60:.1f} min"}
-
-
-def samples(found: Samples, model: str) -> Fold:
-    """An item of each task with what the model chose of it."""
-    items = []
-    for task, rows in found.items():
-        row = rows[0]
-        if isinstance(row, ChoiceSample):
-            marks = {row.answer: "right answer", row.chosen: "chosen"} | (
-                {row.answer: "right answer, chosen"} if row.answer == row.chosen else {})
-            choices = "\n".join(f"→ {choice}" + (f"   ({marks[place]})" if place in marks else "")
-                                for place, choice in enumerate(row.choices))
-            items.append((task.replace("_", " "), f"{row.context}\n{choices}"))
-        else:
-            items.append((f"{task.replace('_', ' ')}: {row.bits_per_byte:.3f}", row.text))
-    return Fold(f"What {model} was asked and chose", [Excerpts(items)])
-
-
-# --- Data -------------------------------------------------------------------------------------------------------------
+    return {"machine": " / ".join(dict.fromkeys(words(run.machine) for run in runs.values())),
+            "commit": ", ".join(dict.fromkeys(commit(run.code.commit) for run in runs.values())),
+            "time of all stages": f"{sum(run.wall_seconds for run in runs.values()) / 60:.1f} min"}
 
 
 def write_data_page(runs: Path, out: Path, profile: str) -> Path:
@@ -248,53 +132,70 @@ def write_data_page(runs: Path, out: Path, profile: str) -> Path:
             must be there; where `tokenize` is, tokens are shown too.
         out: directory; it is made.
         profile: name to show.
+
+    Raises RecordError where nothing says what was left.
     """
     records = DataRecords(Reader(runs), tokenized=(runs / "tokenize" / "metrics.json").exists())
-    steps = records.steps
-    read_, left = ([steps(domain)[place] for domain in records.domains] for place in (0, -1))
-    sizes = [f"{sum(row.documents for row in rows):,} documents ({sum(row.bytes for row in rows) / 1e6:,.2f} MB)"
-             for rows in (read_, left)]
-    sections = [Section(section.name, section.title, "", section.blocks) for section in data_sections(records)]
-    return Page("Curated data", profile, f"Of {sizes[0]} read, {sizes[1]} are left to train on.", sections).write(out)
+    ends = ([records.steps(domain)[place] for domain in records.domains] for place in (0, -1))
+    read, left = (f"{sum(row.documents for row in rows):,} documents ({sum(row.bytes for row in rows) / 1e6:,.2f} MB)"
+                  for rows in ends)
+    page = Page("Curated data", profile, f"Of {read} read, {left} are left to train on.", records)
+    write(out / "index.html", page.text)
+    return out / "index.html"
 
 
-def data_sections(records: DataRecords) -> list[Section]:
-    def each(make: Callable[[str], Any]) -> list[Any]:
-        return [made for domain in records.domains if (made := make(domain))]
-
-    return [
-        Section("data", "Data: what each step left", "dvc repro curate", read(
-            lambda: each(lambda domain: figures.funnel(records, domain)),
-            lambda: each(lambda domain: Fold(f"Steps of {domain}", [tables.funnel(records, domain)])),
-            lambda: tables.tokens(records))),
-        Section("thresholds", "Data: thresholds and scores", "dvc repro curate", read(
-            lambda: Words("Documents by value; heights are logarithmic. Counted is training text without copies, in "
-                          "the languages that stay, before any rule. A document has the best label that any scorer "
-                          "gives it, and goes for the first rule it breaks; rules may spare good labels."),
-            lambda: Panels([figures.score_panel(*item) for item in records.histograms if item[2].labels]),
-            lambda: each(lambda domain: thresholds(records, domain)))),
-        Section("dropped", "Data: what was dropped", "dvc repro curate", read(
-            lambda: each(lambda domain: dropped(domain, records.dropped.get(domain, {}))))),
-    ]
+def write(path: Path, text: str) -> None:
+    """The file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.rename(path)
 
 
-def thresholds(records: DataRecords, domain: str) -> Fold:
-    reasons: Counter[str] = Counter()
-    for row in records.steps(domain):
-        reasons.update(row.reasons)
-    panels = [figures.threshold_panel(*item, reasons) for item in records.histograms
-              if item[1] == domain and not item[2].labels]
-    return Fold(f"{domain}: {len(panels)} thresholds", [Panels(panels)])
+# --- Words ------------------------------------------------------------------------------------------------------------
 
 
-def dropped(domain: str, reasons: dict[str, Dropped]) -> Fold:
-    """Examples by reason, the most frequent first."""
-    folds = []
-    for reason, item in sorted(reasons.items(), key=lambda pair: (-pair[1].documents, pair[0])):
-        what = "repeated strings taken out of" if reason == SHORTENED else f"{reason}:"
-        title = f"{what} {item.documents:,} document{'s' * (item.documents != 1)}"
-        shown = [(f"{example.source} {example.path}: {example.value}", example.excerpt)
-                 for example in item.examples[:EXAMPLES]]
-        folds.append(Fold(title, [Excerpts(shown)]) if shown else Words(title))
-    gone = sum(item.documents for reason, item in reasons.items() if reason != SHORTENED)
-    return Fold(f"{domain}: {gone:,} dropped", folds)
+def number(value: float | None, digits: int = 3) -> str:
+    """With a true minus sign; a dash for None."""
+    return NONE if value is None else f"{value:,.{digits}f}".replace("-", "−")
+
+
+def percent(value: float, digits: int = 2) -> str:
+    return f"{number(100 * value, digits)} %"
+
+
+def short(value: float) -> str:
+    """1.65 million for 1,652,736."""
+    return next((f"{value / size:.3g} {word}" for size, word in (
+        (1e12, "trillion"), (1e9, "billion"), (1e6, "million")) if value >= size), f"{value:,.0f}")
+
+
+def commit(name: str | None) -> str:
+    """Its first twelve digits, and whether the tree differed."""
+    head, plus, changes = (name or "not in git").partition("+")
+    return head[:12] + plus + changes
+
+
+def reasons(found: Mapping[str, int]) -> str:
+    """The most frequent with their documents."""
+    ordered = sorted(found.items(), key=lambda pair: (-pair[1], pair[0]))
+    words = [f"{reason}: {count:,}" for reason, count in ordered[:REASONS]]
+    rest = sum(count for _, count in ordered[REASONS:])
+    return "; ".join([*words, f"others: {rest:,}"] if rest else words) or NONE
+
+
+def yaml(model: BaseModel) -> str:
+    text = io.StringIO()
+    YAML().dump(model.model_dump(mode="json"), text)
+    return text.getvalue()
+
+
+def code(text: Any) -> Markup:
+    """Escaped text with `code` marked."""
+    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
+
+
+def seen(text: str) -> Markup:
+    """Escaped text whose invisible characters are written as Python writes them."""
+    return Markup(INVISIBLE.sub(lambda character: f'<span class="control">{ascii(character[0])[1:-1]}</span>',
+                                str(escape(text))))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,6 +183,10 @@ class DataRecords:
     def steps(self, domain: str) -> list[FunnelStep]:
         return [row for row in self.funnel if row.domain == domain]
 
+    def reasons(self, domain: str) -> Counter[str]:
+        """Documents that went, by reason, in all steps."""
+        return sum((Counter(row.reasons) for row in self.steps(domain)), Counter())
+
     def files(self, domain: str) -> dict[Label, TokenFile]:
         """The files of training tokens of a domain by label, the best first; none before tokenizing."""
         files = self.blend.files if self.blend else {}
@@ -235,15 +240,6 @@ class Records:
     def transformer(self) -> str | None:
         return next(iter(self.variants("transformer", "bf16")), None)
 
-    @property
-    def fp8(self) -> str | None:
-        """The FP8 twin of the first BF16 hybrid: the same seed."""
-        return next((fp8 for fp8, bf16 in self.fp8_pairs if bf16 == self.hybrid_seeds[0]), None)
-
-    @property
-    def fp8_pairs(self) -> list[tuple[str, str]]:
-        return self.precision_pairs("hybrid")
-
     def precision_pairs(self, architecture: str) -> list[tuple[str, str]]:
         """FP8 and BF16 variants with the same seed, which see the same text in the same order."""
         seed_of = {name: variant.seed for name, variant in self.params.variants.items()}
@@ -266,16 +262,6 @@ class Records:
     @property
     def importance(self) -> list[LayerImportance]:
         return self._importance.layers
-
-    @property
-    def ffn_importance(self) -> dict[int, dict[int, float]]:
-        """By layer and width: share of importance kept."""
-        return {row.index: dict(sorted(row.kept_share_of_importance.items())) for row in self._importance.ffn}
-
-    @property
-    def reliability(self) -> dict[str, float]:
-        """Of importance, by axis."""
-        return self._importance.reliability
 
     @property
     def costs(self) -> dict[str, dict[str, float]]:

@@ -25,7 +25,7 @@ from stages.schema import (
     csv_text,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 STEP_TOKENS = 8 * 256
 LABELS = ("high", "medium-high", "medium", "medium-low", "low")
 DOMAINS = ("code", "docs", "reference")
