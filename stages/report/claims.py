@@ -87,8 +87,10 @@ def _claim(records: Records, studies: Mapping[str, Study | RecordError], key: st
             answer, because, evidence = judge_study(record, key)
         else:
             answer, because, evidence = JUDGES[key](records)
-    except DataError as error:
-        answer, because = Answer.UNDECIDED, str(error)
+    except (ValueError, LookupError, ArithmeticError) as error:
+        answer = Answer.UNDECIDED
+        because = str(error) if isinstance(error, DataError) else (
+            f"A record is not as expected ({error!r}).\nRun `{command}` again.")
     return Claim(key=key, rule=rule, command=command, answer=answer, because=because, evidence=evidence, **words)
 
 
@@ -125,7 +127,7 @@ def told(decision: Decision, show: Show) -> str:
     text = show(decision.estimate.value)
     if math.isnan(decision.seen):
         single = [source.unit for source in decision.estimate.sources if math.isnan(source.variance)]
-        return f"{text}; one {' and one '.join(single)} only, whose spread is unknown: 3 would be the least to tell"
+        return f"{text}; one {' and one '.join(single)} only, or all alike: the spread is unknown, 3 would be the least"
     text += f" ({interval(decision, show)}; smallest difference in sight {show(decision.seen).lstrip('+')})"
     if decision.needed:
         named = " and ".join(f"{count:,} {unit}s" for unit, count in decision.needed.items())
@@ -142,12 +144,11 @@ def with_control(decision: Decision, control: Decision | None, name: str, show: 
             f"{told(decision, show)}. The control ({name}) {seen}: {told(control, show)}")
 
 
-def in_order(show: Show, **decisions: Decision) -> Finding:
+def in_order(show: Show, decisions: Mapping[str, Decision]) -> Finding:
     """Of order claims that must all hold, by what was measured."""
-    named = {name.replace("_", " "): decision for name, decision in decisions.items()}
-    return (statistics.all_of([decision.answer for decision in named.values()]),
-            "; ".join(f"{name}: {told(decision, show)}" for name, decision in named.items()),
-            [line(name, decision, show) for name, decision in named.items()])
+    return (statistics.all_of([decision.answer for decision in decisions.values()]),
+            "; ".join(f"{name}: {told(decision, show)}" for name, decision in decisions.items()),
+            [line(name, decision, show) for name, decision in decisions.items()])
 
 
 # --- Models of one profile --------------------------------------------------------------------------------------------
@@ -239,7 +240,7 @@ def fp8_scaling(records: Records) -> Finding:
         return Answer.UNDECIDED, "this profile does not train FP8 without scales", []
     spread = trained_gains(records, fp8_pairs(records, "hybrid")) if len(pairs) == 1 else None
     gain = mean(trained_gains(records, pairs), "seed", spread)
-    return in_order(percent, bits_per_byte_saved_by_scales=superiority(gain))
+    return in_order(percent, {"bits per byte saved by scales": superiority(gain)})
 
 
 def tasks(records: Records, pairs: list[Pair], margin: float, broken: Sequence[Pair], control: str,
@@ -317,13 +318,14 @@ def layer_importance(records: Records) -> Finding:
         bar = others[math.ceil(len(layers) / 4) - 1]
         found.append(superiority(Estimate(end.importance - bar.importance, tuple(
             Source("sample", layer.standard_error**2, count, count - 1) for layer in (end, bar))), comparisons=2))
-    return in_order(plain, first_layer_above_the_top_quarter=found[0], last_layer_above_the_top_quarter=found[1])
+    return in_order(plain, {f"{which} layer's importance above the top quarter's least": decision
+                            for which, decision in zip(("first", "last"), found, strict=True)})
 
 
 def importance_random(records: Records) -> Finding:
     cuts = records.controls
     gain = statistics.unpaired([-math.log(cuts.importance)], [-math.log(value) for value in cuts.random], "draw")
-    answer, because, evidence = in_order(times, KL_just_cut_at_random_over_chosen=superiority(gain))
+    answer, because, evidence = in_order(times, {"KL just cut, at random over chosen": superiority(gain)})
     shown = f"{cuts.importance:.4f} / {float(np.mean(cuts.random)):.4f} / {cuts.reverse:.4f}"
     return answer, because, [*evidence, Evidence("KL by importance / at random / least important kept", shown,
                                                  f"{len(cuts.random)} draws")]
@@ -341,14 +343,14 @@ def inference_mechanism(records: Records) -> Finding:
         return Answer.UNDECIDED, "decoding was measured at one context only", []
     short, long = (speed_ratio(records, "hybrid", "transformer", context) for context in (contexts[0], contexts[-1]))
     growth = Estimate(long.value - short.value, long.sources + short.sources)
-    return in_order(times, **{f"hybrid over Transformer at {contexts[-1]:,} tokens": superiority(long, comparisons=2),
-                              f"that over the same at {contexts[0]:,}": superiority(growth, comparisons=2)})
+    return in_order(times, {f"hybrid over Transformer at {contexts[-1]:,} tokens": superiority(long, comparisons=2),
+                            f"that over the same at {contexts[0]:,}": superiority(growth, comparisons=2)})
 
 
 def compressed_decode(records: Records) -> Finding:
     longest = max(records.decode_repeats["hybrid"])
     gain = speed_ratio(records, "compressed", "hybrid", longest)
-    return in_order(times, **{f"compressed over parent at {longest:,} tokens": superiority(gain)})
+    return in_order(times, {f"compressed over parent at {longest:,} tokens": superiority(gain)})
 
 
 def exact(wrong: Sequence[str], right: str, evidence: list[Evidence]) -> Finding:
@@ -447,7 +449,8 @@ def compared(study: Study, item: Comparison, candidate: str, comparisons: int) -
         gain = statistics.unpaired(values(candidate), values(item.reference), measured.per)
     else:
         gain = mean(gains(candidate), measured.per,
-                    gains(item.candidate) if candidate == item.control and len(measured.values) == 1 else None)
+                    gains(item.candidate) if candidate == item.control and len(measured.values) == 1 else None,
+                    2 / (measured.items + 2) ** 2 if measured.items else 0.0)       # as statistics.accuracy_gain's
     margin = math.log1p(item.margin) if item.relative else item.margin
     if item.question == "better":
         return superiority(gain, margin, comparisons)

@@ -10,74 +10,64 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from stages.report.records import RecordError
 from stages.report.statistics import Answer
 
 README, RESULTS = Path("README.md"), Path("docs/results")
 START, END = "<!-- claims: python -m stages.report.readme -->", "<!-- end of claims -->"
+Marks = dict[tuple[str, str], str]              # by number and title
 MARKS = {Answer.HOLDS: "✓", Answer.FAILS: "**✗**", Answer.UNDECIDED: "○"}
 
 
-def read(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
-    """Claims by profile and key: title, number, answer. Raises RecordError."""
-    found = {}
-    for path in sorted(folder.glob("claims-*.json")):
+def read() -> dict[str, Marks]:
+    """Answers' marks by profile and claim. Raises RecordError."""
+    found: dict[str, Marks] = {}
+    for path in sorted(RESULTS.glob("claims-*.json")):
         try:
-            rows = json.loads(path.read_text())["claims"]
             found[path.stem.removeprefix("claims-")] = {
-                row["key"]: {"number": row["number"], "title": row["title"], "answer": Answer(row["answer"])}
-                for row in rows}
-        except (ValueError, KeyError, TypeError) as error:
+                (row["number"], row["title"]): MARKS[row["answer"]] for row in json.loads(path.read_text())["claims"]}
+        except (ValueError, LookupError, TypeError) as error:
             raise RecordError(f"{path}: not the claims of a report ({error!r}).\n"
                               "Copy reports/PROFILE/claims.json of a run there.") from None
     return found
 
 
-def table(profiles: dict[str, dict[str, Any]]) -> str:
+def table(profiles: dict[str, Marks]) -> str:
     """Markdown: the counts of each profile, then a line a claim; nothing where no run is committed."""
-    if not profiles:
-        return ""
-    counts = []
+    lines = []
     for name, rows in profiles.items():
-        number = {answer: sum(row["answer"] is answer for row in rows.values()) for answer in Answer}
-        counts.append(f"`{name}`: of {len(rows)}, {number[Answer.HOLDS]} hold (✓), {number[Answer.FAILS]} do not (✗), "
-                      f"{number[Answer.UNDECIDED]} cannot be told (○).  ")
-    every = {key: row for rows in profiles.values() for key, row in rows.items()}
-    lines = [f"| | the paper | {' | '.join(f'`{name}`' for name in profiles)} |",
-             f"| --- | --- |{' :-: |' * len(profiles)}"]
-    for key, row in every.items():
-        marks = (MARKS[rows[key]["answer"]] if key in rows else "" for rows in profiles.values())
-        lines.append(f"| {row['number']} | {row['title']} | {' | '.join(marks)} |")
-    return "\n".join([*counts, "", *lines]) + "\n"
-
-
-def replaced(text: str, block: str) -> str:
-    """README's text with `block` between the markers. Raises RecordError."""
-    before, start, rest = text.partition(START)
-    _, end, after = rest.partition(END)
-    if not start or not end:
-        raise RecordError(f"{README}: `{START}` and `{END}` do not both stand in it.\n"
-                          "Put them where the claims belong.")
-    return f"{before}{start}\n{block}{end}{after}"
+        holds, fails, open_ = (Counter(rows.values())[mark] for mark in MARKS.values())
+        lines.append(f"`{name}`: of {len(rows)}, {holds} hold (✓), {fails} do not (✗), {open_} cannot be told (○).  ")
+    if profiles:
+        lines += ["", f"| | the paper | {' | '.join(f'`{name}`' for name in profiles)} |",
+                  f"| --- | --- |{' :-: |' * len(profiles)}"]
+    for number, title in dict.fromkeys(claim for rows in profiles.values() for claim in rows):
+        marks = " | ".join(rows.get((number, title), "") for rows in profiles.values())
+        lines.append(f"| {number} | {title} | {marks} |")
+    return "".join(f"{line}\n" for line in lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
-    check = parser.parse_args(arguments).check
-    text = README.read_text()
+    check, text = parser.parse_args(arguments).check, README.read_text()
+    before, _, rest = text.partition(START)
+    _, end, after = rest.partition(END)
     try:
-        wanted = replaced(text, table(read()))
+        if not end:
+            raise RecordError(f"{README}: `{START}` and `{END}` do not both stand in it.\n"
+                              "Put them where the claims belong.")
+        wanted = f"{before}{START}\n{table(read())}{END}{after}"
+        if check and wanted != text:
+            raise RecordError(f"{README}: its claims are not those of {RESULTS}/claims-*.json.\n"
+                              "Run `python -m stages.report.readme`.")
     except RecordError as error:
         print(error)
         return 1
-    if check and wanted != text:
-        print(f"{README}: its claims are not those of {RESULTS}/claims-*.json.\nRun `python -m stages.report.readme`.")
-        return 1
-    if not check:
+    if wanted != text:
         README.write_text(wanted)
     return 0
 

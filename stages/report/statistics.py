@@ -88,14 +88,19 @@ class Decision:
 # --- Estimates --------------------------------------------------------------------------------------------------------
 
 
-def mean(values: Sequence[float], unit: str, spread_of: Sequence[float] | None = None) -> Estimate:
+def mean(values: Sequence[float], unit: str, spread_of: Sequence[float] | None = None, floor: float = 0.0) -> Estimate:
     """Of one value a unit, as of paired differences (a log ratio for timings).
 
-    `spread_of`: the values whose spread `values`, too few for one of their own, are taken to share.
+    Args:
+        spread_of: the values whose spread `values`, too few for one of their own, are taken to share.
+        floor: least variance of the mean. Values that are all alike, as coarse ones may be by chance, show no spread:
+            without a floor it counts as unknown.
     """
     drawn = np.asarray(values if spread_of is None else spread_of, dtype=float)
-    spread = float(drawn.var(ddof=1)) if len(drawn) > 1 else math.nan
-    return Estimate(float(np.mean(values)), (Source(unit, spread / len(values), len(values), len(drawn) - 1),))
+    spread = float(drawn.var(ddof=1)) / len(values) if len(drawn) > 1 and np.ptp(drawn) > 0 else 0.0
+    known = len(drawn) > 1 and max(spread, floor) > 0
+    return Estimate(float(np.mean(values)), (
+        Source(unit, max(spread, floor) if known else math.nan, len(values), len(drawn) - 1),))
 
 
 def unpaired(candidate: Sequence[float], reference: Sequence[float], unit: str) -> Estimate:

@@ -40,6 +40,7 @@ class Measurement(Part):
         unit: of `values`, as it is shown: "bits per byte", "accuracy", "seconds", "rank correlation".
         better: which direction is the better one; None for a figure that is only shown.
         per: what one value stands for; the report counts in it ("12 seeds would decide").
+        items: behind each value of an accuracy; without it, values that are all alike decide nothing.
         chance: what a guess scores; a comparison of two measurements that do not beat it is shown and not counted.
     """
 
@@ -49,6 +50,7 @@ class Measurement(Part):
     better: Literal["higher", "lower"] | None
     per: Literal["seed", "draw", "document", "repeat"] = "seed"
     chance: Finite | None = None
+    items: Annotated[int, Field(ge=1)] | None = None
 
 
 class Comparison(Part):
@@ -142,16 +144,14 @@ class Study(Part):
 
 def read_study(path: Path) -> Study:
     """Raises RecordError."""
-    remedy = "Make it again by the study's command, or restore the committed file."
+    text = path.read_text()
     try:
-        text = path.read_text()
         study = Study.model_validate_json(text)
-    except OSError as error:
-        raise RecordError(f"{path}: cannot be read ({error.strerror}).\n{remedy}") from None
+        fault = "" if study.study == path.stem else f"holds the study `{study.study}`, not the one of its name"
     except ValidationError as error:
-        raise RecordError(f"{path}: {_explain(text, error)}.\n{remedy}") from None
-    if study.study != path.stem:
-        raise RecordError(f"{path}: holds the study `{study.study}`.\nName the file after its study.")
+        fault = _explain(text, error)
+    if fault:
+        raise RecordError(f"{path}: {fault}.\nMake it again by the study's command, or restore the committed file.")
     return study
 
 

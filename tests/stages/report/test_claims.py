@@ -46,8 +46,8 @@ class FakeRecords:
                         for name in self.variants}
         self.stages["benchmark", None] = {f"nemotron_h_{size}_parameters": count for size, count in (
             ("8b", 8_100_852_736), ("56b", 56_324_350_464), ("47b", 46_791_554_816))}
-        self.validation = {name: {"all": {"tokens": [0, 5e5, 1e6], "bits_per_byte": [8, 1.1 * bits[name], bits[name]]}}
-                           for name in self.variants}
+        self.validation = {name: {"all": {"tokens": [0, 5e5, 1e6], "bits_per_byte": [
+            8, draw.uniform(1.09, 1.11) * bits[name], bits[name]]}} for name in self.variants}
         nats, size = draw.normal(1, 0.2, (3, 60)), draw.integers(300, 900, (3, 60))
         of_text = draw.normal(0, 0.001, (len(models), 3, 60))
         luck = {task: draw.random(ITEMS) for task in TASKS}
@@ -57,8 +57,9 @@ class FakeRecords:
             self.scores[name] = {f"bits_per_byte_{domain}": np.stack(
                 [-bits[name] / 2 * (nats * size)[domain] * (1 + own[domain]), size[domain]], 1).tolist()
                 for domain in range(3)}
-            self.scores[name] |= {task: (luck[task] < level - worse * (level > 0.2)).astype(int).tolist()
-                                  for task, (level, _) in TASKS.items()}
+            self.scores[name] |= {task: (
+                np.where(draw.random(ITEMS) < 0.99, luck[task], draw.random(ITEMS)) < level - worse * (level > 0.2)
+            ).astype(int).tolist() for task, (level, _) in TASKS.items()}
             self.scores[name]["copy_at_2x"] = [0, 1]
         self.importance = [SimpleNamespace(importance=1.0 if at in (0, 15) else 0.1 + 0.001 * at, standard_error=0.02)
                            for at in range(16)]
@@ -153,7 +154,7 @@ def test_one_seed_tells_nothing_about_training(records):
             del records.variants[name]
     for key in ("hybrid_loss", "hybrid_tasks", "fp8_loss", "fp8_tasks", "fp8_scaling"):
         assert claim(records, key).answer is UNDECIDED
-        assert "one seed only" in claim(records, key).because
+        assert "one seed only, or all alike" in claim(records, key).because
     assert claim(records, "compressed_loss").answer is HOLDS
 
 
@@ -203,6 +204,17 @@ def test_a_record_that_cannot_be_read_leaves_its_claims_alone(records):
     found = claim(Broken(), "importance_random")
     assert (found.answer, found.because) == (UNDECIDED, "controls.json: empty.\nRun compress again.")
     assert claim(Broken(), "layer_importance").answer is HOLDS
+
+
+def test_a_figure_that_is_missing_or_impossible_is_named(records):
+    del records.validation["transformer-bf16"]["all"]
+    del records.decode_repeats["compressed"][16384]
+    records.controls.importance = 0.0
+    assert claim(records, "hybrid_loss").because == (
+        "A record is not as expected (KeyError('all')).\nRun `dvc repro pretrain evaluate` again.")
+    assert "KeyError(16384)" in claim(records, "compressed_decode").because
+    found = claim(records, "importance_random")
+    assert found.answer is UNDECIDED and "math domain error" in found.because
 
 
 def test_ends_that_matter_least_fail_and_noise_is_undecided(records):
@@ -295,6 +307,18 @@ def test_a_study_at_chance_decides_nothing(records):
     found = claim(records, "position", {"position": made})
     assert found.answer is UNDECIDED and "at a guess, not counted" in found.because
     assert found.evidence[0].measure == "a against b"
+
+
+def test_values_all_alike_need_their_number_of_items(records):
+    def judged(**more):
+        accuracy = {"better": "higher", "unit": "accuracy", **more}
+        made = study({"a": ([1.0] * 3, accuracy), "b": ([1.0] * 3, accuracy), "none": ([0.3, 0.35, 0.2], accuracy)}, [
+            {"candidate": "a", "reference": "b", "question": "not worse", "margin": 0.05, "control": "none"}])
+        return claim(records, "position", {"position": made})
+
+    assert judged().answer is UNDECIDED and "all alike" in judged().because
+    assert judged(items=1000).answer is HOLDS
+    assert judged(items=20).answer is UNDECIDED
 
 
 def test_a_study_that_cannot_be_read_says_so(records):

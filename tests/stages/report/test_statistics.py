@@ -97,7 +97,7 @@ def test_chance_of_seeds_and_documents_adds_up():
 
 def test_one_seed_decides_nothing_and_a_borrowed_spread_does():
     for found in (equivalence(mean([0.0], "seed"), 1.0), superiority(mean([5.0], "seed")),
-                  superiority(unpaired([5.0], [0.0], "seed"))):
+                  superiority(mean([5.0, 5.0, 5.0], "seed")), superiority(unpaired([5.0], [0.0], "seed"))):
         assert found.answer is UNDECIDED and math.isnan(found.seen) and not found.needed
     assert equivalence(mean([-5.0], "seed", spread_of=[0.1, 0.2, 0.0]), 1.0).answer is FAILS
 
