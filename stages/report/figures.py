@@ -43,7 +43,7 @@ STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.7, "lines.markersize": 3.5, "axes.formatter.use_mathtext": False,
 }
 WIDTH, HEIGHT = 4.8, 2.9        # inches; the page scales figures to its columns
-LABEL_COLOURS = dict(zip(LABELS, PALETTE[1::-1] + PALETTE[2:5], strict=True))
+LABEL_COLOURS = dict(zip(LABELS, ("#2f7dc1", "#2a8a98", "#4f935f", "#a27d1c", "#c9561b"), strict=True))
 KEPT, CUT = PALETTE[1], PALETTE[0]
 KINDS = {"M": "Mamba-2", "*": "attention", "-": "FFN"}
 
@@ -66,7 +66,6 @@ class Bar:
     value: float
     text: str
     colour: str
-    error: float = 0.0
     mark: float | None = None       # drawn across: what no training reaches
     behind: float = 0.0             # a pale bar behind it
 
@@ -112,13 +111,11 @@ def bars(rows: Sequence[Bar], x: str = "", left: float = 0.3) -> str:
         places = range(len(rows))
         axes.barh(places, [row.behind for row in rows], height=0.66, color=MUTED, alpha=0.25)
         axes.barh(places, [row.value for row in rows], height=0.66, color=[row.colour for row in rows])
-        longest = max(max(row.value + row.error, row.mark or 0, row.behind) for row in rows)
+        longest = max(max(row.value, row.mark or 0, row.behind) for row in rows)
         for place, row in enumerate(rows):
-            if row.error:
-                axes.errorbar(row.value, place, xerr=row.error, color=INK, capsize=2.5, elinewidth=1)
             if row.mark is not None:
                 axes.plot([row.mark] * 2, [place - 0.42, place + 0.42], color=INK, linewidth=1.6)
-            end = max(row.value + row.error, row.behind)
+            end = max(row.value, row.behind)
             end = row.mark if row.mark is not None and end < row.mark < end + 0.2 * longest else end
             axes.annotate(row.text, (end, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8.5)
         axes.set_yticks(places, [row.label for row in rows])

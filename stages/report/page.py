@@ -54,14 +54,18 @@ class Page:
         self.pieces: Any = environment.get_template("macros.html.jinja").module
         self.text = environment.get_template("page.html.jinja").render(
             title=title, profile=profile, summary=summary, r=records, data=data, claims=claims, counts=counts(claims),
-            style=Markup((HERE / "style.css").read_text()), errors=list(map(self._not_read, unread)), **others)
+            style=Markup((HERE / "style.css").read_text()), errors=unread, **others)
 
-    def show(self, make: Callable[..., Markup], *arguments: Any) -> Markup:
+    def show(self, make: Callable[..., Markup] | RecordError, *arguments: Any) -> Markup:
         """What a macro makes, or why it cannot."""
         try:
+            if isinstance(make, RecordError):
+                raise make
             return make(*arguments)
         except RecordError as error:
-            return self._not_read(error)
+            self.unread.append(str(error))
+            lines = Markup("<br>").join(map(code, str(error).split("\n")))
+            return Markup('<p class="unread" role="alert">{}</p>').format(lines)
 
     def plot(self, name: str, title: str, caption: str, *arguments: Any) -> Markup:
         """The figure that the function `name` of `figures` draws of the arguments."""
@@ -73,11 +77,6 @@ class Page:
 
         return self.show(draw)
 
-    def _not_read(self, error: RecordError) -> Markup:
-        self.unread.append(str(error))
-        lines = Markup("<br>").join(map(code, str(error).split("\n")))
-        return Markup('<p class="unread" role="alert">{}</p>').format(lines)
-
 
 # --- The page of a profile, of a curation -----------------------------------------------------------------------------
 
@@ -85,7 +84,7 @@ class Page:
 def report_page(records: Records, claims: Sequence[Claim], unread: Sequence[RecordError]) -> Page:
     """The page of a profile; `unread`: what could not be read beside its records."""
     runs: dict[str, Provenance] = {}
-    lost = list(unread)
+    lost: list[RecordError] = []
     for name, run in records.runs.items():
         try:
             runs[name] = run.provenance
@@ -93,7 +92,7 @@ def report_page(records: Records, claims: Sequence[Claim], unread: Sequence[Reco
         except RecordError as error:
             lost.append(error)
     return Page("Nemotron-H reproduced", records.params.profile, summary(records, claims), records.data, records,
-                claims, lost, facts=facts(runs), runs=runs)
+                claims, unread, facts=facts(runs), runs=runs, lost=lost)
 
 
 def counts(claims: Sequence[Claim]) -> dict[str, int]:

@@ -63,7 +63,7 @@ def test_labels_make_ids_their_own(records):
 
 
 @pytest.mark.parametrize("ground", ["#ffffff", "#14181d"])
-@pytest.mark.parametrize("colour", figures.PALETTE)
+@pytest.mark.parametrize("colour", [*figures.PALETTE, *figures.LABEL_COLOURS.values()])
 def test_colours_have_contrast_on_light_and_dark(colour, ground):
     """WCAG 2 relative luminance; 3:1 is its bound for graphics."""
     def luminance(text):
