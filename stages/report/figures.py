@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from itertools import pairwise
+from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -28,20 +28,12 @@ from data_pipeline.schema import Histogram
 from stages.report.records import LABELS, Curve, DataRecords, Records
 from stages.schema import DecodeRow, Provenance
 
-# At least 3:1 against white and against the dark ground of style.css; distinguishable with the common colour-vision
-# deficiencies beside line styles.
+# At least 3:1 against white and against the dark ground of style.css.
 PALETTE = ("#c9561b", "#2f7dc1", "#1c8a63", "#8a66c9", "#9a7416", "#b8508f", "#5f7f96", "#c2494f")
 INK, MUTED, GRID = "#010101", "#020202", "#030303"      # stand for what the style sheet says
 VARIABLES = {INK: "var(--ink, #1f2933)", MUTED: "var(--muted, #5a6675)", GRID: "var(--line, #dfe4ea)"}
 DARK = "@media (prefers-color-scheme: dark) { svg { --ink: #e4e8ee; --muted: #a0abb8; --line: #333c47; } }"
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none", "svg.hashsalt": "report", "svg.id": None, "font.family": "DejaVu Sans", "font.size": 9.5,
-    "axes.edgecolor": MUTED, "axes.labelcolor": INK, "axes.linewidth": 0.8, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.facecolor": "none", "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "text.color": INK, "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
-    "lines.linewidth": 1.7, "lines.markersize": 3.5, "axes.formatter.use_mathtext": False,
-}
+STYLE = Path(__file__).with_name("figures.mplstyle")
 WIDTH, HEIGHT = 4.8, 2.9        # inches; the page scales figures to its columns
 LABEL_COLOURS = dict(zip(LABELS, ("#2f7dc1", "#2a8a98", "#4f935f", "#a27d1c", "#c9561b"), strict=True))
 KEPT, CUT = PALETTE[1], PALETTE[0]
@@ -85,10 +77,10 @@ class Panel:
 
 
 def lines(
-    series: Sequence[Series], x: str, y: str, right: float = 0.73, adjust: Callable[[Axes], None] | None = None
+    series: Sequence[Series], x: str, y: str, right: float = 0.73, adjust: Callable[[Axes], object] | None = None
 ) -> str:
     """Lines named at their ends. `adjust` sets scales and limits; an x-axis of tokens is set already."""
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(fname=STYLE):
         figure, axes = _canvas(x, y, 0.14, right, HEIGHT)
         for one in series:
             if one.error is not None:
@@ -106,16 +98,17 @@ def lines(
 
 def bars(rows: Sequence[Bar], x: str = "", left: float = 0.3) -> str:
     """A horizontal bar a row, its text behind it."""
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(fname=STYLE):
         figure, axes = _canvas(x, "", left, 0.97, 0.5 + 0.25 * len(rows))
         places = range(len(rows))
         axes.barh(places, [row.behind for row in rows], height=0.66, color=MUTED, alpha=0.25)
         axes.barh(places, [row.value for row in rows], height=0.66, color=[row.colour for row in rows])
-        longest = max(max(row.value, row.mark or 0, row.behind) for row in rows)
+        longest = max(number for row in rows for number in (row.value, row.mark or 0, row.behind)
+                      if math.isfinite(number))
         for place, row in enumerate(rows):
             if row.mark is not None:
                 axes.plot([row.mark] * 2, [place - 0.42, place + 0.42], color=INK, linewidth=1.6)
-            end = max(row.value, row.behind)
+            end = max(row.value, row.behind) if math.isfinite(row.value) else 0.0
             end = row.mark if row.mark is not None and end < row.mark < end + 0.2 * longest else end
             axes.annotate(row.text, (end, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8.5)
         axes.set_yticks(places, [row.label for row in rows])
@@ -131,10 +124,7 @@ def _canvas(x: str, y: str, left: float, right: float, height: float) -> tuple[F
     figure = Figure(figsize=(WIDTH, height))
     FigureCanvasSVG(figure)
     bottom = (0.46 if x else 0.26) / height
-    axes = figure.add_axes((left, bottom, right - left, 1 - bottom - 0.08 / height))
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    return figure, axes
+    return figure, figure.add_axes((left, bottom, right - left, 1 - bottom - 0.08 / height), xlabel=x, ylabel=y)
 
 
 def _name_ends(axes: Axes, series: Sequence[Series]) -> None:
@@ -187,12 +177,11 @@ def colours(records: Records) -> dict[str, str]:
 def style(records: Records, model: str) -> str:
     """Dashes for further seeds, control arms and the random cut, so that colour is not the only cue."""
     variant = records.params.variants.get(model)
-    firsts = [records.variants(variant.architecture, variant.precision)[:1]] if variant else [["compressed", "hybrid",
-                                                                                               "transformer"]]
-    return "-" if model in firsts[0] else "--"
+    solid = records.variants(variant.architecture, variant.precision)[:1] if variant else ["compressed"]
+    return "-" if model in solid else "--"
 
 
-def zoom(series: Sequence[Series]) -> Callable[[Axes], None]:
+def zoom(series: Sequence[Series]) -> Callable[[Axes], object]:
     """Limits that cut off the steep start: the upper 15 % of the values."""
     values = sorted(value for one in series for value in one.y if math.isfinite(value)) or [0.0]
     low, high = values[0], values[int(0.85 * (len(values) - 1))]
@@ -246,8 +235,8 @@ def gap(reference: Curve, other: Curve) -> tuple[list[float], list[float]]:
 
 def layer_importance(records: Records) -> str:
     layers = [layer for layer in records.importance if layer.importance > 0]
-    series = [Series(label, *([getattr(layer, of) for layer in layers if layer.symbol == symbol]
-                              for of in ("index", "importance")), colour, "o")
+    series = [Series(label, [layer.index for layer in layers if layer.symbol == symbol],
+                     [layer.importance for layer in layers if layer.symbol == symbol], colour, "o")
               for (symbol, label), colour in zip(KINDS.items(), PALETTE[1:], strict=False)]
     return lines(series, "Layer", "Importance (MSE)", 0.8, lambda axes: axes.set_yscale("log"))
 
@@ -369,7 +358,7 @@ def _panel(
     heights = np.where(heights > 0, np.maximum(heights, 0.03 * heights.max()), 0)
     first, last = (f"{value:,.0f}" if 1000 <= abs(value) < 1e8 else f"{value:.3g}"
                    for value in (histogram.edges[0], histogram.edges[-1]))
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(fname=STYLE):
         figure = Figure(figsize=(2.4, 0.72))
         FigureCanvasSVG(figure)
         axes = figure.add_axes((0, 0, 1, 1))

@@ -82,6 +82,7 @@ def test_a_diverged_run_is_drawn():
     shown = words(figures.lines(series, "Tokens", "Loss", adjust=figures.zoom(series)))
     assert "well" in shown and "lost" not in shown
     assert "<svg" in figures.lines([], "Tokens", "Loss", adjust=figures.zoom([]))
+    assert "nan" in words(figures.bars([figures.Bar("lost", math.nan, "nan", "#c9561b", mark=2.9)]))
 
 
 def test_bins_keep_the_mean_and_the_last_step():
