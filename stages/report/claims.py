@@ -172,6 +172,14 @@ def evaluated(records: Records, pairs: Sequence[Pair]) -> list[Pair]:
     return [pair for pair in pairs if set(pair) <= set(records.scores)]
 
 
+def learned(records: Records, *models: str) -> None:
+    """Raises DataError for a model that is no better than the compressor, which nothing can be told of."""
+    for model in models:
+        metrics = records.metrics("evaluate", model)
+        if not metrics["bits_per_byte"] < metrics["bits_per_byte_compressor"]:
+            raise DataError(f"{model} learned nothing: it is not better than a compressor.\nTrain it on more tokens.")
+
+
 def trained_gains(records: Records, pairs: Sequence[Pair]) -> list[float]:
     """Share of the reference's final validation bits per byte that the candidate saves, by pair."""
     final = {name: records.metrics("pretrain", name)["validation_bits_per_byte"] for pair in pairs for name in pair}
@@ -205,10 +213,7 @@ def loss(records: Records, pairs: list[Pair], margin: float, or_better: bool, br
     """Equivalence of final bits per byte over seeds and documents; `broken`: the control's gains."""
     if not (known := evaluated(records, pairs)):
         return Answer.UNDECIDED, "this profile does not train and evaluate both", []
-    for name in known[0]:
-        metrics = records.metrics("evaluate", name)
-        if not metrics["bits_per_byte"] < metrics["bits_per_byte_compressor"]:
-            return Answer.UNDECIDED, f"{name} is not better than the compressor", []
+    learned(records, *known[0])
     gains, texts = trained_gains(records, pairs), documents(records, known[0])
     rule = partial(equivalence, margin=margin, or_better=or_better)
     decision = rule(over_seeds(mean(gains, "seed"), texts))
@@ -250,6 +255,7 @@ def tasks(records: Records, pairs: list[Pair], margin: float, broken: Sequence[P
     if not known:
         return Answer.UNDECIDED, "this profile does not evaluate both", []
     counted, models = [], known[0]
+    learned(records, *models)
     for task, right in records.scores[models[0]].items():
         if task.startswith("bits_per_byte_") or "_at_" in task:     # texts, and tasks of lengthened contexts
             continue
@@ -262,22 +268,28 @@ def tasks(records: Records, pairs: list[Pair], margin: float, broken: Sequence[P
     if not counted:
         return Answer.UNDECIDED, "no task at which either model beats a guess", rows
 
-    def seeds(of: Sequence[Pair]) -> list[float]:
-        return [float(np.mean([np.mean(records.scores[ours][task]) - np.mean(records.scores[theirs][task])
-                               for task in counted])) for ours, theirs in of]
+    def gains(of: Sequence[Pair], task: str) -> list[float]:
+        return [float(np.mean(records.scores[ours][task]) - np.mean(records.scores[theirs][task]))
+                for ours, theirs in of]
 
-    def gain(of: Sequence[Pair], task: str) -> Estimate:
+    def items(of: Sequence[Pair], task: str) -> Estimate:
         ours, theirs = (np.mean([records.scores[model][task] for model in side], 0) for side in zip(*of, strict=True))
         return statistics.accuracy_gain(ours, theirs)
 
     def judged(of: Sequence[Pair]) -> Decision:
-        by_task = [same_items(of[0], partial(gain, of, task)) for task in counted]
-        over = mean(seeds(of), "seed", seeds(known) if len(of) == 1 else None) if training else None
-        return statistics.tasks_equivalence(by_task, margin, over)
+        by_task = [same_items(of[0], partial(items, of, task)) for task in counted]
+        overall = statistics.average(by_task)
+        if training:
+            found = np.array([gains(of, task) for task in counted])
+            spread = np.array([gains(known, task) for task in counted]) if len(of) == 1 else found
+            by_task = [over_seeds(mean(one, "seed", drawn), item)
+                       for one, drawn, item in zip(found, spread, by_task, strict=True)]
+            overall = over_seeds(mean(found.mean(0), "seed", spread.mean(0)), overall)
+        return statistics.tasks_equivalence(by_task, overall, margin)
 
     decision = judged(known)
     answer, because = with_control(decision, judged(failing) if failing else None, control, points)
-    return answer, because, [line(f"mean over {len(counted)} tasks", decision, points), *rows]
+    return answer, because, [line(f"mean over {len(counted)} counted", decision, points), *rows]
 
 
 def hybrid_tasks(records: Records) -> Finding:
@@ -295,6 +307,7 @@ def fp8_tasks(records: Records) -> Finding:
 
 
 def compressed_loss(records: Records) -> Finding:
+    learned(records, records.params.compress.parent)
     both = [("compressed", records.params.compress.parent), ("compressed-random", records.params.compress.parent)]
     found = [equivalence(documents(records, pair), LOSS_MARGIN, True) if evaluated(records, [pair]) else None
              for pair in both]
@@ -311,6 +324,7 @@ def compressed_tasks(records: Records) -> Finding:
 
 
 def layer_importance(records: Records) -> Finding:
+    learned(records, records.params.compress.parent)
     layers, count = records.importance, records.params.compress.importance_samples
     found = []
     for end in (layers[0], layers[-1]):
@@ -323,6 +337,7 @@ def layer_importance(records: Records) -> Finding:
 
 
 def importance_random(records: Records) -> Finding:
+    learned(records, records.params.compress.parent)
     cuts = records.controls
     gain = statistics.unpaired([-math.log(cuts.importance)], [-math.log(value) for value in cuts.random], "draw")
     answer, because, evidence = in_order(times, {"KL just cut, at random over chosen": superiority(gain)})

@@ -36,7 +36,7 @@ class Source:
 
     unit: str                   # seed, document, item, repeat, draw
     variance: float
-    count: int
+    count: int                  # 0: more of them would not make it smaller
     df: float
 
 
@@ -110,7 +110,7 @@ def unpaired(candidate: Sequence[float], reference: Sequence[float], unit: str) 
     if len(candidate) == 1:                 # the two variances are multiples of one estimate
         (source,) = theirs.sources
         return Estimate(ours.value - theirs.value,
-                        (replace(source, variance=source.variance + ours.sources[0].variance),))
+                        (replace(source, variance=source.variance + ours.sources[0].variance, count=0),))
     return Estimate(ours.value - theirs.value, (*ours.sources, *theirs.sources))
 
 
@@ -182,15 +182,11 @@ def equivalence(estimate: Estimate, margin: float, or_better: bool = False, comp
     return _decision(answer, estimate, 2 * ALPHA, margin, POWER if or_better else (1 + POWER) / 2)
 
 
-def tasks_equivalence(tasks: Sequence[Estimate], margin: float, seeds: Estimate | None = None) -> Decision:
-    """Not worse in the mean over tasks, and in none by itself beyond the margin.
-
-    `seeds`: the mean over tasks once a seed, where the claim is about training; else it is about the models at hand.
-    """
-    overall = average(tasks)
-    decision = equivalence(over_seeds(seeds, overall) if seeds else overall, margin, True, len(tasks) + 1)
-    worse = [equivalence(task, margin, True, len(tasks) + 1).answer for task in tasks]
-    return replace(decision, answer=Answer.FAILS, needed={}) if Answer.FAILS in worse else decision
+def tasks_equivalence(tasks: Sequence[Estimate], overall: Estimate, margin: float) -> Decision:
+    """Not worse in the mean over tasks, and in none by itself beyond the margin."""
+    decision, *each = (equivalence(estimate, margin, True, len(tasks) + 1) for estimate in (overall, *tasks))
+    worse = Answer.FAILS in [one.answer for one in each]
+    return replace(decision, answer=Answer.FAILS, needed={}) if worse else decision
 
 
 def superiority(estimate: Estimate, least: float = 0.0, comparisons: int = 1) -> Decision:
@@ -219,7 +215,7 @@ def _decision(answer: Answer, estimate: Estimate, alpha: float, distance: float,
     quantile = float(special.ndtri(1 - alpha / 2))
     factor = ((quantile + float(special.ndtri(power))) * estimate.error / distance) ** 2 if distance else math.inf
     needed: dict[str, int] = {}
-    if answer is Answer.UNDECIDED and factor < MOST:
+    if answer is Answer.UNDECIDED and factor < MOST and all(source.count for source in estimate.sources):
         for source in estimate.sources:
             count = math.ceil(max(factor, 1) * source.count + quantile**2 / 2)
             needed[source.unit] = needed.get(source.unit, 0) + count

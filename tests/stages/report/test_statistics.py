@@ -131,9 +131,9 @@ def test_any_of_several_comparisons_may_fail_only_together_once_in_twenty():
 
 def test_a_task_far_worse_fails_what_the_mean_hides():
     good, bad = certain(0.1), certain(-0.1)
-    assert tasks_equivalence([good, good], 0.02).answer is HOLDS
-    assert tasks_equivalence([good, good, bad], 0.02).answer is FAILS
-    assert tasks_equivalence([good, good], 0.02, seeds=mean([0.1], "seed")).answer is UNDECIDED
+    assert tasks_equivalence([good, good], good, 0.02).answer is HOLDS
+    assert tasks_equivalence([good, good, bad], good, 0.02).answer is FAILS
+    assert tasks_equivalence([good, good], mean([0.1], "seed"), 0.02).answer is UNDECIDED
 
 
 def test_without_a_control_that_fails_nothing_is_told():
