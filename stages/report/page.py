@@ -110,8 +110,8 @@ def summary(records: Records, claims: Sequence[Claim]) -> str:
     except RecordError:
         size = "the records of training cannot be read"
     return (f"Of {len(claims)} claims of the paper, {holds} {'holds' if holds == 1 else 'hold'} at this scale, {fails} "
-            f"{'does' if fails == 1 else 'do'} not, and of {undecided} it cannot be told: {size}; the paper's have 8 to 56 "
-            "billion and saw 15 to 20 trillion.")
+            f"{'does' if fails == 1 else 'do'} not, and of {undecided} it cannot be told: {size}; the paper's have 8 to "
+            "56 billion and saw 15 to 20 trillion.")
 
 
 def facts(runs: Mapping[str, Provenance]) -> dict[str, str]:
