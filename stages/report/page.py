@@ -109,9 +109,9 @@ def summary(records: Records, claims: Sequence[Claim]) -> str:
         size = f"the models have {parameters} parameters and saw {tokens} tokens"
     except RecordError:
         size = "the records of training cannot be read"
-    return (f"Of {len(claims)} claims of the paper, {holds} {'holds' if holds == 1 else 'hold'} at this scale, {fails} "
-            f"{'does' if fails == 1 else 'do'} not, and of {undecided} it cannot be told: {size}; the paper's have 8 to "
-            "56 billion and saw 15 to 20 trillion.")
+    verbs = "holds" if holds == 1 else "hold", "does" if fails == 1 else "do"
+    return (f"Of {len(claims)} claims of the paper, {holds} {verbs[0]} at this scale, {fails} {verbs[1]} not, and of "
+            f"{undecided} it cannot be told: {size}; the paper's have 8 to 56 billion and saw 15 to 20 trillion.")
 
 
 def facts(runs: Mapping[str, Provenance]) -> dict[str, str]:
