@@ -23,10 +23,10 @@ def report(stage: Stage) -> dict[str, int]:
 
     from stages.report.claims import claims
     from stages.report.page import counts, report_page, summary, write
-    from stages.report.records import RecordError, load
+    from stages.report.records import RecordError, Records
     from stages.report.studies import load_studies
 
-    records, studies, directory = load(stage), load_studies(), reports_directory(stage)
+    records, studies, directory = Records(stage.params, stage.records_root), load_studies(), reports_directory(stage)
     found = claims(records, studies)
     page = report_page(records, found, [study for study in studies.values() if isinstance(study, RecordError)])
     write(directory / "index.html", page.text)

@@ -167,11 +167,12 @@ def labelled(svg: str, name: str, words: str) -> str:
 
 
 def colours(records: Records) -> dict[str, str]:
-    """A colour for every model, and for the benchmark's `hybrid` and `transformer`."""
+    """A colour for every model, and for the roles that records give some."""
     names = [*records.params.variants, "compressed", "compressed-random"]
     found = dict(zip(names, itertools.cycle(PALETTE), strict=False))
-    return found | {"hybrid": found[(records.hybrid_seeds or names)[0]],
-                    "transformer": found.get(records.transformer or "", MUTED), "random": found["compressed-random"]}
+    roles = {architecture: next(iter(records.variants(architecture, "bf16")), names[0])
+             for architecture in ("hybrid", "transformer")} | {"random": "compressed-random"}
+    return found | {role: found[name] for role, name in roles.items()}
 
 
 def style(records: Records, model: str) -> str:

@@ -85,10 +85,10 @@ def report_page(records: Records, claims: Sequence[Claim], unread: Sequence[Reco
     """The page of a profile; `unread`: what could not be read beside its records."""
     runs: dict[str, Provenance] = {}
     lost: list[RecordError] = []
-    for name, run in records.runs.items():
+    for name in records.runs:
         try:
-            runs[name] = run.provenance
-            run.metrics.keys()
+            runs[name] = records.provenance(name)
+            records.reader.metrics(*name.split("@"))
         except RecordError as error:
             lost.append(error)
     return Page("Nemotron-H reproduced", records.params.profile, summary(records, claims), records.data, records,

@@ -9,7 +9,6 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -19,9 +18,8 @@ from data_pipeline.config import DataError, Label
 from data_pipeline.schema import Blend, Dropped, FunnelStep, Histogram, TokenFile
 from model.compression.schema import Candidate, Controls, Costs, Importance, LayerImportance
 from model.evaluation_schema import PaperScore, Samples, Scores
-from stages.common import Stage
 from stages.params import Params
-from stages.schema import DecodeRepeat, DecodeRow, DistillationRow, Machine, Provenance, TrainingRow, ValidationRow
+from stages.schema import DecodeRepeat, DecodeRow, DistillationRow, Provenance, TrainingRow, ValidationRow
 
 LABELS: tuple[Label, ...] = get_args(Label)         # of quality, the best first
 FOREACH = ("pretrain", "export", "evaluate")        # stages with a member a model
@@ -72,6 +70,10 @@ class Reader:
     def json(self, kind: type[T], *parts: str) -> T:
         """The file as a value of the type `kind`. Raises RecordError."""
         return self._once(parts, lambda path, text: TypeAdapter(kind).validate_python(json.loads(text)))
+
+    def metrics(self, *parts: str) -> Metrics:
+        """metrics.json in this folder."""
+        return Metrics(self.root.joinpath(*parts, "metrics.json"), self.json(dict[str, Any], *parts, "metrics.json"))
 
     def rows(self, kind: type[T], *parts: str) -> list[T]:
         """The rows of a CSV file with a header, of the pydantic class `kind`; an empty cell is None."""
@@ -133,23 +135,6 @@ class Lazy(Mapping[str, T]):
         return len(self._names)
 
 
-@dataclass(frozen=True)
-class Run:
-    """One stage, or one member of a `foreach` stage."""
-
-    reader: Reader
-    parts: tuple[str, ...]
-
-    @property
-    def metrics(self) -> Metrics:
-        values = self.reader.json(dict[str, Any], *self.parts, "metrics.json")
-        return Metrics(self.reader.root.joinpath(*self.parts, "metrics.json"), values)
-
-    @property
-    def provenance(self) -> Provenance:
-        return self.reader.json(Provenance, *self.parts, "provenance.json")
-
-
 def _record(kind: Any, *parts: str) -> Any:
     """An attribute that is the file's content as a value of the type `kind`."""
     return property(lambda self: self.reader.json(kind, *parts))
@@ -163,8 +148,6 @@ class DataRecords:
 
     def __init__(self, reader: Reader, tokenized: bool = True):
         self.reader, self.tokenized = reader, tokenized
-        names = ["annotate", "curate", *(["tokenizer", "tokenize"] if tokenized else [])]
-        self.metrics: Mapping[str, Metrics] = Lazy(names, lambda name: Run(reader, (name,)).metrics)
 
     @property
     def histograms(self) -> list[tuple[str, str, Histogram]]:
@@ -204,11 +187,12 @@ class Records:
                   "benchmark")
         variants, models = list(params.variants), params.models
         members = dict(zip(FOREACH, (variants, models, models), strict=True))
-        runs = {"@".join(parts): parts for stage in stages
-                for parts in ([(stage, member) for member in members[stage]] if stage in members else [(stage,)])}
-        self.runs: Mapping[str, Run] = Lazy(list(runs), lambda name: Run(self.reader, runs[name]))
-        self.training: Mapping[str, Curve] = Lazy(variants, self._training)
-        self.validation: Mapping[str, dict[str, Curve]] = Lazy(variants, self._validation)     # and by domain
+        self.runs = ["@".join((stage, member) if member else (stage,))       # in the graph's order
+                     for stage in stages for member in members.get(stage, [""])]
+        self.training: Mapping[str, Curve] = Lazy(
+            variants, lambda name: _columns(self.reader.rows(TrainingRow, "pretrain", name, "training.csv")))
+        self.validation: Mapping[str, dict[str, Curve]] = Lazy(                                # and by domain
+            variants, lambda name: _by("domain", self.reader.rows(ValidationRow, "pretrain", name, "validation.csv")))
         self.scores: Mapping[str, Scores] = Lazy(
             models, lambda name: self.reader.json(Scores, "evaluate", name, "scores.json"))
         self.samples: Mapping[str, Samples] = Lazy(
@@ -218,27 +202,13 @@ class Records:
 
     def metrics(self, stage: str, member: str | None = None) -> Metrics:
         """The metrics of a stage. Raises RecordError, also for a model that params.yaml does not list."""
-        name = f"{stage}@{member}" if member else stage
-        if name not in self.runs:
+        if member and f"{stage}@{member}" not in self.runs:
             raise RecordError(f"params.yaml: `models` lacks {member}, which the report compares.\nAdd it.")
-        return self.runs[name].metrics
+        return self.reader.metrics(stage, *([member] if member else []))
 
-    # --- Training -----------------------------------------------------------------------------------------------------
-
-    def _training(self, variant: str) -> Curve:
-        return _columns(self.reader.rows(TrainingRow, "pretrain", variant, "training.csv"))
-
-    def _validation(self, variant: str) -> dict[str, Curve]:
-        return _by("domain", self.reader.rows(ValidationRow, "pretrain", variant, "validation.csv"))
-
-    @property
-    def hybrid_seeds(self) -> list[str]:
-        """BF16 variants of the hybrid that differ in their seed alone; the first is the reference."""
-        return self.variants("hybrid", "bf16")
-
-    @property
-    def transformer(self) -> str | None:
-        return next(iter(self.variants("transformer", "bf16")), None)
+    def provenance(self, run: str) -> Provenance:
+        """Of one of `runs`."""
+        return self.reader.json(Provenance, *run.split("@"), "provenance.json")
 
     def precision_pairs(self, architecture: str) -> list[tuple[str, str]]:
         """FP8 and BF16 variants with the same seed, which see the same text in the same order."""
@@ -250,8 +220,6 @@ class Records:
         """Without control arms, which have an FP8 recipe of their own."""
         return [name for name, of in self.params.variants.items()
                 if (of.architecture, of.precision, getattr(of, "fp8_recipe", None)) == (architecture, precision, None)]
-
-    # --- Compression, inference ---------------------------------------------------------------------------------------
 
     compressed_model: dict[str, Any] = _record(dict[str, Any], "compress", "model.json")
     candidates: list[Candidate] = _record(list[Candidate], "compress", "candidates.json")
@@ -289,21 +257,6 @@ class Records:
         for row in self.reader.rows(DecodeRepeat, "benchmark", "decode_repeats.csv"):
             found.setdefault(row.model, {}).setdefault(row.context, []).append(row.seconds_per_token)
         return found
-
-    @property
-    def machine(self) -> Machine:
-        """That of the benchmark."""
-        return self.runs["benchmark"].provenance.machine
-
-    @property
-    def accelerator(self) -> str | None:
-        """The GPU the benchmark ran on, None on a CPU."""
-        return self.machine.accelerator
-
-
-def load(stage: Stage) -> Records:
-    """The records of the stage's profile."""
-    return Records(stage.params, stage.records_root)
 
 
 def _columns(rows: list[Any]) -> Curve:

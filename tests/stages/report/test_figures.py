@@ -13,7 +13,7 @@ from runs_tree import report_stage, write_runs
 
 from data_pipeline.schema import Histogram
 from stages.report import figures
-from stages.report.records import load
+from stages.report.records import Records
 
 SVG = "{http://www.w3.org/2000/svg}"
 NAMES = ("validation", "training_loss", "fp8_gap", "layer_importance", "candidates", "distillation", "decoding",
@@ -26,10 +26,7 @@ def records(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         write_runs(root)
-        found = load(report_stage())
-        for name in NAMES:
-            getattr(figures, name)(found)       # all is read: the records are relative to here
-        return found
+        return Records(report_stage().params, root / "runs/cpu")
 
 
 def words(svg):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from runs_tree import edit_json, report_stage, write_json, write_runs
 
-from stages.report.records import LABELS, Reader, RecordError, load
+from stages.report.records import LABELS, Reader, RecordError, Records
 
 
 @pytest.fixture
@@ -17,14 +17,14 @@ def runs(tmp_path, monkeypatch):
 
 
 def records():
-    return load(report_stage())
+    return Records(report_stage().params, Path("runs/cpu"))
 
 
 def test_what_was_written_is_read_back(runs):
     found = records()
     assert [candidate.model_dump() for candidate in found.candidates] == json.loads(
         (runs / "compress/candidates.json").read_text())
-    assert found.runs["pretrain@hybrid-fp8"].provenance.command.endswith("--variant hybrid-fp8")
+    assert found.provenance("pretrain@hybrid-fp8").command.endswith("--variant hybrid-fp8")
     assert found.validation["hybrid-fp8"]["all"]["tokens"][:2] == [0, 6 * 2048]
     assert found.decode["hybrid"][-1].time_to_first_token_seconds is None
     assert len(found.decode_repeats["compressed"][256]) == 5
@@ -55,7 +55,7 @@ def test_records_of_another_version_say_so(runs, name, change, fault, stage):
     edit_json(runs / name, **change)
     found = records()
     with pytest.raises(RecordError, match=re.escape(fault)) as caught:
-        (found.controls, *(run.provenance for run in found.runs.values()), found.data.histograms)
+        (found.controls, *map(found.provenance, found.runs), found.data.histograms)
     first, second = str(caught.value).split("\n")
     assert first.startswith(f"runs/cpu/{name}: ") and first.endswith(".")
     assert second == f"Run `dvc repro --force --single-item {stage}` to write it again."
