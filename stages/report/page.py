@@ -52,9 +52,12 @@ class Page:
         environment.globals |= {"show": self.show, "plot": self.plot, "score_panel": figures.score_panel,
                                 "threshold_panel": figures.threshold_panel}
         self.pieces: Any = environment.get_template("macros.html.jinja").module
-        self.text = environment.get_template("page.html.jinja").render(
+        text = environment.get_template("page.html.jinja").render(
             title=title, profile=profile, summary=summary, r=records, data=data, claims=claims, counts=counts(claims),
             style=Markup((HERE / "style.css").read_text()), errors=unread, **others)
+        lost = len(dict.fromkeys(self.unread))
+        notice = f'<p class="unread" role="alert">Not read: {lost}. Each is named where it belongs.</p>' if lost else ""
+        self.text = text.replace("<!-- unread -->", notice, 1)
 
     def show(self, make: Callable[..., Markup] | RecordError, *arguments: Any) -> Markup:
         """What a macro makes, or why it cannot."""
