@@ -20,9 +20,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_pipeline.config import AnnotateConfig, CurateConfig, DataError, ExecutorConfig
-from data_pipeline.cut import EXAMPLES, SHORTENED, STEPS, Cut, Example, Survey, apply, cut_of, survey, with_thresholds
+from data_pipeline.cut import EXAMPLES, SHORTENED, STEPS, Cut, Survey, apply, cut_of, survey, with_thresholds
+from data_pipeline.cut import Example as CutExample
 from data_pipeline.executor import Workers, workers
 from data_pipeline.meter import Meter, Progress
+from data_pipeline.schema import Dropped, Example, FunnelStep, Histogram
 from data_pipeline.steps.quality_labels import merge
 from data_pipeline.steps.step import SCHEMA
 from data_pipeline.storage import place, write_table, write_text
@@ -31,15 +33,13 @@ from data_pipeline.synthesis import Parent, Synthesis, annotate, synthesize
 LICENSE = "license"             # the reason of a refusal that has a row of its own in the funnel
 WORK = {"survey": 30, "cut": 70}
 
-Funnel = list[dict[str, Any]]
-
 
 class Records(NamedTuple):
-    """What the report shows of a curation; docs/architecture.md describes the three."""
+    """What the report shows of a curation."""
 
-    funnel: Funnel
-    histograms: dict[str, dict[str, Any]]
-    dropped: dict[str, dict[str, Any]]
+    funnel: list[FunnelStep]
+    histograms: dict[str, dict[str, Histogram]]     # by measure and domain
+    dropped: dict[str, dict[str, Dropped]]          # by domain and reason
 
 
 def curate(
@@ -152,7 +152,7 @@ def _contents(table: pa.Table) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _funnel(pieces: list[Piece], manifest: dict[str, Any]) -> Funnel:
+def _funnel(pieces: list[Piece], manifest: dict[str, Any]) -> list[FunnelStep]:
     """The rows of every step, a domain each. A document refused for its licence was read, and then was not."""
     left: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     reasons: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
@@ -172,8 +172,8 @@ def _funnel(pieces: list[Piece], manifest: dict[str, Any]) -> Funnel:
         reasons["read", domain].update(refused)
         reasons[LICENSE, domain].update({"not permissive": license_refused} if license_refused else {})
     return [
-        {"domain": domain, "step": step, "documents": left[step, domain]["documents"],
-         "bytes": left[step, domain]["bytes"], "reasons": dict(sorted(reasons[step, domain].items()))}
+        FunnelStep(domain=domain, step=step, documents=left[step, domain]["documents"],
+                   bytes=left[step, domain]["bytes"], reasons=dict(sorted(reasons[step, domain].items())))
         for step in ("read", LICENSE, *STEPS) for domain in manifest["domains"]
     ]
 
@@ -198,21 +198,21 @@ def _cut_synthetic(
     return piece
 
 
-def _synthetic_rows(synthesis: Synthesis, piece: Piece, funnel: Funnel) -> Funnel:
+def _synthetic_rows(synthesis: Synthesis, piece: Piece, funnel: list[FunnelStep]) -> list[FunnelStep]:
     """One more step, which adds; its reasons are of requests and replies that gave no document that stays."""
     report, rows = piece.report, []
-    for before in funnel[-len({row["domain"] for row in funnel}) :]:
-        domain = before["domain"]
+    for before in funnel[-len({row.domain for row in funnel}) :]:
+        domain = before.domain
         reasons = Counter(synthesis.reasons.get(domain, {}))
         for by_domain in report["reasons"].values():
             reasons.update(by_domain.get(domain, {}))
         added = report["train"].get(domain, {"documents": 0, "bytes": 0})
-        rows.append({"domain": domain, "step": "synthesis", "documents": before["documents"] + added["documents"],
-                     "bytes": before["bytes"] + added["bytes"], "reasons": dict(sorted(reasons.items()))})
+        rows.append(FunnelStep(domain=domain, step="synthesis", documents=before.documents + added["documents"],
+                               bytes=before.bytes + added["bytes"], reasons=dict(sorted(reasons.items()))))
     return rows
 
 
-def _refuse_empty(funnel: Funnel, reports: list[dict[str, Any]], manifest: dict[str, Any]) -> None:
+def _refuse_empty(funnel: list[FunnelStep], reports: list[dict[str, Any]], manifest: dict[str, Any]) -> None:
     """Raise DataError for a domain that has nothing to train on, or nothing held out where some was asked for."""
     wanted = ["train", "heldout"] if manifest["config"]["held_out"]["fraction"] else ["train"]
     for domain in manifest["domains"]:
@@ -221,7 +221,7 @@ def _refuse_empty(funnel: Funnel, reports: list[dict[str, Any]], manifest: dict[
                 continue
             lost: Counter[str] = Counter()
             for row in funnel:
-                lost.update(row["reasons"] if row["domain"] == domain and row["step"] != "read" else {})
+                lost.update(row.reasons if row.domain == domain and row.step != "read" else {})
             most = ", ".join(f"{why} ({count})" for why, count in lost.most_common(3))
             what = "to train on" if split == "train" else "held out"
             raise DataError(
@@ -253,41 +253,41 @@ def _write(pieces: list[Piece], out: Path, annotated: dict[str, Any]) -> None:
     write_text(json.dumps(manifest, indent=1) + "\n", out / "manifest.json")
 
 
-def _histograms(cut: Cut, reports: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _histograms(cut: Cut, reports: list[dict[str, Any]]) -> dict[str, dict[str, Histogram]]:
     """Measure -> domain -> edges, documents in each bin, and the thresholds with where they come from."""
     counts: dict[tuple[str, str], np.ndarray] = {}
     for report in reports:
         for name, domain, values in report["histograms"]:
             counts[name, domain] = counts.get((name, domain), 0) + np.array(values)
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Histogram]] = {}
     for (name, domain), values in counts.items():
         low, high, source = cut.thresholds_of(name, domain)
-        found.setdefault(name, {})[domain] = {
-            "edges": [float(f"{edge:.6g}") for edge in cut.edges[name, domain]], "counts": values.tolist(),
-            "low": low, "high": high, "source": source, "labels": cut.labels_of(name, domain),
-        }
+        found.setdefault(name, {})[domain] = Histogram(
+            edges=[float(f"{edge:.6g}") for edge in cut.edges[name, domain]], counts=values.tolist(),
+            low=low, high=high, source=source, labels=cut.labels_of(name, domain),
+        )
     return found
 
 
-def _dropped(reports: list[dict[str, Any]], manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _dropped(reports: list[dict[str, Any]], manifest: dict[str, Any]) -> dict[str, dict[str, Dropped]]:
     """Domain -> reason -> how many went and a few of them; what reading refused, then what the cut took."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Dropped]] = {}
     for domain in manifest["domains"]:
         counts: Counter[str] = Counter()
-        examples: dict[str, list[Example]] = defaultdict(list)
+        examples: dict[str, list[CutExample]] = defaultdict(list)
         for report in reports:
             for by_domain in report["reasons"].values():
                 counts.update(by_domain.get(domain, {}))
             counts[SHORTENED] += report["shortened"].get(domain, 0)
             for why, shown in report["examples"].get(domain, {}).items():
-                examples[why] += [Example(*example) for example in shown]
+                examples[why] += [CutExample(*example) for example in shown]
         found[domain] = {
-            why: {"documents": entry["documents"],
-                  "examples": [{"source": where, "path": "", "value": why, "excerpt": ""} for where in entry["where"]]}
+            why: Dropped(documents=entry["documents"], examples=[
+                Example(source=where, path="", value=why, excerpt="") for where in entry["where"]])
             for why, entry in manifest["refusals"].get(domain, {}).items()
         }
         for why, shown in sorted(examples.items()):
-            kept = [example._asdict() for example in sorted(shown)[:EXAMPLES]]
-            found[domain][why] = {"documents": counts[why], "examples": [
-                {name: example[name] for name in ("source", "path", "value", "excerpt")} for example in kept]}
+            found[domain][why] = Dropped(documents=counts[why], examples=[
+                Example(source=kept.source, path=kept.path, value=kept.value, excerpt=kept.excerpt)
+                for kept in sorted(shown)[:EXAMPLES]])
     return found

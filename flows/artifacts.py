@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from pathlib import Path
@@ -9,7 +10,6 @@ from uuid import UUID
 
 from prefect.artifacts import (
     create_link_artifact,
-    create_markdown_artifact,
     create_progress_artifact,
     create_table_artifact,
     update_progress_artifact,
@@ -45,10 +45,13 @@ def publish_metrics(metrics: dict[str, dict[str, float]], profile: str) -> None:
 
 
 def publish_report(directory: Path) -> None:
-    """The report as a page, and a link to the one with plots."""
-    create_markdown_artifact(markdown=(directory / "report.md").read_text(), key="report", description="The report")
+    """The claims as a table, and a link to the report's page."""
+    found = json.loads((directory / "claims.json").read_text())
+    rows = [{name: claim[name] for name in ("number", "title", "paper", "ours", "answer", "because")}
+            for claim in found["claims"]]
+    create_table_artifact(table=rows, key="claims", description=found["summary"])
     page = (directory / "index.html").absolute()
-    create_link_artifact(link=page.as_uri(), link_text=str(page), key="report-page", description="The page with plots")
+    create_link_artifact(link=page.as_uri(), link_text=str(page), key="report-page", description="The report")
 
 
 class ProgressBar:

@@ -93,7 +93,7 @@ def run(stage: str, out: Path, params: Path, assignments: list[str]) -> int:
 
 def show(out: Path) -> None:
     """The funnel as a table, the labels, where the result lies, and a page of what went and why."""
-    from stages.data_sections import write_data_page
+    from stages.report.page import write_data_page
 
     funnel = json.loads((out / "runs/curate/funnel.json").read_text())
     rows = []

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from model import hub
 from model.config import ModelError
+from model.evaluation_schema import ChoiceSample, Samples, TextSample
 from model.hybrid_lm import HybridLM
 from model.layer_caches import PrefixReader
 from model.model_card import CardScore
@@ -344,7 +345,7 @@ class Evaluation:
     """
 
     metrics: dict[str, float]
-    samples: dict[str, list[dict[str, Any]]]
+    samples: Samples
     scores: dict[str, list[Any]]
 
 
@@ -376,7 +377,7 @@ def evaluate(
         metrics[f"{name}_accuracy"] = float(results[name]["acc,none"])
         metrics[f"{name}_accuracy_stderr"] = float(results[name]["acc_stderr,none"])
         metrics[f"{name}_items"] = len(samples[name])
-    shown = {name: [_text_sample(sample) for sample in samples[name][:SAMPLES_SHOWN]] for name in domains}
+    shown: Samples = {name: [_text_sample(sample) for sample in samples[name][:SAMPLES_SHOWN]] for name in domains}
     shown |= {name: [_choice_sample(sample) for sample in samples[name][:SAMPLES_SHOWN]] for name in choices}
     scores: dict[str, list[Any]] = {
         name: [[round(score, 4), size] for score, size in (row["bits_per_byte"] for row in samples[name])]
@@ -406,20 +407,20 @@ def _bootstrap_stderr(scored: list[tuple[float, int]]) -> float:
         return float(bootstrap_stderr(bits_per_byte, scored, iters=BOOTSTRAP_SAMPLES))
 
 
-def _text_sample(sample: dict[str, Any]) -> dict[str, Any]:
+def _text_sample(sample: dict[str, Any]) -> TextSample:
     document = sample["doc"]
     figure = bits_per_byte([sample["bits_per_byte"]])
-    return {"id": document["id"], "text": document["text"][:SHOWN_CHARACTERS], "bits_per_byte": round(figure, 4)}
+    return TextSample(id=document["id"], text=document["text"][:SHOWN_CHARACTERS], bits_per_byte=round(figure, 4))
 
 
-def _choice_sample(sample: dict[str, Any]) -> dict[str, Any]:
+def _choice_sample(sample: dict[str, Any]) -> ChoiceSample:
     document = sample["doc"]
     scores = [score for score, _ in sample["filtered_resps"]]
-    return {
-        "id": document["id"],
-        "context": document["context"][-SHOWN_CHARACTERS:],
-        "choices": document["choices"],
-        "log_likelihoods": [round(score, 4) for score in scores],
-        "answer": document["answer"],
-        "chosen": scores.index(max(scores)),
-    }
+    return ChoiceSample(
+        id=document["id"],
+        context=document["context"][-SHOWN_CHARACTERS:],
+        choices=document["choices"],
+        log_likelihoods=[round(score, 4) for score in scores],
+        answer=document["answer"],
+        chosen=scores.index(max(scores)),
+    )

@@ -9,43 +9,18 @@ downloads of its own.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate as harness_evaluate
 from lm_eval.tasks import TaskManager
 
 from model.code_sandbox import code_eval_in_sandbox
+from model.evaluation_schema import PaperScore, PaperTask
 
 FEWSHOT_SEED = 1234             # the harness's own
 BOOTSTRAP_SAMPLES = 1000
-
-
-@dataclass(frozen=True)
-class PaperTask:
-    """One row of the paper's tables.
-
-    Attributes:
-        name: in the paper.
-        task: in the harness.
-        shots: examples before the question.
-        metric: `METRIC,FILTER` of the harness's results.
-        kind: `choice` scores continuations, `text` generates, `code` generates and runs what came out.
-        chance: what a guess reaches.
-        published: Nemotron-H-8B-Base's figure as a share; None where the model card has none.
-        changes: fields of the harness's task that the paper has otherwise.
-    """
-
-    name: str
-    task: str
-    shots: int
-    metric: str
-    kind: Literal["choice", "text", "code"]
-    chance: float
-    published: float | None
-    changes: Mapping[str, str] = field(default_factory=dict)
 
 
 # ARC challenge as the paper asks it: all options shown, the answer a letter, as in MMLU. The harness's own task shows
@@ -77,17 +52,6 @@ PAPER_TASKS = (
     PaperTask("Social IQa", "social_iqa", 0, "acc,none", "choice", 1 / 3, None),
     PaperTask("TruthfulQA", "truthfulqa_mc2", 0, "acc,none", "choice", 0.5, None),
 )
-
-
-@dataclass(frozen=True)
-class PaperScore:
-    """A task's result, or in `left_out` why there is none."""
-
-    task: PaperTask
-    score: float | None = None
-    stderr: float | None = None
-    items: int = 0
-    left_out: str = ""
 
 
 def run_paper_tasks(

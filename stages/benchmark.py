@@ -1,7 +1,7 @@
 """Measure how fast models read prompts and decode, and their memory, against context; count the published models'.
 
 Reads  params.yaml (`benchmark`, `model`), runs/PROFILE/compress/model.json.
-Writes runs/PROFILE/benchmark/decode.csv, metrics.json.
+Writes runs/PROFILE/benchmark/decode.csv, decode_repeats.csv, metrics.json.
 
 The hybrid, the Transformer and the compressed hybrid decode in turn with random BF16 weights and full caches of random
 numbers: speed depends on neither. Run nothing beside it. `benchmark.published` names pairs of the published models that
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     import torch
 
 PAPER_CONTEXT = 65_536           # tokens read before the paper's inference figures
-COLUMNS = ("model,context,batch,tokens_per_second,seconds_per_token_spread,decode_of_floor,"
-           "time_to_first_token_seconds,prefill_tokens_per_second,prefill_of_floor,output_tokens_per_second,"
-           "cache_mib,memory_gib")
 
 
 def benchmark(stage: Stage) -> dict[str, Any]:
@@ -30,6 +27,7 @@ def benchmark(stage: Stage) -> dict[str, Any]:
 
     from model.config import ModelConfig
     from model.decode_benchmark import Speed, measure
+    from stages.schema import DecodeRepeat, DecodeRow, csv_text
 
     params, config = stage.params, stage.params.benchmark
     compressed = stage.record("compress", "model.json").read_text()
@@ -42,14 +40,21 @@ def benchmark(stage: Stage) -> dict[str, Any]:
     rows = list(measure(models, config.contexts, config.batch, config.decode_tokens, config.repeats,
                         config.longest_prompt, params.seed, torch.bfloat16, device, Progress()))
 
-    def line(row: Speed) -> str:
+    def record(row: Speed) -> DecodeRow:
         first = row.prompt_seconds
-        figures = [row.context, row.batch, row.tokens_per_second, row.seconds_per_token_spread, row.decode_of_floor,
-                   first, first and row.context / first, row.prefill_of_floor,
-                   row.output_tokens_per_second(config.output_tokens), row.cache_bytes / 2**20, row.held_bytes / 2**30]
-        return ",".join([row.model, *("" if figure is None else f"{figure:.6g}" for figure in figures)])
+        return DecodeRow(
+            model=row.model, context=row.context, batch=row.batch, tokens_per_second=row.tokens_per_second,
+            seconds_per_token_spread=row.seconds_per_token_spread, decode_of_floor=row.decode_of_floor,
+            time_to_first_token_seconds=first, prefill_tokens_per_second=first and row.context / first,
+            prefill_of_floor=row.prefill_of_floor,
+            output_tokens_per_second=row.output_tokens_per_second(config.output_tokens),
+            cache_mib=row.cache_bytes / 2**20, memory_gib=row.held_bytes / 2**30,
+        )
 
-    stage.write_record("decode.csv", "\n".join([COLUMNS, *map(line, rows)]) + "\n")
+    stage.write_record("decode.csv", csv_text(map(record, rows), digits=6))
+    stage.write_record("decode_repeats.csv", csv_text((
+        DecodeRepeat(model=row.model, context=row.context, repeat=repeat, seconds_per_token=value)
+        for row in rows for repeat, value in enumerate(row.repeats)), digits=6))
 
     speed = {(row.model, row.context): row.tokens_per_second for row in rows}
     metrics: dict[str, Any] = {}

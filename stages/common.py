@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stages.params import Params
+    from stages.schema import Provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("data_pipeline", "model", "kernels", "stages")
@@ -115,9 +116,11 @@ class Stage:
         if names:
             print(f"gpu {','.join(names)} waited {self.waited:.1f} s", flush=True)
 
-    def write_record(self, name: str, content: str | dict[str, Any] | list[Any]) -> None:
-        """Write `content` (text, or a value to put as JSON) to records/NAME, whole or not at all."""
-        text = content if isinstance(content, str) else json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    def write_record(self, name: str, content: Any) -> None:
+        """Write `content` (text, or a value of plain values and pydantic models to put as JSON) to records/NAME, whole
+        or not at all."""
+        text = content if isinstance(content, str) else json.dumps(
+            content, indent=1, ensure_ascii=False, default=lambda model: model.model_dump()) + "\n"
         self.records.mkdir(parents=True, exist_ok=True)
         partial = self.records / f".{name}.partial"
         partial.write_text(text)
@@ -296,7 +299,7 @@ def code_digest() -> str:
     return digest.hexdigest()
 
 
-def provenance(stage: Stage, started: float, resumed: bool) -> dict[str, Any]:
+def provenance(stage: Stage, started: float, resumed: bool) -> Provenance:
     """Where a result comes from: parameters, inputs, code, versions, machine, time.
 
     Args:
@@ -304,21 +307,23 @@ def provenance(stage: Stage, started: float, resumed: bool) -> dict[str, Any]:
     """
     import resource
 
+    from stages.schema import Code, Machine, Provenance
+
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return {
-        "stage": stage.name,
-        "variant": stage.variant,
-        "command": " ".join(["python", "-m", f"stages.{stage.name}", *sys.argv[1:]]),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-        "wall_seconds": round(time.time() - started, 2),
-        "resumed": resumed,
-        "peak_memory_gib": round(peak / 2**20, 3),
-        "parameters": stage.parameters(),
-        "inputs": {str(path): _digest(path) for path in dict.fromkeys(stage.inputs)},
-        "code": {"commit": _commit(), "digest": code_digest()},
-        "versions": _versions(),
-        "machine": _machine(),
-    }
+    return Provenance(
+        stage=stage.name,
+        variant=stage.variant,
+        command=" ".join(["python", "-m", f"stages.{stage.name}", *sys.argv[1:]]),
+        started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        wall_seconds=round(time.time() - started, 2),
+        resumed=resumed,
+        peak_memory_gib=round(peak / 2**20, 3),
+        parameters=stage.parameters(),
+        inputs={str(path): _digest(path) for path in dict.fromkeys(stage.inputs)},
+        code=Code(commit=_commit(), digest=code_digest()),
+        versions=_versions(),
+        machine=Machine(**_machine()),
+    )
 
 
 def _digest(path: Path) -> str:

@@ -27,6 +27,7 @@ def compress(stage: Stage) -> dict[str, Any]:
     from model.compression import funnel
     from model.compression.data import read_data
     from model.distributed import bfloat16_products
+    from stages.schema import DistillationRow, csv_text
 
     config, seed = stage.params.compress, stage.params.seed
     torch.set_num_threads(stage.params.runtime.threads)
@@ -53,8 +54,8 @@ def compress(stage: Stage) -> dict[str, Any]:
     for name, content in result.records.items():
         stage.write_record(f"{name}.json", content)
     stage.write_record("model.json", result.models["compressed"].config.model_dump(mode="json"))
-    rows = [f"{name},{step},{seen},{kl:.6g}" for name, step, seen, kl in result.curve]
-    stage.write_record("distillation.csv", "\n".join(["model,step,tokens,kl", *rows]) + "\n")
+    rows = (DistillationRow(model=name, step=step, tokens=seen, kl=kl) for name, step, seen, kl in result.curve)
+    stage.write_record("distillation.csv", csv_text(rows, digits=6))
     return result.metrics
 
 

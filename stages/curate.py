@@ -17,9 +17,12 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stages.common import Progress, Stage, run_stage
+
+if TYPE_CHECKING:
+    from data_pipeline.schema import FunnelStep
 
 REPLIES = Path(".cache/replies.jsonl")      # of a language model: they cost money and outlive results
 
@@ -52,11 +55,11 @@ def sizes(manifest: dict[str, Any]) -> dict[str, Any]:
     return metrics
 
 
-def removed_shares(funnel: list[dict[str, Any]]) -> dict[str, float]:
+def removed_shares(funnel: list[FunnelStep]) -> dict[str, float]:
     """Share of the documents that reached a step and that it removed; `duplicate_share` for both kinds of copy."""
     left: Counter[str] = Counter()
     for row in funnel:
-        left[row["step"]] += row["documents"]
+        left[row.step] += row.documents
     steps = list(left)
 
     def removed(first: str, last: str) -> float:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 def pretrain(stage: Stage) -> dict[str, Any]:
     from stages.launch import launch
+    from stages.schema import TrainingRow, ValidationRow, csv_text
 
     params = stage.params
     assert stage.variant is not None
@@ -48,8 +49,8 @@ def pretrain(stage: Stage) -> dict[str, Any]:
             stage.take_gpus()
             run = launch(runtime.launcher, job, stage.scratch, stage.label)
             run["metrics"]["processes"] = runtime.launcher.processes
-    stage.write_record("training.csv", csv_text(run["training"]))
-    stage.write_record("validation.csv", csv_text(run["validation"]))
+    stage.write_record("training.csv", csv_text(TrainingRow(**row) for row in run["training"]))
+    stage.write_record("validation.csv", csv_text(ValidationRow(**row) for row in run["validation"]))
     if params.pretrain.fp8_statistics:
         stage.write_record("fp8_statistics.csv", csv_text(run["fp8_statistics"]))
     shutil.rmtree(stage.records / "tensorboard", ignore_errors=True)
@@ -85,14 +86,6 @@ def train_here(
     stage.take_gpus()
     return asdict(train(config, recipe, variant.architecture, variant.precision, variant.seed, tokens, out,
                         stage.scratch, Progress()))
-
-
-def csv_text(rows: list[dict[str, Any]]) -> str:
-    """Rows with a header of their keys; numbers to eight digits."""
-    lines = [",".join(rows[0])]
-    for row in rows:
-        lines.append(",".join(f"{value:.8g}" if isinstance(value, float) else str(value) for value in row.values()))
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ def tokenize(stage: Stage) -> dict[str, Any]:
     from data_pipeline.curated import shards
     from data_pipeline.executor import workers
     from data_pipeline.indexed_dataset import token_dtype
+    from data_pipeline.schema import Blend
     from data_pipeline.tokenizer import MODEL_FILE, Tokenizer
 
     curated, model = stage.input("curated"), stage.input("tokenizer", MODEL_FILE)
@@ -62,7 +63,8 @@ def tokenize(stage: Stage) -> dict[str, Any]:
         (out / "tokens.json").write_text(json.dumps(contents, indent=1) + "\n")
         np.save(out / "token_bytes.npy", tokenizer.token_bytes)
         (out / "blend.json").write_text(json.dumps(mixture, indent=1) + "\n")
-    stage.write_record("blend.json", {**mixture, "repeats_at_most": config.repeats, "files": contents["files"]})
+    record = Blend(**mixture, repeats_at_most=config.repeats, files=contents["files"])
+    stage.write_record("blend.json", record)
     return {**sizes(files), **repeats(mixture["repeats"])}
 
 

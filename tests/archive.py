@@ -13,8 +13,8 @@ from numba.core.caching import UserProvidedCacheLocator
 import data_pipeline.steps  # noqa: F401    # says where compiled code is kept
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("data_pipeline", "flows", "kernels", "model", "profiles", "stages", "dvc.yaml", "params.yaml",
-           "pyproject.toml", "requirements.lock", ".dvcignore")
+SOURCES = ("data_pipeline", "docs/results/studies", "flows", "kernels", "model", "profiles", "stages", "dvc.yaml",
+           "params.yaml", "pyproject.toml", "requirements.lock", ".dvcignore")
 
 
 def unpack(target: Path) -> Path:

@@ -23,6 +23,7 @@ FRAME = {
     ROOT / "data_pipeline/steps/__init__.py",
     ROOT / "stages/common.py",
     ROOT / "stages/params.py",
+    ROOT / "stages/schema.py",
     ROOT / "stages/launch.py",
     ROOT / "data_pipeline/config.py",
     ROOT / "model/compression/config.py",
@@ -82,6 +83,7 @@ def code_dependencies(stage: str) -> list[Path]:
 
 def stage_file(stage: str) -> Path:
     file = ROOT / f"stages/{stage}.py"
+    file = file if file.exists() else ROOT / f"stages/{stage}/__main__.py"
     assert STAGES[stage]["cmd"].split()[:3] == ["python", "-m", f"stages.{stage}"]
     return file
 

@@ -34,6 +34,7 @@ def test_every_stage_runs_and_then_none(tmp_path: Path) -> None:
         assert 0 < metrics(archive, "evaluate", model)["bits_per_byte"] < 16
         assert (archive / f"data/smoke/hub/{model}/config.json").exists()
     assert "<svg" in (archive / "reports/smoke/index.html").read_text()
+    assert metrics(archive, "report")["records_not_read"] == 0        # what the stages wrote is what the report reads
 
     second = reproduce(archive)
     assert second.keys() == first.keys()

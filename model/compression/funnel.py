@@ -37,6 +37,7 @@ from model.compression.prune import Selection, State, cut
 from model.compression.records import candidate_records, importance_record, ranking_record
 from model.compression.refit import refit
 from model.compression.resume import Pieces
+from model.compression.schema import Controls, Costs
 from model.compression.width_importance import WidthImportance, width_importance
 from model.config import ModelConfig
 from model.hybrid_lm import HybridLM
@@ -119,8 +120,8 @@ def compress(
         "task": {str(index): value for index, value in rounds.task.items()},
         "short": ranking_record(rounds.short),
         "final": measured | {"layers": winner.layers},
-        "controls": controls | {"importance": measured["kl_parent_cut"]},
-        "costs": cost | {"budgets": budgets, "latency": run.table.record() if run.table else None},
+        "controls": Controls(**controls, importance=measured["kl_parent_cut"]),
+        "costs": Costs(**cost, budgets=budgets, latency=run.table.record() if run.table else None),
     }
     return Compression(ends, {"compressed": winner.layers, "random": list(drawn.layers)}, records, final.curve, metrics)
 

@@ -1,4 +1,4 @@
-"""What the steps of a compression found, as plain values for JSON (docs/compression.md)."""
+"""What the steps of a compression found, as its records hold it (`model.compression.schema`, docs/compression.md)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from model.compression.comparison import Closeness
 from model.compression.config import CompressConfig
 from model.compression.importance import Kind
 from model.compression.latency import LatencyTable
+from model.compression.schema import Candidate as CandidateRecord
+from model.compression.schema import FfnImportance, Importance, LayerImportance
 from model.compression.width_importance import WidthImportance, kept_share
 from model.config import ModelConfig
 
@@ -24,27 +26,29 @@ GIB = 2**30
 def importance_record(
     parent: ModelConfig, layers: Sequence[float], scores: Mapping[Kind, Tensor], widths: WidthImportance,
     config: CompressConfig,
-) -> dict[str, Any]:
-    return {
-        "rule": config.layer_rule,
-        "rounds": config.layer_rounds,
-        "samples": {"layers": config.importance_samples, "widths": config.ffn_importance_samples},
-        "layers": [
-            {"index": index, "symbol": symbol, "importance": layers[index],
-             "standard_error": _standard_error(scores[config.layer_kind][index]),
-             **{kind: float(values[index].mean()) for kind, values in scores.items()}}
+) -> Importance:
+    return Importance(
+        rule=config.layer_rule,
+        rounds=config.layer_rounds,
+        samples={"layers": config.importance_samples, "widths": config.ffn_importance_samples},
+        layers=[
+            LayerImportance(
+                index=index, symbol=symbol, importance=layers[index],
+                standard_error=_standard_error(scores[config.layer_kind][index]),
+                **{kind: float(values[index].mean()) for kind, values in scores.items()},
+            )
             for index, symbol in enumerate(parent.pattern)
         ],
-        "ffn": [
-            {"index": index,
-             "kept_share_of_importance": {str(w): kept_share(widths.neurons[index], w) for w in config.ffn_widths}}
+        ffn=[
+            FfnImportance(index=index, kept_share_of_importance={
+                width: kept_share(widths.neurons[index], width) for width in config.ffn_widths})
             for index in sorted(widths.neurons)
         ],
-        "heads": {str(index): values.tolist() for index, values in widths.heads.items()},
-        "mamba_heads": {kind: {str(index): values.tolist() for index, values in widths.mamba_heads(kind).items()}
-                        for kind in widths.mamba},
-        "reliability": widths.reliability,
-    }
+        heads={index: values.tolist() for index, values in widths.heads.items()},
+        mamba_heads={kind: {index: values.tolist() for index, values in widths.mamba_heads(kind).items()}
+                     for kind in widths.mamba},
+        reliability=widths.reliability,
+    )
 
 
 def _standard_error(samples: Tensor) -> float:
@@ -53,27 +57,27 @@ def _standard_error(samples: Tensor) -> float:
 
 def candidate_records(
     candidates: Sequence[Candidate], rounds: Rounds, table: LatencyTable | None
-) -> list[dict[str, Any]]:
+) -> list[CandidateRecord]:
     """One record a candidate, best first; null where a later round was not reached or nothing was timed."""
     records = []
     for rank, index in enumerate(rounds.order, start=1):
         candidate, close = candidates[index], rounds.zero_shot.get(index)
-        records.append({
-            "index": index,
-            "pattern": candidate.config.pattern,
+        records.append(CandidateRecord(
+            index=index,
+            pattern=candidate.config.pattern,
             **{width: getattr(candidate.config, width) for width in WIDTHS},
-            "parameters": candidate.parameters,
-            "memory_gib": candidate.memory.total / GIB,
-            "decode_milliseconds": 1e3 * table.seconds(candidate.config) if table else None,
-            "importance": candidate.importance,
-            "agreement": close.agreement if close else None,
-            "accuracy": close.accuracy if close else None,
-            "kl_cut": close.kl if close else None,
-            "task_accuracy": rounds.task.get(index),
-            "kl_short": rounds.short[index].kl if index in rounds.short else None,
-            "rank": rank,
-            "chosen": rank == 1,
-        })
+            parameters=candidate.parameters,
+            memory_gib=candidate.memory.total / GIB,
+            decode_milliseconds=1e3 * table.seconds(candidate.config) if table else None,
+            importance=candidate.importance,
+            agreement=close.agreement if close else None,
+            accuracy=close.accuracy if close else None,
+            kl_cut=close.kl if close else None,
+            task_accuracy=rounds.task.get(index),
+            kl_short=rounds.short[index].kl if index in rounds.short else None,
+            rank=rank,
+            chosen=rank == 1,
+        ))
     return records
 
 

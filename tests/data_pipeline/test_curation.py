@@ -109,19 +109,19 @@ def test_no_ngram_is_shared_with_held_out_text(curated):
 
 def test_funnel_adds_up(curated, before):
     out, records = curated
-    assert list(dict.fromkeys(row["step"] for row in records.funnel)) == STEPS
+    assert list(dict.fromkeys(row.step for row in records.funnel)) == STEPS
     manifest = json.loads((out / "manifest.json").read_text())
     for domain in DOMAINS:
-        rows = [row for row in records.funnel if row["domain"] == domain]
-        assert rows[0]["documents"] == (before["domain"] == domain).sum()
+        rows = [row for row in records.funnel if row.domain == domain]
+        assert rows[0].documents == (before["domain"] == domain).sum()
         for earlier, later in pairwise(rows):
-            assert earlier["documents"] - later["documents"] == sum(later["reasons"].values())
-        assert rows[-1]["documents"] == manifest["train"][domain]["documents"]
-        assert rows[-1]["bytes"] == manifest["train"][domain]["bytes"]
+            assert earlier.documents - later.documents == sum(later.reasons.values())
+        assert rows[-1].documents == manifest["train"][domain]["documents"]
+        assert rows[-1].bytes == manifest["train"][domain]["bytes"]
 
 
 def test_each_planted_document_goes_for_its_reason(curated):
-    reasons = {why for row in curated[1].funnel for why in row["reasons"]}
+    reasons = {why for row in curated[1].funnel for why in row.reasons}
     assert {"language de", "language un", "generated > 0"} <= reasons
     assert any(why.startswith("copy") for why in reasons) and any(why.startswith("near-duplicate") for why in reasons)
 
@@ -146,11 +146,11 @@ def test_histograms_hold_every_eligible_document_and_the_thresholds(curated):
     assert {"characters", "perplexity", "fluency", "structure", "language_share"} <= histograms.keys()
     for name, domains in histograms.items():
         for domain, entry in domains.items():
-            assert len(entry["edges"]) == len(entry["counts"]) + 1 and 25 <= len(entry["counts"]) <= 40
-            assert entry["edges"] == sorted(entry["edges"])
-            assert sum(entry["counts"]) == sum(histograms["fluency"][domain]["counts"]), (name, domain)
+            assert len(entry.edges) == len(entry.counts) + 1 and 25 <= len(entry.counts) <= 40
+            assert entry.edges == sorted(entry.edges)
+            assert sum(entry.counts) == sum(histograms["fluency"][domain].counts), (name, domain)
     words = histograms["words"]["docs"]
-    assert (words["low"], words["high"]) == (30, None) and "Gopher" in words["source"]
+    assert (words.low, words.high) == (30, None) and "Gopher" in words.source
 
 
 def test_dropped_shows_what_broke_each_rule(curated, before):
@@ -158,20 +158,20 @@ def test_dropped_shows_what_broke_each_rule(curated, before):
     for domain in DOMAINS:
         counted: dict[str, int] = {}
         for row in records.funnel:
-            if row["domain"] == domain and row["step"] != "held_out":
-                counted |= row["reasons"]
+            if row.domain == domain and row.step != "held_out":
+                counted |= row.reasons
         shown = records.dropped[domain]
-        assert {why: entry["documents"] for why, entry in shown.items() if why != "substring"} == counted
+        assert {why: entry.documents for why, entry in shown.items() if why != "substring"} == counted
         for why, entry in shown.items():
-            assert 1 <= len(entry["examples"]) <= 6
-            for example in entry["examples"]:
-                assert example["value"] and 0 < len(example["excerpt"]) <= 600, why
-                text = before.filter(source=example["source"], path=example["path"], domain=domain)["text"].item()
-                assert example["excerpt"] in text
-    removed = [example["excerpt"] for example in records.dropped["docs"]["substring"]["examples"]]
+            assert 1 <= len(entry.examples) <= 6
+            for example in entry.examples:
+                assert example.value and 0 < len(example.excerpt) <= 600, why
+                text = before.filter(source=example.source, path=example.path, domain=domain)["text"].item()
+                assert example.excerpt in text
+    removed = [example.excerpt for example in records.dropped["docs"]["substring"].examples]
     assert removed and all(len(text.encode()) >= 200 for text in removed)
-    (generated,) = records.dropped["code"]["generated > 0"]["examples"]
-    assert generated["value"] == "generated 1 > 0 (Codex)"
+    (generated,) = records.dropped["code"]["generated > 0"].examples
+    assert generated.value == "generated 1 > 0 (Codex)"
 
 
 def test_repeated_strings_stay_once(curated, before):
@@ -190,10 +190,10 @@ def test_workers_change_nothing(annotated, curated, tmp_path):
 def test_a_threshold_changes_the_cut_alone(annotated, curated, tmp_path):
     rules = {"docs": {"set": "prose", "labels": LABELS, "thresholds": {"words": (400, None)}}}
     records = run(annotated, curate_config(rules=rules), tmp_path)
-    (entry,) = [row for row in records.funnel if row["step"] == "heuristics" and row["domain"] == "docs"]
-    assert entry["reasons"]["words < 400"] > 10
-    assert records.histograms["words"]["docs"]["low"] == 400
-    assert records.histograms["words"]["docs"]["counts"] == curated[1].histograms["words"]["docs"]["counts"]
+    (entry,) = [row for row in records.funnel if row.step == "heuristics" and row.domain == "docs"]
+    assert entry.reasons["words < 400"] > 10
+    assert records.histograms["words"]["docs"].low == 400
+    assert records.histograms["words"]["docs"].counts == curated[1].histograms["words"]["docs"].counts
     assert "characters" not in records.dropped["code"]      # no rules for code
 
 

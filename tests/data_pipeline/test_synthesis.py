@@ -287,8 +287,8 @@ def test_synthetic_documents_become_a_shard_of_the_corpus(serve, tmp_path, monke
         scratch.mkdir()
         records = curation.curate(
             tmp_path / "annotated", curate_config, 1, out, scratch, tmp_path / "replies.jsonl", local, quiet)
-        steps = {row["step"]: row for row in records.funnel}
-        assert steps["synthesis"]["documents"] > steps["held_out"]["documents"]
+        steps = {row.step: row for row in records.funnel}
+        assert steps["synthesis"].documents > steps["held_out"].documents
         return sorted((out / "train").glob("*.parquet"))
 
     *real, synthetic = (pq.read_table(path) for path in curate("first"))

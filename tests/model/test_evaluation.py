@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import shutil
 import sys
@@ -21,6 +20,7 @@ from data_pipeline import fast_tokenizer, tokenizer
 from data_pipeline.config import TokenizerConfig
 from model import evaluation, hub
 from model.config import ModelConfig, ModelError
+from model.evaluation_schema import ChoiceSample
 from model.hybrid_lm import HybridLM
 from tests.data_pipeline.small_corpus import write_curated
 
@@ -246,8 +246,8 @@ def test_metrics_against_their_definitions(exported: dict[str, Path]) -> None:
     assert result.metrics["recall_accuracy"] in (0.0, 1.0)
     assert set(result.samples) == {"bits_per_byte_code", "bits_per_byte_docs", "cloze", "recall"}
     shown = result.samples["cloze"][0]
-    assert shown["chosen"] == shown["log_likelihoods"].index(max(shown["log_likelihoods"]))
-    json.dumps(result.samples)
+    assert isinstance(shown, ChoiceSample)
+    assert shown.chosen == shown.log_likelihoods.index(max(shown.log_likelihoods))
 
 
 def test_resumed_evaluation_equals_an_unbroken_one(

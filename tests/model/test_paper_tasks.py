@@ -13,7 +13,8 @@ from lm_eval.api.model import TemplateLM
 
 from model import paper_tasks
 from model.evaluation import LocalTask
-from model.paper_tasks import PAPER_TASKS, PaperTask, run_paper_tasks
+from model.evaluation_schema import PaperTask
+from model.paper_tasks import PAPER_TASKS, run_paper_tasks
 
 TASKS = Path(lm_eval.__file__).parent / "tasks"
 FOLDERS = {"minerva_math500": "minerva_math", "leaderboard_math_hard": "leaderboard/math", "gsm8k_cot": "gsm8k",

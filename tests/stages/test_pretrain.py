@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from model.checkpoint import load_weights
 from model.trainer import train
 from stages.params import load_params
-from stages.pretrain import csv_text
+from stages.schema import csv_text
 
 ROOT = Path(__file__).resolve().parents[2]
 GEOMETRY = {"pattern": "M-*M", "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4,

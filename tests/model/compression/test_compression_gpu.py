@@ -68,6 +68,6 @@ def test_the_whole_funnel_with_a_latency_budget(trained, config, tmp_path):
     assert metrics["kl_parent_compressed"] < metrics["kl_parent_cut"] < metrics["kl_parent_random_cut_mean"]
     assert metrics["parameters_prediction_error"] == 0 and metrics["cache_bytes_prediction_error"] == 0
     assert metrics["weight_bytes_prediction_error"] < 0.02
-    assert all(candidate["decode_milliseconds"] > 0 for candidate in result.records["candidates"])
+    assert all(candidate.decode_milliseconds > 0 for candidate in result.records["candidates"])
     again = compress(trained, data, gpu, 1, tmp_path, silent)
     assert again.records == result.records and (tmp_path / "resumed").exists()

@@ -1,6 +1,5 @@
 """The whole search and distillation on a tiny parent: what it finds, and that a kill changes nothing."""
 
-import json
 import re
 
 import pytest
@@ -41,9 +40,9 @@ def test_the_funnel_finds_what_does_not_matter(planted, data, tight, tmp_path):
     result = compress(planted, data, tight, 1, tmp_path, silent)
     metrics = result.metrics
     winner = result.records["candidates"][0]
-    assert winner["pattern"] == "M-*M-" and winner["ffn_hidden_size"] == 32 and winner["chosen"]
+    assert winner.pattern == "M-*M-" and winner.ffn_hidden_size == 32 and winner.chosen
     assert result.layers["compressed"] == [0, 1, 3, 5, 6]
-    assert winner["importance"] == pytest.approx(1.0, abs=1e-9) and winner["agreement"] > 0.99
+    assert winner.importance == pytest.approx(1.0, abs=1e-9) and winner.agreement > 0.99
     assert metrics["kl_parent_cut"] < 1e-6
     assert metrics["kl_parent_random_cut"] > 0.05
     assert metrics["kl_parent_random"] < metrics["kl_parent_random_cut"]
@@ -59,21 +58,20 @@ def test_the_funnel_finds_what_does_not_matter(planted, data, tight, tmp_path):
 
 def test_the_records_have_what_the_report_reads(planted, data, config, tmp_path):
     result = compress(planted, data, config, 1, tmp_path, silent)
-    json.dumps([result.records, result.metrics])
     importance, candidates = result.records["importance"], result.records["candidates"]
-    assert [layer["symbol"] for layer in importance["layers"]] == list("M-M*-M-")
-    assert [entry["index"] for entry in importance["ffn"]] == [1, 4, 6]
-    shares = importance["ffn"][0]["kept_share_of_importance"]
-    assert list(shares) == ["16", "24", "28", "32", "48"] and shares["16"] < shares["24"] < shares["32"]
-    assert [shares["32"], shares["48"]] == pytest.approx([1, 1], rel=1e-12)       # sixteen of them are dead
+    assert [layer.symbol for layer in importance.layers] == list("M-M*-M-")
+    assert [entry.index for entry in importance.ffn] == [1, 4, 6]
+    shares = importance.ffn[0].kept_share_of_importance
+    assert list(shares) == [16, 24, 28, 32, 48] and shares[16] < shares[24] < shares[32]
+    assert [shares[32], shares[48]] == pytest.approx([1, 1], rel=1e-12)       # sixteen of them are dead
     assert len(candidates) == result.metrics["candidates"] > config.ranked_by_agreement
-    assert [candidate["rank"] for candidate in candidates] == list(range(1, len(candidates) + 1))
-    assert [candidate["kl_short"] is not None for candidate in candidates[:3]] == [True, True, False]
-    assert candidates[0]["kl_short"] <= candidates[1]["kl_short"]
-    compared = [candidate["agreement"] for candidate in candidates if candidate["agreement"] is not None]
+    assert [candidate.rank for candidate in candidates] == list(range(1, len(candidates) + 1))
+    assert [candidate.kl_short is not None for candidate in candidates[:3]] == [True, True, False]
+    assert candidates[0].kl_short <= candidates[1].kl_short
+    compared = [candidate.agreement for candidate in candidates if candidate.agreement is not None]
     assert len(compared) == config.ranked_by_agreement and min(compared[:2]) >= max(compared[2:])
-    assert [candidate["chosen"] for candidate in candidates] == [True] + [False] * (len(candidates) - 1)
-    left = [candidate["importance"] for candidate in candidates if candidate["agreement"] is None]
+    assert [candidate.chosen for candidate in candidates] == [True] + [False] * (len(candidates) - 1)
+    left = [candidate.importance for candidate in candidates if candidate.agreement is None]
     assert left == sorted(left, reverse=True)
     assert {row[0] for row in result.curve} == {"compressed", "random"}
     assert len(result.curve) == 40 and result.metrics["distillation_tokens"] == result.curve[-1][2] == 20 * 128

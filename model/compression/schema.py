@@ -1,0 +1,85 @@
+"""Records of a compression, as the funnel writes them and as the report reads them back (docs/compression.md)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Record(BaseModel):
+    """A field that is missing or unknown is an error: the record is of another version."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LayerImportance(BaseModel):
+    """Other fields are importances by other rules (`mse`, `influence`)."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    index: int
+    symbol: str
+    importance: float
+    standard_error: float
+    influence: float
+
+
+class FfnImportance(Record):
+    index: int
+    kept_share_of_importance: dict[int, float]          # by width
+
+
+class Importance(Record):
+    """importance.json. `heads` and `mamba_heads` by layer; `reliability` by axis, a rank correlation."""
+
+    rule: str
+    rounds: str
+    samples: dict[str, int]
+    layers: list[LayerImportance]
+    ffn: list[FfnImportance]
+    heads: dict[int, list[float]]
+    mamba_heads: dict[str, dict[int, list[float]]]
+    reliability: dict[str, float]
+
+
+class Candidate(Record):
+    """candidates.json, best first; None where a later round was not reached or nothing was timed."""
+
+    index: int
+    pattern: str
+    ffn_hidden_size: int
+    mamba_num_heads: int
+    mamba_head_dim: int
+    num_attention_heads: int
+    num_query_groups: int
+    hidden_size: int
+    parameters: int
+    memory_gib: float
+    decode_milliseconds: float | None
+    importance: float
+    agreement: float | None
+    accuracy: float | None
+    kl_cut: float | None
+    task_accuracy: float | None
+    kl_short: float | None
+    rank: int
+    chosen: bool
+
+
+class Controls(Record):
+    """controls.json: KL to the parent of cuts to the chosen shape, before distillation."""
+
+    importance: float
+    random: list[float]             # by seed
+    seeds: list[int]
+    reverse: float
+
+
+class Costs(Record):
+    """costs.json: of parent and compressed, predicted and measured."""
+
+    models: dict[str, dict[str, float]]
+    metrics: dict[str, float]
+    budgets: dict[str, float]
+    latency: dict[str, Any] | None

@@ -1,0 +1,75 @@
+"""Records of an evaluation, as the stage writes them and as the report reads them back."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+from pydantic.dataclasses import dataclass
+
+Scores = dict[str, list[int] | list[tuple[float, int]]]     # scores.json by task: 1 or 0, or (nats, bytes), an item
+
+
+class Record(BaseModel):
+    """A field that is missing or unknown is an error: the record is of another version."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TextSample(Record):
+    """samples.json: held-out text, shortened."""
+
+    id: str
+    text: str
+    bits_per_byte: float
+
+
+class ChoiceSample(Record):
+    """samples.json: an item of a task; `answer` and `chosen` are indices of `choices`."""
+
+    id: str
+    context: str
+    choices: list[str]
+    log_likelihoods: list[float]
+    answer: int
+    chosen: int
+
+
+Samples = dict[str, list[TextSample | ChoiceSample]]
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class PaperTask:
+    """One row of the paper's tables.
+
+    Attributes:
+        name: in the paper.
+        task: in the harness.
+        shots: examples before the question.
+        metric: `METRIC,FILTER` of the harness's results.
+        kind: `choice` scores continuations, `text` generates, `code` generates and runs what came out.
+        chance: what a guess reaches.
+        published: Nemotron-H-8B-Base's figure as a share; None where the model card has none.
+        changes: fields of the harness's task that the paper has otherwise.
+    """
+
+    name: str
+    task: str
+    shots: int
+    metric: str
+    kind: Literal["choice", "text", "code"]
+    chance: float
+    published: float | None
+    changes: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class PaperScore:
+    """paper_tasks.json: a task's result, or in `left_out` why there is none."""
+
+    task: PaperTask
+    score: float | None = None
+    stderr: float | None = None
+    items: int = 0
+    left_out: str = ""

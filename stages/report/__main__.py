@@ -1,0 +1,58 @@
+"""The report: every claim of the paper with its number, ours, the interval and an answer; figures, tables, provenance.
+
+    python -m stages.report
+
+Reads   runs/PROFILE/: metrics, curves and provenance of every stage; docs/results/studies/; params.yaml
+Writes  reports/PROFILE/index.html (self-contained), claims.json (for README and docs) and four of its figures as SVG
+
+The same records give the same bytes. A record that cannot be read is named where it belongs, printed, and counted in
+the metric `records_not_read`; the page is made for the rest.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stages.common import Stage, run_stage
+
+SAVED = ("validation", "decoding", "fp8-gap", "distillation")   # figures that are files of their own, too
+
+
+def report(stage: Stage) -> dict[str, int]:
+    import json
+
+    from stages.report.claims import claims
+    from stages.report.page import counts, report_page, summary, write
+    from stages.report.records import RecordError, Records
+    from stages.report.studies import load_studies
+
+    records, studies, directory = Records(stage.params, stage.records_root), load_studies(), reports_directory(stage)
+    found = claims(records, studies)
+    page = report_page(records, found, [study for study in studies.values() if isinstance(study, RecordError)])
+    write(directory / "index.html", page.text)
+    for name in SAVED:
+        if name in page.plots:
+            write(directory / f"{name}.svg", page.plots[name] + "\n")
+    answers = counts(found)
+    write(directory / "claims.json", json.dumps({
+        "profile": stage.params.profile, **page.facts, "summary": summary(records, found), "counts": answers,
+        "claims": [{"number": claim.number, "key": claim.key, "title": claim.title, "paper": claim.paper,
+                    "ours": "; ".join(f"{line.measure}: {line.ours}" for line in claim.evidence[:1]),
+                    "answer": claim.answer, "because": claim.because} for claim in found],
+    }, indent=1, ensure_ascii=False) + "\n")
+    stage.inputs += records.reader.files
+    unread = list(dict.fromkeys([*page.unread, *records.reader.faults]))
+    print("\n".join([f"{directory / 'index.html'}: {summary(records, found)}", *unread]), flush=True)
+    names = ("claims_that_hold", "claims_that_do_not_hold", "claims_that_cannot_be_told")
+    return {"claims": len(found), **dict(zip(names, answers.values(), strict=True)), "records_not_read": len(unread)}
+
+
+def reports_directory(stage: Stage) -> Path:
+    """reports/PROFILE, or DIR/reports under --out DIR."""
+    if stage.out_data == stage.data_root:
+        return Path("reports") / stage.params.profile
+    return stage.out_data.with_name("reports")
+
+
+if __name__ == "__main__":
+    run_stage(report, __doc__, sections=())

@@ -1,0 +1,161 @@
+"""The page: complete, escaped, self-contained, equal to the records, and there when some of them are not."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from pages import Page
+from runs_tree import DOMAINS, ROOT, edit_json, report_stage, write_json, write_runs
+
+from stages.common import Stage
+from stages.params import load_params
+from stages.report.__main__ import report
+from stages.report.page import seen, write_data_page
+from stages.report.records import RecordError
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """Records, and the page of them when nothing is wrong."""
+    root = tmp_path_factory.mktemp("report")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        write_runs(root)
+        return root, *build()
+
+
+@pytest.fixture
+def runs(tree, tmp_path, monkeypatch):
+    """A copy to break."""
+    monkeypatch.chdir(tmp_path)
+    return Path(shutil.copytree(tree[0] / "runs", tmp_path / "runs")) / "cpu"
+
+
+def build():
+    metrics = report(report_stage())
+    return metrics, Path("reports/cpu/index.html").read_text()
+
+
+def test_page_is_well_formed_and_self_contained(tree):
+    page = Page(tree[2])
+    assert page.open == []
+    assert len(page.ids) == len(set(page.ids))
+    assert {link.removeprefix("#") for link in page.links} <= set(page.ids)
+    assert all(link.startswith("#") for link in page.links + page.resources)
+    assert not {"script", "link", "img", "iframe", "object", "embed"} & page.tags
+    assert not re.search(r"@import|url\((?!#)", tree[2])
+    assert len(tree[2].encode()) < 1_000_000
+
+
+def test_same_records_same_bytes(tree, runs):
+    files = {path.name: path.read_bytes() for path in (tree[0] / "reports/cpu").iterdir()}
+    assert set(files) == {"index.html", "claims.json", "validation.svg", "decoding.svg", "fp8-gap.svg",
+                          "distillation.svg"}
+    build()
+    assert {path.name: path.read_bytes() for path in Path("reports/cpu").iterdir()} == files
+
+
+def test_first_screen_and_claims_json_and_metrics_say_the_same(tree):
+    root, metrics, text = tree
+    found = json.loads((root / "reports/cpu/claims.json").read_text())
+    assert metrics["records_not_read"] == 0 and metrics["claims"] == len(found["claims"])
+    assert list(found["counts"].values()) == [metrics[f"claims_{name}"] for name in (
+        "that_hold", "that_do_not_hold", "that_cannot_be_told")]
+    for answer, count in found["counts"].items():
+        assert sum(claim["answer"] == answer for claim in found["claims"]) == count
+        assert f">{answer}: {count}</span>" in text
+    assert found["profile"] == "cpu" and found["commit"] == "0d51f3a00000" and "Some CPU" in found["machine"]
+    assert not re.search(r"20\d\d-\d\d-\d\d", json.dumps({**found, "claims": []}))
+    assert text.count("<details id=\"claim-") == len(found["claims"])
+
+
+def test_tables_hold_the_records_numbers(runs):
+    edit_json(runs / "evaluate/hybrid-fp8/metrics.json", cloze_accuracy=0.4321, cloze_accuracy_stderr=0.0217)
+    edit_json(runs / "compress/metrics.json", kl_parent_random=0.77777)
+    edit_json(runs / "tokenize/metrics.json", bytes_per_token_docs=3.98765)
+    edit_json(runs / "benchmark/metrics.json", **{f"nemotron_h_8b_served_{key}": 48.5 for key in (
+        "weights_gib", "batch", "time_to_first_token", "prefill_of_floor", "decode_tokens_per_second",
+        "decode_of_floor", "output_tokens_per_second", "peak_gib")})
+    page = Page(build()[1])
+    assert any(row[0] == "hybrid-fp8" and "0.432 ± 0.022" in row for row in page.rows)
+    assert page.row("KL to the parent, distilled") == ["KL to the parent, distilled", "–", "0.0831", "0.7778"]
+    assert any(row[0] == "docs" and row[3] == "3.988" for row in page.rows)
+    assert page.row("16,384")[-2:] == ["2.99", "1.15"]
+    assert any(row[:2] == ["nemotron_h_8b", "48.5"] and row[-1] == "≈ 211" for row in page.rows)
+    assert any(row[0] == "heuristics" and row[1] == "stop_words < 2: 40; digits > 0.2: 12" for row in page.rows)
+
+
+def test_text_from_records_is_escaped(runs):
+    machine = json.loads((runs / "curate/provenance.json").read_text())["machine"]
+    edit_json(runs / "curate/provenance.json", machine=machine | {"processor": "<script>alert('x')</script>"})
+    text = build()[1]
+    assert "<script" not in text and "&lt;script&gt;" in text
+    assert "BEL <span class=\"control\">\\x07</span> &lt;b&gt;` ```" in text
+
+
+def test_invisible_characters_are_seen():
+    shown = seen("a\x07b\r\n<script>\u202e\ud800&#8238;\ufeff\ttab")
+    for written in ("\\x07", "\\r", "\\u202e", "\\ud800", "\\ufeff"):
+        assert f'<span class="control">{written}</span>' in shown
+    assert "\n" in shown and "\t" in shown and "<script" not in shown and "&amp;#8238;" in shown
+    shown.encode()
+
+
+@pytest.mark.parametrize(("name", "spoil", "fault"), [
+    ("compress/candidates.json", Path.unlink, "not found"),
+    ("compress/candidates.json", lambda path: path.write_text(""), "empty"),
+    ("compress/candidates.json", lambda path: path.write_text("[{"), "not valid JSON"),
+    ("pretrain/hybrid-fp8/validation.csv", lambda path: path.write_text("step,tokens\n1,2\n"), "`0.domain` is missing"),
+    ("pretrain/hybrid-fp8/training.csv", lambda path: path.write_text(path.read_text().splitlines()[0]), "no rows"),
+    ("curate/histograms.json", lambda path: path.write_text("{}[]"), "not valid JSON"),
+    ("curate/funnel.json", Path.unlink, "not found"),
+    ("benchmark/provenance.json", Path.unlink, "not found"),
+    ("evaluate/compressed/metrics.json", Path.unlink, "not found"),
+    ("evaluate/hybrid-fp8/samples.json", lambda path: write_json(path, {"cloze": [{"id": "x"}]}), "`cloze.0."),
+])
+def test_the_page_is_made_for_the_rest(runs, capsys, name, spoil, fault):
+    spoil(runs / name)
+    metrics, text = build()
+    page = Page(text)
+    assert page.open == [] and metrics["records_not_read"] >= 1
+    lines = capsys.readouterr().out.splitlines()
+    where = next(place for place, line in enumerate(lines) if name in line)
+    assert fault in lines[where] and lines[where + 1].startswith("Run `dvc repro --force --single-item ")
+    assert name in text.split("Each is named where it belongs.")[1]
+    assert {"training", "compression", "evaluation", "inference", "data", "runs"} <= set(page.ids)
+    assert page.row("Parameters") and metrics["claims"] > 20
+
+
+def test_nothing_at_all_is_said_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    metrics, text = build()
+    assert Page(text).open == [] and metrics["records_not_read"] > 20
+
+
+def test_out_directory_takes_the_report(runs, tmp_path):
+    report(Stage("report", load_params(ROOT / "params.yaml"), None, tmp_path / "elsewhere", ("profile",)))
+    assert (tmp_path / "elsewhere/reports/index.html").exists() and not Path("reports").exists()
+
+
+# --- The page of a curation -------------------------------------------------------------------------------------------
+
+
+def test_data_page_stands_alone(runs, tmp_path):
+    for stage in ("tokenizer", "tokenize"):
+        shutil.rmtree(runs / stage)
+    text = write_data_page(runs, tmp_path / "out", "own").read_text()
+    page = Page(text)
+    assert page.open == [] and len(page.ids) == len(set(page.ids))
+    assert "Of 6,000 documents (27.00 MB) read, 3,600 documents" in text
+    assert {"data", "thresholds", "dropped"} <= set(page.ids) and "claims" not in page.ids
+    assert "Tokens" not in text and "Models" not in text and 'class="unread"' not in text
+    assert re.findall(r"<h4>(.*?)</h4>", text).count("stop words") == len(DOMAINS)
+    assert "&lt; 2: 40 went" in text and "&gt; 0.2: 12 went" in text
+
+
+def test_data_page_without_a_funnel_names_the_file(runs, tmp_path):
+    (runs / "curate/funnel.json").unlink()
+    with pytest.raises(RecordError, match=r"funnel\.json: not found\.\nRun `dvc repro --force --single-item curate`"):
+        write_data_page(runs, tmp_path / "out", "own")

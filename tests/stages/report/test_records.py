@@ -1,0 +1,81 @@
+"""Records are what was written, and whatever is not as it should be is named with its file and its cure."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from runs_tree import edit_json, report_stage, write_json, write_runs
+
+from stages.report.records import LABELS, Reader, RecordError, Records
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return write_runs(tmp_path)
+
+
+def records():
+    return Records(report_stage().params, Path("runs/cpu"))
+
+
+def test_what_was_written_is_read_back(runs):
+    found = records()
+    assert [candidate.model_dump() for candidate in found.candidates] == json.loads(
+        (runs / "compress/candidates.json").read_text())
+    assert found.provenance("pretrain@hybrid-fp8").command.endswith("--variant hybrid-fp8")
+    assert found.validation["hybrid-fp8"]["all"]["tokens"][:2] == [0, 6 * 2048]
+    assert found.decode["hybrid"][-1].time_to_first_token_seconds is None
+    assert len(found.decode_repeats["compressed"][256]) == 5
+    assert list(found.data.files("docs")) == list(LABELS)
+    assert found.data.reasons("code")["stop_words < 2"] == 40
+    assert found.metrics("evaluate", "compressed")["bits_per_byte_compressor"] == 2.91
+    assert found.precision_pairs("hybrid") == [("hybrid-fp8", "hybrid-bf16")]
+
+
+def test_nothing_is_read_before_it_is_asked_for(runs):
+    found = records()
+    assert found.reader.files == []
+    assert found.controls.seeds and found.controls.reverse
+    assert found.reader.files == [Path("runs/cpu/compress/controls.json")]
+
+
+@pytest.mark.parametrize(("name", "change", "fault", "stage"), [
+    ("compress/controls.json", {"median": 0.2}, "`median` is unknown; of another version", "compress"),
+    ("benchmark/provenance.json", {"machine": {"cores": 2}}, "`machine.processor` is missing, and 1 more faults",
+     "benchmark"),
+    ("pretrain/hybrid-fp8/provenance.json", {"wall_seconds": "long"}, "`wall_seconds` (Input should be a valid number",
+     "pretrain@hybrid-fp8"),
+    ("curate/histograms.json", {"digits": {"docs": {"edges": [0, 1], "counts": [1, 2], "low": None, "high": 1,
+                                                    "source": "", "labels": {}}}},
+     "2 edges do not go with 2", "curate"),
+])
+def test_records_of_another_version_say_so(runs, name, change, fault, stage):
+    edit_json(runs / name, **change)
+    found = records()
+    with pytest.raises(RecordError, match=re.escape(fault)) as caught:
+        (found.controls, *map(found.provenance, found.runs), found.data.histograms)
+    first, second = str(caught.value).split("\n")
+    assert first.startswith(f"runs/cpu/{name}: ") and first.endswith(".")
+    assert second == f"Run `dvc repro --force --single-item {stage}` to write it again."
+    assert str(caught.value) in found.reader.faults
+
+
+def test_a_missing_metric_names_its_file(runs):
+    with pytest.raises(RecordError, match=r"evaluate/compressed/metrics\.json: `nothing` is missing or not a number"):
+        records().metrics("evaluate", "compressed")["nothing"]
+    with pytest.raises(RecordError, match="`models` lacks gpt-2"):
+        records().metrics("evaluate", "gpt-2")
+
+
+def test_a_model_that_was_not_measured_is_named(runs):
+    path = runs / "benchmark/decode.csv"
+    path.write_text("".join(line for line in path.open() if not line.startswith("compressed")))
+    with pytest.raises(RecordError, match="no rows for model compressed"):
+        _ = records().decode
+
+
+def test_what_is_not_a_number_stays_one_and_is_read(tmp_path):
+    write_json(tmp_path / "x.json", {"loss": float("nan")})
+    assert Reader(tmp_path).json(dict[str, float], "x.json")["loss"] != 0
