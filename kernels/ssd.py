@@ -22,6 +22,9 @@ from kernels.arguments import ArgumentError, check_any, check_dtypes, check_mult
 
 # exp(-50) = 2e-22 is nothing beside 1, but keeps products of decays out of the denormal range, where a CPU crawls.
 _LEAST_LOG_DECAY = -50.0
+# What the CUDA kernels take: head_dim and state_dim, and the elements of a head's state, which shared memory must hold.
+KERNEL_SIZES = (16, 32, 64, 128, 256)
+LARGEST_STATE = 256 * 128
 
 
 def chunk_scan(

@@ -25,6 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.ssd import KERNEL_SIZES, LARGEST_STATE
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -429,23 +431,15 @@ STEP_GRADIENTS = Tiles(warps=4, stages=1, size=4)
 # Triton 3.6 brings, adds offsets to a uniform register that nothing wrote, and products read whatever lies there.
 LEAST_WIDTH = 64
 TUNED_STATE = 128 * 64          # elements of the largest state for which the pipelines above fit into shared memory
-LARGEST_STATE = 256 * 128       # and without pipelines
-SIZES = (16, 32, 64, 128, 256)
-
-
-def refusal(head_dim: int, state_dim: int) -> str | None:
-    """Why the kernels do not take these sizes; None where they do."""
-    for name, size in (("head_dim", head_dim), ("state_dim", state_dim)):
-        if size not in SIZES:
-            return f"{name} ({size}) is none of {', '.join(map(str, SIZES))}"
-    if head_dim * state_dim > LARGEST_STATE:
-        return f"a state of head_dim x state_dim = {head_dim} x {state_dim} does not fit into shared memory"
-    return None
 
 
 def supports(x: Tensor, B: Tensor) -> bool:
-    """Whether the kernels take these inputs: on a GPU, 2 bytes an element, sizes as `refusal` says."""
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and refusal(x.shape[-1], B.shape[-1]) is None
+    """Whether the kernels take these inputs: on a GPU, 2 bytes an element, of sizes that `kernels.ssd` names."""
+    head_dim, state_dim = x.shape[-1], B.shape[-1]
+    return (
+        x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and head_dim in KERNEL_SIZES
+        and state_dim in KERNEL_SIZES and head_dim * state_dim <= LARGEST_STATE
+    )
 
 
 def prepared(
