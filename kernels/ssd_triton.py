@@ -235,15 +235,13 @@ def _gradient_walk_kernel(
 
 
 @triton.jit
-def _pair_gradients(xs, dys, scores, seen, counted, j_decays, i_decays, steps, dinput, ALL: tl.constexpr):
+def _pair_gradients(xs, dys, scores, seen, j_decays, i_decays, steps, dinput):
     """One block of inputs (rows j) and one of outputs (columns i) of a head: the gradient of scores, dinput with the
-    block's part added, and the sums of G = dM * M over either axis, of `counted` pairs unless `ALL` are."""
+    block's part added, and the sums of G = dM * M over either axis."""
     fading = tl.where(seen, tl.exp2(tl.minimum(i_decays[None, :] - j_decays[:, None], 0.0)), 0.0)
     dscores = tl.dot(xs, tl.trans(dys)) * (fading * steps[:, None])
     dinput = tl.dot((scores * fading).to(dys.dtype), dys, dinput)
     G = dscores * scores
-    if not ALL:
-        G = tl.where(counted, G, 0.0)
     return dscores, dinput, tl.sum(G, 1), tl.sum(G, 0)
 
 
@@ -260,7 +258,7 @@ def _input_gradients_kernel(
     G = dM * M of a token's input and a later token's output, G summed over i; what the input adds to the end's state
     times its gradient; x dy; G summed over j of the own half; and, for the second half's tokens, over j of the first.
     Pairs of a token with itself stay out: they pass no decay, and where decays are strong they would drown all that
-    does. Their part of the step's gradient is x dy times `own_scores` (batch, groups, padded), C B of a token.
+    does. `own_scores` (batch, groups, padded), C B of a token, gives their part of dx here and of ddt later.
     """
     HALF: tl.constexpr = Q // 2
     g, b = tl.program_id(0) % groups, (tl.program_id(0) // groups).to(tl.int64)
@@ -283,9 +281,11 @@ def _input_gradients_kernel(
         seen = seen & (own[:, None] == own[None, :])
         seen_later = own[:, None] == _document(documents, b, later, length)[None, :]
         in_last = own == _document(documents, b, c * Q + Q - 1, length)
-    scores = tl.where(seen, tl.dot(Bs, tl.trans(Cs)), 0.0)
+    scores = tl.dot(Bs, tl.trans(Cs))
+    own_score = tl.sum(tl.where(j[:, None] == j[None, :], scores, 0.0), 1)
+    scores = tl.where(seen & (j[:, None] < j[None, :]), scores, 0.0)
     scores_later = tl.where(seen_later, tl.dot(Bs, tl.trans(Cs_later)), 0.0)
-    tl.store(own_scores + (b * groups + g) * padded + t, tl.sum(tl.where(j[:, None] == j[None, :], scores, 0.0), 1))
+    tl.store(own_scores + (b * groups + g) * padded + t, own_score)
     sum_own, sum_later = tl.zeros((HALF, HALF), tl.float32), tl.zeros((HALF, HALF), tl.float32)
     inside, inside_later = _columns(inside, p, P, P_TILE), _columns(inside_later, p, P, P_TILE)
     plane = tl.cast(plane, tl.int64)
@@ -302,16 +302,14 @@ def _input_gradients_kernel(
         dinput = tl.dot(Bs, dafter) * into_end[:, None]
         tl.store(sums + plane + row + t, tl.sum(dinput * xs, 1) * steps)
         tl.store(sums + 2 * plane + row + t, tl.sum(xs.to(tl.float32) * dys.to(tl.float32), 1))
-        dmask, dinput, over_i, over_j = _pair_gradients(
-            xs, dys, scores, seen, j[:, None] < j[None, :], decays, decays, steps, dinput, False
-        )
+        dmask, dinput, over_i, over_j = _pair_gradients(xs, dys, scores, seen, decays, decays, steps, dinput)
         tl.store(sums + 3 * plane + row + t, over_j)
         sum_own += dmask
-        skip = tl.load(D + h) * dys
+        skip = (tl.load(D + h) + own_score * steps)[:, None] * dys
         if part == 0:
             dys = tl.load(dy + h * P + (HALF + j)[:, None] * dy_time + p[None, :], inside_later, 0.0)
             dmask, dinput, more_over_i, over_j = _pair_gradients(
-                xs, dys, scores_later, seen_later, seen_later, decays, tl.load(decay + row + later), steps, dinput, True
+                xs, dys, scores_later, seen_later, decays, tl.load(decay + row + later), steps, dinput
             )
             tl.store(sums + 4 * plane + row + later, over_j)
             sum_later += dmask
