@@ -305,17 +305,17 @@ def _input_gradients_kernel(
         dmask, dinput, over_i, over_j = _pair_gradients(xs, dys, scores, seen, decays, decays, steps, dinput)
         tl.store(sums + 3 * plane + row + t, over_j)
         sum_own += dmask
-        skip = (tl.load(D + h) + own_score * steps)[:, None] * dys
         if part == 0:
-            dys = tl.load(dy + h * P + (HALF + j)[:, None] * dy_time + p[None, :], inside_later, 0.0)
+            dys_later = tl.load(dy + h * P + (HALF + j)[:, None] * dy_time + p[None, :], inside_later, 0.0)
             dmask, dinput, more_over_i, over_j = _pair_gradients(
-                xs, dys, scores_later, seen_later, decays, tl.load(decay + row + later), steps, dinput
+                xs, dys_later, scores_later, seen_later, decays, tl.load(decay + row + later), steps, dinput
             )
             tl.store(sums + 4 * plane + row + later, over_j)
             sum_later += dmask
             over_i += more_over_i
         tl.store(sums + row + t, over_i)
         out = dx + h * P + k[:, None] * dx_time + p[None, :]
+        skip = (tl.load(D + h) + own_score * steps)[:, None] * dys
         tl.store(out, (dinput * steps[:, None] + skip).to(dx.dtype.element_ty), inside)
     dscores += ((b * chunks + c) * groups + g) * (Q * Q) + j[:, None] * Q + j[None, :]
     tl.store(dscores + part * (HALF * Q + HALF), sum_own.to(dscores.dtype.element_ty))
