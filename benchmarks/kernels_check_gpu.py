@@ -13,6 +13,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +30,13 @@ from kernels.state_update import conv_state_update, ssd_state_update
 EPSILON = 1e-5
 ARGUMENTS = ("x", "dt", "A", "B", "C", "D", "dt_bias")
 NAMES = ("y", "final", "dx", "ddt", "dA", "dB", "dC", "dD", "ddt_bias")
-Case = tuple[str, Callable[[], dict[str, float] | str]]
+
+
+class Case(NamedTuple):
+    name: str
+    run: Callable[[], dict[str, float] | str]       # errors by name, or how the arguments were refused
+    gib: int = 2                                    # of the GPU's memory, at most
+
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -67,7 +74,7 @@ def against_float64(inputs: list[Tensor], seq_idx: Tensor | None = None) -> dict
 
 def geometry(heads: int, groups: int, head_dim: int, state: int, batch: int = 2, length: int = 1024) -> Case:
     name = f"scan {batch} x {length}, heads {heads}, groups {groups}, head_dim {head_dim}, state {state}"
-    return name, lambda: against_float64(scan_inputs(batch, length, heads, groups, head_dim, state))
+    return Case(name, lambda: against_float64(scan_inputs(batch, length, heads, groups, head_dim, state)))
 
 
 def scaled(dt: float, A: float, bias: float) -> dict[str, float]:
@@ -194,27 +201,27 @@ def cases() -> Iterator[Case]:
     yield geometry(2, 1, 16, 256, 2, 300)
     yield geometry(2, 1, 16, 256, 2, 1)
     yield geometry(256 // 8, 1, 64, 256, 1, 4096)           # the 56B model's share at a tensor-parallel size of 8
-    yield "dt x 30, A x 16", lambda: scaled(30, 16, 0)
-    yield "dt_bias about -14", lambda: scaled(1, 1, -10)
+    yield Case("dt x 30, A x 16", lambda: scaled(30, 16, 0))
+    yield Case("dt_bias about -14", lambda: scaled(1, 1, -10))
     for name in (*ARGUMENTS, "seq_idx"):
-        yield f"scan, strided {name}", lambda name=name: strided(name)
-    yield "cross-entropy, labels of -100", cross_entropy_ignores
-    yield "batch 65,537", lambda: many_sequences(65_537)
-    yield "scan 8 x 32,768, last sequence", lambda: last_sequence(8, 32_768)
-    yield "scan 1 x 262,144, last group", lambda: last_group(262_144)
-    yield "mix 16 x 8,192, last sequence", lambda: mixer_last_sequence(16, 8192)
-    yield "mix 1 x 131,072, last group", lambda: mixer_last_group(131_072)
-    yield "scan, 5 heads in 2 groups", lambda: refused(lambda: chunk_scan(
-        *scan_inputs(1, 64, 5, 2, 64, 64), chunk_size=64))
-    yield "norm, 100 channels in 3 groups", lambda: refused(lambda: gated_rms_norm(
-        normal(8, 100), normal(8, 100), normal(100), 3, EPSILON))
-    yield "scan, B of another dtype", lambda: refused(lambda: chunk_scan(
-        *(t.float() if k == 3 else t for k, t in enumerate(scan_inputs(1, 64, 4, 2, 64, 64))), chunk_size=64))
+        yield Case(f"scan, strided {name}", lambda name=name: strided(name))
+    yield Case("cross-entropy, labels of -100", cross_entropy_ignores)
+    yield Case("batch 65,537", lambda: many_sequences(65_537), 8)
+    yield Case("scan 8 x 32,768, last sequence", lambda: last_sequence(8, 32_768), 64)
+    yield Case("scan 1 x 262,144, last group", lambda: last_group(262_144), 64)
+    yield Case("mix 16 x 8,192, last sequence", lambda: mixer_last_sequence(16, 8192), 48)
+    yield Case("mix 1 x 131,072, last group", lambda: mixer_last_group(131_072), 48)
+    yield Case("scan, 5 heads in 2 groups", lambda: refused(lambda: chunk_scan(
+        *scan_inputs(1, 64, 5, 2, 64, 64), chunk_size=64)))
+    yield Case("norm, 100 channels in 3 groups", lambda: refused(lambda: gated_rms_norm(
+        normal(8, 100), normal(8, 100), normal(100), 3, EPSILON)))
+    yield Case("scan, B of another dtype", lambda: refused(lambda: chunk_scan(
+        *(t.float() if k == 3 else t for k, t in enumerate(scan_inputs(1, 64, 4, 2, 64, 64))), chunk_size=64)))
 
 
 def run_cases() -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
-    for name, run in cases():
+    for name, run, _ in cases():
         torch.manual_seed(0)
         torch.cuda.empty_cache()
         try:

@@ -90,8 +90,8 @@ def supports(x: Tensor, gate: Tensor | None) -> bool:
 
 def prepared(x: Tensor, gate: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
     """The tensors of `normalise`, copied where they do not lie as the kernels read them."""
-    x, gate = (rows if rows is None or rows.stride(1) == 1 else rows.contiguous() for rows in (x, gate))
-    return x, gate, weight.contiguous()
+    gate = gate if gate is None or gate.stride(1) == 1 else gate.contiguous()
+    return x if x.stride(1) == 1 else x.contiguous(), gate, weight.contiguous()
 
 
 def run_forward(

@@ -22,6 +22,9 @@ from kernels.arguments import ArgumentError, check_any, check_dtypes, check_mult
 
 # exp(-50) = 2e-22 is nothing beside 1, but keeps products of decays out of the denormal range, where a CPU crawls.
 _LEAST_LOG_DECAY = -50.0
+# What the CUDA kernels take: head_dim and state_dim, and the elements of a head's state, which shared memory must hold.
+KERNEL_SIZES = (16, 32, 64, 128, 256)
+LARGEST_STATE = 256 * 128
 
 
 def chunk_scan(
@@ -80,13 +83,14 @@ def chunk_scan(
     step = F.softplus(dt.to(precise) + dt_bias.to(precise))
     if initial_state is None:
         initial_state = x.new_zeros(batch, heads, head_dim, B.shape[-1], dtype=precise)
+    before = initial_state.to(precise).contiguous()
     chunk = min(chunk_size, length)
     if padding := -length % chunk:
         x, B, C = (F.pad(tensor, (0, 0, 0, 0, 0, padding)) for tensor in (x, B, C))
         step = F.pad(step, (0, 0, 0, padding))          # a step of 0 leaves the state as it is
         if seq_idx is not None:
             seq_idx = torch.cat([seq_idx, seq_idx[:, -1:].expand(-1, padding)], 1)
-    y, state = _ChunkScan.apply(x, step, A.to(precise), B, C, D.to(precise), initial_state.to(precise), chunk, seq_idx)
+    y, state = _ChunkScan.apply(x, step, A.to(precise), B, C, D.to(precise), before, chunk, seq_idx)
     return y[:, :length], state
 
 

@@ -25,6 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.ssd import KERNEL_SIZES, LARGEST_STATE
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -233,15 +235,13 @@ def _gradient_walk_kernel(
 
 
 @triton.jit
-def _pair_gradients(xs, dys, scores, seen, counted, j_decays, i_decays, steps, dinput, ALL: tl.constexpr):
+def _pair_gradients(xs, dys, scores, seen, j_decays, i_decays, steps, dinput):
     """One block of inputs (rows j) and one of outputs (columns i) of a head: the gradient of scores, dinput with the
-    block's part added, and the sums of G = dM * M over either axis, of `counted` pairs unless `ALL` are."""
+    block's part added, and the sums of G = dM * M over either axis."""
     fading = tl.where(seen, tl.exp2(tl.minimum(i_decays[None, :] - j_decays[:, None], 0.0)), 0.0)
     dscores = tl.dot(xs, tl.trans(dys)) * (fading * steps[:, None])
     dinput = tl.dot((scores * fading).to(dys.dtype), dys, dinput)
     G = dscores * scores
-    if not ALL:
-        G = tl.where(counted, G, 0.0)
     return dscores, dinput, tl.sum(G, 1), tl.sum(G, 0)
 
 
@@ -258,7 +258,7 @@ def _input_gradients_kernel(
     G = dM * M of a token's input and a later token's output, G summed over i; what the input adds to the end's state
     times its gradient; x dy; G summed over j of the own half; and, for the second half's tokens, over j of the first.
     Pairs of a token with itself stay out: they pass no decay, and where decays are strong they would drown all that
-    does. Their part of the step's gradient is x dy times `own_scores` (batch, groups, padded), C B of a token.
+    does. `own_scores` (batch, groups, padded), C B of a token, gives their part of dx here and of ddt later.
     """
     HALF: tl.constexpr = Q // 2
     g, b = tl.program_id(0) % groups, (tl.program_id(0) // groups).to(tl.int64)
@@ -281,9 +281,11 @@ def _input_gradients_kernel(
         seen = seen & (own[:, None] == own[None, :])
         seen_later = own[:, None] == _document(documents, b, later, length)[None, :]
         in_last = own == _document(documents, b, c * Q + Q - 1, length)
-    scores = tl.where(seen, tl.dot(Bs, tl.trans(Cs)), 0.0)
+    scores = tl.dot(Bs, tl.trans(Cs))
+    own_score = tl.sum(tl.where(j[:, None] == j[None, :], scores, 0.0), 1)
+    scores = tl.where(seen & (j[:, None] < j[None, :]), scores, 0.0)
     scores_later = tl.where(seen_later, tl.dot(Bs, tl.trans(Cs_later)), 0.0)
-    tl.store(own_scores + (b * groups + g) * padded + t, tl.sum(tl.where(j[:, None] == j[None, :], scores, 0.0), 1))
+    tl.store(own_scores + (b * groups + g) * padded + t, own_score)
     sum_own, sum_later = tl.zeros((HALF, HALF), tl.float32), tl.zeros((HALF, HALF), tl.float32)
     inside, inside_later = _columns(inside, p, P, P_TILE), _columns(inside_later, p, P, P_TILE)
     plane = tl.cast(plane, tl.int64)
@@ -300,22 +302,20 @@ def _input_gradients_kernel(
         dinput = tl.dot(Bs, dafter) * into_end[:, None]
         tl.store(sums + plane + row + t, tl.sum(dinput * xs, 1) * steps)
         tl.store(sums + 2 * plane + row + t, tl.sum(xs.to(tl.float32) * dys.to(tl.float32), 1))
-        dmask, dinput, over_i, over_j = _pair_gradients(
-            xs, dys, scores, seen, j[:, None] < j[None, :], decays, decays, steps, dinput, False
-        )
+        dmask, dinput, over_i, over_j = _pair_gradients(xs, dys, scores, seen, decays, decays, steps, dinput)
         tl.store(sums + 3 * plane + row + t, over_j)
         sum_own += dmask
-        skip = tl.load(D + h) * dys
         if part == 0:
-            dys = tl.load(dy + h * P + (HALF + j)[:, None] * dy_time + p[None, :], inside_later, 0.0)
+            dys_later = tl.load(dy + h * P + (HALF + j)[:, None] * dy_time + p[None, :], inside_later, 0.0)
             dmask, dinput, more_over_i, over_j = _pair_gradients(
-                xs, dys, scores_later, seen_later, seen_later, decays, tl.load(decay + row + later), steps, dinput, True
+                xs, dys_later, scores_later, seen_later, decays, tl.load(decay + row + later), steps, dinput
             )
             tl.store(sums + 4 * plane + row + later, over_j)
             sum_later += dmask
             over_i += more_over_i
         tl.store(sums + row + t, over_i)
         out = dx + h * P + k[:, None] * dx_time + p[None, :]
+        skip = (tl.load(D + h) + own_score * steps)[:, None] * dys
         tl.store(out, (dinput * steps[:, None] + skip).to(dx.dtype.element_ty), inside)
     dscores += ((b * chunks + c) * groups + g) * (Q * Q) + j[:, None] * Q + j[None, :]
     tl.store(dscores + part * (HALF * Q + HALF), sum_own.to(dscores.dtype.element_ty))
@@ -429,23 +429,15 @@ STEP_GRADIENTS = Tiles(warps=4, stages=1, size=4)
 # Triton 3.6 brings, adds offsets to a uniform register that nothing wrote, and products read whatever lies there.
 LEAST_WIDTH = 64
 TUNED_STATE = 128 * 64          # elements of the largest state for which the pipelines above fit into shared memory
-LARGEST_STATE = 256 * 128       # and without pipelines
-SIZES = (16, 32, 64, 128, 256)
-
-
-def refusal(head_dim: int, state_dim: int) -> str | None:
-    """Why the kernels do not take these sizes; None where they do."""
-    for name, size in (("head_dim", head_dim), ("state_dim", state_dim)):
-        if size not in SIZES:
-            return f"{name} ({size}) is none of {', '.join(map(str, SIZES))}"
-    if head_dim * state_dim > LARGEST_STATE:
-        return f"a state of head_dim x state_dim = {head_dim} x {state_dim} does not fit into shared memory"
-    return None
 
 
 def supports(x: Tensor, B: Tensor) -> bool:
-    """Whether the kernels take these inputs: on a GPU, 2 bytes an element, sizes as `refusal` says."""
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and refusal(x.shape[-1], B.shape[-1]) is None
+    """Whether the kernels take these inputs: on a GPU, 2 bytes an element, of sizes that `kernels.ssd` names."""
+    head_dim, state_dim = x.shape[-1], B.shape[-1]
+    return (
+        x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and head_dim in KERNEL_SIZES
+        and state_dim in KERNEL_SIZES and head_dim * state_dim <= LARGEST_STATE
+    )
 
 
 def prepared(

@@ -56,7 +56,7 @@ def ssd_state_update(
     grouped = exact.view(batch, groups, heads // groups * head_dim, state_dim)     # a group's heads share B, C
     xs = x.to(precise)
     exact.mul_((step * A).exp()[..., None, None])
-    grouped.addcmul_((xs * step[..., None]).view(batch, groups, -1, 1), B.to(precise)[:, :, None])
+    grouped.addcmul_((xs * step[..., None]).reshape(batch, groups, -1, 1), B.to(precise)[:, :, None])
     y = torch.matmul(grouped, C.to(precise)[..., None]).view(batch, heads, head_dim)
     if exact is not state:
         state.copy_(exact)

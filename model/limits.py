@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from kernels.ssd import KERNEL_SIZES, LARGEST_STATE
 from model.config import ModelConfig, ModelError, PretrainConfig
 from model.distributed import Parallelism, device
 from model.precision import Precision
 
 FP8_MULTIPLE = 16               # of every size of an FP8 matrix product (Transformer Engine, cuBLASLt)
-KERNEL_SIZES = (16, 32, 64, 128, 256)       # of a Mamba head and of its state, for the Triton kernels
 KERNEL_TAPS = 4
 
 
@@ -63,6 +63,12 @@ def check_kernels(config: ModelConfig) -> None:
                 f"model: {name} ({value}) is not a size of the CUDA kernels.\n"
                 f"Choose one of {', '.join(map(str, KERNEL_SIZES))}, or train on a CPU."
             )
+    head_dim, state_dim = config.mamba_head_dim, config.mamba_state_dim
+    if head_dim * state_dim > LARGEST_STATE:
+        raise ModelError(
+            f"model: mamba_head_dim x mamba_state_dim ({head_dim} x {state_dim}) is more than the CUDA kernels hold.\n"
+            f"Choose two with a product of at most {LARGEST_STATE}, or train on a CPU."
+        )
     if config.conv_kernel != KERNEL_TAPS:
         raise ModelError(
             f"model: conv_kernel ({config.conv_kernel}) is not what the CUDA kernels compute.\n"

@@ -16,11 +16,13 @@ from triton_device import DEVICE
 
 # isort: split
 from kernels import (
+    causal_conv1d_triton,
     cross_entropy_triton,
     forward_kl_triton,
     gated_norm_triton,
     mixer_triton,
     squared_relu_triton,
+    ssd_triton,
     state_update_triton,
 )
 
@@ -61,6 +63,7 @@ def outside(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return store(self, pointers, value, mask, *rest)
 
     monkeypatch.setattr(executor, "_init_args_hst", checked_launch)
+    monkeypatch.setattr(executor, "_restore_args_dev", lambda *_: None)      # the tensors were on the CPU already
     monkeypatch.setattr(builder, "create_masked_load", checked_load)
     monkeypatch.setattr(builder, "create_masked_store", checked_store)
     return found
@@ -113,4 +116,46 @@ def test_without_gradients(outside):
     state_update_triton.advance_scan(state, x, dt, -one.exp(), shared, shared, one, one)
     state_update_triton.advance_conv(normal(2, 20, 4).detach(), normal(2, 20).detach(), normal(20, 4).detach(),
                                      normal(20).detach())
+    assert not outside
+
+
+FAR = {"sequences": (2**30 + 64, 256), "tokens": (256, 2**26)}      # strides of a sequence and of a token, in elements
+
+
+def far_apart(strides: tuple[int, int], *shape: int) -> Tensor:
+    """Rows over more than 2^31 elements. Nobody touches the memory between them, and so it takes none."""
+    assert Tensor.numel(torch.empty(shape[2:], device="meta")) <= 256
+    within = torch.empty(shape[2:], device="meta").stride()
+    span = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=False)) + 256
+    assert span > 2**31
+    return torch.empty(span, dtype=torch.float16).as_strided(shape, (*strides, *within))
+
+
+@pytest.mark.parametrize("strides", FAR.values(), ids=FAR)
+def test_offsets_beyond_31_bits(strides, outside, monkeypatch):
+    """A sum in 32 bits would wrap around and point in front of the tensor, or elsewhere into it."""
+    monkeypatch.setattr(ssd_triton, "CHUNK", 16)
+    for name in ("OUTPUTS", "SHARED_GRADIENTS"):
+        monkeypatch.setattr(ssd_triton, name, getattr(ssd_triton, name)._replace(size=16))
+    batch, length, single = 3, 37, {"dtype": torch.float32}
+    x, dt, B, C, y, dy, dx, ddt, dB, dC = (
+        far_apart(strides, batch, length, *shape) for shape in (
+            (2, 16), (2,), (1, 16), (1, 16), (2, 16), (2, 16), (2, 16), (2,), (1, 16), (1, 16)))
+    A, D = -torch.ones(2, **single), torch.ones(2, **single)
+    for row, tensor in enumerate((x, dt, B, C, dy)):
+        tensor[-1, -1] = row + 1                                        # the far end, where it counts
+    _, step, decay, states = ssd_triton.run_forward(x, dt, A, B, C, D, D, None, None, y)
+    ssd_triton.run_backward(dy, None, x, A, B, C, D, step, decay, states, None, dx, ddt, dB, dC)
+    near = [tensor.contiguous() for tensor in (x, dt, B, C, dy)]
+    near_y, *near_gradients = (tensor.clone().contiguous() for tensor in (y, dx, ddt, dB, dC))
+    _, step, decay, states = ssd_triton.run_forward(near[0], near[1], A, near[2], near[3], D, D, None, None, near_y)
+    gradients = [torch.empty_like(tensor) for tensor in near_gradients]
+    ssd_triton.run_backward(near[4], None, near[0], A, near[2], near[3], D, step, decay, states, None, *gradients)
+    assert all(torch.equal(a, b) for a, b in zip((y, dx, ddt, dB, dC), (near_y, *gradients), strict=True))
+    assert y[-1, -1].abs().sum() > 0 and dx[-1, -1].abs().sum() > 0
+    rows, out, weight = far_apart(strides, batch, length, 45), far_apart(strides, batch, length, 45), torch.ones(45, 4)
+    causal_conv1d_triton.run_forward(rows, weight, weight[:, 0].contiguous(), None, None, out)
+    causal_conv1d_triton.run_backward(out, rows, weight, weight[:, 0].contiguous(), None, None, out)
+    token = far_apart(strides, batch, length, 2, 16)[:, -1], far_apart(strides, batch, length, 2)[:, -1]
+    state_update_triton.advance_scan(torch.zeros(batch, 2, 16, 16), *token, A, C[:, -1], C[:, -1], D, D)
     assert not outside

@@ -75,6 +75,7 @@ def test_fp8_wants_tokens_in_multiples_of_16():
 @pytest.mark.parametrize(("change", "field"), [
     ({"mamba_head_dim": 48}, "mamba_head_dim"), ({"mamba_state_dim": 512}, "mamba_state_dim"),
     ({"mamba_head_dim": 8}, "mamba_head_dim"), ({"conv_kernel": 3}, "conv_kernel"),
+    ({"mamba_head_dim": 256, "mamba_state_dim": 256}, "mamba_head_dim x mamba_state_dim"),
 ])
 def test_kernels_take_certain_sizes(change, field):
     check_kernels(HYBRID)

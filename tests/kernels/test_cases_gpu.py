@@ -1,0 +1,81 @@
+"""On a GPU: the cases in which a kernel once was wrong, and the sizes of the peers' own tests."""
+
+import pytest
+import torch
+from test_causal_conv1d import reference
+from test_ssd import relative_error
+
+from benchmarks import kernels_check_gpu
+from kernels.causal_conv1d import causal_conv1d
+from kernels.ssd import chunk_scan
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1.5e-3}
+# causal-conv1d's and mamba_ssm's
+LENGTHS = (1, 2, 8, 16, 32, 64, 128, 151, 256, 372, 512, 784, 1024, 1134, 2048, 4096)
+
+
+@pytest.mark.parametrize("case", kernels_check_gpu.cases(), ids=lambda case: case.name)
+def test_what_once_was_wrong(case):
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info()[0] < case.gib * 2**30:
+        pytest.skip(f"needs {case.gib} GiB of free memory")
+    torch.manual_seed(0)
+    result = case.run()
+    if isinstance(result, str):
+        assert result.startswith("refused"), result
+    else:
+        assert all(error < TOLERANCE[torch.bfloat16] for error in result.values()), result
+
+
+def documents(batch: int, length: int) -> torch.Tensor:
+    """Some boundaries, not the same in each sequence."""
+    return torch.stack([torch.arange(length, device="cuda") // (37 + 20 * row) for row in range(batch)]).int()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("has_first", [False, True])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_scan(length, has_first, packed, dtype):
+    torch.manual_seed(length)
+    inputs = [tensor.to(dtype) if tensor.dim() > 1 else tensor
+              for tensor in kernels_check_gpu.scan_inputs(2, length, 8, 2, 64, 128)]
+    if has_first:
+        inputs.append(torch.randn(2, 8, 64, 128, device="cuda"))
+    seq_idx = documents(2, length) if packed else None
+    results = []
+    for convert in (lambda tensor: tensor, lambda tensor: tensor.double()):
+        leaves = [convert(tensor).detach().requires_grad_() for tensor in inputs]
+        y, final = chunk_scan(*leaves[:7], 64, leaves[7] if has_first else None, seq_idx)
+        torch.manual_seed(1)
+        gradients = [torch.randn_like(tensor, dtype=torch.float32).to(tensor.dtype) for tensor in (y, final)]
+        results.append([y, final, *torch.autograd.grad((y, final), leaves, gradients)])
+    for name, ours, true in zip((*kernels_check_gpu.NAMES, "dinitial"), *results, strict=False):
+        assert kernels_check_gpu.error(ours, true) < TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("has_first", [False, True])
+@pytest.mark.parametrize("channels", [64, 4128])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_convolution(length, channels, has_first, packed, dtype):
+    torch.manual_seed(length)
+    inputs = [torch.randn(*shape, device="cuda").to(dtype) for shape in (
+        (2, length, channels), (channels, 4), (channels,), (2, 3, channels))]
+    first = None if has_first else torch.zeros_like(inputs[3])
+    if first is not None:
+        inputs[3] = first
+    seq_idx = documents(2, length) if packed else None
+    ours = [tensor.requires_grad_() for tensor in inputs]
+    true = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    y, last = causal_conv1d(*ours[:3], ours[3] if has_first else None, seq_idx)
+    expected, expected_last = causal_conv1d(*true, seq_idx)
+    assert relative_error(y, expected) < TOLERANCE[dtype] and torch.equal(last.double(), expected_last)
+    if not packed:
+        assert relative_error(expected, reference(*true)) < 1e-12
+    dy, count = torch.randn_like(y), 4 if has_first else 3
+    mine, theirs = torch.autograd.grad(y, ours[:count], dy), torch.autograd.grad(expected, true[:count], dy.double())
+    for a, b in zip(mine, theirs, strict=True):
+        assert relative_error(a, b) < TOLERANCE[dtype]
