@@ -21,8 +21,8 @@ SAVED = ("validation", "decoding", "fp8-gap", "distillation")   # figures that a
 def report(stage: Stage) -> dict[str, int]:
     import json
 
-    from stages.report.claims import claims, counts
-    from stages.report.page import report_page, summary
+    from stages.report.claims import claims
+    from stages.report.page import report_page
     from stages.report.records import RecordError, Records
     from stages.report.studies import load_studies
 
@@ -31,11 +31,11 @@ def report(stage: Stage) -> dict[str, int]:
         stage.out_data.with_name("reports"))
     records, studies = Records(stage.params, stage.records_root), load_studies()
     found = claims(records, studies)
-    page, facts = report_page(records, found, [study for study in studies.values() if isinstance(study, RecordError)])
-    answers = counts(found)
+    page = report_page(records, found, [study for study in studies.values() if isinstance(study, RecordError)])
+    summary, counts = page.values["summary"], page.values["counts"]
     files = {f"{name}.svg": page.plots[name] + "\n" for name in SAVED if name in page.plots}
     files |= {"index.html": page.text, "claims.json": json.dumps({
-        "profile": stage.params.profile, **facts, "summary": summary(records, found), "counts": answers,
+        "profile": stage.params.profile, **page.values["facts"], "summary": summary, "counts": counts,
         "claims": [{"number": claim.number, "key": claim.key, "title": claim.title, "paper": claim.paper,
                     "ours": "; ".join(f"{line.measure}: {line.ours}" for line in claim.evidence[:1]),
                     "answer": claim.answer, "because": claim.because} for claim in found],
@@ -45,9 +45,9 @@ def report(stage: Stage) -> dict[str, int]:
         (directory / name).write_text(text)
     stage.inputs += records.reader.files
     unread = list(dict.fromkeys([*page.unread, *records.reader.faults]))
-    print("\n".join([f"{directory / 'index.html'}: {summary(records, found)}", *unread]), flush=True)
+    print("\n".join([f"{directory / 'index.html'}: {summary}", *unread]), flush=True)
     names = ("claims_that_hold", "claims_that_do_not_hold", "claims_that_cannot_be_told")
-    return {"claims": len(found), **dict(zip(names, answers.values(), strict=True)), "records_not_read": len(unread)}
+    return {"claims": len(found), **dict(zip(names, counts.values(), strict=True)), "records_not_read": len(unread)}
 
 
 if __name__ == "__main__":

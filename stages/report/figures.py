@@ -7,7 +7,6 @@ file of its own follows the reader's setting. Text stays text. The same records 
 from __future__ import annotations
 
 import io
-import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,12 +35,15 @@ DARK = "@media (prefers-color-scheme: dark) { svg { --ink: #e4e8ee; --muted: #a0
 STYLE = Path(__file__).with_name("figures.mplstyle")
 LABEL_COLOURS = dict(zip(LABELS, ("#2f7dc1", "#2a8a98", "#4f935f", "#a27d1c", "#c9561b"), strict=True))
 KEPT, CUT = PALETTE[1], PALETTE[0]
+COLOURS = dict(zip(("hybrid bf16", "transformer bf16", "compressed", "hybrid fp8", "transformer fp8", "random",
+                    "hybrid fp8 unscaled"), PALETTE, strict=False))
+DASHES = ("-", "--", ":", "-.")
 KINDS = {"M": "Mamba-2", "*": "attention", "-": "FFN"}
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line; `style` is matplotlib's ("-", "--", ":" or "o" for dots), `error` half the length of error bars."""
+    """One line; `style` is matplotlib's, or "o" for dots; `error` is half the length of error bars."""
 
     label: str
     x: Sequence[float]
@@ -115,25 +117,16 @@ def labelled(svg: str, name: str, words: str) -> str:
 # --- Of a profile -----------------------------------------------------------------------------------------------------
 
 
-def colours(records: Records) -> dict[str, str]:
-    """A colour for every model, and for the roles that records give some."""
-    names = [*records.params.variants, "compressed", "compressed-random"]
-    found = dict(zip(names, itertools.cycle(PALETTE), strict=False))
-    roles = {architecture: next(iter(variants(records.params, architecture, "bf16").values()), names[0])
-             for architecture in ("hybrid", "transformer")} | {"random": "compressed-random"}
-    return found | {role: found[name] for role, name in roles.items()}
+def line(records: Records, model: str, curve: Curve) -> Series:
+    return Series(model, list(curve), list(curve.values()), *look(records, model))
 
 
-def style(records: Records, model: str) -> str:
-    """Dashes for further seeds, control arms and the random cut, so that colour is not the only cue."""
-    variant = records.params.variants.get(model)
-    solid = list(variants(records.params, variant.architecture, variant.precision).values())[:1] if variant else [
-        "compressed"]
-    return "-" if model in solid else "--"
-
-
-def _by_tokens(records: Records, name: str, curve: Curve) -> Series:
-    return Series(name, list(curve), list(curve.values()), colours(records)[name], style(records, name))
+def look(records: Records, model: str) -> tuple[str, str]:
+    """Colour by what a model is, dashes by its seed. The benchmark's roles are those of the BF16 models."""
+    if of := records.params.variants.get(model):
+        kind = " ".join(filter(None, (of.architecture, of.precision, of.fp8_recipe)))
+        return COLOURS.get(kind, PALETTE[-1]), DASHES[(of.seed - 1) % len(DASHES)]
+    return COLOURS[{"hybrid": "hybrid bf16", "transformer": "transformer bf16"}.get(model, model)], "-"
 
 
 def zoom(series: Sequence[Series]) -> Callable[[Axes], object]:
@@ -145,22 +138,18 @@ def zoom(series: Sequence[Series]) -> Callable[[Axes], object]:
 
 
 def validation(records: Records) -> str:
-    series = [_by_tokens(records, name, records.validation(name)) for name in records.params.variants]
+    series = [line(records, name, records.validation(name)) for name in records.params.variants]
     return lines(series, "Tokens", "Bits per byte", zoom(series))
 
 
 def fp8_gap(records: Records) -> str:
-    """Of each FP8 model to its BF16 twin and, where there are such, of further BF16 seeds to the first."""
+    """Of each FP8 model to its BF16 twin, and of further BF16 seeds to the first."""
     series = []
-    for architecture in dict.fromkeys(variant.architecture for variant in records.params.variants.values()):
+    for architecture in ("hybrid", "transformer"):
         if pairs := fp8_pairs(records.params, architecture):
             first, *others = variants(records.params, architecture, "bf16").values()
-            for name, twin in [*pairs, *((other, first) for other in others)]:
-                gaps = gap(records.validation(twin), records.validation(name))
-                words = f"{architecture} " * (architecture != "hybrid") + ("FP8" if (name, twin) in pairs else "BF16")
-                series.append(Series(f"{words}, seed {records.params.variants[name].seed}", list(gaps),
-                                     list(gaps.values()), colours(records)[name],
-                                     "-" if (name, twin) in pairs else "--"))
+            series += [line(records, name, gap(records.validation(twin), records.validation(name)))
+                       for name, twin in [*pairs, *((other, first) for other in others)]]
     return lines(series, "Tokens", "(BF16 − other) / BF16, %",
                  lambda axes: axes.axhspan(-0.1, 0.1, color=MUTED, alpha=0.2, linewidth=0))
 
@@ -190,7 +179,7 @@ def candidates(records: Records) -> str:
 
 
 def distillation(records: Records) -> str:
-    return lines([_by_tokens(records, name, curve) for name, curve in records.distillation.items()],
+    return lines([line(records, name, curve) for name, curve in records.distillation.items()],
                  "Distillation tokens", "KL to the parent (nats)")
 
 
@@ -203,10 +192,10 @@ def decoding(records: Records) -> str:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_ylim(bottom=0)
 
-    return lines([Series(name, [row.context for row in rows], [row.tokens_per_second for row in rows],
-                         colours(records)[name],
-                         error=[row.seconds_per_token_spread * row.tokens_per_second ** 2 for row in rows])
-                  for name, rows in records.decode.items()], "Context (tokens)", "Tokens/s", adjust)
+    series = [Series(name, [row.context for row in rows], [row.tokens_per_second for row in rows], *look(records, name),
+                     [row.seconds_per_token_spread * row.tokens_per_second ** 2 for row in rows])
+              for name, rows in records.decode.items()]
+    return lines(series, "Context (tokens)", "Tokens/s", adjust)
 
 
 # --- Data -------------------------------------------------------------------------------------------------------------

@@ -28,12 +28,14 @@ class Page:
     """A page that fetches nothing, from page.html.jinja with these values.
 
     Attributes:
+        values: as they were given.
         text: HTML.
         plots: SVG by name.
         unread: two lines each, of what could not be read.
     """
 
     def __init__(self, **values: Any):
+        self.values = values
         self.plots: dict[str, str] = {}
         self.unread: list[str] = []
         environment = jinja2.Environment(
@@ -71,8 +73,8 @@ class Page:
         return self.show(draw)
 
 
-def report_page(records: Records, claims: Sequence[Claim], errors: Sequence[RecordError]) -> tuple[Page, dict[str, str]]:
-    """The page of a profile, and where its records come from; `errors`: what could not be read beside them."""
+def report_page(records: Records, claims: Sequence[Claim], errors: Sequence[RecordError]) -> Page:
+    """The page of a profile; `errors`: what could not be read beside its records."""
     runs: dict[str, Provenance] = {}
     lost: list[RecordError] = []
     for name in records.runs:
@@ -86,7 +88,7 @@ def report_page(records: Records, claims: Sequence[Claim], errors: Sequence[Reco
              "time of all stages": f"{sum(run.wall_seconds for run in runs.values()) / 60:.1f} min"}
     return Page(title="Nemotron-H reproduced", profile=records.params.profile, summary=summary(records, claims),
                 r=records, data=records, tokenized=True, claims=claims, counts=counts(claims), facts=facts, runs=runs,
-                lost=lost, errors=errors), facts
+                lost=lost, errors=errors)
 
 
 def write_data_page(runs: Path, out: Path, profile: str) -> Path:

@@ -33,7 +33,7 @@ def words(svg):
 
 
 def test_figures_name_what_they_show(records):
-    expected = {"validation": "hybrid-bf16-seed2", "fp8_gap": "FP8, seed 1", "layer_importance": "attention",
+    expected = {"validation": "hybrid-bf16-seed2", "fp8_gap": "hybrid-fp8-seed2", "layer_importance": "attention",
                 "candidates": "chosen", "distillation": "random", "decoding": "transformer"}
     for name in NAMES:
         assert expected[name] in words(getattr(figures, name)(records)), name

@@ -58,7 +58,7 @@ def test_what_is_no_record(tmp_path, text, message):
 def test_a_missing_date_is_named(tmp_path):
     path = tmp_path / "position.json"
     path.write_text(json.dumps({key: value for key, value in CONTENT.items() if key != "date"}))
-    with pytest.raises(RecordError, match=r"position\.json: `date` is missing; of another version\.\nMake it again by the study's command"):
+    with pytest.raises(RecordError, match=r"position\.json: `date` is missing; of another version\.\nMake it again"):
         read_study(path)
 
 
