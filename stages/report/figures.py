@@ -130,9 +130,9 @@ def look(records: Records, model: str) -> tuple[str, str]:
 
 
 def zoom(series: Sequence[Series]) -> Callable[[Axes], object]:
-    """Limits that cut off the steep start: the upper 15 % of the values."""
+    """Limits that cut off the steep start: the upper 40 % of the values."""
     values = sorted(value for one in series for value in one.y if math.isfinite(value)) or [0.0]
-    low, high = values[0], values[int(0.85 * (len(values) - 1))]
+    low, high = values[0], values[int(0.6 * (len(values) - 1))]
     room = 0.06 * (high - low or 1)
     return lambda axes: axes.set_ylim(low - room, high + room)
 
