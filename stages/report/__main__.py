@@ -12,15 +12,14 @@ the metric `records_not_read`; the page is made for the rest.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from stages.common import Stage, run_stage
+from stages.common import Stage, run_stage, write
 
 SAVED = ("validation", "decoding", "fp8-gap", "distillation")   # figures that are files of their own, too
 
 
 def report(stage: Stage) -> dict[str, int]:
-    import json
-
     from stages.report.claims import claims
     from stages.report.page import report_page
     from stages.report.records import RecordError, Records
@@ -33,16 +32,15 @@ def report(stage: Stage) -> dict[str, int]:
     found = claims(records, studies)
     page = report_page(records, found, [study for study in studies.values() if isinstance(study, RecordError)])
     summary, counts = page.values["summary"], page.values["counts"]
-    files = {f"{name}.svg": page.plots[name] + "\n" for name in SAVED if name in page.plots}
-    files |= {"index.html": page.text, "claims.json": json.dumps({
+    files: dict[str, Any] = {f"{name}.svg": page.plots[name] + "\n" for name in SAVED if name in page.plots}
+    files |= {"index.html": page.text, "claims.json": {
         "profile": stage.params.profile, **page.values["facts"], "summary": summary, "counts": counts,
         "claims": [{"number": claim.number, "key": claim.key, "title": claim.title, "paper": claim.paper,
                     "ours": "; ".join(f"{line.measure}: {line.ours}" for line in claim.evidence[:1]),
                     "answer": claim.answer, "because": claim.because} for claim in found],
-    }, indent=1, ensure_ascii=False) + "\n"}
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        (directory / name).write_text(text)
+    }}
+    for name, content in files.items():
+        write(directory / name, content)
     stage.inputs += records.reader.files
     unread = list(dict.fromkeys([*page.unread, *records.reader.faults]))
     print("\n".join([f"{directory / 'index.html'}: {summary}", *unread]), flush=True)

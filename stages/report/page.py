@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
+from stages.common import write
 from stages.report import figures
 from stages.report.claims import Claim, counts, plain
 from stages.report.records import LABELS, DataRecords, RecordError, Records
@@ -107,8 +108,7 @@ def write_data_page(runs: Path, out: Path, profile: str) -> Path:
                   for rows in zip(*((steps[0], steps[-1]) for steps in records.steps.values()), strict=True))
     page = Page(title="Curated data", profile=profile, summary=f"Of {read} read, {left} are left to train on.", r=None,
                 data=records, tokenized=(runs / "tokenize" / "metrics.json").exists(), claims=[], errors=[])
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "index.html").write_text(page.text)
+    write(out / "index.html", page.text)
     return out / "index.html"
 
 
