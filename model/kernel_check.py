@@ -1,7 +1,7 @@
 """Before the first step on a GPU: do the kernels compute at this run's sizes what they should?
 
 A kernel that is wrong at some size raises nothing: the loss stays high, and hours later one wonders about the recipe.
-So values and gradients of the Mamba-2 mixer and of the loss, at the sizes and in the dtype that this process trains with,
+So values and gradients of the Mamba-2 mixer and of the loss, at the sizes and in the dtype of this run,
 are compared with the plain PyTorch reference in float64. It takes seconds.
 """
 
