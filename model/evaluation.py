@@ -214,10 +214,10 @@ class HarnessLM(TemplateLM):
             stems.setdefault(tuple(context), []).append(row)
         most = STEM_ROWS[self._device.type]
         found = []
-        for context, together in stems.items():
+        for stem, together in stems.items():
             for first in range(0, len(together), most):
                 members = together[first : first + most]
-                found.append(Stem(list(context) if len(members) > 1 else inputs[members[0][-1]], members))
+                found.append(Stem(list(stem) if len(members) > 1 else inputs[members[0][-1]], members))
         return sorted(found, key=lambda stem: (-len(stem.tokens), stem.rows))
 
     def _batches(self, stems: Sequence[Stem], inputs: Sequence[list[int]]) -> Iterator[list[Stem]]:
@@ -243,10 +243,10 @@ class HarnessLM(TemplateLM):
         asked: list[tuple[int, int, int]] = []          # row, position, the token that follows there
         lengths = []
         rows = [row for stem in stems for row in stem.rows]
-        for number, row in enumerate(rows):
+        for place, row in enumerate(rows):
             for index in row:
                 target, end = pairs[index][1], len(inputs[index])
-                asked += zip([number] * len(target), range(end - len(target), end), target, strict=True)
+                asked += zip([place] * len(target), range(end - len(target), end), target, strict=True)
                 lengths.append(len(target))
         number, positions, targets = torch.tensor(asked, device=self._device).unbind(-1)
         hidden = self._hidden(stems, [inputs[row[-1]] for row in rows])[number, positions]

@@ -383,7 +383,7 @@ def published_sizes(records: Records) -> Finding:
 
 
 def million_tokens(_: Records) -> Finding:
-    fp4 = MemoryBudget(context=1_000_000, batch=1, weight_bytes=4.5 / 8, kv_bytes=0.5, ssm_bytes=4, conv_bytes=2,
+    fp4 = MemoryBudget(context=1_000_000, batch=1, weight_bits=4.5, kv_bits=4, ssm_bits=32, conv_bits=16,
                        budget_fraction=0.5)
     small, large = (memory(PRESETS[f"nemotron_h_{size}"], fp4) for size in ("47b", "56b"))
     right = abs(large.weights / GIB - WEIGHTS_GIB) < 0.05 and small.total <= CARD_GIB * GIB < large.total

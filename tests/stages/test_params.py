@@ -81,7 +81,7 @@ def test_warmup_and_decay_fit_into_the_run(tmp_path):
 
 
 def test_a_variant_may_have_an_fp8_recipe_of_its_own(tmp_path):
-    arm = "hybrid-fp8-unscaled: {architecture: hybrid, precision: fp8, seed: 1, fp8_recipe: unscaled}"
+    arm = "another-unscaled: {architecture: hybrid, precision: fp8, seed: 1, fp8_recipe: unscaled}"
     (tmp_path / "params.yaml").write_text(edited("variants:\n", f"variants:\n  {arm}\n"))
     params = load_params(tmp_path / "params.yaml")
     assert params.recipe_of("hybrid-fp8") == params.pretrain and params.pretrain.fp8_recipe == "current"
