@@ -1,8 +1,8 @@
 """Does FP8 train like BF16? Many small models in pairs that differ in their number format alone; an interval answers.
 
-    python -m benchmarks.fp8_parity pilot --tokens DIR --out runs.csv [--seconds 480]
-    python -m benchmarks.fp8_parity run --setting deep-1e-3 --start 0.5 --tokens DIR --out runs.csv [--seconds 570]
-    python -m benchmarks.fp8_parity table --out runs.csv [--setting deep-1e-3] [--record]
+    python -m benchmarks.fp8_parity pilot --tokens DIR --out FILE [--seconds 270]
+    python -m benchmarks.fp8_parity run --tokens DIR --out FILE [--arms fp8] [--seconds 270]
+    python -m benchmarks.fp8_parity table --out FILE [--record MACHINE]
 
 A pair has one seed and one order of the text. What an arm changes of the BF16 run beside it:
 
@@ -16,53 +16,46 @@ A pair has one seed and one order of the text. What an arm changes of the BF16 r
 it from its first step. Late branches have far less noise and test less: what FP8 does from there on, to a model that
 BF16 brought there, under the decaying rate; the paper saw FP8 fall behind in the last quarter.
 
-`pilot` compares the noise of settings and of four ways to read a loss (METRICS); `run` trains as many pairs as the time
-allows, of the seeds and in the order given; both append a line for each finished model and skip what is there, start
-nothing that they cannot end in time, and print the table. Several models at once share each visible GPU. A model that
-does not learn is an error, no data; only of `unscaled` it is an answer. `--record` writes
-docs/results/studies/fp8_parity.json. `--tiny` is all of it at toy size, on a CPU in emulated FP8.
+`pilot` compares the noise of settings; `run` trains as many pairs as the time allows, of the seeds and in the order
+given; both append a line for each finished model and skip what is there, start nothing that they cannot end in time,
+and print the table. Several models at once share each visible GPU. A model that does not learn is an error, no data;
+only of `unscaled` it is an answer. `--record` writes docs/results/studies/fp8_parity.json and the figure beside
+docs/results/fp8-parity.md; MACHINE is what stands in it. `run --setting tiny` runs on a CPU, in emulated FP8.
 """
 
 from __future__ import annotations
 
 import argparse
-import bisect
-import csv
-import datetime
 import json
 import math
-import os
-import platform
 import shlex
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
-import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from scipy import stats
-
+from benchmarks.fp8_jobs import METRICS, Job, Row, Scheduler, job_of, read_rows, slots_of
 from model.config import ModelConfig, ModelError, PretrainConfig
 from model.presets import hybrid_pattern
+from stages.common import _commit, _machine, _versions
+from stages.report.statistics import ALPHA, Answer, Estimate, equivalence, mean
+from stages.report.studies import ClaimKey, Comparison, Measurement, Study
 
-MARGIN = 0.1            # % of the loss: the paper's "< 0.1 %"
-ALPHA = 0.05            # how often an answer may be wrong, as in the report's rules
-POWER = 0.9             # of the number of pairs that would decide
-TAIL = 0.2              # last share of the steps that means are over
+MARGIN = 0.001          # of the loss: the paper's "< 0.1 %"
+TAIL = 0.2              # last share of the steps that the training loss is averaged over
 STARTS = (0.5, 0.75)    # of BF16 runs that keep a state to branch from; both before the tail
 ARCHITECTURES = ("transformer", "hybrid")
 CONTROL = "unscaled"
 
-# Ways to read the loss (nats a token) of a finished run; the second and third are over the tail.
-METRICS = ("validation", "validation_mean", "training_mean", "averaged_weights")
 METRIC = "training_mean"
+FIGURE = Path("docs/results/fp8-parity.svg")
+Question = Literal["better", "equal", "not worse"]
 
 
 class Arm(NamedTuple):
@@ -98,10 +91,8 @@ class Setting(NamedTuple):
 
 
 SETTINGS = {
-    "deep-3e-3": Setting(learning_rate=3e-3),
     "deep-1e-3": Setting(),
     "deep-5e-4": Setting(learning_rate=5e-4),
-    "deep-batch": Setting(sequences=128, steps=150),
     "wide-1e-3": Setting(width=384, layers=20, ffn=1152, mamba=(16, 64, 64, 4)),
     "tiny": Setting(width=32, layers=12, ffn=64, mamba=(16, 8, 8, 4), head=16, learning_rate=1e-2, sequences=8,
                     length=32, steps=40),
@@ -109,25 +100,6 @@ SETTINGS = {
 # Of the pilot, for every seed: setting, architecture, and where FP8 runs start.
 PILOT = (("deep-1e-3", "transformer", (0.5, 0.75, 0.0)), ("deep-1e-3", "hybrid", (0.5, 0.75)),
          ("deep-5e-4", "transformer", (0.5, 0.75)), ("wide-1e-3", "transformer", (0.5, 0.75)))
-TINY_PILOT = (("tiny", "transformer", (0.5, 0.75, 0.0)), ("tiny", "hybrid", (0.5,)))
-
-
-class Job(NamedTuple):
-    """One model to train."""
-
-    setting: str
-    architecture: str
-    seed: int
-    arm: str = "bf16"
-    start: float = 0.0
-
-    @property
-    def trunk(self) -> Job:
-        """The BF16 run beside it."""
-        return self._replace(arm="bf16", start=0.0)
-
-    def __str__(self) -> str:
-        return f"{self.setting} {self.architecture} seed {self.seed} {self.arm}@{self.start:g}"
 
 
 # ---------------------------------------------------------------------------------------------------- one model
@@ -147,7 +119,7 @@ def model_config(setting: Setting, architecture: str, vocab_size: int) -> ModelC
     )
 
 
-def recipe(setting: Setting, arm: Arm, keeps_states: bool, cuda_graph: bool) -> PretrainConfig:
+def recipe(setting: Setting, arm: Arm, keeps_states: bool) -> PretrainConfig:
     """The paper's: cosine to 1 % after the warm-up, AdamW; a whole batch is one micro-batch."""
     states = math.gcd(*(round(start * setting.steps) for start in STARTS))
     values: dict[str, Any] = {
@@ -157,14 +129,12 @@ def recipe(setting: Setting, arm: Arm, keeps_states: bool, cuda_graph: bool) -> 
         "warmup_fraction": 0.05, "decay_style": "cosine", "weight_decay": 0.1,
         "adam_betas": (0.9, 0.95), "clip_grad": 1.0, "bf16_layers_at_start": 4, "bf16_layers_at_end": 4,
         "evaluations": 10, "checkpoint_every": states if keeps_states else setting.steps,
-        "checkpoints_kept": setting.steps // states, "cuda_graph": cuda_graph,
+        "checkpoints_kept": setting.steps // states,
     }
     return PretrainConfig(**(values | arm.changes))
 
 
-def train_one(
-    job: Job, setting: Setting, tokens: Path, scratch: Path, keeps_states: bool = False, cuda_graph: bool = False
-) -> dict[str, Any]:
+def train_one(job: Job, setting: Setting, tokens: Path, scratch: Path, keeps_states: bool = False) -> dict[str, Any]:
     """Train the model of `job`. Returns its losses by metric, the unigram loss it had to beat, and its trunk's name.
 
     Raises:
@@ -176,7 +146,7 @@ def train_one(
     from model.trainer import Trainer
 
     class PairTrainer(Trainer):
-        """Keeps the mean of the weights over the tail; goes on from a trunk's state."""
+        """Goes on from a trunk's state; only the control need not learn."""
 
         def _check_identity(self, of_state: dict[str, Any]) -> None:
             """A branch differs from its trunk in what its arm changes, and in nothing else."""
@@ -195,21 +165,6 @@ def train_one(
                     "That is no measurement: look for a fault in the kernels of its sizes."
                 )
 
-        def train_step(self, step: int, observed: bool = False) -> dict[str, Any]:
-            row = super().train_step(step, observed)
-            if in_tail(step, self.steps):
-                weights = [weight.detach().float() for weight in self.model.parameters()]
-                self.mean = getattr(self, "mean", [torch.zeros_like(weight) for weight in weights])
-                self.counted = getattr(self, "counted", 0) + 1
-                torch._foreach_lerp_(self.mean, weights, 1 / self.counted)
-            return row
-
-        @torch.no_grad()
-        def loss_of_mean(self) -> float:
-            for weight, mean in zip(self.model.parameters(), self.mean, strict=True):
-                weight.copy_(mean)
-            return overall(self.validate(self.steps))[0]
-
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")
     arm, family = ARMS[job.arm], scratch / f"{job.setting}-{job.architecture}-{job.seed}"
@@ -221,14 +176,11 @@ def train_one(
     is_trunk = job == job.trunk and keeps_states
     config = model_config(setting, job.architecture, json.loads((tokens / "tokens.json").read_text())["vocab_size"])
     with process_groups():
-        trainer = PairTrainer(
-            config, recipe(setting, arm, is_trunk, cuda_graph), arm.precision, job.seed, tokens, own, ONE_COPY
-        )
+        trainer = PairTrainer(config, recipe(setting, arm, is_trunk), arm.precision, job.seed, tokens, own, ONE_COPY)
         with closing(trainer):
             try:
                 run = trainer.run(lambda *_, **__: None)
                 found = metrics(run.training, run.validation, trainer.steps)
-                found["averaged_weights"] = trainer.loss_of_mean()
             except ModelError:
                 if job.arm != CONTROL:
                     raise
@@ -258,251 +210,35 @@ def branch(trunk: Path, own: Path, step: int) -> None:
         shutil.copy(log, own)
 
 
-def in_tail(step: int, steps: int) -> bool:
-    return step > steps - round(TAIL * steps)
-
-
 def metrics(training: list[dict[str, Any]], validation: list[dict[str, Any]], steps: int) -> dict[str, float]:
-    """The first three of METRICS from a run's rows."""
-    overall_rows = [row for row in validation if row["domain"] == "all" and in_tail(row["step"], steps)]
-    losses = [row["loss"] for row in training if in_tail(row["step"], steps)]
-    return {"validation": overall_rows[-1]["loss"],
-            "validation_mean": statistics.fmean(row["loss"] for row in overall_rows),
-            "training_mean": statistics.fmean(losses)}
-
-
-def overall(rows: list[dict[str, Any]]) -> list[float]:
-    return [row["loss"] for row in rows if row["domain"] == "all"]
+    """METRICS from a run's rows."""
+    tail = steps - round(TAIL * steps)
+    return {"training_mean": statistics.fmean(row["loss"] for row in training if row["step"] > tail),
+            "validation": [row["loss"] for row in validation if row["domain"] == "all"][-1]}
 
 
 def machine() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    import torch
-
-    def of(name: str) -> str:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return ""
-
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}"
-    return {"machine": name, "python": platform.python_version(), "torch": torch.__version__,
-            "megatron": of("megatron-core"),
-            "transformer_engine": of("transformer-engine") or of("transformer_engine")}
-
-
-# ---------------------------------------------------------------------------------------------------- many models
-
-COLUMNS = ("setting", "architecture", "seed", "arm", "start", "trunk", *METRICS, "unigram_loss", "parameters", "tokens",
-           "seconds", "at_once", "gpus", "date", "commit", "machine", "python", "torch", "megatron",
-           "transformer_engine")
-NUMBERS = ("seed", "start", *METRICS, "unigram_loss", "parameters", "tokens", "seconds", "at_once", "gpus")
-Row = dict[str, Any]
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Finished models; of one trained twice the later.
-
-    Raises SystemExit where the file is not of these columns."""
-    if not path.exists():
-        return []
-    found: dict[Job, Row] = {}
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise SystemExit(f"{path}: its columns are not those of this study.\nGive another --out, or remove it.")
-        for row in reader:
-            if None in row.values():            # the last line of a killed process
-                continue
-            row |= {name: float(row[name]) for name in NUMBERS}
-            row["seed"] = int(row["seed"])
-            found[job_of(row)] = row
-    return list(found.values())
-
-
-def job_of(row: Row) -> Job:
-    return Job(row["setting"], row["architecture"], row["seed"], row["arm"], row["start"])
-
-
-def append_row(path: Path, row: Row) -> None:
-    new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
-class Scheduler:
-    """Runs jobs as processes, some at once, within a time; keeps what each finished.
-
-    Args:
-        command: a job's, which prints its result as a last line of JSON.
-        slots: the environment of each process that may run at once.
-        out: the CSV file that results are appended to.
-        seconds: within which everything must end; None for no limit.
-        extra: further columns of every row.
-        ready: whether the state that a job branches from is there; else its trunk is trained first, and all that
-            branched from an earlier one again: no pair is of two BF16 runs.
-        logs: directory for what the processes print.
-    """
-
-    POLL = 0.2
-
-    def __init__(
-        self, command: Callable[[Job], Sequence[str]], slots: Sequence[dict[str, str]], out: Path,
-        seconds: float | None, extra: Row | None = None, ready: Callable[[Job], bool] = lambda _: True,
-        logs: Path = Path(".scratch/fp8-parity/logs"),
-    ):
-        self.command, self.slots, self.out, self.extra, self.ready = command, list(slots), out, extra or {}, ready
-        self.end = math.inf if seconds is None else time.monotonic() + seconds
-        self.logs = logs
-        self.failed: dict[Job, str] = {}
-        self.left: list[Job] = []               # not started, for want of time or of a trunk
-
-    def run(self, jobs: Iterable[Job]) -> None:
-        """Returns once all that fits has ended."""
-        rows = {job_of(row): row["seconds"] for row in read_rows(self.out)}
-        wanted = list(dict.fromkeys(jobs))
-        lost = {job.trunk for job in wanted if job.start and job not in rows and not self.ready(job)}
-        waiting = [job for job in dict.fromkeys(each for job in wanted for each in (job.trunk, job))
-                   if job in lost or (job in wanted and (job not in rows or (job.start and job.trunk in lost)))]
-        pending = set(waiting)
-        running: dict[Job, tuple[subprocess.Popen[str], dict[str, str], float]] = {}
-        self.logs.mkdir(parents=True, exist_ok=True)
-        try:
-            while True:
-                for job in [job for job, (process, *_) in running.items() if process.poll() is not None]:
-                    process, slot, started = running.pop(job)
-                    self.slots.append(slot)
-                    pending.discard(job)
-                    self._finish(job, process, started, rows)
-                startable = [job for job in waiting if self._fits(job, waiting, rows) and job.trunk not in self.failed
-                             and (job.trunk == job or job.trunk not in pending)]
-                while self.slots and startable:
-                    job = startable.pop(0)
-                    waiting.remove(job)
-                    running[job] = self._start(job, self.slots.pop(0))
-                if not running and not startable:
-                    break
-                if time.monotonic() > self.end:
-                    break
-                time.sleep(self.POLL)
-        finally:
-            for job, (process, *_) in running.items():
-                process.kill()
-                process.wait()
-                self.failed[job] = "stopped at the time limit; what its kind takes is known less well than it should"
-            self.left = waiting
-
-    def _start(self, job: Job, slot: dict[str, str]) -> tuple[subprocess.Popen[str], dict[str, str], float]:
-        with self._log(job).open("w") as log:
-            process = subprocess.Popen(self.command(job), stdout=log, stderr=subprocess.STDOUT, text=True,
-                                       env=os.environ | slot)
-        return process, slot, time.monotonic()
-
-    def _finish(self, job: Job, process: subprocess.Popen[str], started: float, rows: dict[Job, float]) -> None:
-        seconds, lines = time.monotonic() - started, self._log(job).read_text().splitlines()
-        if process.returncode:
-            self.failed[job] = "\n    ".join(line for line in lines[-2:])
-            print(f"{job}: FAILED ({process.returncode}), {self._log(job)}\n    {self.failed[job]}", flush=True)
-            return
-        result = json.loads(lines[-1])
-        rows[job] = seconds
-        append_row(self.out, job._asdict() | self.extra | result | {
-            "seconds": round(seconds, 1), "date": datetime.datetime.now(datetime.UTC).date().isoformat()})
-        print(f"{job}: {seconds:.0f} s, " + ", ".join(f"{name} {result[name]:.4f}" for name in METRICS), flush=True)
-
-    def _fits(self, job: Job, waiting: Sequence[Job], rows: dict[Job, float]) -> bool:
-        """Whether `job` would end in time, and where others wait for it the shortest of them too."""
-        if self.end == math.inf:
-            return True
-        after = [self._expected(other, rows) for other in waiting if other.trunk == job != other]
-        return time.monotonic() + self._expected(job, rows) + min(after, default=0.0) < self.end
-
-    def _expected(self, job: Job, rows: dict[Job, float]) -> float:
-        """Seconds of the longest job of its kind so far; else by its share of the steps of what its setting, or any
-        other, took longest; nothing where nothing is known."""
-        kinds = [[seconds for other, seconds in rows.items() if other._replace(seed=job.seed) == job],
-                 *([seconds / (1 - other.start) * (1 - job.start) for other, seconds in rows.items() if same(other)]
-                   for same in (lambda other: other.setting == job.setting, lambda _: True))]
-        return 1.1 * next((max(kind) for kind in kinds if kind), 0.0)
-
-    def _log(self, job: Job) -> Path:
-        return self.logs / f"{job}.log".replace(" ", "-")
-
-
-def slots_of(at_once: int) -> list[dict[str, str]]:
-    """`at_once` processes for every visible GPU, one thread each; a GPU's processes are not neighbours, so that the
-    first few start on different GPUs."""
-    import torch
-
-    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    gpus = named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
-    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    if not torch.cuda.is_available():
-        return [threads] * at_once
-    return [threads | {"CUDA_VISIBLE_DEVICES": gpu} for _ in range(at_once) for gpu in gpus]
+    found, versions = _machine(), _versions()
+    return {"machine": found.get("accelerator") or found["processor"], "python": versions["python"],
+            "torch": versions["torch"], "megatron": versions.get("megatron-core", ""),
+            "transformer_engine": versions.get("transformer-engine", "")}
 
 
 # ---------------------------------------------------------------------------------------------------- the answer
 
 
-class Answer(NamedTuple):
-    """On the gaps of one arm, in % of the BF16 run's loss; above 0 the arm is worse.
-
-    Attributes:
-        low, high: 95 % interval of the mean.
-        sd: of a pair's gap.
-        holds: `holds`, `does not hold` or `cannot be told`: whether the mean lies within the margin.
-        pairs: that would decide, if there were no gap, with a power of POWER.
-        broken: runs of the arm whose loss was not finite; they are not among the `n`.
-    """
-
-    n: int
-    mean: float
-    low: float
-    high: float
-    sd: float
-    holds: str
-    pairs: int
-    broken: int = 0
-
-
-def answer(gaps: Sequence[float], margin: float = MARGIN) -> Answer:
-    """Two one-sided t-tests at ALPHA each: `holds` where the 90 % interval lies within the margin, `does not hold`
-    where the 95 % interval lies outside of it, or a loss was not finite."""
+def judge(gaps: Sequence[float]) -> tuple[Answer, Estimate]:
+    """Whether the mean lies within the margin, by the report's two one-sided tests; a loss that is not finite does not.
+    The estimate is over the finite ones, not a number where there is none."""
     finite = [gap for gap in gaps if math.isfinite(gap)]
-    n, broken = len(finite), len(gaps) - len(finite)
-    if n < 2:
-        undecided = "does not hold" if broken else "cannot be told"
-        return Answer(n, finite[0] if n else math.nan, math.nan, math.nan, math.nan, undecided, 0, broken)
-    mean, sd = statistics.fmean(finite), statistics.stdev(finite)
-    inner, half = (float(stats.t.ppf(1 - alpha, n - 1)) * sd / math.sqrt(n) for alpha in (ALPHA, ALPHA / 2))
-    if broken or mean - half > margin or mean + half < -margin:
-        verdict = "does not hold"
-    else:
-        verdict = "holds" if -margin < mean - inner and mean + inner < margin else "cannot be told"
-    return Answer(n, mean, mean - half, mean + half, sd, verdict, pairs_needed(sd, margin), broken)
-
-
-def pairs_needed(sd: float, margin: float = MARGIN) -> int:
-    """Pairs that say `holds` with a probability of POWER where the true gap is 0 (the usual formula of two one-sided
-    tests, by t)."""
-    def enough(n: int) -> bool:
-        quantiles = stats.t.ppf(1 - ALPHA, n - 1) + stats.t.ppf((1 + POWER) / 2, n - 1)
-        return bool(quantiles * sd / math.sqrt(n) <= margin)
-
-    most = 2
-    while not enough(most):
-        most *= 2
-    return 2 + bisect.bisect_left(range(2, most), True, key=enough)
+    estimate = mean(finite or [math.nan], "pair")
+    answer = equivalence(estimate, math.log1p(MARGIN)).answer
+    return Answer.FAILS if len(finite) < len(gaps) else answer, estimate
 
 
 def gaps(rows: Sequence[Row], metric: str) -> dict[tuple[str, str, str, float], dict[int, float]]:
-    """(setting, architecture, arm, start) -> seed -> gap in %. A branch is compared with the run it came from.
+    """(setting, architecture, arm, start) -> seed -> log ratio of the losses, the arm's to BF16's. A branch
+    is compared with the run it came from.
 
     Raises SystemExit where an FP8 run equals its BF16 run to the last digit: it was not computed in FP8."""
     trunks = {job_of(row): row for row in rows if row["arm"] == "bf16"}
@@ -514,108 +250,122 @@ def gaps(rows: Sequence[Row], metric: str) -> dict[tuple[str, str, str, float], 
             continue
         if row[metric] == trunk[metric] and ARMS[job.arm].precision == "fp8":
             raise SystemExit(f"{job}: the same loss as in BF16, to the last digit.\nNothing was computed in FP8.")
-        found[job.setting, job.architecture, job.arm, job.start][job.seed] = 100 * (row[metric] / trunk[metric] - 1)
+        found[job.setting, job.architecture, job.arm, job.start][job.seed] = math.log(row[metric] / trunk[metric])
     return dict(found)
 
 
-def gpu_hours(rows: Sequence[Row], setting: str, architecture: str, arm: str, start: float) -> float:
-    """Of a pair, a GPU's time shared evenly among the processes on it."""
-    def mean(arm: str, start: float) -> float:
-        return statistics.fmean(row["seconds"] / row["at_once"] for row in rows if job_of(row)[:2] + job_of(row)[3:] ==
-                                (setting, architecture, arm, start))
-
-    return (mean("bf16", 0.0) + mean(arm, start)) / 3600
-
-
-def print_noise(rows: Sequence[Row]) -> None:
-    """For each setting and start the standard deviation of a pair's gap by every metric, and what 0.1 % would take."""
-    print(f"\n{'setting':12} {'architecture':12} {'start':>5} {'pairs':>5}   " +
-          "".join(f"{name:>28}" for name in METRICS) + "\n" + " " * 40 + f"{'gap %   sd %  pairs':>28}" * len(METRICS))
-    by_metric = {metric: gaps(rows, metric) for metric in METRICS}
-    for kind in sorted(by_metric[METRIC], key=lambda kind: (kind[2] != "fp8", kind)):
-        setting, architecture, arm, start = kind
-        line = f"{setting:12} {architecture:12} {start:5g} {len(by_metric[METRIC][kind]):5}   "
-        for metric in METRICS:
-            found = answer(list(by_metric[metric][kind].values()))
-            line += f"{found.mean:+14.3f} {found.sd:6.3f} {found.pairs:6}"
-        print(f"{line}   {arm}")
+def print_table(rows: Sequence[Row]) -> None:
+    """Each arm's gap by both metrics, the standard deviation of a pair, the answer; then how BF16 seeds differ."""
+    for metric, words in METRICS.items():
+        print(f"\nGap of the {words} to BF16, %, with its 95 % interval; within {100 * MARGIN:g} %?\n"
+              f"{'setting':10} {'architecture':12} {'arm':10} {'start':>5} {'n':>3} {'mean':>8} {'interval':>20} "
+              f"{'sd':>6}  answer")
+        found = gaps(rows, metric)
+        for kind in sorted(found, key=lambda kind: (kind[0], kind[1], kind[3], list(ARMS).index(kind[2]))):
+            setting, architecture, arm, start = kind
+            values = list(found[kind].values())
+            answer, estimate = judge(values)
+            middle, low, high = (100 * math.expm1(value) for value in (estimate.value, *estimate.interval(ALPHA)))
+            sd = 100 * estimate.error * math.sqrt(len(values))
+            print(f"{setting:10} {architecture:12} {arm:10} {start:5g} {len(values):3} {middle:+8.4f} "
+                  f"[{low:+8.4f}, {high:+8.4f}] {sd:6.4f}  {answer}")
+            if arm == CONTROL and answer is not Answer.FAILS:
+                print("  It is not seen to be broken: no answer of this setting and architecture counts.")
+    print()
     for setting, architecture in sorted({(row["setting"], row["architecture"]) for row in rows}):
         runs = [row for row in rows if (row["setting"], row["architecture"], row["arm"]) ==
                 (setting, architecture, "bf16")]
         if len(runs) > 1:
-            losses = [[row[metric] for row in runs] for metric in METRICS]
-            spread = [100 * statistics.stdev(values) / statistics.fmean(values) for values in losses]
-            print(f"{setting:12} {architecture:12} BF16 seeds, sd % by metric: " +
-                  ", ".join(f"{value:.2f}" for value in spread) +
-                  f"; {statistics.fmean(row['validation'] for row in runs):.3f} nats where single tokens have "
-                  f"{runs[0]['unigram_loss']:.3f}; {runs[0]['parameters'] / 1e6:.1f} million parameters")
+            spread = (f"{words} {statistics.fmean(row[metric] for row in runs):.3f} nats, sd "
+                      f"{100 * statistics.stdev(math.log(row[metric]) for row in runs):.2f} %"
+                      for metric, words in METRICS.items())
+            print(f"{setting:10} {architecture:12} {len(runs)} BF16 seeds, {runs[0]['parameters'] / 1e6:.1f} million "
+                  f"parameters: {', '.join(spread)}; unigrams {runs[0]['unigram_loss']:.3f}")
 
 
-def print_table(rows: Sequence[Row], metric: str) -> None:
-    """The answer for each architecture and arm."""
-    print(f"\nGap of {metric} to BF16, %; 95 % interval by t over pairs; within {MARGIN} %?")
-    print(f"{'setting':12} {'architecture':12} {'arm':10} {'start':>5} {'n':>3} {'mean':>8} {'interval':>19} "
-          f"{'sd':>7}  {'answer':15} {'pairs, GPU-hours to decide':>26}")
-    found = gaps(rows, metric)
-    for kind in sorted(found, key=lambda kind: (kind[0], kind[1], kind[3], list(ARMS).index(kind[2]))):
-        setting, architecture, arm, start = kind
-        one = answer(list(found[kind].values()))
-        hours = one.pairs * gpu_hours(rows, *kind)
-        print(f"{setting:12} {architecture:12} {arm:10} {start:5g} {one.n:3} {one.mean:+8.3f} "
-              f"[{one.low:+8.3f}, {one.high:+7.3f}] {one.sd:7.3f}  {one.holds:15} {one.pairs:12} {hours:10.2f}" +
-              (f"   {one.broken} more not finite" if one.broken else ""))
-    for setting, architecture, arm, start in sorted(found):
-        seen = answer(list(found[setting, architecture, arm, start].values())).holds
-        if arm == CONTROL and seen != "does not hold":
-            print(f"The broken arm of {setting} {architecture}@{start:g} is not seen to be broken: no answer of its "
-                  "setting counts.")
+WORDS = {"bf16": "BF16", "again": "BF16, weight decay 0.1 % larger", "fp8": "FP8", "e4m3": "FP8, gradients in E4M3",
+         "fp8-2": "FP8, two BF16 layers at each end", "fp8-0": "FP8, no BF16 layers", "unscaled": "FP8 without scales"}
 
 
-def write_record(rows: Sequence[Row], setting: str, start: float, metric: str, folder: Path | None = None) -> Path:
-    """Losses of every pair of `setting`, and what is compared, for the report (`stages.report.studies`)."""
-    from stages.report.studies import FOLDER, Comparison, Measurement, Study
+def study_of(rows: Sequence[Row], setting: str, start: float, machine: str) -> Study:
+    """Losses paired by seed and what is compared, for the report. FP8 and BF16 stand in it with all their seeds, those
+    of every arm first, and a second time with these alone. Seeds of which a loss is not finite are left out.
 
-    found = gaps(rows, metric)
-    losses = {job_of(row): row[metric] for row in rows}
-    words = {"fp8": "FP8, the paper's recipe", "unscaled": "FP8 without scales", "fp8-0": "FP8, no BF16 layers",
-             "fp8-2": "FP8, two BF16 layers at each end", "e4m3": "FP8, gradients in E4M3",
-             "again": "BF16, weight decay 0.1 % larger"}
-    measurements, comparisons = [], []
+    Raises SystemExit where fewer than two seeds have every arm."""
+    losses = {(job_of(row), metric): row[metric] for row in rows for metric in METRICS}
+    measurements: list[Measurement] = []
+    comparisons: list[Comparison] = []
+    counts: list[str] = []
+
+    def measured(metric: str, architecture: str, arm: str, seeds: Sequence[int], note: str = "") -> str:
+        name = f"{architecture}, {WORDS[arm]}, {METRICS[metric]}{note}"
+        jobs = [Job(setting, architecture, seed, arm, 0.0 if arm == "bf16" else start) for seed in seeds]
+        measurements.append(Measurement(name=name, values=[losses[job, metric] for job in jobs], unit="nats a token",
+                                        better="lower"))
+        return name
+
+    def compare(claim: ClaimKey, candidate: str, reference: str, question: Question, control: str | None) -> None:
+        comparisons.append(Comparison(claim=claim, candidate=candidate, reference=reference, question=question,
+                                      relative=True, control=control, margin=MARGIN if control else 0.0))
+
     for architecture in ARCHITECTURES:
-        kinds = {arm: found.get((setting, architecture, arm, start), {}) for arm in ARMS}
-        control = {seed for seed, gap in kinds[CONTROL].items() if math.isfinite(gap)}
-        for arm, pairs in kinds.items():
-            seeds = sorted(pairs, key=lambda seed: (seed not in control, seed))         # the control's come first
-            seeds = [seed for seed in seeds if math.isfinite(pairs[seed])]
-            if len(seeds) < 2:
-                continue
-            names = (f"{architecture}, {words[arm]}", f"{architecture}, BF16 beside {words[arm]}")
-            for name, one in zip(names, (arm, "bf16"), strict=True):
-                jobs = [Job(setting, architecture, seed, one, start if one == arm else 0.0) for seed in seeds]
-                measurements.append(Measurement(name=name, values=[losses[job] for job in jobs], unit="nats a token",
-                                                better="lower"))
-            broken = f"{architecture}, {words[CONTROL]}"
-            if arm == CONTROL:
-                continue
-            if arm != "again":
-                comparisons.append(Comparison(
-                    claim="fp8_parity" if arm == "fp8" else "fp8_recipe", candidate=names[0], reference=names[1],
-                    question="equal", margin=MARGIN / 100, relative=True,
-                    control=broken if control and control <= set(seeds) else None))
+        for metric in METRICS:
+            found = gaps(rows, metric)
+            pairs = {arm: {seed for seed, gap in found.get((setting, architecture, arm, start), {}).items()
+                           if math.isfinite(gap)} for arm in ARMS if arm != "bf16"}
+            few = sorted(set.intersection(*pairs.values()))
+            if len(few) < 2:
+                raise SystemExit(f"{architecture}: {len(few)} seeds have every arm; 2 are the least.\nTrain more.")
+            seeds = [*few, *sorted(pairs["fp8"] - set(few))]
+            fp8, bf16 = (measured(metric, architecture, arm, seeds) for arm in ("fp8", "bf16"))
+            control = measured(metric, architecture, CONTROL, few)
+            compare("fp8_parity", fp8, bf16, "equal", control)
+            if metric == METRIC:
+                counts.append(f"{architecture} {len(seeds)}, of each other arm {len(few)}")
+                ours, _ = (measured(metric, architecture, arm, few, f" ({len(few)} seeds)") for arm in ("fp8", "bf16"))
+                arms = {arm: measured(metric, architecture, arm, few) for arm in ("fp8-2", "fp8-0", "e4m3", "again")}
+                compare("fp8_recipe", ours, arms["fp8-2"], "better", None)
+                compare("fp8_recipe", ours, arms["fp8-0"], "better", None)
+                compare("fp8_recipe", arms["e4m3"], ours, "not worse", control)
     first, geometry = rows[0], SETTINGS[setting]
-    study = Study(
+    return Study(
         study="fp8_parity",
         command=f"python -m benchmarks.fp8_parity run --setting {setting} --start {start:g} --tokens DIR --out FILE",
-        machine=f"{first['machine']}, {first['gpus']:.0f} of them", date=max(row["date"] for row in rows),
-        commit=first["commit"] or "unknown",
+        machine=machine, date=max(row["date"] for row in rows), commit=first["commit"] or "unknown",
         versions={name: first[name] for name in ("python", "torch", "megatron", "transformer_engine") if first[name]},
-        note=f"{geometry.steps} steps of {geometry.sequences} x {geometry.length} tokens, width {geometry.width}, "
-             f"{geometry.layers} layers, peak rate {geometry.learning_rate:g}, cosine to 1 %; {metric}, the last "
-             f"{TAIL:.0%} of the steps; arms branch off the BF16 run at {start:.0%} of its steps. The paper warns that "
-             "FP8 results of small scales do not transfer.",
+        note=f"{geometry.steps} steps of {geometry.sequences} x {geometry.length:,} tokens, width {geometry.width}, "
+             f"{geometry.layers} layers, peak rate {geometry.learning_rate:g}, cosine to 1 %; the training loss is the "
+             f"mean over the last {100 * TAIL:g} % of the steps; arms branch off the BF16 run at {100 * start:g} %. "
+             f"Pairs: {'; '.join(counts)}. Comparisons of FP8 arms with each other were chosen after the run of "
+             "2026-11-29. The paper warns that FP8 results of small scales do not transfer.",
         measurements=measurements, comparisons=comparisons,
     )
-    return study.save(folder or FOLDER)
+
+
+def figure(rows: Sequence[Row], setting: str, start: float) -> str:
+    """SVG: each arm's gap and its 95 % interval; linear up to the paper's bound, logarithmic beyond."""
+    from stages.report.figures import MUTED, PALETTE, Series, labelled, lines
+
+    found, arms, bound = gaps(rows, METRIC), list(WORDS)[1:], 100 * MARGIN
+    names = ("BF16\nagain", "FP8", "E4M3\ngradients", "2 BF16\nlayers", "0 BF16\nlayers", "without\nscales")
+    series = []
+    for architecture, colour, shift in zip(ARCHITECTURES, PALETTE, (-0.1, 0.1), strict=False):
+        of = [judge(list(found[setting, architecture, arm, start].values()))[1] for arm in arms]
+        series.append(Series(architecture, [shift + place for place in range(len(arms))],
+                             [100 * math.expm1(one.value) for one in of], colour, "o",
+                             [100 * one.half_width(ALPHA) for one in of]))
+
+    def adjust(axes: Any) -> None:
+        axes.set_yscale("symlog", linthresh=bound, linscale=3)
+        axes.set_ylim(-0.01, 20)
+        ticks = (0, 0.02, 0.04, 0.06, 0.08, bound, 1, 10)
+        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xticks(range(len(arms)), names, fontsize=7.5)
+        axes.axhline(bound, color=MUTED, linestyle="--", linewidth=1)
+        axes.annotate("the paper's bound", (-0.3, bound), xytext=(0, 3), textcoords="offset points", fontsize=8.5)
+
+    words = f"Gap of the {METRICS[METRIC]} to BF16 in per cent, by arm, with 95 % intervals, for two architectures."
+    return labelled(lines(series, " ", "Gap to BF16, %", 0.78, adjust), "fp8-parity", words) + "\n"
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -634,72 +384,33 @@ def run_jobs(setting: str, architectures: Sequence[str], seeds: Sequence[int], a
             for seed in seeds for architecture in architectures for arm in ("bf16", *arms)]
 
 
-def tiny_tokens(directory: Path) -> Path:
-    """A tokens directory of random text in which every token has two successors."""
-    import numpy as np
-
-    from data_pipeline.indexed_dataset import IndexedDatasetWriter
-
-    vocabulary, draw, files = 64, np.random.default_rng(0), {}
-    successors, sizes = draw.integers(1, vocabulary, (vocabulary, 2)), np.full(vocabulary, 3, np.uint16)
-    sizes[0] = 0
-    for name, documents in {"train/text-high": 400, "validation/text": 40}.items():
-        tokens = 0
-        with IndexedDatasetWriter(directory / name, vocabulary) as writer:
-            for _ in range(documents):
-                document = [int(draw.integers(1, vocabulary))]
-                for _ in range(100):
-                    document.append(int(successors[document[-1], draw.integers(2)]))
-                writer.add([*document, 0])
-                tokens += len(document) + 1
-        files[name] = {"documents": documents, "tokens": tokens, "bytes": 3 * (tokens - documents)}
-    np.save(directory / "token_bytes.npy", sizes)
-    (directory / "tokens.json").write_text(json.dumps({
-        "vocab_size": vocabulary, "eod_id": 0, "dtype": "uint16", "tokenizer_digest": "tiny", "corpus_digest": "tiny",
-        "files": files}))
-    (directory / "blend.json").write_text(json.dumps({"phases": [{"until": 1.0, "weights": {"train/text-high": 1}}]}))
-    return directory
-
-
-def commit() -> str:
-    """The checked-out commit; empty where there is no git."""
-    try:
-        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    except OSError:
-        return ""
-    return found.stdout.strip()
-
-
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     phases = top.add_subparsers(dest="phase", required=True)
     for name, words in {"pilot": "how noisy is a pair, by setting", "run": "as many pairs as the time allows",
                         "table": "the answers so far", "one": "train one model (the others start it)"}.items():
         phase = phases.add_parser(name, help=words)
-        phase.add_argument("--out", type=Path, required=name != "one", help="CSV file, a line for each finished model")
-        phase.add_argument("--metric", choices=METRICS, default=METRIC, help="(default: %(default)s)")
+        if name != "one":
+            phase.add_argument("--out", type=Path, required=True, help="CSV file, a line for each finished model")
+        if name != "table":
+            phase.add_argument("--tokens", type=Path, required=True, help="tokens directory of a profile")
+            phase.add_argument("--scratch", type=Path, default=Path(".scratch/fp8-parity"), help="(%(default)s)")
         if name in ("pilot", "run"):
             phase.add_argument("--seconds", type=float, help="start nothing that would not end within them")
-            phase.add_argument("--at-once", type=int, default=6, help="models on a GPU (default: %(default)s)")
-            phase.add_argument("--tiny", action="store_true", help="toy sizes, to see whether all works")
+            phase.add_argument("--at-once", type=int, default=8, help="models on a GPU (default: %(default)s)")
             phase.add_argument("--commit", help="for the rows, where there is no git")
-        if name != "table":
-            phase.add_argument("--tokens", type=Path, help="tokens directory of a profile")
-            phase.add_argument("--scratch", type=Path, default=Path(".scratch/fp8-parity"), help="(%(default)s)")
-            phase.add_argument("--graph", action="store_true", help="each step as a CUDA graph")
         if name == "pilot":
             phase.add_argument("--seeds", type=int, default=4, help="seeds 1 to this (default: %(default)s)")
         if name == "run":
-            phase.add_argument("--setting", choices=list(SETTINGS))
             phase.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
             phase.add_argument("--arms", nargs="+", choices=list(ARMS)[1:], default=list(ARMS)[1:])
             phase.add_argument("--seeds", type=int, default=16, help="seeds 101 to 100 + this (default: %(default)s)")
         if name in ("run", "table"):
+            phase.add_argument("--setting", choices=list(SETTINGS), default="deep-1e-3", help="(default: %(default)s)")
             phase.add_argument("--start", type=float, choices=(0.0, *STARTS), default=STARTS[0],
                                help="share of the steps after which arms leave the BF16 run (default: %(default)s)")
         if name == "table":
-            phase.add_argument("--setting", choices=list(SETTINGS), help="this one only")
-            phase.add_argument("--record", action="store_true", help="write docs/results/studies/fp8_parity.json")
+            phase.add_argument("--record", metavar="MACHINE", help="write the record and the figure of --setting")
         if name == "one":
             phase.add_argument("--job", type=json.loads, required=True)
             phase.add_argument("--keep-states", action="store_true")
@@ -711,26 +422,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.phase == "one":
         return one(options)
     if options.phase == "table":
-        rows = [row for row in read_rows(options.out) if options.setting in (None, row["setting"])]
+        rows = read_rows(options.out)
         if not rows:
-            raise SystemExit(f"{options.out}: no finished model of that setting.\nTrain some: `run`.")
-        print_noise(rows)
-        print_table(rows, options.metric)
+            raise SystemExit(f"{options.out}: no finished model.\nTrain some: `run`.")
+        print_table(rows)
         if options.record:
-            if not options.setting:
-                raise SystemExit("--record without --setting: the record is of one.\nName it.")
-            mine = [row for row in rows if row["start"] in (0.0, options.start) and row["seed"] > 100]
-            print(f"\n{write_record(mine, options.setting, options.start, options.metric)} written")
+            mine = [row for row in rows if row["setting"] == options.setting and row["seed"] > 100]    # not the pilot's
+            FIGURE.write_text(figure(mine, options.setting, options.start))
+            print(f"\n{study_of(mine, options.setting, options.start, options.record).save()} and {FIGURE} written")
         return 0
-    if options.tiny:
-        options.tokens, options.setting = options.tokens or tiny_tokens(options.scratch / "tokens"), "tiny"
-    if options.tokens is None or (options.phase == "run" and options.setting is None):
-        raise SystemExit("--tokens or --setting is missing.\nName the tokens directory and, of `run`, the setting.")
     if not (options.tokens / "tokens.json").exists():
         raise SystemExit(f"{options.tokens}: no tokens.json.\nName a tokens directory that stage `tokenize` wrote.")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))         # its models end with it
     if options.phase == "pilot":
-        jobs = pilot_jobs(TINY_PILOT if options.tiny else PILOT, range(1, options.seeds + 1))
+        jobs = pilot_jobs(PILOT, range(1, options.seeds + 1))
     else:
         jobs = run_jobs(options.setting, options.architectures, range(101, 101 + options.seeds), options.arms,
                         options.start)
@@ -742,7 +447,7 @@ def schedule(jobs: Sequence[Job], options: argparse.Namespace) -> int:
     def command(job: Job) -> list[str]:
         words = [sys.executable, "-m", "benchmarks.fp8_parity", "one", "--job", json.dumps(job), "--tokens",
                  str(options.tokens), "--scratch", str(options.scratch)]
-        return words + ["--graph"] * options.graph + ["--keep-states"] * any(other.start for other in jobs)
+        return words + ["--keep-states"] * any(other.start for other in jobs)
 
     def ready(job: Job) -> bool:
         trunk = options.scratch / f"{job.setting}-{job.architecture}-{job.seed}" / "bf16@0"
@@ -750,15 +455,14 @@ def schedule(jobs: Sequence[Job], options: argparse.Namespace) -> int:
 
     slots = slots_of(options.at_once)
     extra = {"at_once": options.at_once, "gpus": len({slot.get("CUDA_VISIBLE_DEVICES") for slot in slots}),
-             "commit": options.commit or commit()}
+             "commit": options.commit or _commit() or ""}
     scheduler = Scheduler(command, slots, options.out, options.seconds, extra, ready, options.scratch / "logs")
     print(f"{len(jobs)} models, {len(scheduler.slots)} at once: {shlex.join(sys.argv[1:])}", flush=True)
     scheduler.run(jobs)
     mine = set(jobs)
     rows = [row for row in read_rows(options.out) if job_of(row) in mine]
     if rows:
-        print_noise(rows)
-        print_table(rows, options.metric)
+        print_table(rows)
     print(f"\n{len(rows)} of {len(jobs)} models are there; {len(scheduler.left)} not started, "
           f"{len(scheduler.failed)} failed" + "".join(f"\n  {job}: {why}" for job, why in scheduler.failed.items()))
     return int(bool(scheduler.failed) or not rows)
@@ -769,7 +473,7 @@ def one(options: argparse.Namespace) -> int:
     job = Job(*options.job)
     setting = SETTINGS[job.setting]
     try:
-        result = train_one(job, setting, options.tokens, options.scratch, options.keep_states, options.graph)
+        result = train_one(job, setting, options.tokens, options.scratch, options.keep_states)
     except ModelError as error:
         print(error, flush=True)
         return 1

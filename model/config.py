@@ -124,6 +124,7 @@ class PretrainConfig(Section):
         recompute: symbols of the layers whose activations the backward computes again instead of keeping them.
         cuda_graph: whether a GPU replays forward and backward of a step as one CUDA graph; for one pipeline stage.
         reset_at_documents: whether state, convolution and attention restart after an end-of-document token.
+        check_kernels: whether a GPU's kernels are compared with float64 at this run's sizes before the first step.
     """
 
     tokens: int = Field(ge=1)
@@ -152,6 +153,7 @@ class PretrainConfig(Section):
     recompute: str = Field(default="", pattern=r"^[M*\-]*$")
     cuda_graph: bool = False
     reset_at_documents: bool = False
+    check_kernels: bool = True
 
     @model_validator(mode="after")
     def batches_divide(self) -> PretrainConfig:

@@ -36,6 +36,7 @@ from model.documents import find_documents
 from model.engine_checkpoint import ResumeState, save_model
 from model.fp8_statistics import observe
 from model.gradient_watch import GradientWatch
+from model.kernel_check import check_kernels
 from model.limits import check_cuda_graph, check_micro_batch
 from model.optimizer import build_optimizer, build_schedule, update, uses_distributed_optimizer
 from model.precision import PrecisionName, choose_precision
@@ -49,7 +50,7 @@ VALIDATION_SHARE = 1 / 50
 # What may differ where a run goes on from a resume state: what changes memory, speed and warnings alone.
 FREE_WHEN_RESUMED = frozenset((
     "micro_batch_size", "validation_micro_batch_size", "distributed_optimizer", "recompute", "cuda_graph",
-    "checkpoint_every", "checkpoints_kept", "spike_factor", "max_skipped_steps", "fp8_statistics",
+    "checkpoint_every", "checkpoints_kept", "spike_factor", "max_skipped_steps", "fp8_statistics", "check_kernels",
 ))
 UNIGRAM_TOKENS = 1_000_000      # of the training text, from which unigram frequencies are taken
 
@@ -135,6 +136,8 @@ class Trainer:
         check_micro_batch(config, self.precision, recipe.micro_batch_size)
         check_cuda_graph(recipe, parallelism)
         token_data.check(tokens, config.vocab_size)
+        if recipe.check_kernels and device().type == "cuda":
+            check_kernels(config, parallelism.tensor, device())
         self.model = build_model(config, self.precision, parallelism, seed, recipe.recompute).to(device())
         self.step_graph = StepGraph(self.model, self._whole_step) if recipe.cuda_graph else None
         self.ranks, self.rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()

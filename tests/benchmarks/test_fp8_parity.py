@@ -13,27 +13,25 @@ import pytest
 from scipy import stats
 
 from benchmarks import fp8_parity
+from benchmarks.fp8_jobs import METRICS, Job, Scheduler, append_row, job_of, read_rows
 from benchmarks.fp8_parity import (
     ARMS,
     METRIC,
-    METRICS,
     SETTINGS,
     Arm,
-    Job,
-    Scheduler,
-    answer,
-    append_row,
+    figure,
     gaps,
-    job_of,
+    judge,
     metrics,
-    pairs_needed,
     pilot_jobs,
-    read_rows,
     run_jobs,
-    tiny_tokens,
+    study_of,
     train_one,
 )
+from data_pipeline.indexed_dataset import IndexedDatasetWriter
 from model.config import ModelError
+from stages.report.claims import judge_study
+from stages.report.statistics import ALPHA, Answer
 
 TRUNK = Job("tiny", "hybrid", 1)
 FP8 = TRUNK._replace(arm="fp8", start=0.5)
@@ -161,51 +159,32 @@ def test_a_file_of_other_columns_is_an_error_and_a_line_cut_short_is_not(tmp_pat
     assert [one["seed"] for one in read_rows(path)] == [1]
 
 
-@pytest.mark.parametrize("shift, spread, verdict", [
-    (0.0, 0.05, "holds"), (0.5, 0.05, "does not hold"), (-0.5, 0.05, "does not hold"), (0.0, 1.0, "cannot be told"),
+@pytest.mark.parametrize("shift, spread, answer", [
+    (0.0, 0.05, Answer.HOLDS), (0.5, 0.05, Answer.FAILS), (-0.5, 0.05, Answer.FAILS), (0.0, 1.0, Answer.UNDECIDED),
 ])
-def test_the_answer_is_that_of_two_one_sided_tests(shift, spread, verdict):
+def test_the_answer_is_that_of_two_one_sided_tests(shift, spread, answer):
     values = np.random.default_rng(3).normal(0, spread, 16)
-    values += shift - values.mean()
-    found = answer(list(values))
+    values = (values + shift - values.mean()) / 100
+    found, estimate = judge(list(values))
     interval = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
-    assert (found.n, found.holds) == (16, verdict)
-    assert (found.mean, found.low, found.high) == pytest.approx((values.mean(), interval.low, interval.high))
-    above = stats.ttest_1samp(values, -0.1, alternative="greater").pvalue
-    below = stats.ttest_1samp(values, 0.1, alternative="less").pvalue
-    assert (max(above, below) < 0.05) == (verdict == "holds")
+    assert found is answer and estimate.interval(ALPHA) == pytest.approx((interval.low, interval.high))
+    margin = math.log(1.001)
+    above = stats.ttest_1samp(values, -margin, alternative="greater").pvalue
+    below = stats.ttest_1samp(values, margin, alternative="less").pvalue
+    assert (max(above, below) < 0.05) == (answer is Answer.HOLDS)
 
 
-def test_the_answer_is_the_reports():
-    rules = pytest.importorskip("stages.report.statistics")
-    draw = np.random.default_rng(5)
-    for _ in range(300):
-        values = draw.normal(draw.uniform(-0.3, 0.3), draw.uniform(0.01, 0.4), draw.integers(2, 20))
-        assert answer(list(values)).holds == rules.equivalence(rules.mean(values, "seed"), 0.1).answer
-
-
-def test_losses_that_are_not_finite_are_counted_and_do_not_hold():
-    found = answer([0.0, 0.01, -0.01, math.inf])
-    assert (found.n, found.broken, found.holds) == (3, 1, "does not hold")
-    assert answer([0.0]).holds == answer([]).holds == "cannot be told"
-
-
-@pytest.mark.parametrize("sd", [0.05, 0.1, 0.3])
-def test_the_pairs_needed_decide_as_often_as_they_say(sd):
-    n = pairs_needed(sd)
-    draws = np.random.default_rng(1).normal(0, sd, (4000, n))
-    half = stats.t.ppf(0.95, n - 1) * draws.std(1, ddof=1) / math.sqrt(n)
-    decided = np.mean(np.abs(draws.mean(1)) + half < 0.1)
-    assert 0.87 < decided < 0.96
-    fewer = np.random.default_rng(2).normal(0, sd, (4000, max(2, n - 1 - n // 5)))
-    half = stats.t.ppf(0.95, fewer.shape[1] - 1) * fewer.std(1, ddof=1) / math.sqrt(fewer.shape[1])
-    assert np.mean(np.abs(fewer.mean(1)) + half < 0.1) < 0.87
+def test_losses_that_are_not_finite_do_not_hold():
+    found, estimate = judge([0.0, 1e-4, -1e-4, math.inf])
+    assert found is Answer.FAILS and estimate.value == 0
+    assert judge([0.0])[0] is judge([])[0] is Answer.UNDECIDED
+    assert judge([math.inf])[0] is Answer.FAILS
 
 
 def test_a_gap_is_of_the_run_it_branched_from():
     rows = [row(TRUNK, 2.0, "new"), row(FP8, 2.02, "new"), row(FP8._replace(arm="e4m3"), 3.0, "old"),
             row(FP8._replace(seed=2), 2.0)]
-    assert gaps(rows, METRIC) == {("tiny", "hybrid", "fp8", 0.5): {1: pytest.approx(1.0)}}
+    assert gaps(rows, METRIC) == {("tiny", "hybrid", "fp8", 0.5): {1: pytest.approx(math.log(1.01))}}
     with pytest.raises(SystemExit, match="Nothing was computed in FP8"):
         gaps([row(TRUNK, 2.0), row(FP8, 2.0)], METRIC)
 
@@ -214,8 +193,7 @@ def test_means_are_over_the_last_fifth():
     training = [{"step": step, "loss": float(step)} for step in range(1, 11)]
     validation = [{"step": step, "domain": domain, "loss": step * scale}
                   for step in range(1, 11) for domain, scale in (("code", 7.0), ("all", 10.0))]
-    assert metrics(training, validation, 10) == {
-        "validation": 100.0, "validation_mean": 95.0, "training_mean": 9.5}
+    assert metrics(training, validation, 10) == {"validation": 100.0, "training_mean": 9.5}
 
 
 def test_jobs_come_seed_by_seed_and_arms_differ_from_bf16_alone():
@@ -223,7 +201,7 @@ def test_jobs_come_seed_by_seed_and_arms_differ_from_bf16_alone():
     assert [job.seed for job in jobs] == [101] * 6 + [102] * 6 and jobs[0] == jobs[1].trunk == jobs[2].trunk
     starts = {job.start for job in pilot_jobs(fp8_parity.PILOT, [1, 2]) if job.arm == "fp8"}
     assert starts == {0.0, *fp8_parity.STARTS}
-    recipes = {arm: fp8_parity.recipe(SETTINGS["tiny"], ARMS[arm], False, False).model_dump() for arm in ARMS}
+    recipes = {arm: fp8_parity.recipe(SETTINGS["tiny"], ARMS[arm], False).model_dump() for arm in ARMS}
     for arm, recipe in recipes.items():
         assert {name for name, value in recipe.items() if value != recipes["bf16"][name]} == set(ARMS[arm].changes)
 
@@ -244,7 +222,26 @@ def test_the_settings_suit_fp8_products_and_the_kernels(setting, architecture):
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory) -> Path:
-    return tiny_tokens(tmp_path_factory.mktemp("tokens"))
+    """Random text in which every token has two successors."""
+    directory, vocabulary, draw, files = tmp_path_factory.mktemp("tokens"), 64, np.random.default_rng(0), {}
+    successors, sizes = draw.integers(1, vocabulary, (vocabulary, 2)), np.full(vocabulary, 3, np.uint16)
+    sizes[0] = 0
+    for name, documents in {"train/text-high": 400, "validation/text": 40}.items():
+        count = 0
+        with IndexedDatasetWriter(directory / name, vocabulary) as writer:
+            for _ in range(documents):
+                document = [int(draw.integers(1, vocabulary))]
+                for _ in range(100):
+                    document.append(int(successors[document[-1], draw.integers(2)]))
+                writer.add([*document, 0])
+                count += len(document) + 1
+        files[name] = {"documents": documents, "tokens": count, "bytes": 3 * (count - documents)}
+    np.save(directory / "token_bytes.npy", sizes)
+    (directory / "tokens.json").write_text(json.dumps({
+        "vocab_size": vocabulary, "eod_id": 0, "dtype": "uint16", "tokenizer_digest": "tiny", "corpus_digest": "tiny",
+        "files": files}))
+    (directory / "blend.json").write_text(json.dumps({"phases": [{"until": 1.0, "weights": {"train/text-high": 1}}]}))
+    return directory
 
 
 def test_a_branch_goes_on_as_its_trunk_did_and_fp8_does_not(tokens, tmp_path, monkeypatch):
@@ -268,18 +265,48 @@ def test_a_model_that_does_not_learn_is_an_error(tokens, tmp_path):
         train_one(Job("tiny", "transformer", 1), setting, tokens, tmp_path)
 
 
-def test_the_record_holds_pairs_and_their_control(tmp_path):
-    pytest.importorskip("stages.report.studies")
-    rows = []
+SHIFTS = {"bf16": 0.0, "fp8": 2e-4, "fp8-2": 3e-4, "fp8-0": 6e-4, "e4m3": 2e-4, "again": 0.0, "unscaled": 0.05}
+
+
+def recorded(shifts: dict[str, float], seeds: int = 5, others: int = 3) -> list[dict]:
+    """`seeds` pairs of BF16 and FP8, of which the last `others` have the other arms, in shares of the loss."""
+    draw, rows = np.random.default_rng(0), []
     for architecture in fp8_parity.ARCHITECTURES:
-        for seed in range(101, 106):
-            trunk = Job("deep-1e-3", architecture, seed)
-            rows += [row(trunk, 2.0), row(trunk._replace(arm="fp8", start=0.5), 2.001)]
-            if seed in (103, 104):
-                rows.append(row(trunk._replace(arm="unscaled", start=0.5), 2.2))
-    path = fp8_parity.write_record(rows, "deep-1e-3", 0.5, METRIC, tmp_path)
-    study = json.loads(path.read_text())
-    assert [item["claim"] for item in study["comparisons"]] == ["fp8_parity"] * 2
-    values = {item["name"]: item["values"] for item in study["measurements"]}
-    for item in study["comparisons"]:
-        assert (len(values[item["candidate"]]), len(values[item["control"]])) == (5, 2)
+        for seed in range(101, 101 + seeds):
+            trunk, loss = Job("deep-1e-3", architecture, seed), draw.normal(4, 0.04)
+            for arm, shift in shifts.items():
+                if arm in ("bf16", "fp8") or seed >= 101 + seeds - others:
+                    job = trunk if arm == "bf16" else trunk._replace(arm=arm, start=0.5)
+                    rows.append(row(job, loss * (1 + shift + (arm != "bf16") * draw.normal(0, 1e-5))))
+    return rows
+
+
+@pytest.mark.parametrize("changed, parity, recipe", [
+    ({}, Answer.HOLDS, Answer.HOLDS),
+    ({"fp8": 2e-3}, Answer.FAILS, Answer.FAILS),
+    ({"unscaled": 2e-4}, Answer.UNDECIDED, Answer.UNDECIDED),
+    ({"fp8-2": 1e-4}, Answer.HOLDS, Answer.FAILS),
+    ({"e4m3": 3e-3}, Answer.HOLDS, Answer.FAILS),
+])
+def test_the_record_is_judged_by_the_report(changed, parity, recipe):
+    study = study_of(recorded(SHIFTS | changed), "deep-1e-3", 0.5, "2 cards")
+    assert judge_study(study, "fp8_parity")[0] is parity
+    assert judge_study(study, "fp8_recipe")[0] is recipe
+
+
+def test_the_record_pairs_by_seed():
+    rows = recorded(SHIFTS)
+    study = study_of(rows, "deep-1e-3", 0.5, "2 cards")
+    losses = {job_of(one): one[METRIC] for one in rows}
+    for architecture in fp8_parity.ARCHITECTURES:
+        order = [Job("deep-1e-3", architecture, seed) for seed in (103, 104, 105, 101, 102)]
+        assert study.measurement(f"{architecture}, BF16, training loss").values == [losses[job] for job in order]
+        assert study.measurement(f"{architecture}, FP8 without scales, training loss").values == [
+            losses[job._replace(arm="unscaled", start=0.5)] for job in order[:3]]
+    with pytest.raises(SystemExit, match="1 seeds have every arm"):
+        study_of(recorded(SHIFTS, others=1), "deep-1e-3", 0.5, "2 cards")
+
+
+def test_the_figure_is_the_same_from_the_same_rows():
+    drawn = figure(recorded(SHIFTS), "deep-1e-3", 0.5)
+    assert drawn == figure(recorded(SHIFTS), "deep-1e-3", 0.5) and drawn.startswith("<svg") and "hybrid" in drawn
