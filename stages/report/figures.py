@@ -161,14 +161,12 @@ def gap(reference: Curve, other: Curve) -> Curve:
 
 
 def layer_importance(records: Records) -> str:
-    """Ranks as they are, all else on a logarithmic scale."""
-    rule = records.importance.rule
-    layers = [layer for layer in records.importance.layers if rule == "rank" or layer.importance > 0]
+    kind = records.importance.rule.replace("rank", "mse").upper()       # ranks are those of the MSE
+    layers = [layer for layer in records.importance.layers if layer.importance > 0]
     series = [Series(label, [layer.index for layer in layers if layer.symbol == symbol],
                      [layer.importance for layer in layers if layer.symbol == symbol], colour, "o")
               for (symbol, label), colour in zip(KINDS.items(), PALETTE[1:], strict=False)]
-    return lines(series, "Layer", f"Importance ({rule})",
-                 lambda axes: axes.set_yscale("linear" if rule == "rank" else "log"))
+    return lines(series, "Layer", f"Importance ({kind})", lambda axes: axes.set_yscale("log"))
 
 
 def candidates(records: Records) -> str:
