@@ -140,7 +140,13 @@ def in_order(show: Show, decisions: Mapping[str, Decision]) -> Finding:
     """Of order claims that must all hold, by what was measured."""
     return (statistics.all_of([decision.answer for decision in decisions.values()]),
             "; ".join(f"{name}: {told(decision, show)}" for name, decision in decisions.items()),
-            [line(name, decision, show) for name, decision in decisions.items()])
+            deciding([(decision.answer, line(name, decision, show)) for name, decision in decisions.items()]))
+
+
+def deciding(rows: Sequence[tuple[Answer, Evidence]]) -> list[Evidence]:
+    """What fails first, then what cannot be told: the first line is the one that is seen."""
+    order = (Answer.FAILS, Answer.UNDECIDED, Answer.HOLDS)
+    return [evidence for _, evidence in sorted(rows, key=lambda row: order.index(row[0]))]
 
 
 # --- Models of one profile --------------------------------------------------------------------------------------------
@@ -379,22 +385,23 @@ def _study_rule(study: Study, key: str) -> str:
 def judge_study(study: Study, key: str) -> Finding:
     """All comparisons of the claim must hold; those at a guess's level are shown and not counted."""
     asked = study.asked(key)
-    answers, reasons, evidence = [], [], []
+    reasons, counted, uncounted = [], [], []
     for item in asked:
         show = (lambda value: percent(math.expm1(value))) if item.relative else plain
         decision = compared(study, item, item.candidate, len(asked))
         name = f"{item.candidate} against {item.reference}"
-        evidence.append(line(name, decision, show))
         if all(at_chance(study.measurement(of)) for of in (item.candidate, item.reference) if isinstance(of, str)):
             reasons.append(f"{name}: at a guess, not counted")
+            uncounted.append(line(name, decision, show))
             continue
         answer, because = decision.answer, told(decision, show)
         if item.question != "better":
             control = compared(study, item, item.control, 1) if item.control else None
             answer, because = with_control(decision, control, item.control or "a broken arm", show)
-        answers.append(answer)
+        counted.append((answer, line(name, decision, show)))
         reasons.append(f"{name}: {because}")
-    return statistics.all_of(answers), "; ".join(reasons) or "the study compares nothing for this claim", evidence
+    return (statistics.all_of([answer for answer, _ in counted]),
+            "; ".join(reasons) or "the study compares nothing for this claim", [*deciding(counted), *uncounted])
 
 
 def at_chance(measured: Measurement) -> bool:
