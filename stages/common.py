@@ -117,14 +117,8 @@ class Stage:
             print(f"gpu {','.join(names)} waited {self.waited:.1f} s", flush=True)
 
     def write_record(self, name: str, content: Any) -> None:
-        """Write `content` (text, or a value of plain values and pydantic models to put as JSON) to records/NAME, whole
-        or not at all."""
-        text = content if isinstance(content, str) else json.dumps(
-            content, indent=1, ensure_ascii=False, default=lambda model: model.model_dump()) + "\n"
-        self.records.mkdir(parents=True, exist_ok=True)
-        partial = self.records / f".{name}.partial"
-        partial.write_text(text)
-        partial.rename(self.records / name)
+        """To records/NAME, as `write` does."""
+        write(self.records / name, content)
 
     @property
     def scratch(self) -> Path:
@@ -148,6 +142,16 @@ class Stage:
         """The sections this stage depends on, as plain values."""
         values = self.params.model_dump(mode="json")
         return {name: values[name] for name in ("profile", *self.sections)} | {"variant": self.variant}
+
+
+def write(path: Path, content: Any) -> None:
+    """Write text, or a value of plain values and pydantic models as JSON, whole or not at all."""
+    text = content if isinstance(content, str) else json.dumps(
+        content, indent=1, ensure_ascii=False, default=lambda model: model.model_dump()) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.rename(path)
 
 
 class Progress:

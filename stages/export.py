@@ -32,7 +32,7 @@ from stages.common import Stage, StageError, plain_errors, run_stage
 if TYPE_CHECKING:
     from torch import Tensor
 
-LOGITS_TOLERANCE = 1e-5      # of the largest logit; the claim of the report (`stages.report.claims`) asks the same
+LOGITS_TOLERANCE = 1e-5      # of the largest logit; the claim of the report (claims.toml) asks the same
 COMPARED_TOKENS = 256
 OWN_TOKENIZER = "tokenizer"  # folder of an imported checkpoint: the files of its tokenizer, generation_config.json
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",

@@ -12,46 +12,40 @@ the metric `records_not_read`; the page is made for the rest.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from stages.common import Stage, run_stage
+from stages.common import Stage, run_stage, write
 
 SAVED = ("validation", "decoding", "fp8-gap", "distillation")   # figures that are files of their own, too
 
 
 def report(stage: Stage) -> dict[str, int]:
-    import json
-
     from stages.report.claims import claims
-    from stages.report.page import counts, report_page, summary, write
+    from stages.report.page import report_page
     from stages.report.records import RecordError, Records
     from stages.report.studies import load_studies
 
-    records, studies, directory = Records(stage.params, stage.records_root), load_studies(), reports_directory(stage)
+    # --out DIR writes to DIR/reports.
+    directory = Path("reports", stage.params.profile) if stage.out_data == stage.data_root else (
+        stage.out_data.with_name("reports"))
+    records, studies = Records(stage.params, stage.records_root), load_studies()
     found = claims(records, studies)
     page = report_page(records, found, [study for study in studies.values() if isinstance(study, RecordError)])
-    write(directory / "index.html", page.text)
-    for name in SAVED:
-        if name in page.plots:
-            write(directory / f"{name}.svg", page.plots[name] + "\n")
-    answers = counts(found)
-    write(directory / "claims.json", json.dumps({
-        "profile": stage.params.profile, **page.facts, "summary": summary(records, found), "counts": answers,
+    summary, counts = page.values["summary"], page.values["counts"]
+    files: dict[str, Any] = {f"{name}.svg": page.plots[name] + "\n" for name in SAVED if name in page.plots}
+    files |= {"index.html": page.text, "claims.json": {
+        "profile": stage.params.profile, **page.values["facts"], "summary": summary, "counts": counts,
         "claims": [{"number": claim.number, "key": claim.key, "title": claim.title, "paper": claim.paper,
                     "ours": "; ".join(f"{line.measure}: {line.ours}" for line in claim.evidence[:1]),
                     "answer": claim.answer, "because": claim.because} for claim in found],
-    }, indent=1, ensure_ascii=False) + "\n")
+    }}
+    for name, content in files.items():
+        write(directory / name, content)
     stage.inputs += records.reader.files
     unread = list(dict.fromkeys([*page.unread, *records.reader.faults]))
-    print("\n".join([f"{directory / 'index.html'}: {summary(records, found)}", *unread]), flush=True)
+    print("\n".join([f"{directory / 'index.html'}: {summary}", *unread]), flush=True)
     names = ("claims_that_hold", "claims_that_do_not_hold", "claims_that_cannot_be_told")
-    return {"claims": len(found), **dict(zip(names, answers.values(), strict=True)), "records_not_read": len(unread)}
-
-
-def reports_directory(stage: Stage) -> Path:
-    """reports/PROFILE, or DIR/reports under --out DIR."""
-    if stage.out_data == stage.data_root:
-        return Path("reports") / stage.params.profile
-    return stage.out_data.with_name("reports")
+    return {"claims": len(found), **dict(zip(names, counts.values(), strict=True)), "records_not_read": len(unread)}
 
 
 if __name__ == "__main__":

@@ -7,30 +7,22 @@ What cannot be read leaves its own claim undecided, with the reader's message; t
 from __future__ import annotations
 
 import math
-import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic.dataclasses import dataclass
 
 from data_pipeline.config import DataError
+from model import costs
 from model.compression.config import MemoryBudget
-from model.costs import memory
 from model.presets import PRESETS
 from stages.report import statistics
-from stages.report.records import RecordError, Records
+from stages.report.records import Pair, RecordError, Records, by_seed, fp8_pairs, variants
 from stages.report.statistics import Answer, Decision, Estimate, Source, equivalence, mean, over_seeds, superiority
-from stages.report.studies import Comparison, Measurement, Study
-
-WORDS = tomllib.loads(Path(__file__).with_name("claims.toml").read_text())["claim"]
-PUBLISHED = {"nemotron_h_8b": 8_100_852_736, "nemotron_h_56b": 56_324_350_464, "nemotron_h_47b": 46_791_554_816}
-LOGITS_TOLERANCE = 1e-5             # of the largest
-GIB, CARD_GIB, WEIGHTS_GIB = 2**30, 31.7, 29.5      # what is left of an RTX 5090; 56B's weights, as printed
-LOSS_MARGIN, FP8_MARGIN = 0.01, 0.001               # shares of bits per byte
-HYBRID_TASKS, FP8_TASKS, COMPRESSED_TASKS = 0.02, 0.01, 0.011
+from stages.report.studies import WORDS, Comparison, Measurement, Study
 
 
 @dataclass(frozen=True)
@@ -61,7 +53,6 @@ class Claim:
 
 Finding = tuple[Answer, str, list[Evidence]]        # answer, because, evidence
 Show = Callable[[float], str]
-Pair = tuple[str, str]                              # models: candidate, reference
 
 
 def claims(records: Records, studies: Mapping[str, Study | RecordError]) -> list[Claim]:
@@ -69,12 +60,12 @@ def claims(records: Records, studies: Mapping[str, Study | RecordError]) -> list
     return [_claim(records, studies, **words) for words in WORDS]
 
 
-def counts(found: Sequence[Claim]) -> dict[Answer, int]:
-    return {answer: sum(claim.answer is answer for claim in found) for answer in Answer}
+def counts(found: Sequence[Claim]) -> dict[str, int]:
+    return {str(answer): sum(claim.answer is answer for claim in found) for answer in Answer}
 
 
 def _claim(records: Records, studies: Mapping[str, Study | RecordError], key: str, study: str = "", rule: str = "",
-           command: str = "", **words: str) -> Claim:
+           command: str = "", judge: str = "", asked: Mapping[str, Any] | None = None, **words: str) -> Claim:
     evidence: list[Evidence] = []
     try:
         if study:
@@ -86,7 +77,7 @@ def _claim(records: Records, studies: Mapping[str, Study | RecordError], key: st
             rule, command = _study_rule(record, key), f"{record.command} ({record.machine}, {record.date})"
             answer, because, evidence = judge_study(record, key)
         else:
-            answer, because, evidence = JUDGES[key](records)
+            answer, because, evidence = JUDGES[judge](records, **asked or {})
     except (ValueError, LookupError, ArithmeticError) as error:
         answer = Answer.UNDECIDED
         because = str(error) if isinstance(error, DataError) else (
@@ -97,16 +88,17 @@ def _claim(records: Records, studies: Mapping[str, Study | RecordError], key: st
 # --- Words ------------------------------------------------------------------------------------------------------------
 
 
+def plain(value: float, form: str = "+.3g") -> str:
+    """With a true minus sign."""
+    return f"{value:{form}}".replace("-", "−")
+
+
 def percent(value: float) -> str:
-    return f"{100 * value:+.3g} %".replace("-", "−")
+    return f"{plain(100 * value)} %"
 
 
 def points(value: float) -> str:
-    return f"{100 * value:+.1f} points".replace("-", "−")
-
-
-def plain(value: float) -> str:
-    return f"{value:+.3g}".replace("-", "−")
+    return f"{plain(100 * value, '+.1f')} points"
 
 
 def times(logarithm: float) -> str:
@@ -154,22 +146,17 @@ def in_order(show: Show, decisions: Mapping[str, Decision]) -> Finding:
 # --- Models of one profile --------------------------------------------------------------------------------------------
 
 
-def variants(records: Records, architecture: str, precision: str, recipe: str | None = None) -> dict[int, str]:
-    """By seed; `recipe`: the FP8 recipe of a control arm."""
-    return {variant.seed: name for name, variant in records.params.variants.items() if recipe == getattr(
-        variant, "fp8_recipe", None) and (variant.architecture, variant.precision) == (architecture, precision)}
+def paired(records: Records, candidate: Sequence[str], reference: Sequence[str]) -> list[Pair]:
+    """Models of one seed. Each side: architecture, precision and, for a control arm, FP8 recipe; or one model."""
+    def models(of: Sequence[str]) -> Mapping[int, str]:
+        return {0: records.params.compress.parent if of[0] == "parent" else of[0]} if len(of) == 1 else (
+            variants(records.params, *of))
 
-
-def by_seed(candidates: Mapping[int, str], references: Mapping[int, str]) -> list[Pair]:
-    return [(name, references[seed]) for seed, name in candidates.items() if seed in references]
-
-
-def fp8_pairs(records: Records, architecture: str, recipe: str | None = None) -> list[Pair]:
-    return by_seed(variants(records, architecture, "fp8", recipe), variants(records, architecture, "bf16"))
+    return by_seed(models(candidate), models(reference))
 
 
 def evaluated(records: Records, pairs: Sequence[Pair]) -> list[Pair]:
-    return [pair for pair in pairs if set(pair) <= set(records.scores)]
+    return [pair for pair in pairs if set(pair) <= set(records.params.models)]
 
 
 def learned(records: Records, *models: str) -> None:
@@ -188,103 +175,107 @@ def trained_gains(records: Records, pairs: Sequence[Pair]) -> list[float]:
 
 def half_trained_gain(records: Records, variant: str) -> float:
     """As `trained_gains`, of the same model at the evaluation that is nearest to half of its tokens."""
-    curve = records.validation[variant]["all"]
-    nearest = min(range(len(curve["tokens"])), key=lambda at: abs(curve["tokens"][at] - curve["tokens"][-1] / 2))
-    return 1 - curve["bits_per_byte"][nearest] / curve["bits_per_byte"][-1]
+    curve = records.validation(variant)
+    last = max(curve)
+    return 1 - curve[min(curve, key=lambda tokens: abs(tokens - last / 2))] / curve[last]
 
 
-def same_items(pair: Pair, gain: Callable[[], Estimate]) -> Estimate:
+@contextmanager
+def same_items(pairs: Sequence[Pair]) -> Iterator[None]:
     try:
-        return gain()
+        yield
+    except RecordError:
+        raise
     except (KeyError, ValueError):
-        raise RecordError(f"evaluate/{pair[0]}/scores.json and evaluate/{pair[1]}/scores.json: not the same items.\n"
-                          "Run the stage `evaluate` again for both.") from None
+        files = " and ".join(f"evaluate/{model}/scores.json" for pair in pairs for model in pair)
+        raise RecordError(f"{files}: not the same items.\nRun the stage `evaluate` again for them.") from None
 
 
 def documents(records: Records, pair: Pair) -> Estimate:
     """Gain in bits per byte over the documents both were evaluated on."""
-    ours, theirs = ({name: rows for name, rows in records.scores[model].items() if name.startswith("bits_per_byte_")}
+    ours, theirs = ({name: rows for name, rows in records.scores(model).items() if name.startswith("bits_per_byte_")}
                     for model in pair)
-    return same_items(pair, lambda: statistics.bits_per_byte_gain(ours, theirs))
+    with same_items([pair]):
+        return statistics.bits_per_byte_gain(ours, theirs)
 
 
-def loss(records: Records, pairs: list[Pair], margin: float, or_better: bool, broken: Sequence[float], control: str
-         ) -> Finding:
-    """Equivalence of final bits per byte over seeds and documents; `broken`: the control's gains."""
+def loss(records: Records, candidate: Sequence[str], reference: Sequence[str], broken: Sequence[str], margin: float,
+         control: str, or_better: bool = False) -> Finding:
+    """Equivalence of final bits per byte over seeds and documents. `broken`: the control's model; none: the reference
+    at half its tokens."""
+    pairs, rule = paired(records, candidate, reference), partial(equivalence, margin=margin, or_better=or_better)
+    for pair in pairs:
+        ours, theirs = (records.metrics("pretrain", name) for name in pair)
+        if abs(ours["parameters"] / theirs["parameters"] - 1) > 0.05 or ours["tokens"] != theirs["tokens"]:
+            return Answer.UNDECIDED, f"{' and '.join(pair)}: parameters or tokens are not alike", []
     if not (known := evaluated(records, pairs)):
         return Answer.UNDECIDED, "this profile does not train and evaluate both", []
     learned(records, *known[0])
     gains, texts = trained_gains(records, pairs), documents(records, known[0])
-    rule = partial(equivalence, margin=margin, or_better=or_better)
+    lost = trained_gains(records, paired(records, broken, reference)) if broken else [
+        half_trained_gain(records, name) for _, name in paired(records, reference, reference)]
     decision = rule(over_seeds(mean(gains, "seed"), texts))
-    seen = rule(over_seeds(mean(broken, "seed", gains if len(broken) == 1 else None), texts)) if broken else None
+    seen = rule(over_seeds(mean(lost, "seed", gains if len(lost) == 1 else None), texts)) if lost else None
     rows = [Evidence(f"bits per byte saved, {' / '.join(pair)}", percent(gain))
             for pair, gain in zip(pairs, gains, strict=True)]
     return *with_control(decision, seen, control, percent), [line("mean over seeds", decision, percent), *rows]
 
 
-def hybrid_loss(records: Records) -> Finding:
-    transformers = variants(records, "transformer", "bf16")
-    pairs = by_seed(variants(records, "hybrid", "bf16"), transformers)
-    for pair in pairs:
-        ours, theirs = (records.metrics("pretrain", name) for name in pair)
-        if abs(ours["parameters"] / theirs["parameters"] - 1) > 0.05 or ours["tokens"] != theirs["tokens"]:
-            return Answer.UNDECIDED, f"{' and '.join(pair)}: parameters or tokens are not alike", []
-    broken = [half_trained_gain(records, name) for name in transformers.values()]
-    return loss(records, pairs, LOSS_MARGIN, True, broken, "each Transformer at half its tokens")
-
-
-def fp8_loss(records: Records, architecture: str) -> Finding:
-    broken = trained_gains(records, fp8_pairs(records, architecture, "unscaled"))
-    return loss(records, fp8_pairs(records, architecture), FP8_MARGIN, False, broken, "FP8 without scales")
+def compressed_loss(records: Records, margin: float, control: str) -> Finding:
+    """Of one given pair of models, over documents."""
+    parent = records.params.compress.parent
+    learned(records, parent)
+    decision, seen = (equivalence(documents(records, pair), margin, True) if evaluated(records, [pair]) else None
+                      for pair in (("compressed", parent), ("compressed-random", parent)))
+    if decision is None:
+        return Answer.UNDECIDED, "this profile does not evaluate both", []
+    return *with_control(decision, seen, control, percent), [
+        line("bits per byte saved against the parent", decision, percent)]
 
 
 def fp8_scaling(records: Records) -> Finding:
-    pairs = by_seed(variants(records, "hybrid", "fp8"), variants(records, "hybrid", "fp8", "unscaled"))
+    pairs = paired(records, ("hybrid", "fp8"), ("hybrid", "fp8", "unscaled"))
     if not pairs:
         return Answer.UNDECIDED, "this profile does not train FP8 without scales", []
-    spread = trained_gains(records, fp8_pairs(records, "hybrid")) if len(pairs) == 1 else None
+    spread = trained_gains(records, fp8_pairs(records.params, "hybrid")) if len(pairs) == 1 else None
     gain = mean(trained_gains(records, pairs), "seed", spread)
     return in_order(percent, {"bits per byte saved by scales": superiority(gain)})
 
 
-def tasks(records: Records, pairs: list[Pair], margin: float, broken: Sequence[Pair], control: str,
-          training: bool = True) -> Finding:
+def tasks(records: Records, candidate: Sequence[str], reference: Sequence[str], broken: Sequence[str], margin: float,
+          control: str, training: bool = True) -> Finding:
     """Equivalence of the mean over tasks; `training`: over seeds too, and not of one given pair of models alone."""
-    known, failing, rows = evaluated(records, pairs), evaluated(records, broken), []
+    known, failing = (evaluated(records, paired(records, of, reference)) for of in (candidate, broken))
     if not known:
         return Answer.UNDECIDED, "this profile does not evaluate both", []
-    counted, models = [], known[0]
+    counted, models, rows = [], known[0], []
     learned(records, *models)
-    for task, right in records.scores[models[0]].items():
+    for task, items in records.scores(models[0]).items():
         if task.startswith("bits_per_byte_") or "_at_" in task:     # texts, and tasks of lengthened contexts
             continue
         chance = records.metrics("evaluate", models[0])[f"{task}_accuracy_chance"]
-        answers = [records.scores[model][task] for model in models]
+        answers = [records.scores(model)[task] for model in models]
         beaten = any(statistics.beats_chance(int(np.sum(each)), len(each), chance) for each in answers)
         counted += [task] if beaten else []
         name = f"{task.replace('_', ' ')}, {' / '.join(models)}" + ("" if beaten else " (a guess: not counted)")
-        rows.append(Evidence(name, " / ".join(f"{np.mean(each):.3f}" for each in answers), f"{len(right)} items"))
+        rows.append(Evidence(name, " / ".join(f"{np.mean(each):.3f}" for each in answers), f"{len(items)} items"))
     if not counted:
         return Answer.UNDECIDED, "no task at which either model beats a guess", rows
 
-    def gains(of: Sequence[Pair], task: str) -> list[float]:
-        return [float(np.mean(records.scores[ours][task]) - np.mean(records.scores[theirs][task]))
-                for ours, theirs in of]
-
-    def items(of: Sequence[Pair], task: str) -> Estimate:
-        ours, theirs = (np.mean([records.scores[model][task] for model in side], 0) for side in zip(*of, strict=True))
-        return statistics.accuracy_gain(ours, theirs)
+    def right(of: Sequence[Pair]) -> list[Any]:
+        """By task: pairs, sides, items."""
+        return [np.array([[records.scores(model)[task] for model in pair] for pair in of], float) for task in counted]
 
     def judged(of: Sequence[Pair]) -> Decision:
-        by_task = [same_items(of[0], partial(items, of, task)) for task in counted]
+        with same_items(of):
+            by_task = [statistics.accuracy_gain(*both.mean(0)) for both in right(of)]
         overall = statistics.average(by_task)
         if training:
-            found = np.array([gains(of, task) for task in counted])
-            spread = np.array([gains(known, task) for task in counted]) if len(of) == 1 else found
-            by_task = [over_seeds(mean(one, "seed", drawn), item)
-                       for one, drawn, item in zip(found, spread, by_task, strict=True)]
-            overall = over_seeds(mean(found.mean(0), "seed", spread.mean(0)), overall)
+            gains, spread = (np.array([both.mean(2) @ (1, -1) for both in right(pairs)])        # tasks, pairs
+                             for pairs in (of, known if len(of) == 1 else of))
+            by_task = [over_seeds(mean(one, "seed", drawn), items)
+                       for one, drawn, items in zip(gains, spread, by_task, strict=True)]
+            overall = over_seeds(mean(gains.mean(0), "seed", spread.mean(0)), overall)
         return statistics.tasks_equivalence(by_task, overall, margin)
 
     decision = judged(known)
@@ -292,40 +283,12 @@ def tasks(records: Records, pairs: list[Pair], margin: float, broken: Sequence[P
     return answer, because, [line(f"mean over {len(counted)} counted", decision, points), *rows]
 
 
-def hybrid_tasks(records: Records) -> Finding:
-    transformers = variants(records, "transformer", "bf16")
-    return tasks(records, by_seed(variants(records, "hybrid", "bf16"), transformers), HYBRID_TASKS,
-                 by_seed(variants(records, "hybrid", "fp8", "unscaled"), transformers), "the hybrid in unscaled FP8")
-
-
-def fp8_tasks(records: Records) -> Finding:
-    return tasks(records, fp8_pairs(records, "hybrid"), FP8_TASKS, fp8_pairs(records, "hybrid", "unscaled"),
-                 "FP8 without scales")
-
-
 # --- Compression, inference, release ----------------------------------------------------------------------------------
-
-
-def compressed_loss(records: Records) -> Finding:
-    learned(records, records.params.compress.parent)
-    both = [("compressed", records.params.compress.parent), ("compressed-random", records.params.compress.parent)]
-    found = [equivalence(documents(records, pair), LOSS_MARGIN, True) if evaluated(records, [pair]) else None
-             for pair in both]
-    if found[0] is None:
-        return Answer.UNDECIDED, "this profile does not evaluate both", []
-    return *with_control(found[0], found[1], "the random cut", percent), [
-        line("bits per byte saved against the parent", found[0], percent)]
-
-
-def compressed_tasks(records: Records) -> Finding:
-    parent = records.params.compress.parent
-    return tasks(records, [("compressed", parent)], COMPRESSED_TASKS, [("compressed-random", parent)],
-                 "the random cut", training=False)
 
 
 def layer_importance(records: Records) -> Finding:
     learned(records, records.params.compress.parent)
-    layers, count = records.importance, records.params.compress.importance_samples
+    layers, count = records.importance.layers, records.params.compress.importance_samples
     found = []
     for end in (layers[0], layers[-1]):
         others = sorted((layer for layer in layers if layer is not end), key=lambda layer: -layer.importance)
@@ -372,39 +335,34 @@ def exact(wrong: Sequence[str], right: str, evidence: list[Evidence]) -> Finding
     return Answer.FAILS if wrong else Answer.HOLDS, f"{', '.join(wrong)} differ" if wrong else right, evidence
 
 
-def published_sizes(records: Records) -> Finding:
-    found = {name: records.metrics("benchmark")[f"{name}_parameters"] for name in PUBLISHED}
-    patterns = {f"the pattern of {name}": PRESETS[name].pattern for name in ("nemotron_h_8b", "nemotron_h_56b")}
-    wrong = [name for name, count in found.items() if count != PUBLISHED[name]]
-    wrong += [name for name, pattern in patterns.items() if not (
+def published_sizes(records: Records, **published: int) -> Finding:
+    found = {name: records.metrics("benchmark")[f"{name}_parameters"] for name in published}
+    patterns = {name: PRESETS[name].pattern for name in ("nemotron_h_8b", "nemotron_h_56b")}
+    wrong = [name for name, count in found.items() if count != published[name]]
+    wrong += [f"the pattern of {name}" for name, pattern in patterns.items() if not (
         pattern[0] == "M" and pattern[-1] == "-" and pattern.count("*") == pattern.count("*-"))]
     return exact(wrong, "all equal, and the patterns keep the rules",
                  [Evidence(name, f"{count:,.0f}", "exact") for name, count in found.items()])
 
 
-def million_tokens(_: Records) -> Finding:
-    fp4 = MemoryBudget(context=1_000_000, batch=1, weight_bits=4.5, kv_bits=4, ssm_bits=32, conv_bits=16,
-                       budget_fraction=0.5)
-    small, large = (memory(PRESETS[f"nemotron_h_{size}"], fp4) for size in ("47b", "56b"))
-    right = abs(large.weights / GIB - WEIGHTS_GIB) < 0.05 and small.total <= CARD_GIB * GIB < large.total
-    text = f"56B {large.weights / GIB:.3f} GiB of weights, {large.total / GIB:.1f} in all; 47B {small.total / GIB:.1f}"
+def memory(_: Records, card_gib: float, weights_gib: float, budget: Mapping[str, Any]) -> Finding:
+    small, large = (costs.memory(PRESETS[f"nemotron_h_{size}"], MemoryBudget(**budget)) for size in ("47b", "56b"))
+    weights, *sums = (size / 2**30 for size in (large.weights, large.total, small.total))
+    right = abs(weights - weights_gib) < 0.05 and sums[1] <= card_gib < sums[0]
+    text = f"56B {weights:.3f} GiB of weights, {sums[0]:.1f} in all; 47B {sums[1]:.1f}"
     return exact([] if right else [text], text, [Evidence("weights and caches at 1,000,000 tokens", text, "exact")])
 
 
-def release_forms(records: Records) -> Finding:
+def release_forms(records: Records, tolerance: float) -> Finding:
     found = {name: records.metrics("export", name)["logits_max_relative_difference"] for name in records.params.models}
-    wrong = [name for name, difference in found.items() if not difference <= LOGITS_TOLERANCE]
+    wrong = [name for name, difference in found.items() if not difference <= tolerance]
     return exact(wrong, f"all {len(found)} models agree", [
-        Evidence(name, f"{difference:.1e}", f"≤ {LOGITS_TOLERANCE:.0e}") for name, difference in found.items()])
+        Evidence(name, f"{difference:.1e}", f"≤ {tolerance:.0e}") for name, difference in found.items()])
 
 
-JUDGES: dict[str, Callable[[Records], Finding]] = {
-    "fp8_loss": partial(fp8_loss, architecture="hybrid"), "memory": million_tokens,
-    "fp8_loss_transformer": partial(fp8_loss, architecture="transformer"),
-    **{judge.__name__: judge for judge in (
-        published_sizes, hybrid_loss, hybrid_tasks, inference_mechanism, compressed_decode, fp8_scaling, fp8_tasks,
-        layer_importance, importance_random, compressed_loss, compressed_tasks, release_forms)},
-}
+JUDGES: dict[str, Callable[..., Finding]] = {judge.__name__: judge for judge in (
+    published_sizes, loss, tasks, inference_mechanism, compressed_decode, fp8_scaling, layer_importance,
+    importance_random, compressed_loss, memory, release_forms)}
 
 
 # --- Studies ----------------------------------------------------------------------------------------------------------

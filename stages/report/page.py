@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 import unicodedata
 from collections import Counter
@@ -12,49 +11,43 @@ from typing import Any
 
 import jinja2
 from markupsafe import Markup, escape
-from pydantic import BaseModel
-from ruamel.yaml import YAML
 
+from stages.common import write
 from stages.report import figures
-from stages.report.claims import Claim
-from stages.report.records import DataRecords, Reader, RecordError, Records
-from stages.report.statistics import Answer
+from stages.report.claims import Claim, counts, plain
+from stages.report.records import LABELS, DataRecords, RecordError, Records
 from stages.schema import Machine, Provenance
 
 HERE = Path(__file__).parent
 NONE = "–"
 REASONS = 6                         # of a step that are named
 # Controls but line feed and tab, format characters, lone surrogates, line and paragraph separators, private use.
-INVISIBLE = re.compile("[" + "".join(
-    re.escape(chr(code)) for code in range(0x10000)
-    if unicodedata.category(chr(code)) in ("Cc", "Cf", "Cs", "Zl", "Zp", "Co") and chr(code) not in "\n\t") + "]")
+INVISIBLE = ("Cc", "Cf", "Cs", "Zl", "Zp", "Co")
 
 
 class Page:
-    """A page that fetches nothing.
+    """A page that fetches nothing, from page.html.jinja with these values.
 
     Attributes:
+        values: as they were given.
         text: HTML.
         plots: SVG by name.
         unread: two lines each, of what could not be read.
     """
 
-    def __init__(self, title: str, profile: str, summary: str, data: DataRecords, records: Records | None = None,
-                 claims: Sequence[Claim] = (), unread: Sequence[RecordError] = (), **others: Any):
+    def __init__(self, **values: Any):
+        self.values = values
         self.plots: dict[str, str] = {}
         self.unread: list[str] = []
-        self.facts: dict[str, str] = others.get("facts", {})
         environment = jinja2.Environment(
             loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
             undefined=jinja2.StrictUndefined, extensions=["jinja2.ext.do"])
-        environment.filters |= {"code": code, "commit": commit, "number": number, "percent": percent,
-                                "reasons": reasons, "seen": seen, "yaml": yaml}
+        environment.filters |= {"code": code, "commit": commit, "number": number, "reasons": reasons, "seen": seen}
         environment.globals |= {"show": self.show, "plot": self.plot, "score_panel": figures.score_panel,
-                                "threshold_panel": figures.threshold_panel}
+                                "threshold_panel": figures.threshold_panel, "labels": LABELS}
         self.pieces: Any = environment.get_template("macros.html.jinja").module
         text = environment.get_template("page.html.jinja").render(
-            title=title, profile=profile, summary=summary, r=records, data=data, claims=claims, counts=counts(claims),
-            style=Markup((HERE / "style.css").read_text()), errors=unread, **others)
+            style=Markup((HERE / "style.css").read_text()), **values)
         lost = len(dict.fromkeys(self.unread))
         notice = f'<p class="unread" role="alert">Not read: {lost}. Each is named where it belongs.</p>' if lost else ""
         self.text = text.replace("<!-- unread -->", notice, 1)
@@ -81,11 +74,8 @@ class Page:
         return self.show(draw)
 
 
-# --- The page of a profile, of a curation -----------------------------------------------------------------------------
-
-
-def report_page(records: Records, claims: Sequence[Claim], unread: Sequence[RecordError]) -> Page:
-    """The page of a profile; `unread`: what could not be read beside its records."""
+def report_page(records: Records, claims: Sequence[Claim], errors: Sequence[RecordError]) -> Page:
+    """The page of a profile; `errors`: what could not be read beside its records."""
     runs: dict[str, Provenance] = {}
     lost: list[RecordError] = []
     for name in records.runs:
@@ -94,37 +84,12 @@ def report_page(records: Records, claims: Sequence[Claim], unread: Sequence[Reco
             records.reader.metrics(*name.split("@"))
         except RecordError as error:
             lost.append(error)
-    return Page("Nemotron-H reproduced", records.params.profile, summary(records, claims), records.data, records,
-                claims, unread, facts=facts(runs), runs=runs, lost=lost)
-
-
-def counts(claims: Sequence[Claim]) -> dict[str, int]:
-    found = Counter(claim.answer for claim in claims)
-    return {str(answer): found[answer] for answer in Answer}
-
-
-def summary(records: Records, claims: Sequence[Claim]) -> str:
-    """One sentence: how the answers fall, at what size."""
-    holds, fails, undecided = counts(claims).values()
-    try:
-        trained = [records.metrics("pretrain", name) for name in records.params.variants]
-        parameters, tokens = (short(max(metrics[key] for metrics in trained)) for key in ("parameters", "tokens"))
-        size = f"the models have {parameters} parameters and saw {tokens} tokens"
-    except RecordError:
-        size = "the records of training cannot be read"
-    verbs = "holds" if holds == 1 else "hold", "does" if fails == 1 else "do"
-    return (f"Of {len(claims)} claims of the paper, {holds} {verbs[0]} at this scale, {fails} {verbs[1]} not, and of "
-            f"{undecided} it cannot be told: {size}; the paper's have 8 to 56 billion and saw 15 to 20 trillion.")
-
-
-def facts(runs: Mapping[str, Provenance]) -> dict[str, str]:
-    def words(machine: Machine) -> str:
-        processor = f"{machine.processor}, {machine.cores} cores, {machine.memory_gib:g} GiB"
-        return f"{machine.accelerator}; {processor}" if machine.accelerator else processor
-
-    return {"machine": " / ".join(dict.fromkeys(words(run.machine) for run in runs.values())),
-            "commit": ", ".join(dict.fromkeys(commit(run.code.commit) for run in runs.values())),
-            "time of all stages": f"{sum(run.wall_seconds for run in runs.values()) / 60:.1f} min"}
+    facts = {"machine": " / ".join(dict.fromkeys(machine(run.machine) for run in runs.values())),
+             "commit": ", ".join(dict.fromkeys(commit(run.code.commit) for run in runs.values())),
+             "time of all stages": f"{sum(run.wall_seconds for run in runs.values()) / 60:.1f} min"}
+    return Page(title="Nemotron-H reproduced", profile=records.params.profile, summary=summary(records, claims),
+                r=records, data=records, tokenized=True, claims=claims, counts=counts(claims), facts=facts, runs=runs,
+                lost=lost, errors=errors)
 
 
 def write_data_page(runs: Path, out: Path, profile: str) -> Path:
@@ -138,39 +103,39 @@ def write_data_page(runs: Path, out: Path, profile: str) -> Path:
 
     Raises RecordError where nothing says what was left.
     """
-    records = DataRecords(Reader(runs), tokenized=(runs / "tokenize" / "metrics.json").exists())
-    ends = ([records.steps(domain)[place] for domain in records.domains] for place in (0, -1))
+    records = DataRecords(runs)
     read, left = (f"{sum(row.documents for row in rows):,} documents ({sum(row.bytes for row in rows) / 1e6:,.2f} MB)"
-                  for rows in ends)
-    page = Page("Curated data", profile, f"Of {read} read, {left} are left to train on.", records)
+                  for rows in zip(*((steps[0], steps[-1]) for steps in records.steps.values()), strict=True))
+    page = Page(title="Curated data", profile=profile, summary=f"Of {read} read, {left} are left to train on.", r=None,
+                data=records, tokenized=(runs / "tokenize" / "metrics.json").exists(), claims=[], errors=[])
     write(out / "index.html", page.text)
     return out / "index.html"
 
 
-def write(path: Path, text: str) -> None:
-    """The file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.rename(path)
+def summary(records: Records, claims: Sequence[Claim]) -> str:
+    """One sentence: how the answers fall, at what size."""
+    holds, fails, undecided = counts(claims).values()
+    try:
+        trained = [records.metrics("pretrain", name) for name in records.params.variants]
+        parameters, tokens = (max(metrics[key] for metrics in trained) / 1e6 for key in ("parameters", "tokens"))
+        size = f"the models have {parameters:,.3g} million parameters and saw {tokens:,.3g} million tokens"
+    except RecordError:
+        size = "the records of training cannot be read"
+    verbs = "holds" if holds == 1 else "hold", "does" if fails == 1 else "do"
+    return (f"Of {len(claims)} claims of the paper, {holds} {verbs[0]} at this scale, {fails} {verbs[1]} not, and of "
+            f"{undecided} it cannot be told: {size}; the paper's have 8 to 56 billion and saw 15 to 20 trillion.")
 
 
 # --- Words ------------------------------------------------------------------------------------------------------------
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """With a true minus sign; a dash for None."""
-    return NONE if value is None else f"{value:,.{digits}f}".replace("-", "−")
+    return NONE if value is None else plain(value, f",.{digits}f")
 
 
-def percent(value: float, digits: int = 2) -> str:
-    return f"{number(100 * value, digits)} %"
-
-
-def short(value: float) -> str:
-    """1.65 million for 1,652,736."""
-    return next((f"{value / size:.3g} {word}" for size, word in (
-        (1e12, "trillion"), (1e9, "billion"), (1e6, "million")) if value >= size), f"{value:,.0f}")
+def machine(of: Machine) -> str:
+    processor = f"{of.processor}, {of.cores} cores, {of.memory_gib:g} GiB"
+    return f"{of.accelerator}; {processor}" if of.accelerator else processor
 
 
 def commit(name: str | None) -> str:
@@ -181,16 +146,10 @@ def commit(name: str | None) -> str:
 
 def reasons(found: Mapping[str, int]) -> str:
     """The most frequent with their documents."""
-    ordered = sorted(found.items(), key=lambda pair: (-pair[1], pair[0]))
-    words = [f"{reason}: {count:,}" for reason, count in ordered[:REASONS]]
+    ordered = Counter(found).most_common()
     rest = sum(count for _, count in ordered[REASONS:])
-    return "; ".join([*words, f"others: {rest:,}"] if rest else words) or NONE
-
-
-def yaml(model: BaseModel) -> str:
-    text = io.StringIO()
-    YAML().dump(model.model_dump(mode="json"), text)
-    return text.getvalue()
+    words = [f"{reason}: {count:,}" for reason, count in [*ordered[:REASONS], *([("others", rest)] if rest else [])]]
+    return "; ".join(words) or NONE
 
 
 def code(text: Any) -> Markup:
@@ -200,5 +159,7 @@ def code(text: Any) -> Markup:
 
 def seen(text: str) -> Markup:
     """Escaped text whose invisible characters are written as Python writes them."""
-    return Markup(INVISIBLE.sub(lambda character: f'<span class="control">{ascii(character[0])[1:-1]}</span>',
-                                str(escape(text))))
+    control = Markup('<span class="control">{}</span>')
+    return Markup("").join(
+        control.format(ascii(one)[1:-1]) if unicodedata.category(one) in INVISIBLE and one not in "\n\t" else one
+        for one in text)

@@ -9,35 +9,38 @@ changes nothing and ends with 1 where README does not say what the files do.
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from pathlib import Path
 
-from stages.report.records import RecordError
+from pydantic import BaseModel
+
+from stages.report.records import Reader, RecordError
 from stages.report.statistics import Answer
 
 README, RESULTS = Path("README.md"), Path("docs/results")
 START, END = "<!-- claims: python -m stages.report.readme -->", "<!-- end of claims -->"
-Marks = dict[tuple[str, str], str]              # by number and title
 MARKS = {Answer.HOLDS: "✓", Answer.FAILS: "**✗**", Answer.UNDECIDED: "○"}
 
 
-def read() -> dict[str, Marks]:
-    """Answers' marks by profile and claim. Raises RecordError."""
-    found: dict[str, Marks] = {}
-    for path in sorted(RESULTS.glob("claims-*.json")):
-        try:
-            found[path.stem.removeprefix("claims-")] = {
-                (row["number"], row["title"]): MARKS[row["answer"]] for row in json.loads(path.read_text())["claims"]}
-        except (ValueError, LookupError, TypeError) as error:
-            raise RecordError(f"{path}: not the claims of a report ({error!r}).\n"
-                              "Copy reports/PROFILE/claims.json of a run there.") from None
-    return found
+class Row(BaseModel):
+    number: str
+    title: str
+    answer: Answer
 
 
-def table(profiles: dict[str, Marks]) -> str:
-    """Markdown: the counts of each profile, then a line a claim; nothing where no run is committed."""
-    lines = []
+class Result(BaseModel):
+    """Of claims.json, what README says."""
+
+    claims: list[Row]
+
+
+def table() -> str:
+    """Markdown: the counts of each profile, then a line a claim; nothing where no run is committed. Raises RecordError.
+    """
+    reader, lines = Reader(RESULTS, lambda _: "Copy reports/PROFILE/claims.json of a run there."), []
+    profiles = {path.stem.removeprefix("claims-"): {
+        (row.number, row.title): MARKS[row.answer] for row in reader.read(Result, path.name).claims}
+        for path in sorted(RESULTS.glob("claims-*.json"))}
     for name, rows in profiles.items():
         holds, fails, open_ = (Counter(rows.values())[mark] for mark in MARKS.values())
         lines.append(f"`{name}`: of {len(rows)}, {holds} hold (✓), {fails} do not (✗), {open_} cannot be told (○).  ")
@@ -60,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not end:
             raise RecordError(f"{README}: `{START}` and `{END}` do not both stand in it.\n"
                               "Put them where the claims belong.")
-        wanted = f"{before}{START}\n{table(read())}{END}{after}"
+        wanted = f"{before}{START}\n{table()}{END}{after}"
         if check and wanted != text:
             raise RecordError(f"{README}: its claims are not those of {RESULTS}/claims-*.json.\n"
                               "Run `python -m stages.report.readme`.")

@@ -11,22 +11,21 @@ A record holds what was measured and what is compared, never a verdict: the repo
 from __future__ import annotations
 
 import datetime
+import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from stages.report.records import RecordError
+from stages.report.records import Reader, RecordError
 
 FOLDER = Path("docs/results/studies")
+CURE = "Make it again by the study's command, or restore the committed file."
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
-ClaimKey = Literal[                 # those that a study may decide; their words are in stages.report.claims
-    "attention_share", "position", "inference_speed", "compressed_speed", "fp8_parity", "fp8_recipe", "neuron_score",
-    "mamba_heads", "funnel_order", "distillation", "phased_blend", "scorer_ensemble", "quality_labels",
-    "extraction", "rephrasing", "long_context",
-]
+WORDS = tomllib.loads(Path(__file__).with_name("claims.toml").read_text())["claim"]     # of every claim, in order
+STUDIED = frozenset(words["key"] for words in WORDS if "study" in words)                # those that a study may decide
 
 
 class Part(BaseModel):
@@ -57,6 +56,7 @@ class Comparison(Part):
     """What decides a claim: whether `candidate` is better than `reference`, equal to it, or not worse.
 
     Attributes:
+        claim: its key in claims.toml.
         candidate: name of a measurement. One value against several of the reference, unpaired: judged by where a
             further one of the reference's would fall (a chosen value against random draws).
         reference: name of a measurement of the same unit and direction, or a fixed value.
@@ -69,7 +69,7 @@ class Comparison(Part):
             same question; without one the claim is left undecided. Paired with the reference's first values.
     """
 
-    claim: ClaimKey
+    claim: str
     candidate: Text
     reference: Text | Finite
     question: Literal["better", "equal", "not worse"]
@@ -79,7 +79,9 @@ class Comparison(Part):
     control: Text | None = None
 
     @model_validator(mode="after")
-    def margin_goes_with_the_question(self) -> Comparison:
+    def parts_go_together(self) -> Comparison:
+        if self.claim not in STUDIED:
+            raise ValueError(f"no study decides a claim `{self.claim}`")
         if self.question != "better" and not self.margin:
             raise ValueError(f"`{self.question}` needs a margin")
         if self.question == "better" and self.control:
@@ -144,14 +146,9 @@ class Study(Part):
 
 def read_study(path: Path) -> Study:
     """Raises RecordError."""
-    text = path.read_text()
-    try:
-        study = Study.model_validate_json(text)
-        fault = "" if study.study == path.stem else f"holds the study `{study.study}`, not the one of its name"
-    except ValidationError as error:
-        fault = _explain(text, error)
-    if fault:
-        raise RecordError(f"{path}: {fault}.\nMake it again by the study's command, or restore the committed file.")
+    study = Reader(path.parent, lambda _: CURE).read(Study, path.name)
+    if study.study != path.stem:
+        raise RecordError(f"{path}: holds the study `{study.study}`, not the one of its name.\n{CURE}")
     return study
 
 
@@ -164,14 +161,3 @@ def load_studies(folder: Path = FOLDER) -> dict[str, Study | RecordError]:
         except RecordError as error:
             found[path.stem] = error
     return found
-
-
-def _explain(text: str, error: ValidationError) -> str:
-    """One line for the first of pydantic's errors."""
-    first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        return "not valid JSON" if text.strip() else "empty"
-    if first["loc"] == ("version",):
-        return f"version {first['input']!r}, where {Study.model_fields['version'].default} is read: an older schema"
-    field, fault = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
-    return f"`{field}` is missing" if first["type"] == "missing" else f"`{field}`: {fault}" if field else fault

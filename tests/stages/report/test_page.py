@@ -108,7 +108,7 @@ def test_invisible_characters_are_seen():
     ("compress/candidates.json", lambda path: path.write_text(""), "empty"),
     ("compress/candidates.json", lambda path: path.write_text("[{"), "not valid JSON"),
     ("pretrain/hybrid-fp8/validation.csv", lambda path: path.write_text("step,tokens\n1,2\n"), "`0.domain` is missing"),
-    ("pretrain/hybrid-fp8/training.csv", lambda path: path.write_text(path.read_text().splitlines()[0]), "no rows"),
+    ("pretrain/hybrid-fp8/validation.csv", lambda path: path.write_text(path.read_text().splitlines()[0]), "no rows"),
     ("curate/histograms.json", lambda path: path.write_text("{}[]"), "not valid JSON"),
     ("curate/funnel.json", Path.unlink, "not found"),
     ("benchmark/provenance.json", Path.unlink, "not found"),

@@ -46,7 +46,7 @@ def test_what_is_no_claims_file_is_two_lines(folder, capsys, content):
     (readme.RESULTS / "claims-cpu.json").write_text(content)
     assert readme.main([]) == 1
     first, second = capsys.readouterr().out.strip().splitlines()
-    assert "claims-cpu.json: not the claims of a report" in first and second.startswith("Copy reports/PROFILE")
+    assert "docs/results/claims-cpu.json: " in first and second.startswith("Copy reports/PROFILE")
 
 
 def test_a_readme_without_markers_is_named(folder, capsys):

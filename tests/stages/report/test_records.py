@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from runs_tree import edit_json, report_stage, write_json, write_runs
 
-from stages.report.records import LABELS, Reader, RecordError, Records
+from stages.report.records import Reader, RecordError, Records, fp8_pairs
 
 
 @pytest.fixture
@@ -25,13 +25,13 @@ def test_what_was_written_is_read_back(runs):
     assert [candidate.model_dump() for candidate in found.candidates] == json.loads(
         (runs / "compress/candidates.json").read_text())
     assert found.provenance("pretrain@hybrid-fp8").command.endswith("--variant hybrid-fp8")
-    assert found.validation["hybrid-fp8"]["all"]["tokens"][:2] == [0, 6 * 2048]
+    assert list(found.validation("hybrid-fp8"))[:2] == [0, 6 * 2048]
     assert found.decode["hybrid"][-1].time_to_first_token_seconds is None
     assert len(found.decode_repeats["compressed"][256]) == 5
-    assert list(found.data.files("docs")) == list(LABELS)
-    assert found.data.reasons("code")["stop_words < 2"] == 40
+    assert found.reasons("code")["stop_words < 2"] == 40
     assert found.metrics("evaluate", "compressed")["bits_per_byte_compressor"] == 2.91
-    assert found.precision_pairs("hybrid") == [("hybrid-fp8", "hybrid-bf16")]
+    assert fp8_pairs(found.params, "hybrid") == [
+        ("hybrid-fp8", "hybrid-bf16"), ("hybrid-fp8-seed2", "hybrid-bf16-seed2")]
 
 
 def test_nothing_is_read_before_it_is_asked_for(runs):
@@ -55,7 +55,7 @@ def test_records_of_another_version_say_so(runs, name, change, fault, stage):
     edit_json(runs / name, **change)
     found = records()
     with pytest.raises(RecordError, match=re.escape(fault)) as caught:
-        (found.controls, *map(found.provenance, found.runs), found.data.histograms)
+        (found.controls, *map(found.provenance, found.runs), found.histograms)
     first, second = str(caught.value).split("\n")
     assert first.startswith(f"runs/cpu/{name}: ") and first.endswith(".")
     assert second == f"Run `dvc repro --force --single-item {stage}` to write it again."
@@ -78,4 +78,4 @@ def test_a_model_that_was_not_measured_is_named(runs):
 
 def test_what_is_not_a_number_stays_one_and_is_read(tmp_path):
     write_json(tmp_path / "x.json", {"loss": float("nan")})
-    assert Reader(tmp_path).json(dict[str, float], "x.json")["loss"] != 0
+    assert Reader(tmp_path).read(dict[str, float], "x.json")["loss"] != 0

@@ -31,12 +31,12 @@ def test_what_is_saved_is_read(tmp_path):
 @pytest.mark.parametrize(("change", "message"), [
     ({"date": None}, "`date`"),
     ({"date": "yesterday"}, "`date`"),
-    ({"version": 0}, "version 0, where 1 is read: an older schema"),
+    ({"version": 0}, r"`version` \(Input should be 1\); of another version"),
     ({"measurements": []}, "`measurements`"),
     ({"measurements": CONTENT["measurements"][:1]}, r"comparisons name \['transformer'\]"),
     ({"machine": ""}, "`machine`"),
     ({"study": "other"}, "holds the study `other`"),
-    ({"verdict": "holds"}, "`verdict`: Extra inputs"),
+    ({"verdict": "holds"}, "`verdict` is unknown"),
 ])
 def test_a_record_that_cannot_be_used_is_two_lines(tmp_path, change, message):
     path = tmp_path / "position.json"
@@ -58,7 +58,7 @@ def test_what_is_no_record(tmp_path, text, message):
 def test_a_missing_date_is_named(tmp_path):
     path = tmp_path / "position.json"
     path.write_text(json.dumps({key: value for key, value in CONTENT.items() if key != "date"}))
-    with pytest.raises(RecordError, match=r"position\.json: `date` is missing\.\nMake it again by the study's command"):
+    with pytest.raises(RecordError, match=r"position\.json: `date` is missing; of another version\.\nMake it again"):
         read_study(path)
 
 
@@ -79,7 +79,7 @@ def test_comparisons_that_mean_nothing_are_refused():
         (lambda: compared((0.0, 1.0), relative=True), "above 0"),
         (lambda: compared(question="equal"), "needs a margin"),
         (lambda: compared(control="a"), "takes no control"),
-        (lambda: compared(claim="no such claim"), "claim"),
+        (lambda: compared(claim="hybrid_loss"), "no study decides a claim"),
         (lambda: compared((float("nan"), 1.0)), "finite"),
     ):
         with pytest.raises(ValidationError, match=message):
