@@ -131,7 +131,7 @@ def _state_walk_kernel(
         t = c * Q + q
         inside = (t < length)[:, None]
         _store_state(out, state, n, p, N, N_TILE, P, P_TILE)
-        out += heads.to(tl.int64) * (N * P)
+        out += heads * (N * P)
         end = tl.load(decay + row + c * Q + Q - 1)
         weight = tl.exp2(end - tl.load(decay + row + t)) * tl.load(step + row + t)
         kept = tl.exp2(end)
@@ -227,7 +227,7 @@ def _gradient_walk_kernel(
             tl.store(sums, passed, n < N)
         else:
             tl.store(sums, passed)
-        at -= heads.to(tl.int64) * (N * P)
+        at -= heads * (N * P)
         sums -= heads * N * (P_TILE // COLUMNS)
         start = tl.cast(c, tl.int64) * Q
         dys = tl.load(dy + start * dy_time + (q[:, None] * dy_time + p[None, :]), _columns(inside, p, P, P_TILE), 0.0)
