@@ -309,26 +309,24 @@ def importance_random(records: Records) -> Finding:
                                                  f"{len(cuts.random)} draws")]
 
 
-def speed_ratio(records: Records, model: str, other: str, context: int) -> Estimate:
-    """Logarithm of how many times faster `model` decodes than `other`, over interleaved repeats."""
-    ours, theirs = (records.decode_repeats[name][context] for name in (model, other))
-    return mean(np.log(np.divide(theirs, ours)).tolist(), "repeat")
-
-
-def inference_mechanism(records: Records) -> Finding:
-    contexts = sorted(records.decode_repeats["hybrid"])
-    if len(contexts) < 2:
+def decoding(records: Records, model: str, other: str, grows: bool = False) -> Finding:
+    """Faster at the longest context, over interleaved repeats; `grows`: and by a larger factor than at the shortest."""
+    contexts = sorted(records.decode_repeats[other])
+    if grows and len(contexts) < 2:
         return Answer.UNDECIDED, "decoding was measured at one context only", []
-    short, long = (speed_ratio(records, "hybrid", "transformer", context) for context in (contexts[0], contexts[-1]))
-    growth = Estimate(long.value - short.value, long.sources + short.sources)
-    return in_order(times, {f"hybrid over Transformer at {contexts[-1]:,} tokens": superiority(long, comparisons=2),
-                            f"that over the same at {contexts[0]:,}": superiority(growth, comparisons=2)})
 
+    def ratio(context: int) -> Estimate:
+        """How many times faster, its logarithm."""
+        ours, theirs = (records.decode_repeats[name][context] for name in (model, other))
+        return mean(np.log(np.divide(theirs, ours)).tolist(), "repeat")
 
-def compressed_decode(records: Records) -> Finding:
-    longest = max(records.decode_repeats["hybrid"])
-    gain = speed_ratio(records, "compressed", "hybrid", longest)
-    return in_order(times, {f"compressed over parent at {longest:,} tokens": superiority(gain)})
+    long = ratio(contexts[-1])
+    found = {f"{model} over {other} at {contexts[-1]:,} tokens": superiority(long, comparisons=1 + grows)}
+    if grows:
+        short = ratio(contexts[0])
+        growth = Estimate(long.value - short.value, long.sources + short.sources)
+        found[f"that over the same at {contexts[0]:,}"] = superiority(growth, comparisons=2)
+    return in_order(times, found)
 
 
 def exact(wrong: Sequence[str], right: str, evidence: list[Evidence]) -> Finding:
@@ -361,8 +359,8 @@ def release_forms(records: Records, tolerance: float) -> Finding:
 
 
 JUDGES: dict[str, Callable[..., Finding]] = {judge.__name__: judge for judge in (
-    published_sizes, loss, tasks, inference_mechanism, compressed_decode, fp8_scaling, layer_importance,
-    importance_random, compressed_loss, memory, release_forms)}
+    published_sizes, loss, tasks, decoding, fp8_scaling, layer_importance, importance_random, compressed_loss, memory,
+    release_forms)}
 
 
 # --- Studies ----------------------------------------------------------------------------------------------------------

@@ -161,11 +161,14 @@ def gap(reference: Curve, other: Curve) -> Curve:
 
 
 def layer_importance(records: Records) -> str:
-    layers = [layer for layer in records.importance.layers if layer.importance > 0]
+    """Ranks as they are, all else on a logarithmic scale."""
+    rule = records.importance.rule
+    layers = [layer for layer in records.importance.layers if rule == "rank" or layer.importance > 0]
     series = [Series(label, [layer.index for layer in layers if layer.symbol == symbol],
                      [layer.importance for layer in layers if layer.symbol == symbol], colour, "o")
               for (symbol, label), colour in zip(KINDS.items(), PALETTE[1:], strict=False)]
-    return lines(series, "Layer", f"Importance ({records.importance.rule})", lambda axes: axes.set_yscale("log"))
+    return lines(series, "Layer", f"Importance ({rule})",
+                 lambda axes: axes.set_yscale("linear" if rule == "rank" else "log"))
 
 
 def candidates(records: Records) -> str:

@@ -57,10 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     check, text = parser.parse_args(arguments).check, README.read_text()
-    before, _, rest = text.partition(START)
+    before, start, rest = text.partition(START)
     _, end, after = rest.partition(END)
     try:
-        if not end:
+        if not (start and end):
             raise RecordError(f"{README}: `{START}` and `{END}` do not both stand in it.\n"
                               "Put them where the claims belong.")
         wanted = f"{before}{START}\n{table()}{END}{after}"
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     except RecordError as error:
         print(error)
         return 1
-    if wanted != text:
+    if not check:
         README.write_text(wanted)
     return 0
 
