@@ -2,11 +2,12 @@
 
     python -m benchmarks.kernels_machine_code [--sizes 16,32,64,128,256] [--ratios 1,4]
 
-For every head_dim, state_dim and number of heads a group: the shared memory a kernel takes, and uniform registers that
-its code reads before anything wrote them. ptxas 12.8, which Triton 3.6 brings, adds offsets of matrix products'
-operands to such registers where the operands' rows are narrower than 128 bytes; the products then read whatever lies
-there, and nothing says so. `kernels.ssd_triton.LEAST_WIDTH` keeps the kernels clear of it; this shows whether it does,
-and whether it still has to (LEAST_WIDTH=16 in the environment; TRITON_PTXAS_PATH for another ptxas).
+For every head_dim, state_dim and number of heads a group: the shared memory a kernel takes, what its threads spill from
+their registers, and uniform registers that its code reads before anything wrote them. ptxas 12.8, which Triton 3.6
+brings, adds offsets of matrix products' operands to such registers where the operands' rows are narrower than 128
+bytes; the products then read whatever lies there, and nothing says so. `kernels.ssd_triton.LEAST_WIDTH` keeps the
+kernels clear of it; this shows whether it does, and whether it still has to (LEAST_WIDTH=16 in the environment;
+TRITON_PTXAS_PATH for another ptxas).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from kernels import ssd_triton
 
 LARGEST_SHARED = 232_448                # bytes a program may have on Hopper
 GROUPS = 4
-DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 _WITHOUT_RESULT = {"UISETP", "UPLOP3", "UPSETP", "USETMAXREG"}
 
@@ -75,12 +76,22 @@ def compile_scan(ratio: int, head_dim: int, state_dim: int) -> dict[str, Any]:
     return compiled
 
 
-def unset_registers(cubin: bytes) -> list[str]:
-    """Uniform registers that may be read before they are written: those alive where the code begins."""
+def spilled_bytes(cubin: bytes) -> int:
+    """Of a thread's registers, kept in local memory."""
+    (stack,) = re.findall(r"STACK:(\d+)", _read(cubin, "cuobjdump", "-res-usage"))
+    return int(stack)
+
+
+def _read(cubin: bytes, tool: str, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([DISASSEMBLER, "-c", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([TOOLS / tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def unset_registers(cubin: bytes) -> list[str]:
+    """Uniform registers that may be read before they are written: those alive where the code begins."""
+    text = _read(cubin, "nvdisasm", "-c")
     code: list[tuple[str, str, bool]] = []
     labels: dict[str, int] = {}
     for line in text.splitlines():
@@ -141,17 +152,18 @@ def main() -> None:
     driver.set_active(_Hopper())
     sizes = [int(size) for size in arguments.sizes.split(",")]
     faults = 0
-    print("| head_dim | state | heads a group | most shared memory | unset registers |")
-    print("| --- | --- | --- | --- | --- |")
+    print("| head_dim | state | heads a group | most shared memory | spilled bytes | unset registers |")
+    print("| --- | --- | --- | --- | --- | --- |")
     for head_dim, state_dim, ratio in itertools.product(sizes, sizes, map(int, arguments.ratios.split(","))):
         if head_dim * state_dim > ssd_triton.LARGEST_STATE:
             continue
         compiled = compile_scan(ratio, head_dim, state_dim)
         shared = max(kernel.metadata.shared for kernel in compiled.values())
         unset = {name: found for name, kernel in compiled.items() if (found := unset_registers(kernel.asm["cubin"]))}
+        spilled = {name: size for name, kernel in compiled.items() if (size := spilled_bytes(kernel.asm["cubin"]))}
         faults += bool(unset) + (shared > LARGEST_SHARED)
         print(f"| {head_dim} | {state_dim} | {ratio} | {shared:,}{' (too much)' * (shared > LARGEST_SHARED)} "
-              f"| {unset or 'none'} |", flush=True)
+              f"| {spilled or 'none'} | {unset or 'none'} |", flush=True)
     raise SystemExit(faults > 0)
 
 

@@ -34,12 +34,11 @@ def _document(documents, b, t, length):
 
 
 @triton.jit
-def _program(length, channels, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
-    """A program's channels, its first token and its sequence, in 64 bits. All in one axis: others end at 65,535."""
-    across, along = tl.cdiv(channels, CHANNELS), tl.cdiv(length, TOKENS)
-    stretch = tl.program_id(0) // across
-    c = tl.program_id(0) % across * CHANNELS + tl.arange(0, CHANNELS)
-    return c, stretch % along * TOKENS, (stretch // along).to(tl.int64)
+def _program(TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
+    """A program's channels, its first token and its sequence, in 64 bits. Sequences lie on the first axis: the others
+    end at 65,535. Numbers divided out of one axis would take registers of every thread, and with them all addresses."""
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    return c, tl.program_id(2) * TOKENS, tl.program_id(0).to(tl.int64)
 
 
 @triton.jit
@@ -56,7 +55,7 @@ def _forward_kernel(
     x, weight, bias, first, documents, y, batch_stride, time_stride, y_batch, y_time, length, channels,
     HAS_FIRST: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):
-    c, start, b = _program(length, channels, TOKENS, CHANNELS)
+    c, start, b = _program(TOKENS, CHANNELS)
     here = c < channels
     w0, w1, w2, w3, shift = _parameters(weight, bias, c, here)
     x += b * batch_stride
@@ -145,7 +144,7 @@ def _backward_kernel(
 ):
     """dx of tokens start - 3 .. start + TOKENS - 4 and, of sequences' first programs, that of the inputs before them;
     the last program goes 3 further. `partial` (batch, programs, 5, channels): dweight and dbias."""
-    c, start, b = _program(length, channels, TOKENS, CHANNELS)
+    c, start, b = _program(TOKENS, CHANNELS)
     here = c < channels
     w0, w1, w2, w3, shift = _parameters(weight, bias, c, here)
     x += b * batch_stride
@@ -209,7 +208,7 @@ def _backward_kernel(
             if HAS_FIRST:
                 tl.store(dfirst + (b * 3 + due + 3) * channels + c, open0, here & (due < 0))
             open0, open1, open2 = open1, open2, zero
-    partial += (b * tl.cdiv(length, TOKENS) + start // TOKENS) * 5 * channels + c
+    partial += (b * tl.num_programs(2) + tl.program_id(2)) * 5 * channels + c
     tl.store(partial, dw0, here)
     tl.store(partial + channels, dw1, here)
     tl.store(partial + 2 * channels, dw2, here)
@@ -223,8 +222,9 @@ BACKWARD = Tiles(channels=128, tokens=128, warps=1)
 
 
 def supports(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernels take these inputs: on a GPU, 2 bytes an element, four taps."""
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and weight.shape[1] == TAPS
+    """Whether the kernels take these inputs: on a GPU, 2 bytes an element, four taps, at most 2,097,120 tokens."""
+    return (x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and weight.shape[1] == TAPS
+            and x.shape[1] <= 65_535 * FORWARD.tokens)
 
 
 def prepared(
@@ -241,7 +241,7 @@ def run_forward(
 ) -> None:
     """Write y, of any strides whose channels lie side by side."""
     b, t, channels = x.shape
-    _forward_kernel[(triton.cdiv(channels, FORWARD.channels) * triton.cdiv(t, FORWARD.tokens) * b,)](
+    _forward_kernel[(b, triton.cdiv(channels, FORWARD.channels), triton.cdiv(t, FORWARD.tokens))](
         x, weight, bias, x if first is None else first, x if documents is None else documents, y,
         *x.stride()[:2], *y.stride()[:2], t, channels, HAS_FIRST=first is not None, HAS_DOCUMENTS=documents is not None,
         TOKENS=FORWARD.tokens, CHANNELS=FORWARD.channels, num_warps=FORWARD.warps,
@@ -256,7 +256,7 @@ def run_backward(
     programs = triton.cdiv(t, BACKWARD.tokens)
     dfirst = x.new_empty(b, TAPS - 1, channels, dtype=torch.float32)
     partial = x.new_empty(b * programs, TAPS + 1, channels, dtype=torch.float32)
-    _backward_kernel[(triton.cdiv(channels, BACKWARD.channels) * programs * b,)](
+    _backward_kernel[(b, triton.cdiv(channels, BACKWARD.channels), programs)](
         x, dy, weight, bias, x if first is None else first, x if documents is None else documents, dx,
         dfirst, partial, *x.stride()[:2], *dy.stride()[:2], *dx.stride()[:2], t, channels, HAS_FIRST=first is not None,
         HAS_DOCUMENTS=documents is not None, TOKENS=BACKWARD.tokens, CHANNELS=BACKWARD.channels,

@@ -42,13 +42,14 @@ class Tiles(NamedTuple):
 @triton.jit
 def _document(documents, b, t, length):
     """Document of token t; of the first and the last one before and after the sequence."""
-    return tl.load(documents + b * length + tl.minimum(tl.maximum(t, 0), length - 1))
+    return tl.load(documents + b.to(tl.int64) * length + tl.minimum(tl.maximum(t, 0), length - 1))
 
 
 @triton.jit
 def _rows(tensor, b, c, Q: tl.constexpr, batch_stride, time_stride):
-    """Where chunk c of sequence b begins: in 64 bits, so that offsets within a chunk may have 32."""
-    return tensor + b * batch_stride + c.to(tl.int64) * Q * time_stride
+    """Where chunk c of sequence b begins: in 64 bits, so that offsets within a chunk may have 32. Those come in
+    brackets: added one by one each would be held in 64."""
+    return tensor + b.to(tl.int64) * batch_stride + c.to(tl.int64) * Q * time_stride
 
 
 @triton.jit
@@ -62,7 +63,7 @@ def _columns(inside, column, SIZE: tl.constexpr, TILE: tl.constexpr):
 @triton.jit
 def _load_state(state, n, p, N: tl.constexpr, N_TILE: tl.constexpr, P: tl.constexpr, P_TILE: tl.constexpr):
     """A tile (n, p) of a state, zeros beyond its sizes."""
-    at = state + n[:, None] * P + p[None, :]
+    at = state + (n[:, None] * P + p[None, :])
     if (N_TILE > N) or (P_TILE > P):
         values = tl.load(at, (n < N)[:, None] & (p < P)[None, :], 0.0)
     else:
@@ -72,7 +73,7 @@ def _load_state(state, n, p, N: tl.constexpr, N_TILE: tl.constexpr, P: tl.conste
 
 @triton.jit
 def _store_state(state, values, n, p, N: tl.constexpr, N_TILE: tl.constexpr, P: tl.constexpr, P_TILE: tl.constexpr):
-    at = state + n[:, None] * P + p[None, :]
+    at = state + (n[:, None] * P + p[None, :])
     if (N_TILE > N) or (P_TILE > P):
         tl.store(at, values.to(state.dtype.element_ty), (n < N)[:, None] & (p < P)[None, :])
     else:
@@ -93,7 +94,7 @@ def _decays_kernel(
     Q: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """step = softplus(dt + dt_bias) and the running sum of step A log2(e) in each chunk: (batch, heads, padded)."""
-    c, h_block, b = tl.program_id(0) % chunks, tl.program_id(1), (tl.program_id(0) // chunks).to(tl.int64)
+    b, c, h_block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     q = tl.arange(0, Q)
     t = c * Q + q
     h = h_block * BLOCK + tl.arange(0, BLOCK)
@@ -103,7 +104,7 @@ def _decays_kernel(
     raw += tl.load(dt_bias + h, h < heads, 0.0)[None, :]
     steps = tl.where(inside, softplus(raw), 0.0)
     rate = tl.load(A + h, h < heads, 0.0) * LOG2_E
-    out = (b * heads + h[None, :]) * padded + t[:, None]
+    out = (b * heads + h[None, :]).to(tl.int64) * padded + t[:, None]
     tl.store(step + out, steps, (h < heads)[None, :])
     tl.store(decay + out, tl.cumsum(steps * rate[None, :], 0), (h < heads)[None, :])
 
@@ -116,16 +117,16 @@ def _state_walk_kernel(
     COLUMNS: tl.constexpr,
 ):
     """States (batch, chunks, heads, n, p) before each chunk, in x's type, and the last one in float32."""
-    h, part, b = tl.program_id(0) % heads, tl.program_id(1), (tl.program_id(0) // heads).to(tl.int64)
+    b, h, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n, p, q = tl.arange(0, N_TILE), part * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, Q)
     if HAS_INITIAL:
-        state = _load_state(initial + (b * heads + h) * (N * P), n, p, N, N_TILE, P, P_TILE)
+        state = _load_state(initial + (b * heads + h).to(tl.int64) * (N * P), n, p, N, N_TILE, P, P_TILE)
     else:
         state = tl.zeros((N_TILE, COLUMNS), tl.float32)
-    B += b * B_batch + (h // ratio) * N
-    x += b * x_batch + h * P
-    row = (b * heads + h) * padded
-    out = states + (b * chunks * heads + h) * (N * P)
+    B += b.to(tl.int64) * B_batch + (h // ratio) * N
+    x += b.to(tl.int64) * x_batch + h * P
+    row = (b * heads + h).to(tl.int64) * padded
+    out = states + (b * chunks * heads + h).to(tl.int64) * (N * P)
     for c in range(chunks):
         t = c * Q + q
         inside = (t < length)[:, None]
@@ -139,10 +140,10 @@ def _state_walk_kernel(
             weight = tl.where(_document(documents, b, t, length) == last, weight, 0.0)
             kept = tl.where(_document(documents, b, c * Q - 1, length) == last, kept, 0.0)
         start = tl.cast(c, tl.int64) * Q
-        xs = tl.load(x + start * x_time + q[:, None] * x_time + p[None, :], _columns(inside, p, P, P_TILE), 0.0)
-        Bs = tl.load(B + start * B_time + q[:, None] * B_time + n[None, :], _columns(inside, n, N, N_TILE), 0.0)
+        xs = tl.load(x + start * x_time + (q[:, None] * x_time + p[None, :]), _columns(inside, p, P, P_TILE), 0.0)
+        Bs = tl.load(B + start * B_time + (q[:, None] * B_time + n[None, :]), _columns(inside, n, N, N_TILE), 0.0)
         state = tl.dot(tl.trans(Bs), (xs * weight[:, None]).to(Bs.dtype), state * kept)
-    _store_state(final + (b * heads + h) * (N * P), state, n, p, N, N_TILE, P, P_TILE)
+    _store_state(final + (b * heads + h).to(tl.int64) * (N * P), state, n, p, N, N_TILE, P, P_TILE)
 
 
 @triton.jit
@@ -153,15 +154,15 @@ def _outputs_kernel(
     P_TILE: tl.constexpr,
 ):
     """y = (C B^T * decay) (step x) + decay from the start * C state + D x, some rows of a chunk and a group."""
-    g, b = tl.program_id(0) % groups, (tl.program_id(0) // groups).to(tl.int64)
-    c, part = tl.program_id(1) // (Q // ROWS), tl.program_id(1) % (Q // ROWS)
+    b, g = tl.program_id(0), tl.program_id(1)
+    c, part = tl.program_id(2) // (Q // ROWS), tl.program_id(2) % (Q // ROWS)
     n, p, j, i = tl.arange(0, N_TILE), tl.arange(0, P_TILE), tl.arange(0, Q), part * ROWS + tl.arange(0, ROWS)
     tj, ti = c * Q + j, c * Q + i
     inside_j, inside_i = (tj < length)[:, None], (ti < length)[:, None]
     B, C = _rows(B, b, c, Q, B_batch, B_time) + g * N, _rows(C, b, c, Q, C_batch, C_time) + g * N
     x, y = _rows(x, b, c, Q, x_batch, x_time), _rows(y, b, c, Q, y_batch, y_time)
-    Bs = tl.load(B + j[:, None] * B_time + n[None, :], _columns(inside_j, n, N, N_TILE), 0.0)
-    Cs = tl.load(C + i[:, None] * C_time + n[None, :], _columns(inside_i, n, N, N_TILE), 0.0)
+    Bs = tl.load(B + (j[:, None] * B_time + n[None, :]), _columns(inside_j, n, N, N_TILE), 0.0)
+    Cs = tl.load(C + (i[:, None] * C_time + n[None, :]), _columns(inside_i, n, N, N_TILE), 0.0)
     seen = i[:, None] >= j[None, :]
     if HAS_DOCUMENTS:
         own = _document(documents, b, ti, length)
@@ -171,20 +172,21 @@ def _outputs_kernel(
     inside_j, inside_i = _columns(inside_j, p, P, P_TILE), _columns(inside_i, p, P, P_TILE)
     for r in range(R):
         h = g * R + r
-        row = (b * heads + h) * padded
+        row = (b * heads + h).to(tl.int64) * padded
         decays = tl.load(decay + row + ti)
         from_start = tl.exp2(decays)
         if HAS_DOCUMENTS:
             from_start = tl.where(goes_on, from_start, 0.0)
-        xs = tl.load(x + h * P + j[:, None] * x_time + p[None, :], inside_j, 0.0)
-        x_rows = tl.load(x + h * P + i[:, None] * x_time + p[None, :], inside_i, 0.0)
-        before = _load_state(states + ((b * chunks + c) * heads + h) * (N * P), n, p, N, N_TILE, P, P_TILE)
+        xs = tl.load(x + h * P + (j[:, None] * x_time + p[None, :]), inside_j, 0.0)
+        x_rows = tl.load(x + h * P + (i[:, None] * x_time + p[None, :]), inside_i, 0.0)
+        at = ((b * chunks + c) * heads + h).to(tl.int64) * (N * P)
+        before = _load_state(states + at, n, p, N, N_TILE, P, P_TILE)
         fading = tl.exp2(tl.minimum(decays[:, None] - tl.load(decay + row + tj)[None, :], 0.0))
         mask = scores * fading * tl.load(step + row + tj)[None, :]
         ys = tl.dot(Cs, before) * from_start[:, None]
         ys = tl.dot(mask.to(xs.dtype), xs, ys)
         ys += tl.load(D + h) * x_rows
-        out = y + h * P + i[:, None] * y_time + p[None, :]
+        out = y + h * P + (i[:, None] * y_time + p[None, :])
         tl.store(out, ys.to(y.dtype.element_ty), inside_i)
 
 
@@ -197,17 +199,17 @@ def _gradient_walk_kernel(
 ):
     """Gradients (batch, chunks, heads, n, p) of the state after each chunk, and that of the initial state. `through`
     (batch, chunks, heads, parts, n), to be summed: the start's state in the end's times its gradient."""
-    h, part, b = tl.program_id(0) % heads, tl.program_id(1), (tl.program_id(0) // heads).to(tl.int64)
+    b, h, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n, p, q = tl.arange(0, N_TILE), part * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, Q)
     if HAS_FINAL:
-        gradient = _load_state(dfinal + (b * heads + h) * (N * P), n, p, N, N_TILE, P, P_TILE)
+        gradient = _load_state(dfinal + (b * heads + h).to(tl.int64) * (N * P), n, p, N, N_TILE, P, P_TILE)
     else:
         gradient = tl.zeros((N_TILE, COLUMNS), tl.float32)
-    C += b * C_batch + (h // ratio) * N
-    dy += b * dy_batch + h * P
-    row = (b * heads + h) * padded
-    at = (((b + 1) * chunks - 1) * heads + h) * (N * P)
-    sums = through + ((((b + 1) * chunks - 1) * heads + h) * (P_TILE // COLUMNS) + part) * N + n
+    C += b.to(tl.int64) * C_batch + (h // ratio) * N
+    dy += b.to(tl.int64) * dy_batch + h * P
+    row = (b * heads + h).to(tl.int64) * padded
+    at = (((b + 1) * chunks - 1) * heads + h).to(tl.int64) * (N * P)
+    sums = through + ((((b + 1) * chunks - 1) * heads + h) * (P_TILE // COLUMNS) + part).to(tl.int64) * N + n
     for backwards in range(chunks):
         c = chunks - 1 - backwards
         t = c * Q + q
@@ -228,10 +230,10 @@ def _gradient_walk_kernel(
         at -= heads * (N * P)
         sums -= heads * N * (P_TILE // COLUMNS)
         start = tl.cast(c, tl.int64) * Q
-        dys = tl.load(dy + start * dy_time + q[:, None] * dy_time + p[None, :], _columns(inside, p, P, P_TILE), 0.0)
-        Cs = tl.load(C + start * C_time + q[:, None] * C_time + n[None, :], _columns(inside, n, N, N_TILE), 0.0)
+        dys = tl.load(dy + start * dy_time + (q[:, None] * dy_time + p[None, :]), _columns(inside, p, P, P_TILE), 0.0)
+        Cs = tl.load(C + start * C_time + (q[:, None] * C_time + n[None, :]), _columns(inside, n, N, N_TILE), 0.0)
         gradient = tl.dot(tl.trans(Cs), (dys * from_start[:, None]).to(Cs.dtype), gradient)
-    _store_state(dinitial + (b * heads + h) * (N * P), gradient, n, p, N, N_TILE, P, P_TILE)
+    _store_state(dinitial + (b * heads + h).to(tl.int64) * (N * P), gradient, n, p, N, N_TILE, P, P_TILE)
 
 
 @triton.jit
@@ -261,8 +263,8 @@ def _input_gradients_kernel(
     does. `own_scores` (batch, groups, padded), C B of a token, gives their part of dx here and of ddt later.
     """
     HALF: tl.constexpr = Q // 2
-    g, b = tl.program_id(0) % groups, (tl.program_id(0) // groups).to(tl.int64)
-    c, part = tl.program_id(1) // 2, tl.program_id(1) % 2
+    b, g = tl.program_id(0), tl.program_id(1)
+    c, part = tl.program_id(2) // 2, tl.program_id(2) % 2
     n, p, j = tl.arange(0, N_TILE), tl.arange(0, P_TILE), tl.arange(0, HALF)
     k = part * HALF + j
     t = c * Q + k
@@ -272,9 +274,9 @@ def _input_gradients_kernel(
     x, dx = _rows(x, b, c, Q, x_batch, x_time), _rows(dx, b, c, Q, dx_batch, dx_time)
     dy = _rows(dy, b, c, Q, dy_batch, dy_time)
     inside_n = _columns(inside, n, N, N_TILE)
-    Bs = tl.load(B + k[:, None] * B_time + n[None, :], inside_n, 0.0)
-    Cs = tl.load(C + k[:, None] * C_time + n[None, :], inside_n, 0.0)
-    Cs_later = tl.load(C + (HALF + j)[:, None] * C_time + n[None, :], _columns(inside_later, n, N, N_TILE), 0.0)
+    Bs = tl.load(B + (k[:, None] * B_time + n[None, :]), inside_n, 0.0)
+    Cs = tl.load(C + (k[:, None] * C_time + n[None, :]), inside_n, 0.0)
+    Cs_later = tl.load(C + ((HALF + j)[:, None] * C_time + n[None, :]), _columns(inside_later, n, N, N_TILE), 0.0)
     seen, seen_later = j[:, None] <= j[None, :], j[:, None] >= 0
     if HAS_DOCUMENTS:
         own = _document(documents, b, t, length)
@@ -285,17 +287,18 @@ def _input_gradients_kernel(
     own_score = tl.sum(tl.where(j[:, None] == j[None, :], scores, 0.0), 1)
     scores = tl.where(seen & (j[:, None] < j[None, :]), scores, 0.0)
     scores_later = tl.where(seen_later, tl.dot(Bs, tl.trans(Cs_later)), 0.0)
-    tl.store(own_scores + (b * groups + g) * padded + t, own_score)
+    tl.store(own_scores + (b * groups + g).to(tl.int64) * padded + t, own_score)
     sum_own, sum_later = tl.zeros((HALF, HALF), tl.float32), tl.zeros((HALF, HALF), tl.float32)
     inside, inside_later = _columns(inside, p, P, P_TILE), _columns(inside_later, p, P, P_TILE)
     plane = tl.cast(plane, tl.int64)
     for r in range(R):
         h = g * R + r
-        row = (b * heads + h) * padded
+        row = (b * heads + h).to(tl.int64) * padded
         decays, steps = tl.load(decay + row + t), tl.load(step + row + t)
-        xs = tl.load(x + h * P + k[:, None] * x_time + p[None, :], inside, 0.0)
-        dys = tl.load(dy + h * P + k[:, None] * dy_time + p[None, :], inside, 0.0)
-        dafter = _load_state(dstates + ((b * chunks + c) * heads + h) * (N * P), n, p, N, N_TILE, P, P_TILE)
+        xs = tl.load(x + h * P + (k[:, None] * x_time + p[None, :]), inside, 0.0)
+        dys = tl.load(dy + h * P + (k[:, None] * dy_time + p[None, :]), inside, 0.0)
+        at = ((b * chunks + c) * heads + h).to(tl.int64) * (N * P)
+        dafter = _load_state(dstates + at, n, p, N, N_TILE, P, P_TILE)
         into_end = tl.exp2(tl.load(decay + row + c * Q + Q - 1) - decays)
         if HAS_DOCUMENTS:
             into_end = tl.where(in_last, into_end, 0.0)
@@ -306,7 +309,7 @@ def _input_gradients_kernel(
         tl.store(sums + 3 * plane + row + t, over_j)
         sum_own += dmask
         if part == 0:
-            dys_later = tl.load(dy + h * P + (HALF + j)[:, None] * dy_time + p[None, :], inside_later, 0.0)
+            dys_later = tl.load(dy + h * P + ((HALF + j)[:, None] * dy_time + p[None, :]), inside_later, 0.0)
             dmask, dinput, more_over_i, over_j = _pair_gradients(
                 xs, dys_later, scores_later, seen_later, decays, tl.load(decay + row + later), steps, dinput
             )
@@ -314,10 +317,10 @@ def _input_gradients_kernel(
             sum_later += dmask
             over_i += more_over_i
         tl.store(sums + row + t, over_i)
-        out = dx + h * P + k[:, None] * dx_time + p[None, :]
+        out = dx + h * P + (k[:, None] * dx_time + p[None, :])
         skip = (tl.load(D + h) + own_score * steps)[:, None] * dys
         tl.store(out, (dinput * steps[:, None] + skip).to(dx.dtype.element_ty), inside)
-    dscores += ((b * chunks + c) * groups + g) * (Q * Q) + j[:, None] * Q + j[None, :]
+    dscores += ((b * chunks + c) * groups + g).to(tl.int64) * (Q * Q) + j[:, None] * Q + j[None, :]
     tl.store(dscores + part * (HALF * Q + HALF), sum_own.to(dscores.dtype.element_ty))
     if part == 0:
         tl.store(dscores + HALF, sum_later.to(dscores.dtype.element_ty))
@@ -333,8 +336,8 @@ def _shared_gradients_kernel(
 ):
     """dB and dC, some rows of a chunk and a group; `from_start` (batch, heads, padded), what the start's state gives
     each output times its gradient."""
-    g, b = tl.program_id(0) % groups, (tl.program_id(0) // groups).to(tl.int64)
-    c, part = tl.program_id(1) // (Q // ROWS), tl.program_id(1) % (Q // ROWS)
+    b, g = tl.program_id(0), tl.program_id(1)
+    c, part = tl.program_id(2) // (Q // ROWS), tl.program_id(2) % (Q // ROWS)
     n, p, k, q = tl.arange(0, N_TILE), tl.arange(0, P_TILE), tl.arange(0, Q), part * ROWS + tl.arange(0, ROWS)
     tk, t = c * Q + k, c * Q + q
     inside_k, inside = (tk < length)[:, None], (t < length)[:, None]
@@ -342,7 +345,7 @@ def _shared_gradients_kernel(
     B, C = _rows(B, b, c, Q, B_batch, B_time) + g * N, _rows(C, b, c, Q, C_batch, C_time) + g * N
     dB, dC = _rows(dB, b, c, Q, dB_batch, dB_time) + g * N, _rows(dC, b, c, Q, dC_batch, dC_time) + g * N
     x, dy = _rows(x, b, c, Q, x_batch, x_time), _rows(dy, b, c, Q, dy_batch, dy_time)
-    C_rows = tl.load(C + q[:, None] * C_time + n[None, :], inside_n, 0.0)
+    C_rows = tl.load(C + (q[:, None] * C_time + n[None, :]), inside_n, 0.0)
     if HAS_DOCUMENTS:
         own = _document(documents, b, t, length)
         in_last = own == _document(documents, b, c * Q + Q - 1, length)
@@ -350,15 +353,15 @@ def _shared_gradients_kernel(
     sum_dB, sum_dC = tl.zeros((ROWS, N_TILE), tl.float32), tl.zeros((ROWS, N_TILE), tl.float32)
     for r in range(R):
         h = g * R + r
-        row = (b * heads + h) * padded
+        row = (b * heads + h).to(tl.int64) * padded
         decays = tl.load(decay + row + t)
         weight = tl.exp2(tl.load(decay + row + c * Q + Q - 1) - decays) * tl.load(step + row + t)
         fading = tl.exp2(decays)
         if HAS_DOCUMENTS:
             weight, fading = tl.where(in_last, weight, 0.0), tl.where(goes_on, fading, 0.0)
-        xs = tl.load(x + h * P + q[:, None] * x_time + p[None, :], inside, 0.0)
-        dys = tl.load(dy + h * P + q[:, None] * dy_time + p[None, :], inside, 0.0)
-        at = ((b * chunks + c) * heads + h) * (N * P)
+        xs = tl.load(x + h * P + (q[:, None] * x_time + p[None, :]), inside, 0.0)
+        dys = tl.load(dy + h * P + (q[:, None] * dy_time + p[None, :]), inside, 0.0)
+        at = ((b * chunks + c) * heads + h).to(tl.int64) * (N * P)
         dafter = _load_state(dstates + at, n, p, N, N_TILE, P, P_TILE)
         sum_dB = tl.dot((xs * weight[:, None]).to(xs.dtype), tl.trans(dafter), sum_dB)
         before = _load_state(states + at, n, p, N, N_TILE, P, P_TILE)
@@ -366,14 +369,14 @@ def _shared_gradients_kernel(
         sum_dC += dstart
         tl.store(from_start + row + t, tl.sum(dstart * C_rows, 1))
     # Last, so that these tiles need not lie in shared memory beside the loop's.
-    dscores += ((b * chunks + c) * groups + g) * (Q * Q)
+    dscores += ((b * chunks + c) * groups + g).to(tl.int64) * (Q * Q)
     inside_k = _columns(inside_k, n, N, N_TILE)
-    Cs = tl.load(C + k[:, None] * C_time + n[None, :], inside_k, 0.0)
+    Cs = tl.load(C + (k[:, None] * C_time + n[None, :]), inside_k, 0.0)
     sum_dB = tl.dot(tl.load(dscores + q[:, None] * Q + k[None, :], q[:, None] <= k[None, :], 0.0), Cs, sum_dB)
-    Bs = tl.load(B + k[:, None] * B_time + n[None, :], inside_k, 0.0)
+    Bs = tl.load(B + (k[:, None] * B_time + n[None, :]), inside_k, 0.0)
     sum_dC = tl.dot(tl.load(dscores + k[None, :] * Q + q[:, None], k[None, :] <= q[:, None], 0.0), Bs, sum_dC)
-    tl.store(dB + q[:, None] * dB_time + n[None, :], sum_dB.to(dB.dtype.element_ty), inside_n)
-    tl.store(dC + q[:, None] * dC_time + n[None, :], sum_dC.to(dC.dtype.element_ty), inside_n)
+    tl.store(dB + (q[:, None] * dB_time + n[None, :]), sum_dB.to(dB.dtype.element_ty), inside_n)
+    tl.store(dC + (q[:, None] * dC_time + n[None, :]), sum_dC.to(dC.dtype.element_ty), inside_n)
 
 
 @triton.jit
@@ -386,20 +389,21 @@ def _step_gradients_kernel(
     The gradient of the log decay at token t of a chunk sums what passes over t: G_ij for j < t <= i, the start's state
     into outputs i >= t, inputs j < t into the end's state, and the start's state into the end's.
     """
-    c, h_block, b = tl.program_id(0) % chunks, tl.program_id(1), (tl.program_id(0) // chunks).to(tl.int64)
+    b, c, h_block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     q = tl.arange(0, Q)
     t = c * Q + q
     h = h_block * BLOCK + tl.arange(0, BLOCK)
     there = (h < heads)[:, None]
     plane = tl.cast(plane, tl.int64)
-    at = (b * heads + h[:, None]) * padded + t[None, :]
+    at = (b * heads + h[:, None]).to(tl.int64) * padded + t[None, :]
     inputs, into_end = tl.load(sums + at, there, 0.0), tl.load(sums + plane + at, there, 0.0)
     diagonal, outputs = tl.load(sums + 2 * plane + at, there, 0.0), tl.load(from_start + at, there, 0.0)
     outputs += tl.load(sums + 3 * plane + at, there, 0.0)
     outputs += tl.load(sums + 4 * plane + at, there & (q >= Q // 2)[None, :], 0.0)
     steps = tl.load(step + at, there, 0.0)
-    scores = tl.load(own_scores + (b * (heads // ratio) + (h // ratio)[:, None]) * padded + t[None, :], there, 0.0)
-    parts = (((b * chunks + c) * heads + h) * THROUGH)[:, None] + tl.arange(0, THROUGH)[None, :]
+    groups = (b * (heads // ratio) + h // ratio).to(tl.int64)
+    scores = tl.load(own_scores + groups[:, None] * padded + t[None, :], there, 0.0)
+    parts = (((b * chunks + c) * heads + h).to(tl.int64) * THROUGH)[:, None] + tl.arange(0, THROUGH)[None, :]
     ddecay = tl.cumsum(outputs - inputs, 1, reverse=True) + tl.cumsum(into_end, 1) - into_end
     ddecay += tl.sum(tl.load(through + parts, there, 0.0), 1)[:, None]
     direct = (inputs + into_end) / tl.where(steps > 0.0, steps, 1.0) + diagonal * scores
@@ -433,10 +437,11 @@ TUNED_STATE = 128 * 64          # elements of the largest state for which the pi
 
 def supports(x: Tensor, B: Tensor) -> bool:
     """Whether the kernels take these inputs: on a GPU, 2 bytes an element, of sizes that `kernels.ssd` names."""
+    # A chunk has up to two programs on an axis of the grid that ends at 65,535; sequences lie on the first axis.
     head_dim, state_dim = x.shape[-1], B.shape[-1]
     return (
         x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and head_dim in KERNEL_SIZES
-        and state_dim in KERNEL_SIZES and head_dim * state_dim <= LARGEST_STATE
+        and state_dim in KERNEL_SIZES and head_dim * state_dim <= LARGEST_STATE and x.shape[1] <= 65_535 // 2 * CHUNK
     )
 
 
@@ -484,18 +489,18 @@ def run_forward(
     g, n = B.shape[2:]
     chunks = triton.cdiv(t, CHUNK)
     final, step, decay, states = kept_like(x, n)
-    _decays_kernel[(chunks * b, triton.cdiv(h, DECAYS.size))](
+    _decays_kernel[(b, chunks, triton.cdiv(h, DECAYS.size))](
         dt, dt_bias, A, step, decay, *_strides(dt), t, h, chunks, chunks * CHUNK,
         Q=CHUNK, BLOCK=DECAYS.size, num_warps=DECAYS.warps, num_stages=DECAYS.stages,
     )
     columns, has_documents = min(_tile(p), STATE_WALK.size), documents is not None
     documents = step if documents is None else documents
-    _state_walk_kernel[(h * b, _tile(p) // columns)](
+    _state_walk_kernel[(b, h, _tile(p) // columns)](
         x, B, step, decay, final if initial is None else initial, documents, states, final, *_strides(x, B), t, h,
         h // g, chunks, chunks * CHUNK, HAS_INITIAL=initial is not None, HAS_DOCUMENTS=has_documents, Q=CHUNK,
         **_state_tiles(n, p), COLUMNS=columns, **_launched(STATE_WALK, n, columns),
     )
-    _outputs_kernel[(g * b, chunks * (CHUNK // OUTPUTS.size))](
+    _outputs_kernel[(b, g, chunks * (CHUNK // OUTPUTS.size))](
         x, B, C, D, step, decay, documents, states, y, *_strides(x, B, C, y), t, h, g, chunks, chunks * CHUNK,
         HAS_DOCUMENTS=has_documents, R=h // g, Q=CHUNK, ROWS=OUTPUTS.size, **_state_tiles(n, p),
         **_launched(OUTPUTS, n, p),
@@ -516,7 +521,7 @@ def run_backward(
     documents = step if documents is None else documents
     dstates, dinitial = torch.empty_like(states), x.new_empty(b, h, n, p, dtype=torch.float32)
     through = x.new_empty(b, chunks, h, _tile(p) // columns * n, dtype=torch.float32)
-    _gradient_walk_kernel[(h * b, _tile(p) // columns)](
+    _gradient_walk_kernel[(b, h, _tile(p) // columns)](
         dy, C, decay, documents, states, dinitial if dfinal is None else dfinal, dstates, dinitial, through,
         *_strides(dy, C), t, h, h // g, chunks, padded, HAS_FINAL=dfinal is not None, HAS_DOCUMENTS=has_documents,
         Q=CHUNK, **_state_tiles(n, p), COLUMNS=columns, **_launched(GRADIENT_WALK, n, columns),
@@ -524,18 +529,18 @@ def run_backward(
     sums, from_start = x.new_empty(5, b, h, padded, dtype=torch.float32), torch.empty_like(step)
     own_scores = x.new_empty(b, g, padded, dtype=torch.float32)
     dscores = x.new_empty(b, chunks, g, CHUNK, CHUNK)
-    _input_gradients_kernel[(g * b, chunks * 2)](
+    _input_gradients_kernel[(b, g, chunks * 2)](
         x, dy, B, C, D, step, decay, documents, dstates, dscores, dx, sums, own_scores, *_strides(x, dy, B, C, dx), t,
         h, g, chunks, padded, step.numel(), HAS_DOCUMENTS=has_documents, R=h // g, Q=CHUNK, **_state_tiles(n, p),
         **_launched(INPUT_GRADIENTS, n, p),
     )
-    _shared_gradients_kernel[(g * b, chunks * (CHUNK // SHARED_GRADIENTS.size))](
+    _shared_gradients_kernel[(b, g, chunks * (CHUNK // SHARED_GRADIENTS.size))](
         x, dy, B, C, step, decay, documents, states, dstates, dscores, dB, dC, from_start,
         *_strides(x, dy, B, C, dB, dC), t, h, g, chunks, padded, HAS_DOCUMENTS=has_documents, R=h // g, Q=CHUNK,
         ROWS=SHARED_GRADIENTS.size, **_state_tiles(n, p), **_launched(SHARED_GRADIENTS, n, p),
     )
     partial = x.new_empty(b * chunks, 3, h, dtype=torch.float32)
-    _step_gradients_kernel[(chunks * b, triton.cdiv(h, STEP_GRADIENTS.size))](
+    _step_gradients_kernel[(b, chunks, triton.cdiv(h, STEP_GRADIENTS.size))](
         sums, own_scores, from_start, through, step, A, ddt, partial, *_strides(ddt), t, h, h // g, chunks, padded,
         step.numel(), Q=CHUNK, BLOCK=STEP_GRADIENTS.size, THROUGH=through.shape[3], num_warps=STEP_GRADIENTS.warps,
         num_stages=STEP_GRADIENTS.stages,
