@@ -45,7 +45,7 @@ from model.config import ModelConfig, ModelError, PretrainConfig
 from model.presets import hybrid_pattern
 from stages.common import _commit, _machine, _versions
 from stages.report.statistics import ALPHA, Answer, Estimate, equivalence, mean
-from stages.report.studies import ClaimKey, Comparison, Measurement, Study
+from stages.report.studies import Comparison, Measurement, Study
 
 MARGIN = 0.001          # of the loss: the paper's "< 0.1 %"
 TAIL = 0.2              # last share of the steps that the training loss is averaged over
@@ -304,7 +304,7 @@ def study_of(rows: Sequence[Row], setting: str, start: float, machine: str) -> S
                                         better="lower"))
         return name
 
-    def compare(claim: ClaimKey, candidate: str, reference: str, question: Question, control: str | None) -> None:
+    def compare(claim: str, candidate: str, reference: str, question: Question, control: str | None) -> None:
         comparisons.append(Comparison(claim=claim, candidate=candidate, reference=reference, question=question,
                                       relative=True, control=control, margin=MARGIN if control else 0.0))
 
@@ -365,7 +365,7 @@ def figure(rows: Sequence[Row], setting: str, start: float) -> str:
         axes.annotate("the paper's bound", (-0.3, bound), xytext=(0, 3), textcoords="offset points", fontsize=8.5)
 
     words = f"Gap of the {METRICS[METRIC]} to BF16 in per cent, by arm, with 95 % intervals, for two architectures."
-    return labelled(lines(series, " ", "Gap to BF16, %", 0.78, adjust), "fp8-parity", words) + "\n"
+    return labelled(lines(series, " ", "Gap to BF16, %", adjust), "fp8-parity", words) + "\n"
 
 
 # ---------------------------------------------------------------------------------------------------- command line
