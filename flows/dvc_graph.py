@@ -8,7 +8,9 @@ keeps, each learnt from a wrong result or a hang:
 - DVC's per-file locks (`.dvc/tmp/rwlock`) never wait: status is taken once before anything starts, every stage is
   called once, in order, and one flow runs at a time;
 - to stop, the stage's processes are terminated and DVC is left alive to release its locks; SIGKILL comes last;
-- lock entries of dead processes are dropped after a look at the command line: the number may belong to another by now.
+- lock entries of dead processes are dropped after a look at the command line: the number may belong to another by now;
+- DVC rewrites `dvc.lock` and its rwlock in place: a kill or a full disk in that moment leaves half a file, which ends
+  every later command. So a copy of the last whole `dvc.lock` is kept, and put back.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from typing import Any
 
 import psutil
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 DVC = [sys.executable, "-m", "dvc", "--wait-for-lock"]
 ENVIRONMENT = {
@@ -41,6 +44,7 @@ ENVIRONMENT = {
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
 }
 RWLOCK = Path(".dvc/tmp/rwlock")
+LOCK, LOCK_COPY = Path("dvc.lock"), Path(".dvc/tmp/dvc.lock.whole")
 FLOW_LOCK = Path(".dvc/tmp/flow.lock")
 LOGS = Path("logs")
 SECONDS_TO_UNWIND = 20.0
@@ -100,6 +104,46 @@ def dvc(*arguments: str) -> str:
         errors = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
         raise GraphError(f"dvc {' '.join(arguments)}: {errors[0]}\n" + "\n".join(errors[1:] or ["Run `make doctor`."]))
     return done.stdout
+
+
+def _is_whole(lock: str) -> bool:
+    """Whether the text of a dvc.lock is one that DVC can read."""
+    from dvc.schema import COMPILED_LOCKFILE_SCHEMA
+    from voluptuous import Invalid
+
+    try:
+        COMPILED_LOCKFILE_SCHEMA(YAML(typ="safe").load(lock))
+    except (YAMLError, Invalid):
+        return False
+    return True
+
+
+def keep_lock() -> None:
+    """Copy dvc.lock aside, if it is whole: another stage may be writing it."""
+    text = LOCK.read_text() if LOCK.exists() else ""
+    if _is_whole(text):
+        partial = LOCK_COPY.with_suffix(".partial")
+        with partial.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(LOCK_COPY)
+
+
+def mend_lock() -> str | None:
+    """Where dvc.lock is cut short and no stage runs, put the copy back, or remove it; a line that says so.
+
+    Stages that ended after the copy run again, or come out of DVC's run cache: nothing false is taken for right.
+    """
+    if not LOCK.exists() or _is_whole(LOCK.read_text(errors="replace")):
+        return None
+    if not LOCK_COPY.exists():
+        LOCK.unlink()
+        return "dvc.lock was cut short and no copy is kept: removed, every stage is looked at anew."
+    partial = LOCK.with_suffix(".partial")
+    partial.write_bytes(LOCK_COPY.read_bytes())
+    partial.replace(LOCK)
+    return "dvc.lock was cut short: put back as after the last stage that ended before."
 
 
 def allow_no_git() -> None:
@@ -208,9 +252,16 @@ def only_flow() -> Iterator[None]:
 def busy() -> dict[int, str]:
     """Process -> command of the DVC processes that hold files of this repository; entries of dead ones are dropped."""
     try:
-        lock = json.loads(RWLOCK.read_text() or "{}")
-    except (FileNotFoundError, json.JSONDecodeError):
+        lock = json.loads(RWLOCK.read_text(errors="replace") or "{}")
+    except FileNotFoundError:
         return {}
+    except json.JSONDecodeError:                # half of it, which DVC would refuse for ever
+        here = Path.cwd()
+        living = {one.pid: " ".join(one.info["cmdline"]) for one in psutil.process_iter(["cwd", "cmdline"])
+                  if one.info["cwd"] == str(here) and _is_repro(one.pid)}
+        if not living:
+            RWLOCK.unlink(missing_ok=True)
+        return living
     write = {path: holder for path, holder in lock.get("write", {}).items() if _is_repro(holder["pid"])}
     read = {path: [one for one in holders if _is_repro(one["pid"])] for path, holders in lock.get("read", {}).items()}
     live = {"write": write, "read": {path: holders for path, holders in read.items() if holders}}
@@ -408,6 +459,8 @@ class StageRunner:
             raise StageFailed(f"{node.name}: took longer than {limit} and was ended.\n{where}")
         if status:
             raise StageFailed(f"{node.name}: {_last_words(text)}\n{where}")
+        with self.turn:
+            keep_lock()
         if "didn't change, skipping" in text:
             return "cached"
         return "restored" if "is cached - skipping run" in text else "ran"

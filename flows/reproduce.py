@@ -49,6 +49,8 @@ class Run:
         while holders := dvc_graph.busy():
             self.console.line(f"Waiting for the stages an earlier run left: processes {sorted(holders)}")
             time.sleep(3)
+        if mended := dvc_graph.mend_lock():
+            self.console.line(mended)
         nodes = dvc_graph.graph()
         for name, node in nodes.items():
             if name.startswith("pretrain@"):
