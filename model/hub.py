@@ -114,7 +114,8 @@ def load(directory: Path | str, dtype: torch.dtype | None = torch.float32) -> tu
     names may begin with `backbone.` or `model.`. Names and shapes are checked before any tensor is read.
 
     Raises:
-        ModelError: a file is missing or broken, the model is of another type, or weights and config.json differ.
+        ModelError: a file is missing or broken, the model is of another type, weights and config.json differ, or a
+            weight is not finite.
     """
     directory = Path(directory)
     config = read_config(directory)
@@ -125,6 +126,11 @@ def load(directory: Path | str, dtype: torch.dtype | None = torch.float32) -> tu
         with safe_open(directory / file, framework="pt") as tensors:
             for name in tensors.keys():     # noqa: SIM118
                 tensor = tensors.get_tensor(name)
+                if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
+                    raise ModelError(
+                        f"{directory / file}: {name} holds values that are not finite.\n"
+                        "Restore the file, or export the model again."
+                    )
                 state[names(name)] = tensor if dtype is None else tensor.to(dtype)
     return config, state
 

@@ -76,7 +76,16 @@ class Decoder:
 
     @torch.inference_mode()
     def prefill(self, ids: Tensor) -> Tensor:
-        """Start new sequences with the prompts `ids` (batch, sequence); logits (batch, vocab) of what follows."""
+        """Start new sequences with the prompts `ids` (batch, sequence); logits (batch, vocab) of what follows.
+
+        Raises:
+            ModelError: another number of prompts than sequences, an empty prompt, or no room.
+        """
+        if ids.ndim != 2 or len(ids) != self.batch or not ids.numel():
+            raise ModelError(
+                f"Prompts of the shape {tuple(ids.shape)}, and the decoder's caches are of {self.batch} sequences.\n"
+                "Give (batch, sequence) ids, at least one a sequence, or make the decoder with that `batch`."
+            )
         length = ids.shape[1]
         self._check_room(0, length)
         together = max(1, self.prefill_tokens // length)

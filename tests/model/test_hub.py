@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from data_pipeline import tokenizer
@@ -84,6 +84,18 @@ def test_save_and_load_return_the_same(config, exported):
     assert loaded == config
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_weight_that_is_not_finite_is_refused(exported, value):
+    file = exported / "model.safetensors"
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    tensors[name].view(-1)[0] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="not finite") as caught:
+        hub.load(exported)
+    assert name in str(caught.value)
 
 
 def test_what_transformers_saves_again_keeps_the_weights(config, exported, tmp_path):

@@ -168,3 +168,10 @@ def test_no_room(ids):
         decoder.decode(ids[:, 0])
     with pytest.raises(ModelError, match="max_length"):
         decoder.generate(ids, 3)
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (4, 4), (3, 0), (12,)])
+def test_prompts_are_as_many_as_the_caches_hold(shape):
+    decoder = Decoder(random_model(HYBRID), 40, batch=3)
+    with pytest.raises(ModelError, match="caches are of 3 sequences"):
+        decoder.prefill(torch.zeros(shape, dtype=torch.int64))

@@ -3,9 +3,11 @@ from __future__ import annotations
 import math
 import shutil
 from collections import Counter
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -69,6 +71,17 @@ def test_losses_are_those_of_a_plain_pytorch_loop(tokens, unbroken, tmp_path):
     trained = load_weights(unbroken["directory"] / "out")[1]
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(trained[name], parameter.detach(), rtol=1e-3, atol=2e-4)
+
+
+def test_an_id_beyond_the_vocabulary_is_refused(tokens, tmp_path):
+    damaged = shutil.copytree(tokens, tmp_path / "tokens")
+    for file in (damaged / "train").glob("*.bin"):
+        np.memmap(file, "uint16", "r+")[:] = 60_000
+    with (
+        process_groups(), closing(Trainer(HYBRID, RECIPE, "float32", 1, damaged, tmp_path, ONE_COPY)) as broken,
+        pytest.raises(ModelError, match="holds the id 60000"),
+    ):
+        broken.train_step(1)
 
 
 def assert_same_gradients_and_moments(ours: dict, reference: dict, before: dict, layout: dict) -> None:
