@@ -292,10 +292,15 @@ def positions(scale: Scale, tokens: Path, scratch: Path) -> dict[str, Training]:
 
 
 def schedules(scale: Scale, tokens: Path, scratch: Path) -> dict[str, Training]:
-    changes: dict[str, dict[str, Any]] = {"cosine": {"decay_style": "cosine", "decay_fraction": None},
-                                          "WSD": {"decay_style": "minus_sqrt", "decay_fraction": 0.2}}
-    return {name: Training(scale.hybrid, scale.recipe.model_copy(update=change), tokens)
-            for name, change in changes.items()}
+    """Each at two peak rates: a stable rate does as much in as many steps at a lower peak."""
+    peak, least = scale.recipe.learning_rate, scale.recipe.min_learning_rate
+    shapes: dict[str, dict[str, Any]] = {"cosine": {"decay_style": "cosine", "decay_fraction": None},
+                                         "WSD": {"decay_style": "minus_sqrt", "decay_fraction": 0.2}}
+    return {
+        f"{name}{rate}": Training(scale.hybrid, scale.recipe.model_copy(update=shape | {
+            "learning_rate": times * peak, "min_learning_rate": times * least}), tokens)
+        for rate, times in (("", 1), (", 3 times the rate", 3)) for name, shape in shapes.items()
+    }
 
 
 def labels(scale: Scale, tokens: Path, scratch: Path) -> dict[str, Training]:
@@ -598,7 +603,8 @@ STUDIES: dict[str, Design] = {
         "the same tokens at every length. The margin of 1 % is ours.",
         positions, train_and_read, [
             Comparison(claim="position", candidate="hybrid NoPE", reference="hybrid RoPE", question="not worse",
-                       margin=0.01, relative=True, control="Transformer NoPE")]),
+                       margin=0.01, relative=True, control="Transformer NoPE"),
+            better("position", "Transformer RoPE", "Transformer NoPE")]),      # where a lack of positions can be seen
     "phased_blend": Design(
         "All text in one mix, or each domain from its lowest label to its highest in phases that end at 60, 80 and "
         "100 %: the same samples in another order. Judged on every tenth document of the high label, held out, and on "
