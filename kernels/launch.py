@@ -3,6 +3,8 @@ kernels too, which takes 10 us of the host's time."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -27,7 +29,7 @@ def grid(sequences: int, others: int, stretches: int) -> tuple[tuple[int, int, i
 
 
 @triton.jit
-def program(REVERSED: tl.constexpr):
+def program(REVERSED: tl.constexpr) -> Any:
     """A program's place on the axes of `grid`. Several numbers divided out of one axis would take registers of every
     thread, and with them all addresses."""
     if REVERSED:

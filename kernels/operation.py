@@ -34,7 +34,8 @@ class Operation:
             return output
 
         members = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(backward))}
-        self._differentiable = type(function.__name__, (torch.autograd.Function,), members).apply
+        differentiable: Any = type(function.__name__, (torch.autograd.Function,), members)
+        self._differentiable = differentiable.apply
 
     def __call__(self, *arguments: Any) -> Any:
         if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
