@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -45,6 +46,19 @@ def graph_milliseconds(runs: Sequence[Callable[[], Any]]) -> float:
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end))
     return statistics.median(times) / (rounds * len(runs))
+
+
+def eager_milliseconds(run: Callable[[], Any]) -> float:
+    """A call's time launched from Python, awaited only after many: of small tensors, what the host takes."""
+    times: list[float] = []
+    for _ in range(_REPLAYS[1]):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(_CALLS):
+            run()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times) / _CALLS
 
 
 def ceilings() -> tuple[float, float]:

@@ -99,7 +99,8 @@ def beside_transformers(tiny: bool, device: torch.device) -> list[dict[str, Any]
             return seconds(lambda: theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
                                                    min_new_tokens=tokens, max_new_tokens=tokens), device)
 
-        generate(few)
+        for tokens in (few, many):
+            generate(tokens)                                # the first call of a length is slower than those after it
         their_step = (generate(many) - generate(few)) / (many - few)
         our_step = step_seconds(decoder, prompt + many, many - few, 3)
         rows.append({"batch": batch, "prompt": prompt, "our_step_milliseconds": our_step * 1e3,

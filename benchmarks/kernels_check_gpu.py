@@ -151,6 +151,15 @@ def mixer_last_group(length: int) -> dict[str, float]:
     return {name: error(a, b) for name, a, b in zip(("y", "dprojected"), mine, alone, strict=True)}
 
 
+def mixer_end(length: int, kept: int) -> dict[str, float]:
+    """The last of the tokens beside those alone: what came long before has decayed."""
+    inputs, dy = mixer_inputs(1, length, 1, 1, 16, 16), normal(1, length, 16)
+    whole = differentiate_mixer(inputs, dy, 1, 16)
+    alone = differentiate_mixer([inputs[0][:, -kept:].contiguous(), *inputs[1:]], dy[:, -kept:], 1, 16)
+    return {name: error(a[:, -kept // 2 :], b[:, -kept // 2 :])
+            for name, a, b in zip(("y", "dprojected"), whole, alone, strict=True)}
+
+
 def refused(run: Callable[[], object]) -> str:
     """What became of arguments that no kernel can take."""
     try:
@@ -211,6 +220,7 @@ def cases() -> Iterator[Case]:
     yield Case("scan 1 x 262,144, last group", lambda: last_group(262_144), 64)
     yield Case("mix 16 x 8,192, last sequence", lambda: mixer_last_sequence(16, 8192), 48)
     yield Case("mix 1 x 131,072, last group", lambda: mixer_last_group(131_072), 48)
+    yield Case("mix 1 x 8,400,000, last 32,768", lambda: mixer_end(8_400_000, 65_536), 16)
     yield Case("scan, 5 heads in 2 groups", lambda: refused(lambda: chunk_scan(
         *scan_inputs(1, 64, 5, 2, 64, 64), chunk_size=64)))
     yield Case("norm, 100 channels in 3 groups", lambda: refused(lambda: gated_rms_norm(

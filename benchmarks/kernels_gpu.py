@@ -1,12 +1,13 @@
 """Kernels on a GPU beside their peers, in one run: time, share of the floor, error against float64.
 
-    python -m benchmarks.kernels_gpu [--only scan,state,...] [--out FILE.json]
+    python -m benchmarks.kernels_gpu [--only scan,state,...] [--host] [--out FILE.json]
 
 Shapes are Nemotron-H-8B's. Peers are measured where they are installed: mamba_ssm (scan, gated norm, the whole mixer
 after in_proj, state update) and causal-conv1d; torch.compile and PyTorch's own operations always. Times are medians of
 a CUDA graph's replays, everyone's: launched from Python, some of these wait for it more than for the GPU. A floor is
 the larger of bytes over the bandwidth of a copy and operations over the rate of a BF16 matrix product, both measured
-first. The second table is `benchmarks.kernels_gpu_streaming`'s.
+first. The second table is `benchmarks.kernels_gpu_streaming`'s. `--host` gives instead, of few tokens, the time of a
+call from Python (eager) and within a graph: the difference is the host's.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import triton
 from torch import Tensor
 
 from benchmarks import kernels_gpu_streaming as streaming
-from benchmarks.gpu_timing import ceilings, graph_milliseconds, parallel_compilation
+from benchmarks.gpu_timing import ceilings, eager_milliseconds, graph_milliseconds, parallel_compilation
 from kernels.causal_conv1d import causal_conv1d
 from kernels.gated_norm import gated_rms_norm
 from kernels.mixer import MixerWeights, mix
@@ -170,13 +171,17 @@ def errors(run: Op, exact: Op, inputs: Inputs) -> list[float]:
     return [float((a.double() - b).norm() / b.norm()) for a, b in zip(mine, theirs, strict=True)]
 
 
-def times(run: Op, inputs: Inputs) -> tuple[float, float]:
+def in_a_graph(run: Callable[[], Any]) -> float:
+    return graph_milliseconds([run])
+
+
+def times(run: Op, inputs: Inputs, measured: Callable[[Callable[[], Any]], float] = in_a_graph) -> tuple[float, float]:
     """Milliseconds of the forward, and of forward and backward."""
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     dy = torch.randn_like(run(*inputs))
     with torch.no_grad():
-        forward = graph_milliseconds([lambda: run(*inputs)])
-    return forward, graph_milliseconds([lambda: torch.autograd.grad(run(*leaves), leaves, dy)])
+        forward = measured(lambda: run(*inputs))
+    return forward, measured(lambda: torch.autograd.grad(run(*leaves), leaves, dy))
 
 
 OPS: dict[str, tuple[Callable[[int, int], Inputs], Op, Op, list[tuple[int, int]]]] = {
@@ -213,9 +218,26 @@ def measure(only: set[str], bandwidth: float, rate: float) -> list[dict[str, Any
     return rows
 
 
+def measure_host(only: set[str]) -> list[dict[str, Any]]:
+    """Microseconds a call of 1 x 128 tokens, ours and the peers', from Python and in a graph."""
+    print(f"{'op':5} {'kernel':22} {'eager fwd us':>13} {'fwd+bwd':>8} {'graph fwd us':>13} {'fwd+bwd':>8}")
+    rows: list[dict[str, Any]] = []
+    for op, (make, ours, *_) in OPS.items():
+        if op not in only:
+            continue
+        for name, run in {"ours": ours, **peers()[op]}.items():
+            inputs = make(1, 128)
+            graph, eager = (times(run, inputs, measured) for measured in (in_a_graph, eager_milliseconds))
+            rows.append({"op": op, "kernel": name, "eager_ms": eager, "graph_ms": graph})
+            print(f"{op:5} {name:22} {eager[0] * 1e3:13.1f} {eager[1] * 1e3:8.1f} {graph[0] * 1e3:13.1f} "
+                  f"{graph[1] * 1e3:8.1f}", flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    parser.add_argument("--host", action="store_true", help="of few tokens, what a call takes from Python")
     parser.add_argument("--only", default=",".join([*OPS, *streaming.OPS]), help="ops, by comma (default: %(default)s)")
     arguments = parser.parse_args()
     only = set(arguments.only.split(","))
@@ -223,9 +245,15 @@ def main() -> None:
         parser.error(f"--only: no such op: {', '.join(sorted(unknown))}")
     if not torch.cuda.is_available():
         raise SystemExit("No GPU was found.\nbenchmarks.kernels_cpu measures the same operations on a CPU.")
-    bandwidth, rate = ceilings()
     machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}"
     print(f"{machine}, Python {platform.python_version()}")
+    if arguments.host:
+        with parallel_compilation():
+            rows = measure_host(only)
+        if arguments.out:
+            arguments.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+        return
+    bandwidth, rate = ceilings()
     print(f"copy {bandwidth / 1e12:.2f} TB/s, BF16 matrix product {rate / 1e12:.0f} TFLOP/s\n")
     with parallel_compilation():
         rows = measure(only & set(OPS), bandwidth, rate)

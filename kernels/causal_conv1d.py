@@ -74,6 +74,8 @@ def _by_document(
 
 def _last_inputs(x: Tensor, count: int, initial_state: Tensor | None, seq_idx: Tensor | None) -> Tensor:
     """The last `count` inputs of each sequence, those before it included, zero where not of the last document."""
+    if seq_idx is None and x.shape[1] >= count:
+        return x[:, x.shape[1] - count:].clone()
     before = x.new_zeros(x.shape[0], count, x.shape[2]) if initial_state is None else initial_state.to(x.dtype)
     inputs = torch.cat([before, x[:, -count:]], 1)[:, -count:]
     if seq_idx is None:

@@ -18,6 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import cdiv, grid, program
+from kernels.operation import operation
+
 TAPS = 4
 
 
@@ -34,11 +37,10 @@ def _document(documents, b, t, length):
 
 
 @triton.jit
-def _program(TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
-    """A program's channels, its first token and its sequence, in 64 bits. Sequences lie on the first axis: the others
-    end at 65,535. Numbers divided out of one axis would take registers of every thread, and with them all addresses."""
-    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    return c, tl.program_id(2) * TOKENS, tl.program_id(0).to(tl.int64)
+def _program(REVERSED: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
+    """A program's channels, its stretch of tokens and its sequence, in 64 bits."""
+    b, block, stretch = program(REVERSED)
+    return block * CHANNELS + tl.arange(0, CHANNELS), stretch, b.to(tl.int64)
 
 
 @triton.jit
@@ -53,9 +55,11 @@ def _parameters(weight, bias, c, here):
 @triton.jit
 def _forward_kernel(
     x, weight, bias, first, documents, y, batch_stride, time_stride, y_batch, y_time, length, channels,
-    HAS_FIRST: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, REVERSED: tl.constexpr, TOKENS: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):
-    c, start, b = _program(TOKENS, CHANNELS)
+    c, stretch, b = _program(REVERSED, TOKENS, CHANNELS)
+    start = stretch * TOKENS
     here = c < channels
     w0, w1, w2, w3, shift = _parameters(weight, bias, c, here)
     x += b * batch_stride
@@ -139,12 +143,13 @@ def _add(dw0, dw1, dw2, dw3, db, dz, x0, x1, x2, x3):
 @triton.jit
 def _backward_kernel(
     x, dy, weight, bias, first, documents, dx, dfirst, partial, batch_stride, time_stride, dy_batch, dy_time, dx_batch,
-    dx_time, length, channels, HAS_FIRST: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, TOKENS: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    dx_time, length, channels, HAS_FIRST: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, REVERSED: tl.constexpr,
+    TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):
     """dx of tokens start - 3 .. start + TOKENS - 4 and, of sequences' first programs, that of the inputs before them;
     the last program goes 3 further. `partial` (batch, programs, 5, channels): dweight and dbias."""
-    c, start, b = _program(TOKENS, CHANNELS)
+    c, stretch, b = _program(REVERSED, TOKENS, CHANNELS)
+    start = stretch * TOKENS
     here = c < channels
     w0, w1, w2, w3, shift = _parameters(weight, bias, c, here)
     x += b * batch_stride
@@ -208,7 +213,7 @@ def _backward_kernel(
             if HAS_FIRST:
                 tl.store(dfirst + (b * 3 + due + 3) * channels + c, open0, here & (due < 0))
             open0, open1, open2 = open1, open2, zero
-    partial += (b * tl.num_programs(2) + tl.program_id(2)) * 5 * channels + c
+    partial += (b * tl.cdiv(length, TOKENS) + stretch) * 5 * channels + c
     tl.store(partial, dw0, here)
     tl.store(partial + channels, dw1, here)
     tl.store(partial + 2 * channels, dw2, here)
@@ -222,9 +227,8 @@ BACKWARD = Tiles(channels=128, tokens=128, warps=1)
 
 
 def supports(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernels take these inputs: on a GPU, 2 bytes an element, four taps, at most 2,097,120 tokens."""
-    return (x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and weight.shape[1] == TAPS
-            and x.shape[1] <= 65_535 * FORWARD.tokens)
+    """Whether the kernels take these inputs: on a GPU, 2 bytes an element, four taps."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and weight.shape[1] == TAPS
 
 
 def prepared(
@@ -241,10 +245,11 @@ def run_forward(
 ) -> None:
     """Write y, of any strides whose channels lie side by side."""
     b, t, channels = x.shape
-    _forward_kernel[(b, triton.cdiv(channels, FORWARD.channels), triton.cdiv(t, FORWARD.tokens))](
+    programs, is_reversed = grid(b, cdiv(channels, FORWARD.channels), cdiv(t, FORWARD.tokens))
+    _forward_kernel[programs](
         x, weight, bias, x if first is None else first, x if documents is None else documents, y,
         *x.stride()[:2], *y.stride()[:2], t, channels, HAS_FIRST=first is not None, HAS_DOCUMENTS=documents is not None,
-        TOKENS=FORWARD.tokens, CHANNELS=FORWARD.channels, num_warps=FORWARD.warps,
+        REVERSED=is_reversed, TOKENS=FORWARD.tokens, CHANNELS=FORWARD.channels, num_warps=FORWARD.warps,
     )
 
 
@@ -253,20 +258,21 @@ def run_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Write dx, of any strides whose channels lie side by side. Returns the other gradients of `convolve_backward`."""
     b, t, channels = x.shape
-    programs = triton.cdiv(t, BACKWARD.tokens)
+    stretches = cdiv(t, BACKWARD.tokens)
+    programs, is_reversed = grid(b, cdiv(channels, BACKWARD.channels), stretches)
     dfirst = x.new_empty(b, TAPS - 1, channels, dtype=torch.float32)
-    partial = x.new_empty(b * programs, TAPS + 1, channels, dtype=torch.float32)
-    _backward_kernel[(b, triton.cdiv(channels, BACKWARD.channels), programs)](
+    partial = x.new_empty(b * stretches, TAPS + 1, channels, dtype=torch.float32)
+    _backward_kernel[programs](
         x, dy, weight, bias, x if first is None else first, x if documents is None else documents, dx,
         dfirst, partial, *x.stride()[:2], *dy.stride()[:2], *dx.stride()[:2], t, channels, HAS_FIRST=first is not None,
-        HAS_DOCUMENTS=documents is not None, TOKENS=BACKWARD.tokens, CHANNELS=BACKWARD.channels,
+        HAS_DOCUMENTS=documents is not None, REVERSED=is_reversed, TOKENS=BACKWARD.tokens, CHANNELS=BACKWARD.channels,
         num_warps=BACKWARD.warps,
     )
     total = partial.sum(0)
     return total[:TAPS].T.contiguous(), total[TAPS], dfirst
 
 
-@torch.library.custom_op("nemotron_h::causal_conv1d", mutates_args=())
+@operation("nemotron_h::causal_conv1d")
 def convolve(x: Tensor, weight: Tensor, bias: Tensor, first: Tensor | None, documents: Tensor | None) -> Tensor:
     """y (batch, sequence, channels), contiguous. Arguments as `causal_conv1d`, `first` its initial state."""
     y = x.new_empty(x.shape)
@@ -279,7 +285,7 @@ def _like(x: Tensor, *_: Tensor | None) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("nemotron_h::causal_conv1d_backward", mutates_args=())
+@operation("nemotron_h::causal_conv1d_backward")
 def convolve_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, first: Tensor | None, documents: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -15,6 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import cdiv, power_of_2
+from kernels.operation import operation
+
 
 class Tiles(NamedTuple):
     rows: int               # at a time
@@ -100,9 +103,9 @@ def run_forward(
     """Write y (rows, channels), contiguous."""
     rows, channels = x.shape
     size = channels // groups
-    block = triton.next_power_of_2(size)
+    block = power_of_2(size)
     tile = _fitted(FORWARD, block)
-    _forward_kernel[(triton.cdiv(rows, tile.rows), groups)](
+    _forward_kernel[(cdiv(rows, tile.rows), groups)](
         x, x if gate is None else gate, weight, y, x.stride(0), 0 if gate is None else gate.stride(0), rows, channels,
         epsilon, HAS_GATE=gate is not None, SIZE=size, BLOCK=block, ROWS=tile.rows, num_warps=tile.warps,
     )
@@ -115,7 +118,7 @@ def _fitted(tiles: Tiles, block: int) -> Tiles:
     return tiles._replace(rows=rows, warps=min(16, tiles.warps * wider * rows // tiles.rows))
 
 
-@torch.library.custom_op("nemotron_h::gated_rms_norm", mutates_args=())
+@operation("nemotron_h::gated_rms_norm")
 def normalise(x: Tensor, gate: Tensor | None, weight: Tensor, groups: int, epsilon: float) -> Tensor:
     """y (rows, channels), contiguous."""
     y = x.new_empty(x.shape)
@@ -135,9 +138,9 @@ def run_backward(
     """Write dx, contiguous, and dgate, of any row stride. Returns the gradient of weight (float32)."""
     rows, channels = x.shape
     size = channels // groups
-    block = triton.next_power_of_2(size)
+    block = power_of_2(size)
     tile = _fitted(BACKWARD, block)
-    programs = min(max(1, tile.programs // groups), triton.cdiv(rows, tile.rows))
+    programs = min(max(1, tile.programs // groups), cdiv(rows, tile.rows))
     partial = x.new_empty(programs, channels, dtype=torch.float32)
     strides = (0, dy.stride(0), 0) if gate is None or dgate is None else (gate.stride(0), dy.stride(0), dgate.stride(0))
     _backward_kernel[(programs, groups)](
@@ -148,7 +151,7 @@ def run_backward(
     return partial.sum(0)
 
 
-@torch.library.custom_op("nemotron_h::gated_rms_norm_backward", mutates_args=())
+@operation("nemotron_h::gated_rms_norm_backward")
 def normalise_backward(
     dy: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor, groups: int, epsilon: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels import causal_conv1d_triton, gated_norm_triton, ssd_triton
+from kernels.operation import operation
 
 
 def supports(projected: Tensor, weights: Any, head_dim: int, state_dim: int) -> bool:
@@ -30,7 +31,7 @@ def prepared(projected: Tensor, weights: Any, documents: Tensor | None) -> tuple
             D.float(), norm_weight, None if documents is None else documents.to(torch.int32).contiguous())
 
 
-@torch.library.custom_op("nemotron_h::mixer", mutates_args=())
+@operation("nemotron_h::mixer")
 def mix(
     projected: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor,
     norm_weight: Tensor, groups: int, state_dim: int, epsilon: float, documents: Tensor | None,
@@ -58,7 +59,7 @@ def _outputs_like(
     return y, convolved, scanned, step, decay, states
 
 
-@torch.library.custom_op("nemotron_h::mixer_backward", mutates_args=())
+@operation("nemotron_h::mixer_backward")
 def mix_backward(
     dy: Tensor, projected: Tensor, conv_weight: Tensor, conv_bias: Tensor, A_log: Tensor, D: Tensor,
     norm_weight: Tensor, convolved: Tensor, scanned: Tensor, step: Tensor, decay: Tensor, states: Tensor, groups: int,

@@ -9,6 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import cdiv
+from kernels.operation import operation
+
 BLOCK, WARPS = 4096, 8
 
 
@@ -34,10 +37,10 @@ def supports(x: Tensor) -> bool:
     return x.is_cuda and x.is_floating_point() and x.itemsize <= 4 and x.is_contiguous()
 
 
-@torch.library.custom_op("nemotron_h::squared_relu", mutates_args=())
+@operation("nemotron_h::squared_relu")
 def activate(x: Tensor) -> Tensor:
     y = torch.empty_like(x)
-    _forward_kernel[(triton.cdiv(x.numel(), BLOCK),)](x, y, x.numel(), BLOCK=BLOCK, num_warps=WARPS)
+    _forward_kernel[(cdiv(x.numel(), BLOCK),)](x, y, x.numel(), BLOCK=BLOCK, num_warps=WARPS)
     return y
 
 
@@ -46,10 +49,10 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.custom_op("nemotron_h::squared_relu_backward", mutates_args=())
+@operation("nemotron_h::squared_relu_backward")
 def activate_backward(dy: Tensor, x: Tensor) -> Tensor:
     dx = torch.empty_like(x)
-    _backward_kernel[(triton.cdiv(x.numel(), BLOCK),)](x, dy, dx, x.numel(), BLOCK=BLOCK, num_warps=WARPS)
+    _backward_kernel[(cdiv(x.numel(), BLOCK),)](x, dy, dx, x.numel(), BLOCK=BLOCK, num_warps=WARPS)
     return dx
 
 

@@ -25,6 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import cdiv, grid, program
+from kernels.operation import operation
 from kernels.ssd import KERNEL_SIZES, LARGEST_STATE
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -91,10 +93,10 @@ def softplus(raw):
 @triton.jit
 def _decays_kernel(
     dt, dt_bias, A, step, decay, batch_stride, time_stride, length, heads, chunks, padded,
-    Q: tl.constexpr, BLOCK: tl.constexpr,
+    REVERSED: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """step = softplus(dt + dt_bias) and the running sum of step A log2(e) in each chunk: (batch, heads, padded)."""
-    b, c, h_block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    b, h_block, c = program(REVERSED)
     q = tl.arange(0, Q)
     t = c * Q + q
     h = h_block * BLOCK + tl.arange(0, BLOCK)
@@ -149,13 +151,13 @@ def _state_walk_kernel(
 @triton.jit
 def _outputs_kernel(
     x, B, C, D, step, decay, documents, states, y, x_batch, x_time, B_batch, B_time, C_batch, C_time, y_batch, y_time,
-    length, heads, groups, chunks, padded, HAS_DOCUMENTS: tl.constexpr,
+    length, heads, groups, chunks, padded, HAS_DOCUMENTS: tl.constexpr, REVERSED: tl.constexpr,
     R: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr, N_TILE: tl.constexpr, P: tl.constexpr,
     P_TILE: tl.constexpr,
 ):
     """y = (C B^T * decay) (step x) + decay from the start * C state + D x, some rows of a chunk and a group."""
-    b, g = tl.program_id(0), tl.program_id(1)
-    c, part = tl.program_id(2) // (Q // ROWS), tl.program_id(2) % (Q // ROWS)
+    b, g, stretch = program(REVERSED)
+    c, part = stretch // (Q // ROWS), stretch % (Q // ROWS)
     n, p, j, i = tl.arange(0, N_TILE), tl.arange(0, P_TILE), tl.arange(0, Q), part * ROWS + tl.arange(0, ROWS)
     tj, ti = c * Q + j, c * Q + i
     inside_j, inside_i = (tj < length)[:, None], (ti < length)[:, None]
@@ -251,22 +253,22 @@ def _pair_gradients(xs, dys, scores, seen, j_decays, i_decays, steps, dinput):
 def _input_gradients_kernel(
     x, dy, B, C, D, step, decay, documents, dstates, dscores, dx, sums, own_scores, x_batch, x_time, dy_batch, dy_time,
     B_batch, B_time, C_batch, C_time, dx_batch, dx_time, length, heads, groups, chunks, padded, plane,
-    HAS_DOCUMENTS: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr, REVERSED: tl.constexpr, PART: tl.constexpr,
     R: tl.constexpr, Q: tl.constexpr, N: tl.constexpr, N_TILE: tl.constexpr, P: tl.constexpr, P_TILE: tl.constexpr,
 ):
     """dx, the gradient of C B^T summed over the group's heads (transposed), and sums a token; inputs of half a chunk.
 
-    Inputs of the first half also reach the outputs of the second. `sums` are planes (batch, heads, padded): with
+    Inputs of the first half also reach the outputs of the second: two compilations, since registers that only the first
+    half needs would be taken from the second too. `sums` are planes (batch, heads, padded): with
     G = dM * M of a token's input and a later token's output, G summed over i; what the input adds to the end's state
     times its gradient; x dy; G summed over j of the own half; and, for the second half's tokens, over j of the first.
     Pairs of a token with itself stay out: they pass no decay, and where decays are strong they would drown all that
     does. `own_scores` (batch, groups, padded), C B of a token, gives their part of dx here and of ddt later.
     """
     HALF: tl.constexpr = Q // 2
-    b, g = tl.program_id(0), tl.program_id(1)
-    c, part = tl.program_id(2) // 2, tl.program_id(2) % 2
+    b, g, c = program(REVERSED)
     n, p, j = tl.arange(0, N_TILE), tl.arange(0, P_TILE), tl.arange(0, HALF)
-    k = part * HALF + j
+    k = PART * HALF + j
     t = c * Q + k
     later = c * Q + HALF + j
     inside, inside_later = (t < length)[:, None], (later < length)[:, None]
@@ -276,19 +278,23 @@ def _input_gradients_kernel(
     inside_n = _columns(inside, n, N, N_TILE)
     Bs = tl.load(B + (k[:, None] * B_time + n[None, :]), inside_n, 0.0)
     Cs = tl.load(C + (k[:, None] * C_time + n[None, :]), inside_n, 0.0)
-    Cs_later = tl.load(C + ((HALF + j)[:, None] * C_time + n[None, :]), _columns(inside_later, n, N, N_TILE), 0.0)
-    seen, seen_later = j[:, None] <= j[None, :], j[:, None] >= 0
+    seen = j[:, None] <= j[None, :]
     if HAS_DOCUMENTS:
         own = _document(documents, b, t, length)
         seen = seen & (own[:, None] == own[None, :])
-        seen_later = own[:, None] == _document(documents, b, later, length)[None, :]
         in_last = own == _document(documents, b, c * Q + Q - 1, length)
     scores = tl.dot(Bs, tl.trans(Cs))
     own_score = tl.sum(tl.where(j[:, None] == j[None, :], scores, 0.0), 1)
     scores = tl.where(seen & (j[:, None] < j[None, :]), scores, 0.0)
-    scores_later = tl.where(seen_later, tl.dot(Bs, tl.trans(Cs_later)), 0.0)
+    if PART == 0:
+        Cs_later = tl.load(C + ((HALF + j)[:, None] * C_time + n[None, :]), _columns(inside_later, n, N, N_TILE), 0.0)
+        seen_later = j[:, None] >= 0
+        if HAS_DOCUMENTS:
+            seen_later = own[:, None] == _document(documents, b, later, length)[None, :]
+        scores_later = tl.where(seen_later, tl.dot(Bs, tl.trans(Cs_later)), 0.0)
+        sum_later = tl.zeros((HALF, HALF), tl.float32)
     tl.store(own_scores + (b * groups + g).to(tl.int64) * padded + t, own_score)
-    sum_own, sum_later = tl.zeros((HALF, HALF), tl.float32), tl.zeros((HALF, HALF), tl.float32)
+    sum_own = tl.zeros((HALF, HALF), tl.float32)
     inside, inside_later = _columns(inside, p, P, P_TILE), _columns(inside_later, p, P, P_TILE)
     plane = tl.cast(plane, tl.int64)
     for r in range(R):
@@ -308,7 +314,7 @@ def _input_gradients_kernel(
         dmask, dinput, over_i, over_j = _pair_gradients(xs, dys, scores, seen, decays, decays, steps, dinput)
         tl.store(sums + 3 * plane + row + t, over_j)
         sum_own += dmask
-        if part == 0:
+        if PART == 0:
             dys_later = tl.load(dy + h * P + ((HALF + j)[:, None] * dy_time + p[None, :]), inside_later, 0.0)
             dmask, dinput, more_over_i, over_j = _pair_gradients(
                 xs, dys_later, scores_later, seen_later, decays, tl.load(decay + row + later), steps, dinput
@@ -318,11 +324,13 @@ def _input_gradients_kernel(
             over_i += more_over_i
         tl.store(sums + row + t, over_i)
         out = dx + h * P + (k[:, None] * dx_time + p[None, :])
+        # Read again: kept until here, it would be spilled.
+        dys = tl.load(dy + h * P + (k[:, None] * dy_time + p[None, :]), inside, 0.0)
         skip = (tl.load(D + h) + own_score * steps)[:, None] * dys
         tl.store(out, (dinput * steps[:, None] + skip).to(dx.dtype.element_ty), inside)
     dscores += ((b * chunks + c) * groups + g).to(tl.int64) * (Q * Q) + j[:, None] * Q + j[None, :]
-    tl.store(dscores + part * (HALF * Q + HALF), sum_own.to(dscores.dtype.element_ty))
-    if part == 0:
+    tl.store(dscores + PART * (HALF * Q + HALF), sum_own.to(dscores.dtype.element_ty))
+    if PART == 0:
         tl.store(dscores + HALF, sum_later.to(dscores.dtype.element_ty))
 
 
@@ -330,14 +338,14 @@ def _input_gradients_kernel(
 def _shared_gradients_kernel(
     x, dy, B, C, step, decay, documents, states, dstates, dscores, dB, dC, from_start, x_batch, x_time, dy_batch,
     dy_time, B_batch, B_time, C_batch, C_time, dB_batch, dB_time, dC_batch, dC_time, length, heads, groups, chunks,
-    padded, HAS_DOCUMENTS: tl.constexpr,
+    padded, HAS_DOCUMENTS: tl.constexpr, REVERSED: tl.constexpr,
     R: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr, N_TILE: tl.constexpr, P: tl.constexpr,
     P_TILE: tl.constexpr,
 ):
     """dB and dC, some rows of a chunk and a group; `from_start` (batch, heads, padded), what the start's state gives
     each output times its gradient."""
-    b, g = tl.program_id(0), tl.program_id(1)
-    c, part = tl.program_id(2) // (Q // ROWS), tl.program_id(2) % (Q // ROWS)
+    b, g, stretch = program(REVERSED)
+    c, part = stretch // (Q // ROWS), stretch % (Q // ROWS)
     n, p, k, q = tl.arange(0, N_TILE), tl.arange(0, P_TILE), tl.arange(0, Q), part * ROWS + tl.arange(0, ROWS)
     tk, t = c * Q + k, c * Q + q
     inside_k, inside = (tk < length)[:, None], (t < length)[:, None]
@@ -382,14 +390,14 @@ def _shared_gradients_kernel(
 @triton.jit
 def _step_gradients_kernel(
     sums, own_scores, from_start, through, step, A, ddt, partial, ddt_batch, ddt_time, length, heads, ratio, chunks,
-    padded, plane, Q: tl.constexpr, BLOCK: tl.constexpr, THROUGH: tl.constexpr,
+    padded, plane, REVERSED: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr, THROUGH: tl.constexpr,
 ):
     """ddt, and a chunk's part of dA, dD and the gradient of dt_bias: partial (batch, chunks, 3, heads) float32.
 
     The gradient of the log decay at token t of a chunk sums what passes over t: G_ij for j < t <= i, the start's state
     into outputs i >= t, inputs j < t into the end's state, and the start's state into the end's.
     """
-    b, c, h_block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    b, h_block, c = program(REVERSED)
     q = tl.arange(0, Q)
     t = c * Q + q
     h = h_block * BLOCK + tl.arange(0, BLOCK)
@@ -437,11 +445,10 @@ TUNED_STATE = 128 * 64          # elements of the largest state for which the pi
 
 def supports(x: Tensor, B: Tensor) -> bool:
     """Whether the kernels take these inputs: on a GPU, 2 bytes an element, of sizes that `kernels.ssd` names."""
-    # A chunk has up to two programs on an axis of the grid that ends at 65,535; sequences lie on the first axis.
     head_dim, state_dim = x.shape[-1], B.shape[-1]
     return (
         x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and head_dim in KERNEL_SIZES
-        and state_dim in KERNEL_SIZES and head_dim * state_dim <= LARGEST_STATE and x.shape[1] <= 65_535 // 2 * CHUNK
+        and state_dim in KERNEL_SIZES and head_dim * state_dim <= LARGEST_STATE
     )
 
 
@@ -487,11 +494,12 @@ def run_forward(
     """Write y, of any strides whose heads lie side by side. Returns the other outputs of `scan`."""
     b, t, h, p = x.shape
     g, n = B.shape[2:]
-    chunks = triton.cdiv(t, CHUNK)
+    chunks = cdiv(t, CHUNK)
     final, step, decay, states = kept_like(x, n)
-    _decays_kernel[(b, chunks, triton.cdiv(h, DECAYS.size))](
+    programs, is_reversed = grid(b, cdiv(h, DECAYS.size), chunks)
+    _decays_kernel[programs](
         dt, dt_bias, A, step, decay, *_strides(dt), t, h, chunks, chunks * CHUNK,
-        Q=CHUNK, BLOCK=DECAYS.size, num_warps=DECAYS.warps, num_stages=DECAYS.stages,
+        REVERSED=is_reversed, Q=CHUNK, BLOCK=DECAYS.size, num_warps=DECAYS.warps, num_stages=DECAYS.stages,
     )
     columns, has_documents = min(_tile(p), STATE_WALK.size), documents is not None
     documents = step if documents is None else documents
@@ -500,9 +508,10 @@ def run_forward(
         h // g, chunks, chunks * CHUNK, HAS_INITIAL=initial is not None, HAS_DOCUMENTS=has_documents, Q=CHUNK,
         **_state_tiles(n, p), COLUMNS=columns, **_launched(STATE_WALK, n, columns),
     )
-    _outputs_kernel[(b, g, chunks * (CHUNK // OUTPUTS.size))](
+    programs, is_reversed = grid(b, g, chunks * (CHUNK // OUTPUTS.size))
+    _outputs_kernel[programs](
         x, B, C, D, step, decay, documents, states, y, *_strides(x, B, C, y), t, h, g, chunks, chunks * CHUNK,
-        HAS_DOCUMENTS=has_documents, R=h // g, Q=CHUNK, ROWS=OUTPUTS.size, **_state_tiles(n, p),
+        HAS_DOCUMENTS=has_documents, REVERSED=is_reversed, R=h // g, Q=CHUNK, ROWS=OUTPUTS.size, **_state_tiles(n, p),
         **_launched(OUTPUTS, n, p),
     )
     return final, step, decay, states
@@ -529,27 +538,31 @@ def run_backward(
     sums, from_start = x.new_empty(5, b, h, padded, dtype=torch.float32), torch.empty_like(step)
     own_scores = x.new_empty(b, g, padded, dtype=torch.float32)
     dscores = x.new_empty(b, chunks, g, CHUNK, CHUNK)
-    _input_gradients_kernel[(b, g, chunks * 2)](
-        x, dy, B, C, D, step, decay, documents, dstates, dscores, dx, sums, own_scores, *_strides(x, dy, B, C, dx), t,
-        h, g, chunks, padded, step.numel(), HAS_DOCUMENTS=has_documents, R=h // g, Q=CHUNK, **_state_tiles(n, p),
-        **_launched(INPUT_GRADIENTS, n, p),
-    )
-    _shared_gradients_kernel[(b, g, chunks * (CHUNK // SHARED_GRADIENTS.size))](
+    programs, is_reversed = grid(b, g, chunks)
+    for part in (0, 1):
+        _input_gradients_kernel[programs](
+            x, dy, B, C, D, step, decay, documents, dstates, dscores, dx, sums, own_scores, *_strides(x, dy, B, C, dx),
+            t, h, g, chunks, padded, step.numel(), HAS_DOCUMENTS=has_documents, REVERSED=is_reversed, PART=part,
+            R=h // g, Q=CHUNK, **_state_tiles(n, p), **_launched(INPUT_GRADIENTS, n, p),
+        )
+    programs, is_reversed = grid(b, g, chunks * (CHUNK // SHARED_GRADIENTS.size))
+    _shared_gradients_kernel[programs](
         x, dy, B, C, step, decay, documents, states, dstates, dscores, dB, dC, from_start,
-        *_strides(x, dy, B, C, dB, dC), t, h, g, chunks, padded, HAS_DOCUMENTS=has_documents, R=h // g, Q=CHUNK,
-        ROWS=SHARED_GRADIENTS.size, **_state_tiles(n, p), **_launched(SHARED_GRADIENTS, n, p),
+        *_strides(x, dy, B, C, dB, dC), t, h, g, chunks, padded, HAS_DOCUMENTS=has_documents, REVERSED=is_reversed,
+        R=h // g, Q=CHUNK, ROWS=SHARED_GRADIENTS.size, **_state_tiles(n, p), **_launched(SHARED_GRADIENTS, n, p),
     )
     partial = x.new_empty(b * chunks, 3, h, dtype=torch.float32)
-    _step_gradients_kernel[(b, chunks, triton.cdiv(h, STEP_GRADIENTS.size))](
+    programs, is_reversed = grid(b, cdiv(h, STEP_GRADIENTS.size), chunks)
+    _step_gradients_kernel[programs](
         sums, own_scores, from_start, through, step, A, ddt, partial, *_strides(ddt), t, h, h // g, chunks, padded,
-        step.numel(), Q=CHUNK, BLOCK=STEP_GRADIENTS.size, THROUGH=through.shape[3], num_warps=STEP_GRADIENTS.warps,
-        num_stages=STEP_GRADIENTS.stages,
+        step.numel(), REVERSED=is_reversed, Q=CHUNK, BLOCK=STEP_GRADIENTS.size, THROUGH=through.shape[3],
+        num_warps=STEP_GRADIENTS.warps, num_stages=STEP_GRADIENTS.stages,
     )
     dA, dD, ddt_bias = partial.sum(0)
     return dA, dD, ddt_bias, dinitial
 
 
-@torch.library.custom_op("nemotron_h::chunk_scan", mutates_args=())
+@operation("nemotron_h::chunk_scan")
 def scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, initial: Tensor | None,
     documents: Tensor | None,
@@ -576,7 +589,7 @@ def kept_like(x: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             x.new_empty(b, chunks, h, n, p))
 
 
-@torch.library.custom_op("nemotron_h::chunk_scan_backward", mutates_args=())
+@operation("nemotron_h::chunk_scan_backward")
 def scan_backward(
     dy: Tensor, dfinal: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, step: Tensor,
     decay: Tensor, states: Tensor, documents: Tensor | None,

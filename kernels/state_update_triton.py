@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import cdiv, power_of_2
 from kernels.ssd_triton import softplus
 
 
@@ -100,9 +101,9 @@ def advance_scan(
     """y (batch, heads, head_dim), contiguous; shapes as in `kernels.state_update`."""
     batch, heads, head_dim, state_dim = state.shape
     y = x.new_empty(batch, heads, head_dim)
-    columns = triton.next_power_of_2(state_dim)
-    rows = min(max(1, SCAN.bytes // (columns * state.itemsize)), triton.next_power_of_2(head_dim))
-    _scan_kernel[(heads * triton.cdiv(head_dim, rows) * batch,)](
+    columns = power_of_2(state_dim)
+    rows = min(max(1, SCAN.bytes // (columns * state.itemsize)), power_of_2(head_dim))
+    _scan_kernel[(heads * cdiv(head_dim, rows) * batch,)](
         state, x, dt, A, B, C, D, dt_bias, y, x.stride(0), x.stride(1), dt.stride(0), B.stride(0), B.stride(1),
         C.stride(0), C.stride(1), heads, heads // B.shape[1],
         P=head_dim, N=state_dim, ROWS=rows, COLUMNS=columns, num_warps=SCAN.warps,
@@ -122,7 +123,7 @@ def advance_conv(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tens
     """y (batch, channels), contiguous; shapes as in `kernels.state_update`."""
     batch, channels = x.shape
     y = x.new_empty(batch, channels)
-    _conv_kernel[(triton.cdiv(channels, CONV_CHANNELS) * batch,)](
+    _conv_kernel[(cdiv(channels, CONV_CHANNELS) * batch,)](
         state, x, weight, bias, y, state.stride(0), state.stride(1), x.stride(0), channels,
         K=weight.shape[1], BLOCK=CONV_CHANNELS, num_warps=1,
     )

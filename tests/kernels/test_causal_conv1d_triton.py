@@ -9,6 +9,7 @@ from test_causal_conv1d import reference
 from test_ssd import relative_error
 
 from kernels import causal_conv1d_triton as kernel
+from kernels import launch
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +44,12 @@ def test_values_and_gradients_equal_conv1d(dtype, tolerance, length, has_first):
 
 
 @pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
+def test_a_sequence_of_more_stretches_than_an_axis_has_room_for(dtype, tolerance, monkeypatch):
+    monkeypatch.setattr(launch, "LARGEST_AXIS", 1)
+    test_values_and_gradients_equal_conv1d(dtype, tolerance, 21, True)
+
+
+@pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
 def test_documents_are_convolved_each_alone(dtype, tolerance):
     lengths = [1, 9, 2, 3, 8, 4]
     x, weight, bias, _ = tensors(sum(lengths), dtype)
@@ -70,4 +77,5 @@ def test_rows_of_any_stride(dtype, _):
 
 @pytest.mark.parametrize("dtype, _", PRECISIONS)
 def test_the_operator_is_well_registered(dtype, _):
-    torch.library.opcheck(kernel.convolve, (*tensors(20, dtype), None), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(kernel.convolve.registered, (*tensors(20, dtype), None),
+                          test_utils=("test_schema", "test_faketensor"))
