@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -215,16 +215,16 @@ class Records(DataRecords):
                         for context, repeats in _by("context", of).items()} for model, of in _by("model", rows).items()}
 
 
-def variants(params: Params, architecture: str, precision: str, recipe: str | None = None) -> dict[int, str]:
-    """Pretrained models by seed; `recipe`: the FP8 recipe of a control arm."""
-    return {variant.seed: name for name, variant in params.variants.items()
-            if (variant.architecture, variant.precision, variant.fp8_recipe) == (architecture, precision, recipe)}
+def pairs(params: Params, candidate: Sequence[str], reference: Sequence[str]) -> list[Pair]:
+    """Models of one seed, which see the same text in the same order.
 
+    Each side: architecture, precision and, for a control arm, FP8 recipe; or one model, "parent" for that of compress.
+    """
+    def by_seed(of: Sequence[str]) -> dict[int, str]:
+        if len(of) == 1:
+            return {0: params.compress.parent if of[0] == "parent" else of[0]}
+        return {variant.seed: name for name, variant in params.variants.items()
+                if (variant.architecture, variant.precision, variant.fp8_recipe) == (*of, None)[:3]}
 
-def by_seed(candidates: Mapping[int, str], references: Mapping[int, str]) -> list[Pair]:
-    """Pairs of one seed, which see the same text in the same order."""
-    return [(name, references[seed]) for seed, name in candidates.items() if seed in references]
-
-
-def fp8_pairs(params: Params, architecture: str, recipe: str | None = None) -> list[Pair]:
-    return by_seed(variants(params, architecture, "fp8", recipe), variants(params, architecture, "bf16"))
+    ours, theirs = by_seed(candidate), by_seed(reference)
+    return [(name, theirs[seed]) for seed, name in ours.items() if seed in theirs]

@@ -9,6 +9,7 @@ names the smallest difference that was in sight and how much more would decide. 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -171,31 +172,20 @@ def equivalence(estimate: Estimate, margin: float, or_better: bool = False, comp
     """Two one-sided tests (Schuirmann 1987): holds where the 90 % interval lies within the margin, with `or_better`
     above its lower end. Does not hold where the effect lies beyond the margin at 95 %, over both sides and, with
     `comparisons` of which any may decide so, over all of them."""
-    low, high = estimate.interval()
-    fail_low, fail_high = estimate.interval(2 * ALPHA / (comparisons * (1 if or_better else 2)))
-    if low > -margin and (or_better or high < margin):
-        answer = Answer.HOLDS
-    elif fail_high < -margin or (not or_better and fail_low > margin):
-        answer = Answer.FAILS
-    else:
-        answer = Answer.UNDECIDED
-    return _decision(answer, estimate, 2 * ALPHA, margin, POWER if or_better else (1 + POWER) / 2)
+    sides, power = (1, POWER) if or_better else (2, (1 + POWER) / 2)
+    return _decided(estimate, -margin, math.inf if or_better else margin, 2 * ALPHA, comparisons * sides, margin, power)
 
 
 def tasks_equivalence(tasks: Sequence[Estimate], overall: Estimate, margin: float) -> Decision:
-    """Not worse in the mean over tasks, and in none by itself beyond the margin."""
+    """Not worse in the mean over tasks, and in none by itself beyond the margin: one that is decides."""
     decision, *each = (equivalence(estimate, margin, True, len(tasks) + 1) for estimate in (overall, *tasks))
-    worse = Answer.FAILS in [one.answer for one in each]
-    return replace(decision, answer=Answer.FAILS, needed={}) if worse else decision
+    return next((one for one in (decision, *each) if one.answer is Answer.FAILS), decision)
 
 
 def superiority(estimate: Estimate, least: float = 0.0, comparisons: int = 1) -> Decision:
     """Whether the effect is above `least`: holds, or does not, where the 95 % interval lies on one side of it. With
     `comparisons` of which any may decide against it, that side is taken at 95 % over all of them."""
-    low, _ = estimate.interval(ALPHA)
-    _, fail_high = estimate.interval(ALPHA / comparisons)
-    answer = Answer.HOLDS if low > least else Answer.FAILS if fail_high < least else Answer.UNDECIDED
-    return _decision(answer, estimate, ALPHA, abs(estimate.value - least), POWER)
+    return _decided(estimate, least, math.inf, ALPHA, comparisons, abs(estimate.value - least), POWER)
 
 
 def controlled(answer: Answer, control: Answer | None) -> Answer:
@@ -210,15 +200,20 @@ def all_of(answers: Sequence[Answer]) -> Answer:
     return Answer.HOLDS if set(answers) == {Answer.HOLDS} else Answer.UNDECIDED
 
 
-def _decision(answer: Answer, estimate: Estimate, alpha: float, distance: float, power: float) -> Decision:
-    """With what must be drawn to tell `distance`: normal quantiles, and Guenther's (1981) correction for t."""
+def _decided(estimate: Estimate, above: float, below: float, alpha: float, comparisons: int, distance: float,
+             power: float) -> Decision:
+    """Holds where the interval lies between two bounds; one corrected for `comparisons` fails beyond one of them.
+    With what must be drawn to tell `distance`: normal quantiles, and Guenther's (1981) correction for t."""
+    low, high = estimate.interval(alpha)
+    fail_low, fail_high = estimate.interval(alpha / comparisons)
+    answer = (Answer.HOLDS if above < low and high < below else
+              Answer.FAILS if fail_high < above or below < fail_low else Answer.UNDECIDED)
     quantile = float(special.ndtri(1 - alpha / 2))
     factor = ((quantile + float(special.ndtri(power))) * estimate.error / distance) ** 2 if distance else math.inf
-    needed: dict[str, int] = {}
+    needed: Counter[str] = Counter()
     if answer is Answer.UNDECIDED and factor < MOST and all(source.count for source in estimate.sources):
         for source in estimate.sources:
-            count = math.ceil(max(factor, 1) * source.count + quantile**2 / 2)
-            needed[source.unit] = needed.get(source.unit, 0) + count
+            needed[source.unit] += math.ceil(max(factor, 1) * source.count + quantile**2 / 2)
     return Decision(answer, estimate, alpha, needed)
 
 
