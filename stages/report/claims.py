@@ -315,33 +315,33 @@ def decoding(records: Records, model: str, other: str, grows: bool = False) -> F
     return in_order(times, found)
 
 
-def exact(wrong: Sequence[str], right: str, evidence: list[Evidence]) -> Finding:
-    return Answer.FAILS if wrong else Answer.HOLDS, f"{', '.join(wrong)} differ" if wrong else right, evidence
+def exact(found: Mapping[str, tuple[str, bool]], limit: str = "exact") -> Finding:
+    """Of figures by name, as they are shown, that are right or not."""
+    wrong = [name for name, (_, right) in found.items() if not right]
+    return (Answer.FAILS if wrong or not found else Answer.HOLDS,
+            f"{', '.join(wrong)} differ" if wrong else f"all {len(found)} as they must be",
+            [Evidence(name, shown, limit) for name, (shown, _) in found.items()])
 
 
 def published_sizes(records: Records, **published: int) -> Finding:
-    found = {name: records.metrics("benchmark")[f"{name}_parameters"] for name in published}
+    counted = {name: records.metrics("benchmark")[f"{name}_parameters"] for name in published}
     patterns = {name: PRESETS[name].pattern for name in ("nemotron_h_8b", "nemotron_h_56b")}
-    wrong = [name for name, count in found.items() if count != published[name]]
-    wrong += [f"the pattern of {name}" for name, pattern in patterns.items() if not (
-        pattern[0] == "M" and pattern[-1] == "-" and pattern.count("*") == pattern.count("*-"))]
-    return exact(wrong, "all equal, and the patterns keep the rules",
-                 [Evidence(name, f"{count:,.0f}", "exact") for name, count in found.items()])
+    return exact({name: (f"{count:,.0f}", count == published[name]) for name, count in counted.items()} | {
+        f"pattern of {name}": (f"`{pattern}`", pattern[0] == "M" and pattern[-1] == "-"
+                               and pattern.count("*") == pattern.count("*-")) for name, pattern in patterns.items()})
 
 
 def memory(_: Records, card_gib: float, weights_gib: float, budget: Mapping[str, Any]) -> Finding:
     small, large = (costs.memory(PRESETS[f"nemotron_h_{size}"], MemoryBudget(**budget)) for size in ("47b", "56b"))
-    weights, *sums = (size / 2**30 for size in (large.weights, large.total, small.total))
-    right = abs(weights - weights_gib) < 0.05 and sums[1] <= card_gib < sums[0]
-    text = f"56B {weights:.3f} GiB of weights, {sums[0]:.1f} in all; 47B {sums[1]:.1f}"
-    return exact([] if right else [text], text, [Evidence("weights and caches at 1,000,000 tokens", text, "exact")])
+    weights, above, below = (size / 2**30 for size in (large.weights, large.total, small.total))
+    return exact({"56B, weights": (f"{weights:.3f} GiB", abs(weights - weights_gib) < 0.05),
+                  "56B, with 1,000,000 tokens": (f"{above:.1f} GiB", above > card_gib),
+                  "47B, with 1,000,000 tokens": (f"{below:.1f} GiB", below <= card_gib)})
 
 
 def release_forms(records: Records, tolerance: float) -> Finding:
     found = {name: records.metrics("export", name)["logits_max_relative_difference"] for name in records.params.models}
-    wrong = [name for name, difference in found.items() if not difference <= tolerance]
-    return exact(wrong, f"all {len(found)} models agree", [
-        Evidence(name, f"{difference:.1e}", f"≤ {tolerance:.0e}") for name, difference in found.items()])
+    return exact({name: (f"{value:.1e}", value <= tolerance) for name, value in found.items()}, f"≤ {tolerance:.0e}")
 
 
 JUDGES: dict[str, Callable[..., Finding]] = {judge.__name__: judge for judge in (

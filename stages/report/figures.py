@@ -10,10 +10,10 @@ import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -38,8 +38,7 @@ DASHES = ("-", "--", ":", "-.")
 KINDS = {"M": "Mamba-2", "*": "attention", "-": "FFN"}
 
 
-@dataclass(frozen=True)
-class Series:
+class Series(NamedTuple):
     """One line; `style` is matplotlib's, or "o" for dots; `error` is half the length of error bars."""
 
     label: str
@@ -51,7 +50,7 @@ class Series:
 
 
 def lines(series: Sequence[Series], x: str, y: str, adjust: Callable[[Axes], object] | None = None) -> str:
-    """SVG of lines, named in the order of their ends, in the colours of the page and the size of its container.
+    """SVG of lines, named in the order of their ends, in the colours of the page.
 
     `adjust` sets scales and limits; an x-axis of tokens is set already.
     """
@@ -71,10 +70,8 @@ def lines(series: Sequence[Series], x: str, y: str, adjust: Callable[[Axes], obj
         if series:
             figure.legend(loc="outside right center")
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    svg = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
+    svg = buffer.getvalue()
     svg = re.sub(r"<style[^>]*>.*?</style>", f"<style>{DARK}</style>", svg[svg.index("<svg"):], flags=re.DOTALL)
-    svg = re.sub(r'^<svg[^>]*?(viewBox="[^"]*")[^>]*>', r'<svg xmlns="http://www.w3.org/2000/svg" '
-                 r'xmlns:xlink="http://www.w3.org/1999/xlink" \1>', svg)
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, variable)
     return re.sub(r">\s+<", "><", svg).strip()
@@ -84,9 +81,6 @@ def labelled(svg: str, name: str, words: str) -> str:
     """The element with ids that begin with `name`, and words for those who do not see it."""
     svg = re.sub(r'(id="|url\(#|href="#)', rf"\1{name}-", svg)
     return svg.replace("<svg", f'<svg role="img" aria-label="{escape(words, quote=True)}"', 1)
-
-
-# --- Of a profile -----------------------------------------------------------------------------------------------------
 
 
 def line(records: Records, model: str, curve: Curve) -> Series:
@@ -171,11 +165,7 @@ def decoding(records: Records) -> str:
     return lines(series, "Context (tokens)", "Tokens/s", adjust)
 
 
-# --- Data -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Panel:
+class Panel(NamedTuple):
     """A small histogram, which the template draws, with bins of one width: areas of one colour as (start, end, colour)
     in bins from the left, heights as logarithms of documents, at most 1, `ends` of the axis and (colour, text)."""
 

@@ -71,19 +71,33 @@ class Page:
 def report_page(records: Records, claims: Sequence[Claim], studies: Mapping[str, Study | RecordError]) -> Page:
     """The page of a profile."""
     runs: dict[str, Provenance] = {}
+    trained: list[tuple[float, float]] = []            # parameters, tokens
     lost: list[RecordError] = []
     for name in records.runs:
         try:
             runs[name] = records.provenance(name)
-            records.reader.metrics(*name.split("@"))
+            metrics = records.reader.metrics(*name.split("@"))
+            trained += [(metrics["parameters"], metrics["tokens"])] if name.startswith("pretrain@") else []
         except RecordError as error:
             lost.append(error)
     facts = {"machine": " / ".join(dict.fromkeys(machine(run.machine) for run in runs.values())),
              "commit": ", ".join(dict.fromkeys(commit(run.code.commit) for run in runs.values())),
              "time of all stages": f"{sum(run.wall_seconds for run in runs.values()) / 60:.1f} min"}
-    return Page(title="Nemotron-H reproduced", profile=records.params.profile, summary=summary(records, claims),
+    return Page(title="Nemotron-H reproduced", profile=records.params.profile, summary=summary(claims, trained),
                 r=records, data=records, tokenized=True, claims=claims, counts=counts(claims), facts=facts, runs=runs,
                 lost=lost, studies=studies)
+
+
+def summary(claims: Sequence[Claim], trained: Sequence[tuple[float, float]]) -> str:
+    """One sentence: how the answers fall, at what size."""
+    holds, fails, undecided = counts(claims).values()
+    size = "the records of training cannot be read"
+    if trained:
+        parameters, tokens = (max(column) / 1e6 for column in zip(*trained, strict=True))
+        size = f"the models have {parameters:,.3g} million parameters and saw {tokens:,.3g} million tokens"
+    verbs = "holds" if holds == 1 else "hold", "does" if fails == 1 else "do"
+    return (f"Of {len(claims)} claims of the paper, {holds} {verbs[0]} at this scale, {fails} {verbs[1]} not, and of "
+            f"{undecided} it cannot be told: {size}; the paper's have 8 to 56 billion and saw 15 to 20 trillion.")
 
 
 def write_data_page(runs: Path, out: Path, profile: str) -> Path:
@@ -104,23 +118,6 @@ def write_data_page(runs: Path, out: Path, profile: str) -> Path:
                 data=records, tokenized=(runs / "tokenize" / "metrics.json").exists(), claims=[])
     write(out / "index.html", page.text)
     return out / "index.html"
-
-
-def summary(records: Records, claims: Sequence[Claim]) -> str:
-    """One sentence: how the answers fall, at what size."""
-    holds, fails, undecided = counts(claims).values()
-    try:
-        trained = [records.metrics("pretrain", name) for name in records.params.variants]
-        parameters, tokens = (max(metrics[key] for metrics in trained) / 1e6 for key in ("parameters", "tokens"))
-        size = f"the models have {parameters:,.3g} million parameters and saw {tokens:,.3g} million tokens"
-    except RecordError:
-        size = "the records of training cannot be read"
-    verbs = "holds" if holds == 1 else "hold", "does" if fails == 1 else "do"
-    return (f"Of {len(claims)} claims of the paper, {holds} {verbs[0]} at this scale, {fails} {verbs[1]} not, and of "
-            f"{undecided} it cannot be told: {size}; the paper's have 8 to 56 billion and saw 15 to 20 trillion.")
-
-
-# --- Words ------------------------------------------------------------------------------------------------------------
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -86,9 +86,6 @@ class Decision:
         return self.estimate.half_width(self.alpha)
 
 
-# --- Estimates --------------------------------------------------------------------------------------------------------
-
-
 def mean(values: Sequence[float], unit: str, spread_of: Sequence[float] | None = None, floor: float = 0.0) -> Estimate:
     """Of one value a unit, as of paired differences (a log ratio for timings).
 
@@ -127,10 +124,9 @@ def bits_per_byte_gain(candidate: Mapping[str, Sequence[Any]], reference: Mappin
         _check_same(ours[:, 1], theirs[:, 1])
         pairs.append((ours[:, 0] - theirs[:, 0], -theirs[:, 0]))
     saved, total = (float(sum(pair[column].sum() for pair in pairs)) for column in (0, 1))
-    gain, variance, count = saved / total, 0.0, sum(len(pair[0]) for pair in pairs)
-    for difference, nats in pairs:
-        size = len(nats)
-        variance += size * float((difference - gain * nats).var(ddof=1)) if size > 1 else math.nan
+    gain, count = saved / total, sum(len(nats) for _, nats in pairs)
+    variance = math.fsum(len(nats) * (difference - gain * nats).var(ddof=1) if len(nats) > 1 else math.nan
+                         for difference, nats in pairs)
     return Estimate(gain, (Source("document", variance / total**2, count, max(count - len(pairs), 1)),))
 
 
@@ -163,9 +159,6 @@ def over_seeds(seeds: Estimate, items: Estimate) -> Estimate:
 def beats_chance(right: int, items: int, chance: float) -> bool:
     """Whether the exact 95 % interval of an accuracy lies above a guess."""
     return bool(stats.binomtest(right, items).proportion_ci(1 - ALPHA).low > chance)
-
-
-# --- Answers ----------------------------------------------------------------------------------------------------------
 
 
 def equivalence(estimate: Estimate, margin: float, or_better: bool = False, comparisons: int = 1) -> Decision:
