@@ -105,21 +105,18 @@ def times(logarithm: float) -> str:
 
 
 def line(measure: str, decision: Decision, show: Show) -> Evidence:
-    return Evidence(measure, show(decision.estimate.value), interval(decision, show))
-
-
-def interval(decision: Decision, show: Show) -> str:
     low, high = decision.estimate.interval(decision.alpha)
-    return "" if math.isnan(low) else f"{1 - decision.alpha:.0%} interval {show(low)} to {show(high)}"
+    return Evidence(measure, show(decision.estimate.value), "" if math.isnan(low) else (
+        f"{1 - decision.alpha:.0%} interval {show(low)} to {show(high)}"))
 
 
 def told(decision: Decision, show: Show) -> str:
     """The estimate, its interval, the smallest difference in sight, and what would decide."""
-    text = show(decision.estimate.value)
+    _, text, interval = line("", decision, show)
     if math.isnan(decision.seen):
         single = [source.unit for source in decision.estimate.sources if math.isnan(source.variance)]
         return f"{text}; one {' and one '.join(single)} only, or all alike: the spread is unknown, 3 would be the least"
-    text += f" ({interval(decision, show)}; smallest difference in sight {show(decision.seen).lstrip('+')})"
+    text += f" ({interval}; smallest difference in sight {show(decision.seen).lstrip('+')})"
     if decision.needed:
         named = " and ".join(f"{count:,} {unit}s" for unit, count in decision.needed.items())
         text += f"; about {named} would decide"
@@ -327,7 +324,7 @@ def published_sizes(records: Records, **published: int) -> Finding:
     counted = {name: records.metrics("benchmark")[f"{name}_parameters"] for name in published}
     patterns = {name: PRESETS[name].pattern for name in ("nemotron_h_8b", "nemotron_h_56b")}
     return exact({name: (f"{count:,.0f}", count == published[name]) for name, count in counted.items()} | {
-        f"pattern of {name}": (f"`{pattern}`", pattern[0] == "M" and pattern[-1] == "-"
+        f"pattern of {name}": (f"{len(pattern)} layers", pattern[0] == "M" and pattern[-1] == "-"
                                and pattern.count("*") == pattern.count("*-")) for name, pattern in patterns.items()})
 
 

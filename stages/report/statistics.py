@@ -11,9 +11,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,19 +29,17 @@ class Answer(StrEnum):
     UNDECIDED = "cannot be told"
 
 
-@dataclass(frozen=True)
-class Source:
-    """One source of chance: `variance` is what `count` drawn units leave in the estimate, known to `df` degrees of
+class Source(NamedTuple):
+    """One source of chance: `variance` is what `drawn` units leave in the estimate, known to `df` degrees of
     freedom; not a number where one unit alone was drawn."""
 
     unit: str                   # seed, document, item, repeat, draw
     variance: float
-    count: int                  # 0: more of them would not make it smaller
+    drawn: int                  # 0: more of them would not make it smaller
     df: float
 
 
-@dataclass(frozen=True)
-class Estimate:
+class Estimate(NamedTuple):
     """An effect and where its chance comes from."""
 
     value: float
@@ -71,8 +68,7 @@ class Estimate:
         return self.value - half, self.value + half
 
 
-@dataclass(frozen=True)
-class Decision:
+class Decision(NamedTuple):
     """`seen`: the smallest difference in sight, half the interval; `needed`: units that would decide, by kind, where
     the answer is undecided and they can be named."""
 
@@ -108,7 +104,7 @@ def unpaired(candidate: Sequence[float], reference: Sequence[float], unit: str) 
     if len(candidate) == 1:                 # the two variances are multiples of one estimate
         (source,) = theirs.sources
         return Estimate(ours.value - theirs.value,
-                        (replace(source, variance=source.variance + ours.sources[0].variance, count=0),))
+                        (source._replace(variance=source.variance + ours.sources[0].variance, drawn=0),))
     return Estimate(ours.value - theirs.value, (*ours.sources, *theirs.sources))
 
 
@@ -148,7 +144,7 @@ def average(estimates: Sequence[Estimate]) -> Estimate:
     """Of estimates that share no unit, such as tasks."""
     count = len(estimates)
     return Estimate(math.fsum(one.value for one in estimates) / count, tuple(
-        replace(source, variance=source.variance / count**2) for one in estimates for source in one.sources))
+        source._replace(variance=source.variance / count**2) for one in estimates for source in one.sources))
 
 
 def over_seeds(seeds: Estimate, items: Estimate) -> Estimate:
@@ -204,9 +200,9 @@ def _decided(estimate: Estimate, above: float, below: float, alpha: float, compa
     quantile = float(special.ndtri(1 - alpha / 2))
     factor = ((quantile + float(special.ndtri(power))) * estimate.error / distance) ** 2 if distance else math.inf
     needed: Counter[str] = Counter()
-    if answer is Answer.UNDECIDED and factor < MOST and all(source.count for source in estimate.sources):
+    if answer is Answer.UNDECIDED and factor < MOST and all(source.drawn for source in estimate.sources):
         for source in estimate.sources:
-            needed[source.unit] += math.ceil(max(factor, 1) * source.count + quantile**2 / 2)
+            needed[source.unit] += math.ceil(max(factor, 1) * source.drawn + quantile**2 / 2)
     return Decision(answer, estimate, alpha, needed)
 
 

@@ -15,10 +15,11 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from stages.common import write
 from stages.report.records import Reader, RecordError
+from stages.schema import Record
 
 FOLDER = Path("docs/results/studies")
 CURE = "Make it again by the study's command, or restore the committed file."
@@ -29,11 +30,7 @@ WORDS = tomllib.loads(Path(__file__).with_name("claims.toml").read_text())["clai
 STUDIED = {words["key"]: words["study"] for words in WORDS if "study" in words}         # by which study, if by one
 
 
-class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Measurement(Part):
+class Measurement(Record):
     """One figure of one model, recipe or method, measured once for each seed, draw, document or repeat.
 
     Attributes:
@@ -53,7 +50,7 @@ class Measurement(Part):
     items: Annotated[int, Field(ge=1)] | None = None
 
 
-class Comparison(Part):
+class Comparison(Record):
     """What decides a claim: whether `candidate` is better than `reference`, equal to it, or not worse.
 
     Attributes:
@@ -88,7 +85,7 @@ class Comparison(Part):
         return self
 
 
-class Study(Part):
+class Study(Record):
     """One file.
 
     Attributes:

@@ -188,6 +188,25 @@ def test_models_that_learned_nothing_or_differ_are_not_compared(records):
     assert claim(records, "hybrid_loss").because.endswith("parameters or tokens are not alike")
 
 
+def test_a_candidate_that_learned_nothing_fails(records):
+    for end in SEEDS:
+        worse(records, f"hybrid-bf16{end}", 0.5)
+        records.stages["evaluate", f"hybrid-bf16{end}"]["bits_per_byte"] = 3.0
+    assert claim(records, "hybrid_loss").answer is claim(records, "hybrid_tasks").answer is FAILS
+
+
+def test_one_task_that_fails_alone_is_named(records):
+    records.scores["compressed"]["cloze"] = [0] * ITEMS
+    records.scores["compressed"]["syntax_pairs"] = [1] * ITEMS
+    worse(records, "compressed-random", 0.05)
+    found = claim(records, "compressed_tasks")
+    assert found.answer is FAILS and found.evidence[0].measure == "mean over 2 counted"
+    records.scores["hybrid-fp8"]["syntax_pairs"] = [0] * ITEMS
+    found = claim(records, "compressed_tasks")
+    assert found.answer is FAILS and found.evidence[0].measure == "cloze by itself"
+    assert found.because.startswith("cloze by itself: −")
+
+
 def test_tasks_at_a_guess_are_shown_and_not_counted(records):
     found = claim(records, "compressed_tasks")
     assert [line.measure for line in found.evidence][::3] == [
