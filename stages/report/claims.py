@@ -315,7 +315,7 @@ def decoding(records: Records, model: str, other: str, grows: bool = False) -> F
 def exact(found: Mapping[str, tuple[str, bool]], limit: str = "exact") -> Finding:
     """Of figures by name, as they are shown, that are right or not."""
     wrong = [name for name, (_, right) in found.items() if not right]
-    return (Answer.FAILS if wrong or not found else Answer.HOLDS,
+    return (statistics.all_of([Answer.HOLDS if right else Answer.FAILS for _, right in found.values()]),
             f"{', '.join(wrong)} differ" if wrong else f"all {len(found)} as they must be",
             [Evidence(name, shown, limit) for name, (shown, _) in found.items()])
 

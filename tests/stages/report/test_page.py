@@ -142,7 +142,8 @@ def test_every_study_is_shown_or_named(runs):
     metrics, text = build()
     page = Page(text)
     assert page.open == [] and metrics["records_not_read"] == 1
-    assert "position.json: <code>command</code> is missing" in text and "Make it again by the study&#39;s command" in text
+    assert "position.json: <code>command</code> is missing" in text
+    assert "Make it again by the study&#39;s command" in text
     assert "<code>compression_controls</code>, 2026-11-28: decides no claim" in text
     assert page.row("FP8, E4M3 gradients")[1:4] == ["bits per byte; lower", "1 seed", "0.9711"]
     assert "inference_8b</code>, 2026-11-28: Up to 3 times faster inference; 47B is 20 % faster than 56B" in text
