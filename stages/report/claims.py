@@ -63,14 +63,15 @@ def counts(found: Sequence[Claim]) -> dict[str, int]:
 
 
 def _claim(records: Records, studies: Mapping[str, Study | RecordError], key: str, study: str = "", rule: str = "",
-           command: str = "", judge: str = "", asked: Mapping[str, Any] | None = None, **words: str) -> Claim:
+           command: str = "", judge: str = "", lacking: str = "", asked: Mapping[str, Any] | None = None,
+           **words: str) -> Claim:
     evidence: Sequence[Evidence] = []
     command = command or f"python -m benchmarks.studies {study}"
     try:
         if study:
             rule = "All comparisons of the study must hold."
             record = studies.get(study) or RecordError(
-                f"Not measured here: there is no study {study}.\nRun `{command}`.")
+                lacking or f"Not measured here: there is no study {study}.\nRun `{command}`.")
             if isinstance(record, RecordError):
                 raise record
             rule, command = _study_rule(record, key), f"{record.command} ({record.machine}, {record.date})"
