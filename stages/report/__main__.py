@@ -22,7 +22,7 @@ SAVED = ("validation", "decoding", "fp8-gap", "distillation")   # figures that a
 def report(stage: Stage) -> dict[str, int]:
     from stages.report.claims import claims
     from stages.report.page import report_page
-    from stages.report.records import RecordError, Records
+    from stages.report.records import Records
     from stages.report.studies import load_studies
 
     # --out DIR writes to DIR/reports.
@@ -30,7 +30,7 @@ def report(stage: Stage) -> dict[str, int]:
         stage.out_data.with_name("reports"))
     records, studies = Records(stage.params, stage.records_root), load_studies()
     found = claims(records, studies)
-    page = report_page(records, found, [study for study in studies.values() if isinstance(study, RecordError)])
+    page = report_page(records, found, studies)
     summary, counts = page.values["summary"], page.values["counts"]
     files: dict[str, Any] = {f"{name}.svg": page.plots[name] + "\n" for name in SAVED if name in page.plots}
     files |= {"index.html": page.text, "claims.json": {

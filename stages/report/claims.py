@@ -7,10 +7,9 @@ What cannot be read leaves its own claim undecided, with the reader's message; t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic.dataclasses import dataclass
@@ -20,13 +19,12 @@ from model import costs
 from model.compression.config import MemoryBudget
 from model.presets import PRESETS
 from stages.report import statistics
-from stages.report.records import Pair, RecordError, Records, by_seed, fp8_pairs, variants
+from stages.report.records import Pair, RecordError, Records, pairs
 from stages.report.statistics import Answer, Decision, Estimate, Source, equivalence, mean, over_seeds, superiority
 from stages.report.studies import WORDS, Comparison, Measurement, Study
 
 
-@dataclass(frozen=True)
-class Evidence:
+class Evidence(NamedTuple):
     """One line of ours: what was measured, its value, and the interval it is judged by."""
 
     measure: str
@@ -44,14 +42,14 @@ class Claim:
     title: str
     paper: str
     source: str
-    evidence: list[Evidence]
+    evidence: Sequence[Evidence]
     rule: str
     answer: Answer
     because: str
     command: str
 
 
-Finding = tuple[Answer, str, list[Evidence]]        # answer, because, evidence
+Finding = tuple[Answer, str, Sequence[Evidence]]    # answer, because, evidence
 Show = Callable[[float], str]
 
 
@@ -65,13 +63,15 @@ def counts(found: Sequence[Claim]) -> dict[str, int]:
 
 
 def _claim(records: Records, studies: Mapping[str, Study | RecordError], key: str, study: str = "", rule: str = "",
-           command: str = "", judge: str = "", asked: Mapping[str, Any] | None = None, **words: str) -> Claim:
-    evidence: list[Evidence] = []
+           command: str = "", judge: str = "", lacking: str = "", asked: Mapping[str, Any] | None = None,
+           **words: str) -> Claim:
+    evidence: Sequence[Evidence] = []
+    command = command or f"python -m benchmarks.studies {study}"
     try:
         if study:
-            command = command or f"python -m benchmarks.studies {study}"
             rule = "All comparisons of the study must hold."
-            record = studies.get(study) or RecordError(f"Not measured here: there is no study {study}.\nRun {command}.")
+            record = studies.get(study) or RecordError(
+                lacking or f"Not measured here: there is no study {study}.\nRun `{command}`.")
             if isinstance(record, RecordError):
                 raise record
             rule, command = _study_rule(record, key), f"{record.command} ({record.machine}, {record.date})"
@@ -106,21 +106,18 @@ def times(logarithm: float) -> str:
 
 
 def line(measure: str, decision: Decision, show: Show) -> Evidence:
-    return Evidence(measure, show(decision.estimate.value), interval(decision, show))
-
-
-def interval(decision: Decision, show: Show) -> str:
     low, high = decision.estimate.interval(decision.alpha)
-    return "" if math.isnan(low) else f"{1 - decision.alpha:.0%} interval {show(low)} to {show(high)}"
+    return Evidence(measure, show(decision.estimate.value), "" if math.isnan(low) else (
+        f"{1 - decision.alpha:.0%} interval {show(low)} to {show(high)}"))
 
 
 def told(decision: Decision, show: Show) -> str:
     """The estimate, its interval, the smallest difference in sight, and what would decide."""
-    text = show(decision.estimate.value)
+    _, text, interval = line("", decision, show)
     if math.isnan(decision.seen):
         single = [source.unit for source in decision.estimate.sources if math.isnan(source.variance)]
         return f"{text}; one {' and one '.join(single)} only, or all alike: the spread is unknown, 3 would be the least"
-    text += f" ({interval(decision, show)}; smallest difference in sight {show(decision.seen).lstrip('+')})"
+    text += f" ({interval}; smallest difference in sight {show(decision.seen).lstrip('+')})"
     if decision.needed:
         named = " and ".join(f"{count:,} {unit}s" for unit, count in decision.needed.items())
         text += f"; about {named} would decide"
@@ -136,47 +133,46 @@ def with_control(decision: Decision, control: Decision | None, name: str, show: 
             f"{told(decision, show)}. The control ({name}) {seen}: {told(control, show)}")
 
 
+def together(parts: Sequence[tuple[Answer, str, Evidence]]) -> Finding:
+    """Of parts that must all hold. What fails comes first, then what cannot be told: the first line is the one seen."""
+    order = (Answer.FAILS, Answer.UNDECIDED, Answer.HOLDS)
+    return (statistics.all_of([answer for answer, *_ in parts]),
+            "; ".join(f"{evidence.measure}: {because}" for _, because, evidence in parts),
+            [evidence for *_, evidence in sorted(parts, key=lambda part: order.index(part[0]))])
+
+
 def in_order(show: Show, decisions: Mapping[str, Decision]) -> Finding:
     """Of order claims that must all hold, by what was measured."""
-    return (statistics.all_of([decision.answer for decision in decisions.values()]),
-            "; ".join(f"{name}: {told(decision, show)}" for name, decision in decisions.items()),
-            deciding([(decision.answer, line(name, decision, show)) for name, decision in decisions.items()]))
-
-
-def deciding(rows: Sequence[tuple[Answer, Evidence]]) -> list[Evidence]:
-    """What fails first, then what cannot be told: the first line is the one that is seen."""
-    order = (Answer.FAILS, Answer.UNDECIDED, Answer.HOLDS)
-    return [evidence for _, evidence in sorted(rows, key=lambda row: order.index(row[0]))]
+    return together([(decision.answer, told(decision, show), line(name, decision, show))
+                     for name, decision in decisions.items()])
 
 
 # --- Models of one profile --------------------------------------------------------------------------------------------
 
 
-def paired(records: Records, candidate: Sequence[str], reference: Sequence[str]) -> list[Pair]:
-    """Models of one seed. Each side: architecture, precision and, for a control arm, FP8 recipe; or one model."""
-    def models(of: Sequence[str]) -> Mapping[int, str]:
-        return {0: records.params.compress.parent if of[0] == "parent" else of[0]} if len(of) == 1 else (
-            variants(records.params, *of))
-
-    return by_seed(models(candidate), models(reference))
-
-
-def evaluated(records: Records, pairs: Sequence[Pair]) -> list[Pair]:
-    return [pair for pair in pairs if set(pair) <= set(records.params.models)]
-
-
-def learned(records: Records, *models: str) -> None:
-    """Raises DataError for a model that is no better than the compressor, which nothing can be told of."""
-    for model in models:
-        metrics = records.metrics("evaluate", model)
-        if not metrics["bits_per_byte"] < metrics["bits_per_byte_compressor"]:
-            raise DataError(f"{model} learned nothing: it is not better than a compressor.\nTrain it on more tokens.")
+def evaluated(records: Records, candidate: Sequence[str], reference: Sequence[str]) -> list[Pair]:
+    """Pairs whose models were both asked. Raises RecordError where that was not the same, and DataError for a reference
+    that is no better than the compressor, of which nothing can be told; a candidate that is not is worse."""
+    known = [pair for pair in pairs(records.params, candidate, reference) if set(pair) <= set(records.params.models)]
+    for pair in known:
+        learned(records, pair[1])
+        ours, theirs = ({task: len(items) for task, items in records.scores(model).items()} for model in pair)
+        if ours != theirs:
+            files = " and ".join(f"evaluate/{model}/scores.json" for model in pair)
+            raise RecordError(f"{files}: not the same items.\nRun the stage `evaluate` again for them.")
+    return known
 
 
-def trained_gains(records: Records, pairs: Sequence[Pair]) -> list[float]:
+def learned(records: Records, model: str) -> None:
+    metrics = records.metrics("evaluate", model)
+    if not metrics["bits_per_byte"] < metrics["bits_per_byte_compressor"]:
+        raise DataError(f"{model} learned nothing: it is not better than a compressor.\nTrain it on more tokens.")
+
+
+def trained_gains(records: Records, of: Sequence[Pair]) -> list[float]:
     """Share of the reference's final validation bits per byte that the candidate saves, by pair."""
-    final = {name: records.metrics("pretrain", name)["validation_bits_per_byte"] for pair in pairs for name in pair}
-    return [1 - final[ours] / final[theirs] for ours, theirs in pairs]
+    final = {name: records.metrics("pretrain", name)["validation_bits_per_byte"] for pair in of for name in pair}
+    return [1 - final[ours] / final[theirs] for ours, theirs in of]
 
 
 def half_trained_gain(records: Records, variant: str) -> float:
@@ -186,85 +182,65 @@ def half_trained_gain(records: Records, variant: str) -> float:
     return 1 - curve[min(curve, key=lambda tokens: abs(tokens - last / 2))] / curve[last]
 
 
-@contextmanager
-def same_items(pairs: Sequence[Pair]) -> Iterator[None]:
-    try:
-        yield
-    except RecordError:
-        raise
-    except (KeyError, ValueError):
-        files = " and ".join(f"evaluate/{model}/scores.json" for pair in pairs for model in pair)
-        raise RecordError(f"{files}: not the same items.\nRun the stage `evaluate` again for them.") from None
-
-
 def documents(records: Records, pair: Pair) -> Estimate:
     """Gain in bits per byte over the documents both were evaluated on."""
-    ours, theirs = ({name: rows for name, rows in records.scores(model).items() if name.startswith("bits_per_byte_")}
-                    for model in pair)
-    with same_items([pair]):
-        return statistics.bits_per_byte_gain(ours, theirs)
+    return statistics.bits_per_byte_gain(*(
+        {name: rows for name, rows in records.scores(model).items() if name.startswith("bits_per_byte_")}
+        for model in pair))
 
 
 def loss(records: Records, candidate: Sequence[str], reference: Sequence[str], broken: Sequence[str], margin: float,
-         control: str, or_better: bool = False) -> Finding:
-    """Equivalence of final bits per byte over seeds and documents. `broken`: the control's model; none: the reference
-    at half its tokens."""
-    pairs, rule = paired(records, candidate, reference), partial(equivalence, margin=margin, or_better=or_better)
-    for pair in pairs:
+         control: str, or_better: bool = False, training: bool = True) -> Finding:
+    """Equivalence of bits per byte over documents; `training`: of the final ones over seeds too, and not of one given
+    pair of models alone. `broken`: the control's model; none: the reference at half its tokens."""
+    rule = partial(equivalence, margin=margin, or_better=or_better)
+    if not (known := evaluated(records, candidate, reference)):
+        return Answer.UNDECIDED, "this profile does not train and evaluate both", []
+    if not training:
+        decision, *seen = (rule(documents(records, pair))
+                           for pair in known + evaluated(records, broken, reference))
+        return *with_control(decision, seen[0] if seen else None, control, percent), [
+            line(f"bits per byte saved, {' / '.join(known[0])}", decision, percent)]
+    trained = pairs(records.params, candidate, reference)
+    for pair in trained:
         ours, theirs = (records.metrics("pretrain", name) for name in pair)
         if abs(ours["parameters"] / theirs["parameters"] - 1) > 0.05 or ours["tokens"] != theirs["tokens"]:
             return Answer.UNDECIDED, f"{' and '.join(pair)}: parameters or tokens are not alike", []
-    if not (known := evaluated(records, pairs)):
-        return Answer.UNDECIDED, "this profile does not train and evaluate both", []
-    learned(records, *known[0])
-    gains, texts = trained_gains(records, pairs), documents(records, known[0])
-    lost = trained_gains(records, paired(records, broken, reference)) if broken else [
-        half_trained_gain(records, name) for _, name in paired(records, reference, reference)]
+    gains, texts = trained_gains(records, trained), documents(records, known[0])
+    lost = trained_gains(records, pairs(records.params, broken, reference)) if broken else [
+        half_trained_gain(records, name) for _, name in trained]
     decision = rule(over_seeds(mean(gains, "seed"), texts))
-    seen = rule(over_seeds(mean(lost, "seed", gains if len(lost) == 1 else None), texts)) if lost else None
-    rows = [Evidence(f"bits per byte saved, {' / '.join(pair)}", percent(gain))
-            for pair, gain in zip(pairs, gains, strict=True)]
-    return *with_control(decision, seen, control, percent), [line("mean over seeds", decision, percent), *rows]
-
-
-def compressed_loss(records: Records, margin: float, control: str) -> Finding:
-    """Of one given pair of models, over documents."""
-    parent = records.params.compress.parent
-    learned(records, parent)
-    decision, seen = (equivalence(documents(records, pair), margin, True) if evaluated(records, [pair]) else None
-                      for pair in (("compressed", parent), ("compressed-random", parent)))
-    if decision is None:
-        return Answer.UNDECIDED, "this profile does not evaluate both", []
-    return *with_control(decision, seen, control, percent), [
-        line("bits per byte saved against the parent", decision, percent)]
+    control_seen = rule(over_seeds(mean(lost, "seed", gains if len(lost) == 1 else None), texts)) if lost else None
+    return *with_control(decision, control_seen, control, percent), [line("mean over seeds", decision, percent), *(
+        Evidence(f"bits per byte saved, {' / '.join(pair)}", percent(gain))
+        for pair, gain in zip(trained, gains, strict=True))]
 
 
 def fp8_scaling(records: Records) -> Finding:
-    pairs = paired(records, ("hybrid", "fp8"), ("hybrid", "fp8", "unscaled"))
-    if not pairs:
+    scaled, unscaled, bf16 = (("hybrid", "fp8"), ("hybrid", "fp8", "unscaled"), ("hybrid", "bf16"))
+    if not (found := pairs(records.params, scaled, unscaled)):
         return Answer.UNDECIDED, "this profile does not train FP8 without scales", []
-    spread = trained_gains(records, fp8_pairs(records.params, "hybrid")) if len(pairs) == 1 else None
-    gain = mean(trained_gains(records, pairs), "seed", spread)
+    spread = trained_gains(records, pairs(records.params, scaled, bf16)) if len(found) == 1 else None
+    gain = mean(trained_gains(records, found), "seed", spread)
     return in_order(percent, {"bits per byte saved by scales": superiority(gain)})
 
 
 def tasks(records: Records, candidate: Sequence[str], reference: Sequence[str], broken: Sequence[str], margin: float,
           control: str, training: bool = True) -> Finding:
     """Equivalence of the mean over tasks; `training`: over seeds too, and not of one given pair of models alone."""
-    known, failing = (evaluated(records, paired(records, of, reference)) for of in (candidate, broken))
-    if not known:
+    if not (known := evaluated(records, candidate, reference)):
         return Answer.UNDECIDED, "this profile does not evaluate both", []
-    counted, models, rows = [], known[0], []
-    learned(records, *models)
-    for task, items in records.scores(models[0]).items():
+    failing, metrics = evaluated(records, broken, reference), records.metrics("evaluate", known[0][0])
+    counted, rows = [], []
+    for task in records.scores(known[0][0]):
         if task.startswith("bits_per_byte_") or "_at_" in task:     # texts, and tasks of lengthened contexts
             continue
-        chance = records.metrics("evaluate", models[0])[f"{task}_accuracy_chance"]
-        answers = [records.scores(model)[task] for model in models]
-        beaten = any(statistics.beats_chance(int(np.sum(each)), len(each), chance) for each in answers)
+        answers = [records.scores(model)[task] for model in known[0]]
+        beaten = any(statistics.beats_chance(int(np.sum(each)), len(each), metrics[f"{task}_accuracy_chance"])
+                     for each in answers)
         counted += [task] if beaten else []
-        name = f"{task.replace('_', ' ')}, {' / '.join(models)}" + ("" if beaten else " (a guess: not counted)")
-        rows.append(Evidence(name, " / ".join(f"{np.mean(each):.3f}" for each in answers), f"{len(items)} items"))
+        name = f"{task.replace('_', ' ')}, {' / '.join(known[0])}" + ("" if beaten else " (a guess: not counted)")
+        rows.append(Evidence(name, " / ".join(f"{np.mean(each):.3f}" for each in answers), f"{len(answers[0])} items"))
     if not counted:
         return Answer.UNDECIDED, "no task at which either model beats a guess", rows
 
@@ -272,21 +248,23 @@ def tasks(records: Records, candidate: Sequence[str], reference: Sequence[str], 
         """By task: pairs, sides, items."""
         return [np.array([[records.scores(model)[task] for model in pair] for pair in of], float) for task in counted]
 
-    def judged(of: Sequence[Pair]) -> Decision:
-        with same_items(of):
-            by_task = [statistics.accuracy_gain(*both.mean(0)) for both in right(of)]
+    def judged(of: Sequence[Pair]) -> tuple[str, Decision]:
+        """By what: the mean or, where one task by itself fails, that."""
+        by_task = [statistics.accuracy_gain(*both.mean(0)) for both in right(of)]
         overall = statistics.average(by_task)
         if training:
-            gains, spread = (np.array([both.mean(2) @ (1, -1) for both in right(pairs)])        # tasks, pairs
-                             for pairs in (of, known if len(of) == 1 else of))
+            gains, spread = (np.array([both.mean(2) @ (1, -1) for both in right(drawn)])        # tasks, pairs
+                             for drawn in (of, known if len(of) == 1 else of))
             by_task = [over_seeds(mean(one, "seed", drawn), items)
                        for one, drawn, items in zip(gains, spread, by_task, strict=True)]
             overall = over_seeds(mean(gains.mean(0), "seed", spread.mean(0)), overall)
-        return statistics.tasks_equivalence(by_task, overall, margin)
+        decision = statistics.tasks_equivalence(by_task, overall, margin)
+        alone = [task for task, one in zip(counted, by_task, strict=True) if one is decision.estimate]
+        return f"{alone[0].replace('_', ' ')} by itself" if alone else f"mean over {len(counted)} counted", decision
 
-    decision = judged(known)
-    answer, because = with_control(decision, judged(failing) if failing else None, control, points)
-    return answer, because, [line(f"mean over {len(counted)} counted", decision, points), *rows]
+    name, decision = judged(known)
+    answer, because = with_control(decision, judged(failing)[1] if failing else None, control, points)
+    return answer, f"{name}: {because}", [line(name, decision, points), *rows]
 
 
 # --- Compression, inference, release ----------------------------------------------------------------------------------
@@ -310,9 +288,9 @@ def importance_random(records: Records) -> Finding:
     cuts = records.controls
     gain = statistics.unpaired([-math.log(cuts.importance)], [-math.log(value) for value in cuts.random], "draw")
     answer, because, evidence = in_order(times, {"KL just cut, at random over chosen": superiority(gain)})
-    shown = f"{cuts.importance:.4f} / {float(np.mean(cuts.random)):.4f} / {cuts.reverse:.4f}"
-    return answer, because, [*evidence, Evidence("KL by importance / at random / least important kept", shown,
-                                                 f"{len(cuts.random)} draws")]
+    return answer, because, [*evidence, Evidence(
+        "KL by importance / at random / least important kept",
+        f"{cuts.importance:.4f} / {np.mean(cuts.random):.4f} / {cuts.reverse:.4f}", f"{len(cuts.random)} draws")]
 
 
 def decoding(records: Records, model: str, other: str, grows: bool = False) -> Finding:
@@ -335,38 +313,37 @@ def decoding(records: Records, model: str, other: str, grows: bool = False) -> F
     return in_order(times, found)
 
 
-def exact(wrong: Sequence[str], right: str, evidence: list[Evidence]) -> Finding:
-    return Answer.FAILS if wrong else Answer.HOLDS, f"{', '.join(wrong)} differ" if wrong else right, evidence
+def exact(found: Mapping[str, tuple[str, bool]], limit: str = "exact") -> Finding:
+    """Of figures by name, as they are shown, that are right or not."""
+    wrong = [name for name, (_, right) in found.items() if not right]
+    return (statistics.all_of([Answer.HOLDS if right else Answer.FAILS for _, right in found.values()]),
+            f"{', '.join(wrong)} differ" if wrong else f"all {len(found)} as they must be",
+            [Evidence(name, shown, limit) for name, (shown, _) in found.items()])
 
 
 def published_sizes(records: Records, **published: int) -> Finding:
-    found = {name: records.metrics("benchmark")[f"{name}_parameters"] for name in published}
+    counted = {name: records.metrics("benchmark")[f"{name}_parameters"] for name in published}
     patterns = {name: PRESETS[name].pattern for name in ("nemotron_h_8b", "nemotron_h_56b")}
-    wrong = [name for name, count in found.items() if count != published[name]]
-    wrong += [f"the pattern of {name}" for name, pattern in patterns.items() if not (
-        pattern[0] == "M" and pattern[-1] == "-" and pattern.count("*") == pattern.count("*-"))]
-    return exact(wrong, "all equal, and the patterns keep the rules",
-                 [Evidence(name, f"{count:,.0f}", "exact") for name, count in found.items()])
+    return exact({name: (f"{count:,.0f}", count == published[name]) for name, count in counted.items()} | {
+        f"pattern of {name}": (f"{len(pattern)} layers", pattern[0] == "M" and pattern[-1] == "-"
+                               and pattern.count("*") == pattern.count("*-")) for name, pattern in patterns.items()})
 
 
 def memory(_: Records, card_gib: float, weights_gib: float, budget: Mapping[str, Any]) -> Finding:
     small, large = (costs.memory(PRESETS[f"nemotron_h_{size}"], MemoryBudget(**budget)) for size in ("47b", "56b"))
-    weights, *sums = (size / 2**30 for size in (large.weights, large.total, small.total))
-    right = abs(weights - weights_gib) < 0.05 and sums[1] <= card_gib < sums[0]
-    text = f"56B {weights:.3f} GiB of weights, {sums[0]:.1f} in all; 47B {sums[1]:.1f}"
-    return exact([] if right else [text], text, [Evidence("weights and caches at 1,000,000 tokens", text, "exact")])
+    weights, above, below = (size / 2**30 for size in (large.weights, large.total, small.total))
+    return exact({"56B, weights": (f"{weights:.3f} GiB", abs(weights - weights_gib) < 0.05),
+                  "56B, with 1,000,000 tokens": (f"{above:.1f} GiB", above > card_gib),
+                  "47B, with 1,000,000 tokens": (f"{below:.1f} GiB", below <= card_gib)})
 
 
 def release_forms(records: Records, tolerance: float) -> Finding:
     found = {name: records.metrics("export", name)["logits_max_relative_difference"] for name in records.params.models}
-    wrong = [name for name, difference in found.items() if not difference <= tolerance]
-    return exact(wrong, f"all {len(found)} models agree", [
-        Evidence(name, f"{difference:.1e}", f"≤ {tolerance:.0e}") for name, difference in found.items()])
+    return exact({name: (f"{value:.1e}", value <= tolerance) for name, value in found.items()}, f"≤ {tolerance:.0e}")
 
 
 JUDGES: dict[str, Callable[..., Finding]] = {judge.__name__: judge for judge in (
-    published_sizes, loss, tasks, decoding, fp8_scaling, layer_importance, importance_random, compressed_loss, memory,
-    release_forms)}
+    published_sizes, loss, tasks, decoding, fp8_scaling, layer_importance, importance_random, memory, release_forms)}
 
 
 # --- Studies ----------------------------------------------------------------------------------------------------------
@@ -383,25 +360,19 @@ def _study_rule(study: Study, key: str) -> str:
 
 
 def judge_study(study: Study, key: str) -> Finding:
-    """All comparisons of the claim must hold; those at a guess's level are shown and not counted."""
-    asked = study.asked(key)
-    reasons, counted, uncounted = [], [], []
+    """All comparisons of the claim must hold; nothing can be told of two measurements at a guess's level."""
+    asked, parts = study.asked(key), []
     for item in asked:
         show = (lambda value: percent(math.expm1(value))) if item.relative else plain
         decision = compared(study, item, item.candidate, len(asked))
-        name = f"{item.candidate} against {item.reference}"
-        if all(at_chance(study.measurement(of)) for of in (item.candidate, item.reference) if isinstance(of, str)):
-            reasons.append(f"{name}: at a guess, not counted")
-            uncounted.append(line(name, decision, show))
-            continue
         answer, because = decision.answer, told(decision, show)
-        if item.question != "better":
+        if all(at_chance(study.measurement(of)) for of in (item.candidate, item.reference) if isinstance(of, str)):
+            answer, because = Answer.UNDECIDED, f"both at a guess, {because}"
+        elif item.question != "better":
             control = compared(study, item, item.control, 1) if item.control else None
             answer, because = with_control(decision, control, item.control or "a broken arm", show)
-        counted.append((answer, line(name, decision, show)))
-        reasons.append(f"{name}: {because}")
-    return (statistics.all_of([answer for answer, _ in counted]),
-            "; ".join(reasons) or "the study compares nothing for this claim", [*deciding(counted), *uncounted])
+        parts.append((answer, because, line(f"{item.candidate} against {item.reference}", decision, show)))
+    return together(parts) if parts else (Answer.UNDECIDED, "the study compares nothing for this claim", [])
 
 
 def at_chance(measured: Measurement) -> bool:

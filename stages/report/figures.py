@@ -9,23 +9,20 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import NamedTuple
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 
 from data_pipeline.schema import Histogram
-from stages.report.records import LABELS, Curve, DataRecords, Records, fp8_pairs, variants
+from stages.report.records import LABELS, Curve, Records, pairs
 
 # At least 3:1 against white and against the dark ground of style.css.
 PALETTE = ("#c9561b", "#2f7dc1", "#1c8a63", "#8a66c9", "#9a7416", "#b8508f", "#5f7f96", "#c2494f")
@@ -41,8 +38,7 @@ DASHES = ("-", "--", ":", "-.")
 KINDS = {"M": "Mamba-2", "*": "attention", "-": "FFN"}
 
 
-@dataclass(frozen=True)
-class Series:
+class Series(NamedTuple):
     """One line; `style` is matplotlib's, or "o" for dots; `error` is half the length of error bars."""
 
     label: str
@@ -53,32 +49,14 @@ class Series:
     error: Sequence[float] | None = None
 
 
-@dataclass(frozen=True)
-class Panel:
-    """A small histogram without words: `ends` of its axis, a `key` of (colour, text), where thresholds come from."""
-
-    title: str
-    svg: str
-    ends: tuple[str, str]
-    key: list[tuple[str, str]]
-    note: str = ""
-
-
-# --- Drawing ----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Iterator[Figure]:
-    """In inches; the page scales figures to its columns."""
-    with mpl.rc_context(fname=STYLE):
-        figure = Figure(figsize=(width, height), layout=layout)
-        FigureCanvasSVG(figure)
-        yield figure
-
-
 def lines(series: Sequence[Series], x: str, y: str, adjust: Callable[[Axes], object] | None = None) -> str:
-    """Lines, named in the order of their ends. `adjust` sets scales and limits; an x-axis of tokens is set already."""
-    with _figure(5.2, 2.9) as figure:
+    """SVG of lines, named in the order of their ends, in the colours of the page.
+
+    `adjust` sets scales and limits; an x-axis of tokens is set already.
+    """
+    buffer = io.StringIO()
+    with mpl.rc_context(fname=STYLE):
+        figure = Figure()
         axes = figure.subplots()
         axes.set(xlabel=x, ylabel=y)
         for one in sorted(series, key=lambda one: -one.y[-1] if len(one.y) and math.isfinite(one.y[-1]) else math.inf):
@@ -91,18 +69,9 @@ def lines(series: Sequence[Series], x: str, y: str, adjust: Callable[[Axes], obj
             adjust(axes)
         if series:
             figure.legend(loc="outside right center")
-        return _svg(figure)
-
-
-def _svg(figure: Figure) -> str:
-    """The figure as an SVG element in the colours of the page and the size of its container."""
-    buffer = io.StringIO()
-    metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(buffer, format="svg", facecolor="none", metadata=metadata)
-    svg = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    svg = buffer.getvalue()
     svg = re.sub(r"<style[^>]*>.*?</style>", f"<style>{DARK}</style>", svg[svg.index("<svg"):], flags=re.DOTALL)
-    svg = re.sub(r'^<svg[^>]*?(viewBox="[^"]*")[^>]*>', r'<svg xmlns="http://www.w3.org/2000/svg" '
-                 r'xmlns:xlink="http://www.w3.org/1999/xlink" \1>', svg)
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, variable)
     return re.sub(r">\s+<", "><", svg).strip()
@@ -110,11 +79,8 @@ def _svg(figure: Figure) -> str:
 
 def labelled(svg: str, name: str, words: str) -> str:
     """The element with ids that begin with `name`, and words for those who do not see it."""
-    svg = re.sub(r'(id="|url\(#|href="#)', rf"\1{re.sub(r'[^a-z0-9]+', '-', name.lower())}-", svg)
+    svg = re.sub(r'(id="|url\(#|href="#)', rf"\1{name}-", svg)
     return svg.replace("<svg", f'<svg role="img" aria-label="{escape(words, quote=True)}"', 1)
-
-
-# --- Of a profile -----------------------------------------------------------------------------------------------------
 
 
 def line(records: Records, model: str, curve: Curve) -> Series:
@@ -146,10 +112,10 @@ def fp8_gap(records: Records) -> str:
     """Of each FP8 model to its BF16 twin, and of further BF16 seeds to the first."""
     series = []
     for architecture in ("hybrid", "transformer"):
-        if pairs := fp8_pairs(records.params, architecture):
-            first, *others = variants(records.params, architecture, "bf16").values()
+        if twins := pairs(records.params, (architecture, "fp8"), (architecture, "bf16")):
+            (_, first), *others = pairs(records.params, (architecture, "bf16"), (architecture, "bf16"))
             series += [line(records, name, gap(records.validation(twin), records.validation(name)))
-                       for name, twin in [*pairs, *((other, first) for other in others)]]
+                       for name, twin in [*twins, *((other, first) for other, _ in others)]]
     return lines(series, "Tokens", "(BF16 − other) / BF16, %",
                  lambda axes: axes.axhspan(-0.1, 0.1, color=MUTED, alpha=0.2, linewidth=0))
 
@@ -199,44 +165,41 @@ def decoding(records: Records) -> str:
     return lines(series, "Context (tokens)", "Tokens/s", adjust)
 
 
-# --- Data -------------------------------------------------------------------------------------------------------------
+class Panel(NamedTuple):
+    """A small histogram, which the template draws, with bins of one width: areas of one colour as (start, end, colour)
+    in bins from the left, heights as logarithms of documents, at most 1, `ends` of the axis and (colour, text)."""
+
+    areas: list[tuple[float, float, str]]
+    heights: list[float]
+    ends: tuple[str, str]
+    key: list[tuple[str, str]]
 
 
-def funnel(records: DataRecords, domain: str) -> str:
-    """What each step left, over what it was given, paler."""
-    steps = records.steps[domain]
-    left = [row.bytes / 1e6 for row in steps]
-    with _figure(5.2, 0.5 + 0.25 * len(steps)) as figure:
-        axes = figure.subplots()
-        given = axes.barh(range(len(steps)), [left[0], *left[:-1]], height=0.66, color=MUTED, alpha=0.25)
-        axes.barh(range(len(steps)), left, height=0.66, color=KEPT)
-        axes.bar_label(given, [f"{row.bytes / 1e6:,.2f} MB, {row.documents:,}" for row in steps], padding=5)
-        axes.set_yticks(range(len(steps)), [row.step.replace("_", " ") for row in steps])
-        axes.set(ylim=(len(steps) - 0.4, -0.6), xlim=(0, 1.4 * max(left) or 1))
-        axes.grid(axis="y", visible=False)
-        axes.tick_params(axis="y", length=0)
-        return _svg(figure)
+def panel(measure: str, histogram: Histogram, reasons: Mapping[str, int]) -> Panel:
+    """What a rule leaves and what it takes, or the labels that a quality scorer's scores give.
 
-
-def threshold_panel(measure: str, domain: str, histogram: Histogram, reasons: Mapping[str, int]) -> Panel:
-    """What a rule leaves and what it takes; `reasons` are documents of the domain that went, by reason."""
-    low, high, end = histogram.low, histogram.high, len(histogram.counts)
-    places = sorted([0.0, 0.0 if low is None else place(histogram, low),
-                     end if high is None else place(histogram, high, inclusive=True), end])
-    limits = " or ".join(f"{sign} {value:,.6g}" for sign, value in (("<", low), (">", high)) if value is not None)
-    went = sum(count for reason, count in reasons.items() if is_about(reason, measure))
-    return _panel(measure.replace("_", " "), measure, domain, histogram, places, (CUT, KEPT, CUT),
-                  [(CUT, f"{limits}: {went:,} went")] if limits else [])
-
-
-def score_panel(measure: str, domain: str, histogram: Histogram) -> Panel:
-    """The scores of a quality scorer, in the colours of the labels they give."""
-    rising = [label for label in reversed(LABELS) if label in histogram.labels]
-    lowest = next(label for label in reversed(LABELS) if label not in histogram.labels)
-    places = [0.0, *(place(histogram, histogram.labels[label]) for label in rising), len(histogram.counts)]
-    key = {lowest: lowest} | {label: f"{label} ≥ {histogram.labels[label]:.3g}" for label in rising}
-    return _panel(f"{domain}: {measure}", measure, domain, histogram, places, [LABEL_COLOURS[label] for label in key],
-                  [(LABEL_COLOURS[label], words) for label, words in reversed(key.items())])
+    Args:
+        reasons: documents of the domain that went, by reason.
+    """
+    low, high, bins = histogram.low, histogram.high, len(histogram.counts)
+    if histogram.labels:
+        rising = [label for label in reversed(LABELS) if label in histogram.labels]
+        lowest = next(label for label in reversed(LABELS) if label not in histogram.labels)
+        inner = [place(histogram, histogram.labels[one]) for one in rising]
+        words = {lowest: lowest} | {one: f"{one} ≥ {histogram.labels[one]:.3g}" for one in rising}
+        colours = [LABEL_COLOURS[one] for one in words]
+        key = [(LABEL_COLOURS[one], text) for one, text in reversed(words.items())]
+    else:
+        inner = sorted([0.0 if low is None else place(histogram, low),
+                        bins if high is None else place(histogram, high, inclusive=True)])
+        limits = " or ".join(f"{sign} {value:,.6g}" for sign, value in (("<", low), (">", high)) if value is not None)
+        went = sum(count for reason, count in reasons.items() if is_about(reason, measure))
+        colours, key = [CUT, KEPT, CUT], [(CUT, f"{limits}: {went:,} went")] if limits else []
+    heights = np.log1p(histogram.counts) / (np.log1p(max(histogram.counts)) or 1)
+    first, last = (f"{value:,.0f}" if 1000 <= abs(value) < 1e8 else f"{value:.3g}"
+                   for value in (histogram.edges[0], histogram.edges[-1]))
+    return Panel([(*ends, colour) for ends, colour in zip(pairwise([0.0, *inner, bins]), colours, strict=True)],
+                 np.where(heights > 0, np.maximum(heights, 0.03), 0).tolist(), (first, last), key)
 
 
 def is_about(reason: str, measure: str) -> bool:
@@ -252,31 +215,5 @@ def place(histogram: Histogram, value: float, inclusive: bool = False) -> float:
     Args:
         inclusive: behind the bin that begins with `value` itself: most documents may have it.
     """
-    edges = np.array(histogram.edges)
-    index = int(np.clip(np.searchsorted(edges, value, side="right") - 1, 0, len(edges) - 2))
-    low, high = edges[index], edges[index + 1]
-    if inclusive and value == low:
-        return index + 1.0
-    return index + float((np.clip(value, low, high) - low) / (high - low) if high > low else value >= high)
-
-
-def _panel(title: str, measure: str, domain: str, histogram: Histogram, places: Sequence[float],
-           shades: Sequence[str], key: list[tuple[str, str]]) -> Panel:
-    """Bins of one width, from place to place in another colour; heights are logarithms of documents."""
-    heights = np.log1p(histogram.counts)
-    heights = np.where(heights > 0, np.maximum(heights, 0.03 * heights.max()), 0)
-    first, last = (f"{value:,.0f}" if 1000 <= abs(value) < 1e8 else f"{value:.3g}"
-                   for value in (histogram.edges[0], histogram.edges[-1]))
-    with _figure(2.4, 0.72, None) as figure:
-        axes = figure.add_axes((0, 0, 1, 1))
-        axes.axis("off")
-        for (start, end), colour in zip(pairwise(places), shades, strict=True):
-            edges = np.array([start, *range(math.floor(start) + 1, math.ceil(end)), end])
-            if end > start:
-                axes.stairs(heights[np.floor(edges[:-1]).astype(int)], edges, fill=True, color=colour)
-            if 0 < start < len(heights):
-                axes.axvline(start, color=INK, linewidth=0.8)
-        axes.axhline(0, color=MUTED, linewidth=0.8)
-        axes.set(xlim=(0, len(heights)), ylim=(0, 1.05 * heights.max() or 1))
-        words = f"{measure} of {domain}: documents by value, {first} to {last}"
-        return Panel(title, labelled(_svg(figure), f"{domain}-{measure}", words), (first, last), key, histogram.source)
+    edges, bins = histogram.edges, len(histogram.counts)
+    return min(float(np.interp(value, edges, range(bins + 1))) + (inclusive and value in edges), bins)

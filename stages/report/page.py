@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import unicodedata
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,13 +14,11 @@ from stages.common import write
 from stages.report import figures
 from stages.report.claims import Claim, counts, plain
 from stages.report.records import LABELS, DataRecords, RecordError, Records
+from stages.report.studies import Study
 from stages.schema import Machine, Provenance
 
 HERE = Path(__file__).parent
 NONE = "–"
-REASONS = 6                         # of a step that are named
-# Controls but line feed and tab, format characters, lone surrogates, line and paragraph separators, private use.
-INVISIBLE = ("Cc", "Cf", "Cs", "Zl", "Zp", "Co")
 
 
 class Page:
@@ -42,9 +38,8 @@ class Page:
         environment = jinja2.Environment(
             loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
             undefined=jinja2.StrictUndefined, extensions=["jinja2.ext.do"])
-        environment.filters |= {"code": code, "commit": commit, "number": number, "reasons": reasons, "seen": seen}
-        environment.globals |= {"show": self.show, "plot": self.plot, "score_panel": figures.score_panel,
-                                "threshold_panel": figures.threshold_panel, "labels": LABELS}
+        environment.filters |= {"code": code, "commit": commit, "number": number, "seen": seen}
+        environment.globals |= {"show": self.show, "plot": self.plot, "areas": figures.panel, "labels": LABELS}
         self.pieces: Any = environment.get_template("macros.html.jinja").module
         text = environment.get_template("page.html.jinja").render(
             style=Markup((HERE / "style.css").read_text()), **values)
@@ -52,44 +47,57 @@ class Page:
         notice = f'<p class="unread" role="alert">Not read: {lost}. Each is named where it belongs.</p>' if lost else ""
         self.text = text.replace("<!-- unread -->", notice, 1)
 
-    def show(self, make: Callable[..., Markup] | RecordError, *arguments: Any) -> Markup:
-        """What a macro makes, or why it cannot."""
+    def show(self, make: Callable[..., Markup], *arguments: Any) -> Markup:
+        """What a macro makes, or why it cannot: an argument or what it reads is a RecordError."""
         try:
-            if isinstance(make, RecordError):
-                raise make
+            for error in (one for one in arguments if isinstance(one, RecordError)):
+                raise error
             return make(*arguments)
         except RecordError as error:
             self.unread.append(str(error))
             lines = Markup("<br>").join(map(code, str(error).split("\n")))
             return Markup('<p class="unread" role="alert">{}</p>').format(lines)
 
-    def plot(self, name: str, title: str, caption: str, *arguments: Any) -> Markup:
-        """The figure that the function `name` of `figures` draws of the arguments."""
+    def plot(self, records: Records, name: str, title: str, caption: str) -> Markup:
+        """The figure that the function `name` of `figures` draws."""
         def draw() -> Markup:
-            svg = getattr(figures, name)(*arguments)
-            label = "-".join([name, *(text for text in arguments if isinstance(text, str))]).replace("_", "-")
-            self.plots[label] = figures.labelled(svg, label, f"{title}. {caption}")
+            label = name.replace("_", "-")
+            self.plots[label] = figures.labelled(getattr(figures, name)(records), label, f"{title}. {caption}")
             return Markup(self.pieces.figure(label, title, caption, self.plots[label]))
 
         return self.show(draw)
 
 
-def report_page(records: Records, claims: Sequence[Claim], errors: Sequence[RecordError]) -> Page:
-    """The page of a profile; `errors`: what could not be read beside its records."""
+def report_page(records: Records, claims: Sequence[Claim], studies: Mapping[str, Study | RecordError]) -> Page:
+    """The page of a profile."""
     runs: dict[str, Provenance] = {}
+    trained: list[tuple[float, float]] = []            # parameters, tokens
     lost: list[RecordError] = []
     for name in records.runs:
         try:
             runs[name] = records.provenance(name)
-            records.reader.metrics(*name.split("@"))
+            metrics = records.reader.metrics(*name.split("@"))
+            trained += [(metrics["parameters"], metrics["tokens"])] if name.startswith("pretrain@") else []
         except RecordError as error:
             lost.append(error)
     facts = {"machine": " / ".join(dict.fromkeys(machine(run.machine) for run in runs.values())),
              "commit": ", ".join(dict.fromkeys(commit(run.code.commit) for run in runs.values())),
              "time of all stages": f"{sum(run.wall_seconds for run in runs.values()) / 60:.1f} min"}
-    return Page(title="Nemotron-H reproduced", profile=records.params.profile, summary=summary(records, claims),
+    return Page(title="Nemotron-H reproduced", profile=records.params.profile, summary=summary(claims, trained),
                 r=records, data=records, tokenized=True, claims=claims, counts=counts(claims), facts=facts, runs=runs,
-                lost=lost, errors=errors)
+                lost=lost, studies=studies)
+
+
+def summary(claims: Sequence[Claim], trained: Sequence[tuple[float, float]]) -> str:
+    """One sentence: how the answers fall, at what size."""
+    holds, fails, undecided = counts(claims).values()
+    size = "the records of training cannot be read"
+    if trained:
+        parameters, tokens = (max(column) / 1e6 for column in zip(*trained, strict=True))
+        size = f"the models have {parameters:,.3g} million parameters and saw {tokens:,.3g} million tokens"
+    verbs = "holds" if holds == 1 else "hold", "does" if fails == 1 else "do"
+    return (f"Of {len(claims)} claims of the paper, {holds} {verbs[0]} at this scale, {fails} {verbs[1]} not, and of "
+            f"{undecided} it cannot be told: {size}; the paper's have 8 to 56 billion and saw 15 to 20 trillion.")
 
 
 def write_data_page(runs: Path, out: Path, profile: str) -> Path:
@@ -107,26 +115,9 @@ def write_data_page(runs: Path, out: Path, profile: str) -> Path:
     read, left = (f"{sum(row.documents for row in rows):,} documents ({sum(row.bytes for row in rows) / 1e6:,.2f} MB)"
                   for rows in zip(*((steps[0], steps[-1]) for steps in records.steps.values()), strict=True))
     page = Page(title="Curated data", profile=profile, summary=f"Of {read} read, {left} are left to train on.", r=None,
-                data=records, tokenized=(runs / "tokenize" / "metrics.json").exists(), claims=[], errors=[])
+                data=records, tokenized=(runs / "tokenize" / "metrics.json").exists(), claims=[])
     write(out / "index.html", page.text)
     return out / "index.html"
-
-
-def summary(records: Records, claims: Sequence[Claim]) -> str:
-    """One sentence: how the answers fall, at what size."""
-    holds, fails, undecided = counts(claims).values()
-    try:
-        trained = [records.metrics("pretrain", name) for name in records.params.variants]
-        parameters, tokens = (max(metrics[key] for metrics in trained) / 1e6 for key in ("parameters", "tokens"))
-        size = f"the models have {parameters:,.3g} million parameters and saw {tokens:,.3g} million tokens"
-    except RecordError:
-        size = "the records of training cannot be read"
-    verbs = "holds" if holds == 1 else "hold", "does" if fails == 1 else "do"
-    return (f"Of {len(claims)} claims of the paper, {holds} {verbs[0]} at this scale, {fails} {verbs[1]} not, and of "
-            f"{undecided} it cannot be told: {size}; the paper's have 8 to 56 billion and saw 15 to 20 trillion.")
-
-
-# --- Words ------------------------------------------------------------------------------------------------------------
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -144,14 +135,6 @@ def commit(name: str | None) -> str:
     return head[:12] + plus + changes
 
 
-def reasons(found: Mapping[str, int]) -> str:
-    """The most frequent with their documents."""
-    ordered = Counter(found).most_common()
-    rest = sum(count for _, count in ordered[REASONS:])
-    words = [f"{reason}: {count:,}" for reason, count in [*ordered[:REASONS], *([("others", rest)] if rest else [])]]
-    return "; ".join(words) or NONE
-
-
 def code(text: Any) -> Markup:
     """Escaped text with `code` marked."""
     return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
@@ -159,7 +142,5 @@ def code(text: Any) -> Markup:
 
 def seen(text: str) -> Markup:
     """Escaped text whose invisible characters are written as Python writes them."""
-    control = Markup('<span class="control">{}</span>')
-    return Markup("").join(
-        control.format(ascii(one)[1:-1]) if unicodedata.category(one) in INVISIBLE and one not in "\n\t" else one
-        for one in text)
+    return Markup("".join(one if one.isprintable() or one in "\n\t" else
+                          f'<span class="control">{ascii(one)[1:-1]}</span>' for one in escape(text)))

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -46,8 +46,7 @@ class Metrics(dict[str, float]):
 
     def __init__(self, path: Path, values: Mapping[str, Any]):
         self.path = path
-        super().__init__({key: value for key, value in values.items()
-                          if isinstance(value, int | float) and not isinstance(value, bool)})
+        super().__init__({key: value for key, value in values.items() if type(value) in (int, float)})
 
     def __missing__(self, key: str) -> float:
         raise RecordError(f"{self.path}: `{key}` is missing or not a number.\n{make_again(self.path)}")
@@ -120,10 +119,8 @@ def _record(kind: Any, *parts: str) -> Any:
 
 def _by(name: str, rows: list[T]) -> dict[Any, list[T]]:
     """Rows by the value of one of their fields, in order of first appearance."""
-    found: dict[Any, list[T]] = defaultdict(list)
-    for row in rows:
-        found[getattr(row, name)].append(row)
-    return dict(found)
+    return {key: [row for row in rows if getattr(row, name) == key]
+            for key in dict.fromkeys(getattr(row, name) for row in rows)}
 
 
 class DataRecords:
@@ -163,8 +160,7 @@ class Records(DataRecords):
         super().__init__(root)
         self.params = params
         members = dict(zip(FOREACH, (list(params.variants), params.models, params.models), strict=True))
-        self.runs = [f"{stage}@{member}" if member else stage
-                     for stage in STAGES for member in members.get(stage, [""])]
+        self.runs = [f"{stage}@{member}".strip("@") for stage in STAGES for member in members.get(stage, [""])]
 
     def metrics(self, stage: str, member: str = "") -> Metrics:
         """The metrics of a stage. Raises RecordError, also for a model that params.yaml does not list."""
@@ -201,10 +197,9 @@ class Records(DataRecords):
         """hybrid, transformer, compressed, by rising context"""
         rows = self.reader.read(list[DecodeRow], "benchmark", "decode.csv")
         found = _by("model", sorted(rows, key=lambda row: row.context))
-        for name in ("hybrid", "transformer", "compressed"):
-            if name not in found:
-                path = self.reader.root / "benchmark" / "decode.csv"
-                raise RecordError(f"{path}: no rows for model {name}.\n{make_again(path)}")
+        if lacking := [name for name in ("hybrid", "transformer", "compressed") if name not in found]:
+            path = self.reader.root / "benchmark" / "decode.csv"
+            raise RecordError(f"{path}: no rows for model {lacking[0]}.\n{make_again(path)}")
         return found
 
     @property
@@ -215,16 +210,16 @@ class Records(DataRecords):
                         for context, repeats in _by("context", of).items()} for model, of in _by("model", rows).items()}
 
 
-def variants(params: Params, architecture: str, precision: str, recipe: str | None = None) -> dict[int, str]:
-    """Pretrained models by seed; `recipe`: the FP8 recipe of a control arm."""
-    return {variant.seed: name for name, variant in params.variants.items()
-            if (variant.architecture, variant.precision, variant.fp8_recipe) == (architecture, precision, recipe)}
+def pairs(params: Params, candidate: Sequence[str], reference: Sequence[str]) -> list[Pair]:
+    """Models of one seed, which see the same text in the same order.
 
+    Each side: architecture, precision and, for a control arm, FP8 recipe; or one model, "parent" for that of compress.
+    """
+    def by_seed(of: Sequence[str]) -> dict[int, str]:
+        if len(of) == 1:
+            return {0: params.compress.parent if of[0] == "parent" else of[0]}
+        return {variant.seed: name for name, variant in params.variants.items()
+                if (variant.architecture, variant.precision, variant.fp8_recipe) == (*of, None)[:3]}
 
-def by_seed(candidates: Mapping[int, str], references: Mapping[int, str]) -> list[Pair]:
-    """Pairs of one seed, which see the same text in the same order."""
-    return [(name, references[seed]) for seed, name in candidates.items() if seed in references]
-
-
-def fp8_pairs(params: Params, architecture: str, recipe: str | None = None) -> list[Pair]:
-    return by_seed(variants(params, architecture, "fp8", recipe), variants(params, architecture, "bf16"))
+    ours, theirs = by_seed(candidate), by_seed(reference)
+    return [(name, theirs[seed]) for seed, name in ours.items() if seed in theirs]

@@ -9,10 +9,10 @@ names the smallest difference that was in sight and how much more would decide. 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,19 +29,17 @@ class Answer(StrEnum):
     UNDECIDED = "cannot be told"
 
 
-@dataclass(frozen=True)
-class Source:
-    """One source of chance: `variance` is what `count` drawn units leave in the estimate, known to `df` degrees of
+class Source(NamedTuple):
+    """One source of chance: `variance` is what `drawn` units leave in the estimate, known to `df` degrees of
     freedom; not a number where one unit alone was drawn."""
 
     unit: str                   # seed, document, item, repeat, draw
     variance: float
-    count: int                  # 0: more of them would not make it smaller
+    drawn: int                  # 0: more of them would not make it smaller
     df: float
 
 
-@dataclass(frozen=True)
-class Estimate:
+class Estimate(NamedTuple):
     """An effect and where its chance comes from."""
 
     value: float
@@ -70,8 +68,7 @@ class Estimate:
         return self.value - half, self.value + half
 
 
-@dataclass(frozen=True)
-class Decision:
+class Decision(NamedTuple):
     """`seen`: the smallest difference in sight, half the interval; `needed`: units that would decide, by kind, where
     the answer is undecided and they can be named."""
 
@@ -83,9 +80,6 @@ class Decision:
     @property
     def seen(self) -> float:
         return self.estimate.half_width(self.alpha)
-
-
-# --- Estimates --------------------------------------------------------------------------------------------------------
 
 
 def mean(values: Sequence[float], unit: str, spread_of: Sequence[float] | None = None, floor: float = 0.0) -> Estimate:
@@ -110,7 +104,7 @@ def unpaired(candidate: Sequence[float], reference: Sequence[float], unit: str) 
     if len(candidate) == 1:                 # the two variances are multiples of one estimate
         (source,) = theirs.sources
         return Estimate(ours.value - theirs.value,
-                        (replace(source, variance=source.variance + ours.sources[0].variance, count=0),))
+                        (source._replace(variance=source.variance + ours.sources[0].variance, drawn=0),))
     return Estimate(ours.value - theirs.value, (*ours.sources, *theirs.sources))
 
 
@@ -126,10 +120,9 @@ def bits_per_byte_gain(candidate: Mapping[str, Sequence[Any]], reference: Mappin
         _check_same(ours[:, 1], theirs[:, 1])
         pairs.append((ours[:, 0] - theirs[:, 0], -theirs[:, 0]))
     saved, total = (float(sum(pair[column].sum() for pair in pairs)) for column in (0, 1))
-    gain, variance, count = saved / total, 0.0, sum(len(pair[0]) for pair in pairs)
-    for difference, nats in pairs:
-        size = len(nats)
-        variance += size * float((difference - gain * nats).var(ddof=1)) if size > 1 else math.nan
+    gain, count = saved / total, sum(len(nats) for _, nats in pairs)
+    variance = math.fsum(len(nats) * (difference - gain * nats).var(ddof=1) if len(nats) > 1 else math.nan
+                         for difference, nats in pairs)
     return Estimate(gain, (Source("document", variance / total**2, count, max(count - len(pairs), 1)),))
 
 
@@ -151,7 +144,7 @@ def average(estimates: Sequence[Estimate]) -> Estimate:
     """Of estimates that share no unit, such as tasks."""
     count = len(estimates)
     return Estimate(math.fsum(one.value for one in estimates) / count, tuple(
-        replace(source, variance=source.variance / count**2) for one in estimates for source in one.sources))
+        source._replace(variance=source.variance / count**2) for one in estimates for source in one.sources))
 
 
 def over_seeds(seeds: Estimate, items: Estimate) -> Estimate:
@@ -164,38 +157,24 @@ def beats_chance(right: int, items: int, chance: float) -> bool:
     return bool(stats.binomtest(right, items).proportion_ci(1 - ALPHA).low > chance)
 
 
-# --- Answers ----------------------------------------------------------------------------------------------------------
-
-
 def equivalence(estimate: Estimate, margin: float, or_better: bool = False, comparisons: int = 1) -> Decision:
     """Two one-sided tests (Schuirmann 1987): holds where the 90 % interval lies within the margin, with `or_better`
     above its lower end. Does not hold where the effect lies beyond the margin at 95 %, over both sides and, with
     `comparisons` of which any may decide so, over all of them."""
-    low, high = estimate.interval()
-    fail_low, fail_high = estimate.interval(2 * ALPHA / (comparisons * (1 if or_better else 2)))
-    if low > -margin and (or_better or high < margin):
-        answer = Answer.HOLDS
-    elif fail_high < -margin or (not or_better and fail_low > margin):
-        answer = Answer.FAILS
-    else:
-        answer = Answer.UNDECIDED
-    return _decision(answer, estimate, 2 * ALPHA, margin, POWER if or_better else (1 + POWER) / 2)
+    sides, power = (1, POWER) if or_better else (2, (1 + POWER) / 2)
+    return _decided(estimate, -margin, math.inf if or_better else margin, 2 * ALPHA, comparisons * sides, margin, power)
 
 
 def tasks_equivalence(tasks: Sequence[Estimate], overall: Estimate, margin: float) -> Decision:
-    """Not worse in the mean over tasks, and in none by itself beyond the margin."""
+    """Not worse in the mean over tasks, and in none by itself beyond the margin: one that is decides."""
     decision, *each = (equivalence(estimate, margin, True, len(tasks) + 1) for estimate in (overall, *tasks))
-    worse = Answer.FAILS in [one.answer for one in each]
-    return replace(decision, answer=Answer.FAILS, needed={}) if worse else decision
+    return next((one for one in (decision, *each) if one.answer is Answer.FAILS), decision)
 
 
 def superiority(estimate: Estimate, least: float = 0.0, comparisons: int = 1) -> Decision:
     """Whether the effect is above `least`: holds, or does not, where the 95 % interval lies on one side of it. With
     `comparisons` of which any may decide against it, that side is taken at 95 % over all of them."""
-    low, _ = estimate.interval(ALPHA)
-    _, fail_high = estimate.interval(ALPHA / comparisons)
-    answer = Answer.HOLDS if low > least else Answer.FAILS if fail_high < least else Answer.UNDECIDED
-    return _decision(answer, estimate, ALPHA, abs(estimate.value - least), POWER)
+    return _decided(estimate, least, math.inf, ALPHA, comparisons, abs(estimate.value - least), POWER)
 
 
 def controlled(answer: Answer, control: Answer | None) -> Answer:
@@ -210,15 +189,20 @@ def all_of(answers: Sequence[Answer]) -> Answer:
     return Answer.HOLDS if set(answers) == {Answer.HOLDS} else Answer.UNDECIDED
 
 
-def _decision(answer: Answer, estimate: Estimate, alpha: float, distance: float, power: float) -> Decision:
-    """With what must be drawn to tell `distance`: normal quantiles, and Guenther's (1981) correction for t."""
+def _decided(estimate: Estimate, above: float, below: float, alpha: float, comparisons: int, distance: float,
+             power: float) -> Decision:
+    """Holds where the interval lies between two bounds; one corrected for `comparisons` fails beyond one of them.
+    With what must be drawn to tell `distance`: normal quantiles, and Guenther's (1981) correction for t."""
+    low, high = estimate.interval(alpha)
+    fail_low, fail_high = estimate.interval(alpha / comparisons)
+    answer = (Answer.HOLDS if above < low and high < below else
+              Answer.FAILS if fail_high < above or below < fail_low else Answer.UNDECIDED)
     quantile = float(special.ndtri(1 - alpha / 2))
     factor = ((quantile + float(special.ndtri(power))) * estimate.error / distance) ** 2 if distance else math.inf
-    needed: dict[str, int] = {}
-    if answer is Answer.UNDECIDED and factor < MOST and all(source.count for source in estimate.sources):
+    needed: Counter[str] = Counter()
+    if answer is Answer.UNDECIDED and factor < MOST and all(source.drawn for source in estimate.sources):
         for source in estimate.sources:
-            count = math.ceil(max(factor, 1) * source.count + quantile**2 / 2)
-            needed[source.unit] = needed.get(source.unit, 0) + count
+            needed[source.unit] += math.ceil(max(factor, 1) * source.drawn + quantile**2 / 2)
     return Decision(answer, estimate, alpha, needed)
 
 

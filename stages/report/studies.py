@@ -15,9 +15,11 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from stages.common import write
 from stages.report.records import Reader, RecordError
+from stages.schema import Record
 
 FOLDER = Path("docs/results/studies")
 CURE = "Make it again by the study's command, or restore the committed file."
@@ -25,14 +27,10 @@ CURE = "Make it again by the study's command, or restore the committed file."
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
 WORDS = tomllib.loads(Path(__file__).with_name("claims.toml").read_text())["claim"]     # of every claim, in order
-STUDIED = frozenset(words["key"] for words in WORDS if "study" in words)                # those that a study may decide
+STUDIED = {words["key"]: words["study"] for words in WORDS if "study" in words}         # by which study, if by one
 
 
-class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Measurement(Part):
+class Measurement(Record):
     """One figure of one model, recipe or method, measured once for each seed, draw, document or repeat.
 
     Attributes:
@@ -52,7 +50,7 @@ class Measurement(Part):
     items: Annotated[int, Field(ge=1)] | None = None
 
 
-class Comparison(Part):
+class Comparison(Record):
     """What decides a claim: whether `candidate` is better than `reference`, equal to it, or not worse.
 
     Attributes:
@@ -80,8 +78,6 @@ class Comparison(Part):
 
     @model_validator(mode="after")
     def parts_go_together(self) -> Comparison:
-        if self.claim not in STUDIED:
-            raise ValueError(f"no study decides a claim `{self.claim}`")
         if self.question != "better" and not self.margin:
             raise ValueError(f"`{self.question}` needs a margin")
         if self.question == "better" and self.control:
@@ -89,7 +85,7 @@ class Comparison(Part):
         return self
 
 
-class Study(Part):
+class Study(Record):
     """One file.
 
     Attributes:
@@ -116,6 +112,8 @@ class Study(Part):
         if len(known) < len(self.measurements):
             raise ValueError("two measurements have one name")
         for item in self.comparisons:
+            if STUDIED.get(item.claim) != self.study:
+                raise ValueError(f"this study decides no claim `{item.claim}`")
             named = [name for name in (item.candidate, item.reference, item.control) if isinstance(name, str)]
             if unknown := [name for name in named if name not in known]:
                 raise ValueError(f"comparisons name {unknown}, which `measurements` lacks")
@@ -138,9 +136,7 @@ class Study(Part):
 
     def save(self, folder: Path = FOLDER) -> Path:
         """Write FOLDER/STUDY.json and return its path."""
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{self.study}.json"
-        path.write_text(self.model_dump_json(indent=1) + "\n")
+        write(path := folder / f"{self.study}.json", self.model_dump_json(indent=1) + "\n")
         return path
 
 

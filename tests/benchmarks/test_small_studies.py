@@ -17,7 +17,7 @@ from benchmarks.studies import STUDIES, Task, by_quality, changed_pairs, equal_f
 from model import costs, token_data
 from model.hybrid_lm import HybridLM
 from stages.params import load_params
-from stages.report.studies import FOLDER, Study, load_studies, read_study
+from stages.report.studies import FOLDER, WORDS, Study, load_studies, read_study
 
 ROOT = Path(__file__).parents[2]
 
@@ -197,3 +197,8 @@ def test_records_can_be_read():
     for name, study in found.items():
         assert isinstance(study, Study), f"{name}: {study}"
         assert study.note and not any(part in study.model_dump_json() for part in ("/work", "/tmp"))
+
+
+def test_a_claim_sends_nobody_to_a_study_that_is_not_there():
+    sent = {words["study"] for words in WORDS if "study" in words and "command" not in words}
+    assert sent and sent <= set(studies.STUDIES)

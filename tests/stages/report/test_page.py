@@ -14,6 +14,7 @@ from stages.params import load_params
 from stages.report.__main__ import report
 from stages.report.page import seen, write_data_page
 from stages.report.records import RecordError
+from stages.report.studies import FOLDER
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def test_tables_hold_the_records_numbers(runs):
     assert any(row[0] == "docs" and row[3] == "3.988" for row in page.rows)
     assert page.row("16,384")[-2:] == ["2.99", "1.15"]
     assert any(row[:2] == ["nemotron_h_8b", "48.5"] and row[-1] == "≈ 211" for row in page.rows)
-    assert any(row[0] == "heuristics" and row[1] == "stop_words < 2: 40; digits > 0.2: 12" for row in page.rows)
+    assert any(row[0] == "heuristics" and row[-1] == "stop_words < 2: 40; digits > 0.2: 12" for row in page.rows)
 
 
 def test_text_from_records_is_escaped(runs):
@@ -132,6 +133,20 @@ def test_nothing_at_all_is_said_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     metrics, text = build()
     assert Page(text).open == [] and metrics["records_not_read"] > 20
+
+
+def test_every_study_is_shown_or_named(runs):
+    """Also one that decides no claim; one without a date costs the page nothing else."""
+    folder = Path(shutil.copytree(ROOT / FOLDER, FOLDER))
+    write_json(folder / "position.json", {"study": "position"})
+    metrics, text = build()
+    page = Page(text)
+    assert page.open == [] and metrics["records_not_read"] == 1
+    assert "position.json: <code>command</code> is missing" in text
+    assert "Make it again by the study&#39;s command" in text
+    assert "<code>compression_controls</code>, 2026-11-28: decides no claim" in text
+    assert page.row("FP8, E4M3 gradients")[1:4] == ["bits per byte; lower", "1 seed", "0.9711"]
+    assert "inference_8b</code>, 2026-11-28: Up to 3 times faster inference; 47B is 20 % faster than 56B" in text
 
 
 def test_out_directory_takes_the_report(runs, tmp_path):

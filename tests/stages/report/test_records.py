@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from runs_tree import edit_json, report_stage, write_json, write_runs
 
-from stages.report.records import Reader, RecordError, Records, fp8_pairs
+from stages.report.records import Reader, RecordError, Records, pairs
 
 
 @pytest.fixture
@@ -30,8 +30,9 @@ def test_what_was_written_is_read_back(runs):
     assert len(found.decode_repeats["compressed"][256]) == 5
     assert found.reasons("code")["stop_words < 2"] == 40
     assert found.metrics("evaluate", "compressed")["bits_per_byte_compressor"] == 2.91
-    assert fp8_pairs(found.params, "hybrid") == [
+    assert pairs(found.params, ("hybrid", "fp8"), ("hybrid", "bf16")) == [
         ("hybrid-fp8", "hybrid-bf16"), ("hybrid-fp8-seed2", "hybrid-bf16-seed2")]
+    assert pairs(found.params, ["compressed"], ["parent"]) == [("compressed", found.params.compress.parent)]
 
 
 def test_nothing_is_read_before_it_is_asked_for(runs):

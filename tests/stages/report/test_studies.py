@@ -35,7 +35,8 @@ def test_what_is_saved_is_read(tmp_path):
     ({"measurements": []}, "`measurements`"),
     ({"measurements": CONTENT["measurements"][:1]}, r"comparisons name \['transformer'\]"),
     ({"machine": ""}, "`machine`"),
-    ({"study": "other"}, "holds the study `other`"),
+    ({"study": "other"}, "this study decides no claim"),
+    ({"study": "other", "comparisons": []}, "holds the study `other`"),
     ({"verdict": "holds"}, "`verdict` is unknown"),
 ])
 def test_a_record_that_cannot_be_used_is_two_lines(tmp_path, change, message):
@@ -79,7 +80,7 @@ def test_comparisons_that_mean_nothing_are_refused():
         (lambda: compared((0.0, 1.0), relative=True), "above 0"),
         (lambda: compared(question="equal"), "needs a margin"),
         (lambda: compared(control="a"), "takes no control"),
-        (lambda: compared(claim="hybrid_loss"), "no study decides a claim"),
+        (lambda: compared(claim="hybrid_loss"), "this study decides no claim"),
         (lambda: compared((float("nan"), 1.0)), "finite"),
     ):
         with pytest.raises(ValidationError, match=message):
