@@ -60,9 +60,10 @@ def megatron_on_cpu() -> Iterator[None]:
     """
     _device_constructors()          # `with torch.device(...)` remembers them at first use: PyTorch's own, not these
     own = torch.Tensor.type
+    factories: Any = {name: partial(_on_cpu, getattr(torch, name)) for name in FACTORIES}
     with (
         patch.multiple(torch.cuda, current_device=lambda: torch.device("cpu"), synchronize=lambda *_: None),
-        patch.multiple(torch, **{name: partial(_on_cpu, getattr(torch, name)) for name in FACTORIES}),
+        patch.multiple(torch, **factories),
         patch.object(torch.Tensor, "cuda", lambda tensor, *_, **__: tensor),
         patch.object(torch.Tensor, "type", lambda tensor, *to, **options:
                      own(tensor, *to, **options) if to or options else own(tensor).replace("torch.", "torch.cuda.")),
