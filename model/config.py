@@ -112,7 +112,7 @@ class PretrainConfig(Section):
         decay_style: `cosine` from the end of warm-up to the last step (the paper), or `minus_sqrt` over the last
             `decay_fraction` of the steps after a stable rate (WSD, arXiv 2405.18392), as its siblings.
         bf16_layers_at_start, bf16_layers_at_end: pattern symbols that stay in BF16 under FP8.
-        validation_micro_batch_size: sequences a forward pass of validation takes; micro_batch_size where it is null.
+        validation_micro_batch_size: the most sequences a forward pass of validation takes; null: micro_batch_size.
         spike_factor: a gradient norm above this multiple of the running median is reported as a spike.
         max_skipped_steps: updates in a row that may be skipped because loss or gradient are not finite.
         distributed_optimizer: whether data-parallel GPUs share master weights and moments among them.

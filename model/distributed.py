@@ -1,6 +1,6 @@
 """Process groups: torch.distributed and Megatron's model-parallel groups, on one process or under torchrun.
 
-NCCL on a GPU, gloo on a CPU. Megatron's trainer names CUDA devices outright; where there is none, `MegatronOnCpu`
+NCCL on a GPU, gloo on a CPU. Megatron's trainer names CUDA devices outright; where there is none, `megatron_on_cpu`
 answers those names with the CPU, so that the same trainer, optimizer, schedules and checkpoints run there.
 """
 
@@ -12,12 +12,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
+from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_map_only
 
 from model import te_guard  # noqa: F401    # before Megatron
@@ -45,47 +46,33 @@ class Parallelism:
 
 
 ONE_COPY = Parallelism()      # every process holds the whole model
+FACTORIES = ("empty", "empty_like", "ones", "tensor", "zeros")      # those that Megatron calls with device="cuda"
 ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"       # PyTorch's
 
 
-class MegatronOnCpu(TorchFunctionMode):
-    """While entered, `device="cuda"` means the CPU, for megatron-core 0.16.1 on a machine without CUDA.
+@contextlib.contextmanager
+def megatron_on_cpu() -> Iterator[None]:
+    """A block in which `device="cuda"` means the CPU, for megatron-core 0.16.1 on a machine without CUDA.
 
     What Megatron takes for granted: `torch.cuda.current_device()` and `synchronize()`, `device="cuda"` in factory
-    functions, `Tensor.cuda()`, and optimizer parameters whose `type()` begins with `torch.cuda.`.
+    functions, `Tensor.cuda()`, and optimizer parameters whose `type()` begins with `torch.cuda.`. Only these names are
+    replaced: a TorchFunctionMode would pass every operation through Python, a twentieth of a small model's step.
     """
+    _device_constructors()          # `with torch.device(...)` remembers them at first use: PyTorch's own, not these
+    own = torch.Tensor.type
+    factories: Any = {name: partial(_on_cpu, getattr(torch, name)) for name in FACTORIES}
+    with (
+        patch.multiple(torch.cuda, current_device=lambda: torch.device("cpu"), synchronize=lambda *_: None),
+        patch.multiple(torch, **factories),
+        patch.object(torch.Tensor, "cuda", lambda tensor, *_, **__: tensor),
+        patch.object(torch.Tensor, "type", lambda tensor, *to, **options:
+                     own(tensor, *to, **options) if to or options else own(tensor).replace("torch.", "torch.cuda.")),
+    ):
+        yield
 
-    REPLACED: dict[str, Callable[..., Any]] = {  # noqa: RUF012
-        "current_device": lambda: torch.device("cpu"),
-        "synchronize": lambda *_: None,
-    }
 
-    def __enter__(self) -> MegatronOnCpu:
-        self._originals = {name: getattr(torch.cuda, name) for name in self.REPLACED}
-        for name, replacement in self.REPLACED.items():
-            setattr(torch.cuda, name, replacement)
-        super().__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        super().__exit__(kind, error, trace)
-        for name, original in self._originals.items():
-            setattr(torch.cuda, name, original)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if kwargs:
-            device = kwargs.get("device")
-            if device is not None and str(device).startswith("cuda"):
-                kwargs = {**kwargs, "device": "cpu"}
-            return func(*args, **kwargs)
-        if func is torch.Tensor.cuda:
-            return args[0]
-        result = func(*args)
-        if func is torch.Tensor.type and isinstance(result, str):
-            return result.replace("torch.", "torch.cuda.")
-        return result
+def _on_cpu(factory: Callable[..., Tensor], *args: Any, device: Any = None, **options: Any) -> Tensor:
+    return factory(*args, device="cpu" if str(device).startswith("cuda") else device, **options)
 
 
 @contextlib.contextmanager
@@ -142,7 +129,7 @@ def process_groups(parallelism: Parallelism = ONE_COPY) -> Iterator[None]:
         dist.init_process_group("nccl" if on_gpu else "gloo")
     else:
         dist.init_process_group("nccl" if on_gpu else "gloo", rank=0, world_size=1, store=dist.HashStore())
-    with contextlib.nullcontext() if on_gpu else MegatronOnCpu(), bfloat16_products():
+    with contextlib.nullcontext() if on_gpu else megatron_on_cpu(), bfloat16_products():
         try:
             size = parallelism.tensor * parallelism.pipeline
             if dist.get_world_size() % size:

@@ -2,7 +2,8 @@
 
 On a machine without CUDA the `transformer-engine` package raises RuntimeError or OSError when imported, and
 megatron-core 0.16.1 catches ImportError only. Every module that imports Megatron imports this one first. Megatron's
-remarks that such extensions are absent are silenced too: here that is the plan.
+remarks that such extensions are absent are silenced too: here that is the plan. And without CUDA Megatron is imported
+here, its fusions not wrapped by PyTorch's compiler, whose import takes seconds of every process: none of them runs.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ import importlib
 import importlib.util
 import sys
 import warnings
+from unittest.mock import patch
+
+import torch
 
 
 def usable_transformer_engine() -> bool:
@@ -30,3 +34,6 @@ def usable_transformer_engine() -> bool:
 TRANSFORMER_ENGINE = usable_transformer_engine()
 warnings.filterwarnings("ignore", r"(Transformer Engine and )?Apex .* not installed", UserWarning)
 warnings.filterwarnings("ignore", "full scope is deprecated", UserWarning)
+if not torch.cuda.is_available():
+    with patch.object(torch, "compile", lambda function, **_: function):
+        importlib.import_module("megatron.core.jit")

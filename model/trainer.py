@@ -342,18 +342,20 @@ class Trainer:
     @torch.no_grad()
     def _validation_nats(self, sequences: Tensor) -> float:
         """Summed loss over `sequences`, shared among the data-parallel processes in micro-batches of one size."""
-        size = self._validation_size()
-        padding = -len(sequences) % (size * self.ranks)
+        most = (self.recipe.validation_micro_batch_size or self.recipe.micro_batch_size) * self.ranks
+        batches = -(-len(sequences) // most)
+        size = -(-len(sequences) // (batches * self.ranks))         # as even as they come: the least padding
+        padding = batches * size * self.ranks - len(sequences)
         counted = torch.ones(len(sequences) + padding)
         counted[len(sequences):] = 0.0
         padded = torch.cat([sequences, sequences[:1].expand(padding, -1)])
         mine = list(zip(padded.split(size), counted.split(size), strict=True))[self.rank::self.ranks]
-        return self._sum_over_processes(self._forward_backward(iter(mine), len(mine), forward_only=True)).item()
+        return self._sum_over_processes(self._forward_backward(iter(mine), len(mine), size, forward_only=True)).item()
 
     def _whole_step(self, sequences: Tensor) -> list[Tensor]:
         """Forward and backward of sequences (micro-batches, micro-batch size, sequence + 1)."""
         batches = ((micro_batch, None) for micro_batch in sequences)
-        return self._forward_backward(batches, self.micro_batches, forward_only=False)
+        return self._forward_backward(batches, self.micro_batches, self.recipe.micro_batch_size, forward_only=False)
 
     def _observed_step(self, step: int, sequences: Tensor) -> list[Tensor]:
         """The same with what FP8 does to its first micro-batch recorded; never as a CUDA graph."""
@@ -365,13 +367,11 @@ class Trainer:
                 self.log.append("fp8_statistics", {"step": step} | row)
         return losses
 
-    def _forward_backward(self, batches: Iterator[Any], count: int, forward_only: bool) -> list[Tensor]:
-        """Run `count` micro-batches through the pipeline. Returns their losses on its last stage, else nothing."""
+    def _forward_backward(self, batches: Iterator[Any], count: int, size: int, forward_only: bool) -> list[Tensor]:
+        """Losses of `count` micro-batches of `size` sequences on the pipeline's last stage, elsewhere nothing."""
         results = self.forward_backward(
             forward_step_func=self._forward_step, data_iterator=batches, model=[self.ddp], num_microbatches=count,
-            seq_length=self.config.sequence_length,
-            micro_batch_size=self._validation_size() if forward_only else self.recipe.micro_batch_size,
-            forward_only=forward_only,
+            seq_length=self.config.sequence_length, micro_batch_size=size, forward_only=forward_only,
         )
         return [result["loss"] for result in results]
 
@@ -404,9 +404,6 @@ class Trainer:
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
         return total
-
-    def _validation_size(self) -> int:
-        return self.recipe.validation_micro_batch_size or self.recipe.micro_batch_size
 
     def _validation_sets(self, tokens: Path) -> dict[str, token_data.ValidationSet]:
         """Each domain's first sequences, so many that one validation run stays within its share of training; at least

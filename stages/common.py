@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import errno
 import fcntl
+import gc
 import hashlib
 import json
 import os
@@ -35,6 +37,8 @@ PACKAGES = ("data_pipeline", "model", "kernels", "stages")
 # Directory under data/PROFILE/ -> the DVC stage that writes it: what to run when it is missing.
 MAKER = {"annotated": "annotate", "curated": "curate", "tokenizer": "tokenizer", "tokens": "tokenize",
          "items": "items", "hub": "export@{name}"}
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3     # <malloc.h>
 
 
 class StageError(SystemExit):
@@ -226,6 +230,8 @@ def run_stage(
     if members and variant not in members(params):
         raise StageError(f"--variant {variant}: unknown.\n{options.params} has: {', '.join(members(params))}.")
     os.environ.setdefault("OMP_NUM_THREADS", str(params.runtime.threads))
+    gc.set_threshold(20_000)            # imports make many objects and no garbage: looking for it took a second a stage
+    keep_freed_memory()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))    # let `finally` blocks run when a flow is cancelled
     stage = Stage(name, params, variant, options.out, sections)
     if options.dry_run:
@@ -240,6 +246,14 @@ def run_stage(
         stage.write_record("metrics.json", {key: _rounded(value) for key, value in metrics.items()})
         stage.write_record("provenance.json", provenance(stage, started + stage.waited, resumed))
         discard_scratch(stage.label)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed for what comes next. By default it gives large tensors back to the kernel, which
+    clears the same pages again: 9,000 page faults and up to a tenth of the CPU time of a training step."""
+    libc = ctypes.CDLL(None)
+    for parameter, threshold in ((M_TRIM_THRESHOLD, 2**31 - 1), (M_MMAP_THRESHOLD, 2**30)):
+        libc.mallopt(parameter, threshold)
 
 
 def _parser(name: str, description: str | None, has_members: bool) -> argparse.ArgumentParser:

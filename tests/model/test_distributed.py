@@ -8,11 +8,11 @@ from megatron.core import parallel_state
 
 from model.config import ModelError
 from model.distributed import (
-    MegatronOnCpu,
     Parallelism,
     bfloat16_products_in_float32,
     is_main_process,
     main_process_first,
+    megatron_on_cpu,
     process_groups,
 )
 
@@ -40,7 +40,7 @@ def test_too_few_processes_are_an_error_and_leave_nothing_open():
 
 def test_cuda_names_mean_the_cpu_only_inside():
     before = torch.cuda.current_device, torch.cuda.synchronize
-    with MegatronOnCpu():
+    with megatron_on_cpu():
         assert torch.zeros(2, device="cuda").device.type == "cpu"
         assert torch.zeros(2, device=torch.cuda.current_device()).device.type == "cpu"
         assert torch.ones(2).cuda().device.type == "cpu"
