@@ -6,7 +6,7 @@ MAKEFLAGS += --no-print-directory
 
 VENV ?= .venv
 PY := $(VENV)/bin/python
-DVC := PATH="$(abspath $(VENV))/bin:$$PATH" SHELL=/bin/sh $(PY) -m dvc --wait-for-lock
+DVC := PATH="$(abspath $(VENV))/bin:$$PATH" SHELL=$(SHELL) $(PY) -m dvc --wait-for-lock
 PORT ?= 4200
 PYTORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH := $(shell sed -n 's/.*"torch==\([^"]*\)".*/\1/p' pyproject.toml)
@@ -17,6 +17,9 @@ STAGES := annotate curate tokenizer tokenize pretrain compress export items eval
 # Of what is installed only the profile's name is read from params.yaml; PROFILE=NAME wins.
 CURRENT_PROFILE = $(or $(PROFILE),$(shell sed -n 's/^profile: *\([a-z0-9-]*\).*/\1/p' params.yaml))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PYTHONUTF8 := 1
+# What asks for a user's name must find one, in a container too.
+export USER := $(or $(USER),$(shell id -u))
 
 .PHONY: help setup reproduce plan repro-plain stage $(STAGES) ui test lint doctor lock clean
 
@@ -30,7 +33,7 @@ setup: $(READY) ## Install everything into .venv (nothing to do when it is up to
 	@echo "Set up: $(VENV) ($$($(PY) -V))."
 
 reproduce: $(READY) ## The whole pipeline as a flow, what changed only; PROFILE=NAME
-	@$(PY) -m flows.reproduce $(if $(PROFILE),--profile $(PROFILE))
+	@exec $(PY) -m flows.reproduce $(if $(PROFILE),--profile $(PROFILE))
 
 plan: $(READY) ## What pretraining would take: memory of a GPU, speed, days; PROFILE=NAME [MACHINE=h200]
 	@$(PY) -m flows.plan $(PROFILE) $(if $(MACHINE),--machine $(MACHINE))
@@ -71,9 +74,10 @@ lock: $(READY) ## Resolve requirements.in into requirements.lock
 clean: ## Remove the profile's outputs and resume state (DVC's cache stays); PROFILE=NAME
 	rm -rf data/$(CURRENT_PROFILE) runs/$(CURRENT_PROFILE) reports/$(CURRENT_PROFILE) .scratch logs
 
-# A tree without git (an unpacked archive) must tell DVC so.
+# A tree that git does not know (an unpacked archive, a folder that an outer repository ignores) must tell DVC so.
 .dvc/config.local:
-	@if git rev-parse >/dev/null 2>&1; then touch $@; else printf '[core]\n    no_scm = true\n' > $@; fi
+	@git check-ignore -q dvc.yaml 2>/dev/null && status=0 || status=$$?; \
+		if [ $$status = 1 ]; then touch $@; else printf '[core]\n    no_scm = true\n' > $@; fi
 
 # The stamp comes last. A set-up that was interrupted leaves its mark, and the next one starts over: half-unpacked
 # packages look installed to pip.
@@ -81,11 +85,11 @@ $(VENV)/.setup-complete: requirements.lock pyproject.toml
 	@if [ -e $(VENV)/.setup-started ] || { [ -e $(VENV) ] && ! $(PY) -m pip --version >/dev/null 2>&1; }; then \
 		echo 'The last set-up was interrupted: starting over.'; rm -rf $(VENV); fi
 	@if [ ! -e $(VENV) ]; then \
-		for python in $(PYTHON) python3.11 python3.12 python3 python; do \
+		for python in $(or $(PYTHON),python3.11 python3.12 python3 python); do \
 			if $$python -c 'import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' >/dev/null 2>&1; \
 			then found=$$python; break; fi; done; \
 		if [ -z "$${found:-}" ]; then \
-			echo 'No Python 3.11 or 3.12 with venv was found.'; \
+			echo '$(if $(PYTHON),PYTHON=$(PYTHON) is no,No) Python 3.11 or 3.12 with venv$(if $(PYTHON),., was found.)'; \
 			echo 'Install one (Debian: apt install python3.11-venv) or say where: make setup PYTHON=/path/to/python'; exit 1; fi; \
 		mkdir -p $(VENV); touch $(VENV)/.setup-started; \
 		echo "Creating $(VENV) with $$($$found -V)"; $$found -m venv $(VENV); fi

@@ -27,7 +27,7 @@ def key(text: str) -> str:
 
 def publish_plan(nodes: dict[str, Node], stale: set[str]) -> None:
     rows = [
-        {"stage": name, "needs": ", ".join(sorted(node.needs)), "plan": "run" if name in stale else "cached"}
+        {"stage": name, "plan": "run" if name in stale else "cached", "needs": ", ".join(sorted(node.needs))}
         for name, node in nodes.items()
     ]
     create_table_artifact(table=rows, key="plan", description="Stages in order, and what this run does with each.")

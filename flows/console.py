@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import threading
@@ -54,7 +55,10 @@ class Console:
         self._print(f"{clock(time.monotonic() - self.started)}  {stage:<28}  {text}")
 
     def _print(self, text: str) -> None:
-        print(("\r\033[K" if self.live else "") + text, flush=True)
+        try:
+            print(("\r\033[K" if self.live else "") + text, flush=True)
+        except BrokenPipeError:             # `| head`: nobody reads on, and the run goes on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if self.live:
             self._redraw()
 

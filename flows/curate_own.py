@@ -19,6 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from flows import SOCKS
 from flows.console import table
 from stages.params import read_yaml
 
@@ -87,7 +88,7 @@ def run(stage: str, out: Path, params: Path, assignments: list[str]) -> int:
     """One stage with its results and resume state under `out`."""
     command = [sys.executable, "-m", f"stages.{stage}", "--params", str(params.absolute()), "--out", "."]
     command += [word for assignment in assignments for word in ("--set", assignment)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment = {**os.environ, **SOCKS, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     return subprocess.run(command, cwd=out, env=environment).returncode
 
 

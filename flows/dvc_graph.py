@@ -18,13 +18,16 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import difflib
+import errno
 import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,18 +39,25 @@ import psutil
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from flows import PREFECT_HOME, SOCKS
+from stages.common import die_with_parent, gpu_names
+
 DVC = [sys.executable, "-m", "dvc", "--wait-for-lock"]
 ENVIRONMENT = {
     "DVC_NO_ANALYTICS": "1",
     "PYTHONUNBUFFERED": "1",
-    "SHELL": "/bin/sh",           # DVC runs commands with $SHELL, whatever the user's is
+    # DVC runs commands with $SHELL, whatever the user's is. Bash becomes the command, where other shells stay between.
+    "SHELL": shutil.which("bash") or "/bin/sh",
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+    **SOCKS,
 }
 RWLOCK = Path(".dvc/tmp/rwlock")
 LOCK, LOCK_COPY = Path("dvc.lock"), Path(".dvc/tmp/dvc.lock.whole")
 FLOW_LOCK = Path(".dvc/tmp/flow.lock")
 LOGS = Path("logs")
-SECONDS_TO_UNWIND = 20.0
+SECONDS_TO_UNWIND = 4.0           # of a stage that is told to end, before it is killed
+SECONDS_TO_UNLOCK = 3.0           # of DVC after that
+BYTES_TO_START = 2**22            # that the directories of a run must have room for
 STAGES_AHEAD = 2                  # that get ready for a GPU while another computes on it
 SECONDS_BETWEEN_LOOKS = 5.0       # at whether a stage is over its time
 SECONDS_TO_GATHER = 0.5           # in which stages that one other held up come to the queue, in any order
@@ -146,17 +156,32 @@ def mend_lock() -> str | None:
     return "dvc.lock was cut short: put back as after the last stage that ended before."
 
 
+def check_places() -> None:
+    """Raise GraphError where no run can be: outside a repository, on a full disk, without the right to write."""
+    allow_no_git()
+    for directory in (PREFECT_HOME, LOGS, FLOW_LOCK.parent, Path(".scratch")):
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=directory) as probe:
+                os.posix_fallocate(probe.fileno(), 0, BYTES_TO_START)
+        except OSError as error:
+            cure = ("Free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT)
+                    else "Make it a directory in which this user may write,")
+            raise GraphError(f"{directory}: cannot be written ({os.strerror(error.errno or 0)}).\n"
+                             f"{cure} and run the same command again; finished work is kept.") from None
+
+
 def allow_no_git() -> None:
-    """In a tree without git (an unpacked archive), tell DVC so, in .dvc/config.local. Raises GraphError elsewhere."""
+    """In a tree that git does not know (an unpacked archive, or a folder that an outer repository ignores), tell DVC
+    so, in .dvc/config.local. Raises GraphError elsewhere."""
     if not (Path("dvc.yaml").is_file() and Path(".dvc").is_dir()):
         raise GraphError(f"{Path.cwd()}: no dvc.yaml here.\nRun from the repository's root.")
     config = Path(".dvc/config.local")
     if config.exists():
         return
     with contextlib.suppress(OSError):
-        inside = subprocess.run(["git", "rev-parse"], capture_output=True)
-        if inside.returncode == 0:
-            return
+        if subprocess.run(["git", "check-ignore", "-q", "dvc.yaml"], capture_output=True).returncode == 1:
+            return                              # 0 means ignored, 128 no repository
     config.write_text("[core]\n    no_scm = true\n")
 
 
@@ -169,6 +194,9 @@ def graph() -> dict[str, Node]:
             needs.setdefault(name, set())
         if len(names) == 2:
             needs[names[1]].add(names[0])
+    if not needs:
+        raise GraphError(f"{Path.cwd()}: DVC sees no stage here: an outer repository ignores this folder.\n"
+                         "`rm .dvc/config.local`, and run the same command again.")
     order: list[str] = []
     while len(order) < len(needs):
         order += [name for name in needs if name not in order and needs[name] <= set(order)]
@@ -187,7 +215,7 @@ def _node(name: str, needs: set[str], meta: dict[str, Any], priority: int) -> No
 def visible_gpus() -> list[str]:
     """The GPUs of this machine, as CUDA_VISIBLE_DEVICES names them; that variable may leave some out, or all."""
     if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name for name in chosen.replace(" ", "").split(",") if name]
+        return gpu_names(chosen)
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
     except OSError:
@@ -419,10 +447,11 @@ class StageRunner:
         with self.turn:
             if self.stopped:
                 raise StageFailed(f"{node.name}: not started; the flow was stopped.\nRun the same command again.")
+            node.log.unlink(missing_ok=True)
             with node.log.open("w") as log:
                 process = subprocess.Popen(
                     [*DVC, "repro", "--single-item", node.name], env=environment, stdin=subprocess.DEVNULL,
-                    stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                    stdout=log, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=die_with_parent,
                 )
             self.processes.add(process)
         ended = threading.Event()
@@ -449,6 +478,8 @@ class StageRunner:
         finally:
             self.processes.discard(process)
             ended.set()
+            with contextlib.suppress(ProcessLookupError):       # where DVC was killed, its stage is left
+                os.killpg(process.pid, signal.SIGKILL)
         watcher.join(5)
         text = node.log.read_text(errors="replace")
         where = f"Log: {node.log}. Run the same command again: it resumes."
@@ -489,12 +520,12 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             child.terminate()
     if not tree:                            # between two commands: DVC itself must be told
         process.send_signal(signal.SIGINT)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(SECONDS_TO_UNWIND)
-    _, alive = psutil.wait_procs(tree, timeout=1)
+    _, alive = psutil.wait_procs(tree, SECONDS_TO_UNWIND)
     for child in alive:
         with contextlib.suppress(psutil.Error):
             child.kill()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(SECONDS_TO_UNLOCK)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 

@@ -12,26 +12,33 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-from prefect import flow, get_run_logger, task
+import httpx
+from prefect import flow, get_client, get_run_logger, runtime, task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Completed
+from prefect.states import Completed, Crashed
 
 from flows import artifacts, dvc_graph, server
 from flows.console import Console, clock, table
 from flows.dvc_graph import GpuTaken, GraphError, Node, Progress, StageFailed, StageRunner
 from flows.profile import apply, resolve
+from stages.common import _commit, die_with_parent
 from stages.params import ParamsError, load_params
+
+SECONDS_TO_STOP = 9.0     # after which a run that was interrupted ends at once, its stages and its server with it
 
 
 class Run:
@@ -140,7 +147,17 @@ def run_stage(run: Run, node: Node) -> State:
     return Completed(name="Cached", message=f"DVC: {outcome}.")
 
 
-@flow
+def run_name() -> str:
+    """`smoke-7c8ec24`: profile and commit."""
+    try:
+        profile = runtime.flow_run.parameters["profile"] or load_params().profile
+    except ParamsError:                           # which the flow itself reports
+        profile = "params.yaml"
+    head, _, changes = (_commit() or "").partition("+")
+    return "-".join(filter(None, [profile, head[:7], changes]))
+
+
+@flow(flow_run_name=run_name)
 def reproduce(profile: str | None = None, stages: list[str] | None = None) -> None:
     """Reproduce Nemotron-H: bring every stage of dvc.yaml up to date.
 
@@ -148,8 +165,9 @@ def reproduce(profile: str | None = None, stages: list[str] | None = None) -> No
         profile: write params.yaml for this profile first (`smoke`, `cpu`, ...); none leaves it as it is.
         stages: only these and what they need; none means all.
     """
+    if runtime.deployment.id:                     # started from the pages: it ends with them
+        die_with_parent()
     with dvc_graph.only_flow():
-        dvc_graph.allow_no_git()
         run = Run(profile, stages)
         RUNS.append(run)
         unchanged = len(run.nodes) - len(run.stale)
@@ -157,11 +175,11 @@ def reproduce(profile: str | None = None, stages: list[str] | None = None) -> No
         with best_effort():
             artifacts.publish_plan(run.nodes, run.stale)
         futures: dict[str, PrefectFuture[State]] = {}
-        for name, node in run.nodes.items():
-            named = run_stage.with_options(name=name, task_run_name=name)
-            needs = [futures[other] for other in node.needs & futures.keys()]
-            futures[name] = named.submit(run, node, wait_for=needs, return_state=False)
         try:
+            for name, node in run.nodes.items():
+                named = run_stage.with_options(name=name, task_run_name=name)
+                needs = [futures[other] for other in node.needs & futures.keys()]
+                futures[name] = named.submit(run, node, wait_for=needs, return_state=False)
             for future in futures.values():
                 future.wait()
         except BaseException:                     # cancelled: threads do not see the signal, processes must
@@ -184,6 +202,35 @@ def best_effort() -> Iterator[None]:
         get_run_logger().warning("Not published: %s", error)
 
 
+@contextlib.contextmanager
+def reporting() -> Iterator[None]:
+    """While it lasts Prefect reports to the server of `make ui`, to PREFECT_API_URL, or to a temporary server."""
+    url = server.running()
+    if not url and (theirs := PREFECT_API_URL.value()):
+        with get_client(sync_client=True) as client:
+            error = client.api_healthcheck()
+        if isinstance(error, httpx.TransportError):
+            raise GraphError(f"PREFECT_API_URL={theirs}: no server answers ({error}).\n"
+                             "Start it, or unset PREFECT_API_URL: the run then has a server of its own.")
+        yield
+        return
+    print(f"Watch this run at {url}" if url else "Starting a temporary Prefect server ...", flush=True)
+    with temporary_settings({PREFECT_API_URL: f"{url or server.start()}/api"}):
+        mark_crashed()
+        yield
+
+
+def mark_crashed() -> None:
+    """Unless a flow runs here: what Prefect's record has as running are runs of processes that are gone. It says so."""
+    gone = {"state": {"type": {"any_": ["RUNNING", "CANCELLING", "PENDING"]}}}
+    with contextlib.suppress(GraphError), dvc_graph.only_flow(), get_client(sync_client=True) as client:
+        state: State = Crashed(message="Its process was killed.")
+        for run in client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(gone)):
+            client.set_flow_run_state(run.id, state, force=True)
+        for task_run in client.read_task_runs(task_run_filter=TaskRunFilter.model_validate(gone)):
+            client.set_task_run_state(task_run.id, state, force=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m flows.reproduce", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -193,17 +240,16 @@ def main() -> None:
     options = parser.parse_args()
     if options.profile:
         resolve(options.profile)                  # a wrong name need not wait for Prefect
-    signal.signal(signal.SIGTERM, _interrupt)
-    server.end_orphans()
-    url = server.running()
-    print(f"Watch this run at {url}" if url else "Starting a temporary Prefect server ...", flush=True)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:      # as nohup has it
+            signal.signal(number, _interrupt)
     try:
-        with temporary_settings({PREFECT_API_URL: f"{url}/api"}) if url else contextlib.nullcontext():
+        dvc_graph.check_places()
+        with reporting():
             reproduce(options.profile, options.stages, return_state=True).result()
     except GraphError as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
-        print("\nStopped. Run the same command again: it resumes.")
         sys.exit(130)
     except Exception as error:
         if not RUNS:
@@ -215,7 +261,16 @@ def main() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt                       # unwinds like Ctrl-C: stages stopped, temporary server gone
+    """Unwind as by Ctrl-C: stages are ended, the run is recorded, the temporary server goes. What is left after
+    SECONDS_TO_STOP ends with this process."""
+    for other in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(other, signal.SIG_IGN)
+    with contextlib.suppress(OSError):            # the terminal may be gone
+        os.write(1, b"\nStopping. Run the same command again: it resumes.\n")
+    last = threading.Timer(SECONDS_TO_STOP, os._exit, [130])
+    last.daemon = True
+    last.start()
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -9,42 +9,50 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
-from collections.abc import Iterator
-from pathlib import Path
-
-import psutil
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
+from typing import Any
 
 from flows import PREFECT_HOME
+from flows.dvc_graph import LOGS, GraphError, check_places
+from stages.common import die_with_parent
 
-RECORD = PREFECT_HOME / "server.json"             # {"url", "pid"} of the server that runs
-LOG = Path("logs/prefect-server.log")
-SECONDS_TO_START = 180.0
+RECORD = PREFECT_HOME / "server.json"             # {"url"} of the pages; locked by the process that serves them
+LOG = LOGS / "prefect-server.log"
+SECONDS_TO_START = 600.0        # alive, but on a busy machine
 SECONDS_TO_ANSWER = 30.0
+SECONDS_FOR_DATABASE = 10.0
 PORT = 4200
 
 
 def running() -> str | None:
-    """URL of this repository's server, if it runs. One that is too busy to answer is waited for, SECONDS_TO_ANSWER."""
+    """URL of this repository's pages, if they are served. One that is too busy to answer is waited for,
+    SECONDS_TO_ANSWER."""
     try:
-        record = json.loads(RECORD.read_text())
-    except (OSError, json.JSONDecodeError):
+        with RECORD.open() as record:
+            fcntl.flock(record, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None                               # what a `make ui` left that was killed
+    except FileNotFoundError:
         return None
+    except BlockingIOError:
+        url = json.loads(RECORD.read_text() or '{"url": null}')["url"]
     deadline = time.monotonic() + SECONDS_TO_ANSWER
-    while psutil.pid_exists(record["pid"]):
-        if _healthy(record["url"]):
-            return str(record["url"])
+    while url and not _healthy(url):
         if time.monotonic() > deadline:
-            break
+            return None
         time.sleep(0.3)
-    return None
+    return url
 
 
 def _healthy(url: str) -> bool:
@@ -55,53 +63,105 @@ def _healthy(url: str) -> bool:
         return False
 
 
-def end_orphans() -> None:
-    """End temporary servers of this repository whose flow was killed before it could."""
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if (
-                process.ppid() == 1
-                and "prefect.server.api.server:create_app" in process.cmdline()
-                and process.environ().get("PREFECT_HOME") == str(PREFECT_HOME)
-            ):
-                process.terminate()
+def start(port: int = 0) -> str:
+    """Start a Prefect server on 127.0.0.1 that lives as long as this process; its URL.
 
+    One that is killed is started again. It has a process session of its own: Ctrl-C leaves it to the flow, which has an
+    end to record.
 
-@contextlib.contextmanager
-def serve_pages(port: int) -> Iterator[str]:
-    """A Prefect server on 127.0.0.1 for the length of the block; its URL. SystemExit when the port is taken."""
-    if url := running():
-        raise SystemExit(f"The pages are already served at {url}.\nOpen them there, or stop that `make ui` first.")
+    Args:
+        port: of a server with pages; 0 is one for a single run, without pages, wherever there is room.
+    Raises:
+        SystemExit: the port is taken, or the server does not start, in two lines.
+    """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError:
             raise SystemExit(f"Port {port} is in use.\nChoose another: make ui PORT={port + 1}") from None
-    url = f"http://127.0.0.1:{port}"
-    os.environ["PREFECT_API_URL"] = f"{url}/api"      # the pages call 4200 unless the server itself has it
-    LOG.parent.mkdir(exist_ok=True)
-    with LOG.open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-        )
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    check_database()
+    environment = os.environ | {"PREFECT_API_URL": f"{url}/api"}      # the pages call 4200 unless the server has it
+    if not port:
+        environment |= {"PREFECT__SERVER_EPHEMERAL": "1", "PREFECT_UI_ENABLED": "0"}
+    command = [sys.executable, "-m", "uvicorn", "--factory", "flows.server:app", "--host", "127.0.0.1",
+               "--port", url.rpartition(":")[2], "--log-level", "warning", "--timeout-graceful-shutdown", "3"]
+    answered = threading.Event()
+
+    def keep() -> None:
+        with LOG.open("w") as log:
+            while True:
+                subprocess.Popen(
+                    command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                    start_new_session=True, preexec_fn=partial(die_with_parent, signal.SIGTERM),
+                ).wait()
+                if not answered.is_set():
+                    return
+
+    keeper = threading.Thread(target=keep, daemon=True)
+    keeper.start()
+    deadline = time.monotonic() + SECONDS_TO_START
+    while not _healthy(url):
+        if not keeper.is_alive() or time.monotonic() > deadline:
+            raise SystemExit(f"Prefect's server did not start.\nRead {LOG}; `make doctor` checks the packages.")
+        time.sleep(0.3)
+    answered.set()
+    return url
+
+
+def check_database() -> None:
+    """Raise SystemExit where Prefect's record of runs cannot be written."""
+    file = PREFECT_HOME / "prefect.db"
     try:
-        deadline = time.monotonic() + SECONDS_TO_START
-        while not _healthy(url):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"Prefect's server did not start.\nRead {LOG}; `make doctor` checks the packages.")
-            time.sleep(0.3)
-        RECORD.parent.mkdir(parents=True, exist_ok=True)
-        RECORD.write_text(json.dumps({"url": url, "pid": process.pid}))
-        yield url
-    finally:
-        RECORD.unlink(missing_ok=True)
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(15)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.closing(sqlite3.connect(file, timeout=SECONDS_FOR_DATABASE)) as database:
+            database.execute("begin immediate")
+    except sqlite3.Error as error:
+        raise SystemExit(f"{file}: {error}.\nEnd the process that has it, or `rm -r {PREFECT_HOME}`: it holds the "
+                         "record of past runs, no results.") from None
+
+
+Receive = Callable[[], Awaitable[Any]]
+Send = Callable[[Any], Awaitable[None]]
+
+
+def app() -> Callable[[dict[str, Any], Receive, Send], Awaitable[None]]:
+    """Prefect's application, which answers its own pages and programs, not pages of others that a browser has open."""
+    from prefect.server.api.server import create_app
+    from starlette.responses import PlainTextResponse
+
+    prefect = create_app(final=True)
+    port = os.environ["PREFECT_API_URL"].removesuffix("/api").rpartition(":")[2]
+    hosts = {f"{host}:{port}".encode() for host in ("127.0.0.1", "localhost")}
+    origins = {None, *(b"http://" + host for host in hosts)}
+
+    async def answer(scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        headers = dict(scope.get("headers", ()))
+        foreign = headers.get(b"host") not in hosts or headers.get(b"origin") not in origins
+        refused = PlainTextResponse(f"Only for pages of 127.0.0.1:{port}.", 403)
+        await (refused if foreign and scope["type"] != "lifespan" else prefect)(scope, receive, send)
+
+    return answer
+
+
+@contextlib.contextmanager
+def serve_pages(port: int) -> Iterator[str]:
+    """The pages, in this repository's name. SystemExit when others serve them."""
+    RECORD.parent.mkdir(parents=True, exist_ok=True)
+    with RECORD.open("a") as record:
+        try:
+            fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"The pages are already served at {running()}.\n"
+                             "Open them there, or stop that `make ui` first.") from None
+        record.truncate(0)
+        try:
+            url = start(port)
+            json.dump({"url": url}, record)
+            record.flush()
+            yield url
+        finally:
+            RECORD.unlink()
 
 
 def main() -> None:
@@ -110,9 +170,16 @@ def main() -> None:
     )
     parser.add_argument("--port", type=int, default=PORT)
     options = parser.parse_args()
+    try:
+        check_places()
+    except GraphError as error:
+        sys.exit(str(error))
+    signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))      # the terminal is closed
     with serve_pages(options.port) as url:
-        from flows.reproduce import reproduce  # prefect reads PREFECT_API_URL when it is imported
+        os.environ["PREFECT_API_URL"] = f"{url}/api"
+        from flows.reproduce import mark_crashed, reproduce  # prefect reads PREFECT_API_URL when it is imported
 
+        mark_crashed()
         print(url, "Start runs there (Deployments) or by `make reproduce`. Ctrl-C ends.", sep="\n", flush=True)
         reproduce.serve(name="local", limit=1, print_starting_message=False, pause_on_shutdown=False)
 

@@ -17,8 +17,12 @@ import errno
 import fcntl
 import gc
 import hashlib
+import itertools
 import json
+import locale
 import os
+import pwd
+import re
 import shutil
 import signal
 import subprocess
@@ -39,6 +43,9 @@ MAKER = {"annotated": "annotate", "curated": "curate", "tokenizer": "tokenizer",
          "items": "items", "hub": "export@{name}"}
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3     # <malloc.h>
+
+
+PRCTL, PR_SET_PDEATHSIG = ctypes.CDLL(None).prctl, 1        # found here: nothing may be loaded between fork and exec
 
 
 class StageError(SystemExit):
@@ -106,7 +113,7 @@ class Stage:
         Called when all is ready that needs no GPU, imports above all: a flow starts a stage while another computes, and
         the line printed here (`gpu 0 waited 12.3 s`) tells it who has the GPU. Without that variable nothing is taken.
         """
-        names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "").split(",") if name]
+        names = gpu_names(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
         started = time.monotonic()
         Path(".scratch").mkdir(exist_ok=True)
         for name in names:
@@ -146,6 +153,30 @@ class Stage:
         """The sections this stage depends on, as plain values."""
         values = self.params.model_dump(mode="json")
         return {name: values[name] for name in ("profile", *self.sections)} | {"variant": self.variant}
+
+
+def gpu_names(visible: str) -> list[str]:
+    """Those that a value of CUDA_VISIBLE_DEVICES names, up to one that is none, as CUDA reads it: `-1` hides all."""
+    names = visible.replace(" ", "").split(",")
+    return list(itertools.takewhile(re.compile(r"\d+|(GPU|MIG)-.+").fullmatch, names))
+
+
+def settle() -> None:
+    """Files, output and children in UTF-8, whatever the locale, for which the command may start over; and a user whom
+    libraries can name, where the system has no name for the number, as in a container."""
+    if locale.getpreferredencoding(False).lower() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"PYTHONUTF8": "1"})
+    os.environ["PYTHONUTF8"] = "1"
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:
+        os.environ.setdefault("USER", str(os.getuid()))
+        os.environ.setdefault("HOME", str(Path(".cache").absolute()))
+
+
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Have Linux send this process a signal when the one that started it ends, in whatever way that ends."""
+    PRCTL(PR_SET_PDEATHSIG, number)
 
 
 def write(path: Path, content: Any) -> None:
@@ -219,6 +250,7 @@ def run_stage(
         sections: sections of params.yaml the stage depends on.
         members: for a `foreach` stage, the names `--variant` may take.
     """
+    settle()
     name = function.__name__
     options = _parser(name, description, members is not None).parse_args()
     if options.set and not options.out:
@@ -233,6 +265,9 @@ def run_stage(
     gc.set_threshold(20_000)            # imports make many objects and no garbage: looking for it took a second a stage
     keep_freed_memory()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))    # let `finally` blocks run when a flow is cancelled
+    if "DVC_STAGE" in os.environ:           # its parent is DVC; a shell, the parent by hand, may end and leave it
+        clusters = (params.runtime.executor, params.runtime.launcher.kind)
+        die_with_parent(signal.SIGTERM if "slurm" in clusters else signal.SIGKILL)      # time to cancel jobs
     stage = Stage(name, params, variant, options.out, sections)
     if options.dry_run:
         print(json.dumps(stage.parameters(), indent=1))

@@ -24,6 +24,7 @@ from typing import Any, Literal, NoReturn
 from pydantic import BaseModel, ConfigDict, Field
 
 from model.config import ModelError
+from stages.common import die_with_parent
 
 RENDEZVOUS_PORT = 29_400
 SECONDS_BETWEEN_LOOKS = 2.0
@@ -116,7 +117,7 @@ def _by_torchrun(launcher: LauncherConfig, job: Path, name: str) -> str:
     command = torchrun_command(launcher, job, launcher.rendezvous if launcher.nodes > 1 else None, name)
     if launcher.nodes > 1:
         print(f"Run this on each of the other {launcher.nodes - 1} nodes:\n{shlex.join(command)}", flush=True)
-    process = subprocess.Popen(command, start_new_session=True)     # ended as one group
+    process = subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent)     # ended as one group
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         os.killpg(process.pid, signal.SIGTERM)

@@ -15,6 +15,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from stages.common import die_with_parent
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -23,6 +25,7 @@ def main() -> None:
     )
     parser.add_argument("job", type=Path, help="job file of stages.pretrain")
     file = parser.parse_args().job
+    die_with_parent()                           # torchrun
 
     import torch
 

@@ -175,6 +175,19 @@ def test_without_a_suitable_python_it_says_what_to_install(sandbox: Sandbox) -> 
     assert not (sandbox.directory / ".venv").exists()
 
 
+def test_a_python_that_was_named_is_taken_or_refused(sandbox: Sandbox) -> None:
+    done = sandbox.make("setup", "PYTHON=/no/such/python")
+    assert done.returncode != 0 and not sandbox.calls() and not (sandbox.directory / ".venv").exists()
+    assert done.stdout.splitlines()[0] == "PYTHON=/no/such/python is no Python 3.11 or 3.12 with venv."
+
+
+def test_children_get_utf8_and_a_user_with_a_name(sandbox: Sandbox) -> None:
+    (sandbox.tools / "id").symlink_to(str(shutil.which("id")))
+    with (sandbox.directory / "Makefile").open("a") as makefile:
+        makefile.write("\nshow:\n\t@echo \"$$USER,$$PYTHONUTF8\"\n")
+    assert sandbox.make("show").stdout == f"{os.getuid()},1\n"
+
+
 def test_clean_removes_one_profile_only(sandbox: Sandbox) -> None:
     for kind in ("data", "runs", "reports"):
         for profile in ("cpu", "smoke"):

@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # Counts to ten in its scratch file, one count a progress line, and goes on from there when it was killed.
 WORK = """
 import pathlib, sys, time
+from stages.common import die_with_parent
+die_with_parent()
 name, seconds, *inputs = sys.argv[1:]
 if pathlib.Path(f"break-{name}").exists():
     sys.exit("values.csv: column `loss` is missing.\\nRun `dvc repro first` again.")
@@ -68,14 +70,29 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     params["runtime"]["slots"] = 2
     YAML().dump(params, tmp_path / "params.yaml")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     return tmp_path
 
 
+def without_prefect() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
+
+
+@pytest.fixture(scope="session")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prefect's, as its server makes it at the first start, which takes long."""
+    home = tmp_path_factory.mktemp("prefect")
+    subprocess.run([sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"], check=True,
+                   env=without_prefect() | {"PREFECT_HOME": str(home)}, capture_output=True)
+    return home / "prefect.db"
+
+
 @pytest.fixture
-def environment(repository: Path) -> dict[str, str]:
+def environment(repository: Path, database: Path) -> dict[str, str]:
     """For a process that runs the flow here: this checkout's packages, a Prefect of its own."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
-    return kept | {"PYTHONPATH": str(ROOT), "PREFECT_HOME": str(repository / ".prefect")}
+    (repository / ".prefect").mkdir()
+    shutil.copy(database, repository / ".prefect")
+    return without_prefect() | {"PREFECT_HOME": str(repository / ".prefect")}
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import sqlite3
@@ -9,9 +10,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
+import pytest
 
 Reproduce = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -22,31 +25,40 @@ def results(output: str) -> dict[str, str]:
     return {row.split("  ")[0]: row.split("  ", 1)[1].strip().split("  ")[0] for row in rows if row.strip()}
 
 
-def states(repository: Path) -> dict[str, list[str]]:
-    """Task -> names of its states in the order of runs, from Prefect's record."""
+def states(repository: Path, table: str = "task_run") -> dict[str, list[str]]:
+    """Name -> names of its states in the order of runs, from Prefect's record."""
     with sqlite3.connect(repository / ".prefect/prefect.db") as database:
-        rows = database.execute("select name, state_name from task_run order by expected_start_time")
+        rows = database.execute(f"select name, state_name from {table} order by expected_start_time")
         found: dict[str, list[str]] = {}
         for name, state in rows:
             found.setdefault(name, []).append(state)
     return found
 
 
-def stop_in(stage: str, repository: Path, environment: dict[str, str]) -> None:
-    """Start the flow, terminate it as `stage` has come to its second step, and see that nothing is left."""
+def start(stage: str, repository: Path, environment: dict[str, str]) -> tuple[psutil.Popen, list[psutil.Process]]:
+    """The flow in a process group of its own, as a shell starts it, as `stage` has come to its second step; and all
+    that it started."""
     command = [sys.executable, "-m", "flows.reproduce"]
-    flow = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    flow = psutil.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                        process_group=0, preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))
     log = repository / f"logs/{stage}.log"
-    deadline = time.monotonic() + 90
+    log.unlink(missing_ok=True)
+    deadline = time.monotonic() + 180
     while not (log.exists() and "step 2/" in log.read_text()):
         assert flow.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
-    tree = psutil.Process(flow.pid).children(recursive=True)
-    assert any("work.py" in process.cmdline() for process in tree)
-    flow.send_signal(signal.SIGTERM)
+    tree = flow.children(recursive=True)
+    assert {"work.py", "uvicorn", "repro"} <= {word for process in tree for word in process.cmdline()}
+    return flow, tree
+
+
+def stop_in(stage: str, repository: Path, environment: dict[str, str]) -> None:
+    """Start the flow, interrupt its process group, as Ctrl-C does, and see that nothing is left."""
+    flow, tree = start(stage, repository, environment)
+    os.killpg(flow.pid, signal.SIGINT)
     output, _ = flow.communicate(timeout=60)
-    assert flow.returncode == 130
-    assert "Run the same command again" in output
+    assert flow.returncode == 130, output
+    assert "Run the same command again" in output and "Traceback" not in output
     _, alive = psutil.wait_procs(tree, timeout=10)         # stages, DVC and the temporary server
     assert alive == []
     assert (repository / ".dvc/tmp/rwlock").read_text() in ("", "{}")
@@ -82,6 +94,27 @@ def test_a_run_that_fails_is_stopped_and_ends_well(
     with sqlite3.connect(repository / ".prefect/prefect.db") as database:
         keys = {key for (key,) in database.execute("select key from artifact")}
     assert {"plan", "progress-first", "progress-second-left"} <= keys
+
+
+@pytest.mark.parametrize("victim", ["flow", "repro", "uvicorn"])
+def test_whichever_process_is_killed_nothing_is_left_and_the_run_goes_on(
+    victim: str, repository: Path, environment: dict[str, str], reproduce: Reproduce
+) -> None:
+    flow, tree = start("second@right", repository, environment)
+    (flow if victim == "flow" else next(one for one in tree if victim in one.cmdline())).kill()
+    output, _ = flow.communicate(timeout=120)
+    _, alive = psutil.wait_procs(tree, timeout=10)
+    assert alive == []
+    if victim == "uvicorn":                                 # another takes its place
+        assert flow.returncode == 0 and "Traceback" not in output, output
+        assert set(results(output).values()) == {"ran"}
+        return
+    again = reproduce()
+    assert again.returncode == 0, again.stdout + again.stderr
+    [(name, found)] = states(repository, "flow_run").items()
+    assert re.fullmatch(r"cpu(-[0-9a-f]{7}(-changes)?)?", name)     # the profile and, in git, the commit
+    assert found == ["Crashed" if victim == "flow" else "Failed", "Completed"]
+    assert not {"Running", "Pending"} & {state for found in states(repository).values() for state in found}
 
 
 def test_what_cannot_start_says_so_in_two_lines(reproduce: Reproduce) -> None:

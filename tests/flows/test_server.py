@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
-import os
 import re
 import signal
 import socket
@@ -59,8 +60,8 @@ def ask(url: str, body: dict[str, Any] | None = None) -> Any:
     return wait_for(answered)[0]
 
 
-@pytest.fixture
-def pages(repository: Path, environment: dict[str, str]) -> Iterator[str]:
+@contextlib.contextmanager
+def serve(environment: dict[str, str], ends_by: signal.Signals) -> Iterator[str]:
     """`make ui`; its URL. Afterwards nothing of it may be left."""
     command = [sys.executable, "-m", "flows.server", "--port", str(free_port())]
     ui = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
@@ -71,19 +72,47 @@ def pages(repository: Path, environment: dict[str, str]) -> Iterator[str]:
         yield url
     finally:
         tree = psutil.Process(ui.pid).children(recursive=True)
-        ui.send_signal(signal.SIGTERM)
+        ui.send_signal(ends_by)
         ui.communicate(timeout=60)
     _, alive = psutil.wait_procs(tree, timeout=10)
     assert alive == []
+
+
+@pytest.fixture
+def pages(repository: Path, environment: dict[str, str]) -> Iterator[str]:
+    with serve(environment, signal.SIGTERM) as url:
+        yield url
     assert not (repository / ".prefect/server.json").exists()
 
 
-def test_start_cancel_and_report_to_the_pages(repository: Path, pages: str, reproduce: Reproduce) -> None:
-    deployment = wait_for(lambda: ask(f"{pages}/api/deployments/filter", {}))[0]
+def start_run(url: str, repository: Path) -> str:
+    """Start a run from the pages; its id, once a stage of it is on the way."""
+    deployment = wait_for(lambda: ask(f"{url}/api/deployments/filter", {}))[0]
     assert deployment["name"] == "local"
-    run = ask(f"{pages}/api/deployments/{deployment['id']}/create_flow_run", {})["id"]
+    run: str = ask(f"{url}/api/deployments/{deployment['id']}/create_flow_run", {})["id"]
     log = repository / "logs/second@left.log"
     wait_for(lambda: log.exists() and "step 2/" in log.read_text())
+    return run
+
+
+def is_refused(url: str, **headers: str) -> bool:
+    headers |= {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/api/deployments/filter", b"{}", headers)
+    try:
+        urllib.request.urlopen(request, timeout=30).close()
+    except urllib.error.HTTPError as error:
+        assert error.code == HTTPStatus.FORBIDDEN
+        return True
+    return False
+
+
+def test_start_cancel_and_report_to_the_pages(repository: Path, pages: str, reproduce: Reproduce) -> None:
+    port = pages.rpartition(":")[2]
+    assert is_refused(pages, Origin="https://example.org") and is_refused(pages, Origin="null")
+    assert is_refused(pages, Host=f"example.org:{port}")            # a name that was made to lead here
+    assert not is_refused(pages, Origin=pages) and not is_refused(pages, Origin=f"http://localhost:{port}")
+
+    run = start_run(pages, repository)
     stages = [process for process in psutil.Process().children(recursive=True) if "work.py" in process.cmdline()]
     assert stages
     ask(f"{pages}/api/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
@@ -95,8 +124,20 @@ def test_start_cancel_and_report_to_the_pages(repository: Path, pages: str, repr
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith(f"Watch this run at {pages}\n")
     assert "Starting a temporary" not in done.stdout
-    states = [run["state_name"] for run in ask(f"{pages}/api/flow_runs/filter", {})]
-    assert sorted(states) == ["Cancelled", "Completed"]
+    runs = ask(f"{pages}/api/flow_runs/filter", {})
+    assert sorted(run["state_name"] for run in runs) == ["Cancelled", "Completed"]
+    assert all(re.fullmatch(r"cpu(-[0-9a-f]{7}(-changes)?)?", run["name"]) for run in runs)
+
+
+def test_pages_that_are_killed_take_their_run_along_and_can_be_served_again(
+    repository: Path, environment: dict[str, str]
+) -> None:
+    with serve(environment, signal.SIGKILL) as url:
+        run = start_run(url, repository)
+    with serve(environment, signal.SIGHUP) as url:                  # as of a terminal that is closed
+        assert ask(f"{url}/api/flow_runs/{run}")["state_name"] == "Crashed"
+        states = {task["state_name"] for task in ask(f"{url}/api/task_runs/filter", {})}
+        assert "Crashed" in states and not states & {"Running", "Pending"}
 
 
 def test_a_port_in_use_is_named(repository: Path, environment: dict[str, str]) -> None:
@@ -131,6 +172,16 @@ def busy() -> Iterator[tuple[str, list[int]]]:
         answering.shutdown()
 
 
+@contextlib.contextmanager
+def record_of(url: str) -> Iterator[None]:
+    """What a `make ui` leaves while it serves."""
+    with server.RECORD.open("w") as record:
+        fcntl.flock(record, fcntl.LOCK_EX)
+        record.write(json.dumps({"url": url}))
+        record.flush()
+        yield
+
+
 def test_a_busy_server_is_waited_for(
     busy: tuple[str, list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,8 +189,9 @@ def test_a_busy_server_is_waited_for(
     url, given = busy
     monkeypatch.setattr(server, "RECORD", tmp_path / "server.json")
     assert server.running() is None
-    server.RECORD.write_text(json.dumps({"url": url, "pid": os.getpid()}))
-    assert server.running() == url and len(given) == 3
+    with record_of(url):
+        assert server.running() == url and len(given) == 3
+    assert server.running() is None, "whoever held the record is gone"
     given.clear()
     assert ask(url) is True and len(given) == 3
 
@@ -147,5 +199,5 @@ def test_a_busy_server_is_waited_for(
 def test_a_server_that_does_not_answer_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "RECORD", tmp_path / "server.json")
     monkeypatch.setattr(server, "SECONDS_TO_ANSWER", 1.0)
-    server.RECORD.write_text(json.dumps({"url": f"http://127.0.0.1:{free_port()}", "pid": os.getpid()}))
-    assert server.running() is None
+    with record_of(f"http://127.0.0.1:{free_port()}"):
+        assert server.running() is None

@@ -300,7 +300,8 @@ def test_gpus_are_those_cuda_is_to_see(tmp_path: Path, monkeypatch: pytest.Monke
     program.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H200 (UUID: GPU-a)'\necho 'GPU 1: NVIDIA H200 (UUID: GPU-b)'\n")
     program.chmod(0o755)
     assert dvc_graph.visible_gpus() == ["0", "1"]
-    for chosen, expected in (("1", ["1"]), ("0, 2", ["0", "2"]), ("", [])):
+    for chosen, expected in (("1", ["1"]), ("0, 2", ["0", "2"]), ("", []), ("-1", []), ("NoDevFiles", []),
+                             ("3,-1,1", ["3"]), ("GPU-8932f937,MIG-1/2", ["GPU-8932f937", "MIG-1/2"])):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
         assert dvc_graph.visible_gpus() == expected
 

@@ -11,6 +11,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+import psutil
 import pytest
 
 from flows.dvc_graph import GpuTaken
@@ -111,6 +112,27 @@ def test_second_run_of_the_same_stage_is_refused(tmp_path):
     finally:
         holder.kill()
         holder.wait()
+
+
+@pytest.mark.parametrize("of_dvc", [True, False])
+def test_a_stage_ends_with_the_dvc_that_started_it_and_not_with_a_shell(of_dvc: bool, tmp_path: Path) -> None:
+    (tmp_path / "toy.py").write_text(
+        "import time; from stages.common import run_stage\n"
+        "def toy(stage): print('begun', flush=True); time.sleep(60)\n"
+        "run_stage(toy, 'A stage.', ())\n"
+    )
+    starts = "import subprocess, sys; subprocess.run([sys.executable, 'toy.py', '--out', '.'])"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | ({"DVC_STAGE": "toy"} if of_dvc else {})
+    (tmp_path / "params.yaml").symlink_to(ROOT / "params.yaml")
+    parent = subprocess.Popen([sys.executable, "-c", starts], cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
+    assert parent.stdout and parent.stdout.readline() == b"begun\n"
+    [toy] = psutil.Process(parent.pid).children()
+    parent.kill()
+    parent.wait()
+    _, alive = psutil.wait_procs([toy], timeout=10 if of_dvc else 0.5)
+    assert bool(alive) != of_dvc
+    for process in alive:
+        process.kill()
 
 
 def test_a_stage_waits_for_its_gpus_and_has_them_until_it_ends(stage, capsys, monkeypatch):

@@ -1,0 +1,160 @@
+"""What surrounds a run: locale, proxies, user names, outer repositories, full disks, servers that are gone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from flows import dvc_graph, server
+from flows.console import Console
+from flows.dvc_graph import GraphError
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGE = """
+import getpass, pathlib
+from stages.common import run_stage
+
+def toy(stage):
+    pathlib.Path("café.txt").write_text("naïve")
+    print("café", getpass.getuser(), pathlib.Path.home())
+    return {}
+
+run_stage(toy, "A stage.", ())
+"""
+
+
+def run_toy(*before: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    Path("toy.py").write_text(STAGE, encoding="utf-8")
+    kept = {key: value for key, value in os.environ.items() if key not in ("USER", "LOGNAME", "HOME", "PYTHONUTF8")}
+    return subprocess.run([*before, sys.executable, "toy.py", "--out", "."], capture_output=True,
+                          env=kept | {"PYTHONPATH": str(ROOT)} | environment)
+
+
+def test_files_and_output_are_utf8_whatever_the_locale(repository: Path) -> None:
+    done = run_toy(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert done.returncode == 0, done.stderr
+    assert "café".encode() in done.stdout
+    assert (repository / "café.txt").read_bytes() == "naïve".encode()
+
+
+def test_a_user_without_a_name_runs_stages(repository: Path) -> None:
+    as_nobody = ("unshare", "--user", "--map-user=54321", "--map-group=54321")
+    if subprocess.run([*as_nobody, "true"], capture_output=True).returncode:
+        pytest.skip("this kernel gives users no namespaces")
+    done = run_toy(*as_nobody)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode().split()[1:] == ["54321", str(repository / ".cache")]
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("HTTP_PROXY", None), ("http_proxy", None), ("NO_PROXY", "corp.example"), ("no_proxy", "corp.example"),
+    ("no_proxy", "*"), ("no_proxy", ""),
+])
+@pytest.mark.parametrize("others", ["http://192.0.2.1:9", "socks5://192.0.2.1:9"])
+def test_no_proxy_is_asked_for_this_machine(name: str, value: str | None, others: str) -> None:
+    proxy = "http://192.0.2.1:9"
+    environment = {"PATH": os.defpath, "PYTHONPATH": str(ROOT), "HTTP_PROXY": proxy, "ALL_PROXY": others}
+    environment |= {name: proxy if value is None else value}
+    program = ("import flows.dvc_graph as graph, httpx, os, urllib.request as asked\n"
+               "assert (os.environ | graph.ENVIRONMENT)['ALL_PROXY'].endswith('://192.0.2.1:9')\n"
+               "print([bool(asked.proxy_bypass(host)) for host in ('127.0.0.1', 'localhost', 'corp.example', 'a.b')])\n"
+               "print(type(httpx.Client()._transport_for_url(httpx.URL('http://127.0.0.1:1'))._pool).__name__)")
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    bypassed, pool = done.stdout.splitlines()
+    theirs = value in ("corp.example", "*")
+    assert bypassed == str([True, True, theirs, value == "*"]) and pool == "ConnectionPool"
+
+
+@pytest.fixture
+def inside(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The repository unpacked in a folder that an outer one ignores."""
+    here = repository / "outer/build/unpacked"
+    shutil.copytree(repository, here, ignore=shutil.ignore_patterns("outer"))
+    subprocess.run(["git", "init", "-q", repository / "outer"], check=True)
+    (repository / "outer/.gitignore").write_text("build/\n")
+    monkeypatch.chdir(here)
+    return here
+
+
+def test_a_folder_that_an_outer_repository_ignores_is_one_without_git(inside: Path) -> None:
+    dvc_graph.allow_no_git()
+    assert len(dvc_graph.graph()) == 4
+
+
+def test_a_graph_that_git_hides_is_not_an_empty_one(inside: Path) -> None:
+    (inside / ".dvc/config.local").touch()
+    dvc_graph.allow_no_git()
+    with pytest.raises(GraphError, match=r"ignores this folder\.\n`rm \.dvc/config\.local`"):
+        dvc_graph.graph()
+
+
+@pytest.mark.parametrize("name", ["logs", ".scratch", ".dvc/tmp", ".prefect"])
+def test_what_cannot_be_written_is_named_before_anything_starts(
+    name: str, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dvc_graph, "PREFECT_HOME", Path(".prefect"))
+    dvc_graph.check_places()
+    shutil.rmtree(name)
+    Path(name).touch()
+    with pytest.raises(GraphError, match=rf"^{name}: cannot be written \(File exists\)\.\nMake it a directory"):
+        dvc_graph.check_places()
+
+
+def test_a_full_disk_is_named_before_anything_starts(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dvc_graph, "PREFECT_HOME", Path(".prefect"))
+    monkeypatch.setattr(dvc_graph, "BYTES_TO_START", shutil.disk_usage(repository).total)
+    with pytest.raises(GraphError, match=r"^\.prefect: cannot be written \(No space left on device\)\.\nFree some"):
+        dvc_graph.check_places()
+
+
+def test_a_log_that_may_not_be_written_is_made_anew(repository: Path) -> None:
+    dvc_graph.allow_no_git()
+    log = repository / "logs/first.log"
+    log.parent.mkdir()
+    log.symlink_to("/proc/version")             # which nobody writes, root included
+    node = dvc_graph.graph()["first"]
+    assert dvc_graph.StageRunner(1, 5).run(node, lambda: None, lambda line: None) == "ran"
+    assert "step 10/10" in log.read_text()
+
+
+def test_a_record_of_runs_that_cannot_be_used_says_so(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "PREFECT_HOME", repository)
+    monkeypatch.setattr(server, "SECONDS_FOR_DATABASE", 0.1)
+    server.check_database()
+    with contextlib.closing(sqlite3.connect(repository / "prefect.db")) as database:
+        database.execute("begin exclusive")
+        with pytest.raises(SystemExit, match=r"prefect\.db: database is locked\.\nEnd the process that has it"):
+            server.check_database()
+    (repository / "prefect.db").write_bytes(b"no database" * 999)
+    with pytest.raises(SystemExit, match=r"prefect\.db: file is not a database\.\n.*`rm -r"):
+        server.check_database()
+
+
+def test_a_server_of_ones_own_that_is_gone_is_named(
+    environment: dict[str, str], reproduce: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    environment["PREFECT_API_URL"] = "http://127.0.0.1:9/api"
+    done = reproduce()
+    assert done.returncode == 1
+    assert done.stderr.startswith("PREFECT_API_URL=http://127.0.0.1:9/api: no server answers")
+    assert len(done.stderr.splitlines()) == 2, done.stderr
+
+
+def test_a_reader_that_leaves_does_not_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make reproduce | head -1`"""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        console = Console()
+        console.start("first")
+        console.end("first", "ran")
+        print("the table", flush=True)
