@@ -92,10 +92,16 @@ class ParallelConfig(Section):
 
 
 class RuntimeConfig(ExecutorConfig):
-    """How to run, never what: no stage depends on it."""
+    """How to run, never what: no stage depends on it.
+
+    Attributes:
+        verify_megabytes: files of outputs up to this size are hashed before every use (`stages.outputs`); larger ones
+            when their size or time changes, and when DVC restores them.
+    """
 
     slots: int = Field(ge=1)
     threads: int = Field(ge=1)
+    verify_megabytes: int = Field(default=1024, ge=0)
     stage_timeout_minutes: float = Field(gt=0)
     launcher: LauncherConfig = LauncherConfig()
     parallel: ParallelConfig = ParallelConfig()
