@@ -386,15 +386,10 @@ class Trainer:
 
     def _batch(self, step: int) -> Tensor:
         """This process's micro-batches of batch `step`, (micro-batches, micro-batch size, sequence + 1), where the
-        device can copy from while it computes. Raises ModelError for an id beyond the vocabulary."""
+        device can copy from while it computes."""
         size = self.recipe.micro_batch_size
         start = (step - 1) * self.recipe.global_batch_size + self.rank * self.micro_batches * size
         samples = torch.stack([self.data[sample] for sample in range(start, start + self.micro_batches * size)])
-        if int(samples.max()) >= self.config.vocab_size:        # tensor-parallel embeddings would take it for zero
-            raise ModelError(
-                f"A training file holds the id {int(samples.max())}, and the vocabulary has {self.config.vocab_size}.\n"
-                "It is damaged or of another tokenizer: run `dvc repro tokenize` again."
-            )
         return (samples.pin_memory() if device().type == "cuda" else samples).unflatten(0, (-1, size))
 
     def _sum_over_processes(self, values: list[Tensor]) -> Tensor:
