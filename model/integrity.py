@@ -15,6 +15,7 @@ from torch import Tensor
 from model.config import ModelError
 
 SUMS = "SHA256SUMS"
+READ = (".distcp", ".metadata", ".safetensors", ".json", ".pt", ".csv")     # what is computed from, and must be listed
 CARD = "README.md"          # which a better one may replace; nothing is computed from it
 
 
@@ -42,20 +43,22 @@ def check_sums(directory: Path, part: slice = slice(None)) -> None:
     """Compare the files below `directory` with its SHA256SUMS.
 
     Args:
-        part: of the lines; each of several processes may take its own.
+        part: of the files; each of several processes may take its own.
 
     Raises:
-        ModelError: there is no SHA256SUMS, or a file is not the one that was written.
+        ModelError: there is no SHA256SUMS, or a file is not the one that was written, or is not listed.
     """
     try:
         lines = (directory / SUMS).read_text().splitlines()
     except (OSError, ValueError) as error:
         raise ModelError(f"{directory / SUMS}: cannot be read ({error}).\n{_CURE}") from None
-    for digest, _, name in (line.partition("  ") for line in lines[part]):
+    digests = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    there = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.name.endswith(READ))
+    for name in [*digests, *(set(there) - set(digests))][part]:
         path = directory / name
         if not path.is_file():
             raise ModelError(f"{path}: not found, and {SUMS} beside it lists it.\n{_CURE}")
-        if sha256(path) != digest:
+        if sha256(path) != digests.get(name):
             raise ModelError(f"{path}: damaged or replaced: it is not the file whose digest stands in {SUMS}.\n{_CURE}")
 
 
