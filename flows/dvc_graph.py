@@ -155,6 +155,18 @@ def mend_lock() -> str | None:
     return "dvc.lock was cut short: put back as after the last stage that ended before."
 
 
+def mend(largest: float) -> list[str]:
+    """Put right what a kill, a full or a failing disk left of dvc.lock, of outputs and of DVC's copies of them; what
+    was found, in words. No stage may run.
+
+    Args:
+        largest: bytes of a file that is hashed (`stages.outputs.verify`).
+    """
+    lock = mend_lock()
+    damaged = outputs.verify(outputs.recorded(), largest)
+    return [*filter(None, [lock]), *(f"{damage} DVC restores it, or its stage runs again." for damage in damaged)]
+
+
 def allow_no_git() -> None:
     """In a tree without git (an unpacked archive), tell DVC so, in .dvc/config.local. Raises GraphError elsewhere."""
     if not (Path("dvc.yaml").is_file() and Path(".dvc").is_dir()):

@@ -31,7 +31,6 @@ from flows import artifacts, dvc_graph, server
 from flows.console import Console, clock, table
 from flows.dvc_graph import GpuTaken, GraphError, Node, Progress, StageFailed, StageRunner
 from flows.profile import apply, resolve
-from stages import outputs
 from stages.params import ParamsError, load_params
 
 
@@ -50,10 +49,8 @@ class Run:
         while holders := dvc_graph.busy():
             self.console.line(f"Waiting for the stages an earlier run left: processes {sorted(holders)}")
             time.sleep(3)
-        if mended := dvc_graph.mend_lock():
-            self.console.line(mended)
-        for damage in outputs.verify(outputs.recorded(), params.runtime.verify_megabytes * 2**20):
-            self.console.line(f"{damage} DVC restores it, or its stage runs again.")
+        for line in dvc_graph.mend(params.runtime.verify_bytes):
+            self.console.line(line)
         nodes = dvc_graph.graph()
         for name, node in nodes.items():
             if name.startswith("pretrain@"):

@@ -95,7 +95,7 @@ class Stage:
         """Raise StageError where a file of `path` is not the one that DVC recorded when its stage had written it."""
         from stages.outputs import damaged
 
-        if found := damaged(path, self.params.runtime.verify_megabytes * 2**20):
+        if found := damaged(path, self.params.runtime.verify_bytes):
             makers = " ".join(dict.fromkeys(damage.output.stage for damage in found))
             raise StageError(f"{found[0]}" + (f" And {len(found) - 1} more." if found[1:] else "") + "\n"
                              f"`dvc repro {makers}` makes it again; `dvc commit {makers}` takes it for right.")

@@ -43,10 +43,10 @@ def recorded() -> list[Output]:
     """All outputs in dvc.lock; of one that DVC is just writing, those that are there."""
     import yaml
 
-    with suppress(FileNotFoundError, yaml.YAMLError):
-        stages = (yaml.load(LOCK.read_text(), yaml.CSafeLoader) or {}).get("stages", {})
+    with suppress(FileNotFoundError, ValueError, yaml.YAMLError, AttributeError, TypeError):
         return [Output(name, Path(out["path"]), out["md5"])
-                for name, stage in stages.items() for out in stage.get("outs", ())]
+                for name, stage in yaml.load(LOCK.read_text(), yaml.CSafeLoader)["stages"].items()
+                for out in stage.get("outs", ()) if out.keys() >= {"path", "md5"}]
     return []
 
 

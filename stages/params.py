@@ -118,6 +118,10 @@ class RuntimeConfig(ExecutorConfig):
         return self
 
     @property
+    def verify_bytes(self) -> int:
+        return self.verify_megabytes * 2**20
+
+    @property
     def data_parallel(self) -> int:
         return self.launcher.processes // (self.parallel.tensor * self.parallel.pipeline)
 

@@ -88,6 +88,14 @@ def mend() -> list[str]:
     return [runner.run(node, lambda: None, lambda line: None) for name, node in nodes.items() if name in stale]
 
 
+def test_half_a_lock_names_what_it_holds(repository: Path) -> None:
+    whole, text = {output.path for output in outputs.recorded()}, outputs.LOCK.read_bytes()
+    for end in range(0, len(text), 3):
+        for content in (text[:end], text[:end] + b"\xff" + text[end + 1 :]):
+            outputs.LOCK.write_bytes(content)
+            assert {output.path for output in outputs.recorded()} <= whole
+
+
 def test_a_finished_run_is_right(repository: Path) -> None:
     assert {str(output.path) for output in outputs.recorded()} == {"data/cpu/tokens", str(RECORD)}
     assert good() and dvc_graph.stale(dvc_graph.graph()) == set()
