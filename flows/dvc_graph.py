@@ -273,24 +273,26 @@ def only_flow() -> Iterator[None]:
 def busy() -> dict[int, str]:
     """Process -> command of the DVC processes that hold files of this repository; entries of dead ones are dropped."""
     try:
-        lock = json.loads(RWLOCK.read_text(errors="replace") or "{}")
+        lock = json.loads(RWLOCK.read_bytes())
+        write = {path: holder for path, holder in lock.get("write", {}).items() if _is_repro(holder["pid"])}
+        read = {path: [one for one in holders if _is_repro(one["pid"])]
+                for path, holders in lock.get("read", {}).items()}
+        readers = [one for some in read.values() for one in some]
+        holders = {one["pid"]: one["cmd"] for one in [*write.values(), *readers]}
     except FileNotFoundError:
         return {}
-    except json.JSONDecodeError:                # half of it, which DVC would refuse for ever
+    except (ValueError, AttributeError, KeyError, TypeError):       # half of it, which DVC would refuse for ever
         here = Path.cwd()
         living = {one.pid: " ".join(one.info["cmdline"]) for one in psutil.process_iter(["cwd", "cmdline"])
                   if one.info["cwd"] == str(here) and _is_repro(one.pid)}
         if not living:
             RWLOCK.unlink(missing_ok=True)
         return living
-    write = {path: holder for path, holder in lock.get("write", {}).items() if _is_repro(holder["pid"])}
-    read = {path: [one for one in holders if _is_repro(one["pid"])] for path, holders in lock.get("read", {}).items()}
     live = {"write": write, "read": {path: holders for path, holders in read.items() if holders}}
     live = {kind: entries for kind, entries in live.items() if entries}
     if live != lock:
         _replace(RWLOCK, json.dumps(live).encode())
-    holders = [*write.values(), *(one for found in read.values() for one in found)]
-    return {holder["pid"]: holder["cmd"] for holder in holders}
+    return holders
 
 
 def _is_repro(pid: int) -> bool:
@@ -352,8 +354,9 @@ class StageRunner:
         with self._slot(node) as gpus:
             on_start()
             while (outcome := self._repro(node, gpus, on_line)) == "restored":
-                found = outputs.verify(outputs.of_stage(node.name), math.inf)
-                if not found:
+                if not (restored := outputs.of_stage(node.name)):
+                    raise StageFailed(f"{node.name}: restored, and not in dvc.lock.\nRun the same command again.")
+                if not (found := outputs.verify(restored, math.inf)):
                     break
                 on_line(f"{found[0]} DVC's copy of it is damaged, and gone: once more.")
             return outcome

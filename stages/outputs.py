@@ -51,10 +51,12 @@ def recorded() -> list[Output]:
 
 
 def of_stage(stage: str) -> list[Output]:
-    """Those of a stage that has ended; waits for a dvc.lock that DVC is just writing."""
-    while not (found := [output for output in recorded() if output.stage == stage]):
+    """Those of a stage that has ended; waits for a dvc.lock that DVC is just writing. None where it names none."""
+    for _ in range(100):
+        if found := [output for output in recorded() if output.stage == stage]:
+            return found
         time.sleep(0.2)
-    return found
+    return []
 
 
 def damaged(path: Path, largest: float) -> list[Damage]:

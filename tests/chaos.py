@@ -34,7 +34,7 @@ import psutil
 from stages import outputs
 from tests.archive import COMMAND, command_environment, reproduce, results, unpack
 
-AT_REST = 8                     # faults a round, before the command
+AT_REST = 12                    # faults a round, before the command
 ATTEMPTS = 5                    # at the same command; the first may be disturbed
 KILLED_MAY_LEAVE = 15.0         # seconds until processes that end by themselves have
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)

@@ -68,8 +68,13 @@ def test_a_damaged_lock_is_never_kept(here: Path) -> None:
     assert dvc_graph.mend_lock() and dvc_graph.mend_lock() is None
 
 
-def test_half_an_rwlock_goes_when_nobody_can_hold_it(here: Path) -> None:
-    dvc_graph.RWLOCK.write_text(json.dumps({"write": {"out": {"pid": os.getpid(), "cmd": "dvc repro"}}})[:25])
+RWLOCK = json.dumps({"write": {"out": {"pid": os.getpid(), "cmd": "dvc repro"}}, "read": {}}).encode()
+
+
+@pytest.mark.parametrize("content", [*(RWLOCK[:cut] for cut in range(0, len(RWLOCK), 8)), b"\xff{}", b"[]",
+                                     RWLOCK.replace(b"pid", b"qid"), RWLOCK.replace(b'"out": {', b'"out": [{') + b"]"])
+def test_half_an_rwlock_goes_when_nobody_can_hold_it(here: Path, content: bytes) -> None:
+    dvc_graph.RWLOCK.write_bytes(content)
     assert dvc_graph.busy() == {} and not dvc_graph.RWLOCK.exists()
 
 
