@@ -15,8 +15,7 @@ from torch import Tensor
 from model.config import ModelError
 
 SUMS = "SHA256SUMS"
-READ = (".distcp", ".metadata", ".safetensors", ".json", ".pt", ".csv")     # what is computed from, and must be listed
-CARD = "README.md"          # which a better one may replace; nothing is computed from it
+WEIGHTS = (".distcp", ".safetensors")       # which must be listed
 
 
 def sha256(path: Path) -> str:
@@ -26,15 +25,16 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write_sums(directory: Path, known: Mapping[str, str] | None = None) -> None:
-    """Write SHA256SUMS of every other file below `directory`.
+def write_sums(directory: Path, known: Mapping[str, str] | None = None, files: str = "*") -> None:
+    """Write SHA256SUMS of the files below `directory`.
 
     Args:
         known: digests by name of those that need not be read again.
+        files: a pattern of names. A Hub directory's weights alone are sealed: the rest people may well change.
     """
-    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name not in (SUMS, CARD))
+    paths = sorted(path for path in directory.rglob(files) if path.is_file() and path.name != SUMS)
     digests = {name: (known or {}).get(name) or sha256(path)
-               for path in files for name in [path.relative_to(directory).as_posix()]}
+               for path in paths for name in [path.relative_to(directory).as_posix()]}
     (directory / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in digests.items()))
     sha256(directory / SUMS)
 
@@ -53,7 +53,7 @@ def check_sums(directory: Path, part: slice = slice(None)) -> None:
     except (OSError, ValueError) as error:
         raise ModelError(f"{directory / SUMS}: cannot be read ({error}).\n{_CURE}") from None
     digests = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    there = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.name.endswith(READ))
+    there = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.suffix in WEIGHTS)
     for name in [*digests, *(set(there) - set(digests))][part]:
         path = directory / name
         if not path.is_file():

@@ -81,7 +81,7 @@ def to_hub(
         fast_tokenizer.export(tokenizer, out)
         ids = check_tokenizer(out, pieces, config.vocab_size)
     difference, compared = check_logits(out, ids[: min(config.sequence_length, COMPARED_TOKENS)])
-    write_sums(out)
+    write_sums(out, files="*.safetensors")
     return {
         "parameters": sum(tensor.numel() for tensor in state.values()),
         "megabytes": sum(file.stat().st_size for file in out.glob("*.safetensors")) / 1e6,
@@ -96,7 +96,6 @@ def from_hub(source: Path, out: Path) -> dict[str, Any]:
     Names, shapes and vocabulary are checked before any tensor is read. Raises ModelError.
     """
     from model import checkpoint, hub
-    from model.integrity import write_sums
 
     hub.check_files(source, config := hub.read_config(source))
     check_vocabulary(source, config.vocab_size)
@@ -115,7 +114,6 @@ def from_hub(source: Path, out: Path) -> dict[str, Any]:
     else:
         special_tokens = {name: values.get(name) for name in hub.SPECIAL_TOKENS}
         (own / "generation_config.json").write_text(json.dumps(special_tokens, indent=2) + "\n")
-    write_sums(out)
     return {"pattern": config.pattern, "parameters": sum(tensor.numel() for tensor in state.values())}
 
 

@@ -278,10 +278,11 @@ def test_models_of_another_kind_are_refused(tmp_path, changes, message):
 
 def test_a_sealed_directory_is_as_it_was_written(tmp_path):
     hub.save(tmp_path, HYBRID, random_state(HYBRID), {}, "float32")
-    write_sums(tmp_path)
+    write_sums(tmp_path, files="*.safetensors")
     (tmp_path / "README.md").write_text("A better card.")
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 11]}')
     hub.load(tmp_path)
-    for name in ("model.safetensors", "config.json", "SHA256SUMS"):
+    for name in ("model.safetensors", "SHA256SUMS"):
         whole = (tmp_path / name).read_bytes()
         for content in (whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:], b"" if name == "SHA256SUMS" else whole):
             (tmp_path / name).write_bytes(content)
