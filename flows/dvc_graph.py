@@ -160,7 +160,7 @@ def mend(largest: float) -> list[str]:
     was found, in words. No stage may run.
 
     Args:
-        largest: bytes of a file that is hashed (`stages.outputs.verify`).
+        largest: bytes of an output that is hashed (`stages.outputs.verify`).
     """
     lock = mend_lock()
     damaged = outputs.verify(outputs.recorded(), largest)

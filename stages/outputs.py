@@ -29,6 +29,7 @@ class Output(NamedTuple):
     stage: str
     path: Path
     md5: str
+    size: int               # bytes, of all its files
 
 
 class Damage(NamedTuple):
@@ -44,9 +45,9 @@ def recorded() -> list[Output]:
     import yaml
 
     with suppress(FileNotFoundError, ValueError, yaml.YAMLError, AttributeError, TypeError):
-        return [Output(name, Path(out["path"]), out["md5"])
+        return [Output(name, Path(out["path"]), out["md5"], int(out["size"]))
                 for name, stage in yaml.load(LOCK.read_text(), yaml.CSafeLoader)["stages"].items()
-                for out in stage.get("outs", ()) if out.keys() >= {"path", "md5"}]
+                for out in stage.get("outs", ()) if out.keys() >= {"path", "md5", "size"}]
     return []
 
 
@@ -77,25 +78,23 @@ def verify(outputs: Iterable[Output], largest: float) -> list[Damage]:
     """Hash the files of `outputs` and DVC's copies of them. Where a file is good a bad copy is replaced, else removed.
 
     Args:
-        largest: bytes of a file; larger ones are taken for right.
+        largest: bytes of an output; larger ones are taken for right.
 
     Returns:
         Files that are there and are not as written. Their times change, so that DVC sees it.
     """
-    return [Damage(output, path) for output in outputs for path in _verify(output, largest)]
+    return [Damage(output, path) for output in outputs if output.size <= largest for path in _verify(output)]
 
 
-def _verify(output: Output, largest: float) -> Iterator[Path]:
+def _verify(output: Output) -> Iterator[Path]:
     if not output.md5.endswith(".dir"):
-        yield from _compare(output.path, output.md5, largest)
+        yield from _compare(output.path, output.md5)
         return
     listing = _copy(output.md5)
     content = listing.read_bytes() if listing.exists() else b""
     if f"{hashlib.md5(content).hexdigest()}.dir" != output.md5:
         files = sorted((path.relative_to(output.path).as_posix(), path)
                        for path in output.path.rglob("*") if path.is_file())
-        if sum(path.stat().st_size for _, path in files) > largest:
-            return
         content = json.dumps([{"md5": _md5(path), "relpath": name} for name, path in files], sort_keys=True).encode()
         if f"{hashlib.md5(content).hexdigest()}.dir" != output.md5:
             listing.unlink(missing_ok=True)
@@ -106,14 +105,12 @@ def _verify(output: Output, largest: float) -> Iterator[Path]:
             return
         _replace(listing, content)
     for file in json.loads(content):
-        yield from _compare(output.path / file["relpath"], file["md5"], largest)
+        yield from _compare(output.path / file["relpath"], file["md5"])
 
 
-def _compare(path: Path, md5: str, largest: float) -> Iterator[Path]:
+def _compare(path: Path, md5: str) -> Iterator[Path]:
     """`path`, where it is there and not the file of this hash."""
     copy = _copy(md5)
-    if any(each.stat().st_size > largest for each in (path, copy) if each.exists()):
-        return
     good = _md5(path) == md5
     if _md5(copy) != md5:
         if good:

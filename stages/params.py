@@ -95,8 +95,8 @@ class RuntimeConfig(ExecutorConfig):
     """How to run, never what: no stage depends on it.
 
     Attributes:
-        verify_megabytes: files of outputs up to this size are hashed before every use (`stages.outputs`); larger ones
-            when their size or time changes, and when DVC restores them.
+        verify_megabytes: outputs up to this size are hashed before every use (`stages.outputs`); larger ones when they
+            change, and when DVC restores them.
     """
 
     slots: int = Field(ge=1)
