@@ -163,6 +163,7 @@ def mend(largest: float) -> list[str]:
         largest: bytes of an output that is hashed (`stages.outputs.verify`).
     """
     lock = mend_lock()
+    outputs.drop_damaged_runs()
     damaged = outputs.verify(outputs.recorded(), largest)
     return [*filter(None, [lock]), *(f"{damage} DVC restores it, or its stage runs again." for damage in damaged)]
 

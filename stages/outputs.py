@@ -13,11 +13,11 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 LOCK = Path("dvc.lock")
 READ_ONLY = 0o444           # as DVC leaves what is in its cache
@@ -84,6 +84,28 @@ def verify(outputs: Iterable[Output], largest: float) -> list[Damage]:
         Files that are there and are not as written. Their times change, so that DVC sees it.
     """
     return [Damage(output, path) for output in outputs if output.size <= largest for path in _verify(output)]
+
+
+def drop_damaged_runs() -> None:
+    """Remove entries of DVC's run cache that are not what their names, their digests, say: with half of one a stage
+    fails for ever, without it the stage runs.
+    """
+    import yaml
+    from dvc.utils import dict_sha256
+    from dvc.utils.serialize import load_yaml
+
+    def is_whole(entry: Path, load: Callable[[Path], Any]) -> bool:
+        try:
+            return bool(dict_sha256(load(entry), exclude=["size", "nfiles"]) == entry.name)
+        except Exception:                   # of any damage
+            return False
+
+    def fast(entry: Path) -> Any:           # reads most as DVC does, and not every number
+        return yaml.load(entry.read_bytes(), yaml.CSafeLoader)
+
+    for entry in (_cache() / "runs").glob("*/*/*"):
+        if not (is_whole(entry, fast) or is_whole(entry, load_yaml)):
+            entry.unlink()
 
 
 def _verify(output: Output) -> Iterator[Path]:

@@ -175,6 +175,17 @@ def test_files_beyond_the_setting_are_taken_for_right(repository: Path) -> None:
     assert len(outputs.verify(outputs.recorded(), len(FILES[str(RECORD)]))) == 1
 
 
+def test_half_an_entry_of_the_run_cache_is_dropped(repository: Path) -> None:
+    entries = sorted(Path(".dvc/cache/runs").glob("*/*/*"))
+    outputs.drop_damaged_runs()
+    assert len(entries) == 2 and all(entry.exists() for entry in entries)
+    text = entries[0].read_text()
+    for damage in ("", text[: text.index("outs:")], text.replace("cmd", "cmb"), text.replace("size: ", "size: x"), "["):
+        entries[0].write_text(damage)
+        outputs.drop_damaged_runs()
+        assert entries[0].exists() is ("size: x" in damage) and entries[1].exists()
+
+
 def test_a_lock_that_is_being_written_is_looked_at_again(repository: Path) -> None:
     lock = outputs.LOCK.read_text()
     last = json.dumps(lock)[1:-1]
