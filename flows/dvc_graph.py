@@ -163,6 +163,8 @@ def mend(largest: float) -> list[str]:
         largest: bytes of an output that is hashed (`stages.outputs.verify`).
     """
     lock = mend_lock()
+    if lock or not LOCK.exists():           # DVC will look for what it once made, by the run cache
+        outputs.drop_damaged_copies()
     outputs.drop_damaged_runs()
     damaged = outputs.verify(outputs.recorded(), largest)
     return [*filter(None, [lock]), *(f"{damage} DVC restores it, or its stage runs again." for damage in damaged)]

@@ -86,6 +86,13 @@ def verify(outputs: Iterable[Output], largest: float) -> list[Damage]:
     return [Damage(output, path) for output in outputs if output.size <= largest for path in _verify(output)]
 
 
+def drop_damaged_copies() -> None:
+    """Hash all that is in DVC's cache, and remove what is not what its name says: for where dvc.lock is lost."""
+    for copy in (_cache() / "files" / "md5").glob("??/*"):
+        if _md5(copy) != f"{copy.parent.name}{copy.name}".removesuffix(".dir"):
+            copy.unlink()
+
+
 def drop_damaged_runs() -> None:
     """Remove entries of DVC's run cache that are not what their names, their digests, say: with half of one a stage
     fails for ever, without it the stage runs.

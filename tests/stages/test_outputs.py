@@ -175,6 +175,17 @@ def test_files_beyond_the_setting_are_taken_for_right(repository: Path) -> None:
     assert len(outputs.verify(outputs.recorded(), len(FILES[str(RECORD)]))) == 1
 
 
+def test_without_a_lock_all_copies_are_looked_at(repository: Path) -> None:
+    outputs.LOCK.unlink()
+    damage(copy_of(b"one\n"))
+    RECORD.unlink()
+    copies = set(Path(".dvc/cache/files").rglob("*"))
+    dvc_graph.mend(1e9)
+    assert copies - set(Path(".dvc/cache/files").rglob("*")) == {copy_of(b"one\n")}
+    repro()
+    assert good()
+
+
 def test_half_an_entry_of_the_run_cache_is_dropped(repository: Path) -> None:
     entries = sorted(Path(".dvc/cache/runs").glob("*/*/*"))
     outputs.drop_damaged_runs()
