@@ -7,6 +7,7 @@ MAKEFLAGS += --no-print-directory
 VENV ?= .venv
 PY := $(VENV)/bin/python
 DVC := PATH="$(abspath $(VENV))/bin:$$PATH" SHELL=$(SHELL) $(PY) -m dvc --wait-for-lock
+REPRO := $(PY) -m flows.mend && $(DVC) repro
 PORT ?= 4200
 PYTORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH := $(shell sed -n 's/.*"torch==\([^"]*\)".*/\1/p' pyproject.toml)
@@ -21,7 +22,7 @@ export PYTHONUTF8 := 1
 # What asks for a user's name must find one, in a container too.
 export USER := $(or $(USER),$(shell id -u))
 
-.PHONY: help setup reproduce plan repro-plain stage $(STAGES) ui test lint doctor lock clean
+.PHONY: help setup reproduce plan repro-plain stage $(STAGES) ui test chaos lint doctor lock clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z][a-z -]*:.*## / {printf "  make %-22s %s\n", $$1, $$2}' Makefile
@@ -40,24 +41,27 @@ plan: $(READY) ## What pretraining would take: memory of a GPU, speed, days; PRO
 
 repro-plain: $(READY) ## The same result by DVC alone, one stage after the other
 	@$(if $(PROFILE),$(PY) -m flows.profile $(PROFILE))
-	@$(DVC) repro
+	@$(REPRO)
 
 stage: $(READY) ## One stage and what it needs; STAGE=pretrain@hybrid-fp8
 	@$(if $(STAGE),,echo 'make stage: which one?'; echo 'Say STAGE=pretrain@hybrid-fp8; `dvc stage list` names them.'; exit 2)
-	@$(DVC) repro $(STAGE)
+	@$(REPRO) $(STAGE)
 
 $(filter-out curate,$(STAGES)): $(READY)
-	@$(DVC) repro $@
+	@$(REPRO) $@
 
 curate: $(READY) ## The stage; or text of your own: SOURCE="FILE DIRECTORY x.warc.gz" [DOMAIN=web] [OUT=DIR]
 	@$(if $(SOURCE),$(PY) -m flows.curate_own $(SOURCE) $(if $(DOMAIN),--domain $(DOMAIN)) $(if $(OUT),--out $(OUT)), \
-		$(DVC) repro $@)
+		$(REPRO) $@)
 
 ui: $(READY) ## Prefect's pages: start, watch and cancel runs; PORT=4200
 	@exec $(PY) -m flows.server --port $(PORT)
 
 test: $(READY) $(if $(GPU),,$(VENV)/.triton-$(TRITON)) ## The tests
 	@$(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
+chaos: $(READY) ## Faults injected into the smoke profile for half an hour; must come to nothing
+	@$(PY) -m tests.chaos
 
 lint: $(READY) ## ruff and mypy
 	@$(PY) -m ruff check .

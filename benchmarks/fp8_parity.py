@@ -204,10 +204,7 @@ def branch(trunk: Path, own: Path, step: int) -> None:
         )
     shutil.rmtree(own, ignore_errors=True)
     shutil.copytree(state, own / "resume" / state.name)
-    (own / "resume" / "latest").write_text(state.name + "\n")
     shutil.copytree(trunk / "index", own / "index")
-    for log in trunk.glob("*.csv"):
-        shutil.copy(log, own)
 
 
 def metrics(training: list[dict[str, Any]], validation: list[dict[str, Any]], steps: int) -> dict[str, float]:

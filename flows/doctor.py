@@ -156,6 +156,8 @@ def repository() -> Iterator[Finding]:
     if holders:
         yield Finding("locks", "warning", f"stages are running: processes {sorted(holders)}", "They end by themselves.")
     else:
+        for line in dvc_graph.mend(params.runtime.verify_bytes):
+            yield Finding("outputs", "warning", line, "Mended; `make reproduce` does the rest.")
         nodes = dvc_graph.graph()
         stale = dvc_graph.stale(nodes)
         yield Finding("stages", "ok", f"{len(nodes)}, of which {len(nodes) - len(stale)} up to date")

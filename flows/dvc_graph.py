@@ -10,7 +10,9 @@ keeps, each learnt from a wrong result or a hang:
 - to stop, the stage's processes are terminated and DVC is left alive to release its locks; SIGKILL comes last;
 - lock entries of dead processes are dropped after a look at the command line: the number may belong to another by now;
 - DVC rewrites `dvc.lock` and its rwlock in place: a kill or a full disk in that moment leaves half a file, which ends
-  every later command. So a copy of the last whole `dvc.lock` is kept, and put back.
+  every later command. So a copy of the last whole `dvc.lock` is kept, and put back;
+- DVC trusts times, sizes and modes of files: what it restored from its cache is hashed, and made again where it is not
+  what was recorded (`stages.outputs`).
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import difflib
 import errno
 import fcntl
 import json
+import math
 import os
 import re
 import shutil
@@ -36,10 +39,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import yaml
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from flows import PREFECT_HOME, SOCKS
+from stages import outputs
 from stages.common import die_with_parent, gpu_names
 
 DVC = [sys.executable, "-m", "dvc", "--wait-for-lock"]
@@ -116,28 +120,33 @@ def dvc(*arguments: str) -> str:
     return done.stdout
 
 
-def _is_whole(lock: str) -> bool:
-    """Whether the text of a dvc.lock is one that DVC can read."""
+def _is_whole(lock: bytes) -> bool:
+    """Whether the content of a dvc.lock is one that DVC can read."""
     from dvc.schema import COMPILED_LOCKFILE_SCHEMA
     from voluptuous import Invalid
 
     try:
-        COMPILED_LOCKFILE_SCHEMA(YAML(typ="safe").load(lock))
-    except (YAMLError, Invalid):
+        COMPILED_LOCKFILE_SCHEMA(yaml.load(lock.decode(), yaml.CSafeLoader))
+    except (ValueError, yaml.YAMLError, Invalid):       # the first, of bytes that are no text and dates that are none
         return False
     return True
 
 
 def keep_lock() -> None:
     """Copy dvc.lock aside, if it is whole: another stage may be writing it."""
-    text = LOCK.read_text() if LOCK.exists() else ""
-    if _is_whole(text):
-        partial = LOCK_COPY.with_suffix(".partial")
-        with partial.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(LOCK_COPY)
+    content = LOCK.read_bytes() if LOCK.exists() else b""
+    if _is_whole(content):
+        _replace(LOCK_COPY, content)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file whole, to the disk, or not at all."""
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
 
 
 def mend_lock() -> str | None:
@@ -145,14 +154,13 @@ def mend_lock() -> str | None:
 
     Stages that ended after the copy run again, or come out of DVC's run cache: nothing false is taken for right.
     """
-    if not LOCK.exists() or _is_whole(LOCK.read_text(errors="replace")):
+    if not LOCK.exists() or _is_whole(LOCK.read_bytes()):
         return None
-    if not LOCK_COPY.exists():
+    kept = LOCK_COPY.read_bytes() if LOCK_COPY.exists() else b""
+    if not _is_whole(kept):
         LOCK.unlink()
         return "dvc.lock was cut short and no copy is kept: removed, every stage is looked at anew."
-    partial = LOCK.with_suffix(".partial")
-    partial.write_bytes(LOCK_COPY.read_bytes())
-    partial.replace(LOCK)
+    _replace(LOCK, kept)
     return "dvc.lock was cut short: put back as after the last stage that ended before."
 
 
@@ -169,6 +177,21 @@ def check_places() -> None:
                     else "Make it a directory in which this user may write,")
             raise GraphError(f"{directory}: cannot be written ({os.strerror(error.errno or 0)}).\n"
                              f"{cure} and run the same command again; finished work is kept.") from None
+
+
+def mend(largest: float) -> list[str]:
+    """Put right what a kill, a full or a failing disk left of dvc.lock, of outputs and of DVC's copies of them; what
+    was found, in words. No stage may run.
+
+    Args:
+        largest: bytes of an output that is hashed (`stages.outputs.verify`).
+    """
+    lock = mend_lock()
+    if lock or not LOCK.exists():           # DVC will look for what it once made, by the run cache
+        outputs.drop_damaged_copies()
+    outputs.drop_damaged_runs()
+    damaged = outputs.verify(outputs.recorded(), largest)
+    return [*filter(None, [lock]), *(f"{damage} DVC restores it, or its stage runs again." for damage in damaged)]
 
 
 def allow_no_git() -> None:
@@ -280,26 +303,26 @@ def only_flow() -> Iterator[None]:
 def busy() -> dict[int, str]:
     """Process -> command of the DVC processes that hold files of this repository; entries of dead ones are dropped."""
     try:
-        lock = json.loads(RWLOCK.read_text(errors="replace") or "{}")
+        lock = json.loads(RWLOCK.read_bytes())
+        write = {path: holder for path, holder in lock.get("write", {}).items() if _is_repro(holder["pid"])}
+        read = {path: [one for one in holders if _is_repro(one["pid"])]
+                for path, holders in lock.get("read", {}).items()}
+        readers = [one for some in read.values() for one in some]
+        holders = {one["pid"]: one["cmd"] for one in [*write.values(), *readers]}
     except FileNotFoundError:
         return {}
-    except json.JSONDecodeError:                # half of it, which DVC would refuse for ever
+    except (ValueError, AttributeError, KeyError, TypeError):       # half of it, which DVC would refuse for ever
         here = Path.cwd()
         living = {one.pid: " ".join(one.info["cmdline"]) for one in psutil.process_iter(["cwd", "cmdline"])
                   if one.info["cwd"] == str(here) and _is_repro(one.pid)}
         if not living:
             RWLOCK.unlink(missing_ok=True)
         return living
-    write = {path: holder for path, holder in lock.get("write", {}).items() if _is_repro(holder["pid"])}
-    read = {path: [one for one in holders if _is_repro(one["pid"])] for path, holders in lock.get("read", {}).items()}
     live = {"write": write, "read": {path: holders for path, holders in read.items() if holders}}
     live = {kind: entries for kind, entries in live.items() if entries}
     if live != lock:
-        partial = RWLOCK.with_suffix(".partial")
-        partial.write_text(json.dumps(live))
-        partial.replace(RWLOCK)
-    holders = [*write.values(), *(one for found in read.values() for one in found)]
-    return {holder["pid"]: holder["cmd"] for holder in holders}
+        _replace(RWLOCK, json.dumps(live).encode())
+    return holders
 
 
 def _is_repro(pid: int) -> bool:
@@ -360,7 +383,13 @@ class StageRunner:
         """
         with self._slot(node) as gpus:
             on_start()
-            return self._repro(node, gpus, on_line)
+            while (outcome := self._repro(node, gpus, on_line)) == "restored":
+                if not (restored := outputs.of_stage(node.name)):
+                    raise StageFailed(f"{node.name}: restored, and not in dvc.lock.\nRun the same command again.")
+                if not (found := outputs.verify(restored, math.inf)):
+                    break
+                on_line(f"{found[0]} DVC's copy of it is damaged, and gone: once more.")
+            return outcome
 
     @contextlib.contextmanager
     def _slot(self, node: Node) -> Iterator[list[str]]:

@@ -56,8 +56,8 @@ class Run:
         while holders := dvc_graph.busy():
             self.console.line(f"Waiting for the stages an earlier run left: processes {sorted(holders)}")
             time.sleep(3)
-        if mended := dvc_graph.mend_lock():
-            self.console.line(mended)
+        for line in dvc_graph.mend(params.runtime.verify_bytes):
+            self.console.line(line)
         nodes = dvc_graph.graph()
         for name, node in nodes.items():
             if name.startswith("pretrain@"):

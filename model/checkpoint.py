@@ -8,11 +8,14 @@ Tensor-parallel packed tensors are stored section by section (`in_proj.weight.z`
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import pickle
+import sys
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
+from enum import Enum
+from pathlib import Path, PosixPath
 from typing import Any
 
 import torch
@@ -20,11 +23,13 @@ import torch.distributed.checkpoint as distributed_checkpoint
 from pydantic import ValidationError
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from model.config import ModelConfig, ModelError
+from model.integrity import check_finite, check_sums, write_sums
 
 State = dict[str, Tensor]
+INDEX = ".metadata"
 
 # What Megatron reads first to know how the rest is stored.
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",
@@ -51,7 +56,8 @@ def load_weights(directory: Path) -> tuple[ModelConfig, State, dict[str, Any]]:
     """The model's configuration, its weights as float32 CPU tensors under Hub names, and its training record.
 
     Raises:
-        ModelError: `directory` is no checkpoint, or not one of the model its model.json describes.
+        ModelError: `directory` is no checkpoint, or not one of the model its model.json describes; a file is not the
+            one that was written; a weight is not finite. Nothing of it is ever executed.
     """
     description = directory / "model.json"
     try:
@@ -62,7 +68,8 @@ def load_weights(directory: Path) -> tuple[ModelConfig, State, dict[str, Any]]:
             f"{description}: not a model description ({' '.join(str(error).split())[:200]}).\n"
             "Run the stage that writes this checkpoint again (pretrain or compress)."
         ) from None
-    reader = FileSystemReader(directory)
+    check_sums(directory)
+    reader = _Reader(directory)
     stored: State = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in reader.read_metadata().state_dict_metadata.items()
@@ -71,23 +78,60 @@ def load_weights(directory: Path) -> tuple[ModelConfig, State, dict[str, Any]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         distributed_checkpoint.load(stored, storage_reader=reader, no_dist=True)
+    for name, tensor in stored.items():
+        check_finite(tensor, name, directory)
     state = to_hub(config, {name: tensor.float() for name, tensor in stored.items()})
     return config, state, content["training"]
 
 
 def describe(directory: Path, config: ModelConfig, training: dict[str, Any]) -> None:
-    """Complete saved weights with model.json: the geometry, and what is true of the weights on every run.
+    """Complete saved weights with model.json: the geometry, and what is true of the weights on every run; and seal
+    them with their digests.
 
     PyTorch marks each save with a random id and lists tensors as its threads finish: the id goes and the list is
     sorted, so that the same weights are the same files.
     """
-    index = directory / ".metadata"
-    metadata = pickle.loads(index.read_bytes())
+    metadata = read_index(directory)
     metadata.storage_meta = None
     metadata.storage_data = dict(sorted(metadata.storage_data.items(), key=lambda entry: str(entry[0])))
-    index.write_bytes(pickle.dumps(metadata))
+    (directory / INDEX).write_bytes(pickle.dumps(metadata))
     content = {"model": config.model_dump(mode="json"), "training": training}
     (directory / "model.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_sums(directory)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Makes what a checkpoint's index is made of. All else might be code of whoever wrote the file."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = getattr(sys.modules.get(module), name, None)
+        record = isinstance(found, type) and (dataclasses.is_dataclass(found) or issubclass(found, Enum))
+        if module.startswith("torch.distributed.checkpoint.") and record:
+            return found
+        if isinstance(found, torch.dtype) or found in (torch.Size, torch.serialization._get_layout, PosixPath):
+            return found
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def read_index(directory: Path) -> Metadata:
+    """PyTorch's index of a checkpoint. Raises ModelError where it is not one, or asks for anything else."""
+    try:
+        with (directory / INDEX).open("rb") as stream:
+            index = _Unpickler(stream).load()
+        assert isinstance(index, Metadata), f"a {type(index).__name__}"
+        return index
+    except Exception as error:              # of a damaged pickle, any
+        raise ModelError(
+            f"{directory / INDEX}: not the index of a checkpoint ({type(error).__name__}: {error}).\n"
+            "Take a checkpoint that this project or Megatron wrote, whole."
+        ) from None
+
+
+class _Reader(FileSystemReader):
+    """PyTorch's own would unpickle whatever the index names."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return read_index(Path(self.path))
 
 
 def to_engine(config: ModelConfig, state: State) -> State:

@@ -120,7 +120,7 @@ class PretrainConfig(Section):
             or nowhere (`unscaled`).
         fp8_gradients: format of gradients; weights and activations are E4M3.
         fp8_statistics: whether evaluations also write what FP8 does to every linear layer's tensors.
-        checkpoints_kept: resume states kept, the latest included.
+        checkpoints_kept: resume states kept, the latest included; a damaged one leaves the one before.
         recompute: symbols of the layers whose activations the backward computes again instead of keeping them.
         cuda_graph: whether a GPU replays forward and backward of a step as one CUDA graph; for one pipeline stage.
         reset_at_documents: whether state, convolution and attention restart after an end-of-document token.
@@ -142,7 +142,7 @@ class PretrainConfig(Section):
     bf16_layers_at_end: int = Field(ge=0)
     evaluations: int = Field(ge=1)
     checkpoint_every: int = Field(ge=1)
-    checkpoints_kept: int = Field(default=1, ge=1)
+    checkpoints_kept: int = Field(default=2, ge=1)
     validation_micro_batch_size: int | None = Field(default=None, ge=1)
     spike_factor: float = Field(default=10.0, gt=1)
     max_skipped_steps: int = Field(default=10, ge=1)

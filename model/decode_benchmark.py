@@ -128,7 +128,7 @@ def fill_caches(decoder: Decoder, seed: int) -> None:
 
 def decode_tokens(decoder: Decoder, position: int, tokens: int) -> float:
     """Seconds for `tokens` greedy steps from `position` on."""
-    decoder.position = position
+    decoder.claim(position)
     ids = torch.zeros(decoder.batch, dtype=torch.int64, device=decoder.device)
 
     def run() -> None:

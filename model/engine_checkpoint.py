@@ -1,8 +1,8 @@
 """The running engine on disk: final weights, and the states a killed run resumes from.
 
 Everything goes through megatron-core's distributed checkpointing, so that what one parallel layout wrote another reads.
-A state is written under another name and renamed, and `latest` names it last, so what `latest` names is whole. On a GPU
-the files are written by a thread while training goes on.
+A state is written under another name, sealed with its files' digests and renamed; a run goes on from the latest that is
+as it was written. On a GPU the files are written by a thread while training goes on.
 
 Megatron would write with processes: one it spawns for the answers, which imports the main module again, and one it
 forks for each file. A forked process that dies or waits for a lock some thread of its parent held leaves the parent
@@ -15,6 +15,7 @@ from __future__ import annotations
 import queue
 import shutil
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,10 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
+from model.checkpoint import read_index
 from model.config import ModelError
 from model.distributed import device, is_main_process
+from model.integrity import check_sums, sha256, write_sums
 
 
 def save_model(directory: Path, model: MambaModel) -> None:
@@ -53,6 +56,7 @@ def load_model(directory: Path, model: MambaModel) -> None:
     Linear layers' `_extra_state`, where Transformer Engine keeps scales of its own, is left out, because
     `checkpoint.save_weights` writes none. (For Megatron-LM's loader that is `--dist-ckpt-strictness log_all`.)
     """
+    read_index(directory)                   # refuses one that would have Megatron run code
     weights = model.sharded_state_dict(metadata=_groups())
     weights = {name: shard for name, shard in weights.items() if not name.endswith("_extra_state")}
     model.load_state_dict(dist_checkpointing.load({"model": weights}, str(directory))["model"])
@@ -70,7 +74,7 @@ class ResumeState:
 
     def __init__(
         self, scratch: Path, model: MambaModel, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler,
-        kept: int = 1, in_background: bool = False,
+        kept: int = 2, in_background: bool = False,
     ):
         self.directory = scratch / "resume"
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
@@ -78,8 +82,8 @@ class ResumeState:
         self._writing: _Writing | None = None
         self._step = 0                          # of the state that is being written
 
-    def save(self, step: int, records: dict[str, Any]) -> None:
-        """Keep the state after `step` and `records`, what else the run goes on from. Older states go.
+    def save(self, step: int, records: dict[str, Any], files: Sequence[Path] = ()) -> None:
+        """Keep the state after `step`, with `records` and copies of `files`, which the run goes on from too. Older go.
 
         In the background this returns once everything is copied to the host's memory; `collect` ends it.
 
@@ -92,7 +96,7 @@ class ResumeState:
             shutil.rmtree(partial, ignore_errors=True)
         dist.barrier()
         contents = self._contents(loading=False) | {"step": step, "records": records, "random": torch.get_rng_state()}
-        self._writing, self._step = _Writing(contents, partial, self.in_background), step
+        self._writing, self._step = _Writing(contents, partial, self.in_background, files), step
         self.collect(wait=not self.in_background)
 
     def collect(self, wait: bool) -> None:
@@ -105,6 +109,7 @@ class ResumeState:
             return
         writing, self._writing = self._writing, None
         writing.finish()
+        writing.seal()
         if is_main_process():
             name = f"step-{self._step:08d}"
             shutil.rmtree(self.directory / name, ignore_errors=True)
@@ -116,9 +121,11 @@ class ResumeState:
                 shutil.rmtree(older)
         dist.barrier()
 
-    def restore(self) -> tuple[int, dict[str, Any]] | None:
-        """Restore the latest state. Returns its step and records, or None where there is none."""
-        latest = self._latest()
+    def restore(self) -> tuple[int, dict[str, Any], Path] | None:
+        """Restore the latest state that is whole; those after it go. Returns its step, its records and the directory
+        with its files, or None where there is none."""
+        states = sorted(self.directory.glob("step-*"), reverse=True)
+        latest = next((state for state in states if self._is_whole(state)), None)
         if latest is None:
             return None
         with torch.no_grad():
@@ -127,11 +134,21 @@ class ResumeState:
             self.optimizer.load_state_dict(loaded["optimizer"])
         self.scheduler.load_state_dict(loaded["scheduler"])
         torch.set_rng_state(loaded["random"])
-        return loaded["step"], loaded["records"]
+        return loaded["step"], loaded["records"], latest
 
-    def _latest(self) -> Path | None:
-        pointer = self.directory / "latest"
-        return self.directory / pointer.read_text().strip() if pointer.exists() else None
+    def _is_whole(self, state: Path) -> bool:
+        """Whether all files of `state` are those that were written, of which every process looks at its share."""
+        damage = ""
+        try:
+            check_sums(state, slice(dist.get_rank(), None, dist.get_world_size()))
+        except ModelError as error:
+            damage = str(error).partition("\n")[0]
+            print(f"{damage}\nThis state is left out: the run goes on from the one before, or the start.", flush=True)
+        damaged = torch.tensor([int(bool(damage))], device=device())
+        dist.all_reduce(damaged)
+        if damaged.item() and is_main_process():
+            shutil.rmtree(state)
+        return not damaged.item()
 
     def _contents(self, loading: bool) -> dict[str, Any]:
         groups = _groups()
@@ -196,14 +213,17 @@ class _Writing:
         directory: where to.
     """
 
-    def __init__(self, contents: dict[str, Any], directory: Path, in_background: bool):
+    def __init__(self, contents: dict[str, Any], directory: Path, in_background: bool, files: Sequence[Path] = ()):
         self.directory = directory
+        self.digests: dict[str, str] = {}       # of the files this process has written
         if is_main_process():
             directory.mkdir(parents=True, exist_ok=True)
         dist.barrier()
         filesystem_async._results_queue = queue.Queue()         # in place of one in a process of its own
         try:
             self.request = dist_checkpointing.save(contents, str(directory), async_sharded_save=True)
+            for file in files if is_main_process() else ():
+                shutil.copy(file, directory)
         except (OSError, RuntimeError) as error:
             raise self._failure(error) from error
         self.thread = threading.Thread(target=self._write, args=(self._files(in_background),))
@@ -222,6 +242,16 @@ class _Writing:
             for finalize in self.request.finalize_fns:
                 finalize()
         except (CheckpointException, OSError, RuntimeError) as error:
+            raise self._failure(error) from error
+
+    def seal(self) -> None:
+        """Write the digests of all files of all processes. Raises ModelError where that cannot be."""
+        written: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(written, self.digests)
+        try:
+            if is_main_process():
+                write_sums(self.directory, {name: digest for digests in written for name, digest in digests.items()})
+        except OSError as error:
             raise self._failure(error) from error
 
     def _files(self, in_background: bool) -> list[Any]:
@@ -255,6 +285,7 @@ class _Writing:
             if isinstance(written[number], Exception):
                 results.put(written[number])
                 return
+            self.digests[Path(file[0]).name] = sha256(Path(file[0]))
         results.put(written)
 
     def _failure(self, error: BaseException) -> ModelError:

@@ -36,6 +36,7 @@ from model import hub
 from model.config import ModelError
 from model.evaluation_schema import ChoiceSample, Samples, TextSample
 from model.hybrid_lm import HybridLM
+from model.integrity import read_checked, write_checked
 from model.layer_caches import PrefixReader
 from model.model_card import CardScore
 
@@ -184,15 +185,13 @@ class HarnessLM(TemplateLM):
         asked = hashlib.sha256(json.dumps([window, pairs]).encode()).hexdigest()[:12] if self.scratch else ""
         for number, batch in enumerate(self._batches(stems, inputs)):
             piece = self.scratch / f"{kind}-{number:06d}-{asked}.json" if self.scratch else None
-            if piece and piece.exists():
-                finished = [(index, (score, greedy)) for index, score, greedy in json.loads(piece.read_text())]
+            if piece and (kept := read_checked(piece)):
+                finished = [(index, (score, greedy)) for index, score, greedy in json.loads(kept)]
                 piece.with_name("resumed").touch()
             else:
                 finished = self._batch_scores(batch, inputs, pairs)
                 if piece:
-                    partial = piece.with_suffix(".partial")
-                    partial.write_text(json.dumps([(index, *score) for index, score in finished]))
-                    partial.rename(piece)
+                    write_checked(piece, json.dumps([(index, *score) for index, score in finished]).encode())
             scores.update(finished)
             self.progress(len(scores), len(pairs))
         return [scores[index] for index in range(len(pairs))]

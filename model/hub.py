@@ -26,6 +26,7 @@ from torch import Tensor
 
 from model.config import ModelConfig, ModelError
 from model.hybrid_lm import FLOAT32_PARAMETERS, HybridLM
+from model.integrity import SUMS, check_finite, check_sums
 from model.model_card import model_card
 
 EOD_ID, PAD_ID = 2, 3       # `</s>`, which begins and ends documents, and `<pad>`: data_pipeline.tokenizer's ids
@@ -114,23 +115,21 @@ def load(directory: Path | str, dtype: torch.dtype | None = torch.float32) -> tu
     names may begin with `backbone.` or `model.`. Names and shapes are checked before any tensor is read.
 
     Raises:
-        ModelError: a file is missing or broken, the model is of another type, weights and config.json differ, or a
-            weight is not finite.
+        ModelError: a file is missing or broken, or not the one that SHA256SUMS, where there is one, says; the model is
+            of another type, weights and config.json differ, or a weight is not finite.
     """
     directory = Path(directory)
     config = read_config(directory)
     files = check_files(directory, config)
+    if (directory / SUMS).exists():         # others publish without
+        check_sums(directory)
     names = _names_there(config)
     state: State = {}
     for file in files:
         with safe_open(directory / file, framework="pt") as tensors:
             for name in tensors.keys():     # noqa: SIM118
                 tensor = tensors.get_tensor(name)
-                if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
-                    raise ModelError(
-                        f"{directory / file}: {name} holds values that are not finite.\n"
-                        "Restore the file, or export the model again."
-                    )
+                check_finite(tensor, name, directory / file)
                 state[names(name)] = tensor if dtype is None else tensor.to(dtype)
     return config, state
 

@@ -38,12 +38,17 @@ class Decoder:
         state_dtype: of the SSM states; bfloat16 halves what a step reads and writes of them.
         prefill_tokens: tokens of a prompt, or of several, that pass through the layers together; None: as the device
             likes it.
+
+    Raises:
+        ModelError: no sequence, or no token.
     """
 
     def __init__(
         self, model: HybridLM, max_length: int, batch: int = 1, state_dtype: torch.dtype = torch.float32,
         prefill_tokens: int | None = None,
     ):
+        if max_length < 1 or batch < 1:
+            raise ModelError(f"A decoder of {batch} sequences of {max_length} tokens.\nAsk for one or more of both.")
         embeddings = model.backbone.embeddings.weight
         self.model, self.max_length, self.batch = model, max_length, batch
         self.dtype, self.state_dtype, self.device = embeddings.dtype, state_dtype, embeddings.device
@@ -62,6 +67,16 @@ class Decoder:
 
     @position.setter
     def position(self, position: int) -> None:
+        """Forget the tokens from `position` on. Raises ModelError where that cannot be: a Mamba-2 state holds all."""
+        if not 0 <= position <= self._length or (position < self._length and "M" in self.model.config.pattern):
+            raise ModelError(
+                f"position {position} after {self._length} tokens: the caches cannot go there.\n"
+                "Give the prompt up to there to `prefill`; only a model without Mamba-2 layers can go back."
+            )
+        self.claim(position)
+
+    def claim(self, position: int) -> None:
+        """Take the caches, whatever is in them, for those of `position` tokens: for measuring."""
         self._length = position
         self._at.fill_(position)
 
@@ -79,19 +94,26 @@ class Decoder:
         """Start new sequences with the prompts `ids` (batch, sequence); logits (batch, vocab) of what follows.
 
         Raises:
-            ModelError: another number of prompts than sequences, an empty prompt, or no room.
+            ModelError: another number of prompts than sequences, an empty prompt, an id beyond the vocabulary, or no
+                room.
         """
         if ids.ndim != 2 or len(ids) != self.batch or not ids.numel():
             raise ModelError(
                 f"Prompts of the shape {tuple(ids.shape)}, and the decoder's caches are of {self.batch} sequences.\n"
                 "Give (batch, sequence) ids, at least one a sequence, or make the decoder with that `batch`."
             )
+        vocabulary = self.model.config.vocab_size
+        if not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+            raise ModelError(
+                f"Prompts with ids from {int(ids.min())} to {int(ids.max())}, and the vocabulary has {vocabulary}.\n"
+                "Encode them with the model's own tokenizer."
+            )
         length = ids.shape[1]
         self._check_room(0, length)
         together = max(1, self.prefill_tokens // length)
         rows = [slice(first, min(first + together, self.batch)) for first in range(0, self.batch, together)]
         logits = torch.cat([self.prefill_rows(ids[some], some) for some in rows])
-        self.position = length
+        self.claim(length)
         return logits
 
     @torch.inference_mode()
@@ -108,7 +130,10 @@ class Decoder:
     @torch.inference_mode()
     def decode(self, ids: Tensor) -> Tensor:
         """Append one token a sequence, `ids` (batch,); logits (batch, vocab) of what follows, on a GPU in a tensor that
-        the next call overwrites."""
+        the next call overwrites. Raises ModelError for another shape, or where there is no room."""
+        if ids.shape != (self.batch,):
+            raise ModelError(f"Tokens of the shape {tuple(ids.shape)}, and the caches are of {self.batch} sequences.\n"
+                             "Give one id a sequence.")
         self._check_room(self._length, 1)
         self._length += 1
         if self.device.type != "cuda":

@@ -1,7 +1,7 @@
 """What a run has recorded so far, on disk while it runs: CSV files to follow and TensorBoard events.
 
 The CSV files are the record: a row is appended, whole, as soon as it is known, with every digit of its numbers. A
-resume state holds how far each file went, and a resumed run cuts them back to there.
+resume state holds copies of them, and a resumed run goes on with those.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
-
-from model.config import ModelError
 
 Row = dict[str, Any]
 
@@ -30,13 +28,12 @@ class RunLog:
         directory.mkdir(parents=True, exist_ok=True)
         self.events: SummaryWriter | None = None
 
-    def start(self, step: int, sizes: dict[str, int]) -> None:
-        """Go on after `step`, where the files were of `sizes`; without either, anew. What was written later goes.
-
-        Raises:
-            ModelError: a file is shorter than it was then.
-        """
-        self._cut(sizes)
+    def start(self, step: int, state: Path | None) -> None:
+        """Go on after `step` with the files in the directory `state`; without either, anew. What there is goes."""
+        for path in self.files():
+            path.unlink()
+        for path in sorted(state.glob("*.csv")) if state else ():
+            shutil.copy(path, self.directory)
         curves = self.directory / "tensorboard"
         if not step:
             shutil.rmtree(curves, ignore_errors=True)
@@ -64,23 +61,9 @@ class RunLog:
         with path.open(newline="") as file:
             return [{key: _value(text) for key, text in row.items()} for row in csv.DictReader(file)]
 
-    def sizes(self) -> dict[str, int]:
-        """Bytes of each file: where a run that resumes from now goes on."""
-        return {path.stem: path.stat().st_size for path in sorted(self.directory.glob("*.csv"))}
-
-    def _cut(self, sizes: dict[str, int]) -> None:
-        for path in self.directory.glob("*.csv"):
-            if path.stem not in sizes:
-                path.unlink()
-        for name, size in sizes.items():
-            path = self._path(name)
-            if not path.exists() or path.stat().st_size < size:
-                raise ModelError(
-                    f"{path}: shorter than when the resume state beside it was written.\n"
-                    "Run the stage with --fresh to start it anew."
-                )
-            with path.open("r+b") as file:
-                file.truncate(size)
+    def files(self) -> list[Path]:
+        """All there are."""
+        return sorted(self.directory.glob("*.csv"))
 
     def close(self) -> None:
         assert self.events is not None

@@ -165,11 +165,13 @@ class TrainingData:
         cache: directory for Megatron's index files.
 
     Raises:
-        ModelError: blend.json names a file that tokens.json lacks, or one without tokens.
+        ModelError: blend.json names a file that tokens.json lacks, or one without tokens; of a sample, an id beyond the
+            vocabulary.
     """
 
     def __init__(self, tokens: Path, sequence_length: int, samples: int, seed: int, cache: Path):
         contents = _contents(tokens)
+        self.tokens, self.vocab_size = tokens, contents["vocab_size"]
         phases = json.loads((tokens / "blend.json").read_text())["phases"]
         self.names = sorted({name for phase in phases for name, weight in phase["weights"].items() if weight > 0})
         for name in self.names:
@@ -215,9 +217,15 @@ class TrainingData:
         return len(self.file_of_sample)
 
     def __getitem__(self, sample: int) -> Tensor:
-        file = self.files[self.file_of_sample[sample]]
-        item = file[int(self.position_in_file[sample])]
-        return torch.cat([item["tokens"], item["labels"][-1:]])
+        number = self.file_of_sample[sample]
+        item = self.files[number][int(self.position_in_file[sample])]
+        ids = torch.cat([item["tokens"], item["labels"][-1:]])
+        if wrong := ids[(ids < 0) | (ids >= self.vocab_size)].tolist():     # tensor-parallel: zeros
+            raise ModelError(
+                f"{self.tokens / self.names[number]}.bin: holds the id {wrong[0]}, and the vocabulary has "
+                f"{self.vocab_size}.\nIt is damaged or of another tokenizer: run `dvc repro tokenize` again."
+            )
+        return ids
 
 
 class Ahead:

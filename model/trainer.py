@@ -184,13 +184,13 @@ class Trainer:
         """Train from the latest resume state, or the start, to the end."""
         first, seconds, restored = 0, 0.0, self.resume.restore()
         if restored:
-            first, records = restored
+            first, records, _ = restored
             self._check_identity(records.get("identity", {}))
             seconds, untrained = records["train_seconds"], records["untrained"]
             self.watch.load_state_dict(records["watch"])
             (self.scratch / "resumed").touch()
         if self.log is not None:
-            self.log.start(first, records["log"] if restored else {})
+            self.log.start(first, restored[2] if restored else None)
         if not restored:
             rows = self.validate(0)
             untrained = rows[-1]["loss"]
@@ -211,8 +211,8 @@ class Trainer:
             self.resume.collect(wait=False)
             if step % self.recipe.checkpoint_every == 0 and step < self.steps:
                 self.resume.save(step, {"train_seconds": seconds, "watch": self.watch.state_dict(),
-                                        "untrained": untrained, "identity": self.identity,
-                                        "log": self.log.sizes() if self.log else {}})
+                                        "untrained": untrained, "identity": self.identity},
+                                 self.log.files() if self.log else ())
         self.resume.collect(wait=True)
         self.check_learned(untrained, rows[-1]["loss"])
         if self.log is None:
@@ -386,15 +386,10 @@ class Trainer:
 
     def _batch(self, step: int) -> Tensor:
         """This process's micro-batches of batch `step`, (micro-batches, micro-batch size, sequence + 1), where the
-        device can copy from while it computes. Raises ModelError for an id beyond the vocabulary."""
+        device can copy from while it computes."""
         size = self.recipe.micro_batch_size
         start = (step - 1) * self.recipe.global_batch_size + self.rank * self.micro_batches * size
         samples = torch.stack([self.data[sample] for sample in range(start, start + self.micro_batches * size)])
-        if int(samples.max()) >= self.config.vocab_size:        # tensor-parallel embeddings would take it for zero
-            raise ModelError(
-                f"A training file holds the id {int(samples.max())}, and the vocabulary has {self.config.vocab_size}.\n"
-                "It is damaged or of another tokenizer: run `dvc repro tokenize` again."
-            )
         return (samples.pin_memory() if device().type == "cuda" else samples).unflatten(0, (-1, size))
 
     def _sum_over_processes(self, values: list[Tensor]) -> Tensor:
@@ -416,7 +411,8 @@ class Trainer:
         }
 
     def _metrics(self, training: list[Row], validation: list[Row], seconds: float) -> dict[str, float]:
-        tail = [row["loss"] for row in training[-max(1, self.steps // 20):] if not row["skipped"]]
+        done = [row["loss"] for row in training if not row["skipped"]]      # some: the model has learned something
+        tail = done[-max(1, self.steps // 20):]
         first = next(row for row in validation if row["step"] > 0 and row["domain"] == "all")
         at_end = {row["domain"]: row["bits_per_byte"] for row in validation if row["step"] == self.steps}
         if torch.cuda.is_available():
@@ -428,7 +424,7 @@ class Trainer:
             "parameters": costs.parameters(self.config),
             "tokens": self.steps * self.tokens_per_step,
             "steps": self.steps,
-            "final_loss": sum(tail) / len(tail) if tail else math.nan,      # the last twentieth of training
+            "final_loss": sum(tail) / len(tail),                            # the last twentieth of training
             "validation_bits_per_byte": at_end.pop("all"),
             "validation_bits_per_byte_first": first["bits_per_byte"],       # the first evaluation after the start
             "validation_first_tokens": first["tokens"],

@@ -11,6 +11,7 @@ Only the standard library is imported here, so that `--help` is instant.
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import ctypes
 import errno
@@ -20,6 +21,7 @@ import hashlib
 import itertools
 import json
 import locale
+import math
 import os
 import pwd
 import re
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("data_pipeline", "model", "kernels", "stages")
+DEPENDS = "depends.json"      # in a scratch directory: what its state depends on
 # Directory under data/PROFILE/ -> the DVC stage that writes it: what to run when it is missing.
 MAKER = {"annotated": "annotate", "curated": "curate", "tokenizer": "tokenizer", "tokens": "tokenize",
          "items": "items", "hub": "export@{name}"}
@@ -61,6 +64,7 @@ class Stage:
         records: directory for small results: metrics, curves, provenance.
         scratch: directory for resume state, unique to these parameters, inputs and code; removed on success.
         inputs: paths read so far through `input`, for the provenance.
+        run_only: parameters (`section.name`) that no result depends on, and no resume state.
         waited: seconds in which another stage had the GPU.
     """
 
@@ -74,6 +78,7 @@ class Stage:
         self.records = (out / "runs" if out else self.records_root) / name / (variant or "")
         self.label = f"{name}-{variant}" if variant else name
         self.waited = 0.0
+        self.run_only: set[str] = set()
         self._scratch: Path | None = None
 
     def input(self, *parts: str) -> Path:
@@ -92,8 +97,18 @@ class Stage:
     def _existing(self, path: Path, maker: str) -> Path:
         if not path.exists():
             raise StageError(f"{path}: not found; stage `{maker}` writes it.\nRun `dvc repro {maker}` first.")
+        self.verify(path)
         self.inputs.append(path)
         return path
+
+    def verify(self, path: Path) -> None:
+        """Raise StageError where a file of `path` is not the one that DVC recorded when its stage had written it."""
+        from stages.outputs import damaged
+
+        if found := damaged(path, self.params.runtime.verify_bytes):
+            makers = " ".join(dict.fromkeys(damage.output.stage for damage in found))
+            raise StageError(f"{found[0]}" + (f" And {len(found) - 1} more." if found[1:] else "") + "\n"
+                             f"`dvc repro {makers}` makes it again; `dvc commit {makers}` takes it for right.")
 
     @contextlib.contextmanager
     def output(self, *parts: str) -> Iterator[Path]:
@@ -134,20 +149,41 @@ class Stage:
     @property
     def scratch(self) -> Path:
         if self._scratch is None:
-            self._scratch = Path(".scratch") / f"{self.label}-{self.fingerprint()}"
-            self._scratch.mkdir(parents=True, exist_ok=True)
+            depends = self.depends()
+            fingerprint = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:12]
+            self._scratch = Path(".scratch") / f"{self.label}-{fingerprint}"
+            if not self._scratch.exists():
+                for older in scratches(self.label):
+                    print(f"{older} is not gone on from: {_difference(older / DEPENDS, depends)}.", flush=True)
+            write(self._scratch / DEPENDS, depends)
         return self._scratch
 
-    def fingerprint(self) -> str:
-        """Digest of what resume state depends on: parameter sections, inputs read so far, first-party code."""
-        digest = hashlib.sha256(json.dumps(self.parameters(), sort_keys=True).encode())
-        for path in self.inputs:
-            files = sorted(path.rglob("*")) if path.is_dir() else [path]
-            for file in files:
-                status = file.stat()
-                digest.update(f"{file}:{status.st_size}:{status.st_mtime_ns}".encode())
-        digest.update(code_digest().encode())
-        return digest.hexdigest()[:12]
+    def depends(self) -> dict[str, Any]:
+        """What resume state depends on, by name: the parameters and the code that dvc.yaml lists for the stage, and the
+        inputs read so far. Settings of how to run, comments and times of files have no part in it."""
+        import yaml
+
+        stage = yaml.load((ROOT / "dvc.yaml").read_text(), yaml.CSafeLoader)["stages"][self.name]
+        stage = stage.get("do", stage)
+        prefixes = [self._filled(name) for name in stage["params"]]
+        parameters = {
+            name: value for name, value in _flat(self.params.model_dump(mode="json")).items()
+            if name not in self.run_only and any(f"{name}.".startswith(f"{prefix}.") for prefix in prefixes)
+        }
+        code = [file for name in stage["deps"] if name.split("/")[0] in PACKAGES
+                for file in sorted([ROOT / name, *(ROOT / name).rglob("*")]) if file.suffix == ".py"]
+        return parameters | {str(path): _digest(path) for path in self.inputs} | {
+            str(file.relative_to(ROOT)): hashlib.sha256(ast.dump(ast.parse(file.read_bytes())).encode()).hexdigest()
+            for file in code
+        }
+
+    def _filled(self, name: str) -> str:
+        """A parameter's name in dvc.yaml with what it says of the member, as `model.${item.architecture}`."""
+        def fill(match: re.Match[str]) -> str:
+            member = self.params.variants[self.variant or ""]
+            return str(getattr(member, match[1])) if match[1] else str(self.variant)
+
+        return re.sub(r"\$\{(?:key|item)(?:\.(\w+))?\}", fill, name)
 
     def parameters(self) -> dict[str, Any]:
         """The sections this stage depends on, as plain values."""
@@ -177,6 +213,26 @@ def settle() -> None:
 def die_with_parent(number: int = signal.SIGKILL) -> None:
     """Have Linux send this process a signal when the one that started it ends, in whatever way that ends."""
     PRCTL(PR_SET_PDEATHSIG, number)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
+
+
+def _difference(older: Path, depends: dict[str, Any]) -> str:
+    """What is not as it was when `older` was written, in words."""
+    try:
+        before = json.loads(older.read_text())
+    except (OSError, ValueError):
+        return "it does not say what it depends on"
+    names = [name for name in [*depends, *(before.keys() - depends)] if before.get(name) != depends.get(name)]
+    said = [f"{name} changed" if "/" in name else f"{name} was {before.get(name)}, is {depends.get(name)}"
+            for name in names]
+    return "; ".join(said[:3]) + (f"; and {len(said) - 3} more" if said[3:] else "")
 
 
 def write(path: Path, content: Any) -> None:
@@ -277,6 +333,9 @@ def run_stage(
     with _only_one(stage.label), plain_errors():
         started = time.time()
         metrics = function(stage)
+        if wrong := [key for key, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]:
+            raise StageError(f"{stage.records / 'metrics.json'}: {', '.join(wrong)} would be {metrics[wrong[0]]}.\n"
+                             "No result is written. Look for what is not finite in the stage's inputs and its log.")
         resumed = stage._scratch is not None and (stage._scratch / "resumed").exists()
         stage.write_record("metrics.json", {key: _rounded(value) for key, value in metrics.items()})
         stage.write_record("provenance.json", provenance(stage, started + stage.waited, resumed))
@@ -339,8 +398,13 @@ def plain_errors() -> Iterator[None]:
 
 def discard_scratch(label: str) -> None:
     """Remove the resume state of a stage, whatever its fingerprint."""
-    for directory in Path(".scratch").glob(f"{label}-" + "[0-9a-f]" * 12):
+    for directory in scratches(label):
         shutil.rmtree(directory)
+
+
+def scratches(label: str) -> list[Path]:
+    """Directories with resume state of a stage, whatever it depends on."""
+    return sorted(Path(".scratch").glob(f"{label}-" + "[0-9a-f]" * 12))
 
 
 def code_digest() -> str:
@@ -380,7 +444,7 @@ def provenance(stage: Stage, started: float, resumed: bool) -> Provenance:
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 of a file; of a directory, its names, sizes and JSON contents (manifests carry the rest)."""
+    """SHA-256 of a file; of a directory, its names, sizes, JSON contents and digests (manifests carry the rest)."""
     if path.is_file():
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -388,7 +452,7 @@ def _digest(path: Path) -> str:
     for file in sorted(path.rglob("*")):
         if file.is_file():
             digest.update(f"{file.relative_to(path)}:{file.stat().st_size}".encode())
-            if file.suffix == ".json":
+            if file.suffix == ".json" or file.name == "SHA256SUMS":
                 digest.update(file.read_bytes())
     return digest.hexdigest()
 

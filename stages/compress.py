@@ -30,6 +30,7 @@ def compress(stage: Stage) -> dict[str, Any]:
     from stages.schema import DistillationRow, csv_text
 
     config, seed = stage.params.compress, stage.params.seed
+    stage.run_only = {"compress.checkpoint_every"}
     torch.set_num_threads(stage.params.runtime.threads)
     tokens = stage.input("tokens")
     parent_config, state, training = load_weights(stage.input("checkpoints", config.parent))

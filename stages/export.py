@@ -64,6 +64,7 @@ def to_hub(
     from data_pipeline import fast_tokenizer
     from data_pipeline.tokenizer import Tokenizer
     from model import checkpoint, hub
+    from model.integrity import write_sums
 
     config, state, training = checkpoint.load_weights(weights)
     if tokenizer.is_dir():
@@ -80,6 +81,7 @@ def to_hub(
         fast_tokenizer.export(tokenizer, out)
         ids = check_tokenizer(out, pieces, config.vocab_size)
     difference, compared = check_logits(out, ids[: min(config.sequence_length, COMPARED_TOKENS)])
+    write_sums(out, files="*.safetensors")
     return {
         "parameters": sum(tensor.numel() for tensor in state.values()),
         "megabytes": sum(file.stat().st_size for file in out.glob("*.safetensors")) / 1e6,

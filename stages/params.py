@@ -92,10 +92,16 @@ class ParallelConfig(Section):
 
 
 class RuntimeConfig(ExecutorConfig):
-    """How to run, never what: no stage depends on it."""
+    """How to run, never what: no stage depends on it.
+
+    Attributes:
+        verify_megabytes: outputs up to this size are hashed before every use (`stages.outputs`); larger ones when they
+            change, and when DVC restores them.
+    """
 
     slots: int = Field(ge=1)
     threads: int = Field(ge=1)
+    verify_megabytes: int = Field(default=1024, ge=0)
     stage_timeout_minutes: float = Field(gt=0)
     launcher: LauncherConfig = LauncherConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -110,6 +116,10 @@ class RuntimeConfig(ExecutorConfig):
                 f"Make nodes x processes_per_node a multiple of {copy}, or change the layout."
             )
         return self
+
+    @property
+    def verify_bytes(self) -> int:
+        return self.verify_megabytes * 2**20
 
     @property
     def data_parallel(self) -> int:

@@ -35,6 +35,7 @@ def pretrain(stage: Stage) -> dict[str, Any]:
     variant = params.variants[stage.variant]
     config, recipe = params.model_of(stage.variant), params.recipe_of(stage.variant)
     tokens, runtime = stage.input("tokens"), params.runtime
+    stage.run_only = {"pretrain.checkpoint_every", "pretrain.checkpoints_kept", "pretrain.check_kernels"}
     check_tokenizer(stage.data_root / "tokenizer" / "tokenizer.model", tokens / "tokens.json")
     with stage.output("checkpoints", stage.variant) as out:
         if runtime.launcher.kind == "here":

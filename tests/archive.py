@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from numba.core.caching import UserProvidedCacheLocator
 
@@ -15,6 +18,8 @@ import data_pipeline.steps  # noqa: F401    # says where compiled code is kept
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("data_pipeline", "docs/results/studies", "flows", "kernels", "model", "profiles", "stages", "dvc.yaml",
            "params.yaml", "pyproject.toml", "requirements.lock", ".dvcignore")
+COMMAND = [sys.executable, "-m", "flows.reproduce"]
+TIMES = {"tokens_per_second", "train_seconds", "peak_memory_gib"}
 
 
 def unpack(target: Path) -> Path:
@@ -41,11 +46,15 @@ def share_compiled(archive: Path) -> None:
         (archive / ".compiled" / theirs).symlink_to(kept / ours)
 
 
+def command_environment(archive: Path) -> dict[str, str]:
+    """Of a person's command in the archive."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "PYTHONPATH"))}
+    return kept | {"OMP_NUM_THREADS": "1", "NUMBA_CACHE_DIR": str(archive / ".compiled")}
+
+
 def start(archive: Path, *arguments: str) -> subprocess.Popen[str]:
     """Start the flow."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "PYTHONPATH"))}
-    environment |= {"OMP_NUM_THREADS": "1", "NUMBA_CACHE_DIR": str(archive / ".compiled")}
-    return subprocess.Popen([sys.executable, "-m", "flows.reproduce", *arguments], cwd=archive, env=environment,
+    return subprocess.Popen([*COMMAND, *arguments], cwd=archive, env=command_environment(archive),
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -56,3 +65,20 @@ def reproduce(archive: Path, *arguments: str) -> dict[str, str]:
     assert flow.returncode == 0, printed
     table = printed.split("\n\n")[1].splitlines()[2:]
     return {row.split()[0]: row.split()[1] for row in table}
+
+
+def results(archive: Path) -> dict[str, Any]:
+    """Everything a run makes, but for times and what holds them: curves of TensorBoard do in their very names."""
+    found: dict[str, Any] = {}
+    for path in sorted([*archive.glob("data/smoke/**/*"), *archive.glob("runs/smoke/**/*")]):
+        name = str(path.relative_to(archive))
+        if path.is_dir() or path.name in ("provenance.json", ".gitignore"):
+            continue
+        if "/benchmark/" in name or "/tensorboard/" in name:
+            continue
+        if path.name == "metrics.json":
+            values = json.loads(path.read_text())
+            found[name] = {key: value for key, value in values.items() if key not in TIMES}
+        else:
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found

@@ -3,36 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import shutil
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
-from tests.archive import reproduce, start, unpack
+from tests.archive import reproduce, results, start, unpack
 
-TIMES = {"tokens_per_second", "train_seconds", "peak_memory_gib"}
 VICTIMS = ["annotate", "curate", "tokenizer", "tokenize", "pretrain@hybrid-fp8", "pretrain@transformer-bf16",
            "compress", "export@compressed", "items", "evaluate@hybrid-fp8", "benchmark", "report"]
-
-
-def results(archive: Path) -> dict[str, Any]:
-    """Everything a run makes, but for times and what holds them."""
-    found: dict[str, Any] = {}
-    for path in sorted([*archive.glob("data/smoke/**/*"), *archive.glob("runs/smoke/**/*")]):
-        name = str(path.relative_to(archive))
-        if path.is_dir() or path.name in ("provenance.json", ".gitignore") or "/benchmark/" in name:
-            continue
-        if path.name == "metrics.json":
-            values = json.loads(path.read_text())
-            found[name] = {key: value for key, value in values.items() if key not in TIMES}
-        else:
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return found
 
 
 def kill_in(archive: Path, stage: str, seconds: float) -> bool:

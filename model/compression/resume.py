@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from model.integrity import read_checked, write_checked
+
 Value = TypeVar("Value")
 
 
 class Pieces:
-    """Named values (tensors, numbers, text, containers of them) under `directory`, each whole or not there at all.
+    """Named values (tensors, numbers, text, containers of them) under `directory`, each as it was saved or not there.
 
     The file `resumed` appears when a value of an earlier run is taken up.
     """
@@ -22,16 +25,16 @@ class Pieces:
 
     def load(self, name: str) -> Any | None:
         """The value saved under `name`, tensors on the CPU, or None."""
-        file = self.directory / f"{name}.pt"
-        if not file.exists():
+        content = read_checked(self.directory / f"{name}.pt")
+        if content is None:
             return None
         (self.directory / "resumed").touch()
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
     def save(self, name: str, value: Any) -> None:
-        partial = self.directory / f".{name}.partial"
-        torch.save(value, partial)
-        partial.rename(self.directory / f"{name}.pt")
+        content = io.BytesIO()
+        torch.save(value, content)
+        write_checked(self.directory / f"{name}.pt", content.getvalue())
 
     def once(self, name: str, compute: Callable[[], Value]) -> Value:
         """`compute()`, or what an earlier run saved of it."""

@@ -28,6 +28,7 @@ def report(stage: Stage) -> dict[str, int]:
     # --out DIR writes to DIR/reports.
     directory = Path("reports", stage.params.profile) if stage.out_data == stage.data_root else (
         stage.out_data.with_name("reports"))
+    stage.verify(stage.records_root)
     records, studies = Records(stage.params, stage.records_root), load_studies()
     found = claims(records, studies)
     page = report_page(records, found, studies)

@@ -51,7 +51,7 @@ def test_a_lock_cut_anywhere_can_be_read_again(here: Path, cut: int, kept: bool)
         assert said and not kept
         return
     text = dvc_graph.LOCK.read_text()
-    assert dvc_graph._is_whole(text) and text == (WHOLE if said else WHOLE[:cut])
+    assert dvc_graph._is_whole(text.encode()) and text == (WHOLE if said else WHOLE[:cut])
     whole, stages = YAML(typ="safe").load(WHOLE)["stages"], YAML(typ="safe").load(text)["stages"]
     assert set(stages) <= set(whole)            # a stage less runs again; none is made up
 
@@ -61,14 +61,20 @@ def test_a_damaged_lock_is_never_kept(here: Path) -> None:
     dvc_graph.keep_lock()
     dvc_graph.LOCK.write_text(WHOLE[: len(WHOLE) // 2 - 9])
     dvc_graph.keep_lock()
-    dvc_graph.LOCK.write_text("schema: '2.0'\nstages: [")
-    dvc_graph.keep_lock()
-    assert dvc_graph._is_whole(dvc_graph.LOCK_COPY.read_text())
+    for damage in (b"schema: '2.0'\nstages: [", b"\xff" + WHOLE.encode(), WHOLE.replace("size: 1", "size: x").encode()):
+        dvc_graph.LOCK.write_bytes(damage)
+        dvc_graph.keep_lock()
+    assert dvc_graph._is_whole(dvc_graph.LOCK_COPY.read_bytes())
     assert dvc_graph.mend_lock() and dvc_graph.mend_lock() is None
 
 
-def test_half_an_rwlock_goes_when_nobody_can_hold_it(here: Path) -> None:
-    dvc_graph.RWLOCK.write_text(json.dumps({"write": {"out": {"pid": os.getpid(), "cmd": "dvc repro"}}})[:25])
+RWLOCK = json.dumps({"write": {"out": {"pid": os.getpid(), "cmd": "dvc repro"}}, "read": {}}).encode()
+
+
+@pytest.mark.parametrize("content", [*(RWLOCK[:cut] for cut in range(0, len(RWLOCK), 8)), b"\xff{}", b"[]",
+                                     RWLOCK.replace(b"pid", b"qid"), RWLOCK.replace(b'"out": {', b'"out": [{') + b"]"])
+def test_half_an_rwlock_goes_when_nobody_can_hold_it(here: Path, content: bytes) -> None:
+    dvc_graph.RWLOCK.write_bytes(content)
     assert dvc_graph.busy() == {} and not dvc_graph.RWLOCK.exists()
 
 

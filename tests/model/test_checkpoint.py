@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from model.config import ModelError
 from model.distributed import ONE_COPY, process_groups
 from model.engine_checkpoint import load_model, save_model
 from model.hybrid_lm import HybridLM
+from model.integrity import write_sums
 from model.precision import Precision
 from model.spec import build_model
 
@@ -84,5 +87,55 @@ def test_errors_say_what_is_wrong(tmp_path):
     (tmp_path / "other").mkdir()
     save_weights(tmp_path / "other", TRANSFORMER, random_state(TRANSFORMER), {})
     shutil.copy(tmp_path / "other" / "model.json", tmp_path / "model.json")
+    with pytest.raises(ModelError, match=r"model\.json: damaged or replaced"):
+        load_weights(tmp_path)
+    write_sums(tmp_path)
     with pytest.raises(ModelError, match="is missing"):
         load_weights(tmp_path)
+
+
+def test_damage_anywhere_in_a_checkpoint_is_named(tmp_path):
+    save_weights(tmp_path, HYBRID, random_state(HYBRID), {"tokens": 7})
+    for name in ("__0_0.distcp", ".metadata", "model.json", "common.pt", "SHA256SUMS"):
+        path = tmp_path / name
+        whole = path.read_bytes()
+        for damage in (whole[: len(whole) // 2], flipped(whole), b"", None):
+            path.unlink() if damage is None else path.write_bytes(damage)
+            with pytest.raises(ModelError) as error:
+                load_weights(tmp_path)
+            assert (name in str(error.value) or name == "SHA256SUMS") and str(error.value).count("\n") == 1
+            path.write_bytes(whole)
+    assert load_weights(tmp_path)[2] == {"tokens": 7}
+
+
+def flipped(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+    state = random_state(HYBRID)
+    state["backbone.layers.0.mixer.in_proj.weight"][0, 0] = value
+    save_weights(tmp_path, HYBRID, state, {})
+    with pytest.raises(ModelError, match=r"in_proj\.weight\.z holds values that are not finite"):
+        load_weights(tmp_path)
+
+
+class Trap:
+    def __reduce__(self):
+        return Path.touch, (Path("sprung"),)
+
+
+@pytest.mark.parametrize("index", [Trap(), {"no": "index"}])
+def test_nothing_in_a_checkpoint_is_executed(tmp_path, index, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_weights(tmp_path, HYBRID, random_state(HYBRID), {})
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(index))
+    write_sums(tmp_path)                                    # whoever wrote it sealed it as well
+    with process_groups():
+        model = build_model(HYBRID, Precision("float32"), ONE_COPY, seed=1)
+        for load in (lambda: load_weights(tmp_path), lambda: load_model(tmp_path, model)):
+            with pytest.raises(ModelError, match=r"\.metadata: not the index of a checkpoint"):
+                load()
+    assert not Path("sprung").exists()

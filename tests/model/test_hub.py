@@ -12,6 +12,7 @@ from data_pipeline import tokenizer
 from model import hub
 from model.config import ModelConfig, ModelError
 from model.hybrid_lm import HybridLM
+from model.integrity import write_sums
 
 HYBRID = ModelConfig(
     pattern="M-M*-M-", hidden_size=48, ffn_hidden_size=112, num_attention_heads=4, num_query_groups=2, head_dim=24,
@@ -273,6 +274,24 @@ def test_models_of_another_kind_are_refused(tmp_path, changes, message):
     damage_config(tmp_path / "there", **changes)
     with pytest.raises(ModelError, match=message):
         hub.load(tmp_path / "there")
+
+
+def test_a_sealed_directory_is_as_it_was_written(tmp_path):
+    hub.save(tmp_path, HYBRID, random_state(HYBRID), {}, "float32")
+    write_sums(tmp_path, files="*.safetensors")
+    (tmp_path / "README.md").write_text("A better card.")
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 11]}')
+    hub.load(tmp_path)
+    for name in ("model.safetensors", "SHA256SUMS"):
+        whole = (tmp_path / name).read_bytes()
+        for content in (whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:], b"" if name == "SHA256SUMS" else whole):
+            (tmp_path / name).write_bytes(content)
+            if content != whole:
+                with pytest.raises(ModelError) as error:
+                    hub.load(tmp_path)
+                assert str(error.value).count("\n") == 1
+        (tmp_path / name).write_bytes(whole)
+    hub.load(tmp_path)
 
 
 def test_card_of_imported_weights_names_their_origin(tmp_path):

@@ -170,6 +170,33 @@ def test_no_room(ids):
         decoder.generate(ids, 3)
 
 
+@CONFIGS
+def test_only_what_the_caches_hold_can_be_gone_back_to(config, ids):
+    model = random_model(config)
+    decoder = Decoder(model, max_length=40, batch=3)
+    decoder.prefill(ids[:, :20])
+    for position in (21, -1, *([10] if "M" in config.pattern else [])):
+        with pytest.raises(ModelError, match=f"position {position} after 20 tokens"):
+            decoder.position = position
+    if "M" not in config.pattern:
+        decoder.position = 10
+        torch.testing.assert_close(decoder.decode(ids[:, 10]), Decoder(model, 40, 3).prefill(ids[:, :11]))
+
+
+@pytest.mark.parametrize("wrong", [-1, 97])
+def test_ids_beyond_the_vocabulary_and_other_shapes_are_refused(ids, wrong):
+    decoder = Decoder(random_model(HYBRID), 40, batch=3)
+    ids[1, 3] = wrong
+    with pytest.raises(ModelError, match="the vocabulary has 97"):
+        decoder.prefill(ids[:, :5])
+    decoder.prefill(ids[:, 5:9])
+    with pytest.raises(ModelError, match="caches are of 3 sequences"):
+        decoder.decode(ids[:1, 9])
+    for max_length, batch in ((0, 1), (4, 0)):
+        with pytest.raises(ModelError, match="one or more of both"):
+            Decoder(random_model(HYBRID), max_length, batch)
+
+
 @pytest.mark.parametrize("shape", [(1, 4), (4, 4), (3, 0), (12,)])
 def test_prompts_are_as_many_as_the_caches_hold(shape):
     decoder = Decoder(random_model(HYBRID), 40, batch=3)

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import psutil
 import pytest
 
 from flows.dvc_graph import GpuTaken
+from stages import common
 from stages.common import Progress, Stage, StageError, plain_errors, run_stage
 from stages.params import load_params
 
@@ -80,17 +82,68 @@ def test_output_appears_whole_or_not_at_all(stage):
     assert [path.name for path in stage.data_root.iterdir()] == ["tokenizer"]
 
 
-def test_fingerprint_follows_parameters_and_inputs(stage):
-    source = stage.data_root / "curated"
-    source.mkdir(parents=True)
-    (source / "a.json").write_text("1")
-    stage.input("curated")
-    before = stage.fingerprint()
-    assert stage.fingerprint() == before
-    (source / "a.json").write_text("22")
-    assert stage.fingerprint() != before
-    other = Stage("tokenizer", load_params(ROOT / "params.yaml", ("seed=7",)), None, None, ("tokenizer", "seed"))
-    assert other.fingerprint() != Stage("tokenizer", stage.params, None, None, ("tokenizer", "seed")).fingerprint()
+def pretraining(*overrides: str) -> Stage:
+    """A stage that has read its tokens."""
+    stage = Stage("pretrain", load_params(ROOT / "params.yaml", overrides), "hybrid-fp8", None, ("pretrain",))
+    stage.run_only = {"pretrain.checkpoint_every"}
+    stage.input("tokens")
+    return stage
+
+
+@pytest.fixture
+def tokens(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    tokens = Path("data/cpu/tokens")
+    tokens.mkdir(parents=True)
+    (tokens / "blend.json").write_text("1")
+    return tokens
+
+
+@pytest.fixture
+def code(tmp_path, monkeypatch) -> Path:
+    """A copy of what stages are made of, for the test to change."""
+    for name in ("model", "kernels", "stages"):
+        shutil.copytree(ROOT / name, tmp_path / "code" / name)
+    shutil.copy(ROOT / "dvc.yaml", tmp_path / "code")
+    monkeypatch.setattr(common, "ROOT", tmp_path / "code")
+    return tmp_path / "code"
+
+
+def test_resume_state_outlives_what_no_result_depends_on(tokens, code):
+    before = pretraining().scratch
+    os.utime(tokens / "blend.json", (1, 1))
+    assert pretraining().scratch == before
+    assert pretraining("pretrain.checkpoint_every=7", "runtime.threads=2", "evaluate.recall_pairs=9",
+                       "variants.other={architecture: transformer, precision: bf16, seed: 5}").scratch == before
+    for file in ("model/trainer.py", "stages/report/figures.py", "model/code_sandbox.py"):
+        with (code / file).open("a") as source:
+            source.write("# a remark\n" if file.endswith("trainer.py") else "more = 1\n")
+    assert pretraining().scratch == before
+
+
+def test_why_an_older_resume_state_is_not_used_is_said(tokens, code, capsys):
+    before = pretraining().scratch
+    assert capsys.readouterr().out == ""
+    (tokens / "blend.json").write_text("2")
+    with (code / "model/trainer.py").open("a") as source:
+        source.write("more = 1\n")
+    rate = load_params(ROOT / "params.yaml").pretrain.learning_rate
+    assert pretraining("pretrain.learning_rate=0.5").scratch != before
+    assert capsys.readouterr().out == (f"{before} is not gone on from: pretrain.learning_rate was {rate}, is 0.5; "
+                                       "data/cpu/tokens changed; model/trainer.py changed.\n")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_metrics_are_finite_or_there_are_none(stage, monkeypatch, value):
+    def tokenizer(stage: Stage) -> dict[str, float]:
+        return {"good": 1.0, "bytes_per_token": value}
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(sys, "argv", ["tokenizer", "--params", str(ROOT / "params.yaml")])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(StageError, match=r"metrics\.json: bytes_per_token would be") as error:
+        run_stage(tokenizer, "", ("tokenizer",))
+    assert str(error.value).count("\n") == 1 and not (stage.records / "metrics.json").exists()
 
 
 def test_full_disk_is_two_lines():

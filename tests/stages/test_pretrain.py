@@ -61,7 +61,8 @@ def test_a_killed_run_goes_on_to_the_very_same_results(workplace):
     assert not (workplace / "data" / "toy" / "checkpoints" / "hybrid-fp8").exists()
 
     records = workplace / "runs" / "pretrain" / "hybrid-fp8"
-    resumed = pretrain(workplace, "--variant", "hybrid-fp8")
+    (workplace / "data/toy/tokens/blend.json").touch()
+    resumed = pretrain(workplace, "--variant", "hybrid-fp8", "--set", "pretrain.checkpoint_every=7")
     output, errors = resumed.communicate()
     assert resumed.returncode == 0, errors
     assert "step 24/24 loss " in output and " lr " in output and " tok/s " in output

@@ -1,0 +1,344 @@
+"""Faults injected into the smoke profile, each followed by the same command: is the result that of an undisturbed run?
+
+    python -m tests.chaos [--faults 200] [--seed 1] [--minutes 30] [--archive DIR] [--page FILE] [--plain]
+
+A round damages files of a finished run, starts `python -m flows.reproduce`, kills what it started or cuts what it
+writes, damages what that leaves, and gives the same command until it ends well. Then every result must be that of the
+undisturbed run, byte for byte, every output and DVC's copy of it the one in dvc.lock, and no process may be left.
+
+A fault is *survived* then; *refused* where the command does not end well but says what to do; *wrong* otherwise. The
+archive (made where DIR has none) is put back after a round that is not survived. `--plain` gives another command,
+`python -m flows.mend && dvc repro`, which is several times quicker. Exits 1 when anything was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+from flows.dvc_graph import DVC, ENVIRONMENT
+from stages import outputs
+from tests.archive import COMMAND, command_environment, reproduce, results, unpack
+
+AT_REST = 30                    # faults a round, before the command
+ATTEMPTS = 5                    # at the same command; the first may be disturbed
+KILLED_MAY_LEAVE = 15.0         # seconds until processes that end by themselves have
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+CHEAP = ("curate", "tokenizer", "tokenize", "items", "pretrain@", "compress", "export@", "evaluate@")
+PLACES: dict[str, tuple[str, ...]] = {          # where a file can be damaged: patterns below the archive
+    "data": ("data/**/*",),
+    "record": ("runs/**/*",),
+    "report": ("reports/**/*",),
+    "cache": (".dvc/cache/files/**/*",),
+    "run cache": (".dvc/cache/runs/**/*",),
+    "dvc.lock": ("dvc.lock",),
+    "copy of dvc.lock": (".dvc/tmp/dvc.lock.whole",),
+    "rwlock": (".dvc/tmp/rwlock",),
+    "resume state": (".scratch/pretrain-*/resume/**/*", ".scratch/pretrain-*/*.csv", ".scratch/compress-*/*.pt",
+                     ".scratch/evaluate-*/*.json"),
+}
+ROLES: dict[str, Callable[[str], bool]] = {
+    "stage": lambda command: "-m stages." in command and "/bin/sh" not in command,
+    "DVC": lambda command: "-m dvc" in command,
+    "shell": lambda command: command.startswith("/bin/sh -c"),
+    "worker": lambda command: "multiprocessing" in command,
+    "server": lambda command: "uvicorn" in command or "prefect server" in command,
+    "flow": lambda command: "-m flows." in command and "/bin/sh" not in command,
+    "all": lambda command: True,
+}
+WEIGHTS = (4, 4, 2, 2, 1, 2, 4)         # how often each is the victim
+
+
+class Fault(NamedTuple):
+    kind: str
+    detail: str
+
+
+def flip(path: Path, random_: random.Random) -> str:
+    """One bit, the times kept: as a disk forgets."""
+    content, status = bytearray(path.read_bytes()), path.stat()
+    place, bit = random_.randrange(len(content)), random_.randrange(8)
+    content[place] ^= 1 << bit
+    write_over(path, bytes(content), status)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    return f"bit {bit} of byte {place}"
+
+
+def cut(path: Path, random_: random.Random) -> str:
+    place = random_.randrange(path.stat().st_size)
+    write_over(path, path.read_bytes()[:place], path.stat())
+    return f"cut at {place}"
+
+
+def edit(path: Path, random_: random.Random) -> str:
+    """Another digit, in place, as with an editor."""
+    content = path.read_bytes()
+    digits = [match.start() for match in re.finditer(rb"[0-9]", content)] or [0]
+    place = random_.choice(digits)
+    write_over(path, content[:place] + b"7" + content[place + 1 :] + b" ", path.stat())
+    return f"edited at {place}"
+
+
+def remove(path: Path, random_: random.Random) -> str:
+    path.unlink()
+    return "removed"
+
+
+HARMS = {"bit flipped": flip, "cut": cut, "edited": edit, "removed": remove}
+
+
+def write_over(path: Path, content: bytes, status: os.stat_result) -> None:
+    path.chmod(0o644)
+    with path.open("r+b") as file:
+        file.write(content)
+        file.truncate()
+    path.chmod(status.st_mode)
+
+
+def files(archive: Path, place: str) -> list[Path]:
+    found = [path for pattern in PLACES[place] for path in archive.glob(pattern)]
+    return sorted(path for path in found if path.is_file() and path.stat().st_size and path.name != ".gitignore")
+
+
+def damage(archive: Path, random_: random.Random, place: str) -> Fault | None:
+    """One file of `place`, in one way; nothing where there is none."""
+    there = files(archive, place)
+    if not there:
+        return None
+    path, harm = random_.choice(there), random_.choice(list(HARMS))
+    how = HARMS[harm](path, random_)
+    return Fault(f"{place}: {harm}", f"{path.relative_to(archive)} {how}")
+
+
+def forget(archive: Path, random_: random.Random) -> Fault | None:
+    """An output and DVC's copies of it are gone or damaged alike: its stage must run again."""
+    with contextlib.chdir(archive):
+        outputs._cache.cache_clear()
+        output = random_.choice([output for output in outputs.recorded() if output.stage.startswith(CHEAP)] or [None])
+        if output is None:
+            return None
+        for path in (output.path, outputs._copy(output.md5)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    return Fault("output and its copy removed", str(output.path))
+
+
+def processes(archive: Path) -> list[psutil.Process]:
+    """Those that work in the archive, or below one that does."""
+    found = {}
+    for process in psutil.process_iter(["cwd"]):
+        if process.info["cwd"] and Path(process.info["cwd"]).is_relative_to(archive):
+            found[process.pid] = process
+            with contextlib.suppress(psutil.Error):
+                found |= {child.pid: child for child in process.children(recursive=True)}
+    return list(found.values())
+
+
+def of_role(archive: Path, role: str) -> list[psutil.Process]:
+    found = []
+    for process in processes(archive):
+        with contextlib.suppress(psutil.Error):
+            if ROLES[role](" ".join(process.cmdline())):
+                found.append(process)
+    return found
+
+
+def moments(archive: Path, random_: random.Random) -> tuple[str, Callable[[], bool]]:
+    """When to strike, in words and as a question asked often: at a time, or aimed at a write."""
+    at, sizes = time.monotonic() + random_.uniform(2, 45), {}
+
+    def shrinks(path: Path) -> bool:
+        """Just now: it is written in place."""
+        size = path.stat().st_size if path.exists() else 0
+        before, sizes[path] = sizes.get(path, size), size
+        return size < before
+
+    choices: dict[str, Callable[[], bool]] = {
+        "at any time": lambda: time.monotonic() > at,
+        "as dvc.lock is written": lambda: shrinks(archive / "dvc.lock"),
+        "as the rwlock is written": lambda: shrinks(archive / ".dvc/tmp/rwlock"),
+        "as a stage runs": lambda: bool(of_role(archive, "stage")),
+        "once there is a resume state": lambda: bool(files(archive, "resume state")),
+    }
+    name = random_.choice(list(choices))
+    return name, choices[name]
+
+
+def strike(archive: Path, random_: random.Random, command: subprocess.Popen[bytes]) -> Fault | None:
+    """Wait for a moment and kill, or let no file of DVC and its stage grow beyond some size; None if it never came."""
+    when, now = moments(archive, random_)
+    [role], number = random_.choices(list(ROLES), WEIGHTS), random_.choice(SIGNALS)
+    limit = int(2 ** random_.uniform(9, 18)) if random_.random() < 0.2 else None
+    if limit:
+        when, now = "as DVC runs", lambda: bool(of_role(archive, "DVC"))
+    while command.poll() is None:
+        if now():
+            victims = of_role(archive, "DVC" if limit else role)
+            for process in victims:
+                with contextlib.suppress(psutil.Error, OSError):
+                    if limit:
+                        process.rlimit(resource.RLIMIT_FSIZE, (limit, limit))
+                    else:
+                        process.send_signal(number)
+            if victims and limit:
+                return Fault("writes cut", f"at {limit} bytes, {when}")
+            if victims:
+                return Fault(f"{signal.Signals(number).name} of {role}", when)
+        time.sleep(0.003)
+    return None
+
+
+PLAIN = ["/bin/sh", "-c", f"{sys.executable} -m flows.mend && {' '.join(DVC)} repro"]
+
+
+def run(archive: Path, log: Path, command: list[str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command, cwd=archive, env=command_environment(archive) | ENVIRONMENT,
+                            stdin=subprocess.DEVNULL, stdout=log.open("wb"), stderr=subprocess.STDOUT,
+                            start_new_session=True)
+
+
+class Round(NamedTuple):
+    faults: list[Fault]
+    verdict: str                # survived, refused or wrong
+    because: str
+    seconds: float
+
+
+def one_round(archive: Path, expected: dict[str, object], random_: random.Random, command_line: list[str]) -> Round:
+    started, log = time.monotonic(), archive / "chaos.log"
+    chosen = [forget(archive, random_)] if random_.random() < 0.7 else []
+    chosen += [damage(archive, random_, random_.choice(list(PLACES))) for _ in range(AT_REST)]
+    faults = [fault for fault in chosen if fault]
+    status, said = -1, ""
+    for attempt in range(ATTEMPTS):
+        command = run(archive, log, command_line)
+        if attempt < 2 and random_.random() < 0.7 and (fault := strike(archive, random_, command)):
+            faults.append(fault)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                command.wait(60 if random_.random() < 0.5 else 1)
+            for _ in range(random_.randrange(3)):
+                left = damage(archive, random_, "resume state")
+                faults += [left] if left and command.poll() is not None else []
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            command.wait(600)
+        if command.poll() is None:
+            os.killpg(command.pid, signal.SIGKILL)
+            return Round(faults, "wrong", "the command did not end in ten minutes", time.monotonic() - started)
+        status, said = command.returncode, log.read_text(errors="replace")
+        if status == 0:
+            break
+    return Round(faults, *verdict(archive, expected, status, said), time.monotonic() - started)
+
+
+def verdict(archive: Path, expected: dict[str, object], status: int, said: str) -> tuple[str, str]:
+    end = " / ".join(said.strip().splitlines()[-3:])[:300]
+    if status:
+        plain = "Traceback" not in said and re.search(r"`(make|dvc) |[Rr]un |[Ff]ree ", end)
+        return ("refused" if plain else "wrong"), f"status {status}: {end}"
+    found = results(archive)
+    if differ := sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)):
+        return "wrong", f"other results: {', '.join(differ[:5])}"
+    with contextlib.chdir(archive):
+        outputs._cache.cache_clear()
+        if bad := outputs.verify(outputs.recorded(), float("inf")):
+            return "wrong", str(bad[0])
+    deadline = time.monotonic() + KILLED_MAY_LEAVE
+    while (left := processes(archive)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    if left:
+        return "wrong", f"processes left: {' '.join(left[0].cmdline())[:200]}"
+    return "survived", ""
+
+
+def chaos(
+    archive: Path, pristine: Path, seed: int, wanted: int, seconds: float, command: list[str] = COMMAND
+) -> Iterator[Round]:
+    """Rounds until so many faults, or so much time."""
+    expected, started, done, number = results(archive), time.monotonic(), 0, seed
+    while done < wanted and time.monotonic() - started < seconds:
+        print(f"seed {number}:", end=" ", flush=True)
+        outcome = one_round(archive, expected, random.Random(number), command)
+        print(outcome.verdict, f"{len(outcome.faults)} faults in {outcome.seconds:.0f} s {outcome.because}", flush=True)
+        for fault in outcome.faults:
+            print(f"    {fault.kind}: {fault.detail}", flush=True)
+        yield outcome
+        done, number = done + len(outcome.faults), number + 1
+        if outcome.verdict != "survived":
+            for process in processes(archive):
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            keep(archive, archive.with_name(f"{archive.name}-seed-{number - 1}"))
+            keep(pristine, archive)
+
+
+def keep(source: Path, target: Path) -> None:
+    """Copy a whole archive, times too."""
+    shutil.rmtree(target, ignore_errors=True)
+    subprocess.run(["cp", "-a", source, target], check=True)
+
+
+def page(rounds: list[Round], seed: int) -> str:
+    """The counts as Markdown."""
+    counts: dict[str, Counter[str]] = {}
+    for outcome in rounds:
+        for fault in outcome.faults:
+            counts.setdefault(fault.kind, Counter())[outcome.verdict] += 1
+    names = ("survived", "refused", "wrong")
+    total = Counter(outcome.verdict for outcome in rounds for _ in outcome.faults)
+    lines = [f"| {kind} | " + " | ".join(str(counts[kind][name]) for name in names) + " |" for kind in sorted(counts)]
+    bad = [f"- seed {seed + number}: {outcome.verdict}, {outcome.because}; " + "; ".join(map(" ".join, outcome.faults))
+           for number, outcome in enumerate(rounds) if outcome.verdict != "survived"]
+    return "\n".join([
+        "| fault | survived | refused with a cure | wrong |", "| --- | ---: | ---: | ---: |", *lines,
+        "| **all** | " + " | ".join(f"**{total[name]}**" for name in names) + " |", "",
+        f"{len(rounds)} rounds, seeds {seed} to {seed + len(rounds) - 1}, "
+        f"{sum(outcome.seconds for outcome in rounds) / 60:.0f} minutes.", *bad, ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--archive", type=Path, help="a finished run to damage, made if absent (default: temporary)")
+    parser.add_argument("--page", type=Path, help="where the table goes too")
+    parser.add_argument("--plain", action="store_true", help="by DVC alone, as `make repro-plain`")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        archive = (options.archive or Path(temporary, "archive")).resolve()
+        if not archive.exists():
+            archive.mkdir(parents=True)
+            reproduce(unpack(archive), "--profile", "smoke")
+        pristine = Path(temporary, "pristine")
+        keep(archive, pristine)
+        rounds: list[Round] = []
+        try:
+            for outcome in chaos(archive, pristine, options.seed, options.faults, 60 * options.minutes,
+                                 PLAIN if options.plain else COMMAND):
+                rounds.append(outcome)
+        finally:
+            table = page(rounds, options.seed)
+            print(table)
+            if options.page:
+                options.page.write_text(table)
+    sys.exit(any(outcome.verdict == "wrong" for outcome in rounds))
+
+
+if __name__ == "__main__":
+    main()
