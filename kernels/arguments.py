@@ -74,4 +74,4 @@ def warn_of_slowness(operation: str, takes: str, dtype: torch.dtype, *given: str
     the CUDA kernels `take` something else. Not for float64, which is asked for as a referee."""
     if dtype != torch.float64:
         warnings.warn(f"{operation}: the CUDA kernels do not take {', '.join([str(dtype), *given])}; PyTorch's "
-                      f"operations run, several times slower.\nThe kernels take {takes}.", UserWarning, stacklevel=2)
+                      f"slower operations run.\nThe kernels take {takes}.", UserWarning, stacklevel=2)
