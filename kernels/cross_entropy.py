@@ -39,7 +39,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
         if cross_entropy_triton.supports(rows):
             return cross_entropy_triton.losses(rows, targets)[0].view_as(labels)
-        warn_of_slowness("cross_entropy", cross_entropy_triton.TAKES, rows.dtype, f"strides {rows.stride()}")
+        warn_of_slowness("cross_entropy", cross_entropy_triton.TAKES, rows.dtype, f"contiguous: {rows.is_contiguous()}")
     return CrossEntropy.apply(rows, targets).view_as(labels)
 
 

@@ -48,7 +48,7 @@ class _ForwardKL(torch.autograd.Function):
                 ctx.save_for_backward(gradient)
                 return forward_kl_triton.divergences(student, teacher, gradient).mean()
             warn_of_slowness("forward_kl", forward_kl_triton.TAKES, student.dtype,
-                             f"strides {student.stride()} and {teacher.stride()}")
+                             f"contiguous: {student.is_contiguous()}, {teacher.is_contiguous()}")
         exact = torch.promote_types(student.dtype, torch.float32)
         total = student.new_zeros((), dtype=torch.float64)
         for part, expected, out in zip(

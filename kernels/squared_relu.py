@@ -25,7 +25,7 @@ def squared_relu(x: Tensor) -> Tensor:
 
         if squared_relu_triton.supports(x):
             return cast(Tensor, squared_relu_triton.activate(x))
-        warn_of_slowness("squared_relu", squared_relu_triton.TAKES, x.dtype, f"strides {x.stride()}")
+        warn_of_slowness("squared_relu", squared_relu_triton.TAKES, x.dtype, f"contiguous: {x.is_contiguous()}")
     return cast(Tensor, _SquaredReLU.apply(x))
 
 

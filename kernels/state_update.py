@@ -91,7 +91,7 @@ def conv_state_update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor) ->
             rows = x if x.stride(1) == 1 else x.contiguous()
             return state_update_triton.advance_conv(state, rows, weight.contiguous(), bias.contiguous())
         warn_of_slowness("conv_state_update", state_update_triton.TAKES, x.dtype,
-                         f"{weight.shape[1]} taps, a state whose channels lie {state.stride(2)} apart")
+                         f"{weight.shape[1]} taps, channels side by side: {not state.stride(2) > 1}")
     precise = torch.promote_types(x.dtype, torch.float32)
     window = torch.cat([state, x[:, None].to(state.dtype)], 1)
     state.copy_(window[:, 1:])
