@@ -7,7 +7,7 @@ after in_proj, state update) and causal-conv1d; torch.compile and PyTorch's own 
 a CUDA graph's replays, everyone's: launched from Python, some of these wait for it more than for the GPU. A floor is
 the larger of bytes over the bandwidth of a copy and operations over the rate of a BF16 matrix product, both measured
 first. The second table is `benchmarks.kernels_gpu_streaming`'s. `--host` gives instead, of few tokens, the time of a
-call from Python (eager) and within a graph: the difference is the host's.
+call from Python (eager) and within a graph: the difference is the host's, part of it PyTorch's own ("no kernel").
 """
 
 from __future__ import annotations
@@ -218,6 +218,19 @@ def measure(only: set[str], bandwidth: float, rate: float) -> list[dict[str, Any
     return rows
 
 
+class _Nothing(torch.autograd.Function):
+    """The norm without a kernel: what PyTorch itself takes of a differentiable call."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        return torch.empty_like(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+        return tuple(map(torch.empty_like, ctx.saved_tensors))
+
+
 def measure_host(only: set[str]) -> list[dict[str, Any]]:
     """Microseconds a call of 1 x 128 tokens, ours and the peers', from Python and in a graph."""
     print(f"{'op':5} {'kernel':22} {'eager fwd us':>13} {'fwd+bwd':>8} {'graph fwd us':>13} {'fwd+bwd':>8}")
@@ -225,7 +238,8 @@ def measure_host(only: set[str]) -> list[dict[str, Any]]:
     for op, (make, ours, *_) in OPS.items():
         if op not in only:
             continue
-        for name, run in {"ours": ours, **peers()[op]}.items():
+        nothing = {"no kernel": _Nothing.apply} if op == "norm" else {}
+        for name, run in {"ours": ours, **peers()[op], **nothing}.items():
             inputs = make(1, 128)
             graph, eager = (times(run, inputs, measured) for measured in (in_a_graph, eager_milliseconds))
             rows.append({"op": op, "kernel": name, "eager_ms": eager, "graph_ms": graph})

@@ -1,7 +1,11 @@
-"""What the public operations refuse, on every device in the same words, before a kernel reads a wrong address."""
+"""What the public operations refuse, on every device in the same words, before a kernel reads a wrong address; and what
+they warn of."""
 
 from __future__ import annotations
 
+import warnings
+
+import torch
 from torch import Tensor
 
 
@@ -62,3 +66,13 @@ def check_any(operation: str, **tensors: Tensor) -> None:
         if not tensor.numel():
             raise ArgumentError(f"{operation}: {name}, of the shape {tuple(tensor.shape)}, is empty.\n"
                                 f"Every axis must be at least 1 long.")
+
+
+@torch.compiler.assume_constant_result          # or the warning would break a compiler's graph
+def warn_of_slowness(operation: str, takes: str, dtype: torch.dtype, *given: str) -> None:
+    """UserWarning, by Python's default once of an operation and what was given: PyTorch's operations run on a GPU where
+    the CUDA kernels `take` something else. Not for float64, which is asked for as a referee. A compiler formats no
+    symbolic size: give sizes of the model, and of others what holds of them."""
+    if dtype != torch.float64:
+        warnings.warn(f"{operation}: the CUDA kernels do not take {', '.join([str(dtype), *given])}; PyTorch's "
+                      f"slower operations run.\nThe kernels take {takes}.", UserWarning, stacklevel=2)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.arguments import check_dtypes, check_multiple, check_shapes
+from kernels.arguments import check_dtypes, check_multiple, check_shapes, warn_of_slowness
 
 
 def prompt_attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -70,6 +70,7 @@ def token_attention(q: Tensor, keys: Tensor, values: Tensor, position: Tensor) -
 
         if cached_attention_triton.supports(q, keys, values):
             return cached_attention_triton.attend(q, keys, values, position)
+        warn_of_slowness("token_attention", cached_attention_triton.TAKES, q.dtype, f"head_dim {q.shape[2]}")
     # the query heads of a group stand as that many queries of one head: its keys are read once, not copied
     grouped = q.unflatten(1, (keys.shape[1], -1))
     if q.is_cuda:

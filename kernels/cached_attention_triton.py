@@ -76,8 +76,11 @@ def _merge_kernel(outputs, log_sums, y, splits, D: tl.constexpr, SPLITS: tl.cons
 TILES = Tiles(tokens=64, warps=4, stages=3, programs=1056, splits=64)
 
 
+TAKES = "bfloat16 or float16, contiguous caches, a head_dim that is a power of two from 16 to 256"
+
+
 def supports(q: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Whether the kernels take these: on a GPU, 2 bytes an element, caches contiguous, head_dim a power of two."""
+    """Whether the kernels take these: on a GPU, as `TAKES` says."""
     head_dim = q.shape[-1]
     return (q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.dtype == keys.dtype == values.dtype
             and 16 <= head_dim <= 256 and head_dim & (head_dim - 1) == 0

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.arguments import check_any, check_shapes
+from kernels.arguments import check_any, check_shapes, warn_of_slowness
 
 
 def causal_conv1d(
@@ -47,6 +47,7 @@ def causal_conv1d(
                 *causal_conv1d_triton.prepared(x, weight, bias, initial_state, seq_idx)
             )
             return y, _last_inputs(x, taps - 1, initial_state, seq_idx)
+        warn_of_slowness("causal_conv1d", causal_conv1d_triton.TAKES, x.dtype, f"{taps} taps")
     if initial_state is None:
         initial_state = x.new_zeros(x.shape[0], taps - 1, x.shape[2])
     if seq_idx is not None:

@@ -226,8 +226,11 @@ FORWARD = Tiles(channels=256, tokens=32, warps=1)
 BACKWARD = Tiles(channels=128, tokens=128, warps=1)
 
 
+TAKES = f"bfloat16 or float16 and {TAPS} taps"
+
+
 def supports(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernels take these inputs: on a GPU, 2 bytes an element, four taps."""
+    """Whether the kernels take these inputs: on a GPU, as `TAKES` says."""
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and weight.shape[1] == TAPS
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.arguments import ArgumentError, check_dtypes, check_shapes
+from kernels.arguments import ArgumentError, check_dtypes, check_shapes, warn_of_slowness
 
 IGNORED = -100              # a label without a loss, PyTorch's `ignore_index`
 _ROWS = 32                  # of logits at a time on a CPU: their float32 copies stay in cache
@@ -39,6 +39,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
         if cross_entropy_triton.supports(rows):
             return cross_entropy_triton.losses(rows, targets)[0].view_as(labels)
+        warn_of_slowness("cross_entropy", cross_entropy_triton.TAKES, rows.dtype, f"contiguous: {rows.is_contiguous()}")
     return CrossEntropy.apply(rows, targets).view_as(labels)
 
 

@@ -95,8 +95,11 @@ GRADIENT = Tiles(bytes=32768, warps=32)
 BOTH = Tiles(bytes=32768, warps=32)
 
 
+TAKES = "at most 4 bytes an element and contiguous logits"
+
+
 def supports(logits: Tensor) -> bool:
-    """Whether the kernels take logits (rows, vocab) like these: on a GPU, at most 4 bytes an element, rows together."""
+    """Whether the kernels take logits (rows, vocab) like these: on a GPU, as `TAKES` says."""
     return logits.is_cuda and logits.itemsize <= 4 and logits.is_contiguous()
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.arguments import check_shapes
+from kernels.arguments import check_shapes, warn_of_slowness
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
@@ -32,6 +32,8 @@ def quantize_rows(x: Tensor) -> Rows:
 
         if float8_linear_triton.supports(x):
             return Rows(*float8_linear_triton.quantize_rows(x))
+        warn_of_slowness("quantize_rows", float8_linear_triton.TAKES, x.dtype,
+                         f"columns side by side: {not x.stride(1) > 1}")
     largest = x.abs().amax(1, keepdim=True).float()
     scales = torch.where(largest > 0, largest / LARGEST, torch.ones_like(largest))
     values = (x.float() / scales).clamp_(-LARGEST, LARGEST)

@@ -21,8 +21,11 @@ def _quantize_kernel(x, values, scales, row_stride, columns, LARGEST: tl.constex
     tl.store(scales + row, scale)
 
 
+TAKES = "at most 4 bytes an element, columns side by side"
+
+
 def supports(x: Tensor) -> bool:
-    """Whether the kernel takes these: on a GPU, at most 4 bytes an element, columns together."""
+    """Whether the kernel takes these: on a GPU, as `TAKES` says."""
     return x.is_cuda and x.itemsize <= 4 and x.stride(1) == 1
 
 

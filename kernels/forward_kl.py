@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.arguments import check_any, check_dtypes, check_shapes
+from kernels.arguments import check_any, check_dtypes, check_shapes, warn_of_slowness
 
 _ROWS = 64                  # of logits at a time on a CPU: their float32 copies stay in cache
 
@@ -47,6 +47,8 @@ class _ForwardKL(torch.autograd.Function):
             if forward_kl_triton.supports(student, teacher):
                 ctx.save_for_backward(gradient)
                 return forward_kl_triton.divergences(student, teacher, gradient).mean()
+            warn_of_slowness("forward_kl", forward_kl_triton.TAKES, student.dtype,
+                             f"contiguous: {student.is_contiguous()}, {teacher.is_contiguous()}")
         exact = torch.promote_types(student.dtype, torch.float32)
         total = student.new_zeros((), dtype=torch.float64)
         for part, expected, out in zip(

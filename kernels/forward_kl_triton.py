@@ -14,6 +14,7 @@ from torch import Tensor
 from kernels.cross_entropy_triton import Tiles, _log_sum_exp
 
 ROW = Tiles(bytes=16384, warps=16)
+TAKES = "at most 4 bytes an element and contiguous logits"
 _VECTOR_BYTES = 16
 
 
@@ -38,7 +39,7 @@ def _kernel(student, teacher, divergences, gradient, vocab, scale, LANES: tl.con
 
 
 def supports(student: Tensor, teacher: Tensor) -> bool:
-    """Whether the kernel takes these logits (rows, vocab): on a GPU, at most 4 bytes an element, rows together."""
+    """Whether the kernel takes these logits (rows, vocab): on a GPU, as `TAKES` says."""
     return all(logits.is_cuda and logits.itemsize <= 4 and logits.is_contiguous() for logits in (student, teacher))
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.arguments import check_any, check_dtypes, check_multiple, check_shapes
+from kernels.arguments import check_any, check_dtypes, check_multiple, check_shapes, warn_of_slowness
 
 _BLOCK = 65_536                  # elements; the float32 temporaries of one block stay in the second-level cache
 
@@ -44,6 +44,7 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, groups: int, epsilon
             return gated_norm_triton.normalise(
                 *gated_norm_triton.prepared(*rows, weight), groups, epsilon
             ).view(x.shape)
+        warn_of_slowness("gated_rms_norm", gated_norm_triton.TAKES, x.dtype)
     y = _GatedNorm.apply(*rows, weight, groups, epsilon)
     return y.view(x.shape)
 
@@ -70,7 +71,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
             return gated_norm_triton.normalise(
                 *gated_norm_triton.prepared(rows, None, weight), 1, epsilon
             ).view(x.shape)
-    return F.rms_norm(x, weight.shape, weight, epsilon)
+    return F.rms_norm(x, weight.shape, weight, epsilon)         # one kernel too: nothing to warn of
 
 
 class _GatedNorm(torch.autograd.Function):

@@ -86,8 +86,11 @@ BACKWARD = Tiles(rows=2, warps=2, programs=528)
 WIDTH = 1024
 
 
+TAKES = "bfloat16 or float16"
+
+
 def supports(x: Tensor, gate: Tensor | None) -> bool:
-    """Whether the kernels take (rows, channels) inputs like these: on a GPU, 2 bytes an element."""
+    """Whether the kernels take (rows, channels) inputs like these: on a GPU, as `TAKES` says."""
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.arguments import warn_of_slowness
+
 
 def squared_relu(x: Tensor) -> Tensor:
     """relu(x)^2, of any shape; differentiable once.
@@ -23,6 +25,7 @@ def squared_relu(x: Tensor) -> Tensor:
 
         if squared_relu_triton.supports(x):
             return cast(Tensor, squared_relu_triton.activate(x))
+        warn_of_slowness("squared_relu", squared_relu_triton.TAKES, x.dtype, f"contiguous: {x.is_contiguous()}")
     return cast(Tensor, _SquaredReLU.apply(x))
 
 

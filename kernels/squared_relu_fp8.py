@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.arguments import check_dtypes, check_shapes
+from kernels.arguments import check_dtypes, check_shapes, warn_of_slowness
 from kernels.fp8_quantize import Format, quantize
 
 Operation = Literal["none", "squared_relu", "squared_relu_backward"]
@@ -55,6 +55,9 @@ def _run(operation: Operation, h: Tensor, dy: Tensor | None, format: Format) -> 
 
         if squared_relu_fp8_triton.supports(h, dy):
             return Quantized(*squared_relu_fp8_triton.quantize_transpose(h, dy, operation, format))
+        warn_of_slowness(f"quantize_transpose of {operation}", squared_relu_fp8_triton.TAKES, h.dtype,
+                         f"{h.shape[1]} channels, side by side: {not h.stride(1) > 1}",
+                         f"tokens a multiple of 16: {not h.shape[0] % 16}")
     values, inverse_scale = quantize(_apply(operation, h, dy), format)
     rounded = values.to(DTYPES[format])
     return Quantized(rounded, rounded.t().contiguous(), inverse_scale)

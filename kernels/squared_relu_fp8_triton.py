@@ -97,8 +97,11 @@ LARGEST_TILES, PROGRAMS = Tiles(rows=8, columns=1024, warps=8), 528
 QUANTIZE_TILES = Tiles(rows=128, columns=128, warps=4)
 
 
+TAKES = "bfloat16 or float32, multiples of 16 tokens and channels, channels side by side, a GPU with FP8 (Ada, Hopper)"
+
+
 def supports(h: Tensor, dy: Tensor | None) -> bool:
-    """Whether the kernels take these: on a Hopper GPU or later, 2 dimensions, sizes that FP8 products take too."""
+    """Whether the kernels take these: on a GPU, as `TAKES` says."""
     tensors = [h] if dy is None else [h, dy]
     return (h.is_cuda and torch.cuda.get_device_capability(h.device) >= (8, 9)
             and h.dim() == 2 and h.shape[0] % 16 == h.shape[1] % 16 == 0

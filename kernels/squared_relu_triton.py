@@ -32,8 +32,11 @@ def _backward_kernel(x, dy, dx, size, BLOCK: tl.constexpr):
     tl.store(dx + at, gradient.to(dx.dtype.element_ty), at < size)
 
 
+TAKES = "floating-point numbers of at most 4 bytes, contiguous"
+
+
 def supports(x: Tensor) -> bool:
-    """Whether the kernels take x: on a GPU, at most 4 bytes an element, without gaps."""
+    """Whether the kernels take x: on a GPU, as `TAKES` says."""
     return x.is_cuda and x.is_floating_point() and x.itemsize <= 4 and x.is_contiguous()
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.arguments import ArgumentError, check_any, check_dtypes, check_multiple, check_shapes
+from kernels.arguments import ArgumentError, check_any, check_dtypes, check_multiple, check_shapes, warn_of_slowness
 
 # exp(-50) = 2e-22 is nothing beside 1, but keeps products of decays out of the denormal range, where a CPU crawls.
 _LEAST_LOG_DECAY = -50.0
@@ -78,6 +78,7 @@ def chunk_scan(
         if ssd_triton.supports(x, B):
             y, final, *_ = ssd_triton.scan(*ssd_triton.prepared(x, dt, A, B, C, D, dt_bias, initial_state, seq_idx))
             return y, final.transpose(2, 3)
+        warn_of_slowness("chunk_scan", ssd_triton.TAKES, x.dtype, f"head_dim {sizes['p']}, state_dim {sizes['n']}")
     batch, length, heads, head_dim = x.shape
     precise = torch.promote_types(x.dtype, torch.float32)
     step = F.softplus(dt.to(precise) + dt_bias.to(precise))

@@ -443,8 +443,12 @@ LEAST_WIDTH = 64
 TUNED_STATE = 128 * 64          # elements of the largest state for which the pipelines above fit into shared memory
 
 
+TAKES = (f"bfloat16 or float16, head_dim and state_dim of {', '.join(map(str, KERNEL_SIZES))}, their product at most "
+         f"{LARGEST_STATE}")
+
+
 def supports(x: Tensor, B: Tensor) -> bool:
-    """Whether the kernels take these inputs: on a GPU, 2 bytes an element, of sizes that `kernels.ssd` names."""
+    """Whether the kernels take these inputs: on a GPU, as `TAKES` says."""
     head_dim, state_dim = x.shape[-1], B.shape[-1]
     return (
         x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and head_dim in KERNEL_SIZES

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.arguments import ArgumentError, check_any, check_multiple, check_shapes
+from kernels.arguments import ArgumentError, check_any, check_multiple, check_shapes, warn_of_slowness
 
 
 def ssd_state_update(
@@ -48,6 +48,7 @@ def ssd_state_update(
             return state_update_triton.advance_scan(
                 state, *state_update_triton.prepared_scan(x, dt, A, B, C, D, dt_bias)
             )
+        warn_of_slowness("ssd_state_update", state_update_triton.TAKES, state.dtype)
     batch, heads, head_dim, state_dim = state.shape
     groups = B.shape[1]
     precise = torch.promote_types(state.dtype, torch.float32)
@@ -89,6 +90,8 @@ def conv_state_update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor) ->
         if state_update_triton.supports_conv(state, x, weight):
             rows = x if x.stride(1) == 1 else x.contiguous()
             return state_update_triton.advance_conv(state, rows, weight.contiguous(), bias.contiguous())
+        warn_of_slowness("conv_state_update", state_update_triton.TAKES, x.dtype,
+                         f"{weight.shape[1]} taps, channels side by side: {not state.stride(2) > 1}")
     precise = torch.promote_types(x.dtype, torch.float32)
     window = torch.cat([state, x[:, None].to(state.dtype)], 1)
     state.copy_(window[:, 1:])

@@ -74,8 +74,11 @@ SCAN = Tiles(bytes=4096, warps=2)
 CONV_CHANNELS = 128         # in a program of one warp
 
 
+TAKES = "at most 4 bytes an element; the convolution's, two taps or more and a state whose channels lie side by side"
+
+
 def supports_scan(state: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> bool:
-    """Whether the kernel takes these: on a GPU, at most 4 bytes an element."""
+    """Whether the kernel takes these: on a GPU, as `TAKES` says."""
     return state.is_cuda and all(tensor.itemsize <= 4 for tensor in (state, x, dt, B, C))
 
 
@@ -89,8 +92,7 @@ def prepared_scan(
 
 
 def supports_conv(state: Tensor, x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernel takes these: on a GPU, at most 4 bytes an element, a state of channels together, two taps or
-    more."""
+    """Whether the kernel takes these: on a GPU, as `TAKES` says."""
     return x.is_cuda and state.itemsize <= 4 and x.itemsize <= 4 and state.stride(2) == 1 and weight.shape[1] > 1
 
 
