@@ -22,8 +22,7 @@ SAVED = ("validation", "decoding", "fp8-gap", "distillation")   # figures that a
 def report(stage: Stage) -> dict[str, int]:
     from stages.report.claims import claims
     from stages.report.page import report_page
-    from stages.report.records import Records
-    from stages.report.studies import load_studies
+    from stages.report.records import Records, load_studies
 
     # --out DIR writes to DIR/reports.
     directory = Path("reports", stage.params.profile) if stage.out_data == stage.data_root else (

@@ -14,8 +14,8 @@ from stages.common import write
 from stages.report import figures
 from stages.report.claims import Claim, counts, plain
 from stages.report.records import LABELS, DataRecords, RecordError, Records
-from stages.report.studies import Study
 from stages.schema import Machine, Provenance
+from stages.study_schema import Study
 
 HERE = Path(__file__).parent
 NONE = "–"

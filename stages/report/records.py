@@ -20,6 +20,7 @@ from model.compression.schema import Candidate, Controls, Costs, Importance
 from model.evaluation_schema import PaperScore, Samples, Scores
 from stages.params import Params
 from stages.schema import DecodeRepeat, DecodeRow, DistillationRow, Provenance, ValidationRow
+from stages.study_schema import FOLDER, Study
 
 LABELS: tuple[Label, ...] = get_args(Label)         # of quality, the best first
 STAGES = ("annotate", "curate", "tokenizer", "tokenize", "pretrain", "compress", "export", "items", "evaluate",
@@ -28,6 +29,7 @@ FOREACH = ("pretrain", "export", "evaluate")        # those with a member a mode
 Curve = dict[float, float]                          # by tokens
 Pair = tuple[str, str]                              # models: candidate, reference
 T = TypeVar("T")
+CURE = "Make it again by the study's command, or restore the committed file."
 
 
 class RecordError(DataError):
@@ -223,3 +225,22 @@ def pairs(params: Params, candidate: Sequence[str], reference: Sequence[str]) ->
 
     ours, theirs = by_seed(candidate), by_seed(reference)
     return [(name, theirs[seed]) for seed, name in ours.items() if seed in theirs]
+
+
+def read_study(path: Path) -> Study:
+    """Raises RecordError."""
+    study = Reader(path.parent, lambda _: CURE).read(Study, path.name)
+    if study.study != path.stem:
+        raise RecordError(f"{path}: holds the study `{study.study}`, not the one of its name.\n{CURE}")
+    return study
+
+
+def load_studies(folder: Path = FOLDER) -> dict[str, Study | RecordError]:
+    """Every record by its file's name; one that cannot be used is the error that says why."""
+    found: dict[str, Study | RecordError] = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            found[path.stem] = read_study(path)
+        except RecordError as error:
+            found[path.stem] = error
+    return found

@@ -17,7 +17,8 @@ from benchmarks.studies import STUDIES, Task, by_quality, changed_pairs, equal_f
 from model import costs, token_data
 from model.hybrid_lm import HybridLM
 from stages.params import load_params
-from stages.report.studies import FOLDER, WORDS, Study, load_studies, read_study
+from stages.report.records import load_studies, read_study
+from stages.study_schema import FOLDER, WORDS, Study
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,7 +9,7 @@ import pytest
 from stages.report.claims import JUDGES, claims, counts
 from stages.report.records import RecordError
 from stages.report.statistics import Answer
-from stages.report.studies import STUDIED, WORDS, Study
+from stages.study_schema import STUDIED, WORDS, Study
 
 HOLDS, FAILS, UNDECIDED = Answer
 SEEDS = ("", "-seed2", "-seed3")

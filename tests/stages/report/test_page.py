@@ -14,7 +14,7 @@ from stages.params import load_params
 from stages.report.__main__ import report
 from stages.report.page import seen, write_data_page
 from stages.report.records import RecordError
-from stages.report.studies import FOLDER
+from stages.study_schema import FOLDER
 
 
 @pytest.fixture(scope="module")
