@@ -2,7 +2,7 @@
 
     python -m benchmarks.studies STUDY ... [--tokens DIR] [--seeds 3] [--jobs 2] [--seconds N] [--out DIR] [--tiny]
 
-writes DIR/STUDY.json, a record for the report (`stages.report.studies`). Those that train
+writes DIR/STUDY.json, a record for the report (`stages.study_schema`). Those that train
 
     position         hybrid and Transformer, each without positions and with rotary ones; read at 1, 2 and 4 times
                      the training length too
@@ -72,7 +72,7 @@ from model.distributed import bfloat16_products, device
 from model.hybrid_lm import HybridLM
 from stages.common import _commit, _machine, _versions, code_digest
 from stages.params import Params, load_params
-from stages.report.studies import FOLDER, Comparison, Measurement, Study
+from stages.study_schema import FOLDER, Comparison, Measurement, Study
 
 # isort: split
 from megatron.core.datasets.indexed_dataset import IndexedDataset

@@ -49,7 +49,8 @@ def publish_report(directory: Path) -> None:
     found = json.loads((directory / "claims.json").read_text())
     rows = [{name: claim[name] for name in ("number", "title", "paper", "ours", "answer", "because")}
             for claim in found["claims"]]
-    create_table_artifact(table=rows, key="claims", description=found["summary"])
+    create_table_artifact(table=rows, key="claims",
+                          description=", ".join(f"{answer}: {count}" for answer, count in found["counts"].items()))
     page = (directory / "index.html").absolute()
     create_link_artifact(link=page.as_uri(), link_text=str(page), key="report-page", description="The report")
 

@@ -22,8 +22,7 @@ SAVED = ("validation", "decoding", "fp8-gap", "distillation")   # figures that a
 def report(stage: Stage) -> dict[str, int]:
     from stages.report.claims import claims
     from stages.report.page import report_page
-    from stages.report.records import Records
-    from stages.report.studies import load_studies
+    from stages.report.records import Records, load_studies
 
     # --out DIR writes to DIR/reports.
     directory = Path("reports", stage.params.profile) if stage.out_data == stage.data_root else (
@@ -32,10 +31,10 @@ def report(stage: Stage) -> dict[str, int]:
     records, studies = Records(stage.params, stage.records_root), load_studies()
     found = claims(records, studies)
     page = report_page(records, found, studies)
-    summary, counts = page.values["summary"], page.values["counts"]
+    counts = page.values["counts"]
     files: dict[str, Any] = {f"{name}.svg": page.plots[name] + "\n" for name in SAVED if name in page.plots}
     files |= {"index.html": page.text, "claims.json": {
-        "profile": stage.params.profile, **page.values["facts"], "summary": summary, "counts": counts,
+        "profile": stage.params.profile, **page.values["facts"], "counts": counts,
         "claims": [{"number": claim.number, "key": claim.key, "title": claim.title, "paper": claim.paper,
                     "ours": "; ".join(f"{line.measure}: {line.ours}" for line in claim.evidence[:1]),
                     "answer": claim.answer, "because": claim.because} for claim in found],
@@ -44,7 +43,8 @@ def report(stage: Stage) -> dict[str, int]:
         write(directory / name, content)
     stage.inputs += records.reader.files
     unread = list(dict.fromkeys([*page.unread, *records.reader.faults]))
-    print("\n".join([f"{directory / 'index.html'}: {summary}", *unread]), flush=True)
+    answers = ", ".join(f"{answer}: {count}" for answer, count in counts.items())
+    print("\n".join([f"{directory / 'index.html'}: {answers}", *unread]), flush=True)
     names = ("claims_that_hold", "claims_that_do_not_hold", "claims_that_cannot_be_told")
     return {"claims": len(found), **dict(zip(names, counts.values(), strict=True)), "records_not_read": len(unread)}
 

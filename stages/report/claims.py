@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from pydantic.dataclasses import dataclass
 
 from data_pipeline.config import DataError
 from model import costs
@@ -21,7 +20,7 @@ from model.presets import PRESETS
 from stages.report import statistics
 from stages.report.records import Pair, RecordError, Records, pairs
 from stages.report.statistics import Answer, Decision, Estimate, Source, equivalence, mean, over_seeds, superiority
-from stages.report.studies import WORDS, Comparison, Measurement, Study
+from stages.study_schema import WORDS, Comparison, Measurement, Study
 
 
 class Evidence(NamedTuple):
@@ -32,8 +31,7 @@ class Evidence(NamedTuple):
     interval: str = ""
 
 
-@dataclass(frozen=True)
-class Claim:
+class Claim(NamedTuple):
     """One row. `number`: of the list of 19, with a letter where it has parts; `because`: the figures that decided it,
     the smallest difference in sight, and, where undecided, what would decide; `command`: makes the figures again."""
 
@@ -62,14 +60,12 @@ def counts(found: Sequence[Claim]) -> dict[str, int]:
     return {str(answer): sum(claim.answer is answer for claim in found) for answer in Answer}
 
 
-def _claim(records: Records, studies: Mapping[str, Study | RecordError], key: str, study: str = "", rule: str = "",
-           command: str = "", judge: str = "", lacking: str = "", asked: Mapping[str, Any] | None = None,
-           **words: str) -> Claim:
+def _claim(records: Records, studies: Mapping[str, Study | RecordError], key: str, study: str = "",
+           rule: str = "All comparisons of the study must hold.", command: str = "", judge: str = "", lacking: str = "",
+           asked: Mapping[str, Any] | None = None, **words: str) -> Claim:
     evidence: Sequence[Evidence] = []
-    command = command or f"python -m benchmarks.studies {study}"
     try:
         if study:
-            rule = "All comparisons of the study must hold."
             record = studies.get(study) or RecordError(
                 lacking or f"Not measured here: there is no study {study}.\nRun `{command}`.")
             if isinstance(record, RecordError):
@@ -94,7 +90,8 @@ def plain(value: float, form: str = "+.3g") -> str:
 
 
 def percent(value: float) -> str:
-    return f"{plain(100 * value)} %"
+    """Of a relative gain; from twice as good on, how many times."""
+    return f"{plain(100 * value)} %" if value < 1 else f"{1 + value:,.3g} times"
 
 
 def points(value: float) -> str:
@@ -106,9 +103,10 @@ def times(logarithm: float) -> str:
 
 
 def line(measure: str, decision: Decision, show: Show) -> Evidence:
-    low, high = decision.estimate.interval(decision.alpha)
-    return Evidence(measure, show(decision.estimate.value), "" if math.isnan(low) else (
-        f"{1 - decision.alpha:.0%} interval {show(low)} to {show(high)}"))
+    low, high = map(show, decision.estimate.interval(decision.alpha))
+    unit = "".join(high.partition(" ")[1:])             # said once, where both have the same
+    return Evidence(measure, show(decision.estimate.value), "" if math.isnan(decision.seen) else (
+        f"{1 - decision.alpha:.0%} interval {low.removesuffix(unit)} to {high}"))
 
 
 def told(decision: Decision, show: Show) -> str:
@@ -127,7 +125,7 @@ def told(decision: Decision, show: Show) -> str:
 def with_control(decision: Decision, control: Decision | None, name: str, show: Show) -> tuple[Answer, str]:
     """Answer and reason of an equivalence beside its negative control."""
     if control is None:
-        return Answer.UNDECIDED, f"{told(decision, show)}. No control: {name} was not measured"
+        return Answer.UNDECIDED, f"{told(decision, show)}. Nothing is told without a control: {name} was not measured"
     seen = "fails, as it must" if control.answer is Answer.FAILS else "is not seen to fail, so nothing is told"
     return (statistics.controlled(decision.answer, control.answer),
             f"{told(decision, show)}. The control ({name}) {seen}: {told(control, show)}")
@@ -210,18 +208,16 @@ def loss(records: Records, candidate: Sequence[str], reference: Sequence[str], b
     lost = trained_gains(records, pairs(records.params, broken, reference)) if broken else [
         half_trained_gain(records, name) for _, name in trained]
     decision = rule(over_seeds(mean(gains, "seed"), texts))
-    control_seen = rule(over_seeds(mean(lost, "seed", gains if len(lost) == 1 else None), texts)) if lost else None
+    control_seen = rule(over_seeds(mean(lost, "seed", gains), texts)) if lost else None
     return *with_control(decision, control_seen, control, percent), [line("mean over seeds", decision, percent), *(
         Evidence(f"bits per byte saved, {' / '.join(pair)}", percent(gain))
         for pair, gain in zip(trained, gains, strict=True))]
 
 
-def fp8_scaling(records: Records) -> Finding:
-    scaled, unscaled, bf16 = (("hybrid", "fp8"), ("hybrid", "fp8", "unscaled"), ("hybrid", "bf16"))
+def fp8_scaling(records: Records, scaled: Sequence[str], unscaled: Sequence[str], bf16: Sequence[str]) -> Finding:
     if not (found := pairs(records.params, scaled, unscaled)):
         return Answer.UNDECIDED, "this profile does not train FP8 without scales", []
-    spread = trained_gains(records, pairs(records.params, scaled, bf16)) if len(found) == 1 else None
-    gain = mean(trained_gains(records, found), "seed", spread)
+    gain = mean(trained_gains(records, found), "seed", trained_gains(records, pairs(records.params, scaled, bf16)))
     return in_order(percent, {"bits per byte saved by scales": superiority(gain)})
 
 
@@ -232,9 +228,8 @@ def tasks(records: Records, candidate: Sequence[str], reference: Sequence[str], 
         return Answer.UNDECIDED, "this profile does not evaluate both", []
     failing, metrics = evaluated(records, broken, reference), records.metrics("evaluate", known[0][0])
     counted, rows = [], []
-    for task in records.scores(known[0][0]):
-        if task.startswith("bits_per_byte_") or "_at_" in task:     # texts, and tasks of lengthened contexts
-            continue
+    for task in (task for task in records.scores(known[0][0])
+                 if not (task.startswith("bits_per_byte_") or "_at_" in task)):     # texts, and lengthened contexts
         answers = [records.scores(model)[task] for model in known[0]]
         beaten = any(statistics.beats_chance(int(np.sum(each)), len(each), metrics[f"{task}_accuracy_chance"])
                      for each in answers)
@@ -254,7 +249,7 @@ def tasks(records: Records, candidate: Sequence[str], reference: Sequence[str], 
         overall = statistics.average(by_task)
         if training:
             gains, spread = (np.array([both.mean(2) @ (1, -1) for both in right(drawn)])        # tasks, pairs
-                             for drawn in (of, known if len(of) == 1 else of))
+                             for drawn in (of, known))
             by_task = [over_seeds(mean(one, "seed", drawn), items)
                        for one, drawn, items in zip(gains, spread, by_task, strict=True)]
             overall = over_seeds(mean(gains.mean(0), "seed", spread.mean(0)), overall)
@@ -272,15 +267,14 @@ def tasks(records: Records, candidate: Sequence[str], reference: Sequence[str], 
 
 def layer_importance(records: Records) -> Finding:
     learned(records, records.params.compress.parent)
-    layers, count = records.importance.layers, records.params.compress.importance_samples
-    found = []
-    for end in (layers[0], layers[-1]):
+    layers, count, found = records.importance.layers, records.params.compress.importance_samples, {}
+    for which, end in (("first", layers[0]), ("last", layers[-1])):
         others = sorted((layer for layer in layers if layer is not end), key=lambda layer: -layer.importance)
         bar = others[math.ceil(len(layers) / 4) - 1]
-        found.append(superiority(Estimate(end.importance - bar.importance, tuple(
-            Source("sample", layer.standard_error**2, count, count - 1) for layer in (end, bar))), comparisons=2))
-    return in_order(plain, {f"{which} layer's importance above the top quarter's least": decision
-                            for which, decision in zip(("first", "last"), found, strict=True)})
+        found[f"{which} layer's importance above the top quarter's least"] = superiority(Estimate(
+            end.importance - bar.importance, tuple(Source("sample", layer.standard_error**2, count, count - 1)
+                                                   for layer in (end, bar))), comparisons=2)
+    return in_order(plain, found)
 
 
 def importance_random(records: Records) -> Finding:
@@ -397,8 +391,7 @@ def compared(study: Study, item: Comparison, candidate: str, comparisons: int) -
     if isinstance(item.reference, str) and not item.paired:
         gain = statistics.unpaired(values(candidate), values(item.reference), measured.per)
     else:
-        gain = mean(gains(candidate), measured.per,
-                    gains(item.candidate) if candidate == item.control and len(measured.values) == 1 else None,
+        gain = mean(gains(candidate), measured.per, gains(item.candidate),
                     2 / (measured.items + 2) ** 2 if measured.items else 0.0)       # as statistics.accuracy_gain's
     margin = math.log1p(item.margin) if item.relative else item.margin
     if item.question == "better":

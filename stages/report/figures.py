@@ -19,7 +19,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from data_pipeline.schema import Histogram
 from stages.report.records import LABELS, Curve, Records, pairs
@@ -97,8 +97,8 @@ def look(records: Records, model: str) -> tuple[str, str]:
 
 def zoom(series: Sequence[Series]) -> Callable[[Axes], object]:
     """Limits that cut off the steep start: the upper 40 % of the values."""
-    values = sorted(value for one in series for value in one.y if math.isfinite(value)) or [0.0]
-    low, high = values[0], values[int(0.6 * (len(values) - 1))]
+    values = [value for one in series for value in one.y if math.isfinite(value)] or [0.0]
+    low, high = np.quantile(values, (0, 0.6), method="lower")
     room = 0.06 * (high - low or 1)
     return lambda axes: axes.set_ylim(low - room, high + room)
 
@@ -156,7 +156,7 @@ def decoding(records: Records) -> str:
     def adjust(axes: Axes) -> None:
         axes.set_xscale("log", base=2)
         axes.set_xticks(contexts, [f"{context // 1024}k" if context >= 1024 else f"{context}" for context in contexts])
-        axes.xaxis.set_minor_locator(NullLocator())
+        axes.minorticks_off()
         axes.set_ylim(bottom=0)
 
     series = [Series(name, [row.context for row in rows], [row.tokens_per_second for row in rows], *look(records, name),
@@ -204,9 +204,8 @@ def panel(measure: str, histogram: Histogram, reasons: Mapping[str, int]) -> Pan
 
 def is_about(reason: str, measure: str) -> bool:
     """Whether documents that went for `reason` went for this measure: "digits > 0.2" for digits."""
-    if measure == "language_share":
-        return reason.startswith("share of ")
-    return reason == measure or reason.startswith((f"{measure} < ", f"{measure} > "))
+    starts = ("share of ",) if measure == "language_share" else (f"{measure} < ", f"{measure} > ")
+    return reason == measure or reason.startswith(starts)
 
 
 def place(histogram: Histogram, value: float, inclusive: bool = False) -> float:

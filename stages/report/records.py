@@ -20,6 +20,7 @@ from model.compression.schema import Candidate, Controls, Costs, Importance
 from model.evaluation_schema import PaperScore, Samples, Scores
 from stages.params import Params
 from stages.schema import DecodeRepeat, DecodeRow, DistillationRow, Provenance, ValidationRow
+from stages.study_schema import FOLDER, Study
 
 LABELS: tuple[Label, ...] = get_args(Label)         # of quality, the best first
 STAGES = ("annotate", "curate", "tokenizer", "tokenize", "pretrain", "compress", "export", "items", "evaluate",
@@ -28,6 +29,7 @@ FOREACH = ("pretrain", "export", "evaluate")        # those with a member a mode
 Curve = dict[float, float]                          # by tokens
 Pair = tuple[str, str]                              # models: candidate, reference
 T = TypeVar("T")
+CURE = "Make it again by the study's command, or restore the committed file."
 
 
 class RecordError(DataError):
@@ -57,42 +59,28 @@ class Reader:
 
     Attributes:
         cure: what to do about a path that cannot be read.
-        files: paths that were read.
+        files: what was read, by path.
+        faults: what was asked for and cannot be read.
     """
 
     def __init__(self, root: Path, cure: Callable[[Path], str] = make_again):
         self.root, self.cure = root, cure
-        self.files: list[Path] = []
-        self._known: dict[Path, Any] = {}
-
-    @property
-    def faults(self) -> list[str]:
-        """What was asked for and cannot be read."""
-        return [str(content) for content in self._known.values() if isinstance(content, RecordError)]
+        self.files: dict[Path, Any] = {}
+        self.faults: list[str] = []
 
     def read(self, kind: type[T], *parts: str) -> T:
         """The file as a value of the type `kind`; a CSV file with a header is a list of its rows, in which an empty
         cell is None. Raises RecordError."""
         path = self.root.joinpath(*parts)
-        if path not in self._known:
-            self._known[path] = self._read(kind, path)
-        if isinstance(self._known[path], RecordError):
-            raise self._known[path]
-        found: T = self._known[path]
-        return found
-
-    def metrics(self, *parts: str) -> Metrics:
-        """metrics.json in this folder."""
-        return Metrics(self.root.joinpath(*parts, "metrics.json"), self.read(dict[str, Any], *parts, "metrics.json"))
-
-    def _read(self, kind: type[T], path: Path) -> T | RecordError:
         try:
-            text = path.read_text()
-            self.files.append(path)
-            content = json.loads(text) if path.suffix == ".json" else [
-                {key: value or None for key, value in row.items()} for row in csv.DictReader(text.splitlines())]
-            if content or path.suffix == ".json":
-                return TypeAdapter(kind).validate_python(content)
+            if path not in self.files:
+                text = path.read_text()
+                content = json.loads(text) if path.suffix == ".json" else [
+                    {key: value or None for key, value in row.items()} for row in csv.DictReader(text.splitlines())]
+                self.files[path] = TypeAdapter(kind).validate_python(content)
+            found: T = self.files[path]
+            if found or path.suffix == ".json":
+                return found
             fault = "no rows"
         except ValidationError as error:
             fault = _first_fault(error)
@@ -100,7 +88,12 @@ class Reader:
             fault = "not found" if isinstance(error, FileNotFoundError) else str(error.strerror)
         except ValueError as error:
             fault = f"not valid JSON ({error})" if text.strip() else "empty"
-        return RecordError(f"{path}: {fault}.\n{self.cure(path)}")
+        self.faults.append(f"{path}: {fault}.\n{self.cure(path)}")
+        raise RecordError(self.faults[-1])
+
+    def metrics(self, *parts: str) -> Metrics:
+        """metrics.json in this folder."""
+        return Metrics(self.root.joinpath(*parts, "metrics.json"), self.read(dict[str, Any], *parts, "metrics.json"))
 
 
 def _first_fault(error: ValidationError) -> str:
@@ -223,3 +216,22 @@ def pairs(params: Params, candidate: Sequence[str], reference: Sequence[str]) ->
 
     ours, theirs = by_seed(candidate), by_seed(reference)
     return [(name, theirs[seed]) for seed, name in ours.items() if seed in theirs]
+
+
+def read_study(path: Path) -> Study:
+    """Raises RecordError."""
+    study = Reader(path.parent, lambda _: CURE).read(Study, path.name)
+    if study.study != path.stem:
+        raise RecordError(f"{path}: holds the study `{study.study}`, not the one of its name.\n{CURE}")
+    return study
+
+
+def load_studies(folder: Path = FOLDER) -> dict[str, Study | RecordError]:
+    """Every record by its file's name; one that cannot be used is the error that says why."""
+    found: dict[str, Study | RecordError] = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            found[path.stem] = read_study(path)
+        except RecordError as error:
+            found[path.stem] = error
+    return found

@@ -86,26 +86,23 @@ def mean(values: Sequence[float], unit: str, spread_of: Sequence[float] | None =
     """Of one value a unit, as of paired differences (a log ratio for timings).
 
     Args:
-        spread_of: the values whose spread `values`, too few for one of their own, are taken to share.
+        spread_of: the values whose spread one value, too few for one of its own, is taken to share.
         floor: least variance of the mean. Values that are all alike, as coarse ones may be by chance, show no spread:
             without a floor it counts as unknown.
     """
-    drawn = np.asarray(values if spread_of is None else spread_of, dtype=float)
+    drawn = np.asarray(values if spread_of is None or len(values) > 1 else spread_of, dtype=float)
     spread = float(drawn.var(ddof=1)) / len(values) if len(drawn) > 1 and np.ptp(drawn) > 0 else 0.0
-    known = len(drawn) > 1 and max(spread, floor) > 0
-    return Estimate(float(np.mean(values)), (
-        Source(unit, max(spread, floor) if known else math.nan, len(values), len(drawn) - 1),))
+    variance = max(spread, floor) if len(drawn) > 1 else 0.0
+    return Estimate(float(np.mean(values)), (Source(unit, variance or math.nan, len(values), len(drawn) - 1),))
 
 
 def unpaired(candidate: Sequence[float], reference: Sequence[float], unit: str) -> Estimate:
     """Difference of two means (Welch). One value against several: against where a further one of theirs would fall."""
-    theirs = mean(reference, unit)
-    ours = mean(candidate, unit, reference if len(candidate) == 1 else None)
+    ours, theirs = mean(candidate, unit, reference), mean(reference, unit)
+    sources = (*ours.sources, *theirs.sources)
     if len(candidate) == 1:                 # the two variances are multiples of one estimate
-        (source,) = theirs.sources
-        return Estimate(ours.value - theirs.value,
-                        (source._replace(variance=source.variance + ours.sources[0].variance, drawn=0),))
-    return Estimate(ours.value - theirs.value, (*ours.sources, *theirs.sources))
+        sources = (theirs.sources[0]._replace(variance=sum(source.variance for source in sources), drawn=0),)
+    return Estimate(ours.value - theirs.value, sources)
 
 
 def bits_per_byte_gain(candidate: Mapping[str, Sequence[Any]], reference: Mapping[str, Sequence[Any]]) -> Estimate:

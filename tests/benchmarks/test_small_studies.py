@@ -17,7 +17,8 @@ from benchmarks.studies import STUDIES, Task, by_quality, changed_pairs, equal_f
 from model import costs, token_data
 from model.hybrid_lm import HybridLM
 from stages.params import load_params
-from stages.report.studies import FOLDER, WORDS, Study, load_studies, read_study
+from stages.report.records import load_studies, read_study
+from stages.study_schema import FOLDER, WORDS, Study
 
 ROOT = Path(__file__).parents[2]
 
@@ -200,5 +201,5 @@ def test_records_can_be_read():
 
 
 def test_a_claim_sends_nobody_to_a_study_that_is_not_there():
-    sent = {words["study"] for words in WORDS if "study" in words and "command" not in words}
+    sent = {words["command"].split()[-1] for words in WORDS if "benchmarks.studies" in words["command"]}
     assert sent and sent <= set(studies.STUDIES)

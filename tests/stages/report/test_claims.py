@@ -1,15 +1,16 @@
 """The claims of records whose truth is known: each answer, what turns it, and what is missing."""
 
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from stages.report.claims import JUDGES, claims, counts
+from stages.report.claims import JUDGES, claims, counts, percent
 from stages.report.records import RecordError
 from stages.report.statistics import Answer
-from stages.report.studies import STUDIED, WORDS, Study
+from stages.study_schema import STUDIED, WORDS, Study
 
 HOLDS, FAILS, UNDECIDED = Answer
 SEEDS = ("", "-seed2", "-seed3")
@@ -280,6 +281,14 @@ def test_timings_decide_by_their_repeats(records):
     for model in records.decode_repeats.values():
         del model[256]
     assert claim(records, "inference_mechanism").because == "decoding was measured at one context only"
+
+
+def test_large_gains_are_told_in_times_and_units_once(records):
+    made = study({"a": ([0.1, 0.11, 0.1], {}), "b": ([1.9, 1.8, 1.85], {})},
+                 [{"candidate": "a", "reference": "b", "question": "better", "relative": True}])
+    [line] = claim(records, "position", {"position": made}).evidence
+    assert line.ours == "17.9 times" and re.fullmatch(r"95% interval 1\d\.\d to 2\d\.\d times", line.interval)
+    assert percent(0.5) == "+50 %" and percent(-0.94) == "−94 %"
 
 
 @pytest.mark.parametrize(("key", "stage", "values"), [

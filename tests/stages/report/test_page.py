@@ -14,7 +14,7 @@ from stages.params import load_params
 from stages.report.__main__ import report
 from stages.report.page import seen, write_data_page
 from stages.report.records import RecordError
-from stages.report.studies import FOLDER
+from stages.study_schema import FOLDER
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_every_study_is_shown_or_named(runs):
     assert "Make it again by the study&#39;s command" in text
     assert "<code>compression_controls</code>, 2026-11-28: decides no claim" in text
     assert page.row("FP8, E4M3 gradients")[1:4] == ["bits per byte; lower", "1 seed", "0.9711"]
-    assert "inference_8b</code>, 2026-11-28: Up to 3 times faster inference; 47B is 20 % faster than 56B" in text
+    assert "inference_8b</code>, 2026-11-28: Up to 3 times faster inference (asked: its least, 1.8); 47B is" in text
 
 
 def test_out_directory_takes_the_report(runs, tmp_path):

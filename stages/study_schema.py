@@ -1,11 +1,10 @@
 """Records of studies that were measured apart from a profile: docs/results/studies/NAME.json, committed.
 
 A record holds what was measured and what is compared, never a verdict: the report computes that anew from `values`
-(`stages.report.statistics`). A study fixes its comparisons before it runs. Writing and reading:
+(`stages.report.statistics`). A study fixes its comparisons before it runs.
 
     Study(study="position", command="python -m ...", machine="2 cores of ...", date="2026-11-29", commit="d6c7349",
           versions={"torch": "2.13.0"}, measurements=[Measurement(...)], comparisons=[Comparison(...)]).save()
-    studies = load_studies()    # by name: a Study, or the RecordError that says what is wrong with it
 """
 
 from __future__ import annotations
@@ -18,16 +17,15 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from stages.common import write
-from stages.report.records import Reader, RecordError
 from stages.schema import Record
 
 FOLDER = Path("docs/results/studies")
-CURE = "Make it again by the study's command, or restore the committed file."
+CLAIMS = Path(__file__).with_name("report") / "claims.toml"
+WORDS = tomllib.loads(CLAIMS.read_text())["claim"]                                      # of every claim, in order
+STUDIED = {words["key"]: words["study"] for words in WORDS if "study" in words}         # by which study, if by one
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
-WORDS = tomllib.loads(Path(__file__).with_name("claims.toml").read_text())["claim"]     # of every claim, in order
-STUDIED = {words["key"]: words["study"] for words in WORDS if "study" in words}         # by which study, if by one
 
 
 class Measurement(Record):
@@ -138,22 +136,3 @@ class Study(Record):
         """Write FOLDER/STUDY.json and return its path."""
         write(path := folder / f"{self.study}.json", self.model_dump_json(indent=1) + "\n")
         return path
-
-
-def read_study(path: Path) -> Study:
-    """Raises RecordError."""
-    study = Reader(path.parent, lambda _: CURE).read(Study, path.name)
-    if study.study != path.stem:
-        raise RecordError(f"{path}: holds the study `{study.study}`, not the one of its name.\n{CURE}")
-    return study
-
-
-def load_studies(folder: Path = FOLDER) -> dict[str, Study | RecordError]:
-    """Every record by its file's name; one that cannot be used is the error that says why."""
-    found: dict[str, Study | RecordError] = {}
-    for path in sorted(folder.glob("*.json")):
-        try:
-            found[path.stem] = read_study(path)
-        except RecordError as error:
-            found[path.stem] = error
-    return found
