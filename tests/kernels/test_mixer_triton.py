@@ -68,4 +68,4 @@ def test_the_operator_is_well_registered():
     values = tensors(40, PRECISIONS[0][0])
     values[0] = values[0].transpose(0, 1)
     arguments = (*values, GROUPS, STATE, EPSILON, None)
-    torch.library.opcheck(mixer_triton.mix, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(mixer_triton.mix.registered, arguments, test_utils=("test_schema", "test_faketensor"))
