@@ -126,10 +126,9 @@ def _is_whole(lock: bytes) -> bool:
     from voluptuous import Invalid
 
     try:
-        COMPILED_LOCKFILE_SCHEMA(yaml.load(lock.decode(), yaml.CSafeLoader))
+        return "stages" in COMPILED_LOCKFILE_SCHEMA(yaml.load(lock.decode(), yaml.CSafeLoader))   # never left out
     except (ValueError, yaml.YAMLError, Invalid):       # the first, of bytes that are no text and dates that are none
         return False
-    return True
 
 
 def keep_lock() -> None:

@@ -44,7 +44,7 @@ def recorded() -> list[Output]:
     """All outputs in dvc.lock; of one that DVC is just writing, those that are there."""
     import yaml
 
-    with suppress(FileNotFoundError, ValueError, yaml.YAMLError, AttributeError, TypeError):
+    with suppress(FileNotFoundError, ValueError, yaml.YAMLError, AttributeError, LookupError, TypeError):
         return [Output(name, Path(out["path"]), out["md5"], int(out["size"]))
                 for name, stage in yaml.load(LOCK.read_text(), yaml.CSafeLoader)["stages"].items()
                 for out in stage.get("outs", ()) if out.keys() >= {"path", "md5", "size"}]

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
@@ -39,6 +39,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cut=st.integers(0, len(WHOLE) - 1), kept=st.booleans())
+@example(cut=13, kept=False)                    # between the schema and the stages: valid, and of no stage
 def test_a_lock_cut_anywhere_can_be_read_again(here: Path, cut: int, kept: bool) -> None:
     dvc_graph.LOCK_COPY.unlink(missing_ok=True)
     if kept:
