@@ -8,17 +8,18 @@ FusedAdam megatron-core 0.16.1 restores its Adam step wrongly.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from model import te_guard  # noqa: F401    # before Megatron
 
 # isort: split
-from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -33,6 +34,34 @@ def uses_distributed_optimizer(recipe: PretrainConfig) -> bool:
     return recipe.distributed_optimizer and torch.cuda.is_available() and TRANSFORMER_ENGINE
 
 
+def data_parallel(recipe: PretrainConfig, model: Any, replicas: int) -> DistributedDataParallel:
+    """`model` with FP32 gradients that travel between `replicas` while the backward goes on, and weights that the
+    distributed optimizer spreads while the forward does: `gather_weights` before they are read elsewhere."""
+    spread, overlaps = uses_distributed_optimizer(recipe), recipe.overlaps_gradients(replicas)
+    ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=spread, overlap_grad_reduce=overlaps,
+        overlap_param_gather=spread and overlaps,
+    ), model)
+    if overlaps:                # as Megatron's own loop: nothing leaves before the last micro-batch
+        model.config.no_sync_func = ddp.no_sync
+    if ddp.ddp_config.overlap_param_gather:
+        # Megatron waits for a module's weights as that module is called; our layers read those of modules they do not.
+        for layer in model.decoder.layers:
+            layer.register_forward_pre_hook(partial(_wait_for_weights, ddp), prepend=True)
+    return ddp
+
+
+def _wait_for_weights(ddp: DistributedDataParallel, layer: nn.Module, _: Any) -> None:
+    for parameter in layer.parameters():
+        ddp.param_to_bucket_group[parameter].finish_param_sync()
+
+
+def gather_weights(ddp: DistributedDataParallel) -> None:
+    """Let every process have all weights as of the last update."""
+    if ddp.ddp_config.overlap_param_gather:
+        ddp.start_param_sync(force_sync=True)
+
+
 def build_optimizer(recipe: PretrainConfig, model: DistributedDataParallel) -> MegatronOptimizer:
     """AdamW over `model`; norms, biases, A_log, D and dt_bias (all one-dimensional) do not decay."""
     dtype = model.config.params_dtype
@@ -41,7 +70,8 @@ def build_optimizer(recipe: PretrainConfig, model: DistributedDataParallel) -> M
             optimizer="adam", lr=recipe.learning_rate, min_lr=recipe.min_learning_rate,
             weight_decay=recipe.weight_decay, adam_beta1=recipe.adam_betas[0], adam_beta2=recipe.adam_betas[1],
             clip_grad=recipe.clip_grad, params_dtype=dtype, bf16=dtype is torch.bfloat16,
-            use_distributed_optimizer=uses_distributed_optimizer(recipe),
+            use_distributed_optimizer=model.ddp_config.use_distributed_optimizer,
+            overlap_param_gather=model.ddp_config.overlap_param_gather,
         ),
         [model],
     )

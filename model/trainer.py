@@ -26,7 +26,6 @@ from model import te_guard  # noqa: F401    # before Megatron
 
 # isort: split
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from model import checkpoint, costs, token_data
@@ -38,7 +37,7 @@ from model.fp8_statistics import observe
 from model.gradient_watch import GradientWatch
 from model.kernel_check import check_kernels
 from model.limits import check_cuda_graph, check_micro_batch
-from model.optimizer import build_optimizer, build_schedule, update, uses_distributed_optimizer
+from model.optimizer import build_optimizer, build_schedule, data_parallel, gather_weights, update
 from model.precision import PrecisionName, choose_precision
 from model.run_log import Row, RunLog
 from model.spec import build_model
@@ -141,14 +140,8 @@ class Trainer:
         self.model = build_model(config, self.precision, parallelism, seed, recipe.recompute).to(device())
         self.step_graph = StepGraph(self.model, self._whole_step) if recipe.cuda_graph else None
         self.ranks, self.rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
-        distribution = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=uses_distributed_optimizer(recipe),
-            overlap_grad_reduce=recipe.overlaps_gradients(self.ranks),
-        )
         with self.step_graph.on_stream() if self.step_graph else nullcontext():
-            self.ddp = DistributedDataParallel(self.model.config, distribution, self.model)
-        if distribution.overlap_grad_reduce:        # as Megatron's own loop: nothing leaves before the last micro-batch
-            self.model.config.no_sync_func = self.ddp.no_sync
+            self.ddp = data_parallel(recipe, self.model, self.ranks)
         self.ddp.broadcast_params()
         self.tokens_per_step = recipe.global_batch_size * config.sequence_length
         self.steps = recipe.tokens // self.tokens_per_step
@@ -210,6 +203,7 @@ class Trainer:
                 self._record("validation", rows)
             self.resume.collect(wait=False)
             if step % self.recipe.checkpoint_every == 0 and step < self.steps:
+                gather_weights(self.ddp)
                 self.resume.save(step, {"train_seconds": seconds, "watch": self.watch.state_dict(),
                                         "untrained": untrained, "identity": self.identity},
                                  self.log.files() if self.log else ())
@@ -261,6 +255,7 @@ class Trainer:
 
     def validate(self, step: int) -> list[Row]:
         """Rows of validation.csv: every domain, then `all`: losses weighted by tokens, bits by bytes."""
+        gather_weights(self.ddp)
         self.ddp.eval()
         rows, nats, tokens, size = [], 0.0, 0, 0
         for domain, data in self.validation_sets.items():

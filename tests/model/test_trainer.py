@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 from tiny_engine import HYBRID, RECIPE, optimizer_state, run_processes, train_job
 
-from model import costs, trainer
+from model import costs, optimizer, trainer
 from model.checkpoint import describe, load_weights
 from model.config import ModelError, PretrainConfig
 from model.distributed import ONE_COPY, process_groups
@@ -169,10 +169,18 @@ def test_gradients_leave_while_the_backward_goes_on(tokens, tmp_path, monkeypatc
         monkeypatch.setattr(_ParamAndGradBucketGroup, f"{name}_grad_sync", noted(name, original))
     monkeypatch.setattr(PretrainConfig, "overlaps_gradients", lambda recipe, replicas: True)
     monkeypatch.setattr(
-        trainer, "DistributedDataParallelConfig", partial(trainer.DistributedDataParallelConfig, bucket_size=2000))
+        optimizer, "DistributedDataParallelConfig", partial(optimizer.DistributedDataParallelConfig, bucket_size=2000))
     train_job(str(tokens), str(tmp_path / "out"), str(tmp_path / "scratch"), {}, tokens_to_train_on=4 * 16 * 2)
     buckets = len(calls) // 4
     assert buckets > 2 and calls[2 * buckets:] == ["start"] * buckets + ["finish"] * buckets
+
+
+def test_weights_travel_while_the_forward_goes_on(tokens, tmp_path):
+    """The distributed optimizer's, in many buckets: a layer that did not wait for its own would train on old ones."""
+    jobs = [{"tokens": str(tokens), "out": str(tmp_path / f"out-{spread}"), "scratch": str(tmp_path / f"scratch-{spread}"),
+             "parallelism": {}, "distributed_optimizer": spread} for spread in (False, True)]
+    whole, spread = run_processes(2, jobs, tmp_path)
+    assert losses(spread) == pytest.approx(losses(whole), rel=1e-6)
 
 
 @pytest.mark.slow

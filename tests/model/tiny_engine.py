@@ -95,9 +95,10 @@ def main() -> None:
     Between replicas gradients travel in several buckets, as those of large models do."""
     import torch
 
-    from model import trainer
+    from model import optimizer
 
-    trainer.DistributedDataParallelConfig = partial(trainer.DistributedDataParallelConfig, bucket_size=2000)
+    optimizer.DistributedDataParallelConfig = partial(optimizer.DistributedDataParallelConfig, bucket_size=2000)
+    optimizer.uses_distributed_optimizer = lambda recipe: recipe.distributed_optimizer     # CPUs too; they do not resume
     faulthandler.dump_traceback_later(240, exit=True)
 
     torch.set_num_threads(1)
