@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from model import costs
 from model.config import ModelConfig, PretrainConfig
-from model.distributed import ONE_COPY, process_groups
+from model.distributed import ONE_COPY, Parallelism, device, process_groups
 from model.optimizer import build_optimizer
 from model.precision import choose_precision
 from model.spec import build_model, transformer_config
@@ -62,22 +62,22 @@ RECIPE = PretrainConfig(
 WARMUPS, STEPS = 3, 10          # the third of ours captures
 
 
-def our_model(config: ModelConfig, precision: str) -> nn.Module:
-    recipe = choose_precision(precision, torch.device("cuda"), RECIPE.bf16_layers_at_start, RECIPE.bf16_layers_at_end)
+def our_model(config: ModelConfig, precision: str, parallelism: Parallelism = ONE_COPY) -> nn.Module:
+    recipe = choose_precision(precision, device(), RECIPE.bf16_layers_at_start, RECIPE.bf16_layers_at_end)
     with no_drawing():
-        model = build_model(config, recipe, ONE_COPY, seed=0)
-    return model.cuda()
+        model = build_model(config, recipe, parallelism, seed=0)
+    return model.to(device())
 
 
-def stock_model(config: ModelConfig, precision: str) -> nn.Module:
+def stock_model(config: ModelConfig, precision: str, parallelism: Parallelism = ONE_COPY) -> nn.Module:
     """Megatron's own layers, with the fusions its pretraining has on by default."""
     from megatron.core.activations import squared_relu
     from megatron.core.models.mamba import MambaModel
     from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
 
-    recipe = choose_precision(precision, torch.device("cuda"), RECIPE.bf16_layers_at_start, RECIPE.bf16_layers_at_end)
+    recipe = choose_precision(precision, device(), RECIPE.bf16_layers_at_start, RECIPE.bf16_layers_at_end)
     engine = replace(
-        transformer_config(config, recipe, ONE_COPY), activation_func=squared_relu, bias_dropout_fusion=True,
+        transformer_config(config, recipe, parallelism), activation_func=squared_relu, bias_dropout_fusion=True,
         masked_softmax_fusion=True, persist_layer_norm=True, use_cpu_initialization=False,
     )
     with no_drawing():
@@ -107,7 +107,7 @@ def draw(model: nn.Module) -> None:
             parameter.normal_(0, 0.02)
 
 
-KERNELS: dict[str, Callable[[ModelConfig, str], nn.Module]] = {"stock": stock_model, "ours": our_model}
+KERNELS: dict[str, Callable[..., nn.Module]] = {"stock": stock_model, "ours": our_model}
 
 
 def median_milliseconds(step: Callable[[], Any]) -> float:

@@ -306,7 +306,8 @@ def backward_bytes(config: ModelConfig, symbol: str, layout: Layout) -> float:
 
 def step_time(config: ModelConfig, recipe: PretrainConfig, fp8: bool, layout: Layout, machine: Machine) -> Time:
     """Seconds of a step. Between replicas gradients travel while the last micro-batch's backward goes on, but for the
-    last bucket; nothing else overlaps: that is how the trainer runs."""
+    last bucket, and weights while the first's forward does, but for the first; nothing else overlaps: that is how the
+    trainer runs."""
     tokens = layout.micro_batch_size * config.sequence_length
     micro_batches = recipe.global_batch_size // (layout.micro_batch_size * layout.data)
     held = parameters(config) / layout.tensor / layout.pipeline
@@ -330,11 +331,12 @@ def step_time(config: ModelConfig, recipe: PretrainConfig, fp8: bool, layout: La
     waiting = (layout.pipeline - 1) * (one + between) + (micro_batches * between if layout.pipeline > 1 else 0)
     replica = (layout.data - 1) / layout.data * held
     gradients = replica * (FP32 if layout.distributed_optimizer else 2 * FP32) / wire
-    if recipe.overlaps_gradients(layout.data):
-        last_bucket = min(1.0, max(BUCKET, BUCKET_A_REPLICA * layout.data) / held)
-        gradients = max(gradients - BACKWARD * (layers + head / layout.pipeline + tensor_parallel),
-                        gradients * last_bucket)
     weights = replica * (BF16 if layout.distributed_optimizer else 0) / wire
+    if recipe.overlaps_gradients(layout.data):
+        bucket = min(1.0, max(BUCKET, BUCKET_A_REPLICA * layout.data) / held)
+        micro_batch = layers + head / layout.pipeline + tensor_parallel
+        gradients = max(gradients - BACKWARD * micro_batch, gradients * bucket)
+        weights = max(weights - (1 - BACKWARD) * micro_batch, weights * bucket)
     return Time(
         layers=micro_batches * layers, head=micro_batches * head / layout.pipeline,
         update=micro_batches * accumulate + update, tensor_parallel=micro_batches * tensor_parallel, pipeline=waiting,

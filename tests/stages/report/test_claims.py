@@ -40,7 +40,7 @@ class FakeRecords:
         models = [*self.variants, "compressed", "compressed-random"]
         self.params = SimpleNamespace(variants=self.variants, models=models, compress=SimpleNamespace(
             parent="hybrid-fp8", importance_samples=32))
-        level = {name: 2.0 * (1 + 0.001 * draw.normal()) for name in SEEDS}
+        level = {name: 2.0 * (1 + 0.0002 * draw.normal()) for name in SEEDS}
         bits = {}
         for name in self.variants:
             seed = next(end for end in reversed(SEEDS) if name.endswith(end))
@@ -121,6 +121,14 @@ def worse(records, name, share):
             records.scores[name][task] = [(nats * (1 + share), size) for nats, size in rows]
         elif task in TASKS and TASKS[task][0] > 0.2:
             records.scores[name][task] = [right * (at % 10 < 8) for at, right in enumerate(rows)]
+
+
+def test_gaps_that_are_alike_among_seeds_that_are_not_decide_nothing(records):
+    """As once measured: gaps of 0.73, 0.63 and 1.21 % where BF16 alone moved by 1.5 % from seed to seed."""
+    for end, level, gap in zip(SEEDS, (3.11, 3.065, 3.05), (0.0073, 0.0063, 0.0121), strict=True):
+        records.stages["pretrain", f"hybrid-bf16{end}"]["validation_bits_per_byte"] = level
+        records.stages["pretrain", f"hybrid-fp8{end}"]["validation_bits_per_byte"] = level * (1 - gap)
+    assert claim(records, "fp8_loss").answer is UNDECIDED
 
 
 @pytest.mark.parametrize(("models", "keys"), [

@@ -31,7 +31,7 @@ def test_what_was_written_is_read_back(runs):
     assert found.reasons("code")["stop_words < 2"] == 40
     assert found.metrics("evaluate", "compressed")["bits_per_byte_compressor"] == 2.91
     assert pairs(found.params, ("hybrid", "fp8"), ("hybrid", "bf16")) == [
-        ("hybrid-fp8", "hybrid-bf16"), ("hybrid-fp8-seed2", "hybrid-bf16-seed2")]
+        (f"hybrid-fp8{seed}", f"hybrid-bf16{seed}") for seed in ("", "-seed2", "-seed3")]
     assert pairs(found.params, ["compressed"], ["parent"]) == [("compressed", found.params.compress.parent)]
 
 
