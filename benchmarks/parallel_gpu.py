@@ -233,7 +233,7 @@ def train_whole(tokens: Path, scratch: Path, layers: int, tiny: bool, figures: d
     losses = {}
     for name, recompute in (("tp2", ""), ("dp2", "M*-")):
         layout = LAYOUTS[name]._replace(recompute=recompute)
-        part = recipe.model_copy(update={"recompute": recompute, "distributed_optimizer": name == "dp2"})
+        part = recipe.model_copy(update={"recompute": recompute, "distributed_optimizer": True})
         job = {"model": config.model_dump(mode="json"), "recipe": part.model_dump(mode="json"),
                "architecture": "hybrid", "precision": "fp8", "seed": 1, "tokens": str(tokens.absolute()),
                "out": str(scratch / "out"), "scratch": str(scratch / "run"), "threads": 8,

@@ -575,7 +575,7 @@ def _follow(log: Path, on_line: Callable[[str], None], ended: threading.Event) -
 
 
 def _last_words(log: str) -> str:
-    """What a failed stage said at the end, without DVC's own lines and the frames of a traceback."""
+    """What a failed stage said at the end, without the frames of a traceback; DVC's own line where it said nothing."""
     lines = [line for line in log.splitlines() if line.strip()]
     said = [line for line in lines if not line.startswith((" ", "Traceback (", "ERROR: failed to reproduce"))]
-    return " ".join(said[-2:]) or "no output"
+    return " ".join((said or lines)[-2:]) or "no output"

@@ -128,6 +128,7 @@ class ResumeState:
         latest = next((state for state in states if self._is_whole(state)), None)
         if latest is None:
             return None
+        self._check_optimizer(latest)
         with torch.no_grad():
             loaded = dist_checkpointing.load(self._contents(loading=True), str(latest))
             self.model.load_state_dict(loaded["model"])
@@ -135,6 +136,16 @@ class ResumeState:
         self.scheduler.load_state_dict(loaded["scheduler"])
         torch.set_rng_state(loaded["random"])
         return loaded["step"], loaded["records"], latest
+
+    def _check_optimizer(self, state: Path) -> None:
+        """Raise ModelError where `state` holds master weights in the other of Megatron's two forms."""
+        spread = any(isinstance(part, DistributedOptimizer) for part in self.optimizer.chained_optimizers)
+        held = any(name.startswith("optimizer.state.param.") for name in read_index(state).state_dict_metadata)
+        if spread != held:
+            raise ModelError(
+                f"{state}: written {'with' if held else 'without'} the distributed optimizer, whose states are of a form "
+                f"of their own.\nSet pretrain.distributed_optimizer to {str(held).lower()} to go on from it, or give this "
+                "run a directory of its own.")
 
     def _is_whole(self, state: Path) -> bool:
         """Whether all files of `state` are those that were written, of which every process looks at its share."""

@@ -94,8 +94,8 @@ def drop_damaged_copies() -> None:
 
 
 def drop_damaged_runs() -> None:
-    """Remove entries of DVC's run cache that are not what their names, their digests, say: with half of one a stage
-    fails for ever, without it the stage runs.
+    """Remove entries of DVC's run cache that are not what their names, their digests, say, and directories of none: with
+    half an entry, or an empty directory, a stage fails for ever; without them the stage runs.
     """
     import yaml
     from dvc.utils import dict_sha256
@@ -113,6 +113,9 @@ def drop_damaged_runs() -> None:
     for entry in (_cache() / "runs").glob("*/*/*"):
         if not (is_whole(entry, fast) or is_whole(entry, load_yaml)):
             entry.unlink()
+    for directory in (_cache() / "runs").glob("*/*"):
+        with suppress(OSError):         # not empty
+            directory.rmdir()
 
 
 def _verify(output: Output) -> Iterator[Path]:

@@ -183,6 +183,15 @@ def test_weights_travel_while_the_forward_goes_on(tokens, tmp_path):
     assert losses(spread) == pytest.approx(losses(whole), rel=1e-6)
 
 
+def test_a_state_of_the_other_optimizer_is_refused(tokens, unbroken, tmp_path):
+    """Its master weights stand under other names: Megatron would end with all of them in a KeyError."""
+    shutil.copytree(unbroken["directory"] / "scratch", tmp_path / "scratch")
+    job = {"tokens": str(tokens), "out": str(tmp_path / "out"), "scratch": str(tmp_path / "scratch"),
+           "parallelism": {}, "distributed_optimizer": True}
+    with pytest.raises(AssertionError, match="step-00000004: written without the distributed optimizer"):
+        run_processes(1, [job], tmp_path)
+
+
 @pytest.mark.slow
 def test_four_processes_go_on_from_each_others_states(tokens, unbroken, tmp_path):
     """TP2 x PP2, TP2 x DP2 with SP, PP2 x DP2 and DP4 go on from one process's state, then each from another's."""

@@ -192,9 +192,18 @@ def test_half_an_entry_of_the_run_cache_is_dropped(repository: Path) -> None:
     assert len(entries) == 2 and all(entry.exists() for entry in entries)
     text = entries[0].read_text()
     for damage in ("", text[: text.index("outs:")], text.replace("cmd", "cmb"), text.replace("size: ", "size: x"), "["):
+        entries[0].parent.mkdir(exist_ok=True)
         entries[0].write_text(damage)
         outputs.drop_damaged_runs()
         assert entries[0].exists() is ("size: x" in damage) and entries[1].exists()
+
+
+def test_an_empty_directory_of_the_run_cache_is_dropped(repository: Path) -> None:
+    """DVC looks for the newest entry in it, finds none, and the stage fails with `join() argument must be str`."""
+    entry = next(Path(".dvc/cache/runs").glob("*/*/*"))
+    entry.unlink()
+    outputs.drop_damaged_runs()
+    assert not entry.parent.exists() and len(list(Path(".dvc/cache/runs").glob("*/*/*"))) == 1
 
 
 def test_a_lock_that_is_being_written_is_looked_at_again(repository: Path) -> None:
