@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("data_pipeline", "model", "kernels", "stages")
 DEPENDS = "depends.json"      # in a scratch directory: what its state depends on
+LIBRARIES = "requirements.lock"
 # Directory under data/PROFILE/ -> the DVC stage that writes it: what to run when it is missing.
 MAKER = {"annotated": "annotate", "curated": "curate", "tokenizer": "tokenizer", "tokens": "tokenize",
          "items": "items", "hub": "export@{name}"}
@@ -159,8 +160,9 @@ class Stage:
         return self._scratch
 
     def depends(self) -> dict[str, Any]:
-        """What resume state depends on, by name: the parameters and the code that dvc.yaml lists for the stage, and the
-        inputs read so far. Settings of how to run, comments and times of files have no part in it."""
+        """What resume state depends on, by name: the parameters, the code and the libraries (requirements.lock) that
+        dvc.yaml lists for the stage, and the inputs read so far. Settings of how to run, comments and times of files
+        have no part in it."""
         import yaml
 
         stage = yaml.load((ROOT / "dvc.yaml").read_text(), yaml.CSafeLoader)["stages"][self.name]
@@ -172,7 +174,8 @@ class Stage:
         }
         code = [file for name in stage["deps"] if name.split("/")[0] in PACKAGES
                 for file in sorted([ROOT / name, *(ROOT / name).rglob("*")]) if file.suffix == ".py"]
-        return parameters | {str(path): _digest(path) for path in self.inputs} | {
+        libraries = [ROOT / name for name in stage["deps"] if name == LIBRARIES]
+        return parameters | {str(path): _digest(path) for path in [*self.inputs, *libraries]} | {
             str(file.relative_to(ROOT)): hashlib.sha256(ast.dump(ast.parse(file.read_bytes())).encode()).hexdigest()
             for file in code
         }
