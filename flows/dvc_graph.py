@@ -227,7 +227,8 @@ def graph() -> dict[str, Node]:
     stages = _stages()
     needs: dict[str, set[str]] = {}
     for line in dvc("dag", "--dot").splitlines():
-        names = [name for name in re.findall(r'"([^"]+)"', line) if not stages[name.split("@")[0]].get("always_changed")]
+        names = [name for name in re.findall(r'"([^"]+)"', line)
+                 if not stages[name.split("@")[0]].get("always_changed")]
         for name in names:
             needs.setdefault(name, set())
         if len(names) == 2:

@@ -16,12 +16,11 @@ from typing import Any
 
 from packaging.version import Version
 
-from data_pipeline.config import (
-    AnnotateConfig, ClassifierConfig, DataError, FilesSource, HubSource, InstalledSource, Source, WebSource,
-)
+from data_pipeline.config import AnnotateConfig, ClassifierConfig, DataError, HubSource, InstalledSource, Source
 from data_pipeline.sources.locations import expand
 from data_pipeline.sources.streams import is_url
 
+NAMED_IN_MESSAGES = frozenset({".jsonl", ".parquet", ".txt", ".warc", ".wet"})
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -56,21 +55,15 @@ def _of_source(source: Source) -> dict[str, Any]:
         }
     if isinstance(source, HubSource):
         return {source.dataset: stamp([source.dataset]) if Path(source.dataset).exists() else source.revision}
-    return {path: _of_path(path, source) for path in source.paths}
+    return {path: _of_path(path) for path in source.paths}
 
 
-def _of_path(path: str, source: FilesSource | WebSource) -> dict[str, Any]:
+def _of_path(path: str) -> dict[str, Any]:
     if is_url(path):
         return {"address": path}
     if Path(path).is_dir():
         return stamp([path])
-    if isinstance(source, WebSource):
-        from data_pipeline.sources.web import SUFFIXES as suffixes
-    else:
-        from data_pipeline.sources.files import RECORD_SUFFIXES, TEXT_SUFFIXES
-
-        suffixes = RECORD_SUFFIXES | TEXT_SUFFIXES
-    named = {*expand([path], suffixes), *([path] if Path(path).is_file() else [])}      # a listing too, and what it lists
+    named = {*expand([path], NAMED_IN_MESSAGES), *([path] if Path(path).is_file() else [])}  # a listing, its files
     return stamp(name for name in named if not is_url(name)) | {"addresses": sorted(filter(is_url, named))}
 
 
@@ -80,27 +73,27 @@ def stamp(paths: Iterable[str]) -> dict[str, Any]:
     Raises DataError for one that is not there.
     """
     digest, number, size = hashlib.sha256(), 0, 0
-    for file in (file for path in sorted(paths) for file in _below(path)):
-        status = os.stat(file)
+    for file in (file for path in sorted(paths) for file in _below(Path(path))):
+        status = file.stat()
         digest.update(os.fsencode(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n"))
         number, size = number + 1, size + status.st_size
     return {"files": number, "bytes": size, "digest": digest.hexdigest()}
 
 
-def _below(path: str) -> Iterator[str]:
+def _below(path: Path) -> Iterator[Path]:
     """The file, or those below the directory, through links, in order; hidden ones are left out, as in reading."""
-    if not os.path.exists(path):
+    if not path.exists():
         raise DataError(f"{path}: not found, and annotate names it.\n"
                         "Put it back, or take it out of annotate's settings, in params.yaml.")
-    if os.path.isfile(path):
+    if path.is_file():
         yield path
-    seen = {os.path.realpath(path)}
+    seen = {path.resolve()}
     for directory, inner, files in os.walk(path, followlinks=True):
-        real = {name: os.path.realpath(os.path.join(directory, name)) for name in sorted(inner)}
+        here = Path(directory)
+        real = {name: (here / name).resolve() for name in sorted(inner)}
         inner[:] = [name for name in real if not name.startswith(".") and real[name] not in seen]
         seen.update(real.values())
-        found = (os.path.join(directory, name) for name in sorted(files) if not name.startswith("."))
-        yield from filter(os.path.isfile, found)
+        yield from (here / name for name in sorted(files) if not name.startswith(".") and (here / name).is_file())
 
 
 def commit_of(source: HubSource) -> str:
