@@ -50,9 +50,12 @@ stage: $(READY) ## One stage and what it needs; STAGE=pretrain@hybrid-fp8
 $(filter-out curate,$(STAGES)): $(READY)
 	@$(REPRO) $@
 
-curate: $(READY) ## The stage; or text of your own: SOURCE="FILE DIRECTORY x.warc.gz" [DOMAIN=web] [OUT=DIR]
-	@$(if $(SOURCE),$(PY) -m flows.curate_own $(SOURCE) $(if $(DOMAIN),--domain $(DOMAIN)) $(if $(OUT),--out $(OUT)), \
+# From the environment, where make puts what it is given: blanks and quotes in paths stay what they are.
+OWN := DOMAIN OUT TEXT_COLUMN EXTRACTOR LANGUAGES AGAINST LABELS SET
+curate: $(READY) ## The stage; or text of your own: SOURCE="DIR x.warc.gz" [OUT=DIR DOMAIN=web TEXT_COLUMN= LANGUAGES= ...]
+	@$(if $(SOURCE),$(PY) -m flows.curate_own "$$SOURCE" $(foreach name,$(OWN),$(if $($(name)),$(call flag,$(name)))), \
 		$(REPRO) $@)
+flag = --$(subst _,-,$(shell echo $(1) | tr A-Z a-z)) "$$$(1)"
 
 ui: $(READY) ## Prefect's pages: start, watch and cancel runs; PORT=4200
 	@exec $(PY) -m flows.server --port $(PORT)
