@@ -90,8 +90,10 @@ def test_advice_names_the_flags_and_works(tmp_path: Path) -> None:
     done = run(tmp_path, "a.jsonl", "--set", "runtime.workers=1")
     assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 2
     assert "`text_column`" in done.stderr and "--text-column" in done.stderr and "params.yaml" not in done.stderr
-    for flag, value, said in (("--domain", "My Texts", "--domain My Texts"), ("--labels", "best", "--set curate.rules: "),
-                              ("--set", "annotate.mask=[all]", "--set annotate.mask: ")):
+    for flag, value, said in (
+        ("--domain", "My Texts", "--domain My Texts: "), ("--labels", "best", "--set curate.rules: "),
+        ("--set", "annotate.mask=[all]", "--set annotate.mask: "),
+    ):
         again = run(tmp_path, "a.jsonl", "--text-column", "content", flag, value)
         assert said in again.stderr and len(again.stderr.strip().splitlines()) == 2
 
