@@ -43,8 +43,8 @@ RULES: dict[str, dict[str, Any]] = {
 WEB_RULES = {"set": "web", "labels": ["medium", "medium-low", "low"]}
 MEGABYTES_PER_SHARD = 32
 # In place of "in params.yaml", which the flags overrule, in what the stages say.
-SETTINGS = ("by a flag (--text-column, --extractor, --languages, --against, --labels; in make: TEXT_COLUMN= and so on) "
-            "or by --set KEY=VALUE (SET=KEY=VALUE)")
+SETTINGS = ("by SOURCE, --text-column, --extractor, --languages, --against, --labels or --set KEY=VALUE "
+            "(make: TEXT_COLUMN= ... SET=)")
 
 
 def words(given: str) -> list[str]:

@@ -212,7 +212,8 @@ def histogram(of: Panel) -> str:
     stretched, for its words stand beside it."""
     bins = len(of.heights)
     with mpl.rc_context(fname=STYLE):
-        figure = Figure(figsize=(2.6, 0.8), layout="none")
+        figure = Figure(figsize=(2.6, 0.8))
+        figure.set_layout_engine("none")
         axes = figure.add_axes((0, 0, 1, 1), xlim=(0, bins), ylim=(0, 1.05), frame_on=False, xticks=[], yticks=[])
         for start, end, colour in of.areas:
             inner = [edge for edge in range(1, bins) if start < edge < end]
