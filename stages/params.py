@@ -199,16 +199,26 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def set_value(values: dict[str, Any], assignment: str) -> None:
-    """Apply `a.b=value` (value in YAML) to nested `values`. Raises ParamsError."""
+    """Apply `a.b=value` (value in YAML) to nested `values`; of a list, `a.0.b=value`. Raises ParamsError."""
     key, equals, text = assignment.partition("=")
     if not equals:
         raise ParamsError(f"--set {assignment}: expected KEY=VALUE, for example pretrain.learning_rate=1e-3.")
     *parents, last = key.split(".")
+    inner: Any = values
     for parent in parents:
-        values = values.setdefault(parent, {})
-        if not isinstance(values, dict):
+        if isinstance(inner, list):
+            inner = inner[int(parent)] if parent.isdecimal() and int(parent) < len(inner) else None
+        else:
+            inner = inner.setdefault(parent, {})
+        if not isinstance(inner, dict | list):
             raise ParamsError(f"--set {assignment}: `{parent}` is a value, not a section.")
-    values[last] = YAML(typ="safe").load(text)
+    if isinstance(inner, list):
+        raise ParamsError(f"--set {assignment}: sets a list's item as a whole.\nSet a field of it, or the whole list.")
+    try:
+        inner[last] = YAML(typ="safe").load(text)
+    except YAMLError as error:
+        raise ParamsError(f"--set {assignment}: not valid YAML: {' '.join(str(error).split())}\n"
+                          "Correct the value.") from None
 
 
 def load_params(path: Path | str = "params.yaml", overrides: tuple[str, ...] = ()) -> Params:
