@@ -84,8 +84,12 @@ def test_one_reading_s_worth_of_samples_holds_every_document(tmp_path):
     tokens = one_file(tmp_path, lengths)
     for readings in (1, 2.4, 4.6, 8):
         data = TrainingData(tokens, 16, int(readings * 2000), 1, tmp_path / f"cache-{readings}")
-        seen = np.bincount(np.concatenate([data[sample][:-1] for sample in range(2000)]), minlength=2000)
-        assert seen.tolist() == lengths
+        samples = [data[sample] for sample in range(2000)]
+        assert np.bincount(np.concatenate([sample[:-1] for sample in samples]), minlength=2000).tolist() == lengths
+        written = {file: file.stat().st_mtime_ns for file in (tmp_path / f"cache-{readings}").iterdir()}
+        again = TrainingData(tokens, 16, int(readings * 2000), 1, tmp_path / f"cache-{readings}")
+        assert all(torch.equal(again[number], sample) for number, sample in enumerate(samples))
+        assert {file: file.stat().st_mtime_ns for file in (tmp_path / f"cache-{readings}").iterdir()} == written
 
 
 def one_file(directory: Path, lengths: list[int]) -> Path:
