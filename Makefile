@@ -14,7 +14,7 @@ TORCH := $(shell sed -n 's/.*"torch==\([^"]*\)".*/\1/p' pyproject.toml)
 TRITON := 3.6.0
 GPU := $(shell nvidia-smi -L 2>/dev/null | grep -m 1 -o GPU)
 READY := $(VENV)/.setup-complete $(if $(GPU),$(VENV)/.gpu-complete) .dvc/config.local
-STAGES := annotate curate tokenizer tokenize pretrain compress export items evaluate benchmark report
+STAGES := sources annotate curate tokenizer tokenize pretrain compress export items evaluate benchmark report
 # Of what is installed only the profile's name is read from params.yaml; PROFILE=NAME wins.
 CURRENT_PROFILE = $(or $(PROFILE),$(shell sed -n 's/^profile: *\([a-z0-9-]*\).*/\1/p' params.yaml))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -50,9 +50,12 @@ stage: $(READY) ## One stage and what it needs; STAGE=pretrain@hybrid-fp8
 $(filter-out curate,$(STAGES)): $(READY)
 	@$(REPRO) $@
 
-curate: $(READY) ## The stage; or text of your own: SOURCE="FILE DIRECTORY x.warc.gz" [DOMAIN=web] [OUT=DIR]
-	@$(if $(SOURCE),$(PY) -m flows.curate_own $(SOURCE) $(if $(DOMAIN),--domain $(DOMAIN)) $(if $(OUT),--out $(OUT)), \
+# From the environment, where make puts what it is given: blanks and quotes in paths stay what they are.
+OWN := DOMAIN OUT TEXT_COLUMN EXTRACTOR LANGUAGES AGAINST LABELS SET
+curate: $(READY) ## The stage; or text of your own: SOURCE="DIR x.warc.gz" [OUT=DIR DOMAIN=web TEXT_COLUMN= LANGUAGES= ...]
+	@$(if $(SOURCE),$(PY) -m flows.curate_own "$$SOURCE" $(foreach name,$(OWN),$(if $($(name)),$(call flag,$(name)))), \
 		$(REPRO) $@)
+flag = --$(subst _,-,$(shell echo $(1) | tr A-Z a-z)) "$$$(1)"
 
 ui: $(READY) ## Prefect's pages: start, watch and cancel runs; PORT=4200
 	@exec $(PY) -m flows.server --port $(PORT)

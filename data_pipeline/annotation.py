@@ -25,6 +25,7 @@ from data_pipeline.executor import Workers, workers
 from data_pipeline.meter import Meter, Progress
 from data_pipeline.reading import PIECES_PER_SHARD, Part, Read, load, read
 from data_pipeline.sources import Piece, digest, pieces
+from data_pipeline.sources.identity import identity, pinned
 from data_pipeline.steps.decontaminate import Decontaminate
 from data_pipeline.steps.deduplicate import Deduplicate
 from data_pipeline.steps.features import Features
@@ -63,6 +64,7 @@ def annotate(
 
     Raises DataError for a source that cannot be read, and for a shard that fails; the others are done first.
     """
+    config = pinned(config)
     plan = rounds(config, seed)
     piece_bytes = max(1, int(config.shard_megabytes * 1e6 / PIECES_PER_SHARD))
     cut = [pieces(source, seed, piece_bytes) for source in config.sources]
@@ -84,7 +86,7 @@ def annotate(
 
 def _digest(config: AnnotateConfig, seed: int, cut: list[list[Piece]]) -> str:
     """Of what is asked for and what there is to read: a run resumed after a source changed begins anew."""
-    parts = [config.model_dump_json(), str(seed), *map(digest, cut)]
+    parts = [config.model_dump_json(), str(seed), json.dumps(identity(config)), *map(digest, cut)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 

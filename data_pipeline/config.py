@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
@@ -11,7 +11,15 @@ Domain = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]
 
 
 class DataError(ValueError):
-    """Input the data stages cannot use. Its text is two lines: what is wrong (file, field), what to do."""
+    """Input the data stages cannot use. Its text is two lines: what is wrong (file, field), what to do.
+
+    Messages are written with "in params.yaml"; a command whose settings stand elsewhere says so in `settings`.
+    """
+
+    settings: ClassVar[str] = "in params.yaml"
+
+    def __str__(self) -> str:
+        return super().__str__().replace("in params.yaml", self.settings)
 
 
 class Section(BaseModel):

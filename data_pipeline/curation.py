@@ -224,9 +224,10 @@ def _refuse_empty(funnel: list[FunnelStep], reports: list[dict[str, Any]], manif
                 lost.update(row.reasons if row.domain == domain and row.step != "read" else {})
             most = ", ".join(f"{why} ({count})" for why, count in lost.most_common(3))
             what = "to train on" if split == "train" else "held out"
+            first = "Read" if split == "train" else "Raise annotate.held_out.fraction, read"
             raise DataError(
                 f"Domain `{domain}`: no document {what} is left; most went for: {most or 'nothing'}.\n"
-                f"Read more of it (annotate.sources) or change its thresholds (curate.rules.{domain}), in params.yaml."
+                f"{first} more of it (annotate.sources) or change thresholds, curate.rules.{domain}, in params.yaml."
             )
 
 

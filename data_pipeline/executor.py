@@ -139,7 +139,7 @@ class Workers:
 def refuse(failures: list[tuple[str, str]]) -> None:
     """Raise DataError for the first of these (name, two lines), if there is one; the rest are printed."""
     for name, error in failures[1:]:
-        print(f"{name}: {error}", file=sys.stderr, flush=True)
+        print(DataError(f"{name}: {error}"), file=sys.stderr, flush=True)
     if failures:
         name, error = failures[0]
         raise DataError(f"{name}: {error}")

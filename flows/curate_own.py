@@ -3,9 +3,13 @@
     python -m flows.curate_own texts/ more/*.jsonl.gz --domain web --out curated-web
     make curate SOURCE="texts/ crawl.warc.gz" DOMAIN=web OUT=curated-web
 
-JSONL and Parquet need a column `text`; .txt, .md and .rst are a document each; any may end in .gz or .zst. WARC and WET
-files may be addresses. Nothing is held out for evaluation. Thresholds and steps are those of params.yaml; `--set`
-changes them, as in `--set annotate.held_out.fraction=0.01`. An interrupted run goes on where it was.
+JSONL and Parquet need a column `text` (--text-column); .txt, .md and .rst are a document each; any may end in .gz or
+.zst. WARC and WET files may be addresses. Nothing is held out for evaluation. What no flag says stands in params.yaml;
+`--set` changes that, as in `--set annotate.held_out.fraction=0.01`. Paths are relative to the directory the command is
+given in. An interrupted run goes on where it was.
+
+`make curate` takes the flags as SOURCE, DOMAIN, OUT, TEXT_COLUMN, EXTRACTOR, LANGUAGES, AGAINST, LABELS and SET. Where
+several words are taken, a path with blanks that is not the only one is quoted: SOURCE="'my texts' more/".
 """
 
 from __future__ import annotations
@@ -13,9 +17,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,42 +42,91 @@ RULES: dict[str, dict[str, Any]] = {
 }
 WEB_RULES = {"set": "web", "labels": ["medium", "medium-low", "low"]}
 MEGABYTES_PER_SHARD = 32
+# In place of "in params.yaml", which the flags overrule, in what the stages say.
+SETTINGS = ("by SOURCE, --text-column, --extractor, --languages, --against, --labels or --set KEY=VALUE "
+            "(make: TEXT_COLUMN= ... SET=)")
 
 
-def sources_of(given: list[str], domain: str, text_column: str) -> list[dict[str, Any]]:
-    """annotate.sources for these paths and addresses: web archives as such, everything else as files."""
-    archives = [path for path in given if _is_archive(path)]
-    files = [path for path in given if path not in archives or (Path(path).is_dir() and _has_files(Path(path)))]
-    found: list[dict[str, Any]] = []
-    if archives:
-        found.append({"kind": "web", "paths": [_absolute(path) for path in archives], "domain": domain})
-    if files:
-        found.append({"kind": "files", "paths": [_absolute(path) for path in files], "domain": domain,
-                      "text_column": text_column})
+def words(given: str) -> list[str]:
+    """A path as it is where it is there; else words, quoted as for a shell. Raises SystemExit."""
+    if Path(given).expanduser().exists():
+        return [given]
+    try:
+        found = shlex.split(given)
+    except ValueError as error:
+        raise SystemExit(f"{given}: {error}.\n"
+                         "Quote a path with blanks or quotes, as in \"'my texts' more/\".") from None
+    if found != [given] and (missing := [word for word in found if not _matches(word)]):
+        raise SystemExit(f"{given!r} is no file or directory, nor is its word {missing[0]!r}.\n"
+                         "Correct it, or quote a path with blanks within others: \"'my texts' more/\".")
     return found
 
 
-def _is_archive(path: str) -> bool:
-    names = [file.name for file in Path(path).rglob("*")] if Path(path).is_dir() else [path.removesuffix(".paths")]
-    return any(_ending(name) in ARCHIVES for name in names)
+def _matches(word: str) -> list[str]:
+    """The files that a wildcard stands for; an address or a path by itself, where it is there."""
+    from data_pipeline.config import DataError
+    from data_pipeline.sources.locations import expand
+
+    if "://" in word or Path(word).is_dir():
+        return [word]
+    try:
+        return expand([word], frozenset())
+    except DataError:
+        return []
 
 
-def _has_files(directory: Path) -> bool:
+def sources_of(
+    given: Sequence[str], domain: str, text_column: str = "text", extractor: str | None = None
+) -> list[dict[str, Any]]:
+    """annotate.sources for these paths and addresses: web archives as such, everything else as files."""
+    archives: list[str] = []
+    files: list[str] = []
+    for path in map(_absolute, given):
+        directory = Path(path).is_dir()
+        named = [str(file) for file in Path(path).rglob("*")] if directory else _matches(path) or [path]
+        packed = [name for name in named if _is_archive(name) or _is_archive(path)]
+        if packed and directory:
+            archives.append(path)
+        if directory and (_has_files(named) or not packed):
+            files.append(path)
+        if not directory and len(packed) in (0, len(named)):        # a listing or a wildcard of one kind stays one
+            (archives if packed else files).append(path)
+        elif not directory:
+            archives += packed
+            files += [name for name in named if name not in packed]
+    found: list[dict[str, Any]] = []
+    if archives:
+        choice = {"extractor": extractor} if extractor else {}
+        found.append({"kind": "web", "paths": archives, "domain": domain} | choice)
+    if files:
+        found.append({"kind": "files", "paths": files, "domain": domain, "text_column": text_column})
+    return found
+
+
+def _is_archive(name: str) -> bool:
+    """By its name, or what it lists by it: `x.warc.gz`, `wet.paths.gz`."""
+    name = Path(_unpacked(name)).name
+    return Path(f"x.{name.removesuffix('.paths')}" if name.endswith(".paths") else name).suffix in ARCHIVES
+
+
+def _has_files(names: list[str]) -> bool:
     from data_pipeline.sources.files import RECORD_SUFFIXES, TEXT_SUFFIXES
 
-    endings = RECORD_SUFFIXES | TEXT_SUFFIXES | {".parquet"}
-    return any(_ending(file.name) in endings for file in directory.rglob("*"))
+    return any(Path(_unpacked(name)).suffix in RECORD_SUFFIXES | TEXT_SUFFIXES | {".parquet"} for name in names)
 
 
-def _ending(name: str) -> str:
-    return Path(name.lower().removesuffix(".gz").removesuffix(".zst")).suffix
+def _unpacked(name: str) -> str:
+    return name.lower().removesuffix(".gz").removesuffix(".zst")
 
 
 def _absolute(path: str) -> str:
-    return path if "://" in path else str(Path(path).absolute())
+    return path if "://" in path else str(Path(path).expanduser().absolute())
 
 
-def settings(sources: list[dict[str, Any]], domain: str) -> dict[str, Any]:
+def settings(
+    sources: list[dict[str, Any]], domain: str, languages: Sequence[str] = (), against: Sequence[str] = (),
+    labels: Sequence[str] = (),
+) -> dict[str, Any]:
     """What differs from params.yaml, by key."""
     prose = [] if domain.split("_")[0] in ("code", "headers") else [domain]
     return {
@@ -80,16 +136,19 @@ def settings(sources: list[dict[str, Any]], domain: str) -> dict[str, Any]:
         "annotate.held_out": {"fraction": 0, "unit": "document"},
         "annotate.substring.domains": prose,
         "curate.language.domains": prose,
-        "curate.rules": {domain: RULES.get(domain, WEB_RULES)},
-    }
+        "curate.rules": {domain: RULES.get(domain, WEB_RULES) | ({"labels": labels} if labels else {})},
+    } | ({"curate.language.keep": languages} if languages else {}) | (
+        {"annotate.decontamination.against": [_absolute(path) for path in against]} if against else {})
 
 
 def run(stage: str, out: Path, params: Path, assignments: list[str]) -> int:
-    """One stage with its results and resume state under `out`."""
-    command = [sys.executable, "-m", f"stages.{stage}", "--params", str(params.absolute()), "--out", "."]
+    """One stage with its results and resume state under `out`; of the user's directory it imports nothing (-P)."""
+    command = [sys.executable, "-P", "-m", f"stages.{stage}", "--params", str(params), "--out", str(out),
+               "--settings", SETTINGS]
     command += [word for assignment in assignments for word in ("--set", assignment)]
-    environment = {**os.environ, **SOCKS, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    return subprocess.run(command, cwd=out, env=environment).returncode
+    paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+    environment = {**os.environ, **SOCKS, "PYTHONPATH": os.pathsep.join(paths)}
+    return subprocess.run(command, env=environment).returncode
 
 
 def show(out: Path) -> None:
@@ -120,20 +179,50 @@ def _labels(train: Path) -> Counter[str]:
     return found
 
 
+def domain_name(given: str) -> str:
+    from pydantic import TypeAdapter, ValidationError
+
+    from data_pipeline.config import Domain
+
+    try:
+        return str(TypeAdapter(Domain).validate_python(given))
+    except ValidationError:
+        raise SystemExit(f"--domain {given}: not a domain's name.\n"
+                         "Write it with lower-case letters, digits and _, a letter first.") from None
+
+
+def refuse_own_results(given: Sequence[str], out: Path) -> None:
+    """Raise SystemExit where the results of one run would be read as text by the next."""
+    for path in given:
+        if out.absolute().is_relative_to(_absolute(path)):
+            raise SystemExit(f"{out}: lies in {path}, so that the next run would read this one's results as text.\n"
+                             "Name a directory outside with --out (make: OUT=).")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m flows.curate_own", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", nargs="+", help="files, wildcards, directories; web archives also by address")
-    parser.add_argument("--domain", default="web", help="code, docs, reference, or another name for text of the web")
+    parser.add_argument("source", nargs="+", type=words, help="files, wildcards, directories; archives also by address")
+    parser.add_argument("--domain", default="web", type=domain_name,
+                        help="code, docs, reference, or another name for text of the web")
     parser.add_argument("--out", type=Path, default=Path("curated-own"), help="directory for results (curated-own)")
     parser.add_argument("--text-column", default="text", help="of JSONL and Parquet (text)")
+    parser.add_argument("--extractor", help="of web pages: justext, as Nemotron-CC, or resiliparse (justext)")
+    parser.add_argument("--languages", type=str.split, default=[], help="to keep, as in 'en de' (those of params.yaml)")
+    parser.add_argument("--against", nargs="+", type=words, default=[], action="extend", metavar="FILE",
+                        help="evaluation sets that no document may share text with")
+    parser.add_argument("--labels", type=str.split, default=[],
+                        help="whose documents the heuristics are for, as in 'medium low' (by domain)")
     parser.add_argument("--params", type=Path, default=ROOT / "params.yaml", help="parameter file (params.yaml)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a parameter")
     options = parser.parse_args()
     read_yaml(options.params)                   # refuse it here, once
+    given, against = list(chain.from_iterable(options.source)), list(chain.from_iterable(options.against))
+    refuse_own_results(given, options.out)
     options.out.mkdir(parents=True, exist_ok=True)
-    values = settings(sources_of(options.source, options.domain, options.text_column), options.domain)
+    values = settings(sources_of(given, options.domain, options.text_column, options.extractor), options.domain,
+                      options.languages, against, options.labels)
     assignments = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
     try:
         for stage in ("annotate", "curate"):

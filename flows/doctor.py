@@ -159,6 +159,7 @@ def repository() -> Iterator[Finding]:
         for line in dvc_graph.mend(params.runtime.verify_bytes):
             yield Finding("outputs", "warning", line, "Mended; `make reproduce` does the rest.")
         nodes = dvc_graph.graph()
+        dvc_graph.look()
         stale = dvc_graph.stale(nodes)
         yield Finding("stages", "ok", f"{len(nodes)}, of which {len(nodes) - len(stale)} up to date")
 

@@ -115,7 +115,9 @@ def dvc(*arguments: str) -> str:
     """Standard output of a DVC command. Raises GraphError when it fails."""
     done = subprocess.run([*DVC, *arguments], capture_output=True, text=True, env=os.environ | ENVIRONMENT)
     if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        errors = [line for line in lines if not line.startswith("ERROR: failed to reproduce")] or lines or [
+            f"exit status {done.returncode}"]
         raise GraphError(f"dvc {' '.join(arguments)}: {errors[0]}\n" + "\n".join(errors[1:] or ["Run `make doctor`."]))
     return done.stdout
 
@@ -207,11 +209,26 @@ def allow_no_git() -> None:
     config.write_text("[core]\n    no_scm = true\n")
 
 
+def _stages() -> dict[str, dict[str, Any]]:
+    """Those of dvc.yaml; of a `foreach` stage, what each member does."""
+    stages = YAML(typ="safe").load(Path("dvc.yaml"))["stages"]
+    return {name: stage.get("do", stage) for name, stage in stages.items()}
+
+
+def look() -> None:
+    """Run the stages that always run: they write down what DVC does not see, such as a user's files. Raises GraphError
+    where they cannot."""
+    if always := [name for name, stage in _stages().items() if stage.get("always_changed")]:
+        dvc("repro", "--quiet", *always)
+
+
 def graph() -> dict[str, Node]:
-    """Every stage of dvc.yaml, each after the stages it needs."""
+    """Every stage of dvc.yaml, each after the stages it needs, but for those that always run (`look`)."""
+    stages = _stages()
     needs: dict[str, set[str]] = {}
     for line in dvc("dag", "--dot").splitlines():
-        names = re.findall(r'"([^"]+)"', line)
+        names = [name for name in re.findall(r'"([^"]+)"', line)
+                 if not stages[name.split("@")[0]].get("always_changed")]
         for name in names:
             needs.setdefault(name, set())
         if len(names) == 2:
@@ -225,9 +242,8 @@ def graph() -> dict[str, Node]:
     priority: dict[str, int] = {}
     for name in reversed(order):
         priority[name] = 1 + max((priority[other] for other in needs if name in needs[other]), default=-1)
-    stages = YAML(typ="safe").load(Path("dvc.yaml"))["stages"]
-    meta = {name: stage.get("do", stage).get("meta", {}) for name, stage in stages.items()}
-    return {name: _node(name, needs[name], meta[name.split("@")[0]], priority[name]) for name in order}
+    return {name: _node(name, needs[name], stages[name.split("@")[0]].get("meta", {}), priority[name])
+            for name in order}
 
 
 def _node(name: str, needs: set[str], meta: dict[str, Any], priority: int) -> Node:

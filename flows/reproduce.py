@@ -59,6 +59,7 @@ class Run:
         for line in dvc_graph.mend(params.runtime.verify_bytes):
             self.console.line(line)
         nodes = dvc_graph.graph()
+        dvc_graph.look()
         for name, node in nodes.items():
             if name.startswith("pretrain@"):
                 nodes[name] = replace(node, gpus=params.runtime.launcher.gpus_here)

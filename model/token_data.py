@@ -285,7 +285,42 @@ def _contents(tokens: Path) -> dict[str, Any]:
 def _dataset(prefix: str, samples: int, config: GPTDatasetConfig) -> GPTDataset:
     indexed = IndexedDataset(prefix)
     documents = np.arange(len(indexed.sequence_lengths), dtype=np.int32)
-    return GPTDataset(indexed, prefix, documents, samples, Split.train, config)
+    return _Readings(indexed, prefix, documents, samples, Split.train, config)
+
+
+class _Readings(GPTDataset):
+    """Megatron's samples of a file, one reading of it after another.
+
+    Megatron itself shuffles all readings but the last together: after one reading's worth of samples a quarter of the
+    documents has not been seen, and another quarter more than once. Here every reading has an order of its own, of
+    documents and of samples; the sample in which it ends comes last. A file that is read once is Megatron's as it is.
+    """
+
+    def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The documents of all readings (int32), the place in them where each sample begins (samples + 1, 2), and the
+        order of the samples; kept in files, which other processes map."""
+        tokens = self._get_num_tokens_per_epoch()
+        readings = self._get_num_epochs(tokens)
+        if readings == 1:
+            built: tuple[np.ndarray, np.ndarray, np.ndarray] = super()._build_document_sample_shuffle_indices()
+            return built
+        cache = Path(self.config.path_to_cache)
+        kept = [cache / f"{self.unique_description_hash}-{name}.npy" for name in ("documents", "samples", "order")]
+        if not all(file.exists() for file in kept):
+            random, length = np.random.RandomState(self.config.random_seed), self.config.sequence_length
+            documents = np.concatenate([random.permutation(self.indices) for _ in range(readings)]).astype(np.int32)
+            begins = helpers.build_sample_idx(
+                self.dataset.sequence_lengths, documents, length, readings, tokens, True, True
+            )
+            order = np.arange(len(begins) - 1)
+            ends = np.unique(-(-np.arange(1, readings) * tokens // length) - 1)     # where a reading ends within one
+            for start, end in zip([0, *(ends + 1)], [*ends, len(order)], strict=True):
+                random.shuffle(order[start:end])
+            cache.mkdir(parents=True, exist_ok=True)
+            for file, values in zip(kept, (documents, begins, order), strict=True):
+                np.save(file, values)
+        documents, begins, order = (np.load(file, mmap_mode="r") for file in kept)
+        return documents, begins, order
 
 
 class _Vocabulary:

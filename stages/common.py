@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("data_pipeline", "model", "kernels", "stages")
 DEPENDS = "depends.json"      # in a scratch directory: what its state depends on
+LIBRARIES = "requirements.lock"
 # Directory under data/PROFILE/ -> the DVC stage that writes it: what to run when it is missing.
 MAKER = {"annotated": "annotate", "curated": "curate", "tokenizer": "tokenizer", "tokens": "tokenize",
          "items": "items", "hub": "export@{name}"}
@@ -74,6 +75,7 @@ class Stage:
         self.inputs: list[Path] = []
         self.data_root = Path("data") / params.profile
         self.out_data = out / "data" if out else self.data_root
+        self.scratch_root = (out or Path()) / ".scratch"
         self.records_root = Path("runs") / params.profile
         self.records = (out / "runs" if out else self.records_root) / name / (variant or "")
         self.label = f"{name}-{variant}" if variant else name
@@ -151,16 +153,26 @@ class Stage:
         if self._scratch is None:
             depends = self.depends()
             fingerprint = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:12]
-            self._scratch = Path(".scratch") / f"{self.label}-{fingerprint}"
+            self._scratch = self.scratch_root / f"{self.label}-{fingerprint}"
             if not self._scratch.exists():
-                for older in scratches(self.label):
+                for older in self.scratches():
                     print(f"{older} is not gone on from: {_difference(older / DEPENDS, depends)}.", flush=True)
             write(self._scratch / DEPENDS, depends)
         return self._scratch
 
+    def scratches(self) -> list[Path]:
+        """Directories with resume state of the stage, whatever it depends on."""
+        return sorted(self.scratch_root.glob(f"{self.label}-" + "[0-9a-f]" * 12))
+
+    def discard_scratch(self) -> None:
+        """Remove all of them."""
+        for directory in self.scratches():
+            shutil.rmtree(directory)
+
     def depends(self) -> dict[str, Any]:
-        """What resume state depends on, by name: the parameters and the code that dvc.yaml lists for the stage, and the
-        inputs read so far. Settings of how to run, comments and times of files have no part in it."""
+        """What resume state depends on, by name: the parameters, the code and the libraries (requirements.lock) that
+        dvc.yaml lists for the stage, and the inputs read so far. Settings of how to run, comments and times of files
+        have no part in it."""
         import yaml
 
         stage = yaml.load((ROOT / "dvc.yaml").read_text(), yaml.CSafeLoader)["stages"][self.name]
@@ -172,7 +184,8 @@ class Stage:
         }
         code = [file for name in stage["deps"] if name.split("/")[0] in PACKAGES
                 for file in sorted([ROOT / name, *(ROOT / name).rglob("*")]) if file.suffix == ".py"]
-        return parameters | {str(path): _digest(path) for path in self.inputs} | {
+        libraries = [ROOT / name for name in stage["deps"] if name == LIBRARIES]
+        return parameters | {str(path): _digest(path) for path in [*self.inputs, *libraries]} | {
             str(file.relative_to(ROOT)): hashlib.sha256(ast.dump(ast.parse(file.read_bytes())).encode()).hexdigest()
             for file in code
         }
@@ -311,9 +324,11 @@ def run_stage(
     options = _parser(name, description, members is not None).parse_args()
     if options.set and not options.out:
         raise StageError("--set without --out would put other results under this profile's name.\nAdd --out DIR.")
+    from data_pipeline.config import DataError
     from stages.params import load_params
 
     params = load_params(options.params, tuple(options.set))
+    DataError.settings = options.settings or f"in {options.params}"
     variant = getattr(options, "variant", None)
     if members and variant not in members(params):
         raise StageError(f"--variant {variant}: unknown.\n{options.params} has: {', '.join(members(params))}.")
@@ -329,8 +344,8 @@ def run_stage(
         print(json.dumps(stage.parameters(), indent=1))
         return
     if options.fresh:
-        discard_scratch(stage.label)
-    with _only_one(stage.label), plain_errors():
+        stage.discard_scratch()
+    with _only_one(stage), plain_errors():
         started = time.time()
         metrics = function(stage)
         if wrong := [key for key, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]:
@@ -339,7 +354,7 @@ def run_stage(
         resumed = stage._scratch is not None and (stage._scratch / "resumed").exists()
         stage.write_record("metrics.json", {key: _rounded(value) for key, value in metrics.items()})
         stage.write_record("provenance.json", provenance(stage, started + stage.waited, resumed))
-        discard_scratch(stage.label)
+        stage.discard_scratch()
 
 
 def keep_freed_memory() -> None:
@@ -358,21 +373,23 @@ def _parser(name: str, description: str | None, has_members: bool) -> argparse.A
         parser.add_argument("--variant", required=True, help="which member to run, as in dvc.yaml's NAME@VARIANT")
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="parameter file (params.yaml)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a parameter")
-    parser.add_argument("--out", type=Path, help="write under DIR/data and DIR/runs instead of data/ and runs/")
+    parser.add_argument("--settings", help="where messages say that settings are changed (in the parameter file)")
+    parser.add_argument("--out", type=Path, metavar="DIR",
+                        help="write under DIR/data, DIR/runs and DIR/.scratch instead of data/, runs/ and .scratch/")
     parser.add_argument("--fresh", action="store_true", help="discard the resume state of an interrupted run")
     parser.add_argument("--dry-run", action="store_true", help="print the parameters that would be used, and stop")
     return parser
 
 
 @contextlib.contextmanager
-def _only_one(label: str) -> Iterator[None]:
+def _only_one(stage: Stage) -> Iterator[None]:
     """Hold the stage's lock: two runs would share one scratch directory."""
-    Path(".scratch").mkdir(exist_ok=True)
-    with Path(".scratch", f"{label}.lock").open("w") as lock:
+    stage.scratch_root.mkdir(parents=True, exist_ok=True)
+    with (stage.scratch_root / f"{stage.label}.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StageError(f"Stage {label} is already running here.\nWait for it, or stop it.") from None
+            raise StageError(f"Stage {stage.label} is already running here.\nWait for it, or stop it.") from None
         yield
 
 
@@ -394,17 +411,6 @@ def plain_errors() -> Iterator[None]:
         if not isinstance(error, DataError | ModelError):
             raise
         raise StageError(str(error)) from error
-
-
-def discard_scratch(label: str) -> None:
-    """Remove the resume state of a stage, whatever its fingerprint."""
-    for directory in scratches(label):
-        shutil.rmtree(directory)
-
-
-def scratches(label: str) -> list[Path]:
-    """Directories with resume state of a stage, whatever it depends on."""
-    return sorted(Path(".scratch").glob(f"{label}-" + "[0-9a-f]" * 12))
 
 
 def code_digest() -> str:

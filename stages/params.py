@@ -199,16 +199,26 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def set_value(values: dict[str, Any], assignment: str) -> None:
-    """Apply `a.b=value` (value in YAML) to nested `values`. Raises ParamsError."""
+    """Apply `a.b=value` (value in YAML) to nested `values`; of a list, `a.0.b=value`. Raises ParamsError."""
     key, equals, text = assignment.partition("=")
     if not equals:
         raise ParamsError(f"--set {assignment}: expected KEY=VALUE, for example pretrain.learning_rate=1e-3.")
     *parents, last = key.split(".")
+    inner: Any = values
     for parent in parents:
-        values = values.setdefault(parent, {})
-        if not isinstance(values, dict):
+        if isinstance(inner, list):
+            inner = inner[int(parent)] if parent.isdecimal() and int(parent) < len(inner) else None
+        else:
+            inner = inner.setdefault(parent, {})
+        if not isinstance(inner, dict | list):
             raise ParamsError(f"--set {assignment}: `{parent}` is a value, not a section.")
-    values[last] = YAML(typ="safe").load(text)
+    if isinstance(inner, list):
+        raise ParamsError(f"--set {assignment}: sets a list's item as a whole.\nSet a field of it, or the whole list.")
+    try:
+        inner[last] = YAML(typ="safe").load(text)
+    except YAMLError as error:
+        raise ParamsError(f"--set {assignment}: not valid YAML: {' '.join(str(error).split())}\n"
+                          "Correct the value.") from None
 
 
 def load_params(path: Path | str = "params.yaml", overrides: tuple[str, ...] = ()) -> Params:
@@ -220,20 +230,27 @@ def load_params(path: Path | str = "params.yaml", overrides: tuple[str, ...] = (
     try:
         return Params.model_validate(values)
     except ValidationError as error:
-        raise ParamsError("\n".join(_explain(path, item) for item in error.errors())) from None
+        raise ParamsError("\n".join(_explain(_place(path, overrides, item), item) for item in error.errors())) from None
 
 
-def _explain(path: Path, item: Any) -> str:
+def _place(path: Path, overrides: tuple[str, ...], item: Any) -> str:
+    """The override that gave the wrong value, or the file."""
+    keys = [assignment.partition("=")[0] for assignment in overrides]
+    location = ".".join(map(str, item["loc"]))
+    return next((f"--set {key}" for key in reversed(keys) if f"{location}.".startswith(f"{key}.")), str(path))
+
+
+def _explain(place: str, item: Any) -> str:
     """Two lines for one pydantic error: what is wrong, what to do."""
     location = ".".join(str(part) for part in item["loc"]) or "(whole file)"
     if item["type"] == "extra_forbidden":
         close = difflib.get_close_matches(str(item["loc"][-1]), _known_keys(item["loc"][:-1]), n=1)
         hint = f"Did you mean `{close[0]}`?" if close else "Remove it."
-        return f"{path}: unknown key `{location}`.\n{hint}"
+        return f"{place}: unknown key `{location}`.\n{hint}"
     if item["type"] == "missing":
-        return f"{path}: `{location}` is missing.\nAdd it; profiles/ has examples."
+        return f"{place}: `{location}` is missing.\nAdd it; profiles/ has examples."
     message, _, remedy = item["msg"].removeprefix("Value error, ").partition("\n")
-    return f"{path}: `{location}`: {message} (got {item['input']!r:.80}).\n{remedy or 'Correct the value.'}"
+    return f"{place}: `{location}`: {message} (got {item['input']!r:.80}).\n{remedy or 'Correct the value.'}"
 
 
 def _known_keys(location: tuple[Any, ...]) -> list[str]:

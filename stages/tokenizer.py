@@ -19,11 +19,12 @@ def tokenizer(stage: Stage) -> dict[str, Any]:
     from data_pipeline.curated import sample, shards
 
     curated, seed = stage.input("curated"), stage.params.seed
+    heldout = sample(shards(curated, "heldout"), MEASURED_BYTES, seed)      # where there is none: before the work
     with stage.output("tokenizer") as out:
         library.train(curated, stage.params.tokenizer, seed, out)
         trained = library.Tokenizer(out / library.MODEL_FILE)
     metrics: dict[str, Any] = {"vocab_size": trained.vocab_size, "digest": trained.digest}
-    texts = sample(shards(curated, "heldout"), MEASURED_BYTES, seed).select(["domain", "text"]).to_pylist()
+    texts = heldout.select(["domain", "text"]).to_pylist()
     all_bytes = all_tokens = byte_tokens = 0
     for domain in sorted({row["domain"] for row in texts}):
         documents = [row["text"] for row in texts if row["domain"] == domain]

@@ -146,8 +146,8 @@ def test_a_threshold_reruns_the_cut_and_not_the_annotation(tmp_path: Path) -> No
     shutil.copy(ROOT / "params.yaml", tmp_path)
     yaml = YAML()
     stages = yaml.load(ROOT / "dvc.yaml")["stages"]
-    yaml.dump({"stages": {name: stages[name] for name in ("annotate", "curate")}}, tmp_path / "dvc.yaml")
-    for stage in ("annotate", "curate"):
+    yaml.dump({"stages": {name: stages[name] for name in ("sources", "annotate", "curate")}}, tmp_path / "dvc.yaml")
+    for stage in ("sources", "annotate", "curate"):
         for out in [*STAGES[stage]["outs"], *STAGES[stage]["metrics"]]:
             path = tmp_path / out.replace("${profile}", "cpu")
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -159,10 +159,14 @@ def test_a_threshold_reruns_the_cut_and_not_the_annotation(tmp_path: Path) -> No
 
     dvc("init", "--no-scm")
     dvc("commit", "--force", "--quiet")
-    assert json.loads(dvc("status", "--json")) == {}
+    assert json.loads(dvc("status", "--json")) == {"sources": ["always changed"]}
     params = yaml.load(tmp_path / "params.yaml")
     params["curate"]["rules"]["docs"]["thresholds"] = {"words": [50, None]}
     params["curate"]["perplexity"]["share"] = 0.1
     params["runtime"]["workers"] = 64
     yaml.dump(params, tmp_path / "params.yaml")
-    assert set(json.loads(dvc("status", "--json"))) == {"curate"}
+    assert set(json.loads(dvc("status", "--json"))) == {"sources", "curate"}
+
+
+def test_every_stage_depends_on_the_libraries_that_are_locked() -> None:
+    assert all("requirements.lock" in stage["deps"] for stage in STAGES.values())

@@ -188,6 +188,21 @@ def test_children_get_utf8_and_a_user_with_a_name(sandbox: Sandbox) -> None:
     assert sandbox.make("show").stdout == f"{os.getuid()},1\n"
 
 
+def test_curate_gives_what_it_is_given_as_flags(sandbox: Sandbox) -> None:
+    """Blanks and quotes stay what they are."""
+    (sandbox.tools / "echo").symlink_to(str(shutil.which("echo")))
+    (sandbox.tools / "tr").symlink_to(str(shutil.which("tr")))
+    assert sandbox.make("setup").returncode == 0
+    python = sandbox.directory / ".venv/bin/python"
+    python.write_text('#!/bin/bash\nprintf "<%s>" "$@"\n')
+    shown = sandbox.make("curate", "SOURCE=/x/my texts 'a b'", "OUT=/x/my out", "TEXT_COLUMN=content",
+                         "AGAINST=b.jsonl c.jsonl", "LANGUAGES=en de", "LABELS=low", "EXTRACTOR=resiliparse",
+                         'SET=curate.rules={"a": {}}').stdout
+    assert shown == ("<-m><flows.curate_own></x/my texts 'a b'><--out></x/my out><--text-column><content>"
+                     "<--extractor><resiliparse><--languages><en de><--against><b.jsonl c.jsonl><--labels><low>"
+                     '<--set><curate.rules={"a": {}}>')
+
+
 def test_clean_removes_one_profile_only(sandbox: Sandbox) -> None:
     for kind in ("data", "runs", "reports"):
         for profile in ("cpu", "smoke"):

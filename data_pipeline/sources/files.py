@@ -78,8 +78,10 @@ def _parts(file: str, source: FilesSource, shard_bytes: int) -> Iterator[Part]:
 
 
 def _records(part: Part, source: FilesSource) -> Iterator[Document | Refusal]:
-    """Documents of the lines that begin in the part. Raises DataError for what is not JSONL or lacks the column."""
+    """Documents of the lines that begin in the part. Raises DataError for what is not JSONL, and where no record at a
+    file's beginning has the column: one may be of another kind, as a line of metadata."""
     first, column = part.start == 0, source.text_column
+    lacking: dict[str, Any] | None = None if first else {}      # the first record, as long as none has the column
     for offset, line in _lines(part):
         where = f"{part.file}, byte {offset}"
         if isinstance(line, Damage):
@@ -97,10 +99,11 @@ def _records(part: Part, source: FilesSource) -> Iterator[Document | Refusal]:
         if isinstance(record, str):
             yield Refusal(source.domain, record, where)
             continue
-        if first and column not in record:
-            raise missing_column(part.file, column, record)
+        lacking = {} if column in record else record if lacking is None else lacking
         first = False
         yield checked(record.get(column), part.file, f"byte {offset}", source.domain, source.license)
+    if lacking:
+        raise missing_column(part.file, column, lacking)
 
 
 def _lines(part: Part) -> Iterator[tuple[int, bytes | Damage]]:

@@ -52,14 +52,17 @@ class Quality(GlobalStep):
         return training_text.survey(table)
 
     def decide(self, surveys: Sequence[Arrays]) -> Decision:
-        """Trains the scorers. Raises DataError where the corpus is all reference text."""
+        """Trains the scorers. Raises DataError where the corpus holds no text of two words but reference text."""
         text = training_text.collect(surveys, "reference")
         counted = text.keys[-1:]                    # reference documents up to this key are in the counts
         if not len(text.keys):
             text = training_text.installed_reference(self.seed)
         shared = {"counted": counted, **fluency.train(text)}
         if "reference" in self.scorers:
-            shared |= reference.train(text, training_text.collect(surveys, "corpus"), self.seed)
+            corpus = training_text.collect(surveys, "corpus")
+            if not len(corpus.keys):                # a book or two is a corpus as well
+                corpus = training_text.collect(surveys, "long")
+            shared |= reference.train(text, corpus, self.seed)
         return Decision(shared, [{}] * len(surveys))
 
     def apply(self, table: pa.Table, shared: Arrays, own: Arrays) -> pa.Table:

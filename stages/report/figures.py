@@ -54,7 +54,6 @@ def lines(series: Sequence[Series], x: str, y: str, adjust: Callable[[Axes], obj
 
     `adjust` sets scales and limits; an x-axis of tokens is set already.
     """
-    buffer = io.StringIO()
     with mpl.rc_context(fname=STYLE):
         figure = Figure()
         axes = figure.subplots()
@@ -69,7 +68,13 @@ def lines(series: Sequence[Series], x: str, y: str, adjust: Callable[[Axes], obj
             adjust(axes)
         if series:
             figure.legend(loc="outside right center")
-        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        return svg_of(figure)
+
+
+def svg_of(figure: Figure) -> str:
+    """The same bytes for the same figure, in the colours of the page."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = buffer.getvalue()
     svg = re.sub(r"<style[^>]*>.*?</style>", f"<style>{DARK}</style>", svg[svg.index("<svg"):], flags=re.DOTALL)
     for colour, variable in VARIABLES.items():
@@ -166,8 +171,8 @@ def decoding(records: Records) -> str:
 
 
 class Panel(NamedTuple):
-    """A small histogram, which the template draws, with bins of one width: areas of one colour as (start, end, colour)
-    in bins from the left, heights as logarithms of documents, at most 1, `ends` of the axis and (colour, text)."""
+    """A small histogram with bins of one width: areas of one colour as (start, end, colour) in bins from the left,
+    heights as logarithms of documents, at most 1, `ends` of the axis and (colour, text)."""
 
     areas: list[tuple[float, float, str]]
     heights: list[float]
@@ -200,6 +205,23 @@ def panel(measure: str, histogram: Histogram, reasons: Mapping[str, int]) -> Pan
                    for value in (histogram.edges[0], histogram.edges[-1]))
     return Panel([(*ends, colour) for ends, colour in zip(pairwise([0.0, *inner, bins]), colours, strict=True)],
                  np.where(heights > 0, np.maximum(heights, 0.03), 0).tolist(), (first, last), key)
+
+
+def histogram(of: Panel) -> str:
+    """SVG of the bars, whose areas may end within one, over a base line, with a line where each threshold is; it may be
+    stretched, for its words stand beside it."""
+    bins = len(of.heights)
+    with mpl.rc_context(fname=STYLE):
+        figure = Figure(figsize=(2.6, 0.8))
+        figure.set_layout_engine("none")
+        axes = figure.add_axes((0, 0, 1, 1), xlim=(0, bins), ylim=(0, 1.05), frame_on=False, xticks=[], yticks=[])
+        for start, end, colour in of.areas:
+            inner = [edge for edge in range(1, bins) if start < edge < end]
+            bars = [of.heights[min(int(edge), bins - 1)] for edge in (start, *inner)]
+            axes.stairs(bars, [start, *inner, end], fill=True, facecolor=colour, linewidth=0)
+        axes.axhline(0, color=MUTED, linewidth=1)
+        axes.vlines([start for start, *_ in of.areas if 0 < start < bins], 0, 1.05, colors=MUTED, linewidth=1)
+        return svg_of(figure).replace("<svg", '<svg preserveAspectRatio="none"', 1)
 
 
 def is_about(reason: str, measure: str) -> bool:

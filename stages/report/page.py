@@ -38,7 +38,8 @@ class Page:
             loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
             undefined=jinja2.StrictUndefined, extensions=["jinja2.ext.do"])
         environment.filters |= {"code": code, "commit": commit, "number": number, "seen": seen}
-        environment.globals |= {"show": self.show, "draw": self.draw, "areas": figures.panel, "labels": LABELS}
+        environment.globals |= {"show": self.show, "draw": self.draw, "areas": figures.panel, "histogram": histogram,
+                                "labels": LABELS}
         self.text = environment.get_template("page.html.jinja").render(
             style=Markup((HERE / "style.css").read_text()), unread=self.unread, **values)
 
@@ -56,6 +57,10 @@ class Page:
         """The figure that the function of this name, of `figures`, draws."""
         self.plots[label] = figures.labelled(getattr(figures, label.replace("-", "_"))(records), label, words)
         return Markup(self.plots[label])
+
+
+def histogram(of: figures.Panel, name: str, words: str) -> Markup:
+    return Markup(figures.labelled(figures.histogram(of), name, words))
 
 
 def report_page(records: Records, claims: Sequence[Claim], studies: Mapping[str, Study | RecordError]) -> Page:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -9,8 +10,9 @@ import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 
-from flows.curate_own import settings, sources_of
+from flows.curate_own import settings, sources_of, words
 from stages.params import load_params
 from tests.data_pipeline.annotate_corpus import STDLIB
 
@@ -30,8 +32,8 @@ def write_texts(directory: Path) -> None:
     topics = (STDLIB / "pydoc_data" / "topics.py").read_text().replace("\\n'", "").replace("'", "")
     texts = [" ".join(topics[start : start + 2500].split()) for start in range(0, 60_000, 2500)]
     lines = [json.dumps({"content": text}) for text in (*texts[:15], texts[3])]
-    (directory / "texts").mkdir()
-    (directory / "texts" / "a.jsonl").write_text("\n".join(lines) + "\n")
+    (directory / "my texts").mkdir()
+    (directory / "my texts" / "a.jsonl").write_text("\n".join(lines) + "\n")
     (directory / "crawl.warc").write_bytes(b"".join(page(text, number) for number, text in enumerate(texts[15:])))
 
 
@@ -44,21 +46,92 @@ def run(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_files_and_an_archive_are_curated_and_the_funnel_shown(tmp_path: Path) -> None:
     write_texts(tmp_path)
     rules = 'curate.rules={"web": {"set": "prose", "labels": ["medium-low", "low"]}}'
-    done = run(tmp_path, "texts", "crawl.warc", "--out", "mine", "--text-column", "content", "--set", rules,
-               "--set", "runtime.workers=1")
+    (tmp_path / "bench.jsonl").write_text(json.dumps({"question": page_text(tmp_path)[500:900]}) + "\n")
+    done = run(tmp_path, "my texts", "crawl.warc", "--out", "my out", "--text-column", "content", "--set", rules,
+               "--set", "runtime.workers=1", "--against", "bench.jsonl", "--languages", "en fr")
     assert done.returncode == 0, done.stderr
-    funnel = json.loads((tmp_path / "mine/runs/curate/funnel.json").read_text())
+    mine = tmp_path / "my out"
+    funnel = json.loads((mine / "runs/curate/funnel.json").read_text())
+    parameters = json.loads((mine / "runs/curate/provenance.json").read_text())["parameters"]
+    assert parameters["curate"]["language"]["keep"] == ["en", "fr"]
+    shared, = (row for row in funnel if row["step"] == "decontaminate")
+    assert list(shared["reasons"].values()) == [1]
     assert {row["domain"] for row in funnel} == {"web"}
     read, copies = (next(row for row in funnel if row["step"] == step) for step in ("read", "copies"))
     assert 16 < read["documents"] <= 25 and copies["reasons"] == {"copy": 1}
     for row in funnel:
         assert f"{row['step'].replace('_', ' ')}  " in done.stdout
-    assert done.stdout.splitlines()[-2].startswith("Curated text: mine/data/curated/train")
-    assert done.stdout.splitlines()[-1] == "What went, and why: mine/report/index.html"
-    assert f"Of {read['documents']} documents" in (tmp_path / "mine/report/index.html").read_text()
-    train = pq.read_table(tmp_path / "mine/data/curated/train/part-00000.parquet")
+    assert done.stdout.splitlines()[-2].startswith("Curated text: my out/data/curated/train")
+    assert done.stdout.splitlines()[-1] == "What went, and why: my out/report/index.html"
+    assert f"Of {read['documents']} documents" in (mine / "report/index.html").read_text()
+    train = pq.read_table(mine / "data/curated/train/part-00000.parquet")
     assert train.num_rows == funnel[-1]["documents"] and len(set(train["source"].to_pylist())) > 1
     assert not (tmp_path / ".scratch").exists()
+
+
+def page_text(directory: Path) -> str:
+    """Of the third document."""
+    return str(json.loads((directory / "my texts/a.jsonl").read_text().splitlines()[2])["content"])
+
+
+def test_one_long_document_has_a_page(tmp_path: Path) -> None:
+    """All histograms have one value: edges rounded to six digits coincided beyond 10,000 characters. A document of more
+    than 50,000 words is left out of what scorers learn from, unless it is all there is."""
+    rules = 'curate.rules.web.labels=["low"]'
+    text = (STDLIB / "pydoc_data" / "topics.py").read_text().replace("\\n'", "").replace("'", "")
+    assert len(text.split()) > 50_000
+    (tmp_path / "book.txt").write_text(text)
+    done = run(tmp_path, "book.txt", "--out", "mine", "--set", rules, "--set", "curate.perplexity.labels=[]",
+               "--set", "runtime.workers=1")
+    assert done.returncode == 0, done.stderr
+    assert "Of 1 document" in (tmp_path / "mine/report/index.html").read_text()
+
+
+def test_advice_names_the_flags_and_works(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"content": "some text"}) + "\n")
+    done = run(tmp_path, "a.jsonl", "--set", "runtime.workers=1")
+    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 2
+    assert "`text_column`" in done.stderr and "--text-column" in done.stderr and "params.yaml" not in done.stderr
+    for flag, value, said in (
+        ("--domain", "My Texts", "--domain My Texts: "), ("--labels", "best", "--set curate.rules: "),
+        ("--set", "annotate.mask=[all]", "--set annotate.mask: "),
+    ):
+        again = run(tmp_path, "a.jsonl", "--text-column", "content", flag, value)
+        assert said in again.stderr and len(again.stderr.strip().splitlines()) == 2
+
+
+@pytest.mark.parametrize(("given", "expected"), [
+    ("my texts", ["my texts"]),                         # there as it is
+    ("'my texts' x.warc", ["my texts", "x.warc"]),
+    ("x.warc *.warc", ["x.warc", "*.warc"]),
+    ("notes[1].txt", ["notes[1].txt"]),
+    ("nowhere.txt", ["nowhere.txt"]),                   # which the stage refuses
+    ("x.warc https://host/y.warc.gz", ["x.warc", "https://host/y.warc.gz"]),
+])
+def test_words_of_a_make_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, expected: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my texts").mkdir()
+    for name in ("x.warc", "notes[1].txt"):
+        Path(name).touch()
+    assert words(given) == expected
+
+
+@pytest.mark.parametrize("given", ["my texts/ x.warc", "bob's texts"])
+def test_words_that_are_not_there_say_how_to_quote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x.warc").touch()
+    with pytest.raises(SystemExit, match="'my texts' more/") as error:
+        words(given)
+    assert str(error.value).count("\n") == 1
+
+
+def test_results_are_not_read_by_the_next_run(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text")
+    done = run(tmp_path, ".")
+    assert done.returncode == 1 and "curated-own: lies in ." in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 2 and not (tmp_path / "curated-own").exists()
 
 
 def test_what_is_not_there_is_two_lines(tmp_path: Path) -> None:
@@ -78,6 +151,20 @@ def test_sources_by_what_a_path_holds(tmp_path: Path) -> None:
     assert files["paths"] == [given[0], str(Path("all/*.jsonl.gz").absolute())]
 
 
+def test_listings_and_wildcards_by_what_they_stand_for(tmp_path: Path) -> None:
+    """Common Crawl's listings are called warc.paths.gz and wet.paths.gz."""
+    for name in ("a.warc", "b.wet.gz", "c.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "wet.paths.gz").write_bytes(gzip.compress(f"{tmp_path}/b.wet.gz\n".encode()))
+    (tmp_path / "mine.paths").write_text(f"{tmp_path}/b.wet.gz\n")
+    archives = [str(tmp_path / name) for name in ("wet.paths.gz", "mine.paths", "*.w*")]
+    assert sources_of([*archives, "https://host/warc.paths.gz"], "web") == [
+        {"kind": "web", "paths": [*archives, "https://host/warc.paths.gz"], "domain": "web"}]
+    web, files = sources_of([str(tmp_path / "[abc].*")], "web", "text", "resiliparse")
+    assert web["paths"] == [str(tmp_path / "a.warc"), str(tmp_path / "b.wet.gz")] and web["extractor"] == "resiliparse"
+    assert files["paths"] == [str(tmp_path / "c.txt")]
+
+
 def test_settings_are_valid_for_text_and_for_code() -> None:
     for domain, name in (("web", "web"), ("docs", "prose"), ("code", "code")):
         values = settings(sources_of(["x.jsonl"], domain, "text"), domain)
@@ -85,3 +172,6 @@ def test_settings_are_valid_for_text_and_for_code() -> None:
         assert params.curate.rules[domain].set == name
         assert params.annotate.held_out.fraction == 0
         assert params.curate.language.domains == ([] if domain == "code" else [domain])
+    values = settings([], "web", ["de"], ["bench.jsonl"], ["low"])
+    assert values["curate.language.keep"] == ["de"] and values["curate.rules"]["web"]["labels"] == ["low"]
+    assert values["annotate.decontamination.against"] == [str(Path("bench.jsonl").absolute())]

@@ -104,7 +104,8 @@ def code(tmp_path, monkeypatch) -> Path:
     """A copy of what stages are made of, for the test to change."""
     for name in ("model", "kernels", "stages"):
         shutil.copytree(ROOT / name, tmp_path / "code" / name)
-    shutil.copy(ROOT / "dvc.yaml", tmp_path / "code")
+    for name in ("dvc.yaml", "requirements.lock"):
+        shutil.copy(ROOT / name, tmp_path / "code")
     monkeypatch.setattr(common, "ROOT", tmp_path / "code")
     return tmp_path / "code"
 

@@ -104,3 +104,20 @@ def test_override_and_its_errors():
         load_params(ROOT / "params.yaml", ("pretrain.learning_rate",))
     with pytest.raises(ParamsError, match="not a section"):
         load_params(ROOT / "params.yaml", ("seed.x=1",))
+
+
+def test_an_override_reaches_a_field_of_a_list():
+    params = load_params(ROOT / "params.yaml", ("annotate.sources.0.roots=[numpy]", "tokenize.phases.3.until=1.0"))
+    assert params.annotate.sources[0].roots == ["numpy"] and len(params.tokenize.phases) == 4
+
+
+@pytest.mark.parametrize(("assignment", "expected"), [
+    ("annotate.sources.1.domain=web", "`1` is a value"), ("annotate.sources.x.domain=web", "`x` is a value"),
+    ("annotate.sources.0=web", "as a whole"), ("annotate.sources=[1,", "not valid YAML"),
+    ("annotate.mask=[all]", r"^--set annotate\.mask: `annotate\.mask\.0`"),
+    ("annotate.held_out={fraction: 2, unit: source}", r"^--set annotate\.held_out: `annotate\.held_out\.fraction`"),
+])
+def test_a_wrong_override_is_named_and_not_the_file(assignment, expected):
+    with pytest.raises(ParamsError, match=expected) as error:
+        load_params(ROOT / "params.yaml", (assignment,))
+    assert "params.yaml" not in str(error.value) and str(error.value).count("\n") <= 1

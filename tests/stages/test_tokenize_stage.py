@@ -53,6 +53,17 @@ def test_tokenizer_stage_measures_held_out_text(done):
         assert 1.5 < metrics[name] < 6
 
 
+def test_no_held_out_text_stops_the_tokenizer_before_its_work(tmp_path):
+    """As `annotate.held_out.fraction: 0` leaves it."""
+    write_params(tmp_path)
+    write_curated(tmp_path / "data/tiny/curated")
+    heldout = tmp_path / "data/tiny/curated/heldout/part-00000.parquet"
+    pl.read_parquet(heldout).clear().write_parquet(heldout)
+    failed = run(tmp_path, "-m", "stages.tokenizer", check=False)
+    assert failed.returncode == 1 and "annotate.held_out.fraction" in failed.stderr
+    assert len(failed.stderr.strip().splitlines()) == 2 and "training" not in failed.stdout.lower()
+
+
 def test_every_training_document_is_there_once_in_order_and_ended(done):
     tokenizer = Tokenizer(done / "data/tiny/tokenizer/tokenizer.model")
     tokens = read(done / "data/tiny/tokens/tokens.json")

@@ -100,8 +100,8 @@ def _weights(lengths: Int64, wanted: Bool, kinds: Int8, seen: Bool) -> Float64:
         if weights.any():
             return weights / weights[weights > 0].mean()
     raise DataError(
-        "annotate.scorers: `reference` tells reference text from the corpus, which holds nothing but it.\n"
-        "Add a source to annotate.sources, or take `reference` out of annotate.scorers."
+        "annotate.scorers: `reference` tells reference text from other text of two words or more, of which the corpus "
+        "holds none.\nAdd other text to annotate.sources, or take `reference` out of annotate.scorers, in params.yaml."
     )
 
 

@@ -61,28 +61,33 @@ def is_scored(table: pa.Table) -> Bool:
 
 def is_reference(table: pa.Table, words: Words) -> Bool:
     """Which documents may be reference text to learn from."""
-    from_library = pc.starts_with(table["source"], REFERENCE_SOURCES).to_numpy()
-    return from_library & pc.not_equal(table["source"], TABLES).to_numpy() & _is_usable(table, words)
+    return _from_library(table) & pc.not_equal(table["source"], TABLES).to_numpy() & _is_usable(table, words)
+
+
+def _from_library(table: pa.Table) -> Bool:
+    return pc.starts_with(table["source"], REFERENCE_SOURCES).to_numpy()
 
 
 def survey(table: pa.Table) -> Arrays:
-    """The part of each kind of training text that one shard may contribute."""
+    """What one shard may contribute to each part; to `long`, the beginnings of documents too long for the corpus."""
     words = words_of(table)
     keys, kinds = keys_of(table["id"].to_pylist()), kinds_of(table)
     reference = is_reference(table, words)
-    members = {"reference": reference, "corpus": _is_usable(table, words) & ~reference}
+    long = is_scored(table) & (np.diff(words.first) > LONGEST_DOCUMENT) & ~_from_library(table)
+    members = {"reference": reference, "corpus": _is_usable(table, words) & ~reference, "long": long}
     result: dict[str, np.ndarray] = {}
     for part, chosen in members.items():
         rows = np.flatnonzero(chosen)
-        lengths = np.diff(words.first)[rows]
+        lengths = np.minimum(np.diff(words.first)[rows], LONGEST_DOCUMENT)
         order = _lowest(keys[rows], lengths)
-        pieces = [words.hashes[words.first[row] : words.first[row + 1]] for row in rows[order]]
+        starts = words.first[rows[order]]
+        pieces = [words.hashes[start : start + size] for start, size in zip(starts, lengths[order], strict=True)]
         text = _text(keys[rows[order]], kinds[rows[order]], pieces)
         result |= {f"{part}_{name}": array for name, array in text._asdict().items()}
     return result
 
 
-def collect(surveys: Sequence[Arrays], part: Literal["reference", "corpus"]) -> TrainingText:
+def collect(surveys: Sequence[Arrays], part: Literal["reference", "corpus", "long"]) -> TrainingText:
     """The documents with the lowest keys of all shards, of one part."""
     keys = [np.asarray(shard[f"{part}_keys"]) for shard in surveys]
     kinds = np.concatenate([shard[f"{part}_kinds"] for shard in surveys])

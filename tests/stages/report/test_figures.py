@@ -2,8 +2,10 @@
 
 import math
 import re
+from itertools import pairwise
 from xml.etree import ElementTree
 
+import hypothesis
 import matplotlib
 import numpy as np
 import pytest
@@ -128,7 +130,31 @@ def test_one_document_and_documents_of_one_length_are_drawn(edges):
         panel = figures.panel("characters", histogram, {})
         assert all(0 <= start <= end <= 3 for start, end, _ in panel.areas) and np.isfinite(panel.heights).all()
         labels = {"high": edges[2], "medium-high": edges[1], "medium": edges[1], "medium-low": edges[0]}
-        assert figures.panel("fluency", histogram.model_copy(update={"labels": labels}), {}).key
+        scores = figures.panel("fluency", histogram.model_copy(update={"labels": labels}), {})
+        assert scores.key and all("nan" not in figures.histogram(one) for one in (panel, scores))
+
+
+@given(
+    st.lists(st.sampled_from([0.0, 1.0, 2.5, 1e4, 1e9]) | st.floats(-1e9, 1e9), min_size=2, max_size=8).map(sorted),
+    st.data(), st.none() | st.floats(-1e9, 1e9), st.none() | st.floats(-1e9, 1e9),
+)
+@hypothesis.settings(max_examples=40, deadline=None)
+def test_every_histogram_is_drawn_with_bars_as_high_as_its_counts(edges, data, low, high):
+    counts = data.draw(st.lists(st.integers(0, 10**6), min_size=len(edges) - 1, max_size=len(edges) - 1))
+    panel = figures.panel("words", Histogram(edges=edges, counts=counts, low=low, high=high, source="", labels={}), {})
+    root = ElementTree.fromstring(figures.histogram(panel))
+    width, height = (float(value) for value in root.attrib["viewBox"].split()[2:])
+    drawn = np.zeros(len(counts))
+    for path in root.iter(f"{SVG}path"):
+        if not re.search("fill: #", path.attrib.get("style", "")):
+            continue
+        pairs = re.findall("[ML] ([^MLz]+)", path.attrib["d"])
+        points = [[float(number) for number in pair.split()] for pair in pairs]
+        for (x, y), (beyond, same) in pairwise(points):
+            if beyond > x and y == same:                        # the top of a bar
+                within = int((x + beyond) / 2 / width * len(counts))
+                drawn[within] = max(drawn[within], (height - y) / height * 1.05)
+    np.testing.assert_allclose(drawn, panel.heights, atol=2e-3)
 
 
 @given(st.lists(st.floats(-1e9, 1e9), min_size=2, max_size=8).map(sorted), st.floats(allow_nan=False), st.booleans())
