@@ -1,14 +1,14 @@
-"""Training steps on several GPUs: ours beside stock megatron-core + Transformer Engine + mamba_ssm, and beside the plan.
+"""Training steps on several GPUs, ours beside stock megatron-core + Transformer Engine + mamba_ssm, and the plan.
 
-    python -m benchmarks.parallel_gpu [--layouts one,tp2,dp2] [--kernels ours,stock] [--precisions fp8,bf16] [--out FILE]
+    python -m benchmarks.parallel_gpu [--layouts one,tp2,dp2] [--kernels ours,stock] [--precisions fp8,bf16]
     python -m benchmarks.parallel_gpu --whole TOKENS --scratch DIR [--layers 52] [--out FILE]
 
-Steps: the widths of Nemotron-H-8B in 19 layers, a micro-batch of 8,192 tokens, one layer at each end in BF16, weights at
-random. A layout's processes run ours and stock one after the other, launched by Python: Megatron's schedule, DDP with
-FP32 gradients, AdamW with FP32 master weights. `tp2` is tensor and sequence parallel; `dp2` spreads the optimizer,
+Steps: the widths of Nemotron-H-8B in 19 layers, a micro-batch of 8,192 tokens, one layer at each end in BF16, weights
+at random. A layout's processes run ours and stock one after the other, launched by Python: Megatron's schedule, DDP
+with FP32 gradients, AdamW with FP32 master weights. `tp2` is tensor and sequence parallel; `dp2` spreads the optimizer,
 gradients travel during the backward and weights during the forward. Communication is the share of a step in which NCCL
-works, and in brackets that in which nothing else does. tokens/s are a GPU's, the median of ten steps; memory is the most
-that PyTorch held allocated.
+works, and in brackets that in which nothing else does. tokens/s are a GPU's, the median of ten steps; memory is the
+most that PyTorch held allocated.
 
 --whole: Nemotron-H-8B of 52 layers trained in FP8 on token files by the trainer itself: 30 steps at tp2, a state after
 20, and from that state again at dp2 (every layer recomputed), whose losses must be those of tp2 to rounding.
@@ -17,7 +17,6 @@ that PyTorch held allocated.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import platform
@@ -255,8 +254,9 @@ def train_whole(tokens: Path, scratch: Path, layers: int, tiny: bool, figures: d
             "gib": run["metrics"]["peak_memory_gib"], "plan_gib": predicted.memory.allocated / GIB,
             "seconds": time.monotonic() - started}
         figure = figures["whole"][name]
-        print(f"{name}: from step {run['resumed_from'] or 0}; loss {losses[name][0]:.4f}, {losses[name][STATE_AFTER]:.4f}, "
-              f"{losses[name][-1]:.4f}; {figure['tokens_per_second']:.0f} tokens/s a GPU (plan "
+        print(f"{name}: from step {run['resumed_from'] or 0}; loss {losses[name][0]:.4f}, "
+              f"{losses[name][STATE_AFTER]:.4f}, {losses[name][-1]:.4f}; "
+              f"{figure['tokens_per_second']:.0f} tokens/s a GPU (plan "
               f"{figure['plan_tokens_per_second']:.0f}), {figure['gib']:.1f} GiB (plan {figure['plan_gib']:.1f}); "
               f"{figure['seconds']:.0f} s", flush=True)
     worst = max(abs(a / b - 1) for a, b in zip(losses["dp2"][STATE_AFTER:], losses["tp2"][STATE_AFTER:], strict=True))

@@ -143,9 +143,9 @@ class ResumeState:
         held = any(name.startswith("optimizer.state.param.") for name in read_index(state).state_dict_metadata)
         if spread != held:
             raise ModelError(
-                f"{state}: written {'with' if held else 'without'} the distributed optimizer, whose states are of a form "
-                f"of their own.\nSet pretrain.distributed_optimizer to {str(held).lower()} to go on from it, or give this "
-                "run a directory of its own.")
+                f"{state}: written {'with' if held else 'without'} the distributed optimizer, whose states have a form "
+                f"of their own.\nSet pretrain.distributed_optimizer to {str(held).lower()} to go on from it, or give "
+                "this run a directory of its own.")
 
     def _is_whole(self, state: Path) -> bool:
         """Whether all files of `state` are those that were written, of which every process looks at its share."""

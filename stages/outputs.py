@@ -94,8 +94,8 @@ def drop_damaged_copies() -> None:
 
 
 def drop_damaged_runs() -> None:
-    """Remove entries of DVC's run cache that are not what their names, their digests, say, and directories of none: with
-    half an entry, or an empty directory, a stage fails for ever; without them the stage runs.
+    """Remove entries of DVC's run cache that are not what their names, their digests, say, and directories of none:
+    with half an entry, or an empty directory, a stage fails for ever; without them the stage runs.
     """
     import yaml
     from dvc.utils import dict_sha256

@@ -174,8 +174,8 @@ def trained_gains(records: Records, of: Sequence[Pair]) -> list[float]:
 
 
 def least_variance(records: Records, of: Sequence[Pair]) -> float:
-    """Of the mean of `trained_gains`, from the first step on: runs of one seed that round otherwise part as runs of other
-    seeds do, so a gap varies at least as the reference does from seed to seed. A few gaps may be alike by chance."""
+    """Of the mean of `trained_gains`, from the first step on: runs of one seed that round otherwise part as runs of
+    other seeds do, so a gap varies at least as the reference does from seed to seed. A few may be alike by chance."""
     final = np.log([records.metrics("pretrain", theirs)["validation_bits_per_byte"] for _, theirs in of])
     return float(final.var(ddof=1)) / len(of) if len(of) > 1 else 0.0
 

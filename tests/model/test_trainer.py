@@ -177,8 +177,9 @@ def test_gradients_leave_while_the_backward_goes_on(tokens, tmp_path, monkeypatc
 
 def test_weights_travel_while_the_forward_goes_on(tokens, tmp_path):
     """The distributed optimizer's, in many buckets: a layer that did not wait for its own would train on old ones."""
-    jobs = [{"tokens": str(tokens), "out": str(tmp_path / f"out-{spread}"), "scratch": str(tmp_path / f"scratch-{spread}"),
-             "parallelism": {}, "distributed_optimizer": spread} for spread in (False, True)]
+    jobs = [{"tokens": str(tokens), "out": str(tmp_path / f"out-{spread}"), "parallelism": {},
+             "scratch": str(tmp_path / f"scratch-{spread}"), "distributed_optimizer": spread}
+            for spread in (False, True)]
     whole, spread = run_processes(2, jobs, tmp_path)
     assert losses(spread) == pytest.approx(losses(whole), rel=1e-6)
 

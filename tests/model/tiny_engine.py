@@ -98,7 +98,7 @@ def main() -> None:
     from model import optimizer
 
     optimizer.DistributedDataParallelConfig = partial(optimizer.DistributedDataParallelConfig, bucket_size=2000)
-    optimizer.uses_distributed_optimizer = lambda recipe: recipe.distributed_optimizer     # CPUs too; they do not resume
+    optimizer.uses_distributed_optimizer = lambda recipe: recipe.distributed_optimizer      # CPUs too
     faulthandler.dump_traceback_later(240, exit=True)
 
     torch.set_num_threads(1)
