@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from benchmarks.gpu_timing import milliseconds
 from kernels.forward_kl import forward_kl
 from model import costs
+from model.benchmark.decode import fill_caches, step_seconds
 from model.compression.candidates import maximal_cells, share_budget
 from model.compression.config import CompressConfig, MemoryBudget, Workload
 from model.compression.controls import random_selection
@@ -36,11 +37,10 @@ from model.compression.latency import measure_table
 from model.compression.prune import cut
 from model.compression.resume import Pieces
 from model.config import Geometry, ModelConfig
-from model.decode_benchmark import fill_caches, step_seconds
 from model.hybrid_lm import HybridLM
-from model.inference import Decoder
+from model.inference.decoder import Decoder
+from model.inference.random_weights import random_model
 from model.presets import PRESETS
-from model.random_weights import random_model
 from stages.params import load_params, read_yaml
 
 CANDIDATES = 10

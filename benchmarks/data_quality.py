@@ -99,9 +99,10 @@ def run(job: Job) -> Job:
     """Train and evaluate; the result is written when it is whole. In a process of its own."""
     import torch
 
-    from model import checkpoint, token_data
+    from model import checkpoint
     from model.hybrid_lm import HybridLM
-    from model.trainer import train
+    from model.training import token_data
+    from model.training.trainer import train
 
     torch.set_num_threads(1)
     scratch, out = (job.directory / f"seed-{job.seed}.{name}" for name in ("scratch", "weights"))

@@ -142,8 +142,8 @@ def train_one(job: Job, setting: Setting, tokens: Path, scratch: Path, keeps_sta
     """
     import torch
 
-    from model.distributed import ONE_COPY, process_groups
-    from model.trainer import Trainer
+    from model.megatron.distributed import ONE_COPY, process_groups
+    from model.training.trainer import Trainer
 
     class PairTrainer(Trainer):
         """Goes on from a trunk's state; only the control need not learn."""

@@ -6,7 +6,7 @@
     47b           Nemotron-H-47B beside the 56B model it is cut from, FP8 weights
     transformers  our decoding beside transformers' `generate`, a small hybrid from one export directory
 
-How the first two are measured: `model.serving_benchmark`. `--tiny` runs small sizes, on a CPU too, to see whether all
+How the first two are measured: `model.benchmark.serving`. `--tiny` runs small sizes, on a CPU too, to see whether all
 works.
 """
 
@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 import torch
 
 from model import hub
+from model.benchmark.decode import step_seconds
+from model.benchmark.roofline import measure_ceilings, seconds
+from model.benchmark.serving import DTYPE, PAIRS, PAPER, Size, release, serve_pair
 from model.config import ModelConfig
-from model.decode_benchmark import step_seconds
 from model.hybrid_lm import HybridLM
-from model.inference import Decoder
+from model.inference.decoder import Decoder
 from model.presets import PRESETS
-from model.roofline import measure_ceilings, seconds
-from model.serving_benchmark import DTYPE, PAIRS, PAPER, Size, release, serve_pair
 
 TINY = {"hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4, "num_query_groups": 2, "head_dim": 16,
         "mamba_num_heads": 16, "mamba_head_dim": 16, "mamba_state_dim": 16, "mamba_num_groups": 2, "vocab_size": 512}
@@ -49,7 +49,7 @@ ASKED = {"8b": Asked(2.2, 5.0), "47b": Asked(1.2, None)}
 
 
 def measure_pair(name: str, tiny: bool, device: torch.device) -> dict[str, Any]:
-    ceilings = measure_ceilings(device, DTYPE, PAIRS[name].float8)
+    ceilings = measure_ceilings(device, DTYPE, PAIRS[name].fp8)
     release()
     print(f"copy {ceilings.bytes_per_second / 1e12:.2f} TB/s, products {ceilings.flops_per_second / 1e12:.0f} TFLOP/s "
           f"BF16, {ceilings.layer_flops_per_second / 1e12:.0f} as the layers'")

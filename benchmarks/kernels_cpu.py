@@ -144,10 +144,10 @@ def plain_gated_norm(x: Tensor, gate: Tensor, weight: Tensor, groups: int) -> Te
     return (weight * normed.flatten(-2)).to(x.dtype)
 
 
-def converted(x: Tensor, float8: torch.dtype) -> Tensor:
+def converted(x: Tensor, fp8: torch.dtype) -> Tensor:
     """Scaled to the format's range and through PyTorch's conversion, as bfloat16."""
-    scale = torch.finfo(float8).max / x.abs().amax().float()
-    return (x.float() * scale).to(float8).to(torch.bfloat16)
+    scale = torch.finfo(fp8).max / x.abs().amax().float()
+    return (x.float() * scale).to(fp8).to(torch.bfloat16)
 
 
 def milliseconds(operation: Operation, inputs: tuple[Tensor, ...], dy: Tensor | None) -> float:

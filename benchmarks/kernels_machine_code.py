@@ -5,7 +5,7 @@
 For every head_dim, state_dim and number of heads a group: the shared memory a kernel takes, what its threads spill from
 their registers, and uniform registers that its code reads before anything wrote them. ptxas 12.8, which Triton 3.6
 brings, adds offsets of matrix products' operands to such registers where the operands' rows are narrower than 128
-bytes; the products then read whatever lies there, and nothing says so. `kernels.ssd_triton.LEAST_WIDTH` keeps the
+bytes; the products then read whatever lies there, and nothing says so. `kernels.ssd.triton.LEAST_WIDTH` keeps the
 kernels clear of it; this shows whether it does, and whether it still has to (LEAST_WIDTH=16 in the environment;
 TRITON_PTXAS_PATH for another ptxas).
 """
@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from kernels import ssd_triton
+from kernels.ssd import triton as ssd_triton
 
 LARGEST_SHARED = 232_448                # bytes a program may have on Hopper
 GROUPS = 4

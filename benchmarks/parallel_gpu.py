@@ -38,10 +38,10 @@ from torch import Tensor, nn
 
 from benchmarks.step_gpu import GEOMETRIES, KERNELS, RECIPE, STEPS, TINY, WARMUPS, draw, release
 from model.config import ModelConfig, PretrainConfig
-from model.distributed import Parallelism, device, is_main_process, process_groups
-from model.optimizer import build_optimizer, data_parallel
-from model.plan import GIB, MACHINES, Layout, Plan, plan
+from model.megatron.distributed import Parallelism, device, is_main_process, process_groups
+from model.megatron.optimizer import build_optimizer, data_parallel
 from model.presets import PRESETS
+from model.training.plan import GIB, MACHINES, Layout, Plan, plan
 
 # isort: split
 from megatron.core.pipeline_parallel import get_forward_backward_func

@@ -5,7 +5,8 @@
 Each configuration trains a few steps (Megatron's DDP with FP32 gradients, AdamW with FP32 master weights) with `model.
 spec`, as one CUDA graph or launched by Python. Memory is the most that PyTorch held allocated, so the plan's is without
 what CUDA takes for itself; time is the median step. The plan should be within 10 % of the memory and 20 % of the speed:
-the last line says whether it is. The rates it rests on are those of `model.plan.MACHINES`; the machine's own are shown.
+the last line says whether it is. The rates it rests on are those of `model.training.plan.MACHINES`; the machine's own
+are shown.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.step_gpu import GEOMETRIES, RECIPE, draw, median_milliseconds, our_model, release, steps
+from model.benchmark.roofline import measure_ceilings
 from model.config import ModelConfig
-from model.distributed import process_groups
-from model.plan import GIB, MACHINES, Layout, Plan, plan
+from model.megatron.distributed import process_groups
 from model.presets import matched_transformer
-from model.roofline import measure_ceilings
+from model.training.plan import GIB, MACHINES, Layout, Plan, plan
 
 MEMORY_TOLERANCE, SPEED_TOLERANCE = 0.10, 0.20
 
@@ -113,7 +114,7 @@ def main() -> None:
 
     device = torch.cuda.get_device_name()
     machine = "h200" if "H200" in device else "h100"
-    found = measure_ceilings(torch.device("cuda"), torch.bfloat16, float8=True)
+    found = measure_ceilings(torch.device("cuda"), torch.bfloat16, fp8=True)
     wanted = tuple(arguments.only.split(",")) if arguments.only else ("",)
     rows = []
     with process_groups(), parallel_compilation():

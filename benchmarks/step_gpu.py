@@ -3,9 +3,9 @@
     python -m benchmarks.step_gpu [--only 8b,222m] [--kernels stock,ours] [--precisions bf16,fp8] [--out FILE.json]
 
 Stock is `mamba_stack_spec` as Megatron's own pretraining builds it, and needs mamba_ssm and causal_conv1d. Ours is
-`model.spec` with `model.step_graph`, which replays forward and backward as one CUDA graph. Both compute the same model
-on the same batch, with the same layers in FP8: per-tensor current scaling, one layer at each end in BF16 (19 layers are
-a third of the 8B model: nearer to its two of 52 than two at each end would be).
+`model.megatron.spec` with `model.megatron.step_graph`, which replays forward and backward as one CUDA graph. Both
+compute the same model on the same batch, with the same layers in FP8: per-tensor current scaling, one layer at each end
+in BF16 (19 layers are a third of the 8B model: nearer to its two of 52 than two at each end would be).
 
 Two columns of time, medians: forward and backward alone, gradients in BF16 as autograd leaves them; and the whole step
 with Megatron's DDP (FP32 gradients) and AdamW with FP32 master weights. Memory is the most that PyTorch held allocated.
@@ -32,11 +32,11 @@ from torch import Tensor, nn
 
 from model import costs
 from model.config import ModelConfig, PretrainConfig
-from model.distributed import ONE_COPY, Parallelism, device, process_groups
-from model.optimizer import build_optimizer
-from model.precision import choose_precision
-from model.spec import build_model, transformer_config
-from model.step_graph import StepGraph
+from model.megatron.distributed import ONE_COPY, Parallelism, device, process_groups
+from model.megatron.optimizer import build_optimizer
+from model.megatron.precision import choose_precision
+from model.megatron.spec import build_model, transformer_config
+from model.megatron.step_graph import StepGraph
 
 # isort: split
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads

@@ -55,7 +55,7 @@ from torch import Tensor
 from benchmarks import data_quality, recall_study
 from benchmarks.data_quality import Blend, prepare, write
 from data_pipeline.indexed_dataset import IndexedDatasetWriter
-from model import costs, token_data
+from model import costs
 from model.checkpoint import load_weights
 from model.compression import funnel
 from model.compression.comparison import Closeness, compare
@@ -68,8 +68,9 @@ from model.compression.prune import Selection
 from model.compression.resume import Pieces
 from model.compression.width_importance import NeuronScore, select, top, width_importance
 from model.config import ModelConfig, PretrainConfig
-from model.distributed import bfloat16_products, device
 from model.hybrid_lm import HybridLM
+from model.megatron.distributed import bfloat16_products, device
+from model.training import token_data
 from stages.common import _commit, _machine, _versions, code_digest
 from stages.params import Params, load_params
 from stages.study_schema import FOLDER, Comparison, Measurement, Study
@@ -201,7 +202,7 @@ def scale_of(params: Params, vocab_size: int, on_gpu: bool, tiny: bool) -> Scale
 
 def trained(task: Task, work: Training, out: Path) -> HybridLM:
     """Train in BF16; the weights stay in `out`."""
-    from model.trainer import train
+    from model.training.trainer import train
 
     with TemporaryDirectory() as scratch:
         train(work.config, work.recipe, task.arm or task.study, "bf16", task.seed, work.tokens, out, Path(scratch),

@@ -123,12 +123,16 @@ def dvc(*arguments: str) -> str:
 
 
 def _is_whole(lock: bytes) -> bool:
-    """Whether the content of a dvc.lock is one that DVC can read."""
+    """Whether the content of a dvc.lock is one that DVC can read and use; its schema takes any name of a hash."""
     from dvc.schema import COMPILED_LOCKFILE_SCHEMA
     from voluptuous import Invalid
 
     try:
-        return "stages" in COMPILED_LOCKFILE_SCHEMA(yaml.load(lock.decode(), yaml.CSafeLoader))   # never left out
+        content = COMPILED_LOCKFILE_SCHEMA(yaml.load(lock.decode(), yaml.CSafeLoader))
+        files = [file for stage in content.get("stages", {}).values()
+                 for file in (*stage.get("deps", ()), *stage.get("outs", ()))]
+        return "stages" in content and all(             # never left out
+            file.get("hash") == "md5" and re.fullmatch(r"[0-9a-f]{32}(\.dir)?", str(file.get("md5"))) for file in files)
     except (ValueError, yaml.YAMLError, Invalid):       # the first, of bytes that are no text and dates that are none
         return False
 

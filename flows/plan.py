@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from flows import profile
 from flows.console import table
 from model.config import ModelError
-from model.plan import GIB, MACHINES, Layout, Machine, Plan, nearest_that_fits, plan
+from model.training.plan import GIB, MACHINES, Layout, Machine, Plan, nearest_that_fits, plan
 from stages.params import Params, load_params
 
 MEMORY_ROWS = {

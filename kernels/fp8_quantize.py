@@ -41,7 +41,7 @@ def quantize(x: Tensor, format: Format, scale: Tensor | None = None) -> tuple[Te
     Returns:
         The FP8 values as bfloat16, shaped like x, and the inverse scale (), float32: x is about values * inverse scale.
     """
-    float8 = _FORMATS[format]
+    fp8 = _FORMATS[format]
     saturate = True
     if scale is None:
         amax = largest_magnitude(x)
@@ -53,8 +53,8 @@ def quantize(x: Tensor, format: Format, scale: Tensor | None = None) -> tuple[Te
         block = slice(start, start + _BLOCK)
         scaled = flat[block].to(torch.float32, copy=True).mul_(scale)
         if saturate:
-            scaled.clamp_(-float8.largest, float8.largest)
-        out[block] = _round(scaled, float8)
+            scaled.clamp_(-fp8.largest, fp8.largest)
+        out[block] = _round(scaled, fp8)
     return values, scale.reciprocal()
 
 
@@ -78,15 +78,15 @@ def scale_of(amax: Tensor, format: Format) -> Tensor:
     return torch.where(amax.isfinite() & (amax > 0), scale, torch.ones_like(scale))
 
 
-def _round(v: Tensor, float8: _Float8) -> Tensor:
+def _round(v: Tensor, fp8: _Float8) -> Tensor:
     """Round float32 `v` (overwritten), within the format's range, to the nearest FP8 value, ties to even.
 
     Adding and subtracting 1.5 * 2^k makes float32's own rounding drop every bit below 2^(k - 23); k is chosen by the
     exponent of each value, held at the least normal exponent so that subnormals share one quantum. A negative value
     that rounds to zero loses its sign.
     """
-    shift = _FLOAT32_MANTISSA_BITS - float8.mantissa_bits
+    shift = _FLOAT32_MANTISSA_BITS - fp8.mantissa_bits
     bits = v.view(torch.int32).bitwise_and(_EXPONENT_FIELD)
     bits += (shift << _FLOAT32_MANTISSA_BITS) | (1 << (_FLOAT32_MANTISSA_BITS - 1))       # times 1.5 * 2^shift
-    magic = bits.view(torch.float32).clamp_min_(1.5 * math.ldexp(1.0, float8.least_exponent + shift))
+    magic = bits.view(torch.float32).clamp_min_(1.5 * math.ldexp(1.0, fp8.least_exponent + shift))
     return v.add_(magic).sub_(magic)

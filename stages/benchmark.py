@@ -5,7 +5,7 @@ Writes runs/PROFILE/benchmark/decode.csv, decode_repeats.csv, metrics.json.
 
 The hybrid, the Transformer and the compressed hybrid decode in turn with random BF16 weights and full caches of random
 numbers: speed depends on neither. Run nothing beside it. `benchmark.published` names pairs of the published models that
-a GPU measures at their own geometry, as the paper does (`model.serving_benchmark`). The closed-form figures take BF16
+a GPU measures at their own geometry, as the paper does (`model.benchmark.serving`). The closed-form figures take BF16
 weights, keys, values and convolution states, and FP32 SSM states, at batch 1.
 """
 
@@ -25,8 +25,8 @@ PAPER_CONTEXT = 65_536           # tokens read before the paper's inference figu
 def benchmark(stage: Stage) -> dict[str, Any]:
     import torch
 
+    from model.benchmark.decode import Speed, measure
     from model.config import ModelConfig
-    from model.decode_benchmark import Speed, measure
     from stages.schema import DecodeRepeat, DecodeRow, csv_text
 
     params, config = stage.params, stage.params.benchmark
@@ -65,19 +65,19 @@ def benchmark(stage: Stage) -> dict[str, Any]:
 
 
 def published_pairs(names: Sequence[str], device: torch.device) -> dict[str, Any]:
-    """Throughput of the pairs of `model.serving_benchmark` with these names, at their own geometry, and its ratios.
+    """Throughput of the pairs of `model.benchmark.serving` with these names, at their own geometry, and its ratios.
 
     Raises ModelError without a GPU, which they need.
     """
+    from model.benchmark.roofline import measure_ceilings
+    from model.benchmark.serving import DTYPE, PAIRS, PAPER, release, serve_pair
     from model.config import ModelError
-    from model.roofline import measure_ceilings
-    from model.serving_benchmark import DTYPE, PAIRS, PAPER, release, serve_pair
 
     if names and device.type != "cuda":
         raise ModelError(f"benchmark.published: {names[0]} needs a GPU, and none was found.\nSet it to [] on a CPU.")
     figures: dict[str, Any] = {}
     for name in names:
-        ceilings = measure_ceilings(device, DTYPE, PAIRS[name].float8)
+        ceilings = measure_ceilings(device, DTYPE, PAIRS[name].fp8)
         release()
         first, second = serve_pair(name, PAPER, device, ceilings)
         for row in (first, second):

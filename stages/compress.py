@@ -26,7 +26,7 @@ def compress(stage: Stage) -> dict[str, Any]:
     from model.checkpoint import load_weights, save_weights
     from model.compression import funnel
     from model.compression.data import read_data
-    from model.distributed import bfloat16_products
+    from model.megatron.distributed import bfloat16_products
     from stages.schema import DistillationRow, csv_text
 
     config, seed = stage.params.compress, stage.params.seed

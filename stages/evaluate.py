@@ -32,29 +32,30 @@ def evaluate(stage: Stage) -> dict[str, Any]:
     if not sys.stderr.isatty():
         os.environ["TQDM_DISABLE"] = "1"
     from data_pipeline import evaluation_items
-    from model import evaluation, hub
+    from model import hub
     from model.costs import parameters
+    from model.evaluation import harness
     from model.model_card import Measured, model_card
 
     items, controls = evaluation_items.read(asked)
     longest = config.context_tokens * max(config.context_multiples)
     stage.take_gpus()
-    model = evaluation.load(
+    model = harness.load(
         directory, config.context_tokens, choice_length=longest, scratch=stage.scratch, progress=Progress()
     )
-    result = evaluation.evaluate(
+    result = harness.evaluate(
         model,
         {domain: [asdict(item) for item in texts] for domain, texts in items.texts.items()},
         {task: [asdict(item) for item in choices] for task, choices in items.tasks.items()},
     )
     paper = []
     if config.tasks == "paper":
-        from model.paper_tasks import PAPER_TASKS, run_paper_tasks
+        from model.evaluation.paper_tasks import PAPER_TASKS, run_paper_tasks
 
         paper = run_paper_tasks(model, PAPER_TASKS, config.paper_items, config.code_execution)
     metrics = {**result.metrics, **controls}
     data = json.loads(curated.read_text())["train"]
-    measured = Measured(evaluation.card_scores(metrics), data, items.digest())
+    measured = Measured(harness.card_scores(metrics), data, items.digest())
     geometry, training = hub.read_config(directory), hub.read_json(directory / "training.json")
     dtype = hub.read_json(directory / "config.json")["torch_dtype"]
     stage.write_record("README.md", model_card(geometry, parameters(geometry), training, dtype, measured))

@@ -58,7 +58,7 @@ class EvaluateConfig(Section):
 
     Attributes:
         context_multiples: lengths of the copy, recall and needle items, in `context_tokens`.
-        tasks: `paper` also runs the paper's own, as far as their data can be had (model.paper_tasks).
+        tasks: `paper` also runs the paper's own, as far as their data can be had (model.evaluation.paper_tasks).
         code_execution: whether programs that a model writes may run, in a sandbox.
     """
 
@@ -84,7 +84,7 @@ class BenchmarkConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How pretraining is spread over its processes; see `model.distributed.Parallelism`. The rest is data parallel."""
+    """How pretraining is spread over its processes (`megatron.distributed.Parallelism`); the rest is data parallel."""
 
     tensor: int = Field(default=1, ge=1)
     sequence: bool = False

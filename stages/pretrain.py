@@ -81,7 +81,7 @@ def train_here(
 
     import torch
 
-    from model.trainer import train
+    from model.training.trainer import train
 
     torch.set_num_threads(stage.params.runtime.threads)
     stage.take_gpus()

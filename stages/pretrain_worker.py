@@ -30,8 +30,8 @@ def main() -> None:
     import torch
 
     from model.config import ModelConfig, ModelError, PretrainConfig
-    from model.distributed import Parallelism
-    from model.trainer import train
+    from model.megatron.distributed import Parallelism
+    from model.training.trainer import train
     from stages.common import Progress
 
     job = json.loads(file.read_text())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from model.compression.config import CompressConfig
-from model.token_data import TrainingData, domains, validation
+from model.training.token_data import TrainingData, domains, validation
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 
 from model.config import ModelError
-from model.float8_weights import quantize_weights
 from model.hybrid_lm import HybridLM
+from model.inference.fp8_weights import quantize_weights
 
 BF16_LAYERS = 2                 # at each end
 LEAST_CAPABILITY = (8, 9)       # of a GPU, for FP8

@@ -41,8 +41,8 @@ from model.compression.schema import Controls, Costs
 from model.compression.width_importance import WidthImportance, width_importance
 from model.config import ModelConfig
 from model.hybrid_lm import HybridLM
-from model.inference import Decoder
-from model.random_weights import random_model
+from model.inference.decoder import Decoder
+from model.inference.random_weights import random_model
 
 GIB = 2**30
 

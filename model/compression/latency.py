@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
+from model.benchmark.decode import decode_seconds
 from model.compression.candidates import WIDTHS
 from model.compression.config import Workload
 from model.config import ModelConfig, ModelError
-from model.decode_benchmark import decode_seconds
 
 Key = tuple[str, int, int, int]     # type of layer, its widths, the hidden size
 Seconds = Mapping[str, float]

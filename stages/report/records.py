@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from data_pipeline.config import DataError, Label
 from data_pipeline.schema import Blend, Dropped, FunnelStep, Histogram
 from model.compression.schema import Candidate, Controls, Costs, Importance
-from model.evaluation_schema import PaperScore, Samples, Scores
+from model.evaluation.schema import PaperScore, Samples, Scores
 from stages.params import Params
 from stages.schema import DecodeRepeat, DecodeRow, DistillationRow, Provenance, ValidationRow
 from stages.study_schema import FOLDER, Study

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import data_quality
 from data_pipeline.config import TokenizeConfig
 from model.config import ModelConfig, PretrainConfig
-from model.token_data import TrainingData
+from model.training.token_data import TrainingData
 
 LABELS = ["high", "medium-high", "medium", "medium-low", "low"]
 TOKENS = {f"train/{domain}-{label}": 1000 * (number + 1) for domain in ("code", "docs")

@@ -209,7 +209,7 @@ def test_jobs_come_seed_by_seed_and_arms_differ_from_bf16_alone():
 @pytest.mark.parametrize("setting", [name for name in SETTINGS if name != "tiny"])
 @pytest.mark.parametrize("architecture", fp8_parity.ARCHITECTURES)
 def test_the_settings_suit_fp8_products_and_the_kernels(setting, architecture):
-    from model.limits import FP8_MULTIPLE, check_kernels
+    from model.megatron.limits import FP8_MULTIPLE, check_kernels
 
     config = fp8_parity.model_config(SETTINGS[setting], architecture, 8192)
     sizes = [config.hidden_size, config.ffn_hidden_size, config.attention_size,

@@ -6,9 +6,9 @@ import sys
 import pytest
 
 from benchmarks import inference_gpu
+from model.benchmark.serving import PAIRS, fitting_batch
 from model.config import ModelError
 from model.presets import PRESETS
-from model.serving_benchmark import PAIRS, fitting_batch
 
 
 def test_tiny(tmp_path, monkeypatch, capsys):

@@ -14,8 +14,9 @@ import torch
 from benchmarks import studies
 from benchmarks.data_quality import mean_weights
 from benchmarks.studies import STUDIES, Task, by_quality, changed_pairs, equal_ffn_cut, hold_out_high, pieces, scale_of
-from model import costs, token_data
+from model import costs
 from model.hybrid_lm import HybridLM
+from model.training import token_data
 from stages.params import load_params
 from stages.report.records import load_studies, read_study
 from stages.study_schema import FOLDER, WORDS, Study

@@ -11,7 +11,7 @@ import torch
 from ruamel.yaml import YAML
 
 from flows import profile
-from model.optimizer import build_schedule
+from model.megatron.optimizer import build_schedule
 from stages.params import ParamsError, load_params
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,8 +8,8 @@ from kernels.arguments import ArgumentError
 from kernels.cached_attention import prompt_attention, token_attention
 from kernels.causal_conv1d import causal_conv1d
 from kernels.cross_entropy import cross_entropy, linear_cross_entropy
-from kernels.float8_linear import float8_linear, quantize_rows
 from kernels.forward_kl import forward_kl
+from kernels.fp8_linear import fp8_linear, quantize_rows
 from kernels.gated_norm import gated_rms_norm, rms_norm
 from kernels.mixer import MixerWeights, mix
 from kernels.squared_relu_fp8 import squared_relu_backward_quantize
@@ -72,7 +72,7 @@ def state(**changes):
                                 on(torch.tensor(3))), r"heads \(5\).* groups \(2\)"),
     (lambda on: prompt_attention(on(zeros(2, 4, 3, 16)), on(zeros(2, 2, 7, 8)), on(zeros(2, 2, 7, 8))), "keys has"),
     (lambda on: squared_relu_backward_quantize(on(zeros(3, 8)), on(zeros(3, 9))), "dy has"),
-    (lambda on: float8_linear(on(zeros(3, 8)), quantize_rows(on(zeros(4, 9)))), "weight has"),
+    (lambda on: fp8_linear(on(zeros(3, 8)), quantize_rows(on(zeros(4, 9)))), "weight has"),
 ])
 def test_what_is_refused(device, run, words):
     with pytest.raises(ArgumentError, match=words) as error:

@@ -9,8 +9,8 @@ from triton_device import DEVICE, PRECISIONS
 # isort: split
 from test_ssd import relative_error
 
-from kernels import cached_attention_triton
 from kernels.cached_attention import prompt_attention, token_attention
+from kernels.cached_attention import triton as cached_attention_triton
 
 
 def random_tensors(batch, heads, groups, tokens, head_dim):

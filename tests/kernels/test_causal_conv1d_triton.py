@@ -8,8 +8,8 @@ from triton_device import DEVICE, PRECISIONS
 from test_causal_conv1d import reference
 from test_ssd import relative_error
 
-from kernels import causal_conv1d_triton as kernel
 from kernels import launch
+from kernels.causal_conv1d import triton as kernel
 
 
 @pytest.fixture(autouse=True)

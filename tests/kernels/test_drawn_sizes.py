@@ -17,13 +17,17 @@ from torch import Tensor
 from triton_device import DEVICE, PRECISIONS
 
 # isort: split
-from kernels import causal_conv1d_triton, gated_norm_triton, mixer_triton, ssd_triton, state_update_triton
 from kernels.causal_conv1d import causal_conv1d
+from kernels.causal_conv1d import triton as causal_conv1d_triton
 from kernels.cross_entropy import cross_entropy
 from kernels.gated_norm import gated_rms_norm
+from kernels.gated_norm import triton as gated_norm_triton
 from kernels.mixer import MixerWeights, mix
+from kernels.mixer import triton as mixer_triton
 from kernels.ssd import chunk_scan
+from kernels.ssd import triton as ssd_triton
 from kernels.state_update import ssd_state_update
+from kernels.state_update import triton as state_update_triton
 
 ON_GPU = DEVICE == "cuda"
 GPU_MARKS = [pytest.mark.gpu] if ON_GPU else []

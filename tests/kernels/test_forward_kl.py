@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from triton_device import DEVICE
 
 from kernels import forward_kl as reference
-from kernels import forward_kl_triton
 from kernels.forward_kl import forward_kl
+from kernels.forward_kl import triton as forward_kl_triton
 
 
 def random_logits(rows, vocab=37, dtype=torch.float64, scale=3.0):

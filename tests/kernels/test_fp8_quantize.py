@@ -1,4 +1,4 @@
-"""Emulated FP8 against PyTorch's own float8 conversions, bit for bit."""
+"""Emulated FP8 against PyTorch's own fp8 conversions, bit for bit."""
 
 import math
 

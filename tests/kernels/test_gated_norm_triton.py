@@ -8,7 +8,7 @@ from triton_device import DEVICE, PRECISIONS
 from test_gated_norm import EPSILON, reference
 from test_ssd import relative_error
 
-from kernels import gated_norm_triton as kernel
+from kernels.gated_norm import triton as kernel
 
 
 def tensors(dtype: torch.dtype, channels: int = 48) -> list[torch.Tensor]:

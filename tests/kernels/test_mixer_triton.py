@@ -6,8 +6,10 @@ from test_ssd import relative_error
 from triton_device import DEVICE, PRECISIONS
 
 # isort: split
-from kernels import causal_conv1d_triton, mixer_triton, ssd_triton
+from kernels.causal_conv1d import triton as causal_conv1d_triton
 from kernels.mixer import MixerWeights, mix
+from kernels.mixer import triton as mixer_triton
+from kernels.ssd import triton as ssd_triton
 
 HEADS, HEAD_DIM, GROUPS, STATE, EPSILON = 4, 16, 2, 32, 1e-5
 INNER, CHANNELS = HEADS * HEAD_DIM, HEADS * HEAD_DIM + 2 * GROUPS * STATE

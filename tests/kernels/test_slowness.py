@@ -18,8 +18,8 @@ from kernels import (  # noqa: F401, imported before tensors are fake
     cached_attention_triton,
     causal_conv1d_triton,
     cross_entropy_triton,
-    float8_linear_triton,
     forward_kl_triton,
+    fp8_linear_triton,
     gated_norm_triton,
     mixer_triton,
     squared_relu_fp8_triton,
@@ -31,8 +31,8 @@ from kernels.arguments import warn_of_slowness
 from kernels.cached_attention import token_attention
 from kernels.causal_conv1d import causal_conv1d
 from kernels.cross_entropy import cross_entropy
-from kernels.float8_linear import quantize_rows
 from kernels.forward_kl import forward_kl
+from kernels.fp8_linear import quantize_rows
 from kernels.gated_norm import gated_rms_norm
 from kernels.mixer import MixerWeights, mix
 from kernels.squared_relu import squared_relu

@@ -10,8 +10,8 @@ from torch import Tensor
 from triton_device import DEVICE
 
 from kernels import squared_relu_fp8
-from kernels import squared_relu_fp8_triton as kernel
 from kernels.fp8_quantize import quantize
+from kernels.squared_relu_fp8 import triton as kernel
 
 PRECISIONS = [torch.float32] if DEVICE == "cpu" else [torch.float32, torch.bfloat16]
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:overflow")      # NumPy's, in the interpreter

@@ -6,7 +6,7 @@ from test_ssd import relative_error
 from triton_device import DEVICE, PRECISIONS
 
 # isort: split
-from kernels import squared_relu_triton as kernel
+from kernels.squared_relu import triton as kernel
 
 
 @pytest.mark.parametrize("dtype, tolerance", PRECISIONS)

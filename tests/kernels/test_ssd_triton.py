@@ -7,7 +7,8 @@ from triton_device import DEVICE, PRECISIONS
 # isort: split
 from test_ssd import NAMES, gradients, inputs, recurrence, relative_error
 
-from kernels import launch, ssd_triton
+from kernels import launch
+from kernels.ssd import triton as ssd_triton
 
 SMALL = {"OUTPUTS": 32, "SHARED_GRADIENTS": 16, "STATE_WALK": 16, "GRADIENT_WALK": 16}
 

@@ -8,7 +8,8 @@ from triton_device import DEVICE
 from test_causal_conv1d import reference, tensors
 from test_ssd import inputs, recurrence, relative_error
 
-from kernels import state_update, state_update_triton
+from kernels import state_update
+from kernels.state_update import triton as state_update_triton
 
 TOKENS = 6
 DTYPES = [torch.float32] if DEVICE == "cpu" else [torch.float32, torch.bfloat16]     # the interpreter truncates

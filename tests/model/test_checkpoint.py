@@ -10,12 +10,12 @@ from tiny_engine import HYBRID, TRANSFORMER
 
 from model.checkpoint import describe, load_weights, save_weights, to_engine, to_hub
 from model.config import ModelError
-from model.distributed import ONE_COPY, process_groups
-from model.engine_checkpoint import load_model, save_model
 from model.hybrid_lm import HybridLM
 from model.integrity import write_sums
-from model.precision import Precision
-from model.spec import build_model
+from model.megatron.distributed import ONE_COPY, process_groups
+from model.megatron.engine_checkpoint import load_model, save_model
+from model.megatron.precision import Precision
+from model.megatron.spec import build_model
 
 
 def random_state(config, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -14,11 +14,11 @@ from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from model import checkpoint
 from model.config import ModelConfig
-from model.distributed import ONE_COPY, process_groups
-from model.engine_checkpoint import load_model
 from model.hybrid_lm import HybridLM
-from model.precision import Precision
-from model.spec import build_model
+from model.megatron.distributed import ONE_COPY, process_groups
+from model.megatron.engine_checkpoint import load_model
+from model.megatron.precision import Precision
+from model.megatron.spec import build_model
 
 BOUND = 1e-5                    # of the relative error of all logits together
 

@@ -7,11 +7,11 @@ import torch
 
 from model import costs
 from model.config import Geometry, ModelConfig, ModelError
-from model.distributed import ONE_COPY, process_groups
 from model.hybrid_lm import HybridLM
-from model.precision import Precision
+from model.megatron.distributed import ONE_COPY, process_groups
+from model.megatron.precision import Precision
+from model.megatron.spec import build_model
 from model.presets import PEERS, PRESETS, hybrid_pattern, matched_transformer
-from model.spec import build_model
 from stages.params import load_params
 
 PUBLISHED = {

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import decode_benchmark, roofline, serving_benchmark
+from model.benchmark import decode as decode_benchmark
+from model.benchmark import roofline
+from model.benchmark import serving as serving_benchmark
+from model.benchmark.decode import decode_seconds, measure, prefill_seconds
 from model.config import ModelConfig, ModelError
-from model.decode_benchmark import decode_seconds, measure, prefill_seconds
-from model.inference import Decoder
-from model.random_weights import random_model
+from model.inference.decoder import Decoder
+from model.inference.random_weights import random_model
 from stages.benchmark import benchmark, published_models, published_pairs
 from stages.common import Stage
 from stages.params import load_params
@@ -101,12 +103,12 @@ def test_decoding_fills_the_context(monkeypatch):
     assert len(decoders) == 2 and speed.tokens_per_second > 0
 
 
-@pytest.mark.parametrize("float8", [False, True])
-def test_seconds_of_a_step(float8, monkeypatch):
+@pytest.mark.parametrize("fp8", [False, True])
+def test_seconds_of_a_step(fp8, monkeypatch):
     runs = iter([90.0, 8.0, 4.0, 16.0])
     monkeypatch.setattr(decode_benchmark, "decode_tokens", lambda *_: next(runs))
     config = TINY.model_copy(update={"mamba_num_heads": 16})            # FP8 wants multiples of 16
-    found = decode_seconds(config, 2, 64, torch.float32, "cpu", float8, torch.bfloat16, steps=4, repeats=3)
+    found = decode_seconds(config, 2, 64, torch.float32, "cpu", fp8, torch.bfloat16, steps=4, repeats=3)
     assert found == 8.0 / 4
 
 

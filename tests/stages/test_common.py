@@ -116,7 +116,7 @@ def test_resume_state_outlives_what_no_result_depends_on(tokens, code):
     assert pretraining().scratch == before
     assert pretraining("pretrain.checkpoint_every=7", "runtime.threads=2", "evaluate.recall_pairs=9",
                        "variants.other={architecture: transformer, precision: bf16, seed: 5}").scratch == before
-    for file in ("model/trainer.py", "stages/report/figures.py", "model/code_sandbox.py"):
+    for file in ("model/training/trainer.py", "stages/report/figures.py", "model/evaluation/sandbox.py"):
         with (code / file).open("a") as source:
             source.write("# a remark\n" if file.endswith("trainer.py") else "more = 1\n")
     assert pretraining().scratch == before
@@ -126,12 +126,12 @@ def test_why_an_older_resume_state_is_not_used_is_said(tokens, code, capsys):
     before = pretraining().scratch
     assert capsys.readouterr().out == ""
     (tokens / "blend.json").write_text("2")
-    with (code / "model/trainer.py").open("a") as source:
+    with (code / "model/training/trainer.py").open("a") as source:
         source.write("more = 1\n")
     rate = load_params(ROOT / "params.yaml").pretrain.learning_rate
     assert pretraining("pretrain.learning_rate=0.5").scratch != before
     assert capsys.readouterr().out == (f"{before} is not gone on from: pretrain.learning_rate was {rate}, is 0.5; "
-                                       "data/cpu/tokens changed; model/trainer.py changed.\n")
+                                       "data/cpu/tokens changed; model/training/trainer.py changed.\n")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

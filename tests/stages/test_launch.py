@@ -15,7 +15,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from model.config import ModelError
-from model.trainer import train
+from model.training.trainer import train
 from stages import launch
 from stages.launch import LauncherConfig, SlurmJob
 from stages.params import ParamsError, load_params

@@ -13,7 +13,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from model.checkpoint import load_weights
-from model.trainer import train
+from model.training.trainer import train
 from stages.params import load_params
 from stages.schema import csv_text
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import mixer_triton
 from kernels.forward_kl import forward_kl
+from kernels.mixer import triton as mixer_triton
 from model.compression.comparison import compare
 from model.compression.config import LatencyBudget
 from model.compression.data import Data

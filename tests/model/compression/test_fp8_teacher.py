@@ -6,8 +6,8 @@ import torch
 from model.compression.comparison import compare
 from model.compression.fp8_teacher import fp8_teacher
 from model.config import ModelError
-from model.float8_weights import Float8Linear
 from model.hybrid_lm import HybridLM
+from model.inference.fp8_weights import Float8Linear
 from tests.model.compression.markov import CONFIG, silent
 
 

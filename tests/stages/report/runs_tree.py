@@ -10,7 +10,7 @@ from typing import Any
 
 from data_pipeline.schema import Blend, BlendPhase, Dropped, Example, FunnelStep, Histogram, TokenFile
 from model.compression.schema import Candidate, Controls, Costs, FfnImportance, Importance, LayerImportance
-from model.evaluation_schema import ChoiceSample, TextSample
+from model.evaluation.schema import ChoiceSample, TextSample
 from stages.common import Stage
 from stages.params import Params, load_params
 from stages.schema import (

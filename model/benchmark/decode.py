@@ -1,0 +1,139 @@
+"""How fast models read prompts and decode, and what memory they take, against the context (paper Figures 1 and 12).
+
+Speed does not depend on the values of weights or caches, so both are random: a batch's caches are filled, not read in.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+
+from model.benchmark.roofline import decode_floor, measure_ceilings, prefill_floor, seconds, weights_bytes
+from model.config import ModelConfig, ModelError
+from model.inference.decoder import Decoder
+from model.inference.random_weights import random_model
+
+
+class Speed(NamedTuple):
+    """One model at one context.
+
+    Attributes:
+        tokens_per_second: decoded, of the whole batch; from the median of the repeats.
+        seconds_per_token_spread: half the distance between the fastest and the slowest repeat.
+        decode_of_floor: the least time a step can take on this machine (`model.benchmark.roofline`) over what it takes.
+        prompt_seconds: time to the first token after one prompt of `context` tokens; None where none was read.
+        prefill_of_floor: as `decode_of_floor`.
+        cache_bytes: of one sequence, in a decoder made for exactly `context` tokens.
+        held_bytes: weights and the caches of the batch.
+        repeats: seconds a token of each repeat; all models' repeats have one order.
+    """
+
+    model: str
+    context: int
+    batch: int
+    tokens_per_second: float
+    seconds_per_token_spread: float
+    decode_of_floor: float
+    prompt_seconds: float | None
+    prefill_of_floor: float | None
+    cache_bytes: int
+    held_bytes: int
+    repeats: tuple[float, ...]
+
+    def output_tokens_per_second(self, output: int) -> float | None:
+        """Of requests that read `context` tokens and write `output`: prompts one after another, then the batch
+        decodes at the speed measured. None where no prompt was read."""
+        if self.prompt_seconds is None:
+            return None
+        return 1 / (self.prompt_seconds / output + 1 / self.tokens_per_second)
+
+
+def measure(
+    configs: Mapping[str, ModelConfig], contexts: list[int], batch: int, tokens: int, repeats: int, longest_prompt: int,
+    seed: int, dtype: torch.dtype, device: torch.device, progress: Callable[..., None],
+) -> Iterator[Speed]:
+    """Time the reading of a prompt of each context up to `longest_prompt`, after some of it was read untimed, and the
+    decoding of the last `tokens` tokens of each context. A GPU reads it three times, the fastest counts: kernels for
+    the lengths that only a long prompt comes to may have to be made ready.
+
+    Within a repeat every model has its turn, so that noise of the machine meets all alike; one untimed repeat comes
+    first. Raises ModelError for a context shorter than `tokens`.
+    """
+    if min(contexts) < tokens:
+        raise ModelError(f"benchmark.contexts: {min(contexts)} is shorter than decode_tokens ({tokens}).\nRaise it.")
+    ceilings = measure_ceilings(device, dtype)
+    models = {name: random_model(config, dtype, device, seed=seed) for name, config in configs.items()}
+    total = len(contexts) * (repeats + 1)
+    readings = 3 if device.type == "cuda" else 1
+    for done, context in enumerate(contexts):
+        decoders = {name: Decoder(model, context, batch) for name, model in models.items()}
+        prompts = {name: prefill_seconds(decoder, context, readings) if context <= longest_prompt else None
+                   for name, decoder in decoders.items()}
+        for decoder in decoders.values():
+            fill_caches(decoder, seed)
+        times: dict[str, list[float]] = {name: [] for name in models}
+        for repeat in range(repeats + 1):
+            for name, decoder in decoders.items():
+                elapsed = decode_tokens(decoder, context - tokens, tokens)
+                if repeat:
+                    times[name].append(elapsed / (tokens * batch))
+            progress(done * (repeats + 1) + repeat + 1, total, context=context)
+        for name, found in times.items():
+            config, caches = configs[name], decoders[name].cache_bytes
+            rate, prompt = 1 / statistics.median(found), prompts[name]
+            step_floor = decode_floor(config, batch, context, dtype, torch.float32, False, ceilings)
+            yield Speed(
+                name, context, batch, rate, (max(found) - min(found)) / 2, step_floor * rate / batch, prompt,
+                None if prompt is None else prefill_floor(config, context, ceilings) / prompt, caches // batch,
+                weights_bytes(config, dtype, False) + caches, tuple(found),
+            )
+
+
+def decode_seconds(
+    config: ModelConfig, batch: int, context: int, dtype: torch.dtype = torch.bfloat16, device: str = "cuda",
+    fp8: bool = False, state_dtype: torch.dtype = torch.float32, steps: int = 32, repeats: int = 5, seed: int = 0,
+) -> float:
+    """Seconds of one decoding step of `batch` sequences at `context` tokens, with random weights and caches: the median
+    of `repeats` runs of `steps` steps that end there. On a GPU a step is a CUDA graph."""
+    decoder = Decoder(random_model(config, dtype, device, fp8, seed), context, batch, state_dtype)
+    fill_caches(decoder, seed)
+    return step_seconds(decoder, context, steps, repeats)
+
+
+def step_seconds(decoder: Decoder, context: int, steps: int, repeats: int) -> float:
+    """Seconds of a step of `decoder`, its caches filled: the median of runs of `steps` steps that end at `context`
+    tokens, after one that is not counted."""
+    runs = [decode_tokens(decoder, context - steps, steps) for _ in range(repeats + 1)]
+    return statistics.median(runs[1:]) / steps
+
+
+def prefill_seconds(decoder: Decoder, tokens: int, repeats: int) -> float:
+    """Seconds until the first token of one prompt of `tokens` tokens: the fastest of `repeats`, after the reading of
+    what compiles every kernel, two pieces, or all of a prompt that is shorter."""
+    ids = torch.zeros(1, tokens, dtype=torch.int64, device=decoder.device)
+    decoder.prefill_rows(ids[:, : 2 * decoder.prefill_tokens], slice(0, 1))
+    return min(seconds(lambda: decoder.prefill_rows(ids, slice(0, 1)).argmax(-1), decoder.device)
+               for _ in range(repeats))
+
+
+def fill_caches(decoder: Decoder, seed: int) -> None:
+    """Random keys, values and states of the size that trained ones have."""
+    generator = torch.Generator(decoder.device).manual_seed(seed)
+    for cache in decoder.caches:
+        cache.normal_(generator=generator)
+
+
+def decode_tokens(decoder: Decoder, position: int, tokens: int) -> float:
+    """Seconds for `tokens` greedy steps from `position` on."""
+    decoder.claim(position)
+    ids = torch.zeros(decoder.batch, dtype=torch.int64, device=decoder.device)
+
+    def run() -> None:
+        chosen = ids
+        for _ in range(tokens):
+            chosen = decoder.decode(chosen).argmax(-1)
+
+    return seconds(run, decoder.device)

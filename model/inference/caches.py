@@ -1,0 +1,153 @@
+"""What each kind of layer keeps of the tokens it has seen, and how it goes on from there.
+
+Caches are allocated once and written in place: a captured CUDA graph goes on reading them where they lie.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from kernels.cached_attention import prompt_attention, token_attention
+from kernels.causal_conv1d import causal_conv1d
+from kernels.squared_relu import squared_relu
+from kernels.ssd import chunk_scan
+from kernels.state_update import conv_state_update, ssd_state_update
+from model.hybrid_lm import Attention, FeedForward, HybridLM, Layer, Mamba2
+
+
+class CacheShape(Protocol):
+    """Of a decoder's caches: sequences, tokens, and element types."""
+
+    batch: int
+    max_length: int
+    dtype: torch.dtype
+    state_dtype: torch.dtype
+    device: torch.device
+
+
+class CachedMamba2:
+    """Caches: the last inputs of the convolution (batch, kernel - 1, channels), the SSM state (batch, heads, head_dim,
+    state_dim)."""
+
+    def __init__(self, mixer: Mamba2, shape: CacheShape):
+        config = mixer.config
+        self.mixer = mixer
+        self.conv = torch.zeros(shape.batch, config.conv_kernel - 1, config.conv_channels, dtype=shape.dtype,
+                                device=shape.device)
+        self.state = torch.zeros(shape.batch, config.mamba_num_heads, config.mamba_head_dim, config.mamba_state_dim,
+                                 dtype=shape.state_dtype, device=shape.device)
+        self.caches = [self.conv, self.state]
+        self.A = mixer.decay_rates().detach()
+
+    def forget(self, rows: slice) -> None:
+        self.conv[rows].zero_()
+        self.state[rows].zero_()
+
+    def prefill(self, x: Tensor, rows: slice, start: int) -> Tensor:
+        gate, xBC, dt = self.mixer.project(x)
+        xBC, last_inputs = causal_conv1d(xBC, *self.mixer.conv_weights(), self.conv[rows])
+        self.conv[rows] = last_inputs
+        scan_inputs = self.mixer.scan_inputs(xBC, dt)
+        y, state = chunk_scan(*scan_inputs, self.mixer.config.chunk_size, self.state[rows])
+        self.state[rows] = state
+        return self.mixer.finish(y, gate)
+
+    def step(self, x: Tensor, position: Tensor) -> Tensor:
+        gate, xBC, dt = self.mixer.project(x)
+        xBC = conv_state_update(self.conv, xBC, *self.mixer.conv_weights())
+        heads, B, C = self.mixer.split_heads(xBC)
+        y = ssd_state_update(self.state, heads, dt, self.A, B, C, self.mixer.D, self.mixer.dt_bias)
+        return self.mixer.finish(y, gate)
+
+
+class CachedAttention:
+    """Caches: keys and values (batch, query groups, max_length, head_dim)."""
+
+    def __init__(self, mixer: Attention, shape: CacheShape):
+        config = mixer.config
+        self.mixer = mixer
+        self.keys = torch.zeros(shape.batch, config.num_query_groups, shape.max_length, config.head_dim,
+                                dtype=shape.dtype, device=shape.device)
+        self.values = torch.zeros_like(self.keys)
+        self.caches = [self.keys, self.values]
+        self.rotation = mixer.rotation(shape.max_length, shape.device)
+
+    def forget(self, rows: slice) -> None:
+        """Nothing: a sequence's own keys and values are written before they are read."""
+
+    def prefill(self, x: Tensor, rows: slice, start: int) -> Tensor:
+        end = start + x.shape[1]
+        q, k, v = self.mixer.project(x, None if self.rotation is None else self.rotation[:, start:end])
+        self.keys[rows, :, start:end] = k
+        self.values[rows, :, start:end] = v
+        y = prompt_attention(q, self.keys[rows, :, :end], self.values[rows, :, :end])
+        return self.mixer.o_proj(y.transpose(1, 2).flatten(-2))
+
+    def step(self, x: Tensor, position: Tensor) -> Tensor:
+        at = position[None]
+        rotation = None if self.rotation is None else self.rotation.index_select(1, at)
+        q, k, v = self.mixer.project(x[:, None], rotation)
+        self.keys.index_copy_(2, at, k)
+        self.values.index_copy_(2, at, v)
+        return self.mixer.o_proj(token_attention(q[:, :, 0], self.keys, self.values, position).flatten(1))
+
+
+class CachedFeedForward:
+    """No caches."""
+
+    def __init__(self, mixer: FeedForward):
+        self.mixer = mixer
+        self.caches: list[Tensor] = []
+
+    def forget(self, rows: slice) -> None:
+        pass
+
+    def prefill(self, x: Tensor, rows: slice, start: int) -> Tensor:
+        return self.mixer.down_proj(squared_relu(self.mixer.up_proj(x)))
+
+    def step(self, x: Tensor, position: Tensor) -> Tensor:
+        return self.mixer.down_proj(squared_relu(self.mixer.up_proj(x)))
+
+
+Cached = CachedMamba2 | CachedAttention | CachedFeedForward
+
+
+def cached(mixer: Mamba2 | Attention | FeedForward, shape: CacheShape) -> Cached:
+    match mixer:
+        case Mamba2():
+            return CachedMamba2(mixer, shape)
+        case Attention():
+            return CachedAttention(mixer, shape)
+        case FeedForward():
+            return CachedFeedForward(mixer)
+
+
+class PrefixReader:
+    """A model that reads `batch` sequences of at most `max_length` tokens in pieces, and goes on from one in several.
+
+    Nothing is decoded, so there is no graph to capture: `model.inference.decoder.Decoder` has that.
+    """
+
+    def __init__(self, model: HybridLM, max_length: int, batch: int):
+        embeddings = model.backbone.embeddings.weight
+        self.model, self.batch, self.max_length = model, batch, max_length
+        self.dtype, self.device, self.state_dtype = embeddings.dtype, embeddings.device, torch.float32
+        self._layers = [(layer, cached(layer.mixer, self)) for layer in cast("list[Layer]", model.backbone.layers)]
+        self._position = 0
+
+    def read(self, ids: Tensor) -> Tensor:
+        """The next tokens (rows, tokens) of the first rows -> (rows, tokens, hidden), before the head."""
+        x = self.model.backbone.embeddings(ids)
+        for layer, cache in self._layers:
+            x = x + cache.prefill(layer.norm(x), slice(len(ids)), self._position)
+        self._position += ids.shape[1]
+        return self.model.backbone.norm_f(x)
+
+    def fork(self, sources: Tensor) -> None:
+        """Row i goes on from what row `sources[i]` has read; sources (batch,) int64."""
+        for _, cache in self._layers:
+            for tensor in cache.caches:
+                tensor.copy_(tensor[sources])

@@ -1,0 +1,191 @@
+"""Generation with caches: read the prompt in pieces, then one token at a time.
+
+A Mamba-2 layer carries a state of fixed size; an attention layer a key and a value for every token so far. That is why
+a hybrid's decoding hardly slows with the context (paper section 1, Figure 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from model.config import ModelError
+from model.hybrid_lm import HybridLM, Layer
+from model.inference.caches import cached
+from model.inference.sampling import Sampling, choose
+
+GREEDY = Sampling()
+
+
+def piece_tokens(device: torch.device) -> int:
+    """Tokens of a prompt read at once: enough to fill the device, few enough for their activations to be small."""
+    return 8192 if device.type == "cuda" else 1024
+
+
+class Decoder:
+    """A model with the caches of `batch` sequences, allocated once; on a GPU a decoding step is one CUDA graph.
+
+    Args:
+        model: its embeddings' dtype and device are the caches'. Its weights must stay as they are.
+        max_length: tokens a sequence may reach, prompt included.
+        batch: sequences decoded together.
+        state_dtype: of the SSM states; bfloat16 halves what a step reads and writes of them.
+        prefill_tokens: tokens of a prompt, or of several, that pass through the layers together; None: as the device
+            likes it.
+
+    Raises:
+        ModelError: no sequence, or no token.
+    """
+
+    def __init__(
+        self, model: HybridLM, max_length: int, batch: int = 1, state_dtype: torch.dtype = torch.float32,
+        prefill_tokens: int | None = None,
+    ):
+        if max_length < 1 or batch < 1:
+            raise ModelError(f"A decoder of {batch} sequences of {max_length} tokens.\nAsk for one or more of both.")
+        embeddings = model.backbone.embeddings.weight
+        self.model, self.max_length, self.batch = model, max_length, batch
+        self.dtype, self.state_dtype, self.device = embeddings.dtype, state_dtype, embeddings.device
+        self.prefill_tokens = prefill_tokens or piece_tokens(self.device)
+        layers = cast("list[Layer]", model.backbone.layers)
+        self._layers = [(layer, cached(layer.mixer, self)) for layer in layers]
+        self._at = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._length = 0
+        if self.device.type == "cuda":
+            self._capture()
+
+    @property
+    def position(self) -> int:
+        """Tokens in the caches; the next token's index."""
+        return self._length
+
+    @position.setter
+    def position(self, position: int) -> None:
+        """Forget the tokens from `position` on. Raises ModelError where that cannot be: a Mamba-2 state holds all."""
+        if not 0 <= position <= self._length or (position < self._length and "M" in self.model.config.pattern):
+            raise ModelError(
+                f"position {position} after {self._length} tokens: the caches cannot go there.\n"
+                "Give the prompt up to there to `prefill`; only a model without Mamba-2 layers can go back."
+            )
+        self.claim(position)
+
+    def claim(self, position: int) -> None:
+        """Take the caches, whatever is in them, for those of `position` tokens: for measuring."""
+        self._length = position
+        self._at.fill_(position)
+
+    @property
+    def caches(self) -> list[Tensor]:
+        """All keys, values, convolution and SSM states, layer by layer."""
+        return [cache for _, layer in self._layers for cache in layer.caches]
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(cache.nbytes for cache in self.caches)
+
+    @torch.inference_mode()
+    def prefill(self, ids: Tensor) -> Tensor:
+        """Start new sequences with the prompts `ids` (batch, sequence); logits (batch, vocab) of what follows.
+
+        Raises:
+            ModelError: another number of prompts than sequences, an empty prompt, an id beyond the vocabulary, or no
+                room.
+        """
+        if ids.ndim != 2 or len(ids) != self.batch or not ids.numel():
+            raise ModelError(
+                f"Prompts of the shape {tuple(ids.shape)}, and the decoder's caches are of {self.batch} sequences.\n"
+                "Give (batch, sequence) ids, at least one a sequence, or make the decoder with that `batch`."
+            )
+        vocabulary = self.model.config.vocab_size
+        if not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+            raise ModelError(
+                f"Prompts with ids from {int(ids.min())} to {int(ids.max())}, and the vocabulary has {vocabulary}.\n"
+                "Encode them with the model's own tokenizer."
+            )
+        length = ids.shape[1]
+        self._check_room(0, length)
+        together = max(1, self.prefill_tokens // length)
+        rows = [slice(first, min(first + together, self.batch)) for first in range(0, self.batch, together)]
+        logits = torch.cat([self.prefill_rows(ids[some], some) for some in rows])
+        self.claim(length)
+        return logits
+
+    @torch.inference_mode()
+    def prefill_rows(self, ids: Tensor, rows: slice) -> Tensor:
+        """`prefill` for the sequences `rows` alone, ids (rows, sequence); leaves `position` as it is."""
+        for _, layer_cache in self._layers:
+            layer_cache.forget(rows)
+        for start in range(0, ids.shape[1], self.prefill_tokens):
+            x = self.model.backbone.embeddings(ids[:, start : start + self.prefill_tokens])
+            for layer, layer_cache in self._layers:
+                x += layer_cache.prefill(layer.norm(x), rows, start)
+        return self._logits(x[:, -1])
+
+    @torch.inference_mode()
+    def decode(self, ids: Tensor) -> Tensor:
+        """Append one token a sequence, `ids` (batch,); logits (batch, vocab) of what follows, on a GPU in a tensor that
+        the next call overwrites. Raises ModelError for another shape, or where there is no room."""
+        if ids.shape != (self.batch,):
+            raise ModelError(f"Tokens of the shape {tuple(ids.shape)}, and the caches are of {self.batch} sequences.\n"
+                             "Give one id a sequence.")
+        self._check_room(self._length, 1)
+        self._length += 1
+        if self.device.type != "cuda":
+            return self._step(ids)
+        self._ids.copy_(ids)
+        self._graph.replay()
+        return self._next_logits
+
+    def stream(
+        self, ids: Tensor, tokens: int, sampling: Sampling = GREEDY, generator: torch.Generator | None = None
+    ) -> Iterator[Tensor]:
+        """Up to `tokens` tokens (batch,) after the prompts `ids` (batch, sequence), each as soon as it is chosen."""
+        sampling.check()
+        self._check_room(0, ids.shape[1] + tokens - 1)
+        logits = self.prefill(ids)
+        for left in range(tokens - 1, -1, -1):
+            chosen = choose(logits, sampling, generator)
+            yield chosen
+            if left:
+                logits = self.decode(chosen)
+
+    def generate(
+        self, ids: Tensor, tokens: int, sampling: Sampling = GREEDY, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """`tokens` tokens after the prompts `ids` (batch, sequence) -> (batch, tokens)."""
+        return torch.stack(list(self.stream(ids, tokens, sampling, generator)), 1)
+
+    def _step(self, ids: Tensor) -> Tensor:
+        x = self.model.backbone.embeddings(ids)
+        for layer, layer_cache in self._layers:
+            x += layer_cache.step(layer.norm(x), self._at)
+        self._at += 1
+        return self._logits(x)
+
+    @torch.no_grad()
+    def _capture(self) -> None:
+        """Record `_step` on fixed tensors. It runs here before there is anything in the caches to spoil."""
+        self._ids = torch.zeros(self.batch, dtype=torch.int64, device=self.device)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):             # compiles kernels and chooses those of the matrix products
+            for _ in range(2):
+                self._step(self._ids)
+                self._at.zero_()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._next_logits = self._step(self._ids)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return self.model.lm_head(self.model.backbone.norm_f(x))
+
+    def _check_room(self, position: int, tokens: int) -> None:
+        if position + tokens > self.max_length:
+            raise ModelError(
+                f"max_length: {position} + {tokens} tokens do not fit a decoder made for {self.max_length}.\n"
+                "Make the Decoder with a larger max_length, or shorten the prompt."
+            )

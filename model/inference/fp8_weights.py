@@ -1,0 +1,44 @@
+"""A model whose layers read FP8 weights, for inference; embedding and head stay as they are, as in the paper's recipe
+(section 2.4)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from kernels.fp8_linear import Rows, fp8_linear, quantize_rows
+from model.config import ModelError
+
+MULTIPLE = 16               # of FP8 matrix products' sizes
+
+
+class Float8Linear(nn.Module):
+    """In place of a layer's nn.Linear: E4M3 weight (outputs, inputs) and a scale an output."""
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        rows = quantize_rows(weight)
+        self.register_buffer("weight", rows.values)
+        self.register_buffer("scale", rows.scales)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fp8_linear(x, Rows(self.weight, self.scale))
+
+
+def quantize_weights(module: nn.Module) -> None:
+    """Replace the projections in `module`, a layer or several, by FP8 ones. It cannot be trained or saved any more.
+
+    Raises ModelError for a width FP8 matrix products do not take.
+    """
+    for name, parent in list(module.named_modules()):
+        for child, linear in list(parent.named_children()):
+            if not isinstance(linear, nn.Linear):
+                continue
+            if any(size % MULTIPLE for size in linear.weight.shape):
+                raise ModelError(
+                    f"weights: {name}.{child} is {tuple(linear.weight.shape)}, FP8 wants multiples of {MULTIPLE}.\n"
+                    "Use bfloat16 weights."
+                )
+            setattr(parent, child, Float8Linear(linear.weight.detach()))

@@ -1,0 +1,215 @@
+"""The hybrid model: megatron-core's MambaModel with our layers, one class for hybrids and the Transformer (paper 2.1).
+
+`ModelConfig.pattern` says everything about the layers: `M` Mamba-2, `*` grouped-query attention, `-` feed-forward with
+squared ReLU. Each is x + layer(RMSNorm(x)); no bias, no dropout, embedding and head untied.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from model.megatron import te_guard  # noqa: F401    # before Megatron
+
+# isort: split
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.mamba import MambaModel
+from megatron.core.ssm.mamba_block import MambaStack, MambaStackSubmodules
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from kernels.cross_entropy import cross_entropy
+from kernels.gated_norm import rms_norm
+from kernels.squared_relu import squared_relu
+from model.config import ModelConfig
+from model.megatron.distributed import Parallelism
+from model.megatron.documents import PackedDocuments
+from model.megatron.feed_forward import FeedForward
+from model.megatron.fused_ops import RMSNormFunction
+from model.megatron.limits import check_model
+from model.megatron.mamba_mixer import MambaMixer, MambaMixerSubmodules
+from model.megatron.precision import Precision, mark_quantized_layers
+from model.megatron.recompute import recompute_layers
+
+# cuDNN's attention takes half of FlashAttention 2's time on Hopper. But its gradients (cuDNN 9.19) came wrong or not
+# finite out of a CUDA graph at 16 and 64 tokens, not at 256, and with a mask are not finite at some lengths that 128
+# does not divide (pytorch/pytorch#196678).
+FASTEST_FIRST = [
+    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH,
+]
+SHORTEST_FOR_CUDNN, TILE_OF_CUDNN = 256, 128
+
+
+def build_model(
+    config: ModelConfig, precision: Precision, parallelism: Parallelism, seed: int, recompute: str = ""
+) -> HybridModel:
+    """This process's part of the model, on the CPU, its weights drawn from `seed`.
+
+    The weights do not depend on the tensor- or data-parallel size. Layers with a symbol in `recompute` run their
+    forward again in the backward, instead of keeping activations.
+
+    Raises:
+        ModelError: sizes that do not suit the layout, FP8 or this device (`model.megatron.limits`).
+    """
+    check_model(config, precision, parallelism)
+    torch.manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
+    model = HybridModel(
+        transformer_config(config, precision, parallelism),
+        hybrid_spec(config, precision, parallelism),
+        vocab_size=config.vocab_size,
+        max_sequence_length=config.sequence_length,
+        hybrid_override_pattern=config.pattern,
+        position_embedding_type=config.position_embedding,
+        rotary_base=int(config.rope_theta),
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+    )
+    mark_quantized_layers(model.decoder.layers, precision, len(config.pattern))
+    if precision.scaling == "unscaled":
+        for module in model.modules():
+            if hasattr(module, "save_original_input"):      # Megatron asks for it, these quantizers cannot
+                module.save_original_input = False
+    recompute_layers(model.decoder.layers, config.pattern, recompute)
+    return model
+
+
+def transformer_config(config: ModelConfig, precision: Precision, parallelism: Parallelism) -> TransformerConfig:
+    """Megatron's configuration of `config`."""
+    return TransformerConfig(
+        num_layers=len(config.pattern),
+        is_hybrid_model=True,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_query_groups,
+        kv_channels=config.head_dim,
+        mamba_num_heads=config.mamba_num_heads or None,
+        mamba_head_dim=config.mamba_head_dim or 1,
+        mamba_state_dim=config.mamba_state_dim or 1,
+        mamba_num_groups=config.mamba_num_groups,
+        normalization="RMSNorm",
+        layernorm_epsilon=config.norm_epsilon,
+        init_method_std=config.init_method_std,
+        activation_func=squared_relu,       # Megatron's own is compiled on import, which needs a C++ compiler
+        gated_linear_unit=False,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        # Fusions of Megatron's that need CUDA extensions.
+        bias_dropout_fusion=False,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        use_cpu_initialization=True,        # draw whole matrices, then split: the same weights at any size
+        tensor_model_parallel_size=parallelism.tensor,
+        pipeline_model_parallel_size=parallelism.pipeline,
+        sequence_parallel=parallelism.sequence,
+        finalize_model_grads_func=finalize_model_grads,
+        **precision.engine_options(),
+    )
+
+
+def hybrid_spec(config: ModelConfig, precision: Precision, parallelism: Parallelism) -> ModuleSpec:
+    """The three kinds of layer. The key maps give checkpoints the names of Megatron's own Transformer Engine spec."""
+    column, row = precision.linear_layers()
+    mixer = ModuleSpec(
+        module=MambaMixer,
+        params={"conv_kernel": config.conv_kernel, "chunk_size": config.chunk_size},
+        submodules=MambaMixerSubmodules(in_proj=column, out_proj=row),
+    )
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(linear_qkv=column, core_attention=CausalAttention, linear_proj=row),
+    )
+    feed_forward = ModuleSpec(
+        module=FeedForward if precision.fuses(parallelism.tensor) else MLP,
+        submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row),
+    )
+    return ModuleSpec(module=HybridStack, submodules=MambaStackSubmodules(
+        mamba_layer=ModuleSpec(module=MambaLayer, submodules=MambaLayerSubmodules(
+            norm=RMSNorm, mixer=mixer, mamba_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map={"norm.": "mixer.in_proj.layer_norm_"},
+        )),
+        attention_layer=ModuleSpec(module=TransformerLayer, submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm, self_attention=attention, self_attn_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map={"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
+        )),
+        mlp_layer=ModuleSpec(module=MLPLayer, submodules=TransformerLayerSubmodules(
+            pre_mlp_layernorm=RMSNorm, mlp=feed_forward, mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map={"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"},
+        )),
+    ))
+
+
+class HybridModel(MambaModel):
+    """MambaModel with this repository's cross-entropy: Megatron's goes over the float32 logits eight times."""
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """labels (batch, sequence), logits (sequence, batch, this rank's vocabulary) -> losses (batch, sequence)."""
+        if self.config.tensor_model_parallel_size > 1:
+            return super().compute_language_model_loss(labels, logits)
+        return cross_entropy(logits, labels.t().contiguous()).t()
+
+
+class HybridStack(MambaStack):
+    """Megatron's stack of layers with our final norm: 0.16.1 hard-codes Transformer Engine's."""
+
+    def __init__(self, config: TransformerConfig, submodules: MambaStackSubmodules, post_process: bool = True,
+                 **options: Any):
+        super().__init__(config, submodules, post_process=post_process, post_layer_norm=False, **options)
+        self.post_layer_norm = True
+        if post_process:
+            self.final_norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / rms(x) * weight over the last axis, with the constructor a Megatron spec expects."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        # Megatron reads it: the gradient of this weight is then a sum over ranks.
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda:
+            return rms_norm(x, self.weight, self.eps or 0.0)
+        return cast(Tensor, RMSNormFunction.apply(x, self.weight, self.eps))
+
+
+class CausalAttention(MegatronModule):
+    """softmax(q k^T / sqrt(head_dim)) v over earlier tokens, PyTorch's fused kernel."""
+
+    def __init__(self, config: TransformerConfig, **_: Any):
+        super().__init__(config)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+        packed_seq_params: PackedDocuments | None = None, **_: Any,
+    ) -> Tensor:
+        """query (sequence, batch, heads, head_dim), key and value with one head a group -> (sequence, batch, size)."""
+        q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        mask = None if packed_seq_params is None else packed_seq_params.attention_mask()
+        suits_cudnn = len(query) >= SHORTEST_FOR_CUDNN and len(query) % TILE_OF_CUDNN == 0
+        backends = FASTEST_FIRST if suits_cudnn else FASTEST_FIRST[1:]
+        with sdpa_kernel(backends, set_priority=True):
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+    def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
+        return {}

@@ -1,0 +1,294 @@
+"""The adapter against lm-eval's own Hugging Face adapter on the same exported model; figures against definitions."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import shutil
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data_pipeline import fast_tokenizer, tokenizer
+from data_pipeline.config import TokenizerConfig
+from model import hub
+from model.config import ModelConfig, ModelError
+from model.evaluation import harness
+from model.evaluation.schema import ChoiceSample
+from model.hybrid_lm import HybridLM
+from tests.data_pipeline.small_corpus import write_curated
+
+WINDOW = 48
+CONFIG = {
+    "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4, "num_query_groups": 2, "head_dim": 8,
+    "sequence_length": 64, "vocab_size": 512, "init_method_std": 0.2,
+}
+MAMBA = {"mamba_num_heads": 4, "mamba_head_dim": 16, "mamba_state_dim": 8, "mamba_num_groups": 2, "chunk_size": 16}
+CONFIGS = {
+    "hybrid": ModelConfig(pattern="M-M*-", **CONFIG, **MAMBA),
+    "transformer": ModelConfig(pattern="*-*-", position_embedding="rope", **CONFIG),
+}
+TEXT = Path(harness.__file__).read_text()
+PAIRS = [
+    ("def add(a, b):\n", "    return a + b\n"),          # white space at the boundary goes to the continuation
+    ("def add(a, b):\n", "    return a b +\n"),
+    ("the quick brown", " fox"),
+    ("the quick brown", " foxes and hounds"),            # the same context, longer
+    ("the quick brown fo", "x"),                         # a boundary inside a word
+    ("", "no context at all"),
+    ("x = 'é", "tude 漢字 ☃'"),                            # byte fallback
+    (TEXT[:1000], TEXT[1000:1020]),                      # longer than the window: the beginning is lost
+    ("a </s> b", " </s>"),                               # spelt, not meant
+]
+TEXTS = [TEXT[:1500], "short", TEXT[3000:3100], "漢字" * 30]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Hub directories of a random hybrid and a random Transformer, with a tokenizer trained on the standard library."""
+    root = tmp_path_factory.mktemp("hub")
+    curated = write_curated(root / "curated", train=["logging"], held_out=["json"])
+    tokenizer.train(curated, TokenizerConfig(vocab_size=512, training_megabytes=1), 1, root)
+    torch.manual_seed(3)
+    for name, config in CONFIGS.items():
+        hub.save(root / name, config, HybridLM(config).state_dict(), {}, "float32")
+        fast_tokenizer.export(root / "tokenizer.model", root / name)
+    return {name: root / name for name in CONFIGS}
+
+
+def requests(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
+    return [Instance(request_type=kind, doc={}, arguments=values, idx=0) for values in arguments]
+
+
+@pytest.fixture(scope="module")
+def harness_adapter() -> type[TemplateLM]:
+    """lm-eval's `HFLM`. Its module imports `accelerate`, which serves several processes; here is one."""
+    accelerate, utilities = types.ModuleType("accelerate"), types.ModuleType("accelerate.utils")
+    for name in ("Accelerator", "InitProcessGroupKwargs", "find_executable_batch_size"):
+        setattr(accelerate, name, None)
+    utilities.get_max_memory = None
+    with pytest.MonkeyPatch.context() as patch:
+        if importlib.util.find_spec("accelerate") is None:
+            patch.setitem(sys.modules, "accelerate", accelerate)
+            patch.setitem(sys.modules, "accelerate.utils", utilities)
+        return importlib.import_module("lm_eval.models.huggingface").HFLM
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_same_scores_as_the_harness_adapter_for_transformers(
+    exported: dict[str, Path], harness_adapter: type[TemplateLM], name: str
+) -> None:
+    ours = harness.load(exported[name], WINDOW)
+    theirs = harness_adapter(
+        pretrained=AutoModelForCausalLM.from_pretrained(exported[name], local_files_only=True),
+        tokenizer=AutoTokenizer.from_pretrained(exported[name], local_files_only=True),
+        batch_size=3,
+        logits_cache=False,     # in 0.4.13 it mixes up requests with the same tokens split at another place
+        max_length=WINDOW,
+    )
+    assert ours.prefix_token_id == theirs.prefix_token_id
+    for text in [*TEXTS, *(context + continuation for context, continuation in PAIRS)]:
+        assert ours.tok_encode(text) == theirs.tok_encode(text)
+
+    asked = requests("loglikelihood", PAIRS)
+    expected = theirs.loglikelihood(asked, disable_tqdm=True)
+    scores = ours.loglikelihood(asked)
+    assert [score for score, _ in scores] == pytest.approx([score for score, _ in expected], abs=1e-4)
+    assert [greedy for _, greedy in scores] == [greedy for _, greedy in expected]
+    assert len({round(score, 3) for score, _ in scores}) == len(PAIRS), "the model tells them apart"
+
+    rolling = requests("loglikelihood_rolling", [(text,) for text in TEXTS])
+    assert ours.loglikelihood_rolling(rolling) == pytest.approx(
+        theirs.loglikelihood_rolling(rolling, disable_tqdm=True), rel=1e-6, abs=1e-3
+    )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_padded_lengths_and_bfloat16_layers_as_on_a_gpu(
+    exported: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = requests("loglikelihood", PAIRS)
+    exact = [score for score, _ in harness.load(exported[name], WINDOW).loglikelihood(asked)]
+    monkeypatch.setitem(harness.LENGTH_MULTIPLE, "cpu", 16)
+    monkeypatch.setitem(harness.STEM_ROWS, "cpu", 1)
+    padded = harness.load(exported[name], WINDOW).loglikelihood(asked)
+    assert [score for score, _ in padded] == pytest.approx(exact, abs=1e-4)
+    monkeypatch.setitem(harness.DTYPES, "cpu", torch.bfloat16)
+    rounded = [score for score, _ in harness.load(exported[name], WINDOW).loglikelihood(asked)]
+    assert rounded != exact and rounded == pytest.approx(exact, rel=1e-2)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_same_text_as_the_harness_adapter_for_transformers(
+    exported: dict[str, Path], harness_adapter: type[TemplateLM], name: str
+) -> None:
+    """Greedy text, cut at a stop sequence, and of a prompt too long for the window."""
+    ours = harness.load(exported[name], WINDOW)
+    theirs = harness_adapter(
+        pretrained=AutoModelForCausalLM.from_pretrained(exported[name], local_files_only=True),
+        tokenizer=AutoTokenizer.from_pretrained(exported[name], local_files_only=True),
+        batch_size=1,
+        max_length=WINDOW,
+    )
+    free = [(prompt, {"until": [], "max_gen_toks": 20, "do_sample": False})
+            for prompt in ("def add(a, b):", TEXT[:900], "x")]
+    expected = theirs.generate_until(requests("generate_until", free), disable_tqdm=True)
+    answers = ours.generate_until(requests("generate_until", free))
+    assert answers == expected
+    assert all(answers)
+    stop = answers[0][4:6]
+    stopped = requests("generate_until", [(free[0][0], free[0][1] | {"until": [stop, "never"]})])
+    assert ours.generate_until(stopped) == [answers[0].split(stop)[0]] == theirs.generate_until(
+        stopped, disable_tqdm=True)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_context_that_runs_once_gives_the_scores_of_whole_rows(
+    exported: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contexts of several lengths in one batch, with one choice and with more than a stem takes."""
+    asked = requests("loglikelihood", [
+        (TEXT[40 * i : 40 * i + 30 + 7 * i], choice)
+        for i, choices in enumerate([" a", " return x + y", "\n\n    yield"][: 1 + i % 3] for i in range(8))
+        for choice in choices
+    ])
+    asked += requests("loglikelihood", [(TEXT[:60] + "\nx =", f" {value}") for value in range(100, 140)])
+    scores, tokens = [], []
+    for most in (1, 32):
+        monkeypatch.setitem(harness.STEM_ROWS, "cpu", most)
+        model = harness.load(exported[name], WINDOW, choice_length=100)
+        seen: list[int] = []
+        model.model.backbone.embeddings.register_forward_hook(lambda _, ids, y, seen=seen: seen.append(ids[0].numel()))
+        scores.append(model.loglikelihood(asked))
+        tokens.append(sum(seen))
+    whole, shared = scores
+    assert [score for score, _ in shared] == pytest.approx([score for score, _ in whole], abs=1e-4)
+    assert [greedy for _, greedy in shared] == [greedy for _, greedy in whole]
+    assert tokens[1] < 0.75 * tokens[0]
+
+
+def test_choices_may_see_more_than_texts(exported: dict[str, Path]) -> None:
+    asked = requests("loglikelihood", [(TEXT[:500], " import")])
+    short, long, whole = (harness.load(exported["hybrid"], WINDOW, choice_length=length)
+                          for length in (None, 400, 2000))
+    assert len(whole.tok_encode(TEXT[:500])) < 400
+    seen = [model.loglikelihood(asked)[0][0] for model in (short, long, whole)]
+    assert seen[1] == pytest.approx(seen[2]) and seen[0] != pytest.approx(seen[1])
+    texts = requests("loglikelihood_rolling", [(TEXT[:500],)])
+    assert long.loglikelihood_rolling(texts) == short.loglikelihood_rolling(texts)
+
+
+def test_greedy_is_seen(exported: dict[str, Path]) -> None:
+    """A continuation made of the likeliest tokens is greedy, and a shorter one is scored from the same pass."""
+    model = harness.load(exported["hybrid"], WINDOW)
+    context = model.tok_encode("import json")
+    ids = list(context)
+    for _ in range(4):
+        ids.append(int(model.model(torch.tensor([ids]))[0, -1].argmax()))
+    likeliest = ids[len(context) :]
+    other = [*likeliest[:3], (likeliest[3] + 1) % 512]
+    scores = model._loglikelihood_tokens(
+        [(("", ""), context, likeliest), (("", ""), context, likeliest[:2]), (("", ""), context, other)]
+    )
+    assert [greedy for _, greedy in scores] == [True, True, False]
+    assert scores[0][0] < scores[1][0] < 0
+
+
+def rows() -> tuple[dict[str, list[dict[str, Any]]], dict[str, list[dict[str, Any]]]]:
+    """Texts of two domains, and choices of which the harness must find the likeliest."""
+    texts = {
+        "code": [{"id": f"code/{i}", "text": TEXT[400 * i : 400 * i + 350]} for i in range(8)],
+        "docs": [{"id": f"docs/{i}", "text": "naïve " * (i + 1)} for i in range(4)],
+    }
+    choices = {
+        "cloze": [
+            {"id": f"cloze/{i}", "context": TEXT[90 * i :][:80], "choices": [" a", " of", " xyz"], "answer": i % 3}
+            for i in range(12)
+        ],
+        "recall": [{"id": "recall/0", "context": "12", "choices": ["3", "4"], "answer": 0}] * 4,     # digits stay text
+    }
+    return texts, choices
+
+
+def test_metrics_against_their_definitions(exported: dict[str, Path]) -> None:
+    model = harness.load(exported["hybrid"], WINDOW)
+    texts, choices = rows()
+    result = harness.evaluate(model, texts, choices)
+    totals: dict[str, tuple[float, int]] = {}
+    for domain, members in texts.items():
+        nats = model.loglikelihood_rolling(requests("loglikelihood_rolling", [(row["text"],) for row in members]))
+        sizes = [len(row["text"].encode()) for row in members]
+        bits = [-value / math.log(2) for value in nats]
+        totals[domain] = sum(bits), sum(sizes)
+        ratio = sum(bits) / sum(sizes)
+        assert result.metrics[f"bits_per_byte_{domain}"] == pytest.approx(ratio, rel=1e-6)
+        # Delta method for a ratio of means: what the bootstrap estimates.
+        residuals = [bit - ratio * size for bit, size in zip(bits, sizes, strict=True)]
+        spread = math.sqrt(sum(value**2 for value in residuals)) / sum(sizes)
+        assert result.metrics[f"bits_per_byte_{domain}_stderr"] == pytest.approx(spread, rel=0.3)
+    overall = sum(bits for bits, _ in totals.values()) / sum(size for _, size in totals.values())
+    assert result.metrics["bits_per_byte"] == pytest.approx(overall, rel=1e-6)
+
+    hits = []
+    for row in choices["cloze"]:
+        scores = model.loglikelihood(requests("loglikelihood", [(row["context"], choice) for choice in row["choices"]]))
+        hits.append(max(range(3), key=lambda index, scores=scores: scores[index][0]) == row["answer"])
+    share = sum(hits) / 12
+    assert result.metrics["cloze_accuracy"] == pytest.approx(share)
+    assert result.metrics["cloze_accuracy_stderr"] == pytest.approx(math.sqrt(share * (1 - share) / 11))
+    assert result.metrics["cloze_items"] == 12
+    assert result.metrics["recall_accuracy"] in (0.0, 1.0)
+    assert set(result.samples) == {"bits_per_byte_code", "bits_per_byte_docs", "cloze", "recall"}
+    shown = result.samples["cloze"][0]
+    assert isinstance(shown, ChoiceSample)
+    assert shown.chosen == shown.log_likelihoods.index(max(shown.log_likelihoods))
+
+
+def test_resumed_evaluation_equals_an_unbroken_one(
+    exported: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(harness.BATCH_TOKENS, "cpu", 256)
+    texts, choices = rows()
+    unbroken = harness.evaluate(harness.load(exported["hybrid"], WINDOW), texts, choices)
+
+    def stop(step: int, total: int) -> None:
+        if len(list(tmp_path.glob("*.json"))) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        harness.evaluate(
+            harness.load(exported["hybrid"], WINDOW, scratch=tmp_path, progress=stop), texts, choices
+        )
+    pieces = {piece: piece.stat().st_mtime_ns for piece in tmp_path.glob("*.json")}
+    assert len(pieces) == 3
+    assert not (tmp_path / "resumed").exists()
+    seen: list[tuple[int, int]] = []
+    resumed = harness.evaluate(
+        harness.load(exported["hybrid"], WINDOW, scratch=tmp_path, progress=lambda *step: seen.append(step)),
+        texts,
+        choices,
+    )
+    assert resumed == unbroken
+    assert (tmp_path / "resumed").exists()
+    assert all(piece.stat().st_mtime_ns == time for piece, time in pieces.items()), "not computed again"
+    assert seen[-1] == (44, 44), "12 x 3 + 4 x 2 continuations"
+
+
+def test_requests_that_cannot_be_scored(exported: dict[str, Path], tmp_path: Path) -> None:
+    model = harness.load(exported["hybrid"], WINDOW)
+    with pytest.raises(ModelError, match="more to score than 48 tokens"):
+        model.loglikelihood(requests("loglikelihood", [("a", TEXT[:500])]))
+    for options in ({"do_sample": True}, {"max_gen_toks": WINDOW}):
+        with pytest.raises(ModelError, match=r"A request wants (samples|48 tokens); .* in 48 tokens, prompt included"):
+            model.generate_until(requests("generate_until", [("a", options)]))
+    shutil.copytree(exported["hybrid"], tmp_path / "other")
+    (tmp_path / "other" / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"tokenizer\.json: not found"):
+        harness.load(tmp_path / "other", WINDOW)

@@ -1,0 +1,204 @@
+"""Cached decoding against the model's own full forward pass and, for the cache's size, against the cost model."""
+
+import math
+
+import pytest
+import torch
+
+from model.compression.config import MemoryBudget
+from model.config import ModelConfig, ModelError
+from model.costs import memory
+from model.hybrid_lm import HybridLM
+from model.inference.decoder import Decoder
+from model.inference.fp8_weights import quantize_weights
+from model.inference.sampling import Sampling, choose
+
+HYBRID = ModelConfig(
+    pattern="M-M*-M-", hidden_size=48, ffn_hidden_size=80, num_attention_heads=4, num_query_groups=2, head_dim=16,
+    mamba_num_heads=6, mamba_head_dim=8, mamba_state_dim=16, mamba_num_groups=2, chunk_size=16, sequence_length=64,
+    vocab_size=97,
+)
+TRANSFORMER = ModelConfig(
+    pattern="*-*-", hidden_size=48, ffn_hidden_size=80, num_attention_heads=4, num_query_groups=2, head_dim=16,
+    position_embedding="rope", sequence_length=64, vocab_size=97,
+)
+CONFIGS = pytest.mark.parametrize("config", [HYBRID, TRANSFORMER], ids=["hybrid", "transformer"])
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(0, 97, (3, 40), generator=torch.Generator().manual_seed(5))
+
+
+def random_model(config: ModelConfig) -> HybridLM:
+    """Weights large enough that what the caches hold decides the logits."""
+    torch.manual_seed(3)
+    model = HybridLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0, parameter.shape[1] ** -0.5)
+    return model
+
+
+@CONFIGS
+@pytest.mark.parametrize("prompt", [1, 2, 17, 39])      # shorter than the convolution, ragged and over a chunk
+def test_decoding_equals_the_full_forward(config, prompt, ids):
+    model = random_model(config)
+    decoder = Decoder(model, max_length=40, batch=3)
+    with torch.no_grad():
+        full = model(ids)
+    steps = [decoder.prefill(ids[:, :prompt])] + [decoder.decode(ids[:, i]) for i in range(prompt, 40)]
+    torch.testing.assert_close(torch.stack(steps, 1), full[:, prompt - 1 :], rtol=1e-4, atol=1e-4)
+
+
+@CONFIGS
+@pytest.mark.parametrize(("prefill_tokens", "prompt"), [(1, 9), (7, 33), (16, 32), (70, 33)])
+def test_a_prompt_in_pieces_equals_the_full_forward(config, prefill_tokens, prompt, ids):
+    """Pieces shorter than the convolution, ragged, of whole chunks; last, two prompts of three at once."""
+    model = random_model(config)
+    decoder = Decoder(model, max_length=40, batch=3, prefill_tokens=prefill_tokens)
+    decoder.prefill(ids)                            # something to forget
+    with torch.no_grad():
+        full = model(ids)
+    steps = [decoder.prefill(ids[:, :prompt])] + [decoder.decode(ids[:, i]) for i in range(prompt, 40)]
+    torch.testing.assert_close(torch.stack(steps, 1), full[:, prompt - 1 :], rtol=1e-4, atol=1e-4)
+
+
+@CONFIGS
+def test_float8_weights_decode_as_they_compute_a_prompt(config, ids):
+    config = config.model_copy(update={"mamba_num_heads": 16} if "M" in config.pattern else {})
+    model = random_model(config)
+    with torch.no_grad():
+        exact = model(ids)
+        quantize_weights(model.backbone.layers)
+        full = model(ids)
+    assert 1e-3 < ((full - exact).norm() / exact.norm()) < 0.3
+    decoder = Decoder(model, max_length=40, batch=3)
+    steps = [decoder.prefill(ids[:, :17])] + [decoder.decode(ids[:, i]) for i in range(17, 40)]
+    # a value next to a tie rounds the other way for the last bit of what came before
+    assert ((torch.stack(steps, 1) - full[:, 16:]).norm() / full.norm()) < 0.03
+
+
+def test_float8_needs_multiples_of_16():
+    with pytest.raises(ModelError, match=r"0\.mixer\.in_proj is \(166, 48\)"):
+        quantize_weights(random_model(HYBRID).backbone.layers)
+
+
+def test_a_bfloat16_state_halves_it_and_stays_close(ids):
+    model = random_model(HYBRID)
+    decoders = [Decoder(model, 40, 3, state_dtype) for state_dtype in (torch.float32, torch.bfloat16)]
+    logits = [torch.stack([decoder.prefill(ids[:, :5])] + [decoder.decode(ids[:, i]) for i in range(5, 40)])
+              for decoder in decoders]
+    assert 0 < ((logits[1] - logits[0]).norm() / logits[0].norm()) < 0.02
+    states = 3 * 3 * HYBRID.mamba_inner_size * HYBRID.mamba_state_dim
+    assert decoders[0].cache_bytes - decoders[1].cache_bytes == 2 * states
+
+
+@CONFIGS
+def test_a_new_prompt_forgets_the_last_one(config, ids):
+    model = random_model(config)
+    decoder = Decoder(model, max_length=60, batch=3)
+    decoder.generate(ids, 10)
+    again = decoder.generate(ids[:, :7], 10)
+    assert torch.equal(again, Decoder(model, max_length=60, batch=3).generate(ids[:, :7], 10))
+
+
+@CONFIGS
+def test_greedy_takes_the_likeliest_token(config, ids):
+    model = random_model(config)
+    generated = Decoder(model, max_length=30, batch=3).generate(ids[:, :20], 8)
+    with torch.no_grad():
+        logits = model(torch.cat([ids[:, :20], generated], 1))
+    assert torch.equal(logits[:, 19:-1].argmax(-1), generated)
+
+
+def test_sampling_follows_the_softmax(ids):
+    """Frequencies of the first token of 4096 sequences against its probabilities, within five standard deviations."""
+    model = random_model(HYBRID)
+    prompts = ids[:1, :6].expand(4096, -1)
+    generator = torch.Generator().manual_seed(11)
+    drawn = Decoder(model, max_length=6, batch=4096).generate(prompts, 1, Sampling(temperature=2.0), generator)
+    with torch.no_grad():
+        expected = (model(ids[:1, :6])[0, -1] / 2.0).softmax(-1)
+    observed = torch.bincount(drawn[:, 0], minlength=97) / 4096
+    assert ((observed - expected).abs() < 5 * (expected * (1 - expected) / 4096).sqrt() + 1e-4).all()
+
+
+def frequencies(logits: list[float], sampling: Sampling) -> list[float]:
+    rows = torch.tensor([logits]).expand(20_000, -1)
+    drawn = choose(rows, sampling, torch.Generator().manual_seed(1))
+    return (torch.bincount(drawn, minlength=len(logits)) / len(rows)).tolist()
+
+
+def test_only_the_likeliest_tokens_are_drawn():
+    """Probabilities 1/2, 1/4, 1/8 and 1/8, in another order."""
+    logits = [math.log(p) for p in (1 / 8, 1 / 2, 1 / 8, 1 / 4)]
+    assert frequencies(logits, Sampling(1.0, top_k=2)) == pytest.approx([0, 2 / 3, 0, 1 / 3], abs=0.02)
+    assert frequencies(logits, Sampling(1.0, top_p=0.6)) == pytest.approx([0, 2 / 3, 0, 1 / 3], abs=0.02)
+    assert frequencies(logits, Sampling(1.0, top_p=0.4)) == [0, 1, 0, 0]
+    assert frequencies(logits, Sampling(1.0, top_k=3, top_p=0.7)) == pytest.approx([0, 2 / 3, 0, 1 / 3], abs=0.02)
+    assert frequencies(logits, Sampling(0.5)) == pytest.approx([1 / 22, 16 / 22, 1 / 22, 4 / 22], abs=0.02)
+
+
+@pytest.mark.parametrize(("sampling", "message"), [
+    (Sampling(-1.0), "temperature is -1"), (Sampling(1.0, -2), "top_k is -2"), (Sampling(1.0, 0, 1.5), "top_p is 1.5"),
+    (Sampling(1.0, 0, 0.0), "top_p is 0"),
+])
+def test_sampling_without_a_meaning(sampling, message, ids):
+    with pytest.raises(ModelError, match=message):
+        Decoder(random_model(HYBRID), 50, 3).generate(ids, 2, sampling)
+
+
+@CONFIGS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cache_bytes_are_the_cost_models(config, dtype):
+    model = HybridLM.from_state(config, random_model(config).state_dict(), dtype)
+    decoder = Decoder(model, max_length=50, batch=3)
+    bits = 8 * dtype.itemsize
+    budget = MemoryBudget(context=50, batch=3, weight_bits=bits, kv_bits=bits, ssm_bits=32, conv_bits=bits,
+                          budget_fraction=0.5)
+    assert decoder.cache_bytes == memory(config, budget).cache
+
+
+def test_no_room(ids):
+    decoder = Decoder(random_model(HYBRID), max_length=40, batch=3)
+    decoder.prefill(ids)
+    with pytest.raises(ModelError, match="40 \\+ 1 tokens"):
+        decoder.decode(ids[:, 0])
+    with pytest.raises(ModelError, match="max_length"):
+        decoder.generate(ids, 3)
+
+
+@CONFIGS
+def test_only_what_the_caches_hold_can_be_gone_back_to(config, ids):
+    model = random_model(config)
+    decoder = Decoder(model, max_length=40, batch=3)
+    decoder.prefill(ids[:, :20])
+    for position in (21, -1, *([10] if "M" in config.pattern else [])):
+        with pytest.raises(ModelError, match=f"position {position} after 20 tokens"):
+            decoder.position = position
+    if "M" not in config.pattern:
+        decoder.position = 10
+        torch.testing.assert_close(decoder.decode(ids[:, 10]), Decoder(model, 40, 3).prefill(ids[:, :11]))
+
+
+@pytest.mark.parametrize("wrong", [-1, 97])
+def test_ids_beyond_the_vocabulary_and_other_shapes_are_refused(ids, wrong):
+    decoder = Decoder(random_model(HYBRID), 40, batch=3)
+    ids[1, 3] = wrong
+    with pytest.raises(ModelError, match="the vocabulary has 97"):
+        decoder.prefill(ids[:, :5])
+    decoder.prefill(ids[:, 5:9])
+    with pytest.raises(ModelError, match="caches are of 3 sequences"):
+        decoder.decode(ids[:1, 9])
+    for max_length, batch in ((0, 1), (4, 0)):
+        with pytest.raises(ModelError, match="one or more of both"):
+            Decoder(random_model(HYBRID), max_length, batch)
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (4, 4), (3, 0), (12,)])
+def test_prompts_are_as_many_as_the_caches_hold(shape):
+    decoder = Decoder(random_model(HYBRID), 40, batch=3)
+    with pytest.raises(ModelError, match="caches are of 3 sequences"):
+        decoder.prefill(torch.zeros(shape, dtype=torch.int64))

@@ -1,0 +1,183 @@
+"""`python -m model.inference`, as a user runs it: the text it writes, and what it says of a directory that is wrong."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models
+
+from model import hub
+from model.config import ModelConfig
+from model.hybrid_lm import HybridLM
+from model.inference import __main__ as text_generation
+from model.inference.__main__ import Vocabulary, main, pieces
+
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+WORDS = ["<unk>", "<s>", "</s>", "<pad>", *BYTES, "t", "h", "e", "th", "the"]
+CONFIG = ModelConfig(
+    pattern="M*-M-", hidden_size=32, ffn_hidden_size=64, num_attention_heads=2, num_query_groups=1, head_dim=16,
+    mamba_num_heads=16, mamba_head_dim=4, mamba_state_dim=16, mamba_num_groups=2, chunk_size=16, sequence_length=64,
+    vocab_size=len(WORDS),
+)
+PROMPT = "the é"
+
+
+def byte_tokenizer(words: list[str]) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(vocab={word: index for index, word in enumerate(words)},
+                                     merges=[("t", "h"), ("th", "e")], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+@pytest.fixture
+def directory(tmp_path) -> Path:
+    torch.manual_seed(1)
+    model = HybridLM(CONFIG)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0, parameter.shape[1] ** -0.5)
+    hub.save(tmp_path, CONFIG, model.state_dict(), {}, "float32")
+    byte_tokenizer(WORDS).save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+def run(directory: Path, *options: str) -> int:
+    return main(["--checkpoint", str(directory), "--prompt", PROMPT, "--device", "cpu", *options])
+
+
+def greedy(directory: Path, tokens: int) -> str:
+    """Through the full forward pass, token by token."""
+    tokenizer = byte_tokenizer(WORDS)
+    ids = [2, *tokenizer.encode(PROMPT).ids]
+    assert len(ids) == 1 + 1 + 1 + 2                # the mark, `the`, a space, two bytes
+    model = HybridLM.from_state(*hub.load(directory))
+    with torch.no_grad():
+        for _ in range(tokens):
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    return "".join(pieces(Vocabulary(tokenizer, 2, 2), ids[5:]))
+
+
+def test_greedy_text(directory, capsys):
+    assert run(directory, "--max-new-tokens", "12") == 0
+    found = capsys.readouterr()
+    assert found.out == greedy(directory, 12) + "\n"
+    assert "first piece after" in found.err
+
+
+def test_from_a_shell(directory):
+    command = [sys.executable, "-m", "model.inference", "--checkpoint", str(directory), "--prompt", "-",
+               "--max-new-tokens", "12", "--device", "cpu"]
+    found = subprocess.run(command, input=PROMPT, capture_output=True, text=True, timeout=240)
+    assert (found.returncode, found.stdout) == (0, greedy(directory, 12) + "\n"), found.stderr
+
+
+def test_a_seed_repeats_its_text(directory, capsys):
+    texts = []
+    for seed in ("1", "1", "2"):
+        run(directory, "--temperature", "1.5", "--top-p", "0.95", "--top-k", "200", "--seed", seed)
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "fp8"])
+def test_smaller_weights(directory, dtype, capsys):
+    assert run(directory, "--dtype", dtype, "--max-new-tokens", "5") == 0
+    assert len(capsys.readouterr().out) > 1
+
+
+def test_the_guides_example_runs(directory):
+    guide = (Path(__file__).parents[3] / "docs" / "inference.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", guide, re.S)
+    names: dict[str, torch.Tensor] = {}
+    exec(code.replace("data/cpu/hub/hybrid-fp8", str(directory)), names)
+    assert names["tokens"].shape == (4, 32) and names["tokens"].max() < len(WORDS)
+
+
+def test_pieces_are_whole_characters_and_come_at_once():
+    vocabulary = Vocabulary(byte_tokenizer(WORDS), 2, 2)
+    ids = [WORDS.index("the"), *(4 + byte for byte in "é漢🙂!".encode()), 2, WORDS.index("the")]
+    taken = []
+
+    def tokens():
+        for token in ids:
+            taken.append(token)
+            yield token
+
+    found = pieces(vocabulary, tokens())
+    assert next(found) == "the" and len(taken) == 1
+    assert list(found) == ["é", "漢", "🙂", "!"]          # nothing after the end of text
+
+
+def test_bytes_that_make_no_character_are_not_held_back():
+    vocabulary = Vocabulary(byte_tokenizer(WORDS), 2, 2)
+    assert "".join(pieces(vocabulary, [4 + 0xFF] * 5)) == "\ufffd" * 5
+    assert "".join(pieces(vocabulary, [4 + 0xE6, 4 + 0xBC])) != ""
+
+
+def change_tensors(directory: Path, change: str) -> None:
+    path = directory / "model.safetensors"
+    state = load_file(path)
+    if change == "missing":
+        del state["backbone.layers.1.mixer.k_proj.weight"]
+    elif change == "extra":
+        state["backbone.layers.1.mixer.k_proj.bias"] = torch.zeros(16)
+    else:
+        state["lm_head.weight"] = state["lm_head.weight"][:-1].clone()
+    save_file(state, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ("missing", "missing backbone.layers.1.mixer.k_proj.weight"),
+    ("extra", "unexpected backbone.layers.1.mixer.k_proj.bias"),
+    ("shape", "lm_head.weight is (264, 32), expected (265, 32)"),
+])
+def test_weights_that_do_not_fit(directory, change, message, capsys, monkeypatch):
+    change_tensors(directory, change)
+    refuse(directory, message, capsys, monkeypatch)
+
+
+def test_a_tokenizer_of_another_vocabulary(directory, capsys, monkeypatch):
+    byte_tokenizer([*WORDS, "more"]).save(str(directory / "tokenizer.json"))
+    refuse(directory, "tokenizer.json: has 266 tokens, the model of config.json 265", capsys, monkeypatch)
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "not found"), ("{", "not a tokenizer")])
+def test_no_tokenizer(directory, content, message, capsys, monkeypatch):
+    path = directory / "tokenizer.json"
+    path.unlink() if content is None else path.write_text(content)
+    refuse(directory, f"{path}: {message}", capsys, monkeypatch)
+
+
+def test_a_prompt_longer_than_memory_allows(directory, capsys, monkeypatch):
+    monkeypatch.setattr(text_generation, "free_bytes", lambda device: 2**18)
+    refuse(directory, "prompt: 5 tokens and 100000 new ones need 0.0", capsys, monkeypatch,
+           "--max-new-tokens", "100000")
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (("--temperature", "-1"), "temperature is -1"), (("--top-p", "0"), "top_p is 0"),
+    (("--max-new-tokens", "0"), "max_new_tokens is 0"),
+])
+def test_options_without_a_meaning(directory, options, message, capsys, monkeypatch):
+    refuse(directory, message, capsys, monkeypatch, *options)
+
+
+def test_an_empty_prompt_needs_a_token_to_start_from(directory, capsys):
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token_id": None}))
+    assert main(["--checkpoint", str(directory), "--prompt", "", "--device", "cpu"]) == 1
+    assert "prompt: it is empty" in capsys.readouterr().err
+
+
+def refuse(directory: Path, message: str, capsys, monkeypatch, *options: str) -> None:
+    """It ends with the message and a second line, no text, and before the weights are read."""
+    monkeypatch.setattr(hub, "load", lambda *_, **__: pytest.fail("weights were read"))
+    assert run(directory, *options) == 1
+    found = capsys.readouterr()
+    assert message in found.err and found.err.strip().count("\n") == 1 and not found.out

@@ -1,0 +1,168 @@
+"""What only a GPU computes: one captured step, Transformer Engine's FP8, Megatron's own Mamba mixer.
+
+    python -m pytest -m gpu tests
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_engine import HYBRID, RECIPE
+from torch import Tensor
+
+from kernels.fp8_quantize import quantize
+from kernels.squared_relu_fp8 import DTYPES, quantize_transpose
+from model.megatron.distributed import ONE_COPY, process_groups
+from model.megatron.optimizer import build_optimizer
+from model.megatron.precision import Precision, choose_precision
+from model.megatron.spec import build_model, transformer_config
+from model.megatron.step_graph import EAGER_STEPS, StepGraph
+
+# isort: split
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+WIDE = HYBRID.model_copy(update={        # sizes that mamba_ssm's kernels and FP8 products take
+    "pattern": "M-M*-M", "hidden_size": 128, "ffn_hidden_size": 256, "head_dim": 32, "mamba_num_heads": 16,
+    "mamba_head_dim": 64, "mamba_state_dim": 128, "chunk_size": 128, "sequence_length": 256,
+})
+
+
+@pytest.fixture
+def groups() -> Iterator[None]:
+    with process_groups():
+        yield
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def batch(size: int) -> tuple[Tensor, Tensor]:
+    sequences = torch.randint(WIDE.vocab_size, (size, WIDE.sequence_length + 1),
+                              generator=torch.Generator().manual_seed(3)).cuda()
+    return sequences[:, :-1].contiguous(), sequences[:, 1:].contiguous()
+
+
+def train(captured: bool, precision: str, recompute: str) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses of some steps of two micro-batches and, without gradients, after each; and the weights at the end."""
+    model = build_model(WIDE, choose_precision(precision, torch.device("cuda"), 1, 1), ONE_COPY, 1, recompute).cuda()
+
+    def step(sequences: Tensor) -> list[Tensor]:
+        losses = []
+        model.set_is_first_microbatch()
+        for part in sequences:
+            loss = ddp(part[:, :-1].contiguous(), None, None, labels=part[:, 1:].contiguous()).mean() / len(sequences)
+            loss.backward()
+            losses.append(loss.detach())
+        finalize_model_grads([ddp])
+        return losses
+
+    run = StepGraph(model, step) if captured else step
+    with run.on_stream() if captured else nullcontext():
+        ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
+    optimizer = build_optimizer(RECIPE.model_copy(update={"learning_rate": 1e-3}), ddp)
+    found = []
+    for number in range(EAGER_STEPS + 4):
+        generator = torch.Generator().manual_seed(number)
+        sequences = torch.randint(WIDE.vocab_size, (2, 2, WIDE.sequence_length + 1), generator=generator).cuda()
+        ddp.zero_grad_buffer()
+        optimizer.zero_grad()
+        found += [float(loss) for loss in run(sequences)]
+        optimizer.step()
+        with torch.no_grad():
+            model.set_is_first_microbatch()
+            ids, labels = sequences[0, :, :-1].contiguous(), sequences[0, :, 1:].contiguous()
+            found.append(float(model(ids, None, None, labels=labels).mean()))
+    return found, {name: value.detach().float().clone() for name, value in model.named_parameters()}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("recompute", ["", "M*-"])
+def test_a_captured_step_is_the_eager_one(groups, precision, recompute):
+    """Before and after the capture, with another batch and other weights each time."""
+    eager, captured = (train(which, precision, recompute) for which in (False, True))
+    assert captured[0] == pytest.approx(eager[0], rel=1e-3)
+    assert len(set(captured[0])) == len(captured[0])
+    for name, value in captured[1].items():
+        assert relative(value, eager[1][name]) < 2e-2, name
+
+
+@pytest.mark.parametrize("format", ["e4m3", "e5m2"])
+def test_quantised_values_are_transformer_engines(format):
+    tex = pytest.importorskip("transformer_engine_torch")
+    from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer
+
+    kind = {"e4m3": tex.DType.kFloat8E4M3, "e5m2": tex.DType.kFloat8E5M2}[format]
+    for gain in (1e-6, 0.3, 50.0):
+        x = (gain * torch.randn(256, 384, generator=torch.Generator().manual_seed(0))).cuda().bfloat16()
+        theirs = Float8CurrentScalingQuantizer(kind, device=torch.device("cuda"))(x)
+        values, inverse = quantize(x, format)
+        ours = quantize_transpose(x, format)
+        expected = theirs._data.view(DTYPES[format]).float()
+        assert torch.equal(values.float(), expected) and torch.equal(ours.values.float(), expected)
+        assert torch.equal(ours.transposed.float(), expected.t())
+        assert float(inverse) == float(ours.inverse_scale) == float(theirs._scale_inv)
+
+
+def gradients(model: torch.nn.Module, hidden: Tensor | None = None) -> dict[str, Tensor]:
+    """The losses and every gradient of a step on one batch."""
+    model.zero_grad()
+    ids, labels = batch(2)
+    losses = model(ids, None, None, labels=labels)
+    losses.mean().backward()
+    return {"losses": losses.detach()} | {name: value.grad for name, value in model.named_parameters()}
+
+
+def test_the_fused_feed_forward_is_transformer_engines(groups, monkeypatch):
+    found = []
+    for fuses in (True, False):
+        monkeypatch.setattr(Precision, "fuses", lambda self, ranks, fuses=fuses: fuses)
+        found.append(gradients(build_model(WIDE, choose_precision("fp8", torch.device("cuda")), ONE_COPY, 1).cuda()))
+    fused, parts = found
+    assert fused.keys() == parts.keys()
+    for name, value in fused.items():
+        assert relative(value, parts[name]) < 3e-2, name
+
+
+@pytest.fixture
+def one_configuration() -> None:
+    """mamba_ssm's kernels try a few hundred launch parameters else, each compiled; the smallest always fit."""
+    from mamba_ssm.ops.triton import ssd_combined  # noqa: F401
+    from triton.runtime.autotuner import Autotuner
+
+    for tuner in gc.get_objects():
+        if type(tuner) is Autotuner:
+            tuner.configs = [min(tuner.configs, key=lambda each: (math.prod(each.kwargs.values()), each.num_stages))]
+
+
+def test_the_model_is_megatrons_own(groups, one_configuration):
+    """The stock layers of megatron-core, mamba_ssm and Transformer Engine with our weights: losses, every gradient."""
+    from megatron.core.models.mamba import MambaModel
+    from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
+
+    ours = build_model(WIDE, Precision("bf16"), ONE_COPY, 1).cuda()
+    engine = replace(transformer_config(WIDE, Precision("bf16"), ONE_COPY), use_cpu_initialization=False)
+    stock = MambaModel(engine, mamba_stack_spec, vocab_size=WIDE.vocab_size, max_sequence_length=WIDE.sequence_length,
+                       hybrid_override_pattern=WIDE.pattern, position_embedding_type="none").cuda()
+    renamed = {}
+    for name in dict(ours.named_parameters()):
+        for norm, linear in ((".norm.weight", ".mixer.in_proj"), (".pre_mlp_layernorm.weight", ".mlp.linear_fc1"),
+                             (".input_layernorm.weight", ".self_attention.linear_qkv")):
+            if name.endswith(norm) and ".mixer." not in name:
+                renamed[name] = name.removesuffix(norm) + f"{linear}.layer_norm_weight"
+    theirs = dict(stock.named_parameters())
+    with torch.no_grad():
+        for name, value in ours.named_parameters():
+            theirs[renamed.get(name, name)].copy_(value)
+            value.copy_(theirs[renamed.get(name, name)])                 # stock keeps dt_bias in BF16
+    assert len(theirs) == len(dict(ours.named_parameters()))
+    mine, others = gradients(ours), gradients(stock)
+    for name, value in mine.items():
+        assert relative(value, others[renamed.get(name, name)]) < 5e-2, name

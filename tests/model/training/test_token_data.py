@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from data_pipeline.indexed_dataset import IndexedDatasetWriter
+from model.config import ModelError
+from model.training.token_data import Ahead, TrainingData, check, digests, domains, validation
+
+
+@pytest.fixture
+def tokens(token_files, tmp_path):
+    return token_files(tmp_path / "tokens")
+
+
+def documents(tokens, name: str) -> list[np.ndarray]:
+    dataset = IndexedDataset(str(tokens / name))
+    return [np.array(dataset[index]) for index in range(len(dataset))]
+
+
+def files_of(data: TrainingData, samples: range) -> np.ndarray:
+    return np.bincount([data.file_of_sample[sample] for sample in samples], minlength=len(data.names)) / len(samples)
+
+
+def test_phases_draw_by_their_weights(tokens, tmp_path):
+    data = TrainingData(tokens, 16, 500, 1, tmp_path / "cache")
+    assert len(data) == 500
+    assert data.names == ["train/code-high", "train/code-low", "train/docs-high"]
+    assert files_of(data, range(300)) == pytest.approx([0.3, 0.2, 0.5], abs=0.01)
+    assert files_of(data, range(300, 500)) == pytest.approx([0.4, 0.0, 0.6], abs=0.01)
+
+
+def test_samples_are_stretches_of_their_file_and_none_comes_twice_within_an_epoch(tokens, tmp_path):
+    """60 samples of 16 take less than one epoch of any file: over both phases each is another stretch."""
+    data = TrainingData(tokens, 16, 60, 1, tmp_path / "cache")
+    seen: dict[int, set[int]] = {0: set(), 1: set(), 2: set()}
+    for sample in range(60):
+        file = int(data.file_of_sample[sample])
+        position = int(data.position_in_file[sample])
+        assert position not in seen[file]
+        seen[file].add(position)
+        item = data[sample]
+        assert item.dtype is torch.int64 and item.shape == (17,)
+    for file, positions in seen.items():
+        assert positions == set(range(len(positions)))          # goes on where the earlier phase stopped
+        names = documents(tokens, data.names[file])
+        pairs = {pair for document in names for pair in zip(document[:-1].tolist(), document[1:].tolist(), strict=True)}
+        samples = [data[sample] for sample in range(60) if data.file_of_sample[sample] == file]
+        for item in samples:
+            assert all(
+                pair in pairs for pair in zip(item[:-1].tolist(), item[1:].tolist(), strict=True) if pair[0] != 0
+            )
+        assert len({tuple(item.tolist()) for item in samples}) == len(samples)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=12), length=st.sampled_from([3, 16]),
+    readings=st.floats(0.2, 5), seed=st.integers(0, 99),
+)
+@hypothesis.settings(max_examples=20, deadline=None)
+def test_no_document_begins_again_before_all_of_its_file_was_read(lengths, length, readings, seed):
+    with TemporaryDirectory() as directory:
+        tokens, number = Path(directory), max(1, round(readings * sum(lengths) / length))
+        data = TrainingData(one_file(tokens, lengths), length, number, seed, tokens / "cache")
+        seen = np.zeros(len(lengths), np.int64)                     # tokens of each document
+        for sample in range(len(data)):
+            for document in data[sample][:-1].tolist():
+                assert (seen // lengths).min() >= seen[document] // lengths[document]
+                seen[document] += 1
+
+
+def test_one_reading_s_worth_of_samples_holds_every_document(tmp_path):
+    """Megatron shuffles readings together: 74, 69 and 66 % of the documents were seen at 2.4, 4.6 and 8 readings."""
+    lengths = [16] * 2000
+    tokens = one_file(tmp_path, lengths)
+    for readings in (1, 2.4, 4.6, 8):
+        data = TrainingData(tokens, 16, int(readings * 2000), 1, tmp_path / f"cache-{readings}")
+        samples = [data[sample] for sample in range(2000)]
+        assert np.bincount(np.concatenate([sample[:-1] for sample in samples]), minlength=2000).tolist() == lengths
+        written = {file: file.stat().st_mtime_ns for file in (tmp_path / f"cache-{readings}").iterdir()}
+        again = TrainingData(tokens, 16, int(readings * 2000), 1, tmp_path / f"cache-{readings}")
+        assert all(torch.equal(again[number], sample) for number, sample in enumerate(samples))
+        assert {file: file.stat().st_mtime_ns for file in (tmp_path / f"cache-{readings}").iterdir()} == written
+
+
+def one_file(directory: Path, lengths: list[int]) -> Path:
+    """A tokens directory with one training file, its document number n as often the id n as `lengths` says."""
+    with IndexedDatasetWriter(directory / "train/code-high", len(lengths)) as writer:
+        for number, length in enumerate(lengths):
+            writer.add([number] * length)
+    contents = {"vocab_size": len(lengths), "eod_id": 0, "dtype": "uint16", "tokenizer_digest": "aa",
+                "corpus_digest": "bb", "files": {"train/code-high": {"tokens": sum(lengths)}}}
+    (directory / "tokens.json").write_text(json.dumps(contents))
+    (directory / "blend.json").write_text(json.dumps({"phases": [{"until": 1.0, "weights": {"train/code-high": 1}}]}))
+    return directory
+
+
+def test_same_seed_same_samples_with_and_without_the_cache(tokens, tmp_path):
+    first = TrainingData(tokens, 16, 90, 1, tmp_path / "a")
+    cached = TrainingData(tokens, 16, 90, 1, tmp_path / "a")
+    rebuilt = TrainingData(tokens, 16, 90, 1, tmp_path / "b")
+    other = TrainingData(tokens, 16, 90, 2, tmp_path / "b")
+    for sample in (89, 0, 45):
+        assert torch.equal(first[sample], cached[sample])
+        assert torch.equal(first[sample], rebuilt[sample])
+    assert not all(torch.equal(first[sample], other[sample]) for sample in range(10))
+
+
+def test_a_cache_left_half_written_is_built_again(tokens, tmp_path):
+    expected = TrainingData(tokens, 16, 90, 1, tmp_path / "whole")
+    (tmp_path / ".index.partial").mkdir()
+    for file in (tmp_path / "whole").iterdir():
+        (tmp_path / ".index.partial" / file.name).write_bytes(file.read_bytes()[:100])
+    data = TrainingData(tokens, 16, 90, 1, tmp_path / "index")
+    assert torch.equal(data[80], expected[80])
+    assert sorted(path.name for path in (tmp_path / "index").iterdir()) == sorted(
+        path.name for path in (tmp_path / "whole").iterdir())
+
+
+def test_validation_predicts_every_token_once(tokens):
+    data = validation(tokens, "code", 16)
+    stream = np.concatenate(documents(tokens, "validation/code"))
+    assert torch.equal(data.sequences[0], torch.from_numpy(stream[:17].astype(np.int64)))
+    predicted = data.sequences[:, 1:].flatten()
+    assert torch.equal(predicted, torch.from_numpy(stream[1 : 1 + len(predicted)].astype(np.int64)))
+    assert len(stream) - 1 - len(predicted) < 16
+    assert data.bytes == sum(1 + token % 4 for token in predicted.tolist() if token)
+    part = data.first(3)
+    assert len(part.sequences) == 3
+    assert part.bytes == sum(1 + token % 4 for token in part.sequences[:, 1:].flatten().tolist() if token)
+    assert data.first(10**6).bytes == data.bytes
+
+
+def test_domains_and_digests_come_from_tokens_json(tokens):
+    assert domains(tokens) == ["code", "docs"]
+    assert digests(tokens) == {"tokenizer_digest": "aa", "corpus_digest": "bb"}
+
+
+def change(directory, file: str | None, **figures) -> None:
+    """Other figures in tokens.json, of a file where it is named."""
+    contents = json.loads((directory / "tokens.json").read_text())
+    (contents["files"][file] if file else contents).update(figures)
+    (directory / "tokens.json").write_text(json.dumps(contents))
+
+
+@pytest.mark.parametrize(("harm", "message"), [
+    (lambda tokens: change(tokens, "validation/code", bytes=1), "by token_bytes.npy its tokens are not the 1 "),
+    (lambda tokens: np.save(tokens / "token_bytes.npy", np.ones(64, np.uint16)), "its tokens are not the"),
+    (lambda tokens: np.save(tokens / "token_bytes.npy", np.ones(60, np.uint16)), "its tokens are not the"),
+    (lambda tokens: change(tokens, "validation/code", tokens=0), "no text to validate on"),
+])
+def test_validation_whose_bytes_are_unknown_is_an_error(tokens, harm, message):
+    harm(tokens)
+    with pytest.raises(ModelError, match=message) as error:
+        validation(tokens, "code", 16)
+    assert str(error.value).count("\n") == 1
+
+
+def test_tokens_without_held_out_text_are_an_error(tokens):
+    files = json.loads((tokens / "tokens.json").read_text())["files"]
+    change(tokens, None, files={name: figures for name, figures in files.items() if name.startswith("train/")})
+    with pytest.raises(ModelError, match="no validation/DOMAIN") as error:
+        domains(tokens)
+    assert str(error.value).count("\n") == 1
+
+
+def test_errors_name_the_file_and_the_cure(tokens, tmp_path):
+    with pytest.raises(ModelError, match="validation/poems"):
+        validation(tokens, "poems", 16)
+    with pytest.raises(ModelError, match="fewer than one sequence"):
+        validation(tokens, "code", 100_000)
+    contents = json.loads((tokens / "tokens.json").read_text())
+    contents["files"]["train/code-low"]["tokens"] = 0
+    (tokens / "tokens.json").write_text(json.dumps(contents))
+    with pytest.raises(ModelError, match="train/code-low") as error:
+        TrainingData(tokens, 16, 60, 1, tmp_path / "cache")
+    assert str(error.value).count("\n") == 1
+
+
+def truncate(tokens):
+    path = tokens / "train/code-high.bin"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def forget_a_key(tokens):
+    path = tokens / "tokens.json"
+    contents = json.loads(path.read_text())
+    del contents["tokenizer_digest"]
+    path.write_text(json.dumps(contents))
+
+
+@pytest.mark.parametrize(("harm", "message"), [
+    (truncate, "train/code-high.bin: .* bytes, and tokens.json says"),
+    (lambda tokens: (tokens / "train/code-low.idx").unlink(), "train/code-low.idx: not found"),
+    (lambda tokens: (tokens / "validation/docs.bin").unlink(), "validation/docs.bin: not found"),
+    (lambda tokens: (tokens / "tokens.json").write_text("{"), "tokens.json: cannot be read"),
+    (lambda tokens: (tokens / "tokens.json").unlink(), "tokens.json: cannot be read"),
+    (forget_a_key, "tokens.json: without tokenizer_digest"),
+    (lambda tokens: (tokens / "token_bytes.npy").unlink(), "token_bytes.npy: cannot be read"),
+    (lambda tokens: (tokens / "token_bytes.npy").write_bytes(b""), "token_bytes.npy: cannot be read"),
+    (lambda tokens: np.save(tokens / "token_bytes.npy", np.ones(63, np.uint16)), r"of shape \(63,\)"),
+])
+def test_token_files_that_are_not_whole_are_errors(tokens, harm, message):
+    check(tokens, 64)
+    harm(tokens)
+    with pytest.raises(ModelError, match=message) as error:
+        check(tokens, 64)
+    assert str(error.value).count("\n") == 1
+
+
+def test_a_model_with_fewer_ids_than_the_tokens_is_an_error(tokens):
+    check(tokens, 512)
+    with pytest.raises(ModelError, match="vocabulary of 64 ids, and the model has 63"):
+        check(tokens, 63)
+
+
+def test_batches_ahead_are_those_asked_for():
+    made = []
+    batches = Ahead(lambda number: made.append(number) or torch.tensor(number), last=6)
+    assert [batches[number].item() for number in (1, 2, 3, 3, 6, 5)] == [1, 2, 3, 3, 6, 5]
+    batches.close()
+    assert max(made) == 6 and {1, 2, 3, 4, 5, 6} == set(made)
+    failing = Ahead(lambda number: 1 / 0, last=3)
+    with pytest.raises(ZeroDivisionError):
+        failing[1]
+    failing.close()

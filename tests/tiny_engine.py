@@ -1,0 +1,115 @@
+"""Models and recipes small enough for the engine's tests, and worker processes that train in parallel."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch.distributed import TCPStore
+
+from model.config import ModelConfig, PretrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+
+HYBRID = ModelConfig(            # sizes that FP8 products and the CUDA kernels take
+    pattern="M-*M", hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2, head_dim=8,
+    mamba_num_heads=16, mamba_head_dim=16, mamba_state_dim=16, mamba_num_groups=2, chunk_size=8, sequence_length=16,
+    init_method_std=0.1, vocab_size=64,
+)
+TRANSFORMER = ModelConfig(
+    pattern="*-*-", hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2, head_dim=8,
+    position_embedding="rope", sequence_length=16, init_method_std=0.1, vocab_size=64,
+)
+RECIPE = PretrainConfig(
+    tokens=4 * 16 * 6, global_batch_size=4, micro_batch_size=2, learning_rate=1e-2, min_learning_rate=1e-4,
+    warmup_fraction=0.2, decay_style="cosine", weight_decay=0.1, adam_betas=(0.9, 0.95),
+    clip_grad=1.0, bf16_layers_at_start=1, bf16_layers_at_end=1, evaluations=2, checkpoint_every=100,
+)
+
+
+def run_processes(count: int, jobs: list[dict[str, Any]], directory: Path) -> list[dict[str, Any]]:
+    """Train each of `jobs` (arguments of `train_job`) on `count` gloo processes; the results, in order."""
+    jobs_file, results_file = directory / "jobs.json", directory / "results.json"
+    jobs_file.write_text(json.dumps(jobs))
+    stores = [TCPStore("localhost", 0, is_master=True, wait_for_workers=False) for _ in jobs]     # torchrun's part
+    environment = os.environ | {
+        "WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "STORE_PORTS": " ".join(str(store.port) for store in stores), "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+    logs = [directory / f"rank-{rank}.txt" for rank in range(count)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", __file__, str(jobs_file), str(results_file)],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=log.open("w"),
+        )
+        for rank, log in enumerate(logs)
+    ]
+    try:
+        while None in (codes := [process.poll() for process in processes]) and not any(codes):
+            time.sleep(0.05)                                            # where one fails the others would wait for it
+    finally:
+        for process in processes:
+            process.kill()
+    assert not any(process.wait() for process in processes), [log.read_text() for log in logs]
+    return json.loads(results_file.read_text())
+
+
+def train_job(tokens: str, out: str, scratch: str, parallelism: dict[str, Any], precision: str = "float32",
+              tokens_to_train_on: int = RECIPE.tokens, **changes: Any) -> dict[str, Any]:
+    """One training run of the hybrid, as JSON; `changes` to the recipe."""
+    from model.megatron.distributed import Parallelism
+    from model.training.trainer import train
+
+    recipe = RECIPE.model_copy(update=changes | {"tokens": tokens_to_train_on})
+    run = train(
+        HYBRID, recipe, "hybrid", precision, 1, Path(tokens), Path(out), Path(scratch),
+        lambda *_, **__: None, Parallelism(**parallelism),
+    )
+    return {"training": run.training, "validation": run.validation, "metrics": run.metrics,
+            "resumed_from": run.resumed_from}
+
+
+def optimizer_state(scratch: Path, step: int) -> dict[str, Any]:
+    """Adam's moments after `step` in a resume state, whole, whatever layout wrote them: `exp_avg.PARAMETER`, ..."""
+    from megatron.core.dist_checkpointing import load_plain_tensors
+
+    from model.megatron.distributed import process_groups
+
+    with process_groups():
+        tensors = load_plain_tensors(str(scratch / "resume" / f"step-{step:08d}"))
+    prefix = "optimizer.state."
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def main() -> None:
+    """A worker process: train all jobs, the first process writes the results. One that hangs says where.
+
+    Between replicas gradients travel in several buckets, as those of large models do."""
+    import torch
+
+    from model.megatron import optimizer
+
+    optimizer.DistributedDataParallelConfig = partial(optimizer.DistributedDataParallelConfig, bucket_size=2000)
+    optimizer.uses_distributed_optimizer = lambda recipe: recipe.distributed_optimizer      # CPUs too
+    faulthandler.dump_traceback_later(240, exit=True)
+
+    torch.set_num_threads(1)
+    results = []
+    ports = os.environ["STORE_PORTS"].split()
+    for port, job in zip(ports, json.loads(Path(sys.argv[1]).read_text()), strict=True):
+        os.environ["MASTER_PORT"] = port
+        results.append(train_job(**job))
+    if os.environ["RANK"] == "0":
+        Path(sys.argv[2]).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":          # Megatron's checkpoint writer starts processes that import this file
+    main()
