@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from data_pipeline.steps.words import UInt8
+from data_pipeline.steps.words import UInt8, code_points, decode
 
 ZERO: Any = np.int64(0)         # a plain 0 is a type of its own in Numba: what is called with it is compiled twice
 
@@ -29,9 +29,7 @@ def _character_classes() -> UInt8:
     """Class of every code point, shape (0x110000,)."""
     characters = np.arange(0x110000, dtype=np.uint32).view("U1")
     classes = np.strings.isspace(characters) * SPACE | np.strings.isalpha(characters) * LETTER
-    for entry in TERMINALS.split():
-        first, _, last = entry.partition("-")
-        classes[int(first, 16) : int(last or first, 16) + 1] |= TERMINAL
+    classes[code_points(TERMINALS)] |= TERMINAL
     digits = "0123456789"
     letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
     for bit, members in ((DIGIT, digits), (PLAIN, letters + digits + "\n?!,."), (BLANK, "\t\n\r\b "),
@@ -41,20 +39,6 @@ def _character_classes() -> UInt8:
 
 
 CLASSES = _character_classes()
-
-
-@njit(cache=True, nogil=True)
-def decode(text: UInt8, position: int) -> tuple[int, int]:
-    """Code point and length in bytes of the character at `position`."""
-    lead = int(text[position])
-    if lead < 0x80:
-        return lead, 1
-    if lead < 0xE0:
-        return (lead & 0x1F) << 6 | text[position + 1] & 0x3F, 2
-    if lead < 0xF0:
-        return (lead & 0x0F) << 12 | (text[position + 1] & 0x3F) << 6 | text[position + 2] & 0x3F, 3
-    return ((lead & 0x07) << 18 | (text[position + 1] & 0x3F) << 12 | (text[position + 2] & 0x3F) << 6
-            | text[position + 3] & 0x3F), 4
 
 
 @njit(cache=True, nogil=True)
