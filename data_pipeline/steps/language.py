@@ -23,12 +23,22 @@ def detect(text: str) -> tuple[str, float]:
 
     CLD2 looks at letters only; text with too few of them, or in no language it knows, is "un" with share 0.
     """
+    return languages(text)[0]
+
+
+def languages(text: str, markup: bool = False) -> list[tuple[str, float]]:
+    """Up to three languages, the commonest first, each as `detect` has it.
+
+    Of `markup` (HTML) CLD2 reads what stands between tags, scripts and styles left out.
+    """
     try:
-        details = pycld2.detect(text, isPlainText=True)[2]
+        details = pycld2.detect(text, isPlainText=not markup)[2]
     except pycld2.error:
-        details = pycld2.detect(REFUSED.sub(" ", text), isPlainText=True)[2]
-    _, code, percent, _ = details[0]
-    code = code.split("-")[0]
+        details = pycld2.detect(REFUSED.sub(" ", text), isPlainText=not markup)[2]
+    return [_language(code.split("-")[0], percent) for _, code, percent, _ in details]
+
+
+def _language(code: str, percent: int) -> tuple[str, float]:
     if code in (UNKNOWN, "xx", "xxx") or code.startswith("zz"):           # scripts and jokes
         return UNKNOWN, 0.0
     return CURRENT_CODES.get(code, code), percent / 100
