@@ -16,13 +16,11 @@ from collections.abc import Callable
 from functools import cache, cached_property
 
 import lxml.etree
-import pycld2
-from justext import get_stoplist, get_stoplists
 from justext.core import MAX_HEADING_DISTANCE_DEFAULT, ParagraphMaker, classify_paragraphs, html_to_dom, preprocessor
 from justext.paragraph import Paragraph
 from resiliparse.extract.html2text import extract_plain_text
 
-from data_pipeline.steps.language import CURRENT_CODES, UNKNOWN, languages
+from data_pipeline.steps.language import UNKNOWN, languages, stop_words
 
 SPOKEN = 0.1                    # share of a page's text that makes a language one of the page's
 DECIDED = ("good", "bad")
@@ -55,9 +53,9 @@ def justext(html: str) -> str | None:
     """Paragraphs that are not boilerplate, with an empty line between; None for what is no HTML."""
     found = languages(html, markup=True)
     commonest = found[0][0]
-    if commonest != UNKNOWN and commonest not in _lists():
+    if commonest != UNKNOWN and stop_words(commonest) is None:
         return resiliparse(html)
-    spoken = frozenset(code for code, share in found if share >= SPOKEN and code in _lists())
+    spoken = frozenset(code for code, share in found if share >= SPOKEN and stop_words(code))
     try:
         paragraphs = _ParagraphMaker.make_paragraphs(preprocessor(html_to_dom(html)))
     except (lxml.etree.LxmlError, ValueError, AssertionError, RecursionError):
@@ -79,18 +77,8 @@ EXTRACTORS: dict[str, Callable[[str], str | None]] = {"justext": justext, "resil
 
 
 @cache
-def _lists() -> dict[str, str]:
-    """The name of jusText's stop list of each language, by ISO code, where it has one."""
-    spelt = {"NORWEGIAN": "Norwegian_Bokmal", "NORWEGIAN_N": "Norwegian_Nynorsk", "FRISIAN": "West_Frisian",
-             "HAITIAN_CREOLE": "Haitian", "NEWARI": "Newar", "WARAY_PHILIPPINES": "Waray_Waray"}
-    named = {code: spelt.get(name, name.title()) for name, code in pycld2.LANGUAGES}
-    there = get_stoplists()
-    return {CURRENT_CODES.get(code, code): name for code, name in named.items() if name in there}
-
-
-@cache
 def _stop_words(spoken: frozenset[str]) -> frozenset[str]:
-    return frozenset[str]().union(*(get_stoplist(_lists()[code]) for code in spoken))
+    return frozenset[str]().union(*(stop_words(code) or () for code in spoken))
 
 
 def revise(paragraphs: list[Paragraph]) -> None:

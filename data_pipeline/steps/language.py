@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 
 import pyarrow as pa
 import pycld2
+from justext import get_stoplist, get_stoplists
 
 from data_pipeline.steps.step import Step, with_column
 
@@ -36,6 +38,23 @@ def languages(text: str, markup: bool = False) -> list[tuple[str, float]]:
     except pycld2.error:
         details = pycld2.detect(REFUSED.sub(" ", text), isPlainText=not markup)[2]
     return [_language(code.split("-")[0], percent) for _, code, percent, _ in details]
+
+
+@cache
+def stop_words(code: str) -> frozenset[str] | None:
+    """jusText's stop words of a language, None where it has no list."""
+    name = _stop_lists().get(code)
+    return None if name is None else get_stoplist(name)
+
+
+@cache
+def _stop_lists() -> dict[str, str]:
+    """The name of jusText's stop list of each language, by ISO code, where it has one."""
+    spelt = {"NORWEGIAN": "Norwegian_Bokmal", "NORWEGIAN_N": "Norwegian_Nynorsk", "FRISIAN": "West_Frisian",
+             "HAITIAN_CREOLE": "Haitian", "NEWARI": "Newar", "WARAY_PHILIPPINES": "Waray_Waray"}
+    named = {code: spelt.get(name, name.title()) for name, code in pycld2.LANGUAGES}
+    there = get_stoplists()
+    return {CURRENT_CODES.get(code, code): name for code, name in named.items() if name in there}
 
 
 def _language(code: str, percent: int) -> tuple[str, float]:

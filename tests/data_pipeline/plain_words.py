@@ -9,6 +9,26 @@ OTHER = rf"[\p{{M}}[[\p{{L}}\p{{N}}]--[{''.join(BLANKLESS.values())}]]]"
 WORD = regex.compile(
     "|".join(rf"(?P<size{size}>[[{scripts}]&&[\p{{L}}\p{{N}}]]\p{{M}}*)" for size, scripts in BLANKLESS.items())
     + rf"|{OTHER}(?:\p{{Pc}}*{OTHER})*", regex.V1)
+BLANKLESS_LETTER = regex.compile(rf"[[{''.join(BLANKLESS.values())}]&&[\p{{L}}\p{{N}}]]", regex.V1)
+AFTER_LETTER = regex.compile(rf"(?:{BLANKLESS_LETTER.pattern}|\p{{M}})\Z", regex.V1)
+
+
+def counted_words(text: str) -> list[str]:
+    """The words that are counted: between white space, and in runs of a script without blanks each four letters."""
+    words = []
+    for run in text.split():
+        start = letters = 0
+        for index, character in enumerate(run if BLANKLESS_LETTER.search(run) else ""):
+            if not BLANKLESS_LETTER.match(character):
+                continue
+            word = run[start:index]
+            begins = letters == 4 or not AFTER_LETTER.search(word[-2:])
+            if word and (begins if letters else any(map(str.isalpha, word))):
+                words.append(word)
+                start, letters = index, 0
+            letters += 1
+        words.append(run[start:])
+    return words
 
 
 def seen(text: str) -> str:
