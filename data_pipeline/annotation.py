@@ -197,5 +197,7 @@ def _manifest(config: AnnotateConfig, found: Read, directory: Path, last: int) -
     for shard in _files(directory, last, found):
         counts = pq.read_table(shard, columns=["domain"])["domain"].value_counts()
         domains.update({entry["values"]: entry["counts"] for entry in counts.to_pylist()})
+    counts = shared_arrays(directory / f"decision-{Decontaminate.name}.npz")["texts"].tolist()
+    texts = dict(zip(("ngrams", "whole", "too_short"), counts, strict=True))       # how they are looked for
     return {"config": config.model_dump(mode="json"), "shards": len(found.shards), "domains": dict(domains),
-            "refusals": found.refusals}
+            "refusals": found.refusals, "evaluation_texts": texts}

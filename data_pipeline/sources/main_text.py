@@ -1,9 +1,12 @@
 """A web page's main text.
 
-jusText is Nemotron-CC's extractor (paper 2412.02595), here with its own thresholds, as in NeMo Curator, and English
-stop words. Two things of it are written anew: a paragraph makes up its text once, not at every question asked of it,
-and the second pass over the paragraphs takes linear time, where jusText's own takes minutes for one page that is a long
-table.
+jusText is Nemotron-CC's extractor (paper 2412.02595), here with its own thresholds and, as in NeMo Curator, the stop
+words of the languages the page is in, by CLD2: whatever `curate.language.keep` asks for has been extracted. A page
+mostly in a language that jusText has no list of (Chinese, Japanese, Thai ...) goes to Resiliparse, whose rules look at
+the page's structure alone; one in no language that can be told is taken for English.
+
+Two things of jusText are written anew: a paragraph makes up its text once, not at every question asked of it, and the
+second pass over the paragraphs takes linear time, where jusText's own takes minutes for one page that is a long table.
 """
 
 from __future__ import annotations
@@ -13,11 +16,13 @@ from collections.abc import Callable
 from functools import cache, cached_property
 
 import lxml.etree
-from justext import get_stoplist
 from justext.core import MAX_HEADING_DISTANCE_DEFAULT, ParagraphMaker, classify_paragraphs, html_to_dom, preprocessor
 from justext.paragraph import Paragraph
 from resiliparse.extract.html2text import extract_plain_text
 
+from data_pipeline.steps.language import UNKNOWN, languages, stop_words
+
+SPOKEN = 0.1                    # share of a page's text that makes a language one of the page's
 DECIDED = ("good", "bad")
 WHITE_SPACE = re.compile(r"[^\S ]\s*|\s{2,}")       # all but single blanks, which stay
 
@@ -46,11 +51,16 @@ def _collapse(text: str) -> str:
 
 def justext(html: str) -> str | None:
     """Paragraphs that are not boilerplate, with an empty line between; None for what is no HTML."""
+    found = languages(html, markup=True)
+    commonest = found[0][0]
+    if commonest != UNKNOWN and stop_words(commonest) is None:
+        return resiliparse(html)
+    spoken = frozenset(code for code, share in found if share >= SPOKEN and stop_words(code))
     try:
         paragraphs = _ParagraphMaker.make_paragraphs(preprocessor(html_to_dom(html)))
     except (lxml.etree.LxmlError, ValueError, AssertionError, RecursionError):
         return None
-    classify_paragraphs(paragraphs, _english())
+    classify_paragraphs(paragraphs, _stop_words(spoken or frozenset({"en"})))
     revise(paragraphs)
     return "\n\n".join(paragraph.text for paragraph in paragraphs if paragraph.class_type == "good")
 
@@ -67,8 +77,8 @@ EXTRACTORS: dict[str, Callable[[str], str | None]] = {"justext": justext, "resil
 
 
 @cache
-def _english() -> frozenset[str]:
-    return get_stoplist("English")
+def _stop_words(spoken: frozenset[str]) -> frozenset[str]:
+    return frozenset[str]().union(*(stop_words(code) or () for code in spoken))
 
 
 def revise(paragraphs: list[Paragraph]) -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Any
 
 import numpy as np
 from numba import njit
+from numpy.typing import NDArray
 
-from data_pipeline.steps.words import UInt8
+from data_pipeline.steps.words import FOLDED, FOLDING, IDEOGRAPH, SYLLABIC, UInt8, code_points, decode
+from data_pipeline.steps.words import MARK as MARK_KIND
+
+Classes = NDArray[np.uint16]
 
 ZERO: Any = np.int64(0)         # a plain 0 is a type of its own in Numba: what is called with it is compiled twice
 
 # Bits of a character's class.
-SPACE, LETTER, TERMINAL, DIGIT, PLAIN, BLANK, BRACKET, ENCODED = (1 << bit for bit in range(8))
+SPACE, LETTER, TERMINAL, DIGIT, PLAIN, BLANK, BRACKET, ENCODED, QUOTE, BULLET, ELLIPSIS, MARK, BLANKLESS = (
+    1 << bit for bit in range(13))
 # Sentence_Terminal of Unicode, as FineWeb has it: hexadecimal code points and ranges.
 TERMINALS = (
     "21 2e 3f 589 61d-61f 6d4 700-702 7f9 837 839 83d-83e 964-965 104a-104b 1362 1367-1368 166e 1735-1736 17d4-17d6 "
@@ -25,40 +31,29 @@ TERMINALS = (
 )
 
 
-def _character_classes() -> UInt8:
+def _character_classes() -> Classes:
     """Class of every code point, shape (0x110000,)."""
     characters = np.arange(0x110000, dtype=np.uint32).view("U1")
     classes = np.strings.isspace(characters) * SPACE | np.strings.isalpha(characters) * LETTER
-    for entry in TERMINALS.split():
-        first, _, last = entry.partition("-")
-        classes[int(first, 16) : int(last or first, 16) + 1] |= TERMINAL
-    digits = "0123456789"
+    classes |= np.strings.isdecimal(characters) * DIGIT | np.strings.isalnum(characters) * PLAIN
+    classes[:FOLDED] |= np.where(FOLDING.kinds == MARK_KIND, MARK | PLAIN, 0)
+    classes[:FOLDED] |= np.isin(FOLDING.kinds, (IDEOGRAPH, SYLLABIC)) * BLANKLESS
+    classes[FOLDED:] |= np.where(classes[FOLDED:] & LETTER, BLANKLESS, 0)           # ideographs
+    classes[code_points(TERMINALS)] |= TERMINAL | PLAIN
+    quotes = "".join(chr(code) for code in range(0x3000) if unicodedata.category(chr(code)) in ("Pi", "Pf"))
     letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    for bit, members in ((DIGIT, digits), (PLAIN, letters + digits + "\n?!,."), (BLANK, "\t\n\r\b "),
-                         (BRACKET, "{}⟨⟩[]()"), (ENCODED, letters + digits + "+/=")):
+    for bit, members in ((PLAIN, "\n,،、，､"), (BLANK, "\t\n\r\b "), (BRACKET, "{}⟨⟩[]()（）［］｛｝【】《》〈〉"),
+                         (ENCODED, letters + "0123456789+/="), (QUOTE, quotes + "\"'」』﹂﹄＂＇"), (ELLIPSIS, "…⋯︙"),
+                         (BULLET, "-–•‣⁃∙·・◦▪▫■□●○◆◇▶►❖➢➤✓✔★☆※")):
         classes[[ord(character) for character in members]] |= bit
-    return classes.astype(np.uint8)
+    return classes.astype(np.uint16)
 
 
 CLASSES = _character_classes()
 
 
 @njit(cache=True, nogil=True)
-def decode(text: UInt8, position: int) -> tuple[int, int]:
-    """Code point and length in bytes of the character at `position`."""
-    lead = int(text[position])
-    if lead < 0x80:
-        return lead, 1
-    if lead < 0xE0:
-        return (lead & 0x1F) << 6 | text[position + 1] & 0x3F, 2
-    if lead < 0xF0:
-        return (lead & 0x0F) << 12 | (text[position + 1] & 0x3F) << 6 | text[position + 2] & 0x3F, 3
-    return ((lead & 0x07) << 18 | (text[position + 1] & 0x3F) << 12 | (text[position + 2] & 0x3F) << 6
-            | text[position + 3] & 0x3F), 4
-
-
-@njit(cache=True, nogil=True)
-def last_class(text: UInt8, classes: UInt8, start: int, end: int) -> tuple[int, int]:
+def last_class(text: UInt8, classes: Classes, start: int, end: int) -> tuple[int, int]:
     """Class of the character that ends at `end`, and where it begins."""
     position = end - 1
     while position > start and text[position] & 0xC0 == 0x80:

@@ -1,7 +1,8 @@
 """Counts over the characters and words of a text, in compiled code.
 
 Here a word is a maximal run of characters that are not white space (Python's `str.split`): the thresholds of Gopher,
-C4 and FineWeb were set for such words, and a tokeniser that parts punctuation from words turns their decisions over.
+C4 and FineWeb were set for such words, and a tokeniser that parts punctuation from words turns their decisions over. In
+scripts without blanks four letters make a word, about as long as one of English, from where a run of them begins.
 """
 
 from __future__ import annotations
@@ -13,17 +14,22 @@ from numba import njit, uint64
 
 from data_pipeline.steps.characters import (
     BLANK,
+    BLANKLESS,
     BRACKET,
     DIGIT,
+    ELLIPSIS,
     ENCODED,
     LETTER,
+    MARK,
     PLAIN,
     SPACE,
     ZERO,
+    Classes,
     decode,
 )
 from data_pipeline.steps.words import BASE, Int32, Int64, UInt8, UInt64, mix, mix64
 
+BLANKLESS_WORD = 4              # letters
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")        # Gopher's
 BYTE_VALUE = mix(np.arange(1, 257, dtype=np.uint64))
 
@@ -87,7 +93,7 @@ LONGEST_STOP_WORD = max(len(word) for word in STOP_WORDS)
 
 
 @njit(cache=True, nogil=True)
-def count_characters(text: UInt8, classes: UInt8, row: Int64) -> None:
+def count_characters(text: UInt8, classes: Classes, row: Int64) -> None:
     """What `row` (len(Count),) has of characters, URLs, symbols and encoded data."""
     characters = letters = digits = other = blank = brackets = url = hashes = ellipses = newlines = 0
     encoded = longest = escapes = dots = 0
@@ -112,7 +118,7 @@ def count_characters(text: UInt8, classes: UInt8, row: Int64) -> None:
             ellipses += dots % 3 == 0
         else:
             dots = 0
-            ellipses += code == 0x2026
+            ellipses += (kind & ELLIPSIS) != 0
         if byte == 0x5C and _is_escape(text, position):
             escapes = escapes + 4 if position == escapes_end else 4
             escapes_end = position + 4
@@ -144,7 +150,7 @@ def _is_escape(text: UInt8, position: int) -> bool:
 
 
 @njit(cache=True, nogil=True)
-def _url_scheme(text: UInt8, colon: int, classes: UInt8) -> int:
+def _url_scheme(text: UInt8, colon: int, classes: Classes) -> int:
     """Characters of `http` or `https` before the colon of a URL; 0 where there is none."""
     if colon < 4 or colon + 3 >= len(text) or text[colon + 1] != 0x2F or text[colon + 2] != 0x2F:
         return 0
@@ -163,8 +169,16 @@ def _ends_url(byte: int, kind: int) -> bool:
 
 
 @njit(cache=True, nogil=True)
+def _is_whole(blankless: int, seen: int, last: int) -> bool:
+    """Does a blankless letter begin a word, after one with so many of them, such classes and such a last?"""
+    if blankless:
+        return blankless == BLANKLESS_WORD or not last & (BLANKLESS | MARK)
+    return bool(seen & LETTER)
+
+
+@njit(cache=True, nogil=True)
 def count_words(
-    text: UInt8, classes: UInt8, starts: Int64, ends: Int64, lengths: Int32, hashes: UInt64, row: Int64,
+    text: UInt8, classes: Classes, starts: Int64, ends: Int64, lengths: Int32, hashes: UInt64, row: Int64,
 ) -> None:
     """Fill starts, ends (bytes), lengths (characters) and hashes (case counts) of the words; count them."""
     count = characters = longest = alphabetic = stops = 0
@@ -175,13 +189,16 @@ def count_words(
             position += size
             continue
         starts[count] = position
-        length, seen = 0, 0
+        length, seen, last, blankless = 0, 0, 0, 0
         total, power = uint64(0), uint64(1)
         while position < len(text):
             code, size = decode(text, position)
-            if classes[code] & SPACE:
+            kind = int(classes[code])
+            if kind & SPACE or (kind & BLANKLESS and length and _is_whole(blankless, seen, last)):
                 break
-            seen |= classes[code]
+            seen |= kind
+            last = kind
+            blankless += (kind & BLANKLESS) != 0
             length += 1
             for index in range(position, position + size):
                 total += BYTE_VALUE[text[index]] * power

@@ -2,17 +2,26 @@
 
 n = 13 as in GPT-3 (arXiv 2005.14165, appendix C), which cuts 200 characters around a hit and drops a document after ten
 hits: at the size of the web, hits are many. Where sources are held out whole, hits are rare and one may be too many:
-the limit is `curate.contamination`. Words are those of `data_pipeline.steps.words`: case and punctuation do not count.
+the limit is `curate.contamination`. Words are those of `data_pipeline.steps.words`: neither case nor punctuation nor
+typesetting counts, and in scripts without blanks a run of letters stands for n words. HTML's character references are
+read as what they stand for.
+
+A text of an evaluation set that is shorter than n words is looked for whole if it has 8 or more, GPT-3's least; shorter
+ones are found in text that never saw them and are passed over, with a count.
 """
 
 from __future__ import annotations
 
+import html
 import json
+import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numba import njit, uint64
@@ -20,18 +29,49 @@ from numpy.typing import NDArray
 
 from data_pipeline.config import DataError, DecontaminationConfig
 from data_pipeline.steps.step import Arrays, Decision, GlobalStep, with_column
-from data_pipeline.steps.words import UInt64, ngrams, ngrams_of, words, words_of
+from data_pipeline.steps.words import WORD, Int64, UInt64, Words, passages_of, words_of
 
 SUFFIXES = (".jsonl", ".parquet", ".txt")
+
+
+FEWEST_WORDS = 8
+REFERENCE = re.compile(r"&(?:#\d{1,7}|#[xX][0-9A-Fa-f]{1,6}|[A-Za-z][A-Za-z0-9]{1,30});")
+ZERO_WIDTH_SPACE = "\u200b"
 
 
 def ngram_hashes(text: str, n: int) -> UInt64:
     """64-bit hashes of the n-grams of words in `text`, in order, shape (max(0, words - n + 1),).
 
     A text with fewer than n words has no n-gram: it can neither contaminate nor be found. Hashes are the same in every
-    process and version.
+    process and version. In a text with zero-width spaces those of both readings follow each other, see `readings`.
     """
-    return ngrams(words(text)[0], n)
+    return np.concatenate([_ngrams(words, n) for words in readings(pa.table({"text": [text]}))])
+
+
+def readings(table: pa.Table) -> list[Words]:
+    """The words of the column `text`, with what HTML's character references stand for.
+
+    A zero-width space stands for a blank on some pages and within words on others: where a text has one there are two
+    readings, words parted there and not.
+    """
+    special = pl.Series(table["text"]).str.contains(f"{REFERENCE.pattern}|{ZERO_WIDTH_SPACE}")
+    if not special.any():
+        return [words_of(table)]
+    parted = [_unescaped(text) if found else text
+              for text, found in zip(table["text"].to_pylist(), special.to_list(), strict=True)]
+    joined = [text.replace(ZERO_WIDTH_SPACE, "") for text in parted]
+    return [words_of(pa.table({"text": texts})) for texts in ([parted] if parted == joined else [parted, joined])]
+
+
+def _unescaped(text: str) -> str:
+    for _ in range(2):          # pages escape twice: &amp;quot;
+        text = REFERENCE.sub(lambda reference: html.unescape(reference[0]), text)
+    return text
+
+
+def _ngrams(words: Words, n: int) -> UInt64:
+    hashes = passages_of(words, n)
+    return hashes[hashes != 0]
 
 
 class Decontaminate(GlobalStep):
@@ -53,20 +93,46 @@ class Decontaminate(GlobalStep):
                 raise _unreadable(name, f"not a file that ends in {', '.join(SUFFIXES)}")
 
     def survey(self, table: pa.Table) -> Arrays:
-        hashes, first = ngrams_of(words_of(table), self.config.ngram)
-        held_out = np.array(table["held_out"].to_pylist(), dtype=bool)
-        return {"hashes": hashes[np.repeat(held_out, np.diff(first))]}
+        held_out = table.filter(pa.array(table["held_out"].to_pylist(), pa.bool_()))
+        return {"hashes": np.concatenate([_ngrams(words, self.config.ngram) for words in readings(held_out)])}
 
     def decide(self, surveys: Sequence[Arrays]) -> Decision:
-        evaluated = [ngram_hashes(text, self.config.ngram) for name in self.config.against for text in _strings(name)]
-        known = hash_set(np.concatenate([*(survey["hashes"] for survey in surveys), *evaluated]))
-        return Decision({"known": known}, [{}] * len(surveys))
+        """`known` holds n-grams of `lengths` words; `texts`: how many of evaluation are looked for by them, whole, not.
+
+        Says on stderr how many are whole and how many not, where there are such.
+        """
+        n, least = self.config.ngram, min(FEWEST_WORDS, self.config.ngram)
+        known, texts = [survey["hashes"] for survey in surveys], np.zeros(3, np.int64)
+        for name in self.config.against:
+            for number, words in enumerate(readings(pa.table({"text": pa.array(_strings(name), pa.string())}))):
+                lengths = np.minimum(np.diff(np.concatenate([[0], np.cumsum(words.sizes)])[words.first]) // WORD, n)
+                of_word = np.repeat(lengths, np.diff(words.first))
+                for length in range(least, n + 1):
+                    hashes = passages_of(words, length)
+                    known.append(hashes[(hashes != 0) & (of_word == length)])
+                if not number:
+                    texts += [np.sum(lengths == n), np.sum((lengths >= least) & (lengths < n)), np.sum(lengths < least)]
+        if texts[1:].any():
+            print(f"annotate.decontamination.against: of {texts.sum()} texts {texts[0]} are looked for by runs of {n} "
+                  f"words, {texts[1]} of {least} to {n - 1} words as a whole, {texts[2]} shorter ones not at all.",
+                  file=sys.stderr, flush=True)
+        return Decision({"known": hash_set(np.concatenate(known)), "texts": texts,
+                         "lengths": np.arange(least if texts[1] else n, n + 1)}, [{}] * len(surveys))
 
     def apply(self, table: pa.Table, shared: Arrays, own: Arrays) -> pa.Table:
-        hashes, first = ngrams_of(words_of(table), self.config.ngram)
-        hits = np.concatenate([[0], np.cumsum(is_in(hashes, shared["known"]))])
+        known, lengths = np.asarray(shared["known"]), np.asarray(shared["lengths"]).tolist()
         training = ~np.array(table["held_out"].to_pylist(), dtype=bool)
-        return with_column(table, "contamination", pa.array(np.diff(hits[first]) * training, pa.int32()))
+        counts = np.max([_hits(words, known, lengths) for words in readings(table)], axis=0)
+        return with_column(table, "contamination", pa.array(counts * training, pa.int32()))
+
+
+def _hits(words: Words, known: UInt64, lengths: Sequence[int]) -> Int64:
+    """Words of each document at which a known n-gram of one of these lengths begins: (documents,)."""
+    hit = np.zeros(len(words.hashes), bool)
+    for length in lengths:
+        hashes = passages_of(words, length)
+        hit |= is_in(hashes, known) & (hashes != 0)
+    return np.diff(np.concatenate([[0], np.cumsum(hit)])[words.first])
 
 
 @njit(cache=True, nogil=True)

@@ -8,7 +8,18 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from data_pipeline.steps.characters import SPACE, TERMINAL, ZERO, decode, last_class
+from data_pipeline.steps.characters import (
+    BRACKET,
+    BULLET,
+    ELLIPSIS,
+    QUOTE,
+    SPACE,
+    TERMINAL,
+    ZERO,
+    Classes,
+    decode,
+    last_class,
+)
 from data_pipeline.steps.counting import Count
 from data_pipeline.steps.repetition import first_equal, hash_of, table_mask
 from data_pipeline.steps.words import Int32, Int64, UInt8, UInt64
@@ -27,8 +38,8 @@ PHRASE_ENDS = np.cumsum([len(phrase) for phrase in PHRASES])
 
 @njit(cache=True, nogil=True)
 def count_lines(
-    text: UInt8, classes: UInt8, suspect: bool, starts: Int64, ends: Int64, lengths: Int32, keys: UInt64, slots: Int64,
-    used: int, row: Int64,
+    text: UInt8, classes: Classes, suspect: bool, starts: Int64, ends: Int64, lengths: Int32, keys: UInt64,
+    slots: Int64, used: int, row: Int64,
 ) -> int:
     """What `row` has of lines. starts, ends, lengths: of the words; keys, slots, used: see `first_equal`.
 
@@ -54,7 +65,7 @@ def count_lines(
             kept += 1
             row[Count.SHORT_LINES] += characters <= SHORT_LINE
             _line_ends(text, classes, position, end, starts[first_word], ends[word - 1], row)
-            _c4_line(text, suspect, starts, ends, lengths, first_word, word, row)
+            _c4_line(text, classes, suspect, starts, ends, lengths, first_word, word, row)
         position = end + 1
     row[Count.LINES], row[Count.LONGEST_LINE], row[Count.TEXT_LINES] = lines, longest, kept
     row[Count.DUPLICATE_LINES], row[Count.DUPLICATE_LINE_CHARACTERS] = duplicates, duplicate_characters
@@ -62,32 +73,23 @@ def count_lines(
 
 
 @njit(cache=True, nogil=True)
-def _line_ends(text: UInt8, classes: UInt8, line: int, line_end: int, start: int, end: int, row: Int64) -> None:
+def _line_ends(text: UInt8, classes: Classes, line: int, line_end: int, start: int, end: int, row: Int64) -> None:
     """What the line text[line:line_end] begins and ends with; without white space around it is text[start:end]."""
     first = text[start]
-    row[Count.BULLET_LINES] += first == 0x2D or _is_character(text, start, 0x2022)
+    row[Count.BULLET_LINES] += classes[decode(text, start)[0]] & BULLET != 0
     slash = first == 0x2F and start + 1 < end and (text[start + 1] == 0x2F or text[start + 1] == 0x2A)
     row[Count.COMMENT_LINES] += first == 0x23 or slash
     row[Count.TERMINAL_LINES] += last_class(text, classes, line, line_end)[0] & TERMINAL != 0
-    last = text[end - 1]
-    dots = end - start >= 3 and last == 0x2E and text[end - 2] == 0x2E and text[end - 3] == 0x2E
-    row[Count.ELLIPSIS_LINES] += dots or (end - start >= 3 and _is_character(text, end - 3, 0x2026))
-    row[Count.END_MARKED_LINES] += _is_sentence_end(last) or last == 0x22 or last == 0x27
-
-
-@njit(cache=True, nogil=True)
-def _is_character(text: UInt8, position: int, code: int) -> bool:
-    return text[position] >= 0xC0 and decode(text, position)[0] == code
-
-
-@njit(cache=True, nogil=True)
-def _is_sentence_end(byte: int) -> bool:
-    return byte == 0x2E or byte == 0x21 or byte == 0x3F
+    last = last_class(text, classes, start, end)[0]
+    dots = end - start >= 3 and text[end - 1] == 0x2E and text[end - 2] == 0x2E and text[end - 3] == 0x2E
+    row[Count.ELLIPSIS_LINES] += dots or last & ELLIPSIS != 0
+    row[Count.END_MARKED_LINES] += last & (TERMINAL | QUOTE) != 0
 
 
 @njit(cache=True, nogil=True)
 def _c4_line(
-    text: UInt8, suspect: bool, starts: Int64, ends: Int64, lengths: Int32, first: int, stop: int, row: Int64,
+    text: UInt8, classes: Classes, suspect: bool, starts: Int64, ends: Int64, lengths: Int32, first: int, stop: int,
+    row: Int64,
 ) -> None:
     """C4 on the line of the words first to stop - 1, in the order of the program that made C4."""
     if stop - first < 3:
@@ -109,24 +111,25 @@ def _c4_line(
     if phrase >= 0:
         return
     for word in range(first, stop - 1):
-        row[Count.C4_SENTENCES] += _ends_sentence(text, starts[word], ends[word])
+        row[Count.C4_SENTENCES] += _ends_sentence(text, classes, starts[word], ends[word])
     row[Count.C4_SENTENCES] += 1
 
 
 @njit(cache=True, nogil=True)
-def _ends_sentence(text: UInt8, start: int, end: int) -> bool:
-    """Does the word end with . ! or ?, before any quotes, closing brackets and references such as [3]?"""
+def _ends_sentence(text: UInt8, classes: Classes, start: int, end: int) -> bool:
+    """Does the word end with terminal punctuation, before any quotes, closing brackets and references such as [3]?"""
     while end > start:
         last = text[end - 1]
+        kind, before = last_class(text, classes, start, end)
         if last == 0x5D:                                                    # ]
             opening = end - 2
             while opening > start and 0x30 <= text[opening] <= 0x39:
                 opening -= 1
             end = opening if opening >= start and text[opening] == 0x5B else end - 1
-        elif last == 0x22 or last == 0x27 or last == 0x29 or last == 0x7D:       # " ' ) }
-            end -= 1
+        elif kind & (QUOTE | BRACKET) and last != 0x28 and last != 0x7B and last != 0x5B:       # ( { [
+            end = before
         else:
-            return _is_sentence_end(last)
+            return kind & TERMINAL != 0
     return False
 
 
@@ -150,7 +153,7 @@ def _phrase(text: UInt8, start: int, end: int, first: int, stop: int) -> int:
 
 @njit(cache=True, nogil=True)
 def count_paragraphs(
-    text: UInt8, classes: UInt8, suspect: bool, keys: UInt64, slots: Int64, used: int, row: Int64
+    text: UInt8, classes: Classes, suspect: bool, keys: UInt64, slots: Int64, used: int, row: Int64
 ) -> int:
     """What `row` has of paragraphs; arguments as in `count_lines`, which comes before."""
     if not row[Count.WORDS]:

@@ -10,7 +10,7 @@ import pyarrow as pa
 from numba import njit
 from numpy.typing import NDArray
 
-from data_pipeline.steps.characters import CLASSES, ZERO
+from data_pipeline.steps.characters import CLASSES, ZERO, Classes
 from data_pipeline.steps.counting import Count, count_characters, count_words
 from data_pipeline.steps.line_counting import PHRASES, count_lines, count_paragraphs
 from data_pipeline.steps.repetition import count_n_grams
@@ -27,8 +27,8 @@ class Feature(NamedTuple):
     definition: str
 
 
-# A word is what stands between white space, a line what ends at a line feed; lengths are in characters. A duplicate is
-# an occurrence after the first.
+# A word is what stands between white space, in scripts without blanks four letters of that; a line what ends at a line
+# feed; lengths are in characters. A duplicate is an occurrence after the first.
 FEATURES: dict[str, Feature] = {
     "characters": Feature(Count.CHARACTERS, None, "characters"),
     "words": Feature(Count.WORDS, None, "words"),
@@ -38,25 +38,30 @@ FEATURES: dict[str, Feature] = {
     "mean_line_length": Feature(Count.CHARACTERS, Count.LINES, "characters a line, line feeds among them"),
     "longest_line": Feature(Count.LONGEST_LINE, None, "length of the longest line"),
     "letters": Feature(Count.LETTERS, Count.CHARACTERS, "share of characters that are letters of any script"),
-    "digits": Feature(Count.DIGITS, Count.CHARACTERS, "share of characters 0 to 9"),
-    "other_characters": Feature(Count.OTHER, Count.CHARACTERS, "share of characters not in [a-zA-Z0-9\\n?!,.]"),
+    "digits": Feature(Count.DIGITS, Count.CHARACTERS, "share of characters that are decimal digits of any script"),
+    "other_characters": Feature(
+        Count.OTHER, Count.CHARACTERS,
+        "share of characters but letters, marks, digits, commas, terminal punctuation and line feeds"),
     "white_space": Feature(Count.WHITE_SPACE, Count.CHARACTERS, "share of spaces, tabs and line ends"),
-    "brackets": Feature(Count.BRACKETS, Count.CHARACTERS, "share of characters {}[]()⟨⟩"),
+    "brackets": Feature(Count.BRACKETS, Count.CHARACTERS, "share of characters {}[]()⟨⟩ and their wide forms"),
     "url_characters": Feature(Count.URL_CHARACTERS, Count.CHARACTERS, "share of characters in http and https URLs"),
     "encoded_run": Feature(Count.ENCODED_RUN, None, "longest run of [A-Za-z0-9+/=], or of escapes such as \\x0f"),
     "generated": Feature(Count.GENERATED, None, "1 where a comment near the beginning says that a program wrote it"),
     "alphabetic_words": Feature(Count.ALPHABETIC_WORDS, Count.WORDS, "share of words with a letter"),
-    "stop_words": Feature(Count.STOP_WORDS, None, "how many of Gopher's eight stop words occur"),
+    "stop_words": Feature(
+        Count.STOP_WORDS, None,
+        "how many of Gopher's eight stop words occur; in other languages, of jusText's, 8 at most"),
     "hashes": Feature(Count.HASHES, Count.WORDS, "# a word"),
     "ellipses": Feature(Count.ELLIPSES, Count.WORDS, "... and … a word"),
     "newlines": Feature(Count.NEWLINES, Count.WORDS, "line feeds a word"),
-    "bullet_lines": Feature(Count.BULLET_LINES, Count.LINES, "share of lines that begin with • or -"),
+    "bullet_lines": Feature(Count.BULLET_LINES, Count.LINES, "share of lines that begin with a bullet or -"),
     "ellipsis_lines": Feature(Count.ELLIPSIS_LINES, Count.LINES, "share of lines that end with ... or …"),
     "comment_lines": Feature(Count.COMMENT_LINES, Count.LINES, "share of lines that begin with #, // or /*"),
     "terminal_lines": Feature(
         Count.TERMINAL_LINES, Count.TEXT_LINES, "share of lines with text that end with terminal punctuation"),
     "end_marked_lines": Feature(
-        Count.END_MARKED_LINES, Count.TEXT_LINES, "share of lines with text that end with . ? ! or a quote"),
+        Count.END_MARKED_LINES, Count.TEXT_LINES,
+        "share of lines with text that end with terminal punctuation or a quote"),
     "short_lines": Feature(Count.SHORT_LINES, Count.TEXT_LINES, "share of lines with text of up to 30 characters"),
     "c4_sentences": Feature(
         Count.C4_SENTENCES, None,
@@ -129,7 +134,7 @@ def _as_frame(texts: Texts) -> pl.DataFrame:
 
 @njit(cache=True, nogil=True)
 def _count(
-    buffer: UInt8, offsets: Int64, suspects: NDArray[np.bool_], classes: UInt8, starts: Int64, ends: Int64,
+    buffer: UInt8, offsets: Int64, suspects: NDArray[np.bool_], classes: Classes, starts: Int64, ends: Int64,
     lengths: Int32, hashes: UInt64, keys: UInt64, slots: Int64, tally: Int32, result: Int64,
 ) -> None:
     used = ZERO

@@ -1,16 +1,22 @@
 """The texts of a shard as one flat array of bytes, and their words: what every step that reads text works on.
 
-A word is a maximal run of ASCII letters, digits, underscores and non-ASCII characters, with A-Z taken as a-z; in
-Python's terms `re.findall(r"[a-z0-9_\\u0080-\\U0010ffff]+", lower(text))`, where `lower` changes ASCII letters only.
-Hashes are the same in every process, version and machine.
+A word is a maximal run of letters, marks and digits of any script (Unicode's categories L, M and N), with connector
+punctuation such as `_` inside it but not at its ends. In scripts written without blanks each letter with its marks is
+one, and counts as a part of a word. How a page typesets a word makes no difference: case is folded, compatibility forms
+(full-width letters, ligatures) and composed characters are taken apart (Unicode's NFKC_Casefold, but decomposed), and
+what is not seen (soft hyphens, joiners, variation selectors, the Arabic tatweel) does not count. A zero-width space
+parts words, as in UAX #29. Hashes are the same in every process and machine; for ASCII they never change, for other
+text they may with the Unicode version of Python.
 
     texts = texts_of(table)                 # bytes of all documents, where each begins
     words = words_of(table)                 # their words; computed once for a text column, whoever asks
     hashes, first = ngrams_of(words, 13)    # those of document i: hashes[first[i]:first[i + 1]]
+    hashes = passages_of(words, 13)         # the same by what words count: one a word, 0 where too little follows
 """
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,6 +48,7 @@ class Words(NamedTuple):
     starts: Int64           # (words,), first byte in Texts.buffer
     ends: Int64             # (words,), byte past the end in Texts.buffer
     first: Int64            # (documents + 1,)
+    sizes: UInt8            # (words,), in parts of a word: WORD, or what one letter counts in a script without blanks
 
 
 def mix(value: UInt64) -> UInt64:
@@ -54,50 +61,124 @@ def mix(value: UInt64) -> UInt64:
 mix64: Any = njit(inline="always")(mix)     # of one integer, in compiled code
 
 
-def _byte_tables() -> tuple[NDArray[np.bool_], UInt64]:
-    """For each byte: is it part of a word, and a random-looking value equal for both cases of a letter."""
-    codes = np.arange(256, dtype=np.uint64)
-    lowered = np.where((codes >= 65) & (codes <= 90), codes + np.uint64(32), codes)
-    in_word = (codes >= 128) | (codes == ord("_"))
-    for first, last in (("0", "9"), ("A", "Z"), ("a", "z")):
-        in_word |= (codes >= ord(first)) & (codes <= ord(last))
-    return in_word, mix(lowered + np.uint64(1))
+# What a character is to a word. From WORD on: how much its word counts, in parts of a word.
+SEPARATOR, IGNORED, JOINER, MARK = range(4)
+WORD = 20
+# Scripts without blanks, by block. A word of English is 1.7 ideographs and kana in translation, and 3 to 4 letters of
+# the scripts of South East Asia, marks not counted.
+IDEOGRAPH, SYLLABIC = 12, 6
+BLOCKS = {
+    IDEOGRAPH: "2e80-2fd5 3005-3007 3021-3029 3031-3035 303b 3041-3096 309d-309f 30a1-30fa 30fc-30ff 31f0-31ff "
+               "3400-4dbf 4e00-9fff a000-a48c f900-faff ff66-ff9d 1b000-1b16f 16fe0-18cff",
+    SYLLABIC: "e01-e2e e30-e46 e81-eae eb0-ec6 edc-edf 1000-109f 1780-17d3 17d7 1950-19df 1a20-1aad a9e0-a9fe "
+              "aa60-aadf 11700-1173f",
+}
+# By category letters or formats; in text a space, an apostrophe (Ukrainian, beside ' and its curly form), a stretch.
+EXCEPTIONS = {"\u200b": SEPARATOR, "\u02bc": SEPARATOR, "\u0640": IGNORED}
+# Default_Ignorable_Code_Point of Unicode, besides category Cf.
+INVISIBLE = "34f 115f-1160 17b4-17b5 180b-180f 3164 fe00-fe0f ffa0"
+FOLDED = 0x20000        # code points with a fold of their own; above: ideographs to 0x3ffff, then nothing seen
 
 
-IN_WORD, BYTE_VALUE = _byte_tables()
+class Folding(NamedTuple):
+    """Of each code point below FOLDED, all of shape (FOLDED,)."""
+
+    kinds: UInt8
+    values: UInt64          # sum_k mix(c_k + 1) BASE^k over the characters c_k it is folded into
+    powers: UInt64          # BASE^(number of them)
+
+
+def code_points(ranges: str) -> Int64:
+    """The code points in "2e80-2fd5 3005": hexadecimal, with both ends."""
+    bounds = [entry.partition("-") for entry in ranges.split()]
+    return np.concatenate([np.arange(int(first, 16), int(last or first, 16) + 1) for first, _, last in bounds])
+
+
+def _folding() -> Folding:
+    codes = np.array([code for code in range(FOLDED) if code != 0x0A and not 0xD800 <= code < 0xE000])
+    # A line feed between characters keeps them apart: one call folds all.
+    joined = "\n".join(map(chr, codes.tolist()))
+    folded = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", joined).casefold()).split("\n")
+    by_category = {"L": WORD, "N": WORD, "M": MARK, "Pc": JOINER, "Cf": IGNORED}
+    kinds = np.zeros(FOLDED, np.uint8)
+    for code in codes.tolist():
+        category = unicodedata.category(chr(code))
+        kinds[code] = by_category.get(category, by_category.get(category[0], SEPARATOR))
+    for size, blocks in BLOCKS.items():
+        chosen = code_points(blocks)
+        kinds[chosen[kinds[chosen] == WORD]] = size
+    kinds[code_points(INVISIBLE)] = IGNORED
+    for character, kind in EXCEPTIONS.items():
+        kinds[ord(character)] = kind
+    kinds[[0xFF9E, 0xFF9F]] = MARK      # half-width voiced sound marks
+
+    flat = np.frombuffer("".join(folded).encode("utf-32-le"), np.uint32).astype(np.uint64)
+    owners = np.repeat(codes, [len(characters) for characters in folded])
+    kept = (flat >= FOLDED) | (kinds[np.minimum(flat, FOLDED - 1)] > IGNORED)        # "(1)" for a digit in a ring
+    flat, owners = flat[kept], owners[kept]
+    ranks = np.arange(len(owners)) - np.searchsorted(owners, owners)
+    power = np.array([pow(BASE, exponent, 1 << 64) for exponent in range(int(ranks.max()) + 2)], np.uint64)
+    values = np.zeros(FOLDED, np.uint64)
+    np.add.at(values, owners, mix(flat + np.uint64(1)) * power[ranks])
+    return Folding(kinds, values, power[np.bincount(owners, minlength=FOLDED)])
+
+
+FOLDING = _folding()
 
 
 @njit(cache=True, nogil=True)
-def _count_words(buffer: UInt8, offsets: Int64) -> Int64:
-    first = np.zeros(len(offsets), np.int64)
-    for document in range(len(offsets) - 1):
-        count, inside = 0, False
-        for position in range(offsets[document], offsets[document + 1]):
-            now = IN_WORD[buffer[position]]
-            count += now and not inside
-            inside = now
-        first[document + 1] = first[document] + count
-    return first
+def decode(text: UInt8, position: int) -> tuple[int, int]:
+    """Code point and length in bytes of the character at `position`."""
+    lead = int(text[position])
+    if lead < 0x80:
+        return lead, 1
+    if lead < 0xE0:
+        return (lead & 0x1F) << 6 | text[position + 1] & 0x3F, 2
+    if lead < 0xF0:
+        return (lead & 0x0F) << 12 | (text[position + 1] & 0x3F) << 6 | text[position + 2] & 0x3F, 3
+    return ((lead & 0x07) << 18 | (text[position + 1] & 0x3F) << 12 | (text[position + 2] & 0x3F) << 6
+            | text[position + 3] & 0x3F), 4
 
 
 @njit(cache=True, nogil=True)
-def _find_words(buffer: UInt8, offsets: Int64, hashes: UInt64, starts: Int64, ends: Int64) -> None:
+def _find_words(
+    buffer: UInt8, offsets: Int64, kinds: UInt8, values: UInt64, powers: UInt64,
+    hashes: UInt64, starts: Int64, ends: Int64, sizes: UInt8, first: Int64,
+) -> None:
     word = 0
     for document in range(len(offsets) - 1):
         position, stop = offsets[document], offsets[document + 1]
+        size = 0                                    # of the word begun, as in Words.sizes; 0 for none
+        total, seen, power = uint64(0), uint64(0), uint64(1)
         while position < stop:
-            if not IN_WORD[buffer[position]]:
-                position += 1
+            code, length = decode(buffer, position)
+            if code < FOLDED:
+                kind, value, factor = int(kinds[code]), values[code], powers[code]
+            else:
+                kind, value, factor = IDEOGRAPH if code < 0x40000 else IGNORED, mix64(uint64(code + 1)), uint64(BASE)
+            if kind == IGNORED:
+                position += length
                 continue
-            starts[word] = position
-            total, power = uint64(0), uint64(1)
-            while position < stop and IN_WORD[buffer[position]]:
-                total += BYTE_VALUE[buffer[position]] * power
-                power *= uint64(BASE)
-                position += 1
-            ends[word] = position
-            hashes[word] = mix64(total)
+            # A word of letters goes on with letters, marks and what joins; a letter of a blankless script with marks.
+            if size and (kind == SEPARATOR or (kind > MARK and kind != size) or (kind != MARK and size != WORD)):
+                hashes[word], sizes[word] = mix64(total), size
+                word += 1
+                size = 0
+            if kind >= MARK and not size:
+                size = kind if kind > MARK else WORD
+                starts[word] = position
+                seen, power = uint64(0), uint64(1)
+            position += length
+            if size:
+                seen += value * power
+                power *= factor
+                if kind != JOINER:                  # what joins counts once something follows
+                    total = seen
+                    ends[word] = position
+        if size:
+            hashes[word], sizes[word] = mix64(total), size
             word += 1
+        first[document + 1] = word
 
 
 @njit(cache=True, nogil=True)
@@ -157,10 +238,13 @@ def _view(column: pa.ChunkedArray) -> Texts:
 
 
 def _words(texts: Texts) -> Words:
-    first = _count_words(texts.buffer, texts.offsets)
-    words = Words(np.empty(first[-1], np.uint64), np.empty(first[-1], np.int64), np.empty(first[-1], np.int64), first)
-    _find_words(texts.buffer, texts.offsets, words.hashes, words.starts, words.ends)
-    return words
+    # There are no more words than this, of a byte and a blank each; memory that is not written to costs nothing.
+    most = int(texts.offsets[-1] - texts.offsets[0] + len(texts.offsets)) // 2 + 1
+    hashes, sizes, first = np.empty(most, np.uint64), np.empty(most, np.uint8), np.zeros(len(texts.offsets), np.int64)
+    starts, ends = np.empty(most, np.int64), np.empty(most, np.int64)
+    _find_words(texts.buffer, texts.offsets, *FOLDING, hashes, starts, ends, sizes, first)
+    count = first[-1]
+    return Words(hashes[:count], starts[:count], ends[:count], first, sizes[:count])
 
 
 def words(text: str) -> tuple[UInt64, Int64, Int64]:
@@ -183,6 +267,36 @@ def ngrams_of(words: Words, n: int) -> tuple[UInt64, Int64]:
     first = np.zeros_like(words.first)
     np.cumsum(np.maximum(np.diff(words.first) - n + 1, 0), out=first[1:])
     return _roll(words.hashes, words.first, n, first), first
+
+
+def passages_of(words: Words, n: int) -> UInt64:
+    """For each word the hash of the shortest run from it that counts as n words, within a document: (words,).
+
+    Of words parted by blanks that is the n-gram, with the hash `ngrams_of` gives it; in scripts without blanks it is
+    22 ideographs for 13 words. 0 where the rest of the document counts less.
+    """
+    return _passages(words.hashes, words.sizes, words.first, n * WORD)
+
+
+@njit(cache=True, nogil=True)
+def _passages(hashes: UInt64, sizes: UInt8, first: Int64, wanted: int) -> UInt64:
+    result = np.zeros(len(hashes), np.uint64)
+    for document in range(len(first) - 1):
+        stop, end, size = first[document + 1], first[document], 0
+        total, power = uint64(0), uint64(1)
+        for start in range(first[document], stop):
+            while size < wanted and end < stop:
+                total += hashes[end] * power
+                power *= uint64(BASE)
+                size += sizes[end]
+                end += 1
+            if size < wanted:
+                break
+            result[start] = mix64(total)
+            total = (total - hashes[start]) * uint64(BASE_INVERSE)
+            power *= uint64(BASE_INVERSE)
+            size -= sizes[start]
+    return result
 
 
 def ngrams(word_hashes: UInt64, n: int) -> UInt64:

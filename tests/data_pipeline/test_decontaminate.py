@@ -1,5 +1,6 @@
 """Shared n-grams against sets of tuples of words; evaluation files; real text that contains other real text."""
 
+import html
 import json
 import re
 from pathlib import Path
@@ -11,7 +12,10 @@ import pytest
 
 from data_pipeline.config import DataError, DecontaminationConfig
 from data_pipeline.steps.decontaminate import Decontaminate, hash_set, is_in, ngram_hashes
+from data_pipeline.steps.normalise import normalise_text
 from data_pipeline.steps.step import SCHEMA, text_id
+from tests.data_pipeline.plain_words import runs
+from tests.data_pipeline.questions import CLEAN, QUESTIONS, SETTINGS
 
 SITE_PACKAGES = Path(np.__file__).parent.parent
 
@@ -30,14 +34,10 @@ def contamination(rows: list[tuple[str, bool]], n: int, against: list[str] | Non
             for count in step.apply(table, decision.shared, own)["contamination"].to_pylist()]
 
 
-def ngram_list(text: str, n: int) -> list[tuple[str, ...]]:
-    words = re.findall("[a-z0-9_\u0080-\U0010ffff]+", re.sub("[A-Z]", lambda letter: letter.group().lower(), text))
-    return [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
-
-
 def expected(rows: list[tuple[str, bool]], n: int) -> list[int]:
-    known = {gram for text, held_out in rows if held_out for gram in ngram_list(text, n)}
-    return [0 if held_out else sum(gram in known for gram in ngram_list(text, n)) for text, held_out in rows]
+    rows = [(re.sub(r"&#?\w+;", lambda reference: html.unescape(reference[0]), text), held) for text, held in rows]
+    known = {gram for text, held_out in rows if held_out for gram in runs(text, n)}
+    return [0 if held_out else sum(gram in known for gram in runs(text, n)) for text, held_out in rows]
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 1000])
@@ -55,7 +55,7 @@ def test_hash_set(size):
 @pytest.mark.parametrize("shards", [1, 2, 7])
 def test_random_texts(shards):
     random = np.random.default_rng(shards)
-    vocabulary = ["the", "The", "queue", "x_1", "naïve", "日本", "0", "a-b", "don't"]
+    vocabulary = ["the", "The", "queue", "x_1", "naïve", "日本", "ไทย", "0", "a-b", "don't"]
     counts = 0
     for n in (2, 3, 5):
         rows = [(" ".join(random.choice(vocabulary, random.integers(0, 40))), random.random() < 0.3) for _ in range(40)]
@@ -106,9 +106,43 @@ def test_text_vendored_by_pip_is_found_in_all_its_files():
         return {path.name: path.read_text(encoding="utf-8") for path in sorted(directory.glob("*.py"))}
 
     rich, vendored = read(SITE_PACKAGES / "rich"), read(SITE_PACKAGES / "pip/_vendor/rich")
-    shared = [name for name in vendored if name in rich and len(ngram_list(vendored[name], 13)) > 200]
+    shared = [name for name in vendored if name in rich and len(runs(vendored[name], 13)) > 200]
     assert len(shared) > 30
     rows = [(text, True) for text in rich.values()] + [(vendored[name], False) for name in shared]
     counts = contamination(rows, 13, shards=3)
     assert counts == expected(rows, 13)
     assert min(counts[len(rich):]) > 20
+
+
+@pytest.mark.parametrize(("language", "setting"), [(name, how) for name, ways in SETTINGS.items() for how in ways])
+def test_a_planted_question_is_found_however_it_is_set(language, setting, tmp_path):
+    """In the middle of a page, after the repairs every document goes through; pages that never saw it stay at 0."""
+    questions, clean, typeset = QUESTIONS[language], CLEAN[language], SETTINGS[language][setting]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps({"question": text}) + "\n" for text in questions))
+    pages = [normalise_text(f"{clean[0]}\n\n{typeset(text)}\n\n{clean[1]}") for text in questions]
+    pages += [normalise_text(typeset(text)) for text in clean]
+    counts = contamination([(page, False) for page in pages], 13, [str(tmp_path / "test.jsonl")])
+    assert len(questions) == len(clean) == 40
+    assert [count > 0 for count in counts] == [True] * 40 + [False] * 40
+
+
+def test_short_evaluation_texts_are_looked_for_whole_or_counted(tmp_path, capsys):
+    short = {"q": "Which planet is the third one from the sun?", "a": "Earth",
+             "zh": "哪一颗行星是离太阳第三近的行星？"}
+    long = "A farmer has nine cows and buys four more of them at the market in town, how many has he?"
+    (tmp_path / "task.jsonl").write_text(json.dumps(short) + "\n" + json.dumps({"q": long}))
+    rows = [("So “which planet is the THIRD one from the sun” was asked.", False), ("Earth is a planet.", False),
+            ("Which planet is the third one from a star?", False), ("问：哪一颗行星是离太阳第三近的行星", False),
+            (long, False),
+            ("哪一颗行星是离太阳最近的？", False), ("A farmer has nine cows and buys four of them.", False)]
+    assert contamination(rows, 13, [str(tmp_path / "task.jsonl")])[:6] == [1, 0, 0, 1, 8, 0]
+    assert capsys.readouterr().err == (
+        "annotate.decontamination.against: of 4 texts 1 are looked for by runs of 13 words, 2 of 8 to 12 words as a "
+        "whole, 1 shorter ones not at all.\n")
+
+
+def test_a_zero_width_space_is_read_both_ways():
+    held = "the quick brown fox jumps over the lazy dog and then sleeps long"
+    parted, within = held.replace(" ", "\u200b"), "\u200b".join(held).replace("\u200b \u200b", " ")
+    assert contamination([(held, True), (parted, False), (within, False), (held[4:], False)], 13) == [0, 1, 1, 0]
+    assert contamination([(within, True), (held, False), (held.upper(), False)], 13) == [0, 1, 1]

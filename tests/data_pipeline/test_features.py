@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from unicodedata import category
 
 import numpy as np
 import pyarrow as pa
@@ -13,12 +14,20 @@ from data_pipeline.steps.features import Features
 from data_pipeline.steps.measures import FEATURES, measure
 from data_pipeline.steps.step import SCHEMA
 from data_pipeline.steps.words import texts_of
+from tests.data_pipeline.plain_words import counted_words
 from tests.data_pipeline.real_texts import HOSTILE, real_texts
 
 # FineWeb's list is of Unicode 14; three Khmer signs were taken from the property since.
 TERMINALS = set(regex.findall(r"\p{Sentence_Terminal}", "".join(map(chr, range(0x24F0)))))
 POLICIES = ["terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies"]
 BOILERPLATE = [*POLICIES, "privacy overview", "privacy & cookies policy", "privacy and cookies policy"]
+
+
+QUOTES = set("\"'」』﹂﹄＂＇") | set(regex.findall(r"[\p{Pi}\p{Pf}]", "".join(map(chr, range(0x3000)))))
+ENDS = TERMINALS | set("。．？！｡﹒﹖﹗")
+KNOWN = ENDS | set("\n,،、，､")
+BULLETS = tuple("-–•‣⁃∙·・◦▪▫■□●○◆◇▶►❖➢➤✓✔★☆※")
+CLOSED = f"(?:[)}}\\]）］｝【】《》〈〉⟨⟩{''.join(QUOTES)}]|\\[\\d*\\])*$"
 
 
 def lower(text: str) -> str:
@@ -47,11 +56,15 @@ def duplicate_ngrams(words: list[str], n: int) -> int:
     return sum(len(words[index]) for index in covered)
 
 
+def ends_sentence(word: str) -> bool:
+    return bool(re.sub(CLOSED, "", word)[-1:] in ENDS)
+
+
 def c4(lines: list[str]) -> tuple[int, int, int]:
     """Sentences in the lines C4 keeps, lines with lorem ipsum, lines with a curly bracket."""
     sentences = lorem = curly = 0
     for line in lines:
-        words = line.split()
+        words = counted_words(line)
         if len(words) < 3 or any(len(word) > 1000 for word in words):
             continue
         if "lorem ipsum" in lower(line):
@@ -61,7 +74,7 @@ def c4(lines: list[str]) -> tuple[int, int, int]:
         elif "{" in line:
             curly += 1
         elif not any(policy in lower(line) for policy in POLICIES):
-            sentences += 1 + sum(bool(re.search(r"[.!?]([\"')}\]]|\[\d*\])*$", word)) for word in words[:-1])
+            sentences += 1 + sum(map(ends_sentence, words[:-1]))
     return sentences, lorem, curly
 
 
@@ -75,7 +88,7 @@ def over(part: float, whole: float) -> float:
 
 
 def reference(text: str) -> dict[str, float]:
-    characters, words = len(text), text.split()
+    characters, words = len(text), counted_words(text)
     lines = text.removesuffix("\n").split("\n") if text else []
     filled = [line for line in lines if line.split()]
     paragraphs = re.split(r"\n{2,}", text.strip()) if text.strip() else []
@@ -94,24 +107,26 @@ def reference(text: str) -> dict[str, float]:
         "mean_line_length": over(characters, len(lines)),
         "longest_line": max(map(len, lines), default=0),
         "letters": over(sum(map(str.isalpha, text)), characters),
-        "digits": over(len(re.findall("[0-9]", text)), characters),
-        "other_characters": over(characters - len(re.findall("[a-zA-Z0-9\n?!,.]", text)), characters),
+        "digits": over(sum(map(str.isdecimal, text)), characters),
+        "other_characters": over(sum(
+            not c.isalnum() and c not in KNOWN and (category(c)[0] != "M" or "\ufe00" <= c <= "\ufe0f") for c in text),
+            characters),
         "white_space": over(sum(c in "\t\n\r\b " for c in text), characters),
-        "brackets": over(len(re.findall(r"{|}|⟨|⟩|\[|\]|\(|\)", text)), characters),
+        "brackets": over(len(re.findall(r"[{}⟨⟩\[\]()（）［］｛｝【】《》〈〉]", text)), characters),
         "url_characters": over(sum(map(len, re.findall(r"https?://[^\s<>\"]+", text))), characters),
         "encoded_run": longest_encoded(text),
         "generated": bool(re.search(made, text[:1500])),
         "alphabetic_words": over(sum(any(map(str.isalpha, word)) for word in words), len(words)),
         "stop_words": len(stop_words & set(words)),
         "hashes": over(text.count("#"), len(words)),
-        "ellipses": over(text.count("...") + text.count("…"), len(words)),
+        "ellipses": over(text.count("...") + sum(map(text.count, "…⋯︙")), len(words)),
         "newlines": over(text.count("\n"), len(words)),
-        "bullet_lines": over(sum(line.lstrip().startswith(("•", "-")) for line in lines), len(lines)),
-        "ellipsis_lines": over(sum(line.rstrip().endswith(("...", "…")) for line in lines), len(lines)),
+        "bullet_lines": over(sum(line.lstrip().startswith(BULLETS) for line in lines), len(lines)),
+        "ellipsis_lines": over(sum(line.rstrip().endswith(("...", "…", "⋯", "︙")) for line in lines), len(lines)),
         "comment_lines": over(sum(bool(comment.match(line)) for line in lines), len(lines)),
-        "terminal_lines": over(sum(line[-1] in TERMINALS | set("。．？！｡﹒﹖﹗") for line in filled), len(filled)),
+        "terminal_lines": over(sum(line[-1] in ENDS for line in filled), len(filled)),
         "end_marked_lines": over(
-            sum(line.strip().endswith((".", "?", "!", '"', "'")) for line in filled), len(filled)),
+            sum(line.strip()[-1] in ENDS | QUOTES for line in filled), len(filled)),
         "short_lines": over(sum(len(line) <= 30 for line in filled), len(filled)),
         "c4_sentences": sentences,
         "lorem_ipsum_lines": lorem,
@@ -165,7 +180,7 @@ def test_character_classes_are_pythons():
     for code, kind in enumerate(CLASSES.tolist()):
         character = chr(code)
         assert bool(kind & SPACE) == character.isspace() and bool(kind & LETTER) == character.isalpha()
-        assert bool(kind & DIGIT) == (character in "0123456789")
+        assert bool(kind & DIGIT) == character.isdecimal()
     assert {chr(code) for code in np.flatnonzero(CLASSES[:0x17D6] & TERMINAL)} == {
         character for character in TERMINALS if ord(character) < 0x17D6
     }
@@ -177,3 +192,24 @@ def test_the_step_fills_its_column_and_no_other():
     assert filled.schema == SCHEMA and filled.drop_columns("features") == rows.drop_columns("features")
     assert [row["words"] for row in filled["features"].to_pylist()] == [2.0, 0.0]
     assert len(Features().apply(SCHEMA.empty_table())) == 0
+
+
+@pytest.mark.parametrize(("language", "text", "stop_words"), [
+    ("en", "The queue of the tasks, and that with them.", 5), ("un", "the and", 2), ("de", "queue waiting tasks", 0),
+    ("de", "Die Aufgaben stehen in einer Schlange, und wer frei ist, nimmt sich die älteste von ihnen.", 8),
+    ("zh", "等待的任务排成队列。", 8),
+])
+def test_stop_words_are_of_the_texts_language(language, text, stop_words):
+    rows = pa.Table.from_pylist([{"text": text, "language": language}, {"text": "to be", "language": "en"}], SCHEMA)
+    assert [row["stop_words"] for row in Features().apply(rows)["features"].to_pylist()] == [stop_words, 2]
+
+
+@pytest.mark.parametrize(("text", "feature", "value"), [
+    ("。第一句话在这里结束。\n「第二句话结束。」\n", "end_marked_lines", 1),
+    ("Er sagte: „Nein.“\n«Oui !»\n", "end_marked_lines", 1),
+    ("▪ eins\n● zwei\n– drei\n・四\n", "bullet_lines", 1), ("und so weiter…\nusw. ⋯\n", "ellipsis_lines", 1),
+    ("١٢٣４５６", "digits", 1), ("größeПривет世界มา", "other_characters", 0), ("（）【】", "brackets", 1),
+    ("四个字四个字四个字四个字", "words", 3), ("GPT模型很好", "words", 2),
+])
+def test_signs_of_every_script_count(text, feature, value):
+    assert measure(texts_of(pa.table({"text": [text]})))[feature].tolist() == [value]

@@ -1,12 +1,16 @@
 """What is personal or secret goes, what only looks like it stays: in prose and in code."""
 
 
+import time
+
 import polars as pl
 import pyarrow as pa
 import pytest
 
-from data_pipeline.steps.mask import PATTERNS, PLACEHOLDERS, Mask
+from benchmarks.masking import wrong
+from data_pipeline.steps.mask import PATTERNS, PLACEHOLDERS, Mask, mask_text
 from data_pipeline.steps.step import SCHEMA, text_id
+from tests.data_pipeline.masking_cases import cases
 from tests.data_pipeline.real_texts import HOSTILE, STDLIB, real_texts
 
 KINDS = ("email", "ip", "phone", "secret")
@@ -26,6 +30,7 @@ FOUND = {
         ("x@company.com,y.z@company.org", "<EMAIL>,<EMAIL>"),
         ("mailto:someone@company.info.", "mailto:<EMAIL>."),
         ("Grüße an müller: anna@beispiel.at!", "Grüße an müller: <EMAIL>!"),
+        ("jörg@müller.example müsli@müller.de 用户@例子.公司", "jörg@müller.example <EMAIL> <EMAIL>"),
     ],
     "ip": [
         ("ssh root@87.123.45.67 now", "ssh root@<IP_ADDRESS> now"),
@@ -98,6 +103,40 @@ def test_left(kind, text):
     assert mask(text).select(["text", "masked"]).to_pylist() == [{"text": text, "masked": 0}]
 
 
+def test_the_labelled_set():
+    """What it comes to is on the page docs/results/masking.md; here that no case is lost that is found there."""
+    labelled = cases()
+    positives = sum(case.masked is not None for case in labelled)
+    assert positives >= 300 and len(labelled) - positives >= 300
+    assert [case.text for case, _ in wrong(labelled)] == ["Telefon +234 9 461 2000, Mo-Fr"]
+
+
+@pytest.mark.parametrize("text", [
+    "a" * 60_000 + "@", "a@" * 30_000, "jane@" + "a." * 30_000, "a'" * 30_000 + "@b.c", "@a-b.c" * 10_000,
+    "%40" * 20_000,
+    "1." * 30_000, "2001:" * 12_000, "2a00::" * 10_000, "+49 30 " * 9_000, "+1" * 30_000, "01 23 45 " * 7_000,
+    "0049 " * 12_000, "(0" * 30_000, "tel: " * 12_000, "tel: 1" + " 1" * 30_000, "415-867-" * 8_000, "token=" * 10_000,
+    "token=" + "aB1" * 20_000,
+    "authorization: " * 4_000, "api_key : " * 6_000 + "'",
+    "eyJ" * 20_000, "eyJ" + "a" * 60_000,
+    "sk-" * 20_000, "x://a:" * 10_000, "://" + "a:" * 30_000, "0" * 60_000 + "-us", "A.b_c-d." * 8_000,
+    "-----BEGIN PRIVATE KEY-----" * 2_000, ("-----BEGIN PRIVATE KEY-----" + "A" * 50 + "\n") * 800,
+    "-----BEGIN PRIVATE KEY-----" + "\n" * 60_000, "版" * 20_000 + "@", "@" + "é." * 20_000, "电话" * 10_000 + "1",
+])
+def test_twice_the_hostile_text_is_not_four_times_the_work(text):
+    """Every pattern's own work, whatever its hint says: by the processor's clock, and next to nothing in any case."""
+    def seconds(text: str) -> float:
+        tries = []
+        for _ in range(2):
+            start = time.process_time()
+            mask_text(text, PATTERNS)
+            tries.append(time.process_time() - start)
+        return min(tries)
+
+    once, twice = seconds(text), seconds(text * 2)
+    assert twice < 3 * once + 0.05
+
+
 def test_several_in_one_text_are_counted_and_masking_again_changes_nothing():
     text = "\n".join(pair[0] for pairs in FOUND.values() for pair in pairs)
     once = mask(text)
@@ -109,11 +148,12 @@ def test_several_in_one_text_are_counted_and_masking_again_changes_nothing():
 
 def test_no_hint_hides_a_match():
     """Each text is looked at only by patterns whose hint it matches."""
-    texts = [*real_texts(), *HOSTILE, *(pair[0] for pairs in FOUND.values() for pair in pairs)]
+    texts = [*real_texts(), *HOSTILE, *(pair[0] for pairs in FOUND.values() for pair in pairs),
+             *(case.text for case in cases())]
     frame = pl.DataFrame({"text": texts})
     for pattern in PATTERNS:
         hinted = frame.select(pl.col("text").str.contains(pattern.hint))["text"].to_list()
-        found = [bool(pattern.expression.search(text)) for text in texts]
+        found = [any(map(pattern.accepts, pattern.expression.finditer(text))) for text in texts]
         assert any(found) and all(hint or not there for hint, there in zip(hinted, found, strict=True)), pattern.hint
 
 

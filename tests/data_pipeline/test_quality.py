@@ -23,6 +23,7 @@ from data_pipeline.steps.scorers import classifier, fluency, reference, structur
 from data_pipeline.steps.scorers.training_text import TrainingText
 from data_pipeline.steps.step import SCHEMA, text_id
 from data_pipeline.steps.words import ngrams_of, texts_of, words_of
+from tests.data_pipeline.plain_words import words_of_text
 
 OWN = ["fluency", "reference", "structure"]
 STANDARD_LIBRARY = Path(sysconfig.get_paths()["stdlib"])
@@ -123,17 +124,13 @@ def test_held_out_and_double_text_teaches_nothing(corpus):
     assert before == after
 
 
-def reference_words(text: str) -> list[str]:
-    return re.findall("[a-z0-9_\u0080-\U0010ffff]+", re.sub("[A-Z]+", lambda m: m[0].lower(), text))
-
-
 def plain_fluency(text: str, counted: list[str], kinds: int) -> float:
     """The formula on the words of `counted`; `kinds`, distinct words, is the model's even where a text is left out."""
-    lists = [reference_words(other) for other in counted]
+    lists = [[word for word, _ in words_of_text(other)] for other in counted]
     single = Counter(word for words in lists for word in words)
     double = Counter(pair for words in lists for pair in itertools.pairwise(words))
     total = single.total()
-    words = reference_words(text)
+    words = [word for word, _ in words_of_text(text)]
     return float(np.mean([
         np.log2((double[v, w] + 20 * (single[w] + 1) / (total + kinds + 1)) / (single[v] + 20))
         for v, w in itertools.pairwise(words)
@@ -150,7 +147,7 @@ def test_fluency_is_the_formula_without_the_text_itself():
     own, everything = training_text.is_reference(rows, words), np.ones(len(rows), bool)
     assert own.tolist() == [True] * 3 + [False] * 5
     found = fluency.mean_log2(words, ngrams_of(words, 2)[0], everything, own, model)
-    kinds = len({word for text in texts for word in reference_words(text)})
+    kinds = len({word for text in texts for word in [word for word, _ in words_of_text(text)]})
     for index, text in enumerate(texts):
         left = [other for other in texts if other != text]
         assert found[index] == pytest.approx(plain_fluency(text, left, kinds))

@@ -1,7 +1,6 @@
 """Words, n-grams and the flat view of a shard, against regular expressions over single texts."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,8 @@ import pyarrow as pa
 import pytest
 
 from data_pipeline import steps
-from data_pipeline.steps.words import mix, mix64, ngrams, ngrams_of, texts_of, words, words_of
+from data_pipeline.steps.words import mix, mix64, ngrams, ngrams_of, passages_of, texts_of, words, words_of
+from tests.data_pipeline.plain_words import folded, runs, words_of_text
 
 SENTENCE = (
     "The scheduler keeps a queue of the tasks that wait. When a worker is free, it takes the oldest of them and runs "
@@ -22,12 +22,15 @@ SENTENCE = (
 TEXTS = [
     "", "one", SENTENCE, SENTENCE.upper() + "\n\n" + SENTENCE[40:], "", " \n", "\0a\0b_c\x7f",
     "ÄÖ naïve_naïve x1 x1 x1 x1 é\u0301 日本語 日本語 -- == 0.5e-3", "x" * 1_000_000, "\U0001f600 emoji\U0001f600",
+    "_Kursiv_ __init__ a__b „Straße“, Ｆｕｌｌ　ｗｉｄｔｈ－１２ don’t don\u02bct co\u00adop no\u00a0break",
+    "🇩🇪 ﬁn ① x² ½ ㎏ İI ı",
+    "日本語のテスト。GPT４モデル（ｶﾞｷﾞ）", "ภาษาไทยไม่มีช่องว่าง ครับ", "မြန်မာဘာသာ ភាសាខ្មែរ ພາສາລາວ", "한국어 단어",
+    "مـــرحبا می\u200cخواهم",
 ]
 
 
 def reference_words(text: str) -> list[str]:
-    lowered = "".join(chr(ord(c) + 32) if "A" <= c <= "Z" else c for c in text)
-    return re.findall("[a-z0-9_\u0080-\U0010ffff]+", lowered)
+    return [word for word, _ in words_of_text(text)]
 
 
 def reference_ngrams(text: str, n: int) -> list[tuple[str, ...]]:
@@ -50,10 +53,36 @@ def test_ngrams_are_equal_exactly_where_plain_python_says(n):
 def test_words_lie_where_they_stand_in_the_text():
     texts = texts_of(shard(TEXTS))
     found = words_of(shard(TEXTS))
-    spelled = [bytes(texts.buffer[start:end]).decode().translate({code: code + 32 for code in range(65, 91)})
+    spelled = [folded(bytes(texts.buffer[start:end]).decode())
                for start, end in zip(found.starts, found.ends, strict=True)]
     assert spelled == [word for text in TEXTS for word in reference_words(text)]
     assert np.diff(found.first).tolist() == [len(reference_words(text)) for text in TEXTS]
+
+
+@pytest.mark.parametrize("n", [1, 2, 13])
+def test_passages_are_equal_exactly_where_plain_python_says(n):
+    """Of words parted by blanks they are the n-grams."""
+    found = words_of(shard(TEXTS))
+    hashed = passages_of(found, n)
+    for text, start, stop in zip(TEXTS, found.first[:-1], found.first[1:], strict=True):
+        mine, plain = hashed[start:stop], runs(text, n)
+        assert np.count_nonzero(mine) == len(plain) and not mine[len(plain) :].any()
+        assert len(set(plain)) == len({*zip(plain, mine.tolist(), strict=False)})
+        if all(size == 20 for _, size in words_of_text(text)):
+            assert mine[: len(plain)].tolist() == ngrams(words(text)[0], n).tolist()
+    everything = [run for text in TEXTS for run in runs(text, n)]
+    assert len(set(everything)) == len(set(hashed[hashed != 0].tolist()))
+
+
+@pytest.mark.parametrize(("one", "other"), [
+    ("STRASSE FIN AB12 É", "straße ﬁn ａｂ１２ e\u0301"), ("cooperate", "co\u00adop\u2060er\ufe0fate"),
+    ("don't", "don’t"),
+    ("ガギグ", "ｶﾞｷﾞｸﾞ"), ("twelve pens", "_twelve_\u00a0“pens”…"), ("ὈΔΥΣΣΕΎΣ", "ὀδυσσεύς"), ("п'ять", "пʼять"),
+    ("мир и война", "\u200eМир\u2009и\u202fВОЙНА\u200f"), ("한국어", "\u1112\u1161\u11ab국어"),
+    ("abc", "𝐀𝒃𝕔"),
+])
+def test_typesetting_makes_no_other_word(one, other):
+    assert words(one)[0].tolist() == words(other)[0].tolist()
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -82,10 +111,10 @@ def test_view_of_slices_chunks_and_empty_tables():
     expected = [text.encode() for text in TEXTS]
     chunked = pa.concat_tables([whole.slice(0, 3), whole.slice(3, 0), whole.slice(3)])
     for table, start, stop in [
-        (whole, 0, 10), (whole.slice(2, 5), 2, 7), (whole.slice(9), 9, 10), (chunked, 0, 10),
+        (whole, 0, len(TEXTS)), (whole.slice(2, 5), 2, 7), (whole.slice(9, 1), 9, 10), (chunked, 0, len(TEXTS)),
         (chunked.slice(2, 4), 2, 6),
         (whole.slice(4, 0), 4, 4), (shard([]), 0, 0), (whole.schema.empty_table(), 0, 0),
-        (shard(TEXTS, pa.large_string()).slice(1), 1, 10),
+        (shard(TEXTS, pa.large_string()).slice(1), 1, len(TEXTS)),
     ]:
         buffer, offsets = texts_of(table)
         assert [bytes(buffer[a:b]) for a, b in pairwise(offsets)] == expected[start:stop]

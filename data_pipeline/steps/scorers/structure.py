@@ -12,7 +12,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from data_pipeline.steps.scorers.training_text import PROSE, Bool, Int8
-from data_pipeline.steps.words import IN_WORD, Int64, Texts, UInt8, UInt64, Words, words
+from data_pipeline.steps.words import Int64, Texts, UInt8, UInt64, Words, words
 
 Float64 = NDArray[np.float64]
 
@@ -32,9 +32,12 @@ DEFINITIONS = _hashes("def class async struct enum template namespace typedef in
 TYPES = _hashes("int str bool float bytes none any list dict tuple set optional callable sequence")
 CHECKS = _hashes("raise assert throw static_assert")
 
-ENDS_A_WORD = np.array([chr(byte) in "abcdefghijklmnopqrstuvwxyz)`" for byte in range(256)])
+# Bytes. Those from 128 on are of letters of other alphabets, as good as always.
+IN_WORD = np.array([byte >= 128 or chr(byte) == "_" or chr(byte).isalnum() for byte in range(256)])
+ENDS_A_WORD = np.array([byte >= 128 or chr(byte) in "abcdefghijklmnopqrstuvwxyz)`" for byte in range(256)])
 NEWLINE, SPACE, TAB, RETURN = b"\n \t\r"
 STOPS = np.array([chr(byte) in ".!?" for byte in range(256)])
+WIDE_STOPS = tuple(int.from_bytes(sign.encode()) for sign in "。！？")     # which no blank follows
 HASH, SLASH, STAR, EXCLAMATION, COLON, GREATER, MINUS, BACKTICK, DOT = b"#/*!:>-`."
 
 
@@ -100,6 +103,9 @@ def _count(buffer: UInt8, offsets: Int64, code: Bool) -> tuple[Float64, Int64]:
                     counts[document, 0] += 1
                 elif line_start and byte == DOT and following == DOT:      # .. directive
                     counts[document, 3] += 1
+            elif byte >= 0xE3 and position + 2 < stop and (
+                    int(byte) << 16 | int(following) << 8 | int(buffer[position + 2])) in WIDE_STOPS:
+                counts[document, 0] += 1
             elif line_start and byte in (GREATER, BACKTICK) and position + 2 < stop:
                 counts[document, 3] += following == byte and buffer[position + 2] == byte     # >>> or ```
             line_start = line_start and _is_blank(byte)

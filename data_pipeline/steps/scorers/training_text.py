@@ -44,7 +44,7 @@ class TrainingText(NamedTuple):
     @property
     def words(self) -> Words:
         nowhere = np.empty(0, np.int64)
-        return Words(self.hashes, nowhere, nowhere, self.first)
+        return Words(self.hashes, nowhere, nowhere, self.first, np.empty(0, np.uint8))
 
 
 def kinds_of(table: pa.Table) -> Int8:
