@@ -96,7 +96,8 @@ def _read(config: AnnotateConfig, cut: list[list[Piece]], directory: Path, pool:
         found = read(config, cut, directory / "read", pool, lambda share, new: meter("read", share, new))
         write_text(json.dumps(found._asdict()), record)
     stored = json.loads(record.read_text())
-    return Read([[Part(*part) for part in shard] for shard in stored["shards"]], stored["refusals"])
+    return Read([[Part(*part) for part in shard] for shard in stored["shards"]], stored["refusals"],
+                stored["passed_over"])
 
 
 def _files(directory: Path, number: int, found: Read) -> list[Path]:
@@ -196,4 +197,4 @@ def _manifest(config: AnnotateConfig, found: Read, directory: Path, last: int) -
         counts = pq.read_table(shard, columns=["domain"])["domain"].value_counts()
         domains.update({entry["values"]: entry["counts"] for entry in counts.to_pylist()})
     return {"config": config.model_dump(mode="json"), "shards": len(found.shards), "domains": dict(domains),
-            "refusals": found.refusals}
+            "refusals": found.refusals, "passed_over": found.passed_over}

@@ -18,8 +18,8 @@ from huggingface_hub.errors import GatedRepoError, HTTPError
 
 from data_pipeline.config import DataError, HubSource
 from data_pipeline.sources.columns import as_bytes, missing_column, require_text
-from data_pipeline.sources.files import ROWS
 from data_pipeline.sources.piece import Document, Piece, Refusal, checked, seeded
+from data_pipeline.sources.readers import ROWS
 
 HUB = "https://huggingface.co"
 # Those of the Hub's clients, of Arrow, and of a data set that is not as described.

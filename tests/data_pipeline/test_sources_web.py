@@ -15,7 +15,7 @@ from justext import get_stoplist
 from local_server import serving
 
 from data_pipeline.config import DataError, WebSource
-from data_pipeline.sources import Document, Refusal, main_text, pieces, read_piece, web
+from data_pipeline.sources import Document, PassedOver, Refusal, main_text, pieces, read_piece, web
 from data_pipeline.sources.streams import Damage
 
 PARAGRAPH = (
@@ -59,6 +59,10 @@ def numbers(items) -> list[int]:
 
 def reasons(items) -> list[str]:
     return [item.reason for item in items if isinstance(item, Refusal)]
+
+
+def passed_over(items) -> list[str]:
+    return [item.what for item in items if isinstance(item, PassedOver) and item.unit == "WARC records"]
 
 
 @pytest.fixture
@@ -179,10 +183,11 @@ def test_only_pages_answered_with_200_and_html(archive):
     ]))
     assert numbers(found) == [5, 6]
     assert reasons(found) == [
-        "not HTTP 200", "not HTTP 200", "not HTML", "not HTML", "not HTML", "damaged record", "no main text",
+        "not HTTP 200", "not HTTP 200", "not HTML", "not HTML", "not HTML", "no main text", "no main text",
         "damaged record",
     ]
-    assert found[0].where.endswith("a.warc.gz, record 2")
+    assert found[2].where.endswith("a.warc.gz, record 2")
+    assert passed_over(found) == ["warcinfo", "request", "response of dns"]
 
 
 def test_pages_too_large_are_left_out(archive, monkeypatch):
@@ -219,7 +224,7 @@ def test_wet_records_as_they_are(archive):
         warc("conversion", "https://a.org/?2", b"caf\xe9", "text/plain"),
         warc("conversion", "https://a.org/?3", b" \n", "text/plain"),
     ])), name="a.wet.gz")
-    assert found[0] == Document(text, "a.org", "https://a.org/?1", "web", "unknown")
+    assert found[1] == Document(text, "a.org", "https://a.org/?1", "web", "unknown")
     assert reasons(found) == ["invalid UTF-8", "no main text"]
 
 
