@@ -3,9 +3,11 @@
     python -m flows.curate_own texts/ more/*.jsonl.gz --domain web --out curated-web
     make curate SOURCE="texts/ crawl.warc.gz" DOMAIN=web OUT=curated-web
 
-JSONL and Parquet need a column `text`; .txt, .md and .rst are a document each; any may end in .gz or .zst. WARC and WET
-files may be addresses. Nothing is held out for evaluation. Thresholds and steps are those of params.yaml; `--set`
-changes them, as in `--set annotate.held_out.fraction=0.01`. An interrupted run goes on where it was.
+JSONL, CSV and Parquet need a column `text`; .txt, .md, .rst and .html are a document each; WARC and WET files and
+listings of them (wet.paths.gz) are crawls. All may be packed (gzip, bzip2, xz, zstd, LZ4), lie in .tar or .zip, or be
+addresses; what is of no such kind is passed over and counted. Nothing is held out for evaluation. Thresholds and steps
+are those of params.yaml; `--set` changes them, as in `--set annotate.held_out.fraction=0.01`. An interrupted run goes
+on where it was.
 """
 
 from __future__ import annotations
@@ -24,7 +26,6 @@ from flows.console import table
 from stages.params import read_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-ARCHIVES = (".warc", ".wet")
 # Heuristics by domain: a set of rules, and the labels they are for. Those of the web are for lower quality
 # (Nemotron-CC, section 2.2); what is no running English has its own.
 EVERY_LABEL = ["high", "medium-high", "medium", "medium-low", "low"]
@@ -38,32 +39,9 @@ MEGABYTES_PER_SHARD = 32
 
 
 def sources_of(given: list[str], domain: str, text_column: str) -> list[dict[str, Any]]:
-    """annotate.sources for these paths and addresses: web archives as such, everything else as files."""
-    archives = [path for path in given if _is_archive(path)]
-    files = [path for path in given if path not in archives or (Path(path).is_dir() and _has_files(Path(path)))]
-    found: list[dict[str, Any]] = []
-    if archives:
-        found.append({"kind": "web", "paths": [_absolute(path) for path in archives], "domain": domain})
-    if files:
-        found.append({"kind": "files", "paths": [_absolute(path) for path in files], "domain": domain,
-                      "text_column": text_column})
-    return found
-
-
-def _is_archive(path: str) -> bool:
-    names = [file.name for file in Path(path).rglob("*")] if Path(path).is_dir() else [path.removesuffix(".paths")]
-    return any(_ending(name) in ARCHIVES for name in names)
-
-
-def _has_files(directory: Path) -> bool:
-    from data_pipeline.sources.files import RECORD_SUFFIXES, TEXT_SUFFIXES
-
-    endings = RECORD_SUFFIXES | TEXT_SUFFIXES | {".parquet"}
-    return any(_ending(file.name) in endings for file in directory.rglob("*"))
-
-
-def _ending(name: str) -> str:
-    return Path(name.lower().removesuffix(".gz").removesuffix(".zst")).suffix
+    """annotate.sources for these paths and addresses."""
+    return [{"kind": "files", "paths": [_absolute(path) for path in given], "domain": domain,
+             "text_column": text_column}]
 
 
 def _absolute(path: str) -> str:
@@ -94,6 +72,7 @@ def run(stage: str, out: Path, params: Path, assignments: list[str]) -> int:
 
 def show(out: Path) -> None:
     """The funnel as a table, the labels, where the result lies, and a page of what went and why."""
+    from data_pipeline.reading import counts
     from stages.report.page import write_data_page
 
     funnel = json.loads((out / "runs/curate/funnel.json").read_text())
@@ -104,6 +83,8 @@ def show(out: Path) -> None:
                      "MB": f"{entry['bytes'] / 1e6:,.2f}",
                      "most frequent reasons": ", ".join(f"{why} ({count:,})" for why, count in reasons[:3])})
     print(f"\n{table(rows)}\n")
+    for unit, kinds in json.loads((out / "data/annotated/manifest.json").read_text())["passed_over"].items():
+        print(f"Passed over: {sum(entry['count'] for entry in kinds.values()):,} {unit} ({counts(kinds)}).")
     labels = _labels(out / "data/curated/train")
     print("Labels: " + ", ".join(f"{label} {labels[label]:,}" for label in EVERY_LABEL) + " documents.")
     print(f"Curated text: {out / 'data/curated/train'}/part-*.parquet\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -11,8 +12,9 @@ from typing import IO, NamedTuple, Self
 
 from data_pipeline.sources.streams import CHUNK, Damage, Joined
 
-TAR_ERRORS = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError)
-ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, LZMAError, OSError, EOFError, ValueError, OverflowError)
+TAR_ERRORS = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, struct.error)
+ZIP_ERRORS = (zipfile.BadZipFile, NotImplementedError, zlib.error, LZMAError, OSError, EOFError, ValueError,
+              OverflowError, struct.error)
 
 
 class Member(NamedTuple):
@@ -61,6 +63,8 @@ def zip_members(file: IO[bytes]) -> Iterator[Member | Damage]:
     except ZIP_ERRORS:
         yield Damage("damaged zip")
         return
+    if not archive.infolist() and archive.start_dir:        # nothing listed, and bytes before the list
+        yield Damage("damaged zip")
     for info in archive.infolist():
         if not info.is_dir():
             yield Member(info.filename, _zip_blocks(archive, info))

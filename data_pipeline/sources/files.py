@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipeline.config import DataError, FilesSource, WebSource
@@ -18,8 +17,8 @@ from data_pipeline.sources.columns import require_text
 from data_pipeline.sources.kinds import How, Kind, kind_of, not_read
 from data_pipeline.sources.locations import locate, nothing
 from data_pipeline.sources.piece import Item, PassedOver, Piece, batches, seeded
-from data_pipeline.sources.readers import Part, is_one_value, passed_over, read_part
-from data_pipeline.sources.streams import BYTE_ORDER_MARKS, changed_at, is_url, look
+from data_pipeline.sources.readers import Part, is_one_value, open_parquet, passed_over, read_part
+from data_pipeline.sources.streams import changed_at, has_mark, is_url, look
 
 WEB_KINDS: frozenset[Kind] = frozenset({"warc", "tar", "zip"})
 
@@ -102,10 +101,10 @@ def _parts(
         yield passed_over(file, head, how)
     elif kind == "pointer" and how == "named":
         raise not_read(file, head)
-    elif kind == "parquet" and not is_packed:
+    elif kind == "parquet" and head and not is_packed:
         yield from _row_groups(Part(file, how, size), source, shard_bytes)
-    elif kind == "records" and not (is_packed or is_one_value(head) or head.startswith(tuple(BYTE_ORDER_MARKS))):
-        for start in range(0, max(size, 1), shard_bytes):
+    elif kind == "records" and head and not is_packed and not is_one_value(head) and not has_mark(head):
+        for start in range(0, size, shard_bytes):
             end = min(start + shard_bytes, size)
             yield Part(file, how, end - start, "records", start, end)
     else:
@@ -114,12 +113,10 @@ def _parts(
 
 def _row_groups(whole: Part, source: FilesSource, shard_bytes: int) -> Iterator[Part]:
     """Row groups in parts of about `shard_bytes` of text; a file without a readable footer stays whole."""
-    try:
-        parquet = pq.ParquetFile(whole.file)
-    except (OSError, pa.ArrowException):
-        yield whole
-        return
-    with parquet:
+    with open_parquet(whole.file) as parquet:
+        if parquet is None:
+            yield whole
+            return
         if whole.how == "named":
             require_text(whole.file, source.text_column, parquet.schema_arrow)
         groups = [parquet.metadata.row_group(index) for index in range(parquet.num_row_groups)]

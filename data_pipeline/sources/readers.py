@@ -9,8 +9,9 @@ import re
 import tempfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain, pairwise
+from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
 import pyarrow as pa
@@ -40,6 +41,7 @@ LARGEST_RECORD = 256_000_000        # bytes: more in one line or text file is no
 ROWS = 64                           # of Parquet, held at a time
 DEEPEST = 4                         # archives within each other
 IN_MEMORY = 64_000_000              # bytes of what must be read as a whole and is no plain file; more goes to disk
+PARQUET_ERRORS = (OSError, ValueError, pa.ArrowException)       # Arrow's own, and names that are not UTF-8
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 JSON = json.JSONDecoder(parse_int=float)        # which takes any number of digits
 UNREADABLE = {True: re.compile("[\ud800-\udfff]"), False: re.compile("\ufffd")}     # by whether the file is UTF-8
@@ -76,7 +78,8 @@ class Stream(NamedTuple):
         return self.how == "named"
 
     def refused(self, reason: str, place: str = "") -> Refusal:
-        return Refusal(self.source.domain, reason, f"{self.name}, {place}" if place else self.name)
+        where = f"{self.name}, {place}" if place else self.name
+        return Refusal(self.source.domain, reason, where.encode(errors="backslashreplace").decode())
 
     def checked(self, text: object, place: str) -> Item:
         return checked(text, self.name, place, self.source.domain, self.source.license)
@@ -102,6 +105,12 @@ def read_part(part: Part, source: FilesSource, kinds: frozenset[Kind] | None) ->
 def _stream(name: str, head: bytes, stream: Stream) -> Iterator[Item]:
     """Documents of a stream that is what its name and first bytes say."""
     kind = kind_of(name, head, stream.how)
+    if kind and not head:
+        first = next(stream.data, None)
+        if first is None:
+            yield stream.refused("empty")
+            return
+        stream = stream._replace(data=chain([first], stream.data))
     if kind is None or (stream.kinds and kind not in {*stream.kinds, "pointer"}):
         yield passed_over(name, head, stream.how)._replace(where=stream.name)
     elif kind == "pointer":
@@ -140,7 +149,11 @@ def _members(members: Iterator[Member | Damage], stream: Stream) -> Iterator[Ite
     if stream.depth == DEEPEST:
         yield stream.refused(f"more than {DEEPEST} archives within each other")
         return
-    for member in members:
+    first = next(members, None)
+    if first is None:
+        yield stream.refused("empty")
+        return
+    for member in chain([first], members):
         if isinstance(member, Damage):
             yield stream.refused(member.reason)
             continue
@@ -392,12 +405,10 @@ def _parquet(stream: Stream) -> Iterator[Item]:
 def _row_groups(file: str | IO[bytes], stream: Stream) -> Iterator[Item]:
     """Documents of the part's row groups, without those that are damaged."""
     part, column = stream.part or Part("", "found", 0), stream.source.text_column
-    try:
-        parquet = pq.ParquetFile(file, buffer_size=1 << 20)
-    except (OSError, pa.ArrowException):
-        yield stream.refused("damaged Parquet")
-        return
-    with parquet:
+    with open_parquet(file) as parquet:
+        if parquet is None:
+            yield stream.refused("damaged Parquet")
+            return
         try:
             require_text(stream.name, column, parquet.schema_arrow)
         except DataError:
@@ -414,8 +425,20 @@ def _row_groups(file: str | IO[bytes], stream: Stream) -> Iterator[Item]:
                     for value in as_bytes(batch.column(0)):
                         yield stream.checked(value, f"row {row}")
                         row += 1
-            except (OSError, pa.ArrowException):
+            except PARQUET_ERRORS:
                 yield stream.refused("damaged Parquet", f"row {row}")
+
+
+@contextmanager
+def open_parquet(file: str | IO[bytes]) -> Iterator[pq.ParquetFile | None]:
+    """None where its footer cannot be read. Arrow opens no files itself: it takes some names for addresses."""
+    with Path(file).open("rb") if isinstance(file, str) else nullcontext(file) as stream:
+        try:
+            parquet = pq.ParquetFile(stream, buffer_size=1 << 20, page_checksum_verification=True)
+            assert parquet.schema_arrow is not None         # which is read here
+        except PARQUET_ERRORS:
+            parquet = None
+        yield parquet
 
 
 READERS: dict[Kind, Callable[[Stream], Iterator[Item]]] = {

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 20
 HEAD = 512
+BEGIN = 64                              # bytes of a text without a control character, other data may follow
 SLICE = 1 << 14                         # of a gzip stream: what stands before damage in the same slice is lost with it
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)      # seconds between attempts
 LONGEST_WAIT = 60.0                     # seconds a server may ask for
@@ -142,7 +143,7 @@ def _packing(raw: io.BufferedReader, name: str) -> str | None:
     """How a stream is packed: by its first bytes, or by its name where these are not text either."""
     head = raw.peek(HEAD)[:HEAD]
     by_name = PACKED_NAMES.get(PurePath(name.lower()).suffix)
-    return _mark(head) or (by_name if CONTROL.search(head) else None)
+    return _mark(head) or (by_name if CONTROL.search(head, 0, BEGIN) else None)
 
 
 def _mark(head: bytes) -> str | None:
@@ -365,11 +366,8 @@ def encoding_of(data: bytes) -> str:
 
     One without a mark of its own is guessed where no more than a few characters are UTF-8 and it fits all bytes.
     """
-    for mark, encoding in BYTE_ORDER_MARKS.items():
-        if data.startswith(mark):
-            return encoding
-    if wide := _without_mark(data):
-        return wide
+    if encoding := wide_encoding(data):
+        return encoding
     try:
         data.decode()
     except UnicodeDecodeError:
@@ -386,8 +384,15 @@ def encoding_of(data: bytes) -> str:
     return "utf-8-sig"
 
 
-def _without_mark(data: bytes) -> str | None:
-    """UTF-16 without a byte-order mark: every other byte of what is mostly ASCII is zero."""
+def has_mark(head: bytes) -> str | None:
+    """UTF-16 or UTF-32, where a byte-order mark says so."""
+    return next((encoding for mark, encoding in BYTE_ORDER_MARKS.items() if head.startswith(mark)), None)
+
+
+def wide_encoding(data: bytes) -> str | None:
+    """UTF-16 or UTF-32 by a byte-order mark; UTF-16 too where every other byte is zero, as in what is mostly ASCII."""
+    if marked := has_mark(data):
+        return marked
     half = len(data) // 2
     if half and not len(data) % 2:
         for encoding, zeros, others in (("utf-16-le", data[1::2], data[::2]), ("utf-16-be", data[::2], data[1::2])):
@@ -399,7 +404,7 @@ def _without_mark(data: bytes) -> str | None:
 def in_utf8(data: Iterator[bytes | Damage]) -> Iterator[bytes | Damage]:
     """Data as it is, or written anew in UTF-8 where a byte-order mark says that it is UTF-16 or UTF-32."""
     head, data = peeked(data)
-    encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark)), None)
+    encoding = has_mark(head)
     if encoding is None:
         yield from data
         return

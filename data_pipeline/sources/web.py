@@ -11,20 +11,21 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import brotli
-from fastwarc.warc import WarcRecord
 from resiliparse.parse.encoding import bytes_to_str, detect_encoding
 
 from data_pipeline.config import FilesSource
 from data_pipeline.sources.licenses import UNKNOWN
 from data_pipeline.sources.main_text import EXTRACTORS
 from data_pipeline.sources.piece import Document, Item, PassedOver, Refusal, checked
-from data_pipeline.sources.streams import BYTE_ORDER_MARKS, SLICE, Damage, encoding_of, unpacked
+from data_pipeline.sources.streams import SLICE, Damage, unpacked, wide_encoding
 
 HTML_TYPES = frozenset({"text/html", "application/xhtml+xml"})
 LARGEST_PAGE = 10_000_000           # bytes of HTML: its tree takes many times that
 LARGEST_RECORD = 64_000_000
 LARGEST_HEADER = 1 << 16
 DAMAGED, NO_TEXT = Damage("damaged record"), Damage("no main text")
+STATUS = re.compile(rb"HTTP/\d(?:\.\d)?[ \t]+(\d{3})\b")
+CHARSET = re.compile(r"""charset\s*=\s*["']?([\w.:-]+)""", re.IGNORECASE)
 CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]{1,8})[ \t]*(?:;[^\r\n]*)?\r?\n")
 MARK = b"WARC/"
 NEXT = re.compile(rb"WARC/[01]\.\d{1,2}\r?\n")      # anywhere: what stands before may be cut off within a line
@@ -40,14 +41,16 @@ def archive(data: Iterable[bytes | Damage], name: str, source: FilesSource) -> I
     for number, record in enumerate(records(data)):
         where = f"{name}, record {number}"
         found = record if isinstance(record, Damage) else _document(record, where, source)
-        yield Refusal(source.domain, found.reason, where) if isinstance(found, Damage) else found
+        if isinstance(found, Damage | Refusal):
+            found = Refusal(source.domain, found.reason, where)
+        yield found
 
 
 def records(data: Iterable[bytes | Damage]) -> Iterator[bytes | Damage]:
     """Whole WARC records, and one damage for each place where there is none.
 
-    Records are cut here and not by FastWARC, which gives up at the first damaged one. A record counts as whole when its
-    length leads to an empty line, the next one or the end.
+    Records are cut here and not by FastWARC, which gives up at the first damaged one and does not know all versions. A
+    record counts as whole when its length leads to an empty line, the next one or the end.
     """
     buffer, lost = bytearray(), False
     for chunk in chain(data, [None]):
@@ -103,51 +106,64 @@ def _record_size(buffer: bytearray, ended: bool) -> int | Damage | None:
     return size if len(buffer) >= size and RECORD_END.match(buffer, size) else DAMAGED
 
 
-def _document(data: bytes, where: str, source: FilesSource) -> Document | Refusal | PassedOver | Damage:
+def _document(record: bytes, where: str, source: FilesSource) -> Document | Refusal | PassedOver | Damage:
     """The document of a record, or why there is none."""
+    headers, body = _parsed(record)
+    kind, content_type = headers.get("warc-type", "without a type").lower(), headers.get("content-type", "")
+    if kind not in ("conversion", "response", "resource"):          # request, metadata, revisit, ...
+        return PassedOver("WARC records", kind, where)
+    address = headers.get("warc-target-uri", "").strip("<> ")
     try:
-        record = WarcRecord.from_reader(io.BytesIO(_normal(data)))
-        kind = (record.headers.get("WARC-Type") or "without a type").strip().lower()
-        if kind not in ("conversion", "response", "resource"):      # request, metadata, revisit, ...
-            return PassedOver("WARC records", kind, where)
-        address = (record.headers.get("WARC-Target-URI") or "").strip("<> ")
-        host = urlsplit(address).hostname
-        if kind == "response" and not record.is_http:
-            return PassedOver("WARC records", f"response of {urlsplit(address).scheme or 'no address'}", where)
-        text = record.reader.read() if kind == "conversion" else _page(record, source.extractor)
-    except (OSError, ValueError):
+        target = urlsplit(address)
+        host = target.hostname
+    except ValueError:
         return DAMAGED
+    is_http = content_type.lower().startswith("application/http") or body.startswith(b"HTTP/")
+    if kind == "response" and not is_http:
+        return PassedOver("WARC records", f"response of {target.scheme or 'no address'}", where)
+    text: str | bytes | Damage = body
+    if kind != "conversion":
+        payload_type = headers.get("warc-identified-payload-type")
+        text = _answer(body, payload_type, source) if is_http else _resource(body, payload_type or content_type, source)
     if isinstance(text, Damage):
         return text
     return checked(text, host or "unknown", address, source.domain, UNKNOWN) if text.strip() else NO_TEXT
 
 
-def _normal(data: bytes) -> bytes:
-    """A record with the version and the line ends that FastWARC knows."""
+def _parsed(data: bytes) -> tuple[dict[str, str], bytes]:
+    """Headers by name in lower case, and what follows them. Lines may end in LF alone; a field may stand in several."""
     end = HEADER_END.search(data)
-    assert end is not None          # it was cut there
-    lines = data[: end.start()].replace(b"\r\n", b"\n").split(b"\n")
-    return b"\r\n".join([b"WARC/1.0", *lines[1:]]) + b"\r\n\r\n" + data[end.end() :]
+    headers: dict[str, str] = {}
+    for line in (data[: end.start()] if end else data).splitlines()[1:]:
+        name, _, value = line.decode(errors="replace").partition(":")
+        name = name.strip().lower()
+        headers[name] = f"{headers[name]}, {value.strip()}" if name in headers else value.strip()
+    return headers, data[end.end() :] if end else b""
 
 
-def _page(record: WarcRecord, extractor: str) -> str | Damage:
-    """Main text of an HTTP response or a resource. Raises OSError or ValueError for one that cannot be parsed."""
-    content_type, charset = record.headers.get("Content-Type") or "", None
-    if record.is_http:
-        record.parse_http(auto_decode="none")
-        if record.http_headers.status_code != 200:
-            return Damage("not HTTP 200")
-        content_type, charset = record.http_content_type or "", record.http_charset
-    content_type = record.headers.get("WARC-Identified-Payload-Type") or content_type
-    if content_type.partition(";")[0].strip().lower() not in HTML_TYPES:
-        return Damage("not HTML")
-    body = record.reader.read()
-    if record.is_http:
-        codings = [coding.strip().lower() for field in ("Content-Encoding", "Transfer-Encoding")
-                   for coding in (record.http_headers.get(field) or "").split(",")]
+def _answer(data: bytes, payload_type: str | None, source: FilesSource) -> str | Damage:
+    """Main text of an HTTP response."""
+    status = STATUS.match(data)
+    if status is None:
+        return DAMAGED
+    if status[1] != b"200":
+        return Damage("not HTTP 200")
+    headers, body = _parsed(data)
+    codings = f"{headers.get('content-encoding', '')},{headers.get('transfer-encoding', '')}".lower().split(",")
+    try:
         for coding in reversed(codings):
-            body = _undone(coding, body)
-    return page(body, charset, extractor)
+            body = _undone(coding.strip(), body)
+    except ValueError:
+        return DAMAGED
+    return _resource(body, payload_type or "", source, headers.get("content-type", ""))
+
+
+def _resource(body: bytes, content_type: str, source: FilesSource, header: str = "") -> str | Damage:
+    """Main text of a page of this type, or of that of the HTTP header, which names the charset."""
+    if (content_type or header).partition(";")[0].strip().lower() not in HTML_TYPES:
+        return Damage("not HTML")
+    charset = CHARSET.search(header or content_type)
+    return page(body, charset[1] if charset else None, source.extractor)
 
 
 def page(html: bytes, charset: str | None, extractor: str) -> str | Damage:
@@ -212,8 +228,8 @@ def _dechunked(body: bytes) -> bytes:
 
 def _decoded(html: bytes, charset: str | None) -> str:
     """UTF-8 where it is valid, for servers often name another; else the server's charset, the page's, a guess."""
-    if html.startswith(tuple(BYTE_ORDER_MARKS)):
-        return html.decode(encoding_of(html), "replace")
+    if wide := wide_encoding(html):
+        return html.decode(wide, "replace")
     try:
         return html.decode("utf-8-sig")
     except UnicodeDecodeError:

@@ -189,12 +189,13 @@ def test_lines_across_chunks():
     assert list(split_lines([b"one\ntw", gap, b"four\n"], 0)) == [(0, b"one"), (6, gap), (6, b"four")]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt", "a.parquet"])
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.jsonl.gz", "a.txt", "a.parquet", "a.csv", "a.html.xz", "a.zip", "a.tar.gz", "a.wet"]
+)
 def test_empty_files(tmp_path, name):
     (tmp_path / name).touch()
-    expected = {"a.txt": ["empty"], "a.parquet": ["damaged Parquet"]}.get(name, [])
-    found = read(tmp_path / name)
-    assert texts(found) == [] and reasons(found) == expected
+    for found in (read(tmp_path / name), read(tmp_path)):
+        assert texts(found) == [] and reasons(found) == ["empty"] and found[0].where == f"{tmp_path}/{name}"
 
 
 def test_parquet_types_and_bad_values(tmp_path):

@@ -31,6 +31,7 @@ def write_texts(directory: Path) -> None:
     texts = [" ".join(topics[start : start + 2500].split()) for start in range(0, 60_000, 2500)]
     lines = [json.dumps({"content": text}) for text in (*texts[:15], texts[3])]
     (directory / "texts").mkdir()
+    (directory / "texts" / "picture.png").write_bytes(b"\x89PNG")
     (directory / "texts" / "a.jsonl").write_text("\n".join(lines) + "\n")
     (directory / "crawl.warc").write_bytes(b"".join(page(text, number) for number, text in enumerate(texts[15:])))
 
@@ -51,6 +52,7 @@ def test_files_and_an_archive_are_curated_and_the_funnel_shown(tmp_path: Path) -
     assert {row["domain"] for row in funnel} == {"web"}
     read, copies = (next(row for row in funnel if row["step"] == step) for step in ("read", "copies"))
     assert 16 < read["documents"] <= 25 and copies["reasons"] == {"copy": 1}
+    assert "Passed over: 1 files (.png 1).\n" in done.stdout
     for row in funnel:
         assert f"{row['step'].replace('_', ' ')}  " in done.stdout
     assert done.stdout.splitlines()[-2].startswith("Curated text: mine/data/curated/train")
@@ -68,14 +70,10 @@ def test_what_is_not_there_is_two_lines(tmp_path: Path) -> None:
     assert not (tmp_path / "curated-own/data/annotated").exists()
 
 
-def test_sources_by_what_a_path_holds(tmp_path: Path) -> None:
-    for name in ("both/a.txt", "both/deep/b.warc.gz", "archives/c.wet.gz"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    given = [str(tmp_path / "both"), str(tmp_path / "archives"), "https://host/x.warc.gz", "all/*.jsonl.gz"]
-    web, files = sources_of(given, "web", "text")
-    assert web == {"kind": "web", "paths": given[:3], "domain": "web"}
-    assert files["paths"] == [given[0], str(Path("all/*.jsonl.gz").absolute())]
+def test_paths_of_a_source_are_the_callers() -> None:
+    given = ["/all/both", "https://host/x.warc.gz", "all/*.jsonl.gz"]
+    (files,) = sources_of(given, "web", "text")
+    assert files["paths"] == [*given[:2], str(Path("all/*.jsonl.gz").absolute())]
 
 
 def test_settings_are_valid_for_text_and_for_code() -> None:
