@@ -1,11 +1,13 @@
 """Data sets of the Hugging Face Hub, streamed; a data set in a local directory is read the same way.
 
-The Hub's clients retry by themselves: a request five times within half a minute, a broken read of a stream up to
-`datasets.config.STREAMING_READ_MAX_RETRIES` times, five seconds apart. What still fails is a DataError.
+The Hub's clients retry most requests by themselves: five times within half a minute, a broken read of a stream up to
+`datasets.config.STREAMING_READ_MAX_RETRIES` times, five seconds apart. What still fails is a DataError. Each file is
+opened by itself, so that a schema may change from file to file.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from data_pipeline.config import DataError, HubSource
 from data_pipeline.sources.columns import as_bytes, missing_column, require_text
 from data_pipeline.sources.piece import Document, Piece, Refusal, checked, seeded
 from data_pipeline.sources.readers import ROWS
+from data_pipeline.sources.streams import TRY_AGAIN, WAITS, wait
 
 HUB = "https://huggingface.co"
 # Those of the Hub's clients, of Arrow, and of a data set that is not as described.
@@ -78,11 +81,19 @@ def hub_pieces(source: HubSource, seed: int) -> list[Piece]:
 
 @cache
 def _builder(source: HubSource) -> datasets.DatasetBuilder:
-    """Once a process: it asks the Hub for the list of files, at the commit that the revision names then."""
-    try:
-        return datasets.load_dataset_builder(source.dataset, source.config, revision=source.revision)
-    except READING_ERRORS as error:
-        raise _mendable(source, error) from error
+    """Once a process: it asks the Hub for the list of files, at the commit that the revision names then.
+
+    The clients ask for lists once; where the Hub is busy they are asked again here.
+    """
+    for planned in (*WAITS, None):
+        try:
+            return datasets.load_dataset_builder(source.dataset, source.config, revision=source.revision)
+        except READING_ERRORS as error:
+            busy = getattr(getattr(error, "response", None), "status_code", None) in TRY_AGAIN
+            if planned is None or not busy:
+                raise _mendable(source, error) from error
+            time.sleep(wait(error, planned))
+    raise AssertionError
 
 
 def _files(builder: datasets.DatasetBuilder, split: str) -> list[str]:
@@ -116,7 +127,7 @@ def _mendable(source: HubSource, error: Exception, place: str = "") -> DataError
     elif isinstance(error, DatasetNotFoundError) and "cannot be accessed" in text:
         wrong = "is not on the Hub, or is private."
         remedy = "Correct `dataset` in params.yaml, or set HF_TOKEN to a token that may read it."
-    elif isinstance(error, ConnectionError | HTTPError):
+    elif isinstance(error, ConnectionError | HTTPError) or "LocalEntryNotFoundError" in text:
         wrong = f"cannot be reached: {text}"
         remedy = ("Connect (and unset HF_HUB_OFFLINE) and run again: what has been read so far is kept. "
                   "Or give `dataset` a local copy's directory, in params.yaml.")

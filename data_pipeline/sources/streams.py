@@ -303,7 +303,7 @@ class Download(io.RawIOBase):
                         f"annotate.sources: {self._url} failed {failures} times, the last time with: {error}.\n"
                         "Look after the network and run again: what has been read so far is kept."
                     ) from error
-                time.sleep(_wait(error, WAITS[failures - 1]))
+                time.sleep(wait(error, WAITS[failures - 1]))
 
     def _request(self) -> http.client.HTTPResponse:
         """The response, at the position reached so far."""
@@ -339,9 +339,9 @@ class Download(io.RawIOBase):
         super().close()
 
 
-def _wait(error: Exception, planned: float) -> float:
+def wait(error: Exception, planned: float) -> float:
     """Seconds to the next attempt: the plan's, or what the server asks for, within reason."""
-    asked = error.headers.get("Retry-After", "") if isinstance(error, urllib.error.HTTPError) else ""
+    asked = (getattr(getattr(error, "response", error), "headers", None) or {}).get("Retry-After", "")
     return min(float(asked), LONGEST_WAIT) if asked.isdigit() else planned
 
 

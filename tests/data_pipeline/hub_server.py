@@ -57,19 +57,24 @@ class Handler(BaseHTTPRequestHandler):
         fault = next((faults.pop(0) for pattern, faults in self.server.faults.items()
                       if faults and re.search(pattern, request)), None)
         if isinstance(fault, int):
-            return self._send(fault, b"", {"Retry-After": "0"} if fault == 429 else {})
+            self._send(fault, b"", {"Retry-After": "0"} if fault == 429 else {})
+            return
         asked = REPOSITORY.match(path)
         if asked is None:
-            return self._send(404, b"{}", {})
+            self._send(404, b"{}", {})
+            return
         name = asked["name"]
         files = {file.removeprefix(f"{name}/"): data for file, data in self.server.files.items()
                  if file.startswith(f"{name}/")}
         if name in self.server.gated:
-            return self._error(401, "GatedRepo", f"Access to dataset {name} is restricted.")
+            self._error(401, "GatedRepo", f"Access to dataset {name} is restricted.")
+            return
         if not files:
-            return self._error(401, "RepoNotFound", "Repository Not Found")
+            self._error(401, "RepoNotFound", "Repository Not Found")
+            return
         if asked["revision"] not in (None, "main", COMMIT):
-            return self._error(404, "RevisionNotFound", f"Invalid rev id: {asked['revision']}")
+            self._error(404, "RevisionNotFound", f"Invalid rev id: {asked['revision']}")
+            return
         match asked["what"]:
             case None | "revision":
                 self._json({"_id": "1", "id": name, "sha": COMMIT, "private": False, "gated": False, "disabled": False,
@@ -79,11 +84,13 @@ class Handler(BaseHTTPRequestHandler):
                 below = f"{asked['path']}/" if asked["path"] else ""
                 found = [file for file in files if file.startswith(below)]
                 if below and not found:
-                    return self._error(404, "EntryNotFound", "Entry not found")
+                    self._error(404, "EntryNotFound", "Entry not found")
+                    return
                 recursive = "recursive=true" in self.path.lower()
                 self._json(_entries({file: files[file] for file in found}, below, recursive))
             case "paths-info":
-                form = json.loads(body)["paths"] if body.startswith(b"{") else re.findall("paths=([^&]+)", body.decode())
+                is_json = body.startswith(b"{")
+                form = json.loads(body)["paths"] if is_json else re.findall("paths=([^&]+)", body.decode())
                 wanted = set(map(unquote, form))
                 self._json([entry for entry in _entries(files, "", True) if entry["path"] in wanted])
             case "resolve":
@@ -93,7 +100,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _file(self, data: bytes | None, name: str, fault: int | str | None) -> None:
         if data is None:
-            return self._error(404, "EntryNotFound", "Entry not found")
+            self._error(404, "EntryNotFound", "Entry not found")
+            return
         start, end = 0, len(data)
         wanted = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if wanted:

@@ -141,10 +141,10 @@ def test_a_port_nobody_listens_on(server):
 
 def test_the_wait_a_server_asks_for():
     asked = streams.urllib.error.HTTPError("http://a", 429, "Too Many", {"Retry-After": "7"}, None)
-    assert streams._wait(asked, 1.0) == 7.0
+    assert streams.wait(asked, 1.0) == 7.0
     asked.headers["Retry-After"] = "86400"
-    assert streams._wait(asked, 1.0) == streams.LONGEST_WAIT
-    assert streams._wait(ConnectionError(), 1.0) == 1.0
+    assert streams.wait(asked, 1.0) == streams.LONGEST_WAIT
+    assert streams.wait(ConnectionError(), 1.0) == 1.0
 
 
 def test_paths_stand_for_files(tmp_path, server):
