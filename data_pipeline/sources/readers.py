@@ -429,6 +429,44 @@ def _row_groups(file: str | IO[bytes], stream: Stream) -> Iterator[Item]:
                 yield stream.refused("damaged Parquet", f"row {row}")
 
 
+def strings(file: str) -> Iterator[str]:
+    """Every string in a file of records, a table or a text, whole, at any depth. Raises ValueError and DataError."""
+    head, data = peeked(in_utf8(chunks(file)))
+    whole = b"".join(_undamaged(item) for item in data)
+    kind = kind_of(file, head, "named")
+    if kind == "records":
+        one = [whole] if is_one_value(whole) else whole.removeprefix(BYTE_ORDER_MARK).split(b"\n")
+        yield from _leaves([JSON.decode(value.decode("utf-8-sig")) for value in one if value.strip()])
+    elif kind == "parquet":
+        with open_parquet(io.BytesIO(whole)) as parquet:
+            if parquet is None:
+                raise ValueError("damaged Parquet")
+            for batch in parquet.iter_batches():
+                yield from _leaves(batch.to_pylist())
+    elif kind == "table":
+        mark = "\t" if suffix(file) == ".tsv" else ","
+        text = io.StringIO(whole.decode(encoding_of(whole)), "")
+        yield from _leaves(list(csv.reader(text, delimiter=mark)))
+    elif kind == "text":
+        yield whole.decode(encoding_of(whole))
+    else:
+        raise ValueError("of a kind that is no evaluation set: give JSON, CSV, Parquet or text, packed or not")
+
+
+def _undamaged(item: bytes | Damage) -> bytes:
+    if isinstance(item, Damage):
+        raise ValueError(item.reason)
+    return item
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(inner)
+
+
 @contextmanager
 def open_parquet(file: str | IO[bytes]) -> Iterator[pq.ParquetFile | None]:
     """None where its footer cannot be read. Arrow opens no files itself: it takes some names for addresses."""

@@ -7,22 +7,18 @@ the limit is `curate.contamination`. Words are those of `data_pipeline.steps.wor
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numba import njit, uint64
 from numpy.typing import NDArray
 
 from data_pipeline.config import DataError, DecontaminationConfig
+from data_pipeline.sources.readers import strings
 from data_pipeline.steps.step import Arrays, Decision, GlobalStep, with_column
 from data_pipeline.steps.words import UInt64, ngrams, ngrams_of, words, words_of
-
-SUFFIXES = (".jsonl", ".parquet", ".txt")
 
 
 def ngram_hashes(text: str, n: int) -> UInt64:
@@ -41,7 +37,7 @@ class Decontaminate(GlobalStep):
     Two different n-grams have the same hash with probability 2^-64: 10^9 of them in 10^12 words of training text meet
     by chance some 50 times.
 
-    Raises DataError where a file of `against` is missing, has another suffix than SUFFIXES, or cannot be read.
+    Raises DataError where a file of `against` is missing, damaged, or not of a kind that sources are read from.
     """
 
     name = "decontaminate"
@@ -49,8 +45,8 @@ class Decontaminate(GlobalStep):
     def __init__(self, config: DecontaminationConfig):
         self.config = config
         for name in config.against:
-            if not Path(name).is_file() or not name.endswith(SUFFIXES):
-                raise _unreadable(name, f"not a file that ends in {', '.join(SUFFIXES)}")
+            if not Path(name).is_file():
+                raise _unreadable(name, "no such file")
 
     def survey(self, table: pa.Table) -> Arrays:
         hashes, first = ngrams_of(words_of(table), self.config.ngram)
@@ -99,29 +95,11 @@ def is_in(hashes: UInt64, table: UInt64) -> NDArray[np.bool_]:
 
 
 def _strings(name: str) -> Iterator[str]:
-    """Every string in a file: all text, or the values of all fields at any depth."""
-    path = Path(name)
+    """Every string in a file, whatever kind of file it is: all text, or the values of all fields at any depth."""
     try:
-        if path.suffix == ".txt":
-            yield path.read_text(encoding="utf-8")
-        elif path.suffix == ".parquet":
-            with pq.ParquetFile(path) as file:
-                for batch in file.iter_batches():
-                    yield from _leaves(batch.to_pylist())
-        else:
-            with path.open(encoding="utf-8") as lines:
-                for line in lines:
-                    yield from _leaves(json.loads(line)) if line.strip() else ()
-    except (OSError, ValueError) as error:      # pa.ArrowInvalid, JSON and UTF-8 errors are ValueErrors
+        yield from strings(name)
+    except (OSError, ValueError, RecursionError) as error:      # pa.ArrowInvalid, JSON and UTF-8 errors are ValueErrors
         raise _unreadable(name, str(error).replace("\n", " ")) from error
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(inner)
 
 
 def _unreadable(name: str, what: str) -> DataError:
