@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -26,6 +27,7 @@ from flows.console import table
 from stages.params import read_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+NOT_UTF8 = re.compile("[\udc80-\udcff]")     # a byte of a name, as Python hands it over
 # Heuristics by domain: a set of rules, and the labels they are for. Those of the web are for lower quality
 # (Nemotron-CC, section 2.2); what is no running English has its own.
 EVERY_LABEL = ["high", "medium-high", "medium", "medium-low", "low"]
@@ -112,6 +114,10 @@ def main() -> None:
     parser.add_argument("--params", type=Path, default=ROOT / "params.yaml", help="parameter file (params.yaml)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a parameter")
     options = parser.parse_args()
+    if odd := [path for path in options.source if NOT_UTF8.search(path)]:
+        wildcard = NOT_UTF8.sub("?", odd[0])
+        sys.exit(f"{odd[0]!a}: a name that is not UTF-8 cannot be a parameter.\n"
+                 f"Name its directory, or a wildcard: '{wildcard}'.")
     read_yaml(options.params)                   # refuse it here, once
     options.out.mkdir(parents=True, exist_ok=True)
     values = settings(sources_of(options.source, options.domain, options.text_column), options.domain)

@@ -102,7 +102,8 @@ def test_evaluation_files_are_read_as_sources_are(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "content"), [
-    ("missing.jsonl", None), ("task.png", b"\x89PNG\0"), ("cut.jsonl.gz", gzip.compress(b"{}" * 99)[:-9]), ("broken.jsonl", b'{"a": 1}\n{"a": '), ("broken.parquet", b"PAR1"),
+    ("missing.jsonl", None), ("task.png", b"\x89PNG\0"), ("cut.jsonl.gz", gzip.compress(b"{}" * 99)[:-9]),
+    ("broken.jsonl", b'{"a": 1}\n{"a": '), ("broken.parquet", b"PAR1"),
     ("latin.txt", b"caf\xe9"), ("latin.jsonl", b'"caf\xe9"'),
 ])
 def test_files_that_cannot_be_read(tmp_path, name, content):

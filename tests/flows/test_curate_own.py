@@ -70,6 +70,12 @@ def test_what_is_not_there_is_two_lines(tmp_path: Path) -> None:
     assert not (tmp_path / "curated-own/data/annotated").exists()
 
 
+def test_a_name_that_is_not_utf_8_is_two_lines_when_it_is_named(tmp_path: Path) -> None:
+    done = run(tmp_path, os.fsdecode(b"caf\xe9.txt"))
+    assert done.returncode == 1 and done.stderr.splitlines()[1] == "Name its directory, or a wildcard: 'caf?.txt'."
+    assert len(done.stderr.splitlines()) == 2
+
+
 def test_paths_of_a_source_are_the_callers() -> None:
     given = ["/all/both", "https://host/x.warc.gz", "all/*.jsonl.gz"]
     (files,) = sources_of(given, "web", "text")
