@@ -25,6 +25,7 @@ from data_pipeline.executor import Workers, workers
 from data_pipeline.meter import Meter, Progress
 from data_pipeline.reading import PIECES_PER_SHARD, Part, Read, load, read
 from data_pipeline.sources import Piece, digest, pieces
+from data_pipeline.sources.readers import strings
 from data_pipeline.steps.decontaminate import Decontaminate
 from data_pipeline.steps.deduplicate import Deduplicate
 from data_pipeline.steps.features import Features
@@ -49,7 +50,7 @@ def rounds(config: AnnotateConfig, seed: int) -> list[Round]:
         [Normalise(), Mask(config.mask), Language(), Features()],
         [HoldOut(config.held_out, seed)],
         [Deduplicate(config.minhash, seed)],
-        [Substring(config.substring), Decontaminate(config.decontamination), Quality(config.scorers, seed)],
+        [Substring(config.substring), Decontaminate(config.decontamination, strings), Quality(config.scorers, seed)],
     ]
 
 

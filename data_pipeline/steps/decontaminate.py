@@ -7,7 +7,7 @@ the limit is `curate.contamination`. Words are those of `data_pipeline.steps.wor
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +16,10 @@ from numba import njit, uint64
 from numpy.typing import NDArray
 
 from data_pipeline.config import DataError, DecontaminationConfig
-from data_pipeline.sources.readers import strings
 from data_pipeline.steps.step import Arrays, Decision, GlobalStep, with_column
 from data_pipeline.steps.words import UInt64, ngrams, ngrams_of, words, words_of
+
+Strings = Callable[[str], Iterator[str]]        # of a file, by its name
 
 
 def ngram_hashes(text: str, n: int) -> UInt64:
@@ -37,13 +38,17 @@ class Decontaminate(GlobalStep):
     Two different n-grams have the same hash with probability 2^-64: 10^9 of them in 10^12 words of training text meet
     by chance some 50 times.
 
+    Args:
+        strings: reads the files of `against` (`data_pipeline.sources.readers.strings`).
+
     Raises DataError where a file of `against` is missing, damaged, or not of a kind that sources are read from.
     """
 
     name = "decontaminate"
 
-    def __init__(self, config: DecontaminationConfig):
-        self.config = config
+    def __init__(self, config: DecontaminationConfig, strings: Strings | None = None):
+        self.config, self.strings = config, strings
+        assert strings or not config.against
         for name in config.against:
             if not Path(name).is_file():
                 raise _unreadable(name, "no such file")
@@ -54,9 +59,17 @@ class Decontaminate(GlobalStep):
         return {"hashes": hashes[np.repeat(held_out, np.diff(first))]}
 
     def decide(self, surveys: Sequence[Arrays]) -> Decision:
-        evaluated = [ngram_hashes(text, self.config.ngram) for name in self.config.against for text in _strings(name)]
+        texts = (text for name in self.config.against for text in self._strings(name))
+        evaluated = [ngram_hashes(text, self.config.ngram) for text in texts]
         known = hash_set(np.concatenate([*(survey["hashes"] for survey in surveys), *evaluated]))
         return Decision({"known": known}, [{}] * len(surveys))
+
+    def _strings(self, name: str) -> Iterator[str]:
+        assert self.strings is not None
+        try:
+            yield from self.strings(name)
+        except (OSError, ValueError, RecursionError) as error:      # pa.ArrowInvalid, DataError are ValueErrors
+            raise _unreadable(name, str(error).replace("\n", " ")) from error
 
     def apply(self, table: pa.Table, shared: Arrays, own: Arrays) -> pa.Table:
         hashes, first = ngrams_of(words_of(table), self.config.ngram)
@@ -92,14 +105,6 @@ def is_in(hashes: UInt64, table: UInt64) -> NDArray[np.bool_]:
             slot = (slot + uint64(1)) & mask
         result[index] = table[slot] == entry
     return result
-
-
-def _strings(name: str) -> Iterator[str]:
-    """Every string in a file, whatever kind of file it is: all text, or the values of all fields at any depth."""
-    try:
-        yield from strings(name)
-    except (OSError, ValueError, RecursionError) as error:      # pa.ArrowInvalid, JSON and UTF-8 errors are ValueErrors
-        raise _unreadable(name, str(error).replace("\n", " ")) from error
 
 
 def _unreadable(name: str, what: str) -> DataError:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline.config import DataError, DecontaminationConfig
+from data_pipeline.sources.readers import strings
 from data_pipeline.steps.decontaminate import Decontaminate, hash_set, is_in, ngram_hashes
 from data_pipeline.steps.step import SCHEMA, text_id
 
@@ -20,7 +21,7 @@ SITE_PACKAGES = Path(np.__file__).parent.parent
 
 def contamination(rows: list[tuple[str, bool]], n: int, against: list[str] | None = None, shards: int = 1) -> list[int]:
     """The column `contamination` of all shards."""
-    step = Decontaminate(DecontaminationConfig(ngram=n, against=against or []))
+    step = Decontaminate(DecontaminationConfig(ngram=n, against=against or []), strings)
     tables = [
         pa.Table.from_pylist([
             {"id": text_id(text), "text": text, "source": "s", "path": "p", "domain": "d", "license": "MIT",
