@@ -26,6 +26,7 @@ from data_pipeline.meter import Meter, Progress
 from data_pipeline.reading import PIECES_PER_SHARD, Part, Read, load, read
 from data_pipeline.sources import Piece, digest, pieces
 from data_pipeline.sources.identity import identity, pinned
+from data_pipeline.sources.readers import strings
 from data_pipeline.steps.decontaminate import Decontaminate
 from data_pipeline.steps.deduplicate import Deduplicate
 from data_pipeline.steps.features import Features
@@ -50,7 +51,7 @@ def rounds(config: AnnotateConfig, seed: int) -> list[Round]:
         [Normalise(), Mask(config.mask), Language(), Features()],
         [HoldOut(config.held_out, seed)],
         [Deduplicate(config.minhash, seed)],
-        [Substring(config.substring), Decontaminate(config.decontamination), Quality(config.scorers, seed)],
+        [Substring(config.substring), Decontaminate(config.decontamination, strings), Quality(config.scorers, seed)],
     ]
 
 
@@ -98,7 +99,8 @@ def _read(config: AnnotateConfig, cut: list[list[Piece]], directory: Path, pool:
         found = read(config, cut, directory / "read", pool, lambda share, new: meter("read", share, new))
         write_text(json.dumps(found._asdict()), record)
     stored = json.loads(record.read_text())
-    return Read([[Part(*part) for part in shard] for shard in stored["shards"]], stored["refusals"])
+    return Read([[Part(*part) for part in shard] for shard in stored["shards"]], stored["refusals"],
+                stored["passed_over"])
 
 
 def _files(directory: Path, number: int, found: Read) -> list[Path]:
@@ -200,4 +202,4 @@ def _manifest(config: AnnotateConfig, found: Read, directory: Path, last: int) -
     counts = shared_arrays(directory / f"decision-{Decontaminate.name}.npz")["texts"].tolist()
     texts = dict(zip(("ngrams", "whole", "too_short"), counts, strict=True))       # how they are looked for
     return {"config": config.model_dump(mode="json"), "shards": len(found.shards), "domains": dict(domains),
-            "refusals": found.refusals, "evaluation_texts": texts}
+            "refusals": found.refusals, "passed_over": found.passed_over, "evaluation_texts": texts}

@@ -70,11 +70,15 @@ class InstalledSource(Section):
 
 
 class FilesSource(Section):
-    """JSONL, Parquet or text files, plain or .gz or .zst; `paths` may hold wildcards and directories."""
+    """Records (JSONL, CSV, Parquet), texts, HTML pages, web archives, also packed, in tar or ZIP, or by URL.
+
+    `paths` may hold wildcards, directories and listings of files (`.paths`).
+    """
 
     kind: Literal["files"]
     paths: list[str] = Field(min_length=1)
     text_column: str = "text"
+    extractor: Literal["justext", "resiliparse"] = "justext"    # of HTML: Nemotron-CC's; one 7 times as fast
     domain: Domain
     license: str = "unknown"
     megabytes: float | None = Field(default=None, gt=0)         # of text; None reads everything
@@ -95,7 +99,7 @@ class HubSource(Section):
 
 
 class WebSource(Section):
-    """WARC or WET files, from disk or by URL."""
+    """WARC or WET files, from disk or by URL; in a directory nothing else is read."""
 
     kind: Literal["web"]
     paths: list[str] = Field(min_length=1)

@@ -19,7 +19,8 @@ import xxhash
 
 from data_pipeline.config import AnnotateConfig, DataError, InstalledSource, Source
 from data_pipeline.executor import Workers, refuse
-from data_pipeline.sources import Document, Piece, Refusal, read_piece
+from data_pipeline.sources import Document, PassedOver, Piece, Refusal, read_piece
+from data_pipeline.sources.streams import shown
 from data_pipeline.steps.step import SCHEMA
 from data_pipeline.storage import write_table, write_text
 
@@ -32,6 +33,7 @@ TOO_LARGE = "too large for the sample"
 
 Report = Callable[[float, int], None]                   # the share read, documents more
 Refusals = dict[str, dict[str, dict[str, Any]]]         # domain -> reason -> {"documents": n, "where": [...]}
+Passed = dict[str, dict[str, dict[str, Any]]]           # files or WARC records -> what -> {"count": n, "where": [...]}
 
 
 class Part(NamedTuple):
@@ -43,10 +45,11 @@ class Part(NamedTuple):
 
 
 class Read(NamedTuple):
-    """What reading came to: the parts of each shard, in order, and what was refused."""
+    """What reading came to: the parts of each shard, in order, what was refused and what was passed over."""
 
     shards: list[list[Part]]
     refusals: Refusals
+    passed_over: Passed
 
 
 class Quota:
@@ -91,7 +94,7 @@ def name_of(source: Source) -> str:
         case "hub":
             return source.dataset
         case _:
-            return ", ".join(source.paths)
+            return ", ".join(map(shown, source.paths))
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,7 @@ def read(
     """
     shard_bytes = int(config.shard_megabytes * 1e6)
     refusals: Refusals = defaultdict(lambda: defaultdict(lambda: {"documents": 0, "where": []}))
+    passed: Passed = defaultdict(lambda: defaultdict(lambda: {"count": 0, "where": []}))
     parts: list[Part] = []
     failures: list[tuple[str, str]] = []
     for index, (source, found) in enumerate(zip(config.sources, cut, strict=True)):
@@ -131,14 +135,14 @@ def read(
                 if quota.wants_more():
                     failures.append((_name(source)(outcome.item), outcome.error))
                 continue
-            taken = list(_take(json.loads(outcome.item.receipt.read_text()), quota, refusals, directory))
+            taken = list(_take(json.loads(outcome.item.receipt.read_text()), quota, refusals, passed, directory))
             parts += taken
             share = max(done / len(found), quota.share)
             report((index + share) / len(config.sources), outcome.result)
         if not failures:
-            _refuse_empty(source, quota)
+            _refuse_empty(source, quota, _plain(refusals), _plain(passed))
     refuse(failures)
-    return Read(list(_pack(parts, shard_bytes)), _plain(refusals))
+    return Read(list(_pack(parts, shard_bytes)), _plain(refusals), _plain(passed))
 
 
 def _jobs(
@@ -163,8 +167,12 @@ def read_one(reading: Reading) -> int:
     if reading.receipt.exists():
         return int(json.loads(reading.receipt.read_text())["documents"])
     quota, files = Quota(reading.limits), _Files(reading.target, reading.file_bytes)
-    items: list[list[Any]] = []             # in order: [domain, bytes, file or -1] or [domain, reason, where]
+    # In order: [domain, bytes, file or -1], [domain, reason, where], or what was passed over: [None, unit, what, where]
+    items: list[list[Any]] = []
     for found in read_piece(reading.piece):
+        if isinstance(found, PassedOver):
+            items.append([None, *found])
+            continue
         if isinstance(found, Refusal):
             items.append([found.domain, found.reason, found.where])
             continue
@@ -211,12 +219,18 @@ class _Files:
         self.rows, self.bytes = [], 0
 
 
-def _take(receipt: dict[str, Any], quota: Quota, refusals: Refusals, directory: Path) -> Iterator[Part]:
-    """The parts of a piece that count; what does not is counted in `refusals`."""
+def _take(
+    receipt: dict[str, Any], quota: Quota, refusals: Refusals, passed: Passed, directory: Path
+) -> Iterator[Part]:
+    """The parts of a piece that count; what does not is counted in `refusals` and `passed`."""
     rows: Counter[int] = Counter()
     chosen: dict[int, list[int]] = defaultdict(list)
     sizes: Counter[int] = Counter()
-    for domain, value, place in receipt["items"]:
+    for domain, value, place, *where in receipt["items"]:
+        if domain is None:
+            if quota.wants_more():
+                _count(passed[value][place], "count", *where)
+            continue
         is_document = isinstance(value, int)
         row = rows[place] if is_document else 0
         if is_document:
@@ -225,7 +239,7 @@ def _take(receipt: dict[str, Any], quota: Quota, refusals: Refusals, directory: 
             continue
         reason = quota.take(domain, value) if is_document else value
         if reason is not None:
-            _refuse(refusals[domain][reason], "" if is_document else place)
+            _count(refusals[domain][reason], "documents", "" if is_document else place)
             continue
         chosen[place].append(row)
         sizes[place] += value
@@ -235,8 +249,8 @@ def _take(receipt: dict[str, Any], quota: Quota, refusals: Refusals, directory: 
         yield Part(file, None if everything else chosen[place], sizes[place])
 
 
-def _refuse(entry: dict[str, Any], where: str) -> None:
-    entry["documents"] += 1
+def _count(entry: dict[str, Any], key: str, where: str) -> None:
+    entry[key] += 1
     if where:
         entry["where"] = sorted({*entry["where"], where}, key=lambda name: xxhash.xxh3_64_intdigest(name.encode()))
         del entry["where"][EXAMPLES:]
@@ -267,17 +281,33 @@ def load(parts: list[Part]) -> pa.Table:
     return pa.table(columns, SCHEMA)
 
 
-def _refuse_empty(source: Source, quota: Quota) -> None:
+def _refuse_empty(source: Source, quota: Quota, refusals: Refusals, passed: Passed) -> None:
     domains = list(quota.limits) if quota.limits is not None else [source.domain]  # type: ignore[union-attr]
     for domain in domains:
-        if not quota.size[domain]:
-            where = f" in the closure of {', '.join(source.roots)}" if isinstance(source, InstalledSource) else ""
-            raise DataError(
-                f"Domain `{domain}`: no document was found{where or f' in {name_of(source)}'}.\n"
-                f"Name other text in annotate.sources, or raise megabytes where {domain} has a cap, in params.yaml."
-            )
+        if quota.size[domain]:
+            continue
+        where = f" in the closure of {', '.join(source.roots)}" if isinstance(source, InstalledSource) else ""
+        reasons = refusals.get(domain, {})
+        told = [f"{why} {entry['documents']:,} ({', '.join(entry['where'][:1])})" for why, entry in reasons.items()]
+        told += [f"{unit} passed over: {counts(kinds)}" for unit, kinds in passed.items()]
+        remedy = f"Name other text in annotate.sources, or raise megabytes where {domain} has a cap"
+        if any(why.startswith("no column") for why in reasons):
+            remedy = "Set `text_column` to the one that holds the text"
+        raise DataError(
+            f"Domain `{domain}`: no document was found{where or f' in {name_of(source)}'}"
+            f"{': ' if told else ''}{'; '.join(told)}.\n{remedy}, in params.yaml."
+        )
 
 
-def _plain(refusals: Refusals) -> Refusals:
-    return {domain: {reason: dict(entry) for reason, entry in sorted(reasons.items())}
-            for domain, reasons in refusals.items()}
+def counts(kinds: dict[str, dict[str, Any]], most: int = 8) -> str:
+    """What was passed over, the most frequent first: `.png 12, .css 3, 4 of 2 other kinds`."""
+    ordered = sorted(((-entry["count"], what) for what, entry in kinds.items()))
+    said = [f"{what} {-number:,}" for number, what in ordered[:most]]
+    if others := ordered[most:]:
+        said.append(f"{-sum(number for number, _ in others):,} of {len(others):,} other kinds")
+    return ", ".join(said)
+
+
+def _plain(entries: Refusals | Passed) -> dict[str, dict[str, dict[str, Any]]]:
+    return {outer: {what: dict(entry) for what, entry in sorted(inner.items())}
+            for outer, inner in sorted(entries.items())}

@@ -50,6 +50,7 @@ from data_pipeline.prompts import (
     Task,
     tokens,
 )
+from data_pipeline.sources.readers import strings
 from data_pipeline.steps.decontaminate import Decontaminate
 from data_pipeline.steps.deduplicate import Deduplicate
 from data_pipeline.steps.features import Features
@@ -310,7 +311,7 @@ def annotate(
     written = with_text(table, [document.written for document in synthesis.documents])
     for step in (Normalise(), Mask(config.mask), Language(), Features()):
         table, written = step.apply(table), step.apply(written)
-    deduplicate, decontaminate = Deduplicate(config.minhash, seed), Decontaminate(config.decontamination)
+    deduplicate, decontaminate = Deduplicate(config.minhash, seed), Decontaminate(config.decontamination, strings)
     jobs = [Survey(shard, number, scratch, deduplicate, decontaminate) for number, shard in enumerate(shards)]
     missing = [job for job in jobs if not all(job.target(step).exists() for step in job.steps)]
     for _ in pool.all(_survey_shard, missing, lambda job: f"survey of {job.shard.name}"):

@@ -3,10 +3,11 @@
     python -m flows.curate_own texts/ more/*.jsonl.gz --domain web --out curated-web
     make curate SOURCE="texts/ crawl.warc.gz" DOMAIN=web OUT=curated-web
 
-JSONL and Parquet need a column `text` (--text-column); .txt, .md and .rst are a document each; any may end in .gz or
-.zst. WARC and WET files may be addresses. Nothing is held out for evaluation. What no flag says stands in params.yaml;
-`--set` changes that, as in `--set annotate.held_out.fraction=0.01`. Paths are relative to the directory the command is
-given in. An interrupted run goes on where it was.
+JSONL, CSV and Parquet need a column `text` (--text-column); .txt, .md, .rst and .html are a document each; WARC and WET
+files and listings of them (wet.paths.gz) are crawls. All may be packed (gzip, bzip2, xz, zstd, LZ4), lie in .tar or
+.zip, or be addresses; what is of no such kind is passed over and counted. Nothing is held out for evaluation. What no
+flag says stands in params.yaml; `--set` changes that, as in `--set annotate.held_out.fraction=0.01`. Paths are relative
+to the directory the command is given in. An interrupted run goes on where it was.
 
 `make curate` takes the flags as SOURCE, DOMAIN, OUT, TEXT_COLUMN, EXTRACTOR, LANGUAGES, AGAINST, LABELS and SET. Where
 several words are taken, a path with blanks that is not the only one is quoted: SOURCE="'my texts' more/".
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -31,7 +33,7 @@ from flows.console import table
 from stages.params import read_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-ARCHIVES = (".warc", ".wet")
+NOT_UTF8 = re.compile("[\udc80-\udcff]")     # a byte of a name, as Python hands it over
 # Heuristics by domain: a set of rules, and the labels they are for. Those of the web are for lower quality
 # (Nemotron-CC, section 2.2); what is no running English has its own.
 EVERY_LABEL = ["high", "medium-high", "medium", "medium-low", "low"]
@@ -56,67 +58,29 @@ def words(given: str) -> list[str]:
     except ValueError as error:
         raise SystemExit(f"{given}: {error}.\n"
                          "Quote a path with blanks or quotes, as in \"'my texts' more/\".") from None
-    if found != [given] and (missing := [word for word in found if not _matches(word)]):
+    if found != [given] and (missing := [word for word in found if not _is_there(word)]):
         raise SystemExit(f"{given!r} is no file or directory, nor is its word {missing[0]!r}.\n"
                          "Correct it, or quote a path with blanks within others: \"'my texts' more/\".")
     return found
 
 
-def _matches(word: str) -> list[str]:
-    """The files that a wildcard stands for; an address or a path by itself, where it is there."""
+def _is_there(word: str) -> bool:
+    """Whether it is an address, or stands for a file or directory."""
     from data_pipeline.config import DataError
-    from data_pipeline.sources.locations import expand
+    from data_pipeline.sources.locations import locate
 
-    if "://" in word or Path(word).is_dir():
-        return [word]
     try:
-        return expand([word], frozenset())
+        return "://" in word or Path(word).exists() or bool(locate(word).files)
     except DataError:
-        return []
+        return False
 
 
 def sources_of(
     given: Sequence[str], domain: str, text_column: str = "text", extractor: str | None = None
 ) -> list[dict[str, Any]]:
-    """annotate.sources for these paths and addresses: web archives as such, everything else as files."""
-    archives: list[str] = []
-    files: list[str] = []
-    for path in map(_absolute, given):
-        directory = Path(path).is_dir()
-        named = [str(file) for file in Path(path).rglob("*")] if directory else _matches(path) or [path]
-        packed = [name for name in named if _is_archive(name) or _is_archive(path)]
-        if packed and directory:
-            archives.append(path)
-        if directory and (_has_files(named) or not packed):
-            files.append(path)
-        if not directory and len(packed) in (0, len(named)):        # a listing or a wildcard of one kind stays one
-            (archives if packed else files).append(path)
-        elif not directory:
-            archives += packed
-            files += [name for name in named if name not in packed]
-    found: list[dict[str, Any]] = []
-    if archives:
-        choice = {"extractor": extractor} if extractor else {}
-        found.append({"kind": "web", "paths": archives, "domain": domain} | choice)
-    if files:
-        found.append({"kind": "files", "paths": files, "domain": domain, "text_column": text_column})
-    return found
-
-
-def _is_archive(name: str) -> bool:
-    """By its name, or what it lists by it: `x.warc.gz`, `wet.paths.gz`."""
-    name = Path(_unpacked(name)).name
-    return Path(f"x.{name.removesuffix('.paths')}" if name.endswith(".paths") else name).suffix in ARCHIVES
-
-
-def _has_files(names: list[str]) -> bool:
-    from data_pipeline.sources.files import RECORD_SUFFIXES, TEXT_SUFFIXES
-
-    return any(Path(_unpacked(name)).suffix in RECORD_SUFFIXES | TEXT_SUFFIXES | {".parquet"} for name in names)
-
-
-def _unpacked(name: str) -> str:
-    return name.lower().removesuffix(".gz").removesuffix(".zst")
+    """annotate.sources for these paths and addresses."""
+    return [{"kind": "files", "paths": [_absolute(path) for path in given], "domain": domain,
+             "text_column": text_column} | ({"extractor": extractor} if extractor else {})]
 
 
 def _absolute(path: str) -> str:
@@ -153,6 +117,7 @@ def run(stage: str, out: Path, params: Path, assignments: list[str]) -> int:
 
 def show(out: Path) -> None:
     """The funnel as a table, the labels, where the result lies, and a page of what went and why."""
+    from data_pipeline.reading import counts
     from stages.report.page import write_data_page
 
     funnel = json.loads((out / "runs/curate/funnel.json").read_text())
@@ -163,6 +128,8 @@ def show(out: Path) -> None:
                      "MB": f"{entry['bytes'] / 1e6:,.2f}",
                      "most frequent reasons": ", ".join(f"{why} ({count:,})" for why, count in reasons[:3])})
     print(f"\n{table(rows)}\n")
+    for unit, kinds in json.loads((out / "data/annotated/manifest.json").read_text())["passed_over"].items():
+        print(f"Passed over: {sum(entry['count'] for entry in kinds.values()):,} {unit} ({counts(kinds)}).")
     labels = _labels(out / "data/curated/train")
     print("Labels: " + ", ".join(f"{label} {labels[label]:,}" for label in EVERY_LABEL) + " documents.")
     print(f"Curated text: {out / 'data/curated/train'}/part-*.parquet\n"
@@ -217,8 +184,12 @@ def main() -> None:
     parser.add_argument("--params", type=Path, default=ROOT / "params.yaml", help="parameter file (params.yaml)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a parameter")
     options = parser.parse_args()
-    read_yaml(options.params)                   # refuse it here, once
     given, against = list(chain.from_iterable(options.source)), list(chain.from_iterable(options.against))
+    if odd := [path for path in given if NOT_UTF8.search(path)]:
+        wildcard = NOT_UTF8.sub("?", odd[0])
+        sys.exit(f"{odd[0]!a}: a name that is not UTF-8 cannot be a parameter.\n"
+                 f"Name its directory, or a wildcard: '{wildcard}'.")
+    read_yaml(options.params)                   # refuse it here, once
     refuse_own_results(given, options.out)
     options.out.mkdir(parents=True, exist_ok=True)
     values = settings(sources_of(given, options.domain, options.text_column, options.extractor), options.domain,

@@ -10,9 +10,9 @@ import hashlib
 from collections.abc import Iterator, Sequence
 
 from data_pipeline.config import FilesSource, HubSource, InstalledSource, Source, WebSource
-from data_pipeline.sources.piece import Document, Piece, Refusal
+from data_pipeline.sources.piece import Document, Item, PassedOver, Piece, Refusal
 
-__all__ = ["Document", "Piece", "Refusal", "digest", "pieces", "read_piece"]
+__all__ = ["Document", "Item", "PassedOver", "Piece", "Refusal", "digest", "pieces", "read_piece"]
 
 
 def pieces(source: Source, seed: int, shard_bytes: int) -> list[Piece]:
@@ -32,11 +32,11 @@ def pieces(source: Source, seed: int, shard_bytes: int) -> list[Piece]:
             from data_pipeline.sources.hub import hub_pieces
             return hub_pieces(source, seed)
         case WebSource():
-            from data_pipeline.sources.web import web_pieces
-            return web_pieces(source, seed)
+            from data_pipeline.sources.files import web_pieces
+            return web_pieces(source, seed, shard_bytes)
 
 
-def read_piece(piece: Piece) -> Iterator[Document | Refusal]:
+def read_piece(piece: Piece) -> Iterator[Item]:
     """The documents and refusals of `piece`, one at a time, in a worker. Raises DataError; see `Piece.read`."""
     return piece.read()
 

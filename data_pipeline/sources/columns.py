@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 
 import pyarrow as pa
@@ -27,7 +28,8 @@ def require_text(name: str, column: str, schema: pa.Schema) -> None:
         raise missing_column(name, column, schema.names)
     kind = schema.field(column).type
     values = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_null(values) or any(is_text(values) for is_text in TEXT_TYPES)):
+    is_json = isinstance(values, pa.JsonType)
+    if not (is_json or pa.types.is_null(values) or any(is_text(values) for is_text in TEXT_TYPES)):
         raise DataError(
             f"annotate.sources: column {column!r} of {name} holds {kind}, not text.\n"
             "Set `text_column` to the one that holds the text, in params.yaml."
@@ -38,4 +40,7 @@ def as_bytes(column: pa.Array) -> list[bytes | None]:
     """The values before they are decoded: Arrow does not see to it that strings are UTF-8."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
+    if isinstance(column.type, pa.JsonType):        # values of several types, spelt as JSON
+        values = (None if value is None else json.loads(value) for value in column.to_pylist())
+        return [value.encode(errors="surrogatepass") if isinstance(value, str) else None for value in values]
     return column.cast(pa.large_binary()).to_pylist()

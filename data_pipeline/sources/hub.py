@@ -1,34 +1,39 @@
 """Data sets of the Hugging Face Hub, streamed; a data set in a local directory is read the same way.
 
-The Hub's clients retry by themselves: a request five times within half a minute, a broken read of a stream up to
-`datasets.config.STREAMING_READ_MAX_RETRIES` times, five seconds apart. What still fails is a DataError.
+The Hub's clients retry most requests by themselves: five times within half a minute, a broken read of a stream up to
+`datasets.config.STREAMING_READ_MAX_RETRIES` times, five seconds apart. What still fails is a DataError. Each file is
+opened by itself, so that a schema may change from file to file.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import datasets
 import pyarrow as pa
+from datasets.data_files import DataFilesDict, DataFilesList
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from huggingface_hub.errors import GatedRepoError, HTTPError
 
 from data_pipeline.config import DataError, HubSource
 from data_pipeline.sources.columns import as_bytes, missing_column, require_text
-from data_pipeline.sources.files import ROWS
 from data_pipeline.sources.piece import Document, Piece, Refusal, checked, seeded
+from data_pipeline.sources.readers import ROWS
+from data_pipeline.sources.streams import TRY_AGAIN, WAITS, wait
 
 HUB = "https://huggingface.co"
 # Those of the Hub's clients, of Arrow, and of a data set that is not as described.
-READING_ERRORS = (OSError, ValueError, RuntimeError, HTTPError, DatasetsError, pa.ArrowException)
+READING_ERRORS = (OSError, ValueError, TypeError, RuntimeError, HTTPError, DatasetsError, pa.ArrowException)
 
 
 @dataclass(frozen=True)
 class HubPiece(Piece):
-    """One data file of the data set, or several where a file holds many."""
+    """One data file of the data set."""
 
     source: HubSource
     index: int
@@ -37,6 +42,10 @@ class HubPiece(Piece):
     def read(self) -> Iterator[Document | Refusal]:
         source, row = self.source, 0
         for table in self._tables():
+            if source.text_column not in table.column_names:
+                where = f"{name_of(source)}, file {self.index}, but {', '.join(sorted(table.column_names)):.200}"
+                yield Refusal(source.domain, f"no column {source.text_column!r}", where)
+                return
             require_text(name_of(source), source.text_column, table.schema)
             for column in table[source.text_column].chunks:
                 for value in as_bytes(column):
@@ -45,33 +54,63 @@ class HubPiece(Piece):
                     row += 1
 
     def _tables(self) -> Iterator[pa.Table]:
-        shard = _open(self.source).shard(self.count, self.index)
         try:
-            yield from shard.with_format("arrow").iter(batch_size=ROWS)
+            stream = _stream(self.source, self.index)
+            if self.source.text_column in (stream.column_names or ()):
+                stream = stream.select_columns([self.source.text_column])
+            yield from stream.with_format("arrow").iter(batch_size=ROWS)
+        except DataError:
+            raise
         except READING_ERRORS as error:
             raise _mendable(self.source, error, f", file {self.index} of {self.count},") from error
 
 
 def hub_pieces(source: HubSource, seed: int) -> list[Piece]:
     """A piece a data file. Raises DataError for a data set, configuration, split or column that is not there."""
-    count = _open(source).num_shards
+    try:
+        count = len(_files(_builder(source), source.split))
+        columns = _stream(source, 0).column_names
+    except DataError:
+        raise
+    except READING_ERRORS as error:
+        raise _mendable(source, error) from error
+    if columns is not None and source.text_column not in columns:
+        raise missing_column(name_of(source), source.text_column, columns)
     return [HubPiece(source, index, count) for index in seeded(range(count), seed)]
 
 
 @cache
-def _open(source: HubSource) -> datasets.IterableDataset:
-    """Once a process: it asks the Hub for the list of files."""
-    try:
-        stream = datasets.load_dataset(
-            source.dataset, source.config, split=source.split, revision=source.revision, streaming=True
-        )
-    except READING_ERRORS as error:
-        raise _mendable(source, error) from error
-    if stream.column_names is None:
-        return stream
-    if source.text_column not in stream.column_names:
-        raise missing_column(name_of(source), source.text_column, stream.column_names)
-    return stream.select_columns([source.text_column])
+def _builder(source: HubSource) -> datasets.DatasetBuilder:
+    """Once a process: it asks the Hub for the list of files, at the commit that the revision names then.
+
+    The clients ask for lists once; where the Hub is busy they are asked again here.
+    """
+    for planned in (*WAITS, None):
+        try:
+            return datasets.load_dataset_builder(source.dataset, source.config, revision=source.revision)
+        except READING_ERRORS as error:
+            busy = getattr(getattr(error, "response", None), "status_code", None) in TRY_AGAIN
+            if planned is None or not busy:
+                raise _mendable(source, error) from error
+            time.sleep(wait(error, planned))
+    raise AssertionError
+
+
+def _files(builder: datasets.DatasetBuilder, split: str) -> list[str]:
+    files = builder.config.data_files or {}
+    if split not in files:
+        raise ValueError(f"Bad split: {split}. Available splits: {list(map(str, files))}")
+    return files[split]
+
+
+def _stream(source: HubSource, index: int) -> datasets.IterableDataset:
+    """One file with a schema of its own: `datasets` casts all files to that of the first, or fails."""
+    builder = copy(_builder(source))
+    builder.config, builder.info = copy(builder.config), copy(builder.info)
+    files = _files(builder, source.split)
+    builder.config.data_files = DataFilesDict({source.split: DataFilesList([files[index]], [])})
+    builder.info.features = builder.config.features = None
+    return builder.as_streaming_dataset(source.split)
 
 
 def name_of(source: HubSource) -> str:
@@ -88,7 +127,7 @@ def _mendable(source: HubSource, error: Exception, place: str = "") -> DataError
     elif isinstance(error, DatasetNotFoundError) and "cannot be accessed" in text:
         wrong = "is not on the Hub, or is private."
         remedy = "Correct `dataset` in params.yaml, or set HF_TOKEN to a token that may read it."
-    elif isinstance(error, ConnectionError | HTTPError):
+    elif isinstance(error, ConnectionError | HTTPError) or "LocalEntryNotFoundError" in text:
         wrong = f"cannot be reached: {text}"
         remedy = ("Connect (and unset HF_HUB_OFFLINE) and run again: what has been read so far is kept. "
                   "Or give `dataset` a local copy's directory, in params.yaml.")

@@ -17,10 +17,9 @@ from typing import Any
 from packaging.version import Version
 
 from data_pipeline.config import AnnotateConfig, ClassifierConfig, DataError, HubSource, InstalledSource, Source
-from data_pipeline.sources.locations import expand
+from data_pipeline.sources.locations import locate, nothing
 from data_pipeline.sources.streams import is_url
 
-NAMED_IN_MESSAGES = frozenset({".jsonl", ".parquet", ".txt", ".warc", ".wet"})
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -63,7 +62,9 @@ def _of_path(path: str) -> dict[str, Any]:
         return {"address": path}
     if Path(path).is_dir():
         return stamp([path])
-    named = {*expand([path], NAMED_IN_MESSAGES), *([path] if Path(path).is_file() else [])}  # a listing, its files
+    if not (named := set(locate(path).files)):
+        raise nothing(path, [])
+    named |= {path} if Path(path).is_file() else set()          # a listing, its files
     return stamp(name for name in named if not is_url(name)) | {"addresses": sorted(filter(is_url, named))}
 
 

@@ -27,12 +27,23 @@ class Refusal(NamedTuple):
     where: str          # file or address, and the place in it where known
 
 
+class PassedOver(NamedTuple):
+    """Something that is not read, for it is of no kind that holds documents."""
+
+    unit: str           # "files", or records of an archive: "WARC records"
+    what: str           # its suffix or type
+    where: str
+
+
+Item = Document | Refusal | PassedOver
+
+
 class Piece(ABC):
     """A part of a source that is read in one go. Pieces are small and are pickled to worker processes."""
 
     @abstractmethod
-    def read(self) -> Iterator[Document | Refusal]:
-        """Documents and refusals in a fixed order, holding one record or one batch of them at a time.
+    def read(self) -> Iterator[Item]:
+        """Documents and the rest in a fixed order, holding one record or one batch of them at a time.
 
         Raises DataError for what a user must mend: a column that is not there, an address that does not answer.
         """
@@ -59,7 +70,11 @@ def checked(text: object, source: str, path: str, domain: str, license: str) -> 
 
 def seeded(names: Iterable[T], seed: int) -> list[T]:
     """`names` in an order that depends on their text and on `seed` alone, so that a cap on size takes a fair sample."""
-    return sorted(names, key=lambda name: (xxhash.xxh3_64_intdigest(str(name).encode(), seed & (2**64 - 1)), str(name)))
+    return sorted(
+        names,
+        key=lambda name: (xxhash.xxh3_64_intdigest(str(name).encode(errors="surrogateescape"), seed & (2**64 - 1)),
+                          str(name)),
+    )
 
 
 def batches(items: Iterable[tuple[T, int]], size: int) -> Iterator[list[T]]:

@@ -1,23 +1,31 @@
 """Bytes of files and web addresses: opened, resumed, decompressed, and cut at damage instead of given up.
 
+What is packed is known by its first bytes, whatever its name: gzip, bzip2, xz, zstd, LZ4, one within another.
+
 An address is read with retries: after a failed request or a broken connection the rest is asked for by an HTTP range,
 after each of the `WAITS` in turn; any progress starts them anew. What fails for good is a DataError.
 """
 
 from __future__ import annotations
 
+import codecs
 import http.client
 import io
+import lzma
+import os
 import re
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import zlib
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
+from resiliparse.parse.encoding import detect_encoding
 
 from data_pipeline.config import DataError
 
@@ -26,6 +34,7 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 20
 HEAD = 512
+BEGIN = 64                              # bytes of a text without a control character, other data may follow
 SLICE = 1 << 14                         # of a gzip stream: what stands before damage in the same slice is lost with it
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)      # seconds between attempts
 LONGEST_WAIT = 60.0                     # seconds a server may ask for
@@ -36,7 +45,19 @@ CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")      # hardly in text, i
 GZIP = b"\x1f\x8b\x08"
 GZIP_MEMBER = re.compile(rb"\x1f\x8b\x08[\x00-\x1f].{4}[\x00\x02\x04][\x00-\x0d\xff]", re.DOTALL)
 GZIP_HEADER_BYTES = 10
-ZSTD_FRAME = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")
+PACKED_NAMES = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd", ".lz4": "lz4"}
+MARKS = {                               # that a packed file begins with
+    "gzip": re.compile(re.escape(GZIP)),
+    "bz2": re.compile(rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)"),
+    "xz": re.compile(rb"\xfd7zXZ\x00"),
+    "zstd": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
+    "lz4": re.compile(rb"\x04\x22\x4d\x18"),
+}
+BYTE_ORDER_MARKS = {                    # the longer ones first, for they begin with shorter ones
+    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
+}
+URL_SIGNS = "!#$%&'()*+,/:;=?@[]~"      # that stand in an address as they are
 
 
 class Damage(NamedTuple):
@@ -50,42 +71,130 @@ def is_url(location: str) -> bool:
 
 
 def changed_at(location: str) -> int:
-    """When a file was changed, in nanoseconds of the epoch; 0 for an address."""
-    return 0 if is_url(location) else Path(location).stat().st_mtime_ns
+    """When a file was changed, in nanoseconds of the epoch; 0 for an address or a file that is gone."""
+    try:
+        return 0 if is_url(location) else Path(location).stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def shown(location: str) -> str:
+    """A name as valid Unicode: bytes that are not UTF-8 as `\\xe9`."""
+    return os.fsencode(location).decode(errors="backslashreplace")
 
 
 def chunks(location: str, start: int = 0) -> Iterator[bytes | Damage]:
-    """The bytes of a file or an address, decompressed where they are gzip or zstd, from byte `start` of a plain file.
+    """The bytes of a file or an address, unpacked, from byte `start` of a plain file.
 
     Raises DataError for what cannot be opened or goes on failing.
     """
     with _open(location) as raw:
-        head = raw.peek(HEAD)[:HEAD]
-        is_packed = CONTROL.search(head) is not None        # else a name ending in .gz or .zst is not meant
-        if head.startswith(GZIP) or (is_packed and location.endswith(".gz")):
-            yield from _gunzip(raw)
-        elif ZSTD_FRAME.match(head) or (is_packed and location.endswith(".zst")):
-            yield from _unzstd(raw)
+        if start:
+            raw.seek(start)
+            yield from _plain(raw)
         else:
-            if start:
-                raw.seek(start)
-            while chunk := raw.read(CHUNK):
-                yield chunk
+            yield from unpacked(raw, location)
 
 
-def _open(location: str) -> io.BufferedReader:
+def look(file: str) -> tuple[bytes, bool]:
+    """The first HEAD bytes of a file, unpacked, and whether it is packed. Raises DataError."""
+    with _open(file, SLICE) as raw:
+        if _packing(raw, file) is None:
+            return raw.peek(HEAD)[:HEAD], False
+        return peeked(unpacked(raw, file))[0], True
+
+
+def peeked(data: Iterator[bytes | Damage], size: int = HEAD) -> tuple[bytes, Iterator[bytes | Damage]]:
+    """The first `size` bytes, as far as they are undamaged, and all of the data."""
+    taken: list[bytes | Damage] = []
+    head = b""
+    for item in data:
+        taken.append(item)
+        if isinstance(item, Damage):
+            break
+        head += item
+        if len(head) >= size:
+            break
+    return head[:size], chain(taken, data)
+
+
+def unpacked(raw: io.BufferedReader, name: str) -> Iterator[bytes | Damage]:
+    """What a stream holds, unpacked as often as it is packed."""
+    packing = _packing(raw, name)
+    if packing is None:
+        yield from _plain(raw)
+        return
+    head, data = peeked(UNPACK[packing](raw, packing))
+    if _mark(head) is None:
+        yield from data
+        return
+    yield from unpacked_again(data, "")
+
+
+def unpacked_again(data: Iterator[bytes | Damage], name: str) -> Iterator[bytes | Damage]:
+    """Data that may be packed itself, up to its first damage: what comes after it cannot be unpacked."""
+    stream = Joined(data)
+    yield from unpacked(io.BufferedReader(stream), name)
+    if stream.damage is not None:
+        yield stream.damage
+
+
+def _packing(raw: io.BufferedReader, name: str) -> str | None:
+    """How a stream is packed: by its first bytes, or by its name where these are not text either."""
+    head = raw.peek(HEAD)[:HEAD]
+    by_name = PACKED_NAMES.get(PurePath(name.lower()).suffix)
+    return _mark(head) or (by_name if CONTROL.search(head, 0, BEGIN) else None)
+
+
+def _mark(head: bytes) -> str | None:
+    return next((packing for packing, mark in MARKS.items() if mark.match(head)), None)
+
+
+def _plain(raw: io.BufferedReader) -> Iterator[bytes]:
+    while chunk := raw.read(CHUNK):
+        yield chunk
+
+
+class Joined(io.RawIOBase):
+    """Data as a file to read, up to the first damage, which is kept."""
+
+    def __init__(self, data: Iterator[bytes | Damage]) -> None:
+        self._data = data
+        self._rest = memoryview(b"")
+        self.damage: Damage | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        while not self._rest and self.damage is None:
+            item = next(self._data, None)
+            if item is None:
+                return 0
+            if isinstance(item, Damage):
+                self.damage = item
+            else:
+                self._rest = memoryview(item)
+        view = memoryview(buffer).cast("B")
+        size = min(len(view), len(self._rest))
+        view[:size] = self._rest[:size]
+        self._rest = self._rest[size:]
+        return size
+
+
+def _open(location: str, buffer: int = CHUNK) -> io.BufferedReader:
     if is_url(location):
-        return io.BufferedReader(Download(location), CHUNK)
+        return io.BufferedReader(Download(location), buffer)
     try:
-        return io.BufferedReader(io.FileIO(location), CHUNK)
+        return io.BufferedReader(io.FileIO(location), buffer)
     except OSError as error:
         raise DataError(
-            f"annotate.sources: {location} cannot be read: {error.strerror}.\n"
+            f"annotate.sources: {shown(location)} cannot be read: {error.strerror}.\n"
             "Make it readable, or take it out of `paths`, in params.yaml."
         ) from error
 
 
-def _gunzip(raw: io.BufferedReader) -> Iterator[bytes | Damage]:
+def _gunzip(raw: io.BufferedReader, _: str) -> Iterator[bytes | Damage]:
     """Members one after another; after damage, from the next one on."""
     data, decoder, lost = b"", None, False
     while block := raw.read(SLICE):
@@ -121,14 +230,44 @@ def _gunzip(raw: io.BufferedReader) -> Iterator[bytes | Damage]:
         yield Damage("damaged gzip")
 
 
-def _unzstd(raw: io.BufferedReader) -> Iterator[bytes | Damage]:
-    """Frames one after another; what follows damage is lost."""
-    stream = pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd")
+def _unxz(raw: io.BufferedReader, _: str) -> Iterator[bytes | Damage]:
+    """Streams one after another; what follows damage is lost."""
+    decoder = None
+    while block := raw.read(SLICE):
+        while block or (decoder and not decoder.needs_input):
+            if decoder is None:
+                block = block.lstrip(b"\0")         # streams may be padded
+                if not block:
+                    break
+                decoder = lzma.LZMADecompressor()
+            try:
+                out = decoder.decompress(block, CHUNK)
+            except lzma.LZMAError:
+                yield Damage("damaged xz")
+                return
+            if out:
+                yield out
+            block, decoder = (decoder.unused_data, None) if decoder.eof else (b"", decoder)
+    if decoder is not None:
+        yield Damage("truncated xz")
+
+
+def _unarrow(raw: io.BufferedReader, packing: str) -> Iterator[bytes | Damage]:
+    """Frames or streams one after another, as Arrow unpacks them; what follows damage is lost."""
+    stream = pa.CompressedInputStream(pa.PythonFile(raw, "r"), packing)
     try:
         while block := stream.read(1 << 16):
             yield block
     except OSError as error:
-        yield Damage("truncated zstd" if "runcated" in str(error) else "damaged zstd")
+        if "ictionary" in str(error):
+            yield Damage("zstd with a dictionary, which is not read")
+        else:
+            yield Damage(f"{'truncated' if 'runcated' in str(error) else 'damaged'} {packing}")
+
+
+UNPACK: dict[str, Callable[[io.BufferedReader, str], Iterator[bytes | Damage]]] = {
+    "gzip": _gunzip, "xz": _unxz, "bz2": _unarrow, "zstd": _unarrow, "lz4": _unarrow,
+}
 
 
 class Download(io.RawIOBase):
@@ -164,14 +303,15 @@ class Download(io.RawIOBase):
                         f"annotate.sources: {self._url} failed {failures} times, the last time with: {error}.\n"
                         "Look after the network and run again: what has been read so far is kept."
                     ) from error
-                time.sleep(_wait(error, WAITS[failures - 1]))
+                time.sleep(wait(error, WAITS[failures - 1]))
 
     def _request(self) -> http.client.HTTPResponse:
         """The response, at the position reached so far."""
         headers = {"User-Agent": "nemotron-h-reproduction", "Accept-Encoding": "identity"}
         if self._position:
             headers["Range"] = f"bytes={self._position}-"
-        response = urllib.request.urlopen(urllib.request.Request(self._url, headers=headers), timeout=TIMEOUT)
+        request = urllib.request.Request(urllib.parse.quote(self._url, URL_SIGNS), headers=headers)
+        response = urllib.request.urlopen(request, timeout=TIMEOUT)
         missing = self._position if response.status != 206 else 0       # a server without ranges starts anew
         if response.length is not None:
             self._end = response.length + (0 if response.status != 206 else self._position)
@@ -199,23 +339,76 @@ class Download(io.RawIOBase):
         super().close()
 
 
-def _wait(error: Exception, planned: float) -> float:
+def wait(error: Exception, planned: float) -> float:
     """Seconds to the next attempt: the plan's, or what the server asks for, within reason."""
-    asked = error.headers.get("Retry-After", "") if isinstance(error, urllib.error.HTTPError) else ""
+    asked = (getattr(getattr(error, "response", error), "headers", None) or {}).get("Retry-After", "")
     return min(float(asked), LONGEST_WAIT) if asked.isdigit() else planned
 
 
 def decode(data: bytes) -> tuple[str, int] | None:
     """Text and the number of unreadable characters in it, which are U+FFFD; None for what is no text.
 
-    UTF-8, or UTF-16 where a byte-order mark says so.
+    As a byte-order mark says; else UTF-8; else, where hardly anything is UTF-8, as `encoding_of` finds it.
     """
-    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    if encoding == "utf-8-sig" and b"\0" in data:
-        return None
+    encoding = encoding_of(data)
     try:
-        return data.decode(encoding), 0
+        text = data.decode(encoding)
     except UnicodeDecodeError:
         text = data.decode(encoding, "replace")
+    if "\0" in text:
+        text = text.replace("\0", "\ufffd")
     unreadable = text.count("\ufffd")
     return (text, unreadable) if unreadable <= MOST_INVALID * len(text) else None
+
+
+def encoding_of(data: bytes) -> str:
+    """The encoding of a text, for Python; `utf-8-sig` where nothing speaks for another.
+
+    One without a mark of its own is guessed where no more than a few characters are UTF-8 and it fits all bytes.
+    """
+    if encoding := wide_encoding(data):
+        return encoding
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        text = data.decode(errors="replace")
+        unreadable = text.count("\ufffd")
+        valid = len(text) - unreadable - sum(map(str.isascii, text))
+        if unreadable > max(1, valid) and not CONTROL.search(data):
+            try:
+                guess = codecs.lookup(detect_encoding(data, max_len=len(data)) or "utf-8").name
+                data.decode(guess)
+                return guess
+            except (LookupError, UnicodeDecodeError):
+                pass
+    return "utf-8-sig"
+
+
+def has_mark(head: bytes) -> str | None:
+    """UTF-16 or UTF-32, where a byte-order mark says so."""
+    return next((encoding for mark, encoding in BYTE_ORDER_MARKS.items() if head.startswith(mark)), None)
+
+
+def wide_encoding(data: bytes) -> str | None:
+    """UTF-16 or UTF-32 by a byte-order mark; UTF-16 too where every other byte is zero, as in what is mostly ASCII."""
+    if marked := has_mark(data):
+        return marked
+    half = len(data) // 2
+    if half and not len(data) % 2:
+        for encoding, zeros, others in (("utf-16-le", data[1::2], data[::2]), ("utf-16-be", data[::2], data[1::2])):
+            if zeros.count(0) > 0.7 * half and b"\0" not in others:
+                return encoding
+    return None
+
+
+def in_utf8(data: Iterator[bytes | Damage]) -> Iterator[bytes | Damage]:
+    """Data as it is, or written anew in UTF-8 where a byte-order mark says that it is UTF-16 or UTF-32."""
+    head, data = peeked(data)
+    encoding = has_mark(head)
+    if encoding is None:
+        yield from data
+        return
+    decoder = codecs.getincrementaldecoder(encoding)("replace")
+    for item in data:
+        yield item if isinstance(item, Damage) else decoder.decode(item).encode()
+    yield decoder.decode(b"", final=True).encode()

@@ -13,17 +13,14 @@ ones are found in text that never saw them and are passed over, with a count.
 from __future__ import annotations
 
 import html
-import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numba import njit, uint64
 from numpy.typing import NDArray
 
@@ -31,7 +28,7 @@ from data_pipeline.config import DataError, DecontaminationConfig
 from data_pipeline.steps.step import Arrays, Decision, GlobalStep, with_column
 from data_pipeline.steps.words import WORD, Int64, UInt64, Words, passages_of, words_of
 
-SUFFIXES = (".jsonl", ".parquet", ".txt")
+Strings = Callable[[str], Iterator[str]]        # of a file, by its name
 
 
 FEWEST_WORDS = 8
@@ -81,16 +78,20 @@ class Decontaminate(GlobalStep):
     Two different n-grams have the same hash with probability 2^-64: 10^9 of them in 10^12 words of training text meet
     by chance some 50 times.
 
-    Raises DataError where a file of `against` is missing, has another suffix than SUFFIXES, or cannot be read.
+    Args:
+        strings: reads the files of `against` (`data_pipeline.sources.readers.strings`).
+
+    Raises DataError where a file of `against` is missing, damaged, or not of a kind that sources are read from.
     """
 
     name = "decontaminate"
 
-    def __init__(self, config: DecontaminationConfig):
-        self.config = config
+    def __init__(self, config: DecontaminationConfig, strings: Strings | None = None):
+        self.config, self.strings = config, strings
+        assert strings or not config.against
         for name in config.against:
-            if not Path(name).is_file() or not name.endswith(SUFFIXES):
-                raise _unreadable(name, f"not a file that ends in {', '.join(SUFFIXES)}")
+            if not Path(name).is_file():
+                raise _unreadable(name, "no such file")
 
     def survey(self, table: pa.Table) -> Arrays:
         held_out = table.filter(pa.array(table["held_out"].to_pylist(), pa.bool_()))
@@ -104,7 +105,8 @@ class Decontaminate(GlobalStep):
         n, least = self.config.ngram, min(FEWEST_WORDS, self.config.ngram)
         known, texts = [survey["hashes"] for survey in surveys], np.zeros(3, np.int64)
         for name in self.config.against:
-            for number, words in enumerate(readings(pa.table({"text": pa.array(_strings(name), pa.string())}))):
+            found = pa.table({"text": pa.array(list(self._strings(name)), pa.string())})
+            for number, words in enumerate(readings(found)):
                 lengths = np.minimum(np.diff(np.concatenate([[0], np.cumsum(words.sizes)])[words.first]) // WORD, n)
                 of_word = np.repeat(lengths, np.diff(words.first))
                 for length in range(least, n + 1):
@@ -118,6 +120,13 @@ class Decontaminate(GlobalStep):
                   file=sys.stderr, flush=True)
         return Decision({"known": hash_set(np.concatenate(known)), "texts": texts,
                          "lengths": np.arange(least if texts[1] else n, n + 1)}, [{}] * len(surveys))
+
+    def _strings(self, name: str) -> Iterator[str]:
+        assert self.strings is not None
+        try:
+            yield from self.strings(name)
+        except (OSError, ValueError, RecursionError) as error:      # pa.ArrowInvalid, DataError are ValueErrors
+            raise _unreadable(name, str(error).replace("\n", " ")) from error
 
     def apply(self, table: pa.Table, shared: Arrays, own: Arrays) -> pa.Table:
         known, lengths = np.asarray(shared["known"]), np.asarray(shared["lengths"]).tolist()
@@ -162,32 +171,6 @@ def is_in(hashes: UInt64, table: UInt64) -> NDArray[np.bool_]:
             slot = (slot + uint64(1)) & mask
         result[index] = table[slot] == entry
     return result
-
-
-def _strings(name: str) -> Iterator[str]:
-    """Every string in a file: all text, or the values of all fields at any depth."""
-    path = Path(name)
-    try:
-        if path.suffix == ".txt":
-            yield path.read_text(encoding="utf-8")
-        elif path.suffix == ".parquet":
-            with pq.ParquetFile(path) as file:
-                for batch in file.iter_batches():
-                    yield from _leaves(batch.to_pylist())
-        else:
-            with path.open(encoding="utf-8") as lines:
-                for line in lines:
-                    yield from _leaves(json.loads(line)) if line.strip() else ()
-    except (OSError, ValueError) as error:      # pa.ArrowInvalid, JSON and UTF-8 errors are ValueErrors
-        raise _unreadable(name, str(error).replace("\n", " ")) from error
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(inner)
 
 
 def _unreadable(name: str, what: str) -> DataError:

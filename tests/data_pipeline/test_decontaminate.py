@@ -1,5 +1,7 @@
 """Shared n-grams against sets of tuples of words; evaluation files; real text that contains other real text."""
 
+import bz2
+import gzip
 import html
 import json
 import re
@@ -11,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline.config import DataError, DecontaminationConfig
+from data_pipeline.sources.readers import strings
 from data_pipeline.steps.decontaminate import Decontaminate, hash_set, is_in, ngram_hashes
 from data_pipeline.steps.normalise import normalise_text
 from data_pipeline.steps.step import SCHEMA, text_id
@@ -22,7 +25,7 @@ SITE_PACKAGES = Path(np.__file__).parent.parent
 
 def contamination(rows: list[tuple[str, bool]], n: int, against: list[str] | None = None, shards: int = 1) -> list[int]:
     """The column `contamination` of all shards."""
-    step = Decontaminate(DecontaminationConfig(ngram=n, against=against or []))
+    step = Decontaminate(DecontaminationConfig(ngram=n, against=against or []), strings)
     tables = [
         pa.Table.from_pylist([
             {"id": text_id(text), "text": text, "source": "s", "path": "p", "domain": "d", "license": "MIT",
@@ -87,8 +90,21 @@ def test_evaluation_files(tmp_path):
     assert contamination(rows[:-1], 6, files) == [8, 1, 1, 0, 2]
 
 
+def test_evaluation_files_are_read_as_sources_are(tmp_path):
+    question = "what did the fox that ran over the hill say to the dog"
+    record = json.dumps({"question": question}).encode()
+    for name, content in (
+        ("a.jsonl.gz", gzip.compress(record)), ("a.jsonl", gzip.compress(record)), ("a.ndjson", record),
+        ("a.json.bz2", bz2.compress(b"[%b,\n%b]" % (record, record))), ("a.csv", f"id,q\n1,{question}\n".encode()),
+        ("a.tsv", f"id\tq\n1\t{question}\n".encode()), ("README", question.encode("utf-16")),
+    ):
+        (tmp_path / name).write_bytes(content)
+        assert contamination([(question, False)], 6, [str(tmp_path / name)]) == [8], name
+
+
 @pytest.mark.parametrize(("name", "content"), [
-    ("missing.jsonl", None), ("task.csv", b"a,b"), ("broken.jsonl", b'{"a": 1}\n{"a": '), ("broken.parquet", b"PAR1"),
+    ("missing.jsonl", None), ("task.png", b"\x89PNG\0"), ("cut.jsonl.gz", gzip.compress(b"{}" * 99)[:-9]),
+    ("broken.jsonl", b'{"a": 1}\n{"a": '), ("broken.parquet", b"PAR1"),
     ("latin.txt", b"caf\xe9"), ("latin.jsonl", b'"caf\xe9"'),
 ])
 def test_files_that_cannot_be_read(tmp_path, name, content):

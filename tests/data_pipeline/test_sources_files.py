@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline.config import DataError, FilesSource
-from data_pipeline.sources import Document, Refusal, digest, files, pieces, read_piece
-from data_pipeline.sources.files import split_lines
+from data_pipeline.sources import Document, Refusal, digest, pieces, read_piece, readers
+from data_pipeline.sources.readers import split_lines
 from data_pipeline.sources.streams import Damage
 
 WHOLE = 10**12
@@ -92,7 +92,8 @@ def test_bad_records_are_counted_and_the_rest_is_kept(tmp_path):
     found = read(tmp_path)
     assert texts(found) == ["first", "last"]
     assert reasons(found) == [
-        "no text", "no text", "no text", "empty", "no JSON object", "invalid JSON", "invalid UTF-8", "invalid JSON"
+        "no text", "no text", "no column 'text'", "empty", "no JSON object", "invalid JSON", "invalid UTF-8",
+        "nested too deeply",
     ]
     assert found[1].where == f"{tmp_path}/a.jsonl, byte {len(jsonl({'text': 'first'}))}"
 
@@ -106,7 +107,8 @@ def test_an_array_over_several_lines_is_explained(tmp_path):
     for value, indent in ((RECORDS[:2], None), (RECORDS[:2], 1), (RECORDS[0], 1)):
         (tmp_path / "a.json").write_text(json.dumps(value, indent=indent))
         with pytest.raises(DataError, match=r"a\.json is one JSON value over several lines\.\n.*jq"):
-            read(tmp_path)
+            read(tmp_path / "a.json")
+        assert read(tmp_path) == [Refusal("own", "one JSON value over several lines", f"{tmp_path}/a.json")]
 
 
 def test_a_missing_column_is_named_with_those_there_are(tmp_path):
@@ -124,7 +126,7 @@ def test_a_missing_column_is_named_with_those_there_are(tmp_path):
 
 def test_a_first_record_of_another_kind_is_counted(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl({"_meta": 1}, {"text": "first"}, {"other": 2}, {"text": "last"}))
-    assert texts(read(tmp_path)) == ["first", "last"] and reasons(read(tmp_path)) == ["no text"] * 2
+    assert texts(read(tmp_path)) == ["first", "last"] and reasons(read(tmp_path)) == ["no column 'text'"] * 2
 
 
 def test_a_broken_gzip_gives_what_stands_before_and_after(tmp_path):
@@ -150,19 +152,20 @@ def test_text_files(tmp_path):
     by_name = {item.source.rpartition("/")[2]: item.text for item in found if isinstance(item, Document)}
     assert {name: text for name, text in by_name.items() if name != "cut.md.gz"} == {
         "good.md": "# Title\n", "bom.txt": "bom", "wide.txt": "breit", "packed.txt.gz": "gz",
-        "spoilt.txt": "word " * 200 + "\ufffd",
+        "spoilt.txt": "word " * 200 + "\ufffd", "latin.rst": "café crème",
     }
     assert random.Random(1).randbytes(9999).hex().startswith(by_name["cut.md.gz"]) and len(by_name["cut.md.gz"]) > 9999
     assert {(item.where.rpartition("/")[2], item.reason) for item in found if isinstance(item, Refusal)} == {
-        ("empty.txt", "empty"), ("spoilt.txt", "invalid UTF-8"), ("latin.rst", "not text"),
-        ("cut.md.gz", "truncated gzip"), ("picture.txt", "not text"),
+        ("empty.txt", "empty"), ("spoilt.txt", "invalid UTF-8"), ("cut.md.gz", "truncated gzip"),
+        ("picture.txt", "not text"),
     }
 
 
 def test_other_endings_are_text_where_they_are_named(tmp_path):
     (tmp_path / "a.py").write_text("print()\n")
-    assert texts(read(tmp_path / "*.py")) == ["print()\n"]
-    with pytest.raises(DataError, match=r"no file was found\.\nName files, wildcards such as 'texts/\*\*/\*\.md'"):
+    assert texts(read(tmp_path / "*.py")) == texts(read(tmp_path / "a.py")) == ["print()\n"]
+    expected = r"no file was found that is read, but \.py 1\.\nName files, wildcards such as 'texts/\*\*/\*\.md'"
+    with pytest.raises(DataError, match=expected):
         read(tmp_path)
 
 
@@ -175,7 +178,7 @@ def test_a_line_of_50_megabytes(tmp_path):
 
 
 def test_a_record_without_end_is_not_held(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "LARGEST_RECORD", 1000)
+    monkeypatch.setattr(readers, "LARGEST_RECORD", 1000)
     (tmp_path / "a.jsonl").write_bytes(jsonl({"text": "a"}, {"text": "x" * 2000}, {"text": "b"}))
     (tmp_path / "b.txt").write_bytes(b"x" * 2000)
     found = read(tmp_path)
@@ -191,12 +194,13 @@ def test_lines_across_chunks():
     assert list(split_lines([b"one\ntw", gap, b"four\n"], 0)) == [(0, b"one"), (6, gap), (6, b"four")]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt", "a.parquet"])
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.jsonl.gz", "a.txt", "a.parquet", "a.csv", "a.html.xz", "a.zip", "a.tar.gz", "a.wet"]
+)
 def test_empty_files(tmp_path, name):
     (tmp_path / name).touch()
-    expected = {"a.txt": ["empty"], "a.parquet": ["damaged Parquet"]}.get(name, [])
-    found = read(tmp_path / name)
-    assert texts(found) == [] and reasons(found) == expected
+    for found in (read(tmp_path / name), read(tmp_path)):
+        assert texts(found) == [] and reasons(found) == ["empty"] and found[0].where == f"{tmp_path}/{name}"
 
 
 def test_parquet_types_and_bad_values(tmp_path):
@@ -230,7 +234,11 @@ def test_a_damaged_row_group_is_passed_over(tmp_path):
     assert reasons(read(file)) == ["damaged Parquet"]
 
 
-def test_packed_parquet_is_refused(tmp_path):
+def test_parquet_that_is_packed(tmp_path):
+    pq.write_table(pa.Table.from_pylist(RECORDS), tmp_path / "b.parquet")
+    data = (tmp_path / "b.parquet").read_bytes()
+    (tmp_path / "b.parquet").unlink()
     (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(b"PAR1"))
-    with pytest.raises(DataError, match=r"a\.parquet\.gz is Parquet that must be read from a plain file"):
-        read(tmp_path)
+    (tmp_path / "b.parquet.gz").write_bytes(gzip.compress(data))
+    found = read(tmp_path)
+    assert texts(found) == [record["text"] for record in RECORDS] and reasons(found) == ["damaged Parquet"]

@@ -29,7 +29,7 @@ def read(dataset, seed=1, **fields) -> list[Document | Refusal]:
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    hub._open.cache_clear()
+    hub._builder.cache_clear()
 
 
 @pytest.fixture

@@ -7,13 +7,12 @@ import pyarrow as pa
 import pytest
 from local_server import serving
 
-from data_pipeline.config import DataError
-from data_pipeline.sources import streams
-from data_pipeline.sources.locations import expand
+from data_pipeline.config import DataError, FilesSource
+from data_pipeline.sources import PassedOver, pieces, streams
+from data_pipeline.sources.locations import locate
 from data_pipeline.sources.streams import Damage, chunks, decode
 
 TEXT = b"".join(b"%d %x\n" % (number, random.Random(number).getrandbits(64)) for number in range(30_000))
-SUFFIXES = frozenset({".txt"})
 
 
 def zstd(data: bytes) -> bytes:
@@ -100,7 +99,7 @@ def test_text_of_bytes():
     assert decode(b"\xef\xbb\xbfa") == ("a", 0)
     assert decode("Ärger".encode("utf-16")) == ("Ärger", 0)
     assert decode(b"word " * 100 + b"\xff") == ("word " * 100 + "\ufffd", 1)
-    assert decode(b"caf\xe9 cr\xe8me br\xfbl\xe9e") is None
+    assert decode(b"caf\xe9 cr\xe8me br\xfbl\xe9e") == ("café crème brûlée", 0)
     assert decode(b"\x7fELF\0\0\1") is None
 
 
@@ -142,10 +141,10 @@ def test_a_port_nobody_listens_on(server):
 
 def test_the_wait_a_server_asks_for():
     asked = streams.urllib.error.HTTPError("http://a", 429, "Too Many", {"Retry-After": "7"}, None)
-    assert streams._wait(asked, 1.0) == 7.0
+    assert streams.wait(asked, 1.0) == 7.0
     asked.headers["Retry-After"] = "86400"
-    assert streams._wait(asked, 1.0) == streams.LONGEST_WAIT
-    assert streams._wait(ConnectionError(), 1.0) == 1.0
+    assert streams.wait(asked, 1.0) == streams.LONGEST_WAIT
+    assert streams.wait(ConnectionError(), 1.0) == 1.0
 
 
 def test_paths_stand_for_files(tmp_path, server):
@@ -155,19 +154,21 @@ def test_paths_stand_for_files(tmp_path, server):
     server.files["/lists/all.paths.gz"] = gzip.compress(b"crawl/one.warc.gz\ncrawl/two.warc.gz\n")
 
     def names(*paths: str) -> list[str]:
-        return [name.removeprefix(f"{tmp_path}/") for name in expand(list(paths), SUFFIXES)]
+        return [name.removeprefix(f"{tmp_path}/") for path in paths for name in locate(path).files]
 
-    assert names(str(tmp_path)) == ["a.txt.gz", "b.txt", "deep/c.TXT"]
-    assert names(f"{tmp_path}/*.txt", str(tmp_path / "b.txt")) == ["b.txt"]
-    assert names(f"{tmp_path}/**/*.png", str(tmp_path / "[odd].dat")) == ["[odd].dat", "deep/no.png"]
+    assert names(str(tmp_path)) == ["[odd].dat", "a.txt.gz", "b.txt", "deep/c.TXT", "deep/no.png"]
+    assert locate(str(tmp_path)).passed_over == [PassedOver("files", "hidden", f"{tmp_path}/.git")]
+    assert names(f"{tmp_path}/*.txt") == ["b.txt"]
+    assert names(f"{tmp_path}/**/*.png", str(tmp_path / "[odd].dat")) == ["deep/no.png", "[odd].dat"]
     assert names("https://a.org/x") == ["https://a.org/x"]
     assert names(server.address("/lists/all.paths.gz")) == [
         server.address("/crawl/one.warc.gz"), server.address("/crawl/two.warc.gz")
     ]
     for nothing in (tmp_path / "none.txt", tmp_path / "*.warc", tmp_path / "a**b", ""):
         (tmp_path / "empty").mkdir(exist_ok=True)
+        source = FilesSource(kind="files", paths=[str(nothing or tmp_path / "empty")], domain="own")
         with pytest.raises(DataError, match=r"no file was found\.\n"):
-            expand([str(nothing or tmp_path / "empty")], SUFFIXES)
+            pieces(source, 1, 10**6)
 
 
 def test_a_file_that_may_not_be_opened_is_named(tmp_path):

@@ -6,7 +6,9 @@ import pickle
 import random
 import re
 import time
+import zlib
 
+import brotli
 import justext.core
 import pytest
 from fastwarc.stream_io import GzipWriter
@@ -15,7 +17,7 @@ from justext import get_stoplist
 from local_server import serving
 
 from data_pipeline.config import DataError, WebSource
-from data_pipeline.sources import Document, Refusal, main_text, pieces, read_piece, web
+from data_pipeline.sources import Document, PassedOver, Refusal, main_text, pieces, read_piece, web
 from data_pipeline.sources.streams import Damage
 
 PARAGRAPH = (
@@ -59,6 +61,10 @@ def numbers(items) -> list[int]:
 
 def reasons(items) -> list[str]:
     return [item.reason for item in items if isinstance(item, Refusal)]
+
+
+def passed_over(items) -> list[str]:
+    return [item.what for item in items if isinstance(item, PassedOver) and item.unit == "WARC records"]
 
 
 @pytest.fixture
@@ -158,7 +164,7 @@ def test_a_truncated_file_is_kept_up_to_there(archive, data):
 
 
 def test_what_is_no_archive(archive):
-    assert archive(b"") == []
+    assert reasons(archive(b"")) == ["empty"]
     assert reasons(archive(b"<html>not an archive</html>" * 1000)) == ["damaged record"]
     assert reasons(archive(gzip.compress(b"\0\1\2" * 100_000))) == ["damaged record"]
 
@@ -179,10 +185,11 @@ def test_only_pages_answered_with_200_and_html(archive):
     ]))
     assert numbers(found) == [5, 6]
     assert reasons(found) == [
-        "not HTTP 200", "not HTTP 200", "not HTML", "not HTML", "not HTML", "damaged record", "no main text",
+        "not HTTP 200", "not HTTP 200", "not HTML", "not HTML", "not HTML", "no main text", "no main text",
         "damaged record",
     ]
-    assert found[0].where.endswith("a.warc.gz, record 2")
+    assert found[2].where.endswith("a.warc.gz, record 2")
+    assert passed_over(found) == ["warcinfo", "request", "response of dns"]
 
 
 def test_pages_too_large_are_left_out(archive, monkeypatch):
@@ -219,7 +226,7 @@ def test_wet_records_as_they_are(archive):
         warc("conversion", "https://a.org/?2", b"caf\xe9", "text/plain"),
         warc("conversion", "https://a.org/?3", b" \n", "text/plain"),
     ])), name="a.wet.gz")
-    assert found[0] == Document(text, "a.org", "https://a.org/?1", "web", "unknown")
+    assert found[1] == Document(text, "a.org", "https://a.org/?1", "web", "unknown")
     assert reasons(found) == ["invalid UTF-8", "no main text"]
 
 
@@ -291,3 +298,80 @@ def test_a_gap_stands_for_what_it_cuts_off():
     record, gap = RECORDS[0], Damage("gap")
     assert list(web.records([record + record[:50], gap, record[60:] + record])) == [record[:-4], gap, record[:-4]]
     assert list(web.records([record[:50], gap, gap, record])) == [gap, gap, record[:-4]]
+
+
+@pytest.mark.parametrize("version", ["WARC/1.0", "WARC/1.1", "WARC/0.18", "WARC/0.17"])
+@pytest.mark.parametrize("line_end", [b"\r\n", b"\n"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_versions_and_line_ends_of_records(archive, version, line_end, packed):
+    records = []
+    for record in RECORDS:
+        head, end, rest = record.partition(b"\r\n\r\n")
+        head = head.replace(b"WARC/1.0", version.encode()).replace(b"; ", b";")
+        records.append(head.replace(b"\r\n", line_end) + end.replace(b"\r\n", line_end) + rest)
+    spoilt = records[3].replace(b"WARC", b"XXXX")
+    found = archive(b"".join(map(gzip.compress, records) if packed else [*records[:3], spoilt, *records[4:]]))
+    assert numbers(found) == list(range(8)) if packed else [0, 1, 2, 4, 5, 6, 7]
+    assert len(reasons(found)) == (not packed)
+
+
+def test_http_headers_that_end_in_line_feeds(archive):
+    http = b"HTTP/1.1 200 OK\nContent-Type: text/html\n\n" + html(1).encode()
+    found = archive(warc("response", "http://a.org/?1", http, "application/http;msgtype=response"))
+    assert numbers(found) == [1]
+
+
+def test_resources_and_records_of_other_types(archive):
+    found = archive(b"".join([
+        warc("resource", "http://a.org/?1", html(1).encode(), "text/html; charset=utf-8"),
+        warc("resource", "http://a.org/?2", b"plain text", "text/plain"),
+        *(warc(kind, "http://a.org/", b"x", "text/plain")
+          for kind in ("warcinfo", "request", "metadata", "revisit", "continuation", "invented", "metadata")),
+    ]))
+    assert numbers(found) == [1] and found[0].text == EXPECTED.replace("3", "1") and reasons(found) == ["not HTML"]
+    assert passed_over(found) == ["warcinfo", "request", "metadata", "revisit", "continuation", "invented", "metadata"]
+
+
+def raw_deflate(data: bytes) -> bytes:
+    packer = zlib.compressobj(wbits=-15)
+    return packer.compress(data) + packer.flush()
+
+
+def chunked(data: bytes, end: bytes = b"0\r\n\r\n") -> bytes:
+    return b"".join(b"%x;a=b\r\n%b\r\n" % (len(data[at : at + 99]), data[at : at + 99])
+                    for at in range(0, len(data), 99)) + end
+
+
+def same(data: bytes) -> bytes:
+    return data
+
+
+@pytest.mark.parametrize(("headers", "pack"), [
+    *((f"Content-Encoding: {name}", pack) for name, pack in (
+        ("x-gzip", gzip.compress), ("GZIP", gzip.compress), ("deflate", zlib.compress), ("deflate", raw_deflate),
+        ("br", brotli.compress), ("gzip, br", lambda data: brotli.compress(gzip.compress(data))),
+        ("none", same), ("utf-8", same), ("identity", same), ("", same), ("gzip", same), ("br", same),
+        ("deflate", same), ("compress", same), ("utf-8", gzip.compress),
+    )),
+    ("X: y", gzip.compress), ("Transfer-Encoding: chunked", chunked), ("Transfer-Encoding: chunked", same),
+    ("Transfer-Encoding: chunked", lambda data: chunked(data, b"")), ("Transfer-Encoding: gzip", gzip.compress),
+    ("Transfer-Encoding: gzip, chunked", lambda data: chunked(gzip.compress(data))),
+    ("Content-Encoding: gzip\r\nTransfer-Encoding: chunked", lambda data: chunked(gzip.compress(data))),
+    ("Content-Encoding: gzip\r\nTransfer-Encoding: chunked", gzip.compress),
+])
+def test_bodies_as_archives_have_them(archive, headers, pack):
+    body = pack(html(3).encode())
+    (page,) = archive(gzip.compress(response(3, body, headers=f"Content-Type: text/html\r\n{headers}")))
+    assert page.text == EXPECTED
+
+
+@pytest.mark.parametrize(
+    ("name", "pack"), [("gzip", gzip.compress), ("deflate", zlib.compress), ("br", brotli.compress)]
+)
+def test_bodies_that_are_cut_or_unpack_to_any_size(archive, name, pack):
+    body = pack((html(3) + "<pre>" + random.Random(2).randbytes(50_000).hex()).encode())
+    headers = f"Content-Type: text/html\r\nContent-Encoding: {name}"
+    (page,) = archive(response(3, body[: len(body) * 2 // 3], headers=headers))
+    assert page.text == EXPECTED
+    found = archive(response(3, pack(bytes(30_000_000)), headers=headers))
+    assert reasons(found) == ["too large"]

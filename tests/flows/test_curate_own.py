@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import subprocess
@@ -33,6 +32,7 @@ def write_texts(directory: Path) -> None:
     texts = [" ".join(topics[start : start + 2500].split()) for start in range(0, 60_000, 2500)]
     lines = [json.dumps({"content": text}) for text in (*texts[:15], texts[3])]
     (directory / "my texts").mkdir()
+    (directory / "my texts" / "picture.png").write_bytes(b"\x89PNG")
     (directory / "my texts" / "a.jsonl").write_text("\n".join(lines) + "\n")
     (directory / "crawl.warc").write_bytes(b"".join(page(text, number) for number, text in enumerate(texts[15:])))
 
@@ -59,6 +59,7 @@ def test_files_and_an_archive_are_curated_and_the_funnel_shown(tmp_path: Path) -
     assert {row["domain"] for row in funnel} == {"web"}
     read, copies = (next(row for row in funnel if row["step"] == step) for step in ("read", "copies"))
     assert 16 < read["documents"] <= 25 and copies["reasons"] == {"copy": 1}
+    assert "Passed over: 1 files (.png 1).\n" in done.stdout
     for row in funnel:
         assert f"{row['step'].replace('_', ' ')}  " in done.stdout
     assert done.stdout.splitlines()[-2].startswith("Curated text: my out/data/curated/train")
@@ -141,28 +142,17 @@ def test_what_is_not_there_is_two_lines(tmp_path: Path) -> None:
     assert not (tmp_path / "curated-own/data/annotated").exists()
 
 
-def test_sources_by_what_a_path_holds(tmp_path: Path) -> None:
-    for name in ("both/a.txt", "both/deep/b.warc.gz", "archives/c.wet.gz"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    given = [str(tmp_path / "both"), str(tmp_path / "archives"), "https://host/x.warc.gz", "all/*.jsonl.gz"]
-    web, files = sources_of(given, "web", "text")
-    assert web == {"kind": "web", "paths": given[:3], "domain": "web"}
-    assert files["paths"] == [given[0], str(Path("all/*.jsonl.gz").absolute())]
+def test_a_name_that_is_not_utf_8_is_two_lines_when_it_is_named(tmp_path: Path) -> None:
+    done = run(tmp_path, os.fsdecode(b"caf\xe9.txt"))
+    assert done.returncode == 1 and done.stderr.splitlines()[1] == "Name its directory, or a wildcard: 'caf?.txt'."
+    assert len(done.stderr.splitlines()) == 2
 
 
-def test_listings_and_wildcards_by_what_they_stand_for(tmp_path: Path) -> None:
-    """Common Crawl's listings are called warc.paths.gz and wet.paths.gz."""
-    for name in ("a.warc", "b.wet.gz", "c.txt"):
-        (tmp_path / name).touch()
-    (tmp_path / "wet.paths.gz").write_bytes(gzip.compress(f"{tmp_path}/b.wet.gz\n".encode()))
-    (tmp_path / "mine.paths").write_text(f"{tmp_path}/b.wet.gz\n")
-    archives = [str(tmp_path / name) for name in ("wet.paths.gz", "mine.paths", "*.w*")]
-    assert sources_of([*archives, "https://host/warc.paths.gz"], "web") == [
-        {"kind": "web", "paths": [*archives, "https://host/warc.paths.gz"], "domain": "web"}]
-    web, files = sources_of([str(tmp_path / "[abc].*")], "web", "text", "resiliparse")
-    assert web["paths"] == [str(tmp_path / "a.warc"), str(tmp_path / "b.wet.gz")] and web["extractor"] == "resiliparse"
-    assert files["paths"] == [str(tmp_path / "c.txt")]
+def test_paths_of_a_source_are_the_callers() -> None:
+    given = ["/all/both", "https://host/x.warc.gz", "all/*.jsonl.gz"]
+    (files,) = sources_of(given, "web", "text")
+    assert files["paths"] == [*given[:2], str(Path("all/*.jsonl.gz").absolute())]
+
 
 
 def test_settings_are_valid_for_text_and_for_code() -> None:

@@ -1,0 +1,485 @@
+"""Documents of files, addresses and members of archives, whatever they are."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import tempfile
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import IO, Any, Literal, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_pipeline.config import DataError, FilesSource
+from data_pipeline.sources.archives import Member, tar_members, zip_members
+from data_pipeline.sources.columns import as_bytes, missing_column, require_text
+from data_pipeline.sources.kinds import How, Kind, kind_of, not_read, suffix
+from data_pipeline.sources.piece import Item, PassedOver, Refusal, checked
+from data_pipeline.sources.streams import (
+    CHUNK,
+    Damage,
+    Joined,
+    chunks,
+    decode,
+    encoding_of,
+    in_utf8,
+    is_url,
+    peeked,
+    shown,
+    unpacked_again,
+)
+from data_pipeline.sources.web import NO_TEXT, archive, page
+
+LARGEST_RECORD = 256_000_000        # bytes: more in one line or text file is no document
+ROWS = 64                           # of Parquet, held at a time
+DEEPEST = 4                         # archives within each other
+IN_MEMORY = 64_000_000              # bytes of what must be read as a whole and is no plain file; more goes to disk
+PARQUET_ERRORS = (OSError, ValueError, pa.ArrowException)       # Arrow's own, and names that are not UTF-8
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+JSON = json.JSONDecoder(parse_int=float)        # which takes any number of digits
+UNREADABLE = {True: re.compile("[\ud800-\udfff]"), False: re.compile("\ufffd")}     # by whether the file is UTF-8
+csv.field_size_limit(LARGEST_RECORD)
+
+
+class Part(NamedTuple):
+    """A range of a file: bytes of records, row groups of Parquet. Without an end, all of it."""
+
+    file: str
+    how: How
+    size: int                       # bytes
+    kind: Literal["records", "parquet"] | None = None       # None: what its first bytes say
+    start: int = 0
+    end: int | None = None
+
+
+class Stream(NamedTuple):
+    """Bytes to read documents from."""
+
+    name: str                           # as shown; a member's after its archive's and a slash
+    data: Iterator[bytes | Damage]      # unpacked
+    source: FilesSource
+    kinds: frozenset[Kind] | None       # that are read; None stands for all
+    part: Part | None                   # None for a member of an archive
+    depth: int = 0                      # archives that it lies in
+
+    @property
+    def how(self) -> How:
+        return self.part.how if self.part else "found"
+
+    @property
+    def named(self) -> bool:
+        return self.how == "named"
+
+    def refused(self, reason: str, place: str = "") -> Refusal:
+        where = f"{self.name}, {place}" if place else self.name
+        return Refusal(self.source.domain, reason, where.encode(errors="backslashreplace").decode())
+
+    def checked(self, text: object, place: str) -> Item:
+        return checked(text, self.name, place, self.source.domain, self.source.license)
+
+
+def read_part(part: Part, source: FilesSource, kinds: frozenset[Kind] | None) -> Iterator[Item]:
+    """Raises DataError for a file a user named that cannot be opened, is not read or lacks the text column."""
+    stream = Stream(shown(part.file), iter(()), source, kinds, part)
+    if part.kind == "parquet":
+        yield from _row_groups(part.file, stream)
+        return
+    try:
+        head, data = peeked(chunks(part.file, max(part.start - 1, 0)))      # the part before has that byte's line
+    except DataError:
+        if stream.named or is_url(part.file):
+            raise
+        yield stream.refused("cannot be read")
+        return
+    stream = stream._replace(data=data)
+    yield from _records(stream) if part.kind == "records" else _stream(part.file, head, stream)
+
+
+def _stream(name: str, head: bytes, stream: Stream) -> Iterator[Item]:
+    """Documents of a stream that is what its name and first bytes say."""
+    kind = kind_of(name, head, stream.how)
+    if kind and not head:
+        first = next(stream.data, None)
+        if first is None:
+            yield stream.refused("empty")
+            return
+        stream = stream._replace(data=chain([first], stream.data))
+    if kind is None or (stream.kinds and kind not in {*stream.kinds, "pointer"}):
+        yield passed_over(name, head, stream.how)._replace(where=stream.name)
+    elif kind == "pointer":
+        if stream.named:
+            raise not_read(name, head)
+        yield stream.refused("Git LFS pointer")
+    else:
+        yield from READERS[kind](stream)
+
+
+def passed_over(name: str, head: bytes, how: How) -> PassedOver:
+    """A file of a kind that is not read. Raises DataError where a user named it."""
+    if how == "named":
+        raise not_read(name, head)
+    return PassedOver("files", suffix(name) or "no suffix", shown(name))
+
+
+def _warc(stream: Stream) -> Iterator[Item]:
+    return archive(stream.data, stream.name, stream.source)
+
+
+def _tar(stream: Stream) -> Iterator[Item]:
+    return _members(tar_members(stream.data), stream)
+
+
+def _zip(stream: Stream) -> Iterator[Item]:
+    try:
+        with _whole(stream) as file:
+            yield from _members(zip_members(file), stream)
+    except _Damaged as damage:
+        yield stream.refused(str(damage))
+
+
+def _members(members: Iterator[Member | Damage], stream: Stream) -> Iterator[Item]:
+    """Documents of the files in an archive. As in a directory, hidden ones are passed over."""
+    if stream.depth == DEEPEST:
+        yield stream.refused(f"more than {DEEPEST} archives within each other")
+        return
+    first = next(members, None)
+    if first is None:
+        yield stream.refused("empty")
+        return
+    for member in chain([first], members):
+        if isinstance(member, Damage):
+            yield stream.refused(member.reason)
+            continue
+        name = f"{stream.name}/{shown(member.name)}"
+        if member.data is None:
+            yield PassedOver("files", "link or device in an archive", name)
+        elif any(part.startswith(".") for part in member.name.split("/")):
+            yield PassedOver("files", "hidden", name)
+        else:
+            head, data = peeked(unpacked_again(member.data, member.name))
+            inner = stream._replace(name=name, data=data, part=None, depth=stream.depth + 1)
+            yield from _stream(member.name, head, inner)
+
+
+@contextmanager
+def _whole(stream: Stream) -> Iterator[IO[bytes]]:
+    """A stream as a file that can be read at any place. Raises _Damaged."""
+    with tempfile.SpooledTemporaryFile(IN_MEMORY) as file:
+        for item in stream.data:
+            if isinstance(item, Damage):
+                raise _Damaged(item.reason)
+            file.write(item)
+        file.seek(0)
+        yield file
+
+
+class _Damaged(Exception):
+    """What must be read as a whole is damaged."""
+
+
+def is_one_value(begin: bytes) -> bool:
+    """Whether JSON that begins so is one value over several lines."""
+    begin = begin.removeprefix(BYTE_ORDER_MARK).lstrip()
+    return begin.startswith(b"[") or begin.partition(b"\n")[0].strip() == b"{"
+
+
+def _no_column(stream: Stream, columns: Iterable[str], place: str = "") -> Refusal:
+    has = ", ".join(sorted(columns))
+    return stream.refused(f"no column {stream.source.text_column!r}", f"{place}{', ' if place else ''}but {has:.200}")
+
+
+def _records(stream: Stream) -> Iterator[Item]:
+    """Documents of the lines of JSONL that begin in the part.
+
+    Raises DataError where a file that a user named is not JSONL, or none of its records has the text column.
+    """
+    part, column = stream.part or Part(stream.name, "found", 0), stream.source.text_column
+    is_first, begin = part.start == 0, max(part.start - 1, 0)
+    for offset, line in split_lines(in_utf8(stream.data), begin):
+        if part.end is not None and offset >= part.end:
+            return
+        if offset < part.start:
+            continue
+        place = f"byte {offset}"
+        if isinstance(line, Damage):
+            yield stream.refused(line.reason, place)
+            continue
+        line = line.removeprefix(BYTE_ORDER_MARK) if offset == 0 else line
+        if not line.strip():
+            continue
+        if is_first and is_one_value(line):
+            if stream.named:
+                raise DataError(
+                    f"annotate.sources: {stream.name} is one JSON value over several lines.\n"
+                    "Write one object a line: `jq -c '.[]'` does it for a list, `jq -c .` for an object."
+                )
+            yield stream.refused("one JSON value over several lines")
+            return
+        record = _parse(line)
+        if isinstance(record, str):
+            yield stream.refused(record, place)
+            continue
+        if column in record:
+            yield stream.checked(record[column], place)
+        elif is_first and stream.named and not _has_column(part.file, column):
+            raise missing_column(stream.name, column, record)
+        else:
+            yield _no_column(stream, record, place)
+        is_first = False
+
+
+def _has_column(file: str, column: str) -> bool:
+    """Whether any record of a file has the column."""
+    lines = (line for _, line in split_lines(in_utf8(chunks(file)), 0) if isinstance(line, bytes))
+    return any(column in record for line in lines if isinstance(record := _parse(line), dict))
+
+
+def split_lines(data: Iterable[bytes | Damage], offset: int) -> Iterator[tuple[int, bytes | Damage]]:
+    """Lines without their ends, each with the offset of its first byte; a line cut by damage is left out.
+
+    One longer than LARGEST_RECORD is given as damage.
+    """
+    begun: list[bytes] = []
+    size = 0
+    for chunk in data:
+        if isinstance(chunk, Damage):
+            offset += size
+            begun, size = [], 0
+            yield offset, chunk
+            continue
+        *whole, rest = chunk.split(b"\n")
+        for end in whole:
+            size += len(end)
+            yield offset, b"".join([*begun, end]) if size <= LARGEST_RECORD else Damage("too large")
+            offset += size + 1
+            begun, size = [], 0
+        size += len(rest)
+        if size <= LARGEST_RECORD:
+            begun.append(rest)
+        else:
+            begun.clear()
+    if size:
+        yield offset, b"".join(begun) if size <= LARGEST_RECORD else Damage("too large")
+
+
+def _parse(line: bytes) -> dict[str, Any] | str:
+    """The object on a line of JSONL, or why there is none."""
+    try:
+        record = JSON.decode(line.decode())
+    except UnicodeDecodeError:
+        return "invalid UTF-8"
+    except RecursionError:
+        return "nested too deeply"
+    except ValueError:
+        return "invalid JSON"
+    return record if isinstance(record, dict) else "no JSON object"
+
+
+def _table(stream: Stream) -> Iterator[Item]:
+    """Documents of the rows of a CSV or TSV file, whose first row names the columns.
+
+    The mark between columns is the one that makes the text column one of them. A row cut by damage is left out. Raises
+    DataError where a file that a user named lacks the column.
+    """
+    column = stream.source.text_column
+    head, data = peeked(in_utf8(stream.data), CHUNK)
+    joined, encoding = Joined(data), encoding_of(head)
+    is_utf8 = encoding == "utf-8-sig"
+    text = io.TextIOWrapper(
+        io.BufferedReader(joined), encoding, errors="surrogateescape" if is_utf8 else "replace", newline=""
+    )
+    first = text.readline()
+    mark = next((mark for mark in ",;\t|" if column in _header(first, mark)), ",")
+    rows = _rows(chain([first] if first else [], text), mark)
+    _, names = next(rows, (1, None)) if first else (1, [])
+    if names is None:
+        yield stream.refused("damaged CSV")
+        return
+    if names and column not in names:
+        if stream.named:
+            raise missing_column(stream.name, column, names)
+        yield _no_column(stream, names)
+        return
+    pairs: Iterator[Any] = pairwise(chain(rows, [None]))
+    for (line, row), following in pairs:
+        if following is None and joined.damage is not None:
+            break
+        if row is None or len(row) != len(names):
+            yield stream.refused("damaged CSV", f"line {line}")
+        elif UNREADABLE[is_utf8].search(row[names.index(column)]):
+            yield stream.refused("invalid UTF-8" if is_utf8 else f"invalid {encoding}", f"line {line}")
+        else:
+            yield stream.checked(row[names.index(column)], f"line {line}")
+    if joined.damage is not None:
+        yield stream.refused(joined.damage.reason)
+
+
+def _header(line: str, mark: str) -> list[str]:
+    return next(csv.reader([line], delimiter=mark), [])
+
+
+def _rows(text: Iterator[str], mark: str) -> Iterator[tuple[int, list[str] | None]]:
+    """Rows with the number of their first line; None for a line that begins none, after which the next is tried."""
+    taken: list[str] = []                   # lines of the row that is being read
+    again: deque[str] = deque()
+
+    def lines() -> Iterator[str]:
+        while line := again.popleft() if again else next(text, ""):
+            taken.append(line)
+            yield line
+
+    number = 1
+    while True:
+        try:
+            for row in csv.reader(lines(), delimiter=mark, strict=True):
+                if row:
+                    yield number, row
+                number += len(taken)
+                taken.clear()
+            return
+        except csv.Error:
+            yield number, None
+            again.extendleft(reversed(taken[1:]))
+            number += 1
+            taken.clear()
+
+
+def _bytes(stream: Stream) -> Generator[Item, None, bytes | None]:
+    """All bytes of a stream, without what is damaged, which is counted; None for too many."""
+    data: list[bytes] = []
+    size = 0
+    for chunk in stream.data:
+        if isinstance(chunk, Damage):
+            yield stream.refused(chunk.reason)
+            continue
+        data.append(chunk)
+        size += len(chunk)
+        if size > LARGEST_RECORD:
+            yield stream.refused("too large")
+            return None
+    return b"".join(data)
+
+
+def _text(stream: Stream) -> Iterator[Item]:
+    """A file as one document; what is unreadable in it is left out and counted."""
+    data = yield from _bytes(stream)
+    if data is None:
+        return
+    decoded = decode(data)
+    if decoded is None:
+        yield stream.refused("not text")
+        return
+    text, unreadable = decoded
+    if unreadable:
+        yield stream.refused("invalid UTF-8")
+    yield stream.checked(text, "")
+
+
+def _page(stream: Stream) -> Iterator[Item]:
+    """The main text of an HTML file."""
+    data = yield from _bytes(stream)
+    if data is None:
+        return
+    text = page(data, None, stream.source.extractor) if data.strip() else Damage("empty")
+    if isinstance(text, str) and not text.strip():
+        text = NO_TEXT
+    yield stream.refused(text.reason) if isinstance(text, Damage) else stream.checked(text, "")
+
+
+def _parquet(stream: Stream) -> Iterator[Item]:
+    """Documents of Parquet that is packed, in an archive or at an address."""
+    try:
+        with _whole(stream) as file:
+            yield from _row_groups(file, stream)
+    except _Damaged as damage:
+        yield stream.refused(str(damage))
+
+
+def _row_groups(file: str | IO[bytes], stream: Stream) -> Iterator[Item]:
+    """Documents of the part's row groups, without those that are damaged."""
+    part, column = stream.part or Part("", "found", 0), stream.source.text_column
+    with open_parquet(file) as parquet:
+        if parquet is None:
+            yield stream.refused("damaged Parquet")
+            return
+        try:
+            require_text(stream.name, column, parquet.schema_arrow)
+        except DataError:
+            if stream.named:
+                raise
+            yield _no_column(stream, parquet.schema_arrow.names)
+            return
+        end = parquet.num_row_groups if part.end is None else part.end
+        rows = [parquet.metadata.row_group(index).num_rows for index in range(end)]
+        for group in range(part.start, end):
+            row = sum(rows[:group])
+            try:
+                for batch in parquet.iter_batches(ROWS, row_groups=[group], columns=[column]):
+                    for value in as_bytes(batch.column(0)):
+                        yield stream.checked(value, f"row {row}")
+                        row += 1
+            except PARQUET_ERRORS:
+                yield stream.refused("damaged Parquet", f"row {row}")
+
+
+def strings(file: str) -> Iterator[str]:
+    """Every string in a file of records, a table or a text, whole, at any depth. Raises ValueError and DataError."""
+    head, data = peeked(in_utf8(chunks(file)))
+    whole = b"".join(_undamaged(item) for item in data)
+    kind = kind_of(file, head, "named")
+    if kind == "records":
+        one = [whole] if is_one_value(whole) else whole.removeprefix(BYTE_ORDER_MARK).split(b"\n")
+        yield from _leaves([JSON.decode(value.decode("utf-8-sig")) for value in one if value.strip()])
+    elif kind == "parquet":
+        with open_parquet(io.BytesIO(whole)) as parquet:
+            if parquet is None:
+                raise ValueError("damaged Parquet")
+            for batch in parquet.iter_batches():
+                yield from _leaves(batch.to_pylist())
+    elif kind == "table":
+        mark = "\t" if suffix(file) == ".tsv" else ","
+        text = io.StringIO(whole.decode(encoding_of(whole)), "")
+        yield from _leaves(list(csv.reader(text, delimiter=mark)))
+    elif kind == "text":
+        yield whole.decode(encoding_of(whole))
+    else:
+        raise ValueError("of a kind that is no evaluation set: give JSON, CSV, Parquet or text, packed or not")
+
+
+def _undamaged(item: bytes | Damage) -> bytes:
+    if isinstance(item, Damage):
+        raise ValueError(item.reason)
+    return item
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(inner)
+
+
+@contextmanager
+def open_parquet(file: str | IO[bytes]) -> Iterator[pq.ParquetFile | None]:
+    """None where its footer cannot be read. Arrow opens no files itself: it takes some names for addresses."""
+    with Path(file).open("rb") if isinstance(file, str) else nullcontext(file) as stream:
+        try:
+            parquet = pq.ParquetFile(stream, buffer_size=1 << 20, page_checksum_verification=True)
+            assert parquet.schema_arrow is not None         # which is read here
+        except PARQUET_ERRORS:
+            parquet = None
+        yield parquet
+
+
+READERS: dict[Kind, Callable[[Stream], Iterator[Item]]] = {
+    "records": _records, "table": _table, "text": _text, "page": _page, "warc": _warc, "parquet": _parquet,
+    "tar": _tar, "zip": _zip,
+}
