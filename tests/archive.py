@@ -13,7 +13,7 @@ from typing import Any
 
 from numba.core.caching import UserProvidedCacheLocator
 
-import data_pipeline.steps  # noqa: F401    # says where compiled code is kept
+import data_pipeline.text  # noqa: F401    # says where compiled code is kept
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("data_pipeline", "docs/results/studies", "flows", "kernels", "model", "profiles", "stages", "dvc.yaml",
