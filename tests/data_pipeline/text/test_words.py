@@ -133,19 +133,27 @@ def test_words_are_found_once_for_a_column_and_never_taken_for_another():
 def test_compiled_code_is_not_used_again_once_what_it_calls_has_changed(tmp_path):
     """Numba by itself looks at the file of the calling function only."""
     package = tmp_path / "package"
-    package.mkdir()
-    shutil.copy(Path(data_pipeline.text.__file__), package / "__init__.py")
-    (package / "calling.py").write_text(
-        "from numba import njit\nfrom package.called import called\n"
+    for folder in ("text", "annotate"):
+        (package / folder).mkdir(parents=True)
+    shutil.copy(Path(data_pipeline.text.__file__), package / "text/__init__.py")
+    (package / "annotate/calling.py").write_text(
+        "from numba import njit\nfrom package.text.called import called\n"
         "@njit(cache=True)\ndef calls():\n    return called()\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"}
-    command = "from package.calling import calls; print(calls(), sum(calls.stats.cache_hits.values()))"
+    command = "from package.annotate.calling import calls; print(calls(), sum(calls.stats.cache_hits.values()))"
     printed = []
     for value in (1, 1, 2):
-        (package / "called.py").write_text(f"from numba import njit\n@njit\ndef called():\n    return {value}\n")
+        (package / "text/called.py").write_text(f"from numba import njit\n@njit\ndef called():\n    return {value}\n")
         run = subprocess.run(
             [sys.executable, "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
         )
         printed.append(run.stdout.split())
     assert printed == [["1", "0"], ["1", "1"], ["2", "0"]]
+
+
+def test_files_with_compiled_code_lie_where_its_state_is_read_and_import_what_reads_it():
+    root = Path(data_pipeline.text.__file__).parents[1]
+    compiled = [file for file in root.rglob("*.py") if "from numba import" in file.read_text()]
+    assert {file.relative_to(root).parts[0] for file in compiled} == {"annotate", "text", "tokenize"}
+    assert all(file.parent.name == "text" or "from data_pipeline.text." in file.read_text() for file in compiled)
