@@ -189,10 +189,11 @@ def mend(largest: float) -> list[str]:
     was found, in words. No stage may run.
 
     Args:
-        largest: bytes of an output that is hashed (`stages.outputs.verify`).
+        largest: bytes of an output that is hashed (`stages.outputs.verify`), and of all copies that are.
     """
     lock = mend_lock()
-    if lock or not LOCK.exists():           # DVC will look for what it once made, by the run cache
+    # What dvc.lock lacks, or no longer says, DVC takes out of its run cache, and a damaged copy for what it is.
+    if lock or not LOCK.exists() or outputs.bytes_of_copies() <= largest:
         outputs.drop_damaged_copies()
     outputs.drop_damaged_runs()
     damaged = outputs.verify(outputs.recorded(), largest)

@@ -26,7 +26,9 @@ def compress(stage: Stage) -> dict[str, Any]:
     from model.checkpoint import load_weights, save_weights
     from model.compression import funnel
     from model.compression.data import read_data
-    from model.megatron.distributed import bfloat16_products
+    from model.compression.distill import check_memory
+    from model.costs import parameters
+    from model.megatron.distributed import bfloat16_products, device
     from stages.schema import DistillationRow, csv_text
 
     config, seed = stage.params.compress, stage.params.seed
@@ -37,6 +39,7 @@ def compress(stage: Stage) -> dict[str, Any]:
     parent = funnel.Weights(parent_config, state)
     data = read_data(tokens, parent_config.sequence_length, config, seed, stage.scratch / "index")
     stage.take_gpus()
+    check_memory(parameters(parent_config), config, device())
     with bfloat16_products():
         result = funnel.compress(parent, data, config, seed, stage.scratch, Progress())
 

@@ -86,8 +86,13 @@ def verify(outputs: Iterable[Output], largest: float) -> list[Damage]:
     return [Damage(output, path) for output in outputs if output.size <= largest for path in _verify(output)]
 
 
+def bytes_of_copies() -> int:
+    """Of all that is in DVC's cache."""
+    return sum(copy.stat().st_size for copy in (_cache() / "files" / "md5").glob("??/*"))
+
+
 def drop_damaged_copies() -> None:
-    """Hash all that is in DVC's cache, and remove what is not what its name says: for where dvc.lock is lost."""
+    """Hash all that is in DVC's cache, and remove what is not what its name says."""
     for copy in (_cache() / "files" / "md5").glob("??/*"):
         if _md5(copy) != f"{copy.parent.name}{copy.name}".removesuffix(".dir"):
             copy.unlink()

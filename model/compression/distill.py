@@ -22,7 +22,7 @@ from kernels.forward_kl import forward_kl
 from model.compression.config import CompressConfig
 from model.compression.prune import State
 from model.compression.resume import Pieces
-from model.config import ModelConfig
+from model.config import ModelConfig, ModelError
 from model.hybrid_lm import HybridLM
 
 # The paper's pretraining optimiser (section 2.4).
@@ -95,6 +95,29 @@ class _Student:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
+
+
+def least_memory(parent: int, config: CompressConfig) -> float:
+    """Bytes that the final distillation holds on its one device, activations and logits not counted: the teacher in
+    BF16, and of two students (the compressed and the random one) BF16 weights, float32 masters, gradients and moments.
+
+    Args:
+        parent: its parameters; the students have the share of them that the budgets leave.
+    """
+    student = parent * (config.parameters_fraction or config.memory.budget_fraction)
+    return 2 * parent + 2 * (2 + 4 + 4 + 8) * student
+
+
+def check_memory(parent: int, config: CompressConfig, device: torch.device) -> None:
+    """Raise ModelError where the final distillation cannot fit the device: hours before it would."""
+    if device.type != "cuda":
+        return
+    needed, there = least_memory(parent, config), torch.cuda.get_device_properties(device).total_memory
+    if needed > there:
+        raise ModelError(
+            f"compress: distilling a parent of {parent:,} parameters takes {needed / 2**30:.1f} GiB and more on one "
+            f"device, and this one has {there / 2**30:.1f}.\n"
+            "Compression runs on one device: choose a smaller parent, or a larger device.")
 
 
 def distill(

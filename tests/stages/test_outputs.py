@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from flows import dvc_graph
 from flows.dvc_graph import StageRunner
@@ -123,6 +124,23 @@ def test_a_damaged_copy_is_not_restored(repository: Path) -> None:
     damage(copy_of(FILES[str(RECORD)]))
     RECORD.unlink()
     assert mend() == ["ran"] and good()
+
+
+def test_a_damaged_copy_is_not_restored_where_the_lock_lost_a_stage(repository: Path) -> None:
+    """A dvc.lock that ends between two stages is whole: of the others DVC would commit whatever its cache holds."""
+    tokens = Path("data/cpu/tokens/a.bin")
+    copy = outputs._copy(outputs._md5(tokens))
+    copy.chmod(0o644)
+    copy.write_bytes(b"onf\n")
+    copy.chmod(outputs.READ_ONLY)
+    tokens.unlink()
+    lock = yaml.safe_load(outputs.LOCK.read_text())
+    del lock["stages"]["tokenize"]
+    outputs.LOCK.write_text(yaml.safe_dump(lock))
+    dvc_graph.mend(1e9)
+    assert not copy.exists()
+    repro()
+    assert tokens.read_bytes() == b"one\n"
 
 
 def test_the_runner_makes_again_what_was_restored_from_a_damaged_copy(repository: Path) -> None:

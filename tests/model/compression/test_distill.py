@@ -1,12 +1,15 @@
 """Distillation: what it does to students, its schedule and its resume."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from model.compression.comparison import compare
-from model.compression.distill import _Student, distill, learning_rate
+from model.compression.distill import _Student, check_memory, distill, learning_rate, least_memory
 from model.compression.prune import Selection, cut
 from model.compression.resume import Pieces
+from model.config import ModelError
 from model.hybrid_lm import HybridLM
 from tests.model.compression.markov import silent
 
@@ -114,3 +117,15 @@ def test_a_killed_distillation_goes_on_with_the_same_result(
     (tmp_path / ".run.partial").write_bytes(b"half")      # as a kill in the middle of writing leaves it
     assert equal(run(parent, students, data, config, tmp_path), unbroken)
     assert (tmp_path / "resumed").exists() == (last_step >= config.checkpoint_every)
+
+
+def test_a_parent_too_large_for_one_device_is_refused_before_work(monkeypatch, config):
+    """What fits is what the students themselves take: 18 bytes a parameter, and 2 the teacher's."""
+    config = config.model_copy(update={"parameters_fraction": 0.5})
+    card = SimpleNamespace(total_memory=20 * 1000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    assert least_memory(1000, config) == 20_000
+    check_memory(1000, config, torch.device("cuda"))
+    check_memory(10**12, config, torch.device("cpu"))
+    with pytest.raises(ModelError, match="a parent of 1,001 parameters takes"):
+        check_memory(1001, config, torch.device("cuda"))
