@@ -38,6 +38,7 @@ class HoldOut(GlobalStep):
 
     @property
     def by_source(self) -> bool:
+        """Whether whole sources are held out, not single documents."""
         return self.config.unit == "source" and self.config.fraction > 0
 
     def survey(self, table: pa.Table) -> Arrays:

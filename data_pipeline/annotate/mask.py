@@ -164,6 +164,8 @@ def _password(match: re.Match[str]) -> Span:
 
 
 class Pattern(NamedTuple):
+    """Where personal data of one kind may stand, and what of a match is it."""
+
     kind: Kind
     hint: str                       # a text without a match of this has none of `expression`: quick to tell, by polars
     expression: re.Pattern[str]

@@ -34,6 +34,7 @@ LICENSE_LINE = re.compile(r"^[^\n]*(?:copyright|licen[cs]ed?\b|all rights reserv
 
 
 def normalise_text(text: str) -> str:
+    """`text` repaired by ftfy, then tidied."""
     return _tidy(_repair(text))
 
 

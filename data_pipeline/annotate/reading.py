@@ -60,11 +60,13 @@ class Quota:
         self.size: Counter[str] = Counter()
 
     def wants(self, domain: str) -> bool:
+        """Whether documents of `domain` are still taken."""
         if self.limits is None:
             return True
         return domain in self.limits and self.size[domain] < FULL * self.limits[domain]
 
     def wants_more(self) -> bool:
+        """Whether documents of any domain are still taken."""
         return self.limits is None or any(self.wants(domain) for domain in self.limits)
 
     def take(self, domain: str, size: int) -> str | None:
@@ -88,6 +90,7 @@ def limits_of(source: Source, times: float = 1.0) -> dict[str, float] | None:
 
 
 def name_of(source: Source) -> str:
+    """What messages call `source`."""
     match source.kind:
         case "installed":
             return "the installed packages"
@@ -111,6 +114,7 @@ class Reading:
 
     @property
     def receipt(self) -> Path:
+        """The file that says what was read; it is written last."""
         return self.target.with_suffix(".json")
 
 

@@ -78,6 +78,7 @@ class GlobalStep(ABC):
 
 
 def text_id(text: str) -> str:
+    """Hex xxh3-128 of `text`: equal texts, equal ids."""
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 

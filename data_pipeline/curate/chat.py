@@ -42,11 +42,15 @@ Progress = Callable[..., None]
 
 
 class Reply(NamedTuple):
+    """What the model wrote, and how it ended."""
+
     text: str
     finish: str                 # the endpoint's finish_reason: "stop", or "length" where it was cut off, ...
 
 
 class Question(NamedTuple):
+    """What the model is asked."""
+
     key: str                    # equal questions, equal keys
     body: Mapping[str, Any]     # JSON for /chat/completions
     about: Mapping[str, str]    # kept beside the answer, for a reader of the cache

@@ -95,6 +95,7 @@ def _survey(cut: Cut, shards: list[Path], pool: Workers, meter: Meter) -> Survey
 
 
 def survey_shard(shard: Path, cut: Cut) -> Survey:
+    """`cut.survey` of an annotated shard, in a worker."""
     return survey(pq.read_table(shard, schema=SCHEMA), cut)
 
 
@@ -104,14 +105,17 @@ class Piece(NamedTuple):
     prefix: Path
 
     def file(self, split: str) -> Path:
+        """The documents of a split, `train` or `heldout`."""
         return self.prefix.with_name(f"{self.prefix.name}-{split}.parquet")
 
     @property
     def record(self) -> Path:
+        """The file of the report."""
         return self.prefix.with_name(f"{self.prefix.name}.json")
 
     @property
     def report(self) -> dict[str, Any]:
+        """How many documents went at each step, and the rest of `cut.Report`."""
         return dict(json.loads(self.record.read_text()))
 
 

@@ -97,6 +97,7 @@ class Survey(NamedTuple):
 
 
 def survey(table: pa.Table, cut: Cut) -> Survey:
+    """What thresholds need to know of a shard: samples of its scores and the range of each measure."""
     domains, scored = _column(table, "domain"), _scored(table, cut)
     samples, ranges = {}, {}
     for domain in sorted(set(domains[scored])):
@@ -109,6 +110,7 @@ def survey(table: pa.Table, cut: Cut) -> Survey:
 
 
 def with_thresholds(cut: Cut, found: Survey) -> Cut:
+    """`cut` with the thresholds that follow from the surveys of all shards."""
     return Cut(
         cut.config, cut.rules, cut.scorers, cut.ngram,
         {domain: thresholds(sample) for domain, sample in found.samples.items()},
@@ -160,6 +162,8 @@ class Report:
 
 
 class Result(NamedTuple):
+    """A shard after the cut."""
+
     train: pa.Table         # with quality and label
     heldout: pa.Table
     report: Report
@@ -207,6 +211,7 @@ class Rows:
         del shown[EXAMPLES:]
 
     def count(self, step: str) -> None:
+        """Note the documents and bytes of each domain that are left after `step`."""
         self.left[step] = {
             domain: [int(np.count_nonzero(chosen)), int(self.sizes[chosen].sum())]
             for domain in sorted(set(self.domains)) for chosen in [self.stays & (self.domains == domain)]

@@ -332,9 +332,11 @@ class Survey(NamedTuple):
 
     @property
     def steps(self) -> tuple[GlobalStep, GlobalStep]:
+        """Those that look for what the corpus has already."""
         return self.deduplicate, self.decontaminate
 
     def target(self, step: GlobalStep) -> Path:
+        """Where the shard's survey for `step` is kept."""
         return self.scratch / f"earlier-{step.name}-{self.number:05d}.npz"
 
 

@@ -81,6 +81,8 @@ class EvaluationItems:
 
 @dataclass(frozen=True)
 class Document:
+    """A held-out document that items are made of."""
+
     id: str
     domain: str
     text: str
@@ -422,6 +424,7 @@ class Costs:
         )
 
     def of(self, text: str) -> list[int]:
+        """`text` by each measure, in their order."""
         return [measure(text) for measure in self.measures]
 
     def equal(self, text: str, costs: list[int]) -> bool:

@@ -38,6 +38,7 @@ class Function:
 
     @property
     def signature(self) -> str:
+        """Its parameters as source text, to the end of the line."""
         return f"({ast.unparse(self.arguments)}):\n"
 
     def context(self, size: int) -> str:

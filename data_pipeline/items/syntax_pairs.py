@@ -92,6 +92,8 @@ def _can_go_on(source: str) -> bool:
 
 @dataclass(frozen=True)
 class Token:
+    """A token of a line of Python, and its place: line[start:end]."""
+
     text: str
     start: int
     end: int

@@ -61,6 +61,7 @@ class Survey:
         self._last_lot = 2**64                              # of what can still be among the kept
 
     def add(self, lot: int, size: int, identity: str) -> None:
+        """Count a document of `size` bytes; `lot` is its place in the order of drawing."""
         self.bytes += size
         self._smallest = min(self._smallest, (size, identity))
         if size <= self.room and lot <= self._last_lot:

@@ -36,6 +36,7 @@ class Counts(NamedTuple):
     single_bytes: int = 0       # tokens that stand for a byte of a character outside the vocabulary
 
     def plus(self, other: Counts) -> Counts:
+        """The sum of both, field by field."""
         return Counts(*(one + another for one, another in zip(self, other, strict=True)))
 
 

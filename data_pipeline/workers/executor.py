@@ -42,6 +42,8 @@ class Answer(NamedTuple):
 
 
 class Outcome(NamedTuple, Generic[Item, Result]):
+    """What came of one call."""
+
     item: Item
     result: Result          # None where `error` is not
     error: str | None       # two lines
@@ -67,13 +69,16 @@ class Backend(ABC):
     slots: int              # calls worth having under way at once
 
     @abstractmethod
-    def start(self, calls: list[tuple[int, Function, Any]]) -> None: ...
+    def start(self, calls: list[tuple[int, Function, Any]]) -> None:
+        """Hand over calls: number, function, item."""
 
     @abstractmethod
-    def finished(self) -> list[tuple[int, Answer]]: ...
+    def finished(self) -> list[tuple[int, Answer]]:
+        """The numbers and answers of calls that have ended, at least one."""
 
     @abstractmethod
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End the workers, whatever they are at."""
 
 
 class Workers:

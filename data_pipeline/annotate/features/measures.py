@@ -22,6 +22,8 @@ GENERATED_WITHIN = 1500
 
 
 class Feature(NamedTuple):
+    """How a feature is made of counts: one of them, or its share of another."""
+
     counted: Count
     of: Count | None            # what it is a share of; 0 where there is none
     definition: str

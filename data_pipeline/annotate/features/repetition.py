@@ -29,6 +29,7 @@ def first_equal(keys: UInt64, index: int, slots: Int64, mask: int, used: int) ->
 
 @njit(cache=True, nogil=True)
 def table_mask(items: int) -> int:
+    """Of a table for so many items: its size, the least power of two that leaves half of it empty, less one."""
     size = 2
     while size < 2 * items:
         size *= 2

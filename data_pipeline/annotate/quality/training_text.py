@@ -43,6 +43,7 @@ class TrainingText(NamedTuple):
 
     @property
     def words(self) -> Words:
+        """The documents' words, without their places in the text."""
         nowhere = np.empty(0, np.int64)
         return Words(self.hashes, nowhere, nowhere, self.first, np.empty(0, np.uint8))
 
