@@ -66,9 +66,10 @@ test: $(READY) $(if $(GPU),,$(VENV)/.triton-$(TRITON)) ## The tests
 chaos: $(READY) ## Faults injected into the smoke profile for half an hour; must come to nothing
 	@$(PY) -m tests.chaos
 
-lint: $(READY) ## ruff and mypy
+lint: $(READY) ## ruff, mypy, and which package may import which
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy
+	@$(VENV)/bin/lint-imports --no-cache --no-logo
 
 doctor: $(READY) ## What is installed, what is missing, and the cure
 	@$(PY) -m flows.doctor

@@ -38,14 +38,14 @@ from datatrove.utils.hashing import HashConfig
 from datatrove.utils.word_tokenizers import WordTokenizer
 from loguru import logger
 
-from data_pipeline.annotation import Decided, Job, Round, rounds, run_job
+from data_pipeline.annotate.annotation import Decided, Job, Round, rounds, run_job
+from data_pipeline.annotate.reading import Quota
+from data_pipeline.annotate.step import SCHEMA, Arrays, Decision, GlobalStep, text_id
 from data_pipeline.config import AnnotateConfig, InstalledSource
-from data_pipeline.executor import Processes, Workers
-from data_pipeline.reading import Quota
+from data_pipeline.curate.heuristics import first_broken, rules_of
 from data_pipeline.sources import Document, pieces, read_piece
-from data_pipeline.steps.heuristics import first_broken, rules_of
-from data_pipeline.steps.step import SCHEMA, Arrays, Decision, GlobalStep, text_id
 from data_pipeline.storage import write_arrays, write_table
+from data_pipeline.workers.executor import Processes, Workers
 from stages.params import Params, load_params
 
 Clock = defaultdict[str, float]         # seconds of processor time by step

@@ -29,8 +29,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-from data_pipeline.blend import blend
 from data_pipeline.config import Phase, TokenizeConfig
+from data_pipeline.tokenize.blend import blend
 from model.config import ModelConfig, PretrainConfig
 from stages.common import code_digest
 from stages.params import Params, load_params

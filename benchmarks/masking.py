@@ -2,7 +2,7 @@
 
     python -m benchmarks.masking
 
-On the labelled set of tests/data_pipeline/masking_cases.py. Recall: of the texts with one, those that come out exactly
+On the labelled set of tests/data_pipeline/annotate/masking_cases.py. Recall: of the texts with one, those that come out
 as labelled. Precision: of the texts in which something was replaced, those in which that was right.
 """
 
@@ -12,9 +12,9 @@ import argparse
 
 import pyarrow as pa
 
-from data_pipeline.steps.mask import PLACEHOLDERS, Mask
-from data_pipeline.steps.step import SCHEMA
-from tests.data_pipeline.masking_cases import Case, cases
+from data_pipeline.annotate.mask import PLACEHOLDERS, Mask
+from data_pipeline.annotate.step import SCHEMA
+from tests.data_pipeline.annotate.masking_cases import Case, cases
 
 
 def masked(texts: list[str], kind: str) -> list[str]:

@@ -54,7 +54,7 @@ from torch import Tensor
 
 from benchmarks import data_quality, recall_study
 from benchmarks.data_quality import Blend, prepare, write
-from data_pipeline.indexed_dataset import IndexedDatasetWriter
+from data_pipeline.tokenize.indexed_dataset import IndexedDatasetWriter
 from model import costs
 from model.checkpoint import load_weights
 from model.compression import funnel

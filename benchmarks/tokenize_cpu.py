@@ -28,11 +28,11 @@ import sentencepiece
 import tokenizers
 import xxhash
 
-from data_pipeline import fast_tokenizer, tokenizer
-from data_pipeline.executor import Processes, Workers
-from data_pipeline.segment_encoder import SegmentEncoder
-from data_pipeline.steps.words import texts_of
-from data_pipeline.tokenization import encode_shard, tokenize_shards
+from data_pipeline.text.words import texts_of
+from data_pipeline.tokenize import fast_tokenizer, tokenizer
+from data_pipeline.tokenize.segment_encoder import SegmentEncoder
+from data_pipeline.tokenize.tokenization import encode_shard, tokenize_shards
+from data_pipeline.workers.executor import Processes, Workers
 
 TRAINING_SHARE = 0.4            # megabytes to train on, for each encoded
 SHARDS = 8

@@ -23,16 +23,22 @@ class DataError(ValueError):
 
 
 class Section(BaseModel):
+    """A section of params.yaml: an unknown field is an error."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 # where work is done: no result depends on it
 
 class DaskConfig(Section):
+    """Dask's scheduler."""
+
     scheduler: str | None = None    # its address; None starts `workers` processes here
 
 
 class RayConfig(Section):
+    """Ray's cluster."""
+
     address: str | None = None      # of a cluster, or "auto"; None starts one with `workers` processes here
 
 
@@ -150,6 +156,8 @@ class ClassifierConfig(Section):
 
 
 class AnnotateConfig(Section):
+    """What is read, and what is found out about each document."""
+
     sources: list[Source] = Field(min_length=1)
     shard_megabytes: float = Field(gt=0)        # text a worker holds at a time
     mask: list[Literal["email", "ip", "phone", "secret"]]
@@ -163,6 +171,8 @@ class AnnotateConfig(Section):
 # curate: what is cut, and what it is labelled
 
 class LanguageConfig(Section):
+    """Natural language that stays."""
+
     keep: list[str] = Field(min_length=1)       # ISO 639-1
     share: float = Field(ge=0, le=1)            # of the text's bytes, at least
     domains: list[Domain]                       # the others are not natural language
@@ -199,6 +209,8 @@ class SynthesisConfig(Section):
 
 
 class CurateConfig(Section):
+    """What is cut; a change costs no annotation."""
+
     language: LanguageConfig
     rules: dict[Domain, RulesConfig]
     perplexity: PerplexityConfig
@@ -207,6 +219,8 @@ class CurateConfig(Section):
 
 
 class TokenizerConfig(Section):
+    """The vocabulary, and how much text it is learnt from."""
+
     vocab_size: int = Field(ge=512, multiple_of=16)     # FP8 GEMMs and vLLM want multiples of 16
     training_megabytes: float = Field(gt=0)
 
@@ -220,12 +234,15 @@ class Phase(Section):
 
 
 class TokenizeConfig(Section):
+    """The validation set, and the phases of training."""
+
     validation_kilobytes_per_domain: int = Field(ge=1)
     phases: list[Phase] = Field(min_length=1)
     repeats: float = Field(ge=1)                # times a document may be seen in training, at most
 
     @model_validator(mode="after")
     def phases_cover_training(self) -> TokenizeConfig:
+        """Raises ValueError where they do not."""
         ends = [phase.until for phase in self.phases]
         if ends != sorted(set(ends)) or ends[-1] != 1.0:
             raise ValueError(f"phases must end at rising shares of training, the last at 1.0; got {ends}")

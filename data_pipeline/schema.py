@@ -43,6 +43,7 @@ class Histogram(Record):
 
     @model_validator(mode="after")
     def bins_have_edges(self) -> Histogram:
+        """Raises ValueError where there is not one edge more than counts."""
         if len(self.edges) != len(self.counts) + 1:
             raise ValueError(f"{len(self.edges)} edges do not go with {len(self.counts)} counts")
         return self
@@ -73,6 +74,8 @@ class TokenFile(Record):
 
 
 class BlendPhase(Record):
+    """A phase of training: what it reads, in which shares."""
+
     until: float                    # share of training
     weights: dict[str, float]       # by token file, their sum 1
 

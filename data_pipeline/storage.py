@@ -13,18 +13,21 @@ import pyarrow.parquet as pq
 
 
 def write_table(table: pa.Table, target: Path) -> None:
+    """Write `table` to the Parquet file `target`, whole or not at all."""
     partial = target.with_suffix(".partial")
     pq.write_table(table.replace_schema_metadata(), partial, compression="zstd")
     partial.rename(target)
 
 
 def write_text(text: str, target: Path) -> None:
+    """Write `text` to `target`, whole or not at all."""
     partial = target.with_suffix(".partial")
     partial.write_text(text)
     partial.rename(target)
 
 
 def write_arrays(arrays: Mapping[str, np.ndarray], target: Path) -> None:
+    """Write `arrays` to the .npz file `target`, whole or not at all."""
     partial = target.with_suffix(".partial")
     with partial.open("wb") as stream:          # given a name, NumPy would add its own suffix
         np.savez(stream, allow_pickle=False, **arrays)

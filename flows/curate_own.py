@@ -117,7 +117,7 @@ def run(stage: str, out: Path, params: Path, assignments: list[str]) -> int:
 
 def show(out: Path) -> None:
     """The funnel as a table, the labels, where the result lies, and a page of what went and why."""
-    from data_pipeline.reading import counts
+    from data_pipeline.annotate.reading import counts
     from stages.report.page import write_data_page
 
     funnel = json.loads((out / "runs/curate/funnel.json").read_text())

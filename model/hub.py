@@ -29,7 +29,7 @@ from model.hybrid_lm import FLOAT32_PARAMETERS, HybridLM
 from model.integrity import SUMS, check_finite, check_sums
 from model.model_card import model_card
 
-EOD_ID, PAD_ID = 2, 3       # `</s>`, which begins and ends documents, and `<pad>`: data_pipeline.tokenizer's ids
+EOD_ID, PAD_ID = 2, 3       # `</s>`, which begins and ends documents, and `<pad>`: the tokenizer's ids
 SPECIAL_TOKENS: dict[str, Any] = {"bos_token_id": EOD_ID, "eos_token_id": EOD_ID, "pad_token_id": PAD_ID}
 SHARD_GIGABYTES = 5.0       # transformers' own
 LAYER_TYPES = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*", "mlp": "-"}

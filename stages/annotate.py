@@ -20,7 +20,7 @@ from stages.common import Progress, Stage, run_stage
 
 
 def annotate(stage: Stage) -> dict[str, Any]:
-    from data_pipeline import annotation
+    from data_pipeline.annotate import annotation
 
     params = stage.params
     with stage.output("annotated") as out:

@@ -30,7 +30,7 @@ REPLIES = Path(".cache/replies.jsonl")      # of a language model: they cost mon
 def curate(stage: Stage) -> dict[str, Any]:
     import json
 
-    from data_pipeline import curation
+    from data_pipeline.curate import curation
 
     params, annotated = stage.params, stage.input("annotated")
     with stage.output("curated") as out:

@@ -31,7 +31,7 @@ def evaluate(stage: Stage) -> dict[str, Any]:
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
     if not sys.stderr.isatty():
         os.environ["TQDM_DISABLE"] = "1"
-    from data_pipeline import evaluation_items
+    from data_pipeline.items import evaluation_items
     from model import hub
     from model.costs import parameters
     from model.evaluation import harness

@@ -41,7 +41,7 @@ PADDING = 1024               # ids a model may have beyond its tokenizer's: voca
 
 
 def export(stage: Stage) -> dict[str, Any]:
-    from data_pipeline.tokenizer import MODEL_FILE
+    from data_pipeline.tokenize.tokenizer import MODEL_FILE
 
     assert stage.variant is not None
     weights = stage.input("checkpoints", stage.variant)
@@ -61,8 +61,8 @@ def to_hub(
         tokenizer: the SentencePiece model, or the folder of an imported tokenizer.
     """
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")     # read when the libraries are imported
-    from data_pipeline import fast_tokenizer
-    from data_pipeline.tokenizer import Tokenizer
+    from data_pipeline.tokenize import fast_tokenizer
+    from data_pipeline.tokenize.tokenizer import Tokenizer
     from model import checkpoint, hub
     from model.integrity import write_sums
 

@@ -15,8 +15,8 @@ from stages.common import Stage, run_stage
 
 
 def items(stage: Stage) -> dict[str, Any]:
-    from data_pipeline import evaluation_items
-    from data_pipeline.tokenizer import MODEL_FILE, Tokenizer
+    from data_pipeline.items import evaluation_items
+    from data_pipeline.tokenize.tokenizer import MODEL_FILE, Tokenizer
 
     config = stage.params.evaluate
     curated, tokenizer = stage.input("curated"), Tokenizer(stage.input("tokenizer", MODEL_FILE))

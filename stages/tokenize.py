@@ -20,19 +20,19 @@ from typing import TYPE_CHECKING, Any
 from stages.common import Progress, Stage, run_stage
 
 if TYPE_CHECKING:
-    from data_pipeline.tokenization import Counts
+    from data_pipeline.tokenize.tokenization import Counts
 
 
 def tokenize(stage: Stage) -> dict[str, Any]:
     import numpy as np
 
-    from data_pipeline import tokenization
-    from data_pipeline.blend import blend
-    from data_pipeline.curated import shards
-    from data_pipeline.executor import workers
-    from data_pipeline.indexed_dataset import token_dtype
     from data_pipeline.schema import Blend
-    from data_pipeline.tokenizer import MODEL_FILE, Tokenizer
+    from data_pipeline.tokenize import tokenization
+    from data_pipeline.tokenize.blend import blend
+    from data_pipeline.tokenize.curated import shards
+    from data_pipeline.tokenize.indexed_dataset import token_dtype
+    from data_pipeline.tokenize.tokenizer import MODEL_FILE, Tokenizer
+    from data_pipeline.workers.executor import workers
 
     curated, model = stage.input("curated"), stage.input("tokenizer", MODEL_FILE)
     config, budget = stage.params.tokenize, stage.params.pretrain.tokens

@@ -1,4 +1,10 @@
-"""An unpacked archive of the repository, without git, to run the pipeline in as a person does."""
+"""An unpacked archive of the repository, without git, to run the pipeline in as a person does.
+
+    python -m tests.archive OLD NEW
+
+says whether the smoke profile, run in two directories, gave the same results byte for byte, as moved code must (the
+habit is torchtitan's). It names the files that differ or are missing and exits 1 where there are any, or no results.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +19,7 @@ from typing import Any
 
 from numba.core.caching import UserProvidedCacheLocator
 
-import data_pipeline.steps  # noqa: F401    # says where compiled code is kept
+import data_pipeline.text  # noqa: F401    # says where compiled code is kept
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("data_pipeline", "docs/results/studies", "flows", "kernels", "model", "profiles", "stages", "dvc.yaml",
@@ -83,3 +89,24 @@ def results(archive: Path) -> dict[str, Any]:
         else:
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
+
+
+def differences(old: Path, new: Path) -> list[str]:
+    """Files whose results differ between two directories, or that only one has. ValueError where there are none."""
+    ours, theirs = results(old), results(new)
+    for directory, found in ((old, ours), (new, theirs)):
+        if not found:
+            raise ValueError(f"{directory}: no results.\nRun `make reproduce PROFILE=smoke` in it.")
+    return sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("python -m tests.archive OLD NEW: two directories in which the smoke profile ran")
+    before, after = map(Path, sys.argv[1:])
+    try:
+        differing = differences(before, after)
+    except ValueError as error:
+        sys.exit(str(error))
+    print(*differing, f"{len(differing)} of {len(results(before) | results(after))} files differ", sep="\n")
+    sys.exit(bool(differing))

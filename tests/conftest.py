@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 # several wait for one another so busily that small models train ten times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from data_pipeline.indexed_dataset import IndexedDatasetWriter
+from data_pipeline.tokenize.indexed_dataset import IndexedDatasetWriter
 
 VOCABULARY = 64
 # A worker takes whole files: those that take longest start first, lest one be left alone at the end.

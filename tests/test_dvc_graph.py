@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FIRST_PARTY = ("stages", "data_pipeline", "model", "kernels")
 # The frame around every stage: it checks parameters, words errors and keeps compiled code, and changes no result.
 FRAME = {
-    ROOT / "data_pipeline/steps/__init__.py",
+    ROOT / "data_pipeline/text/__init__.py",
     ROOT / "stages/common.py",
     ROOT / "stages/params.py",
     ROOT / "stages/schema.py",
@@ -136,7 +136,7 @@ def test_stages_that_compute_on_a_gpu_take_it() -> None:
 
 def test_closure_follows_imports_inside_functions_and_skips_the_frame() -> None:
     used = {str(file.relative_to(ROOT)) for file in closure(ROOT / "stages/tokenizer.py")}
-    assert used == {"stages/tokenizer.py", "data_pipeline/tokenizer.py", "data_pipeline/curated.py"}
+    assert used == {"stages/tokenizer.py", "data_pipeline/tokenize/tokenizer.py", "data_pipeline/tokenize/curated.py"}
 
 
 def test_a_threshold_reruns_the_cut_and_not_the_annotation(tmp_path: Path) -> None:

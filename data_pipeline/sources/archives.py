@@ -18,6 +18,8 @@ ZIP_ERRORS = (zipfile.BadZipFile, NotImplementedError, zlib.error, LZMAError, OS
 
 
 class Member(NamedTuple):
+    """An entry of an archive."""
+
     name: str
     data: Iterator[bytes | Damage] | None       # None for what is no file: a link, a device
 

@@ -16,6 +16,7 @@ TEXT_TYPES = (
 
 
 def missing_column(name: str, column: str, columns: Iterable[str]) -> DataError:
+    """The error for a table that lacks the column of the text."""
     return DataError(
         f"annotate.sources: {name} has no column {column!r}; it has {', '.join(sorted(columns))}.\n"
         "Set `text_column` to the one that holds the text, in params.yaml."

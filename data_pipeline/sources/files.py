@@ -25,6 +25,8 @@ WEB_KINDS: frozenset[Kind] = frozenset({"warc", "tar", "zip"})
 
 @dataclass(frozen=True)
 class FilesPiece(Piece):
+    """Parts of files that are read in one go."""
+
     source: FilesSource
     parts: tuple[Part, ...]
     changed: int                    # nanoseconds of the epoch, of the file changed last

@@ -114,6 +114,7 @@ def _stream(source: HubSource, index: int) -> datasets.IterableDataset:
 
 
 def name_of(source: HubSource) -> str:
+    """The data set and, where there is one, its configuration."""
     return f"{source.dataset}/{source.config}" if source.config else source.dataset
 
 

@@ -65,6 +65,8 @@ class SourceFile(NamedTuple):
 
 @dataclass(frozen=True)
 class InstalledPiece(Piece):
+    """Files of installed packages, for some of the domains they have text for."""
+
     files: tuple[SourceFile, ...]
     domains: frozenset[str]
 

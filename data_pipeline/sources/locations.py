@@ -61,6 +61,7 @@ def _located(path: str) -> Iterator[tuple[str | PassedOver, How]]:
 
 
 def is_file(path: str) -> bool:
+    """Whether `path` is a regular file."""
     return stat.S_ISREG(_mode(path))
 
 
@@ -98,6 +99,7 @@ def nothing(path: str, passed_over: list[PassedOver]) -> DataError:
 
 
 def is_listing(path: str) -> bool:
+    """Whether `path` lists others, as Common Crawl's *.paths files do, packed or not."""
     return suffix(f"x{Path(urlsplit(path).path if is_url(path) else path).name}") == ".paths"
 
 

@@ -12,6 +12,8 @@ T = TypeVar("T")
 
 
 class Document(NamedTuple):
+    """A text and where it is from."""
+
     text: str           # valid Unicode: it can be encoded as UTF-8
     source: str         # distribution, site, data set or file: the unit of holding out
     path: str           # within the source

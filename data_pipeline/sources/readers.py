@@ -71,17 +71,21 @@ class Stream(NamedTuple):
 
     @property
     def how(self) -> How:
+        """How its file was come by; a member of an archive is found."""
         return self.part.how if self.part else "found"
 
     @property
     def named(self) -> bool:
+        """Whether the user named the file."""
         return self.how == "named"
 
     def refused(self, reason: str, place: str = "") -> Refusal:
+        """A refusal of what stands at `place`, or of all of it."""
         where = f"{self.name}, {place}" if place else self.name
         return Refusal(self.source.domain, reason, where.encode(errors="backslashreplace").decode())
 
     def checked(self, text: object, place: str) -> Item:
+        """The document of the text at `place`, or why there is none."""
         return checked(text, self.name, place, self.source.domain, self.source.license)
 
 

@@ -67,6 +67,7 @@ class Damage(NamedTuple):
 
 
 def is_url(location: str) -> bool:
+    """Whether `location` is an address on the web, not a path."""
     return location.startswith(("http://", "https://"))
 
 

@@ -28,7 +28,7 @@ from benchmarks.fp8_parity import (
     study_of,
     train_one,
 )
-from data_pipeline.indexed_dataset import IndexedDatasetWriter
+from data_pipeline.tokenize.indexed_dataset import IndexedDatasetWriter
 from model.config import ModelError
 from stages.report.claims import judge_study
 from stages.report.statistics import ALPHA, Answer

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from data_pipeline import tokenizer
+from data_pipeline.tokenize import tokenizer
 from model import hub
 from model.config import ModelConfig, ModelError
 from model.hybrid_lm import HybridLM

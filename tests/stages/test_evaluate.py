@@ -17,8 +17,8 @@ import torch
 from ruamel.yaml import YAML
 from tiny_corpus import ROOT, run, write_params
 
-from data_pipeline import fast_tokenizer, tokenizer
 from data_pipeline.config import TokenizerConfig
+from data_pipeline.tokenize import fast_tokenizer, tokenizer
 from model import hub
 from model.hybrid_lm import HybridLM
 from stages.params import load_params

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_corpus import MODULES, contents, run, write_params
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data_pipeline import fast_tokenizer, tokenizer
+from data_pipeline.tokenize import fast_tokenizer, tokenizer
 from model import checkpoint, hub
 from model.config import ModelError
 from model.hybrid_lm import HybridLM

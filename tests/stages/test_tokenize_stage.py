@@ -10,7 +10,7 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tiny_corpus import contents, run, write_curated, write_params
 
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenize.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_digests_blend_and_metrics(done):
 
 KILLED = """
 import os, runpy, signal, sys
-from data_pipeline import tokenization
+from data_pipeline.tokenize import tokenization
 encode, count = tokenization.encode_documents, 0
 def encode_and_die(*arguments):
     global count

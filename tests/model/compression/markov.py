@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.indexed_dataset import IndexedDatasetWriter
+from data_pipeline.tokenize.indexed_dataset import IndexedDatasetWriter
 from model.config import ModelConfig
 
 CONFIG = ModelConfig(

@@ -16,8 +16,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data_pipeline import fast_tokenizer, tokenizer
 from data_pipeline.config import TokenizerConfig
+from data_pipeline.tokenize import fast_tokenizer, tokenizer
 from model import hub
 from model.config import ModelConfig, ModelError
 from model.evaluation import harness

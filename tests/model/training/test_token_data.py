@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from data_pipeline.indexed_dataset import IndexedDatasetWriter
+from data_pipeline.tokenize.indexed_dataset import IndexedDatasetWriter
 from model.config import ModelError
 from model.training.token_data import Ahead, TrainingData, check, digests, domains, validation
 

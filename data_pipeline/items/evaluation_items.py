@@ -1,0 +1,490 @@
+"""Evaluation items from held-out text, by a seeded function, none of which shares an n-gram with training text.
+
+Each kind is one that a model of a few million parameters can say something about after minutes of training:
+
+- bits per byte: held-out documents of each domain;
+- `syntax_pairs`: a line of real Python against the same line made ungrammatical, after the lines before it;
+- `cloze`: the true next word of a passage among words of the same length from other passages;
+- `signature`: after a docstring and a function's name, its parameters, or with one of them renamed;
+- `recall`: `key = value` lines, then a key again: which of the values? (associative recall in context)
+- `copy_at_Nx`, `recall_at_Nx`, `needle_at_Nx`: what stood in a context of N training lengths (`context_items`)
+
+A score means little without what no training at all reaches. `control` gives that: the best of DEFLATE, LZMA and the
+tokenizer, whose fewest tokens a model with random weights prefers. Without care these solve such tasks: naive cloze and
+syntax items gave a compressor 0.57 and 0.96, and the tokenizer still 0.8 where compressors were at chance. So in these
+and in `signature` the wrong choices are ones that take as many bytes by either compressor, and as many tokens, as the
+true one.
+Where the answer stood in the context they are left as they are: finding a repeated key is exactly what a compressor
+does; its score says that no knowledge is needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import lzma
+import random
+import re
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice, zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from data_pipeline.config import DataError
+from data_pipeline.items import context_items, signatures
+from data_pipeline.items.context_items import Asked, CountTokens
+from data_pipeline.items.syntax_pairs import faulty_lines
+from data_pipeline.text.ngrams import hash_set, is_in, ngram_hashes
+
+OVERSUPPLY = 2                  # candidates made for each item wanted: some are refused or dropped for balance
+DOCUMENTS_PER_DOMAIN = 12       # at least, so that the standard error over documents means something
+ITEMS_PER_DOCUMENT = 6
+Measure = Callable[[str], int]
+
+
+@dataclass(frozen=True)
+class TextItem:
+    """The start of a held-out document, to be predicted whole."""
+
+    id: str
+    text: str
+
+
+@dataclass(frozen=True)
+class ChoiceItem:
+    """`choices[answer]` is what really follows `context`. Nothing stands between context and choice."""
+
+    id: str
+    context: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+@dataclass(frozen=True)
+class EvaluationItems:
+    """All items: `texts[domain]`, `tasks[task]`; `refused` candidates shared an n-gram with training text."""
+
+    texts: dict[str, list[TextItem]]
+    tasks: dict[str, list[ChoiceItem]]
+    refused: int
+
+    def digest(self) -> str:
+        """SHA-256 over every item in order: equal digests mean that two models were asked the same."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Document:
+    """A held-out document that items are made of."""
+
+    id: str
+    domain: str
+    text: str
+
+
+def build(
+    curated: Path,
+    *,
+    items_per_task: int,
+    bits_per_byte_kilobytes: int,
+    recall_pairs: int,
+    context_tokens: int,
+    context_multiples: Sequence[int],
+    items_per_context: int,
+    count_tokens: CountTokens,
+    seed: int,
+) -> EvaluationItems:
+    """Items from `curated/heldout`, checked against `curated/train`.
+
+    Contexts are kept to two characters a token of `context_tokens`, so that they are not cut off; those of
+    `context_items` are as long as a multiple of `context_tokens` by `count_tokens`. A task has fewer than
+    `items_per_task` items where the held-out text yields no more.
+
+    Raises DataError where a domain or task gets no item at all, or a recall item cannot fit the context.
+    """
+    manifest = _read_manifest(curated)
+    documents = [Document(**row) for row in _rows(curated / "heldout", ["id", "domain", "text"])]
+    by_domain = {
+        domain: [document for document in documents if document.domain == domain] for domain in manifest["heldout"]
+    }
+    wanted, costs = OVERSUPPLY * items_per_task, Costs(count_tokens)
+    domain_bytes = 1000 * bits_per_byte_kilobytes
+    texts = {
+        domain: _texts(members, domain_bytes, random.Random(f"{seed}:texts:{domain}"))
+        for domain, members in by_domain.items()
+    }
+    tasks = {
+        "syntax_pairs": _syntax_pairs(
+            by_domain.get("code", []), wanted, context_tokens, costs, random.Random(f"{seed}:syntax_pairs")
+        ),
+        "cloze": _cloze(by_domain, wanted, 2 * context_tokens, costs, random.Random(f"{seed}:cloze")),
+        "signature": _signatures(
+            documents, wanted, context_tokens, costs, random.Random(f"{seed}:signature")
+        ),
+        "recall": _recall(wanted, recall_pairs, context_tokens, random.Random(f"{seed}:recall")),
+    }
+    sizes = dict.fromkeys(tasks, items_per_task)
+    for multiple in context_multiples:
+        for task, asked in _context_tasks(documents, multiple * context_tokens, count_tokens, f"{seed}:{multiple}"):
+            name = f"{task}_at_{multiple}x"
+            tasks[name] = [ChoiceItem(f"{name}/{number}", *item) for number, item in
+                           enumerate(islice(asked, OVERSUPPLY * items_per_context))]
+            sizes[name] = items_per_context
+    candidates = [item.text for items in texts.values() for item in items]
+    candidates += [item.context + item.choices[item.answer] for items in tasks.values() for item in items]
+    seen = set(_seen_in_training(candidates, curated / "train", manifest["decontamination_ngram"]))
+    texts = {
+        domain: _up_to_bytes([item for item in items if item.text not in seen], domain_bytes)
+        for domain, items in texts.items()
+    }
+    tasks = {
+        task: [item for item in items if item.context + item.choices[item.answer] not in seen][: sizes[task]]
+        for task, items in tasks.items()
+    }
+    for name, items in [*texts.items(), *tasks.items()]:
+        if not items:
+            raise DataError(
+                f"{curated}/heldout: no item for `{name}` could be made of the held-out text.\n"
+                "Give `annotate.sources` more text, or raise `annotate.held_out.fraction`."
+            )
+    return EvaluationItems(texts, tasks, refused=sum(text in seen for text in candidates))
+
+
+def write(path: Path, items: EvaluationItems, controls: Mapping[str, float]) -> None:
+    """One JSON file with every item and what no training reaches on them."""
+    path.write_text(json.dumps({"controls": controls, **asdict(items)}, indent=1, ensure_ascii=False) + "\n")
+
+
+def read(path: Path) -> tuple[EvaluationItems, dict[str, float]]:
+    """What `write` wrote. Raises DataError."""
+    try:
+        content = json.loads(path.read_text())
+        texts = {domain: [TextItem(**row) for row in rows] for domain, rows in content["texts"].items()}
+        tasks = {
+            task: [ChoiceItem(row["id"], row["context"], tuple(row["choices"]), row["answer"]) for row in rows]
+            for task, rows in content["tasks"].items()
+        }
+        return EvaluationItems(texts, tasks, content["refused"]), content["controls"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: not evaluation items ({error!r}).\nRun the stage `items` again.") from None
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+def _read_manifest(curated: Path) -> dict[str, Any]:
+    path = curated / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text())
+        return {key: manifest[key] for key in ("decontamination_ngram", "heldout")}
+    except FileNotFoundError:
+        raise DataError(f"{path}: not found.\nRun the stage `curate`.") from None
+    except (json.JSONDecodeError, KeyError) as error:
+        raise DataError(f"{path}: not a manifest of curated text ({error!r}).\nRun the stage `curate` again.") from None
+
+
+def _rows(directory: Path, columns: list[str]) -> Iterator[dict[str, str]]:
+    """Rows of the Parquet shards in order, a batch at a time."""
+    shards = sorted(directory.glob("part-*.parquet"))
+    if not shards:
+        raise DataError(f"{directory}: no part-*.parquet.\nRun the stage `curate`.")
+    for shard in shards:
+        for batch in pq.ParquetFile(shard).iter_batches(batch_size=256, columns=columns):
+            yield from batch.to_pylist()
+
+
+def _seen_in_training(texts: Sequence[str], train: Path, n: int) -> list[str]:
+    """Those of `texts` that share an n-gram of words with a training document."""
+    hashes = [ngram_hashes(text, n) for text in texts]
+    known = np.unique(np.concatenate(hashes))
+    table, found = hash_set(known), np.zeros(len(known), dtype=bool)
+    for row in _rows(train, ["text"]):
+        there = ngram_hashes(row["text"], n)
+        found[np.searchsorted(known, there[is_in(there, table)])] = True
+    return [text for text, mine in zip(texts, hashes, strict=True) if found[np.searchsorted(known, mine)].any()]
+
+
+# --- bits per byte ------------------------------------------------------------------------------------------------
+
+
+def _texts(documents: list[Document], domain_bytes: int, rng: random.Random) -> list[TextItem]:
+    """Whole documents, or their first lines up to a twelfth of the domain's bytes."""
+    longest = min(16_384, max(512, domain_bytes // DOCUMENTS_PER_DOMAIN))
+    items = []
+    for document in rng.sample(documents, len(documents)):
+        text = _first_bytes(document.text, longest)
+        if text.strip():
+            items.append(TextItem(f"bits_per_byte_{document.domain}/{document.id[:16]}", text))
+    return _up_to_bytes(items, OVERSUPPLY * domain_bytes)
+
+
+def _first_bytes(text: str, size: int) -> str:
+    """`text` if it has at most `size` bytes of UTF-8, else as many whole lines (or characters) as fit."""
+    data = text.encode()
+    if len(data) <= size:
+        return text
+    cut = data[:size].decode(errors="ignore")
+    return cut[: cut.rfind("\n") + 1] or cut
+
+
+def _up_to_bytes(items: list[TextItem], size: int) -> list[TextItem]:
+    """The first items with at most `size` bytes together, at least one if there is any."""
+    total = 0
+    kept: list[TextItem] = []
+    for item in items:
+        total += len(item.text.encode())
+        if kept and total > size:
+            break
+        kept.append(item)
+    return kept
+
+
+# --- syntax pairs -------------------------------------------------------------------------------------------------
+
+
+def _syntax_pairs(
+    documents: list[Document], wanted: int, context_size: int, costs: Costs, rng: random.Random
+) -> list[ChoiceItem]:
+    """A true line and the same line with a fault, after the lines before it.
+
+    The fault is decided by what stands before and on the line: with it, no continuation is Python.
+    """
+    items: list[ChoiceItem] = []
+    used: Counter[str] = Counter()
+    for document in rng.sample(documents, len(documents)):
+        if len(items) >= wanted:
+            break
+        lines = document.text.split("\n")
+
+        def admissible(row: int, wrong: str, lines: list[str] = lines) -> bool:
+            context = _last_lines(lines[:row], context_size)
+            long_enough = len(context.strip()) >= context_size // 4
+            return long_enough and costs.equal(context + wrong + "\n", costs.of(context + lines[row] + "\n"))
+
+        for row, wrong in islice(faulty_lines(document.text, used, rng, admissible), ITEMS_PER_DOCUMENT):
+            context = _last_lines(lines[:row], context_size)
+            identity = f"syntax_pairs/{document.id[:16]}/{row + 1}"
+            items.append(_shuffled(identity, context, (lines[row] + "\n", wrong + "\n"), rng))
+    return items
+
+
+def _last_lines(lines: list[str], size: int) -> str:
+    """As many of the last `lines` as fit `size` characters, each with its line end."""
+    kept: list[str] = []
+    for line in reversed(lines):
+        size -= len(line) + 1
+        if size < 0:
+            break
+        kept.append(line + "\n")
+    return "".join(reversed(kept))
+
+
+# --- cloze --------------------------------------------------------------------------------------------------------
+
+WORD = re.compile(r"(?<=\S) ([A-Za-z_][A-Za-z0-9_]{2,11})(?![A-Za-z0-9_])")
+TRIED_DISTRACTORS = 160
+LEAST_PLACES = 800              # of a domain, whose words are one another's wrong choices
+
+
+def _cloze(
+    by_domain: dict[str, list[Document]], wanted: int, context_size: int, costs: Costs, rng: random.Random
+) -> list[ChoiceItem]:
+    """Domains take turns. Words of one length and domain are exchangeable: a word's frequency alone tells nothing."""
+    per_domain = -(-wanted // len(by_domain))
+    items = []
+    for documents in by_domain.values():
+        places = _places(documents, max(LEAST_PLACES, 8 * per_domain), context_size, rng)
+        pools: dict[int, list[tuple[str, str]]] = defaultdict(list)
+        for document, match in places:
+            pools[len(match[1])].append((document.id, match[1]))
+        made: list[ChoiceItem] = []
+        for document, match in places:
+            if len(made) == per_domain:
+                break
+            context = document.text[max(0, match.start() - context_size) : match.start()]
+            others = [word for identity, word in pools[len(match[1])] if identity != document.id]
+            tried = rng.sample(others, min(TRIED_DISTRACTORS, len(others)))
+            choices = costs.equally_dear(context, f" {match[1]}", [f" {word}" for word in tried])
+            if len(choices) == 4:
+                made.append(_shuffled(f"cloze/{document.id[:16]}/{match.start()}", context, choices, rng))
+        items.append(made)
+    return [item for group in zip_longest(*items) for item in group if item is not None]
+
+
+def _places(
+    documents: list[Document], wanted: int, context_size: int, rng: random.Random
+) -> list[tuple[Document, re.Match[str]]]:
+    """Words of documents in random order, with at least half a context before each."""
+    places: list[tuple[Document, re.Match[str]]] = []
+    for document in rng.sample(documents, len(documents)):
+        if len(places) >= wanted:
+            break
+        matches = [match for match in WORD.finditer(document.text) if match.start() >= context_size // 2]
+        places += [(document, match) for match in rng.sample(matches, min(ITEMS_PER_DOCUMENT, len(matches)))]
+    return places
+
+
+# --- signatures ---------------------------------------------------------------------------------------------------
+
+
+def _signatures(
+    documents: list[Document], wanted: int, context_size: int, costs: Costs, rng: random.Random
+) -> list[ChoiceItem]:
+    """A function's true signature among ones with a parameter renamed, after its docstring and name."""
+    asked: list[signatures.Function] = []
+    for document in rng.sample(documents, len(documents)):
+        found = signatures.functions(document.id, document.text)
+        asked += rng.sample(found, min(ITEMS_PER_DOCUMENT, len(found)))
+        if len(asked) >= 4 * wanted:
+            break
+    items = []
+    for function, context, choices in islice(
+        signatures.questions(asked, context_size, costs.equally_dear, rng), wanted
+    ):
+        identity = f"signature/{function.document[:16]}/{function.row + 1}"
+        items.append(_shuffled(identity, context, choices, rng))
+    return items
+
+
+# --- recall -------------------------------------------------------------------------------------------------------
+
+
+def _recall(wanted: int, pairs: int, context_tokens: int, rng: random.Random) -> list[ChoiceItem]:
+    """Distinct four-letter keys with distinct numbers, one pair a line; the query is one of the keys."""
+    digits = len(str(10 * pairs))
+    length = (pairs + 1) * len("\nabcd = ") + pairs * digits
+    if length > context_tokens:
+        raise DataError(
+            f"evaluate.recall_pairs: {pairs} pairs take up to {length} tokens, evaluate.context_tokens is "
+            f"{context_tokens}.\nLower recall_pairs or raise context_tokens."
+        )
+    items = []
+    for number in range(wanted):
+        keys: list[str] = []
+        while len(keys) < pairs:
+            key = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=4))
+            if key not in keys:
+                keys.append(key)
+        values = rng.sample(range(10 ** (digits - 1), 10**digits), pairs)
+        answer = rng.randrange(pairs)
+        lines = [f"{key} = {value}\n" for key, value in zip(keys, values, strict=True)]
+        choices = tuple(f" {value}" for value in values)
+        items.append(ChoiceItem(f"recall/{number}", "".join(lines) + f"{keys[answer]} =", choices, answer))
+    return items
+
+
+def _context_tasks(
+    documents: list[Document], length: int, count_tokens: CountTokens, seed: str
+) -> list[tuple[str, Iterator[Asked]]]:
+    """The tasks of `context_items` at `length` tokens."""
+    texts = [document.text for document in documents]
+    return [
+        ("copy", context_items.copies(length, count_tokens, random.Random(f"{seed}:copy"))),
+        ("recall", context_items.recalls(length, count_tokens, random.Random(f"{seed}:recall"))),
+        ("needle", context_items.needles(texts, length, count_tokens, random.Random(f"{seed}:needle"))),
+    ]
+
+
+def _shuffled(identity: str, context: str, choices: tuple[str, ...], rng: random.Random) -> ChoiceItem:
+    """An item whose true choice, the first of `choices`, stands anywhere."""
+    order = rng.sample(range(len(choices)), len(choices))
+    return ChoiceItem(identity, context, tuple(choices[index] for index in order), order.index(0))
+
+
+# --- the control --------------------------------------------------------------------------------------------------
+
+
+def deflate_size(data: bytes) -> int:
+    """Bytes of raw DEFLATE at its strongest, without header or checksum."""
+    compressor = zlib.compressobj(9, zlib.DEFLATED, -15, 9)
+    return len(compressor.compress(data) + compressor.flush())
+
+
+def lzma_size(data: bytes) -> int:
+    """Bytes of raw LZMA at its strongest, without header or checksum."""
+    options = {"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "pb": 0, "dict_size": max(4096, len(data))}
+    return len(lzma.compress(data, format=lzma.FORMAT_RAW, filters=[options]))
+
+
+COMPRESSORS = (deflate_size, lzma_size)
+
+
+class Costs:
+    """What a text costs without any training of a model: bytes by either compressor, and tokens."""
+
+    def __init__(self, count_tokens: CountTokens):
+        self.measures: tuple[Measure, ...] = (
+            lambda text: deflate_size(text.encode()), count_tokens, lambda text: lzma_size(text.encode())
+        )
+
+    def of(self, text: str) -> list[int]:
+        """`text` by each measure, in their order."""
+        return [measure(text) for measure in self.measures]
+
+    def equal(self, text: str, costs: list[int]) -> bool:
+        """Whether `text` costs just as much; the quickest measure is asked first."""
+        return all(measure(text) == cost for measure, cost in zip(self.measures, costs, strict=True))
+
+    def equally_dear(self, context: str, true: str, others: list[str]) -> tuple[str, ...]:
+        """`true` and up to three of `others` that cost as much after `context`."""
+        costs = self.of(context + true)
+        kept = [true]
+        for other in others:
+            if len(kept) == 4:
+                break
+            if other not in kept and self.equal(context + other, costs):
+                kept.append(other)
+        return tuple(kept)
+
+
+def control(items: EvaluationItems, window_bytes: int, count_tokens: CountTokens) -> dict[str, float]:
+    """What no training reaches on `items`.
+
+    A compressor's `bits_per_byte(_DOMAIN)_compressor`; `TASK_accuracy_control`, the best of the compressors and of
+    taking the fewest tokens; a guess's `TASK_accuracy_chance`.
+    """
+    sizes = Costs(count_tokens).measures
+    metrics: dict[str, float] = {}
+    bits, size = 0, 0
+    for domain, documents in items.texts.items():
+        texts = [item.text for item in documents]
+        domain_bits, domain_size = compressor_bits(texts, window_bytes), sum(len(text.encode()) for text in texts)
+        metrics[f"bits_per_byte_{domain}_compressor"] = domain_bits / domain_size
+        bits, size = bits + domain_bits, size + domain_size
+    metrics["bits_per_byte_compressor"] = bits / size
+    for task, choices in items.tasks.items():
+        metrics[f"{task}_accuracy_control"] = cheapest_accuracy(choices, sizes)
+        metrics[f"{task}_accuracy_chance"] = sum(1 / len(item.choices) for item in choices) / len(choices)
+    return metrics
+
+
+def compressor_bits(texts: Sequence[str], window_bytes: int) -> int:
+    """Bits the better compressor needs for `texts`, each cut into windows that are compressed alone.
+
+    `window_bytes` is what the model sees at once, so that both predict from the same context.
+    """
+    windows = [
+        data[start : start + window_bytes]
+        for data in (text.encode() for text in texts)
+        for start in range(0, len(data), window_bytes)
+    ]
+    return min(8 * sum(size(window) for window in windows) for size in COMPRESSORS)
+
+
+def cheapest_accuracy(items: Sequence[ChoiceItem], measures: Sequence[Measure]) -> float:
+    """Share of items where the true choice costs least after its context; of k equal ones it gets 1/k.
+
+    Of the measures the one that does best on these items.
+    """
+    return max(sum(_credit(item, measure) for item in items) / len(items) for measure in measures)
+
+
+def _credit(item: ChoiceItem, measure: Measure) -> float:
+    costs = [measure(item.context + choice) for choice in item.choices]
+    return (costs[item.answer] == min(costs)) / costs.count(min(costs))

@@ -1,0 +1,180 @@
+"""Curated shards to token files, a shard a task: its documents to a partial file for each domain and quality label, and
+the partial files of a name to one. Neither holds more than a batch of documents; both can be interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from data_pipeline.text.words import texts_of
+from data_pipeline.tokenize.curated import batches, sample
+from data_pipeline.tokenize.indexed_dataset import IndexedDatasetWriter, merge
+from data_pipeline.tokenize.segment_encoder import Int32, Int64, SegmentEncoder
+from data_pipeline.tokenize.tokenizer import BYTE_IDS, SPACE, UNK_ID, Tokenizer
+from data_pipeline.workers.executor import Workers
+
+COUNTS_FILE = "counts.json"
+
+
+class Counts(NamedTuple):
+    """What a token file holds; tokens include the end-of-document marks, which have no bytes."""
+
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0              # of the UTF-8 text as it is decoded: U+2581 is the one byte of a space
+    unknown: int = 0            # tokens that are <unk>
+    single_bytes: int = 0       # tokens that stand for a byte of a character outside the vocabulary
+
+    def plus(self, other: Counts) -> Counts:
+        """The sum of both, field by field."""
+        return Counts(*(one + another for one, another in zip(self, other, strict=True)))
+
+
+def tokenize_shards(
+    shards: Sequence[Path], model: Path, scratch: Path, workers: Workers, progress: Callable[..., None],
+) -> dict[str, Counts]:
+    """Encode `shards` into `scratch`/NAME.bin and .idx, NAME being `train/DOMAIN-LABEL`; what each holds, by name.
+
+    Documents keep the order of the shards. The files do not depend on how many shards or workers there are. Shards and
+    files found complete in `scratch` are not done again.
+
+    Args:
+        shards: curated Parquet files with columns text, domain, label; their names differ.
+        model: the tokenizer's file.
+        workers: what encodes the shards, of `data_pipeline.workers.executor`.
+
+    Raises:
+        DataError: a shard is damaged; it is named.
+    """
+    finished = {shard for shard in shards if (_part(scratch, shard) / COUNTS_FILE).exists()}
+    if finished:
+        (scratch / "resumed").touch()
+    totals: dict[str, Counts] = {}
+    parts: dict[str, list[Path]] = {}
+    started, documents = time.monotonic(), 0
+    results = workers.all(partial(encode_shard, model=model, scratch=scratch), shards, _name)
+    for done, (shard, counts) in enumerate(results, 1):
+        for name, count in counts.items():
+            totals[name] = totals.get(name, Counts()).plus(count)
+            parts.setdefault(name, []).append(_part(scratch, shard) / name)
+            documents += 0 if shard in finished else count.documents
+        progress(done, len(shards), **{"documents/s": documents / (time.monotonic() - started)})
+    merges = [(parts[name], scratch / name) for name in sorted(parts)]
+    list(workers.all(_merge, merges, lambda merge: merge[1].name))
+    return {name: totals[name] for name in sorted(totals)}
+
+
+def most_tokens(shards: Sequence[Path], workers: Workers) -> dict[str, int]:
+    """Tokens that each training file cannot exceed: one a byte of text and one a document. Raises DataError."""
+    most: dict[str, int] = {}
+    for _, counts in workers.all(_most_tokens, shards, _name):
+        for name, count in counts.items():
+            most[name] = most.get(name, 0) + count
+    return dict(sorted(most.items()))
+
+
+def _most_tokens(shard: Path) -> dict[str, int]:
+    most: dict[str, int] = {}
+    for batch in batches(shard, ("text", "domain", "label")):
+        sizes = pc.add(pc.binary_length(batch["text"]).cast(pa.int64()), 1)
+        groups = batch.append_column("size", sizes).group_by(["domain", "label"]).aggregate([("size", "sum")])
+        for row in groups.to_pylist():
+            name = f"train/{row['domain']}-{row['label']}"
+            most[name] = most.get(name, 0) + row["size_sum"]
+    return most
+
+
+def encode_shard(shard: Path, model: Path, scratch: Path) -> dict[str, Counts]:
+    """Encode one shard into a directory of its own under `scratch`, unless that was done; what each file holds."""
+    directory = _part(scratch, shard)
+    if (directory / COUNTS_FILE).exists():
+        stored = json.loads((directory / COUNTS_FILE).read_text())
+        return {name: Counts(*count) for name, count in stored.items()}
+    encoder, counts = _encoder(model), dict[str, Counts]()
+    with ExitStack() as files:
+        writers: dict[str, IndexedDatasetWriter] = {}
+        for batch in batches(shard, ("text", "domain", "label")):
+            for name, documents in _by_name(batch):
+                if name not in writers:
+                    writers[name] = files.enter_context(
+                        IndexedDatasetWriter(directory / name, encoder.tokenizer.vocab_size))
+                ids, lengths, count = encode_documents(encoder, documents)
+                writers[name].extend(ids, lengths)
+                counts[name] = counts.get(name, Counts()).plus(count)
+    directory.mkdir(parents=True, exist_ok=True)
+    partial_file = directory / f".{COUNTS_FILE}.partial"
+    partial_file.write_text(json.dumps(counts))
+    partial_file.rename(directory / COUNTS_FILE)
+    return counts
+
+
+def tokenize_sample(
+    files: Sequence[Path], limit: float, seed: int, tokenizer: Tokenizer, scratch: Path
+) -> dict[str, Counts]:
+    """Encode up to `limit` bytes of each domain of `files`, whole documents (`curated.sample`), into
+    `scratch`/validation/DOMAIN.bin and .idx; what each holds, by name."""
+    encoder, documents, totals = SegmentEncoder(tokenizer), sample(files, limit, seed), {}
+    for domain in sorted(documents["domain"].unique().to_pylist()):
+        name = f"validation/{domain}"
+        with IndexedDatasetWriter(scratch / name, tokenizer.vocab_size) as writer:
+            ids, lengths, totals[name] = encode_documents(encoder, documents.filter(pc.field("domain") == domain))
+            writer.extend(ids, lengths)
+    return totals
+
+
+def encode_documents(encoder: SegmentEncoder, documents: pa.Table) -> tuple[Int32, Int64, Counts]:
+    """Ids of the column `text` end to end, each document with its mark; the tokens of each document; the sums."""
+    texts = texts_of(documents)
+    ids = encoder.encode(texts)
+    lengths = np.diff(np.flatnonzero(ids == encoder.tokenizer.eod_id), prepend=-1)
+    single_bytes = np.count_nonzero((ids >= BYTE_IDS.start) & (ids < BYTE_IDS.stop))
+    unknown = np.count_nonzero(ids == UNK_ID)
+    text = texts.buffer[texts.offsets[0] : texts.offsets[-1]].tobytes()
+    size = len(text) - (len(SPACE.encode()) - 1) * text.count(SPACE.encode())
+    return ids, lengths, Counts(len(lengths), len(ids), size, int(unknown), int(single_bytes))
+
+
+def _by_name(batch: pa.Table) -> Iterator[tuple[str, pa.Table]]:
+    """The documents of each token file, in the order they stand in."""
+    pairs = list(zip(batch["domain"].to_pylist(), batch["label"].to_pylist(), strict=True))
+    order = sorted(range(len(pairs)), key=pairs.__getitem__)
+    grouped, first = batch.take(order), 0
+    for last, row in enumerate(order, 1):
+        if last == len(order) or pairs[order[last]] != pairs[row]:
+            domain, label = pairs[row]
+            yield f"train/{domain}-{label}", grouped.slice(first, last - first)
+            first = last
+
+
+@lru_cache(maxsize=1)
+def _encoder(model: Path) -> SegmentEncoder:
+    """One a process: what it remembers serves all its shards."""
+    return SegmentEncoder(Tokenizer(model))
+
+
+def _name(shard: Path) -> str:
+    return f"shard {shard.stem}"
+
+
+def _part(scratch: Path, shard: Path) -> Path:
+    return scratch / "shards" / shard.stem
+
+
+def _merge(task: tuple[list[Path], Path]) -> None:
+    """Make one file of parts, and remove them, unless that was done."""
+    parts, prefix = task
+    if not prefix.with_name(f"{prefix.name}.idx").exists():
+        merge(parts, prefix)
+    for part in parts:
+        for suffix in ("bin", "idx"):
+            part.with_name(f"{part.name}.{suffix}").unlink(missing_ok=True)

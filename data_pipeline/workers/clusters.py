@@ -1,0 +1,151 @@
+"""Backends of `data_pipeline.workers.executor` that hand calls to a cluster's scheduler: Dask, Ray, Slurm.
+
+None retries by itself: what happens after a worker's death is decided in one place, `Workers.map`.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import time
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.config import DataError, ExecutorConfig
+from data_pipeline.workers.executor import ONE_THREAD, Answer, Backend, Function, call
+
+SECONDS_BETWEEN_LOOKS = 0.2     # at Slurm jobs
+
+
+class Dask(Backend):
+    """A Dask scheduler's workers, or as many processes here."""
+
+    def __init__(self, config: ExecutorConfig):
+        import dask
+        from distributed import Client, LocalCluster
+
+        self.slots = config.workers
+        self.done: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self.futures: dict[int, Any] = {}
+        dask.config.set({"distributed.scheduler.allowed-failures": 0})
+        self.cluster = None
+        if config.dask.scheduler is None:
+            self.cluster = LocalCluster(n_workers=config.workers, threads_per_worker=1, processes=True,
+                                        dashboard_address=None, memory_limit=0, env=ONE_THREAD)
+        try:
+            self.client = Client(self.cluster or config.dask.scheduler)
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"runtime.dask.scheduler: {config.dask.scheduler} does not answer ({error}).\n"
+                "Start the scheduler or correct its address in params.yaml."
+            ) from None
+
+    def start(self, calls: list[tuple[int, Function, Any]]) -> None:
+        for number, function, item in calls:
+            future = self.client.submit(call, function, item, pure=False)
+            self.futures[number] = future
+            future.add_done_callback(lambda _, number=number: self.done.put(number))
+
+    def finished(self) -> list[tuple[int, Answer]]:
+        number = self.done.get()
+        return [(number, _answer_of(self.futures.pop(number)))]
+
+    def close(self) -> None:
+        self.client.close()
+        if self.cluster:
+            self.cluster.close()
+
+
+class Ray(Backend):
+    """A Ray cluster's workers, or as many processes here."""
+
+    def __init__(self, config: ExecutorConfig):
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        import ray
+
+        self.slots = config.workers
+        self.done: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self.futures: dict[int, Any] = {}
+        options: dict[str, Any] = {"log_to_driver": False, "runtime_env": {"env_vars": ONE_THREAD}}
+        if config.ray.address is None:
+            options |= {"num_cpus": config.workers, "include_dashboard": False, "object_store_memory": 100 * 2**20}
+        try:
+            ray.init(address=config.ray.address, **options)
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"runtime.ray.address: no cluster at {config.ray.address} ({error}).\n"
+                "Start it (`ray start --head`) or correct the address in params.yaml."
+            ) from None
+        self.shutdown = ray.shutdown
+        self.call = ray.remote(max_retries=0, num_cpus=1)(call)
+
+    def start(self, calls: list[tuple[int, Function, Any]]) -> None:
+        for number, function, item in calls:
+            self.futures[number] = self.call.remote(function, item).future()
+            self.futures[number].add_done_callback(lambda _, number=number: self.done.put(number))
+
+    def finished(self) -> list[tuple[int, Answer]]:
+        number = self.done.get()
+        return [(number, _answer_of(self.futures.pop(number)))]
+
+    def close(self) -> None:
+        self.shutdown()
+
+
+class Slurm(Backend):
+    """A job a call, submitted as arrays; `workers` of them run at a time."""
+
+    def __init__(self, config: ExecutorConfig):
+        import submitit
+
+        slurm = config.slurm
+        self.slots = config.workers
+        self.jobs: dict[int, Any] = {}
+        try:
+            self.executor = submitit.AutoExecutor(folder=Path(slurm.folder).absolute(), cluster=slurm.cluster)
+        except RuntimeError as error:
+            raise DataError(
+                f"runtime.slurm.cluster: {slurm.cluster} cannot be used here ({' '.join(str(error).split())}).\n"
+                "Run on a machine with `sbatch`, or choose another runtime.executor in params.yaml."
+            ) from None
+        self.executor.update_parameters(
+            timeout_min=slurm.timeout_minutes, mem_gb=slurm.memory_gigabytes, cpus_per_task=1, name="nemotron-h-data",
+            **({"slurm_partition": slurm.partition} if slurm.partition else {}),
+        )
+
+    def start(self, calls: list[tuple[int, Function, Any]]) -> None:
+        with self.executor.batch():
+            jobs = [self.executor.submit(call, function, item) for _, function, item in calls]
+        self.jobs |= {number: job for (number, _, _), job in zip(calls, jobs, strict=True)}
+
+    def finished(self) -> list[tuple[int, Answer]]:
+        while not (done := [number for number, job in self.jobs.items() if job.done()]):
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        return [(number, self._answer(self.jobs.pop(number))) for number in done]
+
+    def _answer(self, job: Any) -> Answer:
+        error = job.exception()
+        return _lost(error) if error else job.result()
+
+    def close(self) -> None:
+        for job in self.jobs.values():
+            job.cancel()
+
+
+def _answer_of(future: Any) -> Answer:
+    """What a call that has ended gave; the worker that holds it may still die before it is fetched."""
+    try:
+        answer: Answer = future.result()
+    except Exception as error:
+        return _lost(error)
+    return answer
+
+
+def _lost(error: BaseException) -> Answer:
+    """`call` raises nothing: what a scheduler reports is a worker's death, or a worker that cannot import the code."""
+    if type(error).__name__ in ("KilledWorker", "WorkerCrashedError", "OutOfMemoryError", "UncompletedJobError",
+                                "NodeDiedError", "ActorDiedError"):
+        return Answer(killed=True)
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    return Answer(error=f"{said[:400]}\nInstall this project at the same path on every worker, or use `local`.")

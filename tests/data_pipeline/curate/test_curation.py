@@ -1,0 +1,253 @@
+"""The cut: what stays, what is said about it, and thresholds that can be changed without annotating again."""
+
+import hashlib
+import json
+import shutil
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from data_pipeline.annotate.annotation import annotate
+from data_pipeline.annotate.quality import training_text
+from data_pipeline.annotate.quality.quality_labels import weighted_quantiles
+from data_pipeline.annotate.step import text_id
+from data_pipeline.config import CurateConfig, DataError, ExecutorConfig
+from data_pipeline.curate import cut as cutting
+from data_pipeline.curate.curation import Records, curate
+from data_pipeline.text.ngrams import ngram_hashes
+from tests.data_pipeline.annotate_corpus import LABELS, REPEAT, annotate_config, curate_config, write_corpus
+
+DOMAINS = ("code", "docs")
+HERE = ExecutorConfig(executor="local", workers=1)
+STEPS = ["read", "license", "language", "copies", "near_duplicates", "heuristics", "perplexity", "decontaminate",
+         "substring", "held_out"]
+
+
+def silent(step: int, total: int, **figures: object) -> None:
+    assert 0 <= step <= total
+
+
+def run(annotated: Path, config: CurateConfig, directory: Path, executor: ExecutorConfig = HERE) -> Records:
+    (directory / "out").mkdir(parents=True)
+    return curate(annotated, config, 1, directory / "out", directory / "scratch", directory / "cache", executor, silent)
+
+
+def read(directory: Path, split: str) -> pl.DataFrame:
+    return pl.concat([pl.read_parquet(file) for file in sorted((directory / split).glob("part-*.parquet"))])
+
+
+@pytest.fixture(scope="module")
+def annotated(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("annotated")
+    corpus = write_corpus(directory / "corpus")
+    (directory / "out").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_text, "INSTALLED_BYTES", 200_000)
+        config = annotate_config(corpus, shard_megabytes=0.2)
+        annotate(config, 1, directory / "out", directory / "scratch", HERE, silent)
+    return directory / "out"
+
+
+@pytest.fixture(scope="module")
+def before(annotated) -> pl.DataFrame:
+    return pl.concat([pl.read_parquet(file) for file in sorted(annotated.glob("part-*.parquet"))])
+
+
+@pytest.fixture(scope="module")
+def curated(annotated, tmp_path_factory):
+    """(directory, records) of an unbroken run in this process."""
+    directory = tmp_path_factory.mktemp("curated")
+    records = run(annotated, curate_config(), directory)
+    assert not (directory / "scratch" / "resumed").exists()
+    return directory / "out", records
+
+
+def test_files_are_as_described(curated):
+    out, _ = curated
+    train, held_out = read(out, "train"), read(out, "heldout")
+    assert held_out.columns == ["id", "text", "source", "path", "domain", "license"]
+    assert train.columns == [*held_out.columns, "quality", "label"]
+    for frame in (train, held_out):
+        assert frame["id"].to_list() == [text_id(text) for text in frame["text"]]
+        assert frame.null_count().sum_horizontal().item() == 0
+        assert set(frame["domain"]) == set(DOMAINS)
+    assert train["quality"].is_between(0, 19).all()
+    assert "high" in set(train["label"]) <= set(LABELS)
+    ids = pl.concat([train["id"], held_out["id"]])
+    assert ids.n_unique() == len(ids)
+
+
+def test_manifest_counts_what_is_there(curated):
+    out, _ = curated
+    manifest = json.loads((out / "manifest.json").read_text())
+    ids = pl.concat([read(out, split)["id"] for split in ("train", "heldout")])
+    assert manifest["decontamination_ngram"] == 13
+    assert manifest["corpus_digest"] == hashlib.sha256("".join(ids).encode()).hexdigest()
+    for split in ("train", "heldout"):
+        for domain, entry in manifest[split].items():
+            rows = read(out, split).filter(pl.col("domain") == domain)
+            assert entry["documents"] == len(rows)
+            assert entry["bytes"] == sum(len(text.encode()) for text in rows["text"])
+            assert entry["sources"] == sorted(set(rows["source"]))
+
+
+def test_held_out_sources_are_never_trained_on(curated):
+    out, _ = curated
+    assert not set(read(out, "train")["source"]) & set(read(out, "heldout")["source"])
+
+
+def test_no_ngram_is_shared_with_held_out_text(curated):
+    out, _ = curated
+    held_out = {value for text in read(out, "heldout")["text"] for value in ngram_hashes(text, 13).tolist()}
+    assert len(held_out) > 1000
+    for text in read(out, "train")["text"]:
+        assert held_out.isdisjoint(ngram_hashes(text, 13).tolist())
+
+
+def test_funnel_adds_up(curated, before):
+    out, records = curated
+    assert list(dict.fromkeys(row.step for row in records.funnel)) == STEPS
+    manifest = json.loads((out / "manifest.json").read_text())
+    for domain in DOMAINS:
+        rows = [row for row in records.funnel if row.domain == domain]
+        assert rows[0].documents == (before["domain"] == domain).sum()
+        for earlier, later in pairwise(rows):
+            assert earlier.documents - later.documents == sum(later.reasons.values())
+        assert rows[-1].documents == manifest["train"][domain]["documents"]
+        assert rows[-1].bytes == manifest["train"][domain]["bytes"]
+
+
+def test_each_planted_document_goes_for_its_reason(curated):
+    reasons = {why for row in curated[1].funnel for why in row.reasons}
+    assert {"language de", "language un", "generated > 0"} <= reasons
+    assert any(why.startswith("copy") for why in reasons) and any(why.startswith("near-duplicate") for why in reasons)
+
+
+def test_labels_are_byte_weighted_percentiles_over_what_is_eligible(curated, before):
+    """Recomputed here from the annotated columns, in plain NumPy."""
+    train = {row["id"]: row for row in read(curated[0], "train").iter_rows(named=True)}
+    english = (pl.col("domain") != "docs") | ((pl.col("language") == "en") & (pl.col("language_share") >= 0.3))
+    for domain in DOMAINS:
+        eligible = before.filter((pl.col("domain") == domain) & pl.col("scores").is_not_null() & english)
+        scores = np.array(eligible["scores"].to_list(), dtype=np.float64)
+        sizes = np.array([len(text.encode()) for text in eligible["text"]])
+        shares = np.arange(1, 20) / 20
+        best = np.max([np.digitize(column, weighted_quantiles(column, sizes, shares)) for column in scores.T], axis=0)
+        pairs = zip(eligible["id"], best, strict=True)
+        found = [(train[identity]["quality"], value) for identity, value in pairs if identity in train]
+        assert len(found) > 10 and all(quality == value for quality, value in found)
+
+
+def test_histograms_hold_every_eligible_document_and_the_thresholds(curated):
+    histograms = curated[1].histograms
+    assert {"characters", "perplexity", "fluency", "structure", "language_share"} <= histograms.keys()
+    for name, domains in histograms.items():
+        for domain, entry in domains.items():
+            assert len(entry.edges) == len(entry.counts) + 1 and 25 <= len(entry.counts) <= 40
+            assert entry.edges == sorted(entry.edges)
+            assert sum(entry.counts) == sum(histograms["fluency"][domain].counts), (name, domain)
+    words = histograms["words"]["docs"]
+    assert (words.low, words.high) == (30, None) and "Gopher" in words.source
+
+
+def test_dropped_shows_what_broke_each_rule(curated, before):
+    records = curated[1]
+    for domain in DOMAINS:
+        counted: dict[str, int] = {}
+        for row in records.funnel:
+            if row.domain == domain and row.step != "held_out":
+                counted |= row.reasons
+        shown = records.dropped[domain]
+        assert {why: entry.documents for why, entry in shown.items() if why != "substring"} == counted
+        for why, entry in shown.items():
+            assert 1 <= len(entry.examples) <= 6
+            for example in entry.examples:
+                assert example.value and 0 < len(example.excerpt) <= 600, why
+                text = before.filter(source=example.source, path=example.path, domain=domain)["text"].item()
+                assert example.excerpt in text
+    removed = [example.excerpt for example in records.dropped["docs"]["substring"].examples]
+    assert removed and all(len(text.encode()) >= 200 for text in removed)
+    (generated,) = records.dropped["code"]["generated > 0"].examples
+    assert generated.value == "generated 1 > 0 (Codex)"
+
+
+def test_repeated_strings_stay_once(curated, before):
+    everything = sum(text.count(REPEAT.strip()) for text in before.filter(held_out=False)["text"])
+    left = sum(text.count(REPEAT.strip()) for text in read(curated[0], "train")["text"])
+    assert everything > 2 and left <= 1
+
+
+def test_workers_change_nothing(annotated, curated, tmp_path):
+    records = run(annotated, curate_config(), tmp_path, ExecutorConfig(executor="local", workers=2))
+    assert records == curated[1]
+    for file in curated[0].rglob("*.*"):
+        assert (tmp_path / "out" / file.relative_to(curated[0])).read_bytes() == file.read_bytes()
+
+
+def test_a_threshold_changes_the_cut_alone(annotated, curated, tmp_path):
+    rules = {"docs": {"set": "prose", "labels": LABELS, "thresholds": {"words": (400, None)}}}
+    records = run(annotated, curate_config(rules=rules), tmp_path)
+    (entry,) = [row for row in records.funnel if row.step == "heuristics" and row.domain == "docs"]
+    assert entry.reasons["words < 400"] > 10
+    assert records.histograms["words"]["docs"].low == 400
+    assert records.histograms["words"]["docs"].counts == curated[1].histograms["words"]["docs"].counts
+    assert "characters" not in records.dropped["code"]      # no rules for code
+
+
+def test_rules_spare_documents_of_other_labels(annotated, tmp_path):
+    rules = {"docs": {"set": "prose", "labels": ["low"], "thresholds": {"words": (400, None)}}}
+    run(annotated, curate_config(rules=rules), tmp_path)
+    train, held_out = read(tmp_path / "out", "train"), read(tmp_path / "out", "heldout")
+    short = train.filter((pl.col("domain") == "docs") & (pl.col("text").str.count_matches(r"\S+") < 380))
+    assert len(short) and "low" not in set(short["label"])
+    short = held_out.filter((pl.col("domain") == "docs") & (pl.col("text").str.count_matches(r"\S+") < 380))
+    assert not len(short), "held-out text has no label that could spare it"
+
+
+class Stop(Exception):
+    pass
+
+
+def test_an_interrupted_cut_ends_the_same(annotated, curated, tmp_path):
+    def stop(step: int, total: int, **figures: object) -> None:
+        if figures["work"] == "cut" and figures["documents/s"]:
+            raise Stop
+
+    with pytest.raises(Stop):
+        (tmp_path / "broken").mkdir()
+        curate(annotated, curate_config(), 1, tmp_path / "broken", tmp_path / "scratch", tmp_path / "c", HERE, stop)
+    (finished,) = (tmp_path / "scratch").glob("*/cut-00000.json")
+    written = finished.stat().st_mtime_ns
+    assert run(annotated, curate_config(), tmp_path) == curated[1]
+    assert (tmp_path / "scratch" / "resumed").exists() and finished.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize(("split", "part"), [("train", "to train on"), ("heldout", "held out")])
+def test_a_domain_left_empty_is_named_with_what_took_it(annotated, tmp_path, split, part):
+    rules = {"docs": {"set": "prose", "labels": LABELS, "thresholds": {"words": (10_000, None)}}}
+    copy = tmp_path / "annotated"
+    if split == "heldout":                  # nothing of it was held out
+        shutil.copytree(annotated, copy)
+        for file in copy.glob("part-*.parquet"):
+            frame = pl.read_parquet(file)
+            frame.filter((pl.col("domain") != "docs") | ~pl.col("held_out")).write_parquet(file)
+        rules = {}
+    expected = rf"`docs`: no document {part} is left; most went for: .*\n.*curate\.rules\.docs"
+    with pytest.raises(DataError, match=expected):
+        run(copy if split == "heldout" else annotated, curate_config(rules=rules), tmp_path)
+
+
+def test_a_feature_that_is_none_is_named(annotated, tmp_path):
+    rules = {"docs": {"set": "prose", "labels": LABELS, "thresholds": {"wrods": (1, None)}}}
+    with pytest.raises(DataError, match=r"curate\.rules\.docs.*wrods"):
+        run(annotated, curate_config(rules=rules), tmp_path)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.2, 0.2), (0, 5e5), (37, 90_000), (-9.0, -2.0)])
+def test_edges_hold_the_range(low, high):
+    edges = cutting.edges(low, high)
+    assert len(edges) == cutting.BINS + 1 and (np.diff(edges) > 0).all()
+    assert edges[0] <= low and edges[-1] >= high - 1e-6

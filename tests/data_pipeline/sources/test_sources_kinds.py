@@ -1,0 +1,430 @@
+"""Whatever a user names or keeps in a directory: read, refused with a reason, or passed over by name."""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import os
+import socket
+import tarfile
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from local_server import serving
+
+from data_pipeline.config import DataError, FilesSource, WebSource
+from data_pipeline.sources import Document, PassedOver, Refusal, locations, pieces, read_piece, readers, streams
+from tests.data_pipeline.sources.test_sources_web import RECORDS as PAGES
+from tests.data_pipeline.sources.test_sources_web import html, warc
+
+LINES = [{"text": f"text {number} {'ä' * (number % 97)}"} for number in range(60)]
+JSONL = "".join(json.dumps(line) + "\n" for line in LINES).encode()
+TEXTS = [line["text"] for line in LINES]
+WET = b"".join(warc("conversion", f"http://site{number}.org/", f"Page {number}".encode(), "text/plain")
+               for number in range(3))
+
+
+def arrow(codec: str):
+    def pack(data: bytes) -> bytes:
+        sink = pa.BufferOutputStream()
+        with pa.CompressedOutputStream(sink, codec) as stream:
+            stream.write(data)
+        return sink.getvalue().to_pybytes()
+    return pack
+
+
+PACKERS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": arrow("zstd"), "lz4": arrow("lz4")}
+
+
+def tar(mode: str = "w", **members: bytes) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode=mode) as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return stream.getvalue()
+
+
+def zipped(**members: bytes) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return stream.getvalue()
+
+
+def read(*paths, kind=FilesSource, shard_bytes=10**9, **fields) -> list:
+    source = kind(kind="web" if kind is WebSource else "files", paths=[os.fspath(path) for path in paths],
+                  domain="own", **fields)
+    return [item for piece in pieces(source, 1, shard_bytes) for item in read_piece(piece)]
+
+
+def texts(items) -> list[str]:
+    return [item.text for item in items if isinstance(item, Document)]
+
+
+def reasons(items) -> Counter[str]:
+    return Counter(item.reason for item in items if isinstance(item, Refusal))
+
+
+def passed(items) -> Counter[str]:
+    return Counter(item.what for item in items if isinstance(item, PassedOver))
+
+
+# packing
+
+@pytest.mark.parametrize("suffix", ["", ".bin", ".jsonl", *(f".jsonl.{packing}" for packing in PACKERS)])
+@pytest.mark.parametrize("packing", PACKERS)
+@pytest.mark.parametrize("shard_bytes", [100, 10**9])
+def test_packing_is_known_by_content_whatever_the_name(tmp_path, packing, suffix, shard_bytes):
+    (tmp_path / f"a{suffix}").write_bytes(PACKERS[packing](JSONL))
+    expected = TEXTS if suffix != ".bin" else [JSONL.decode()]      # text that a user named
+    found = read(tmp_path / f"a{suffix}", shard_bytes=shard_bytes)
+    assert reasons(found) == {} and (texts(found) == expected or suffix == ".bin")
+
+
+@pytest.mark.parametrize("packing", PACKERS)
+def test_streams_one_after_another_and_within_each_other(tmp_path, packing):
+    pack = PACKERS[packing]
+    (tmp_path / "a.jsonl").write_bytes(pack(JSONL[:999]) + pack(JSONL[999:]))
+    assert texts(read(tmp_path / "a.jsonl")) == TEXTS
+    for outer in PACKERS.values():
+        (tmp_path / "a.jsonl").write_bytes(outer(pack(JSONL)))
+        assert texts(read(tmp_path / "a.jsonl")) == TEXTS
+
+
+@pytest.mark.parametrize("packing", PACKERS)
+def test_packed_files_that_are_damaged_are_kept_up_to_there(tmp_path, packing):
+    packed = PACKERS[packing](os.urandom(50_000).hex().encode())
+    for data, word in ((packed[: len(packed) // 2], "truncated"), (packed + b"and more" * 9, "damaged")):
+        (tmp_path / "a").write_bytes(data)
+        items = list(streams.chunks(str(tmp_path / "a")))
+        assert isinstance(items[-1], streams.Damage) and items[-1].reason.startswith(word)
+    if packing in ("zst", "lz4"):       # Arrow writes them without checksums
+        return
+    spoilt = bytearray(packed)
+    spoilt[len(packed) // 2 :: 97] = b"\xff" * len(spoilt[len(packed) // 2 :: 97])
+    (tmp_path / "a").write_bytes(spoilt)
+    assert any(isinstance(item, streams.Damage) for item in streams.chunks(str(tmp_path / "a")))
+
+
+# kinds
+
+def csv_of(rows, **dialect) -> bytes:
+    stream = io.StringIO()
+    csv.writer(stream, **dialect).writerows([["id", "text"], *(map(str, row) for row in enumerate(rows))])
+    return stream.getvalue().encode()
+
+
+def test_a_directory_of_everything(tmp_path):
+    parquet = io.BytesIO()
+    pq.write_table(pa.table({"text": TEXTS}), parquet)
+    contents = {
+        "a.jsonl": JSONL, "b.jsonl.bz2": bz2.compress(JSONL), "c.jsonlines.xz": lzma.compress(JSONL), "d.jl": JSONL,
+        "e.tar.gz": tar("w:gz", **{"x/a.jsonl": JSONL, "x/b.txt.gz": gzip.compress(b"in a tar"), "x/c.png": b"x"}),
+        "f.zip": zipped(**{"a.jsonl": JSONL, "inner.tar": tar(**{"deep.txt": b"deep"}), ".git/x": b"x"}),
+        "g.csv": csv_of(TEXTS), "h.parquet.zst": arrow("zstd")(parquet.getvalue()), "i.wacz": zipped(**{"a.warc": WET}),
+        "j.tgz": tar("w:gz", **{"a.parquet": parquet.getvalue()}), "k.warc.gz": gzip.compress(WET), "part-00000": JSONL,
+        "l.html": html(7).encode(), "m.jsonl.gz.gz": gzip.compress(gzip.compress(JSONL)), "README": b"no suffix",
+        "n.pdf": b"%PDF-1.7", "o.docx": zipped(**{"word/document.xml": b"<w/>"}),
+        "p.arc.gz": gzip.compress(b"filedesc:"),
+    }
+    for name, data in contents.items():
+        (tmp_path / name).write_bytes(data)
+    found = read(tmp_path)
+    # a b c d, e, f, g, h, j, part-00000, m: 11 times all; two texts, the page, two times WET
+    assert Counter(texts(found)) == Counter([*TEXTS * 11, "in a tar", "deep", *["Page 0", "Page 1", "Page 2"] * 2,
+                                             *(text for text in texts(read(tmp_path / "l.html")))])
+    assert "Page 7" in texts(read(tmp_path / "l.html"))[0]
+    assert passed(found) == {".png": 1, "hidden": 1, "no suffix": 1, ".pdf": 1, ".docx": 1, ".arc": 1}
+    assert reasons(found) == {}
+
+
+@pytest.mark.parametrize("name", ["a.pdf", "a.docx", "a.arc.gz", "a.png"])
+def test_what_is_named_and_not_read_is_said_to_be_that(tmp_path, name):
+    (tmp_path / "ok.txt").write_text("fine")
+    content = {"a.docx": zipped(a=b"x"), "a.arc.gz": gzip.compress(b"filedesc:\0")}.get(name, b"%PDF\0\x01")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=r"/a\.\S+ is not read: it is (application|image|\.arc).*\nGive "):
+        read(tmp_path / "ok.txt", tmp_path / name)
+
+
+def test_a_pointer_of_git_lfs(tmp_path):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123\n"
+    for name in ("a.jsonl", "b.txt", "c.warc.gz", "d.parquet"):
+        (tmp_path / name).write_bytes(pointer)
+        with pytest.raises(DataError, match=r"is a Git LFS pointer.*\n.*git lfs pull"):
+            read(tmp_path / name)
+    assert reasons(read(tmp_path)) == {"Git LFS pointer": 4}
+
+
+def test_numbers_of_any_length_and_lists_too_deep(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "long", "n": ' + "1" * 5000 + '}\n{"text": "deep", "n": '
+                                      + "[" * 2000 + "]" * 2000 + "}\n")
+    found = read(tmp_path)
+    assert texts(found) == ["long"] and reasons(found) == {"nested too deeply": 1}
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 10**6])
+def test_a_first_record_without_text_costs_itself(tmp_path, shard_bytes):
+    (tmp_path / "a.jsonl").write_bytes(b'{"_meta": 1}\n' + JSONL)
+    found = read(tmp_path / "a.jsonl", shard_bytes=shard_bytes)
+    assert texts(found) == TEXTS and reasons(found) == {"no column 'text'": 1}
+
+
+def test_a_column_of_another_name_in_a_directory(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"content": "x"}\n')
+    (tmp_path / "b.csv").write_text("content,id\nx,1\n")
+    pq.write_table(pa.table({"content": ["x"]}), tmp_path / "c.parquet")
+    found = read(tmp_path)
+    assert reasons(found) == {"no column 'text'": 3} and all("content" in item.where for item in found)
+    assert texts(read(tmp_path, text_column="content")) == ["x"] * 3
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t", "|"])
+def test_csv_of_any_mark_with_line_ends_and_quotes_within(tmp_path, mark):
+    rows = ["plain", 'two\nlines, "quoted"; and\tmore|', "ü" * 300_000, "", "last"]
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbf" + csv_of(rows, delimiter=mark))
+    found = read(tmp_path / "a.csv")
+    assert texts(found) == [*rows[:3], "last"] and reasons(found) == {"empty": 1}
+    assert found[1].path == "line 3"
+    (tmp_path / "b.tsv").write_text((tmp_path / "a.csv").read_text(encoding="utf-8-sig"), encoding="utf-16")
+    assert texts(read(tmp_path / "b.tsv")) == [*rows[:3], "last"]
+
+
+def test_damaged_csv(tmp_path):
+    (tmp_path / "a.csv").write_bytes(
+        b'id,text\n1,one\n2,"open quote\n3,three\n4\n5,caf\xe9\n6,six,more\n7,"seven"x\n8,eight\n')
+    found = read(tmp_path)
+    assert texts(found) == ["one", "three", "eight"]
+    assert reasons(found) == {"damaged CSV": 4, "invalid UTF-8": 1}
+    (tmp_path / "a.csv").write_bytes(gzip.compress(csv_of(TEXTS))[:-30])
+    found = read(tmp_path)
+    assert texts(found) == TEXTS[: len(texts(found))] and reasons(found) == {"truncated gzip": 1}
+    with pytest.raises(DataError, match=r"a\.csv has no column 'body'; it has id, text\."):
+        (tmp_path / "a.csv").write_bytes(csv_of(TEXTS))
+        read(tmp_path / "a.csv", text_column="body")
+
+
+FRENCH = "Le café crème était brûlé à Noël; où êtes-vous allé après l'été? Ça va très bien, merci.\n" * 4
+
+
+@pytest.mark.parametrize(("encoding", "text"), [
+    *((name, FRENCH) for name in ("latin-1", "cp1252", "utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be",
+                                  "utf-32")),
+    ("shift_jis", "これは日本語の文章です。とても良い天気ですね。" * 5),
+    ("gb18030", "这是一个中文句子，今天天气很好。" * 5),
+    ("koi8-r", "Это русский текст, который написан давно. " * 5), ("cp1252", "“smart” quotes – and more " * 5),
+])
+def test_texts_of_any_encoding(tmp_path, encoding, text):
+    for name, shown in (("a.txt", text), ("b.html", f"<p>{text}</p>")):
+        (tmp_path / name).write_bytes(shown.encode(encoding))
+    found = read(tmp_path / "a.txt")
+    assert texts(found) == [text] and reasons(found) == {}
+    (page,) = read(tmp_path / "b.html", extractor="resiliparse")
+    assert isinstance(page, Document) and page.text.split() == text.split()
+
+
+def test_a_zero_byte_in_a_text_is_one_unreadable_character(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"word " * 100 + b"\0")
+    found = read(tmp_path)
+    assert texts(found) == ["word " * 100 + "\ufffd"] and reasons(found) == {"invalid UTF-8": 1}
+
+
+def test_json_lines_in_utf_16(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "wide ä"}\n{"text": "more"}\n', encoding="utf-16")
+    assert texts(read(tmp_path, shard_bytes=10)) == ["wide ä", "more"]
+
+
+# names and entries of directories
+
+def test_names_that_are_not_utf_8(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    (tmp_path / name).mkdir()
+    (tmp_path / name / f"{name}.txt").write_text("fine")
+    (tmp_path / name / f"{name}.jsonl").write_bytes(JSONL)
+    (tmp_path / name / f"{name}.tar").write_bytes(tar(**{f"{name}.md": b"in a tar", f"{name}.png": b"\0"}))
+    for found in (read(tmp_path), read(tmp_path / "*" / "*"), read(tmp_path / "**" / "*.*")):
+        assert Counter(texts(found)) == Counter([*TEXTS, "fine", "in a tar"])
+        assert json.dumps(found, ensure_ascii=False).encode()
+        assert {item.where for item in found if isinstance(item, PassedOver)} == {
+            rf"{tmp_path}/caf\xe9/caf\xe9.tar/caf\xe9.png"}
+
+
+def test_links_to_directories_are_followed_once(tmp_path):
+    for name in ("in/deep", "out"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "a.txt").write_text(name)
+    inside = tmp_path / "in"
+    (inside / "aside").symlink_to(tmp_path / "out")
+    (inside / "again").symlink_to(inside / "deep")
+    (inside / "loop").symlink_to(inside)
+    (inside / "gone").symlink_to("nowhere")
+    (inside / "file.txt").symlink_to(tmp_path / "out" / "a.txt")
+    os.mkfifo(inside / "pipe.txt")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.path.relpath(inside / "socket.txt"))
+        found = read(inside)
+    assert sorted(texts(found)) == ["in/deep", "out", "out"]
+    assert passed(found) == {"link to a directory read already": 2, "broken link": 1, "special file": 2}
+    assert sorted(texts(read(inside / "**" / "a.txt"))) == ["in/deep", "out"]
+    for name, expected in (("gone", "a link to .*nowhere, which is not there"), ("pipe.txt", "a pipe or a device")):
+        with pytest.raises(DataError, match=expected):
+            read(inside / name)
+
+
+def test_a_directory_or_file_that_may_not_be_opened(tmp_path, monkeypatch):
+    for name in ("open/a.txt", "locked/b.txt", "c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    scandir, open_file = os.scandir, streams.io.FileIO
+
+    def refuse(path, call):
+        if "locked" in os.fspath(path) or os.fspath(path).endswith("c.txt"):
+            raise PermissionError(13, "Permission denied", path)
+        return call(path)
+
+    monkeypatch.setattr(locations.os, "scandir", lambda path: refuse(path, scandir))
+    monkeypatch.setattr(streams.io, "FileIO", lambda path: refuse(path, open_file))
+    for paths in ([tmp_path], [tmp_path / "**" / "*.txt"], [tmp_path / "*"]):
+        found = read(*paths)
+        assert texts(found) == ["open/a.txt"]
+        assert reasons(found) == {"cannot be read": 1} and passed(found) == {"locked directory": 1}
+    with pytest.raises(DataError, match=r"c\.txt cannot be read: Permission denied"):
+        read(tmp_path / "c.txt")
+
+
+def test_a_file_whose_name_looks_like_a_wildcard(tmp_path):
+    for name in ("notes[1].txt", "notes1.txt", "all*.txt", "all1.txt", "my texts/with blanks.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    for name in ("notes[1].txt", "all*.txt", "my texts/with blanks.txt"):
+        assert texts(read(tmp_path / name)) == [name]
+    assert texts(read(tmp_path / "my texts" / "*")) == ["my texts/with blanks.txt"]
+    assert sorted(texts(read(tmp_path / "notes?.txt"))) == ["notes1.txt"]
+
+
+def test_what_a_wildcard_matches_may_be_a_directory_or_no_text(tmp_path):
+    for name in ("x/deep/a.txt", "x/b.py", "x/c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"\x89PNG\0" if name.endswith("png") else name.encode())
+    found = read(tmp_path / "x" / "*")
+    assert sorted(texts(found)) == ["x/b.py", "x/deep/a.txt"] and passed(found) == {".png": 1}
+
+
+def test_other_addresses_are_refused(tmp_path):
+    with pytest.raises(DataError, match=r"'s3://bucket/a\.warc\.gz', no address of http or https\.\nFetch it first"):
+        read("s3://bucket/a.warc.gz")
+
+
+# listings
+
+@pytest.mark.parametrize("name", ["wet.paths.gz", "wet.paths", "x.wet.paths", "warc.paths.gz", "x.warc.paths.gz"])
+@pytest.mark.parametrize("kind", [FilesSource, WebSource])
+def test_listings_under_their_published_names(tmp_path, name, kind):
+    lines = ["crawl-data/CC-MAIN-2024-22/wet/one.warc.wet.gz", str(tmp_path / "two.warc.wet.gz"), "with blank.wet", ""]
+    place = tmp_path / "crawl-data" / "CC-MAIN-2024-22"
+    for path in (tmp_path / lines[0], tmp_path / lines[1], place / lines[2]):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress(WET))
+    listing = "\r\n".join(lines).encode()
+    (place / name).write_bytes(gzip.compress(listing) if name.endswith("gz") else listing)
+    assert texts(read(place / name, kind=kind)) == ["Page 0", "Page 1", "Page 2"] * 3
+    assert passed(read(tmp_path, kind=kind)) == {".paths": 1}
+    (place / name).write_bytes(b"with blank.wet\n\ngone.wet\n")
+    with pytest.raises(DataError, match=r"paths\S*, line 3: gone\.wet is not there \(1 of 2 lines lead nowhere\)\.\n"):
+        read(place / name, kind=kind)
+
+
+def test_lines_of_listings_are_relative_to_common_crawl_and_to_servers(tmp_path):
+    place, line = locations._place, "crawl-data/CC-MAIN-2024-22/a.warc.gz"
+    assert place(str(tmp_path / "warc.paths"), line) == f"https://data.commoncrawl.org/{line}"
+    assert place(str(tmp_path / "warc.paths"), f"s3://commoncrawl/{line}") == f"https://data.commoncrawl.org/{line}"
+    assert place("https://data.commoncrawl.org/crawl-data/CC-MAIN-2024-22/warc.paths.gz", line) == (
+        f"https://data.commoncrawl.org/{line}")
+    assert place("http://mirror/cc/crawl-data/CC-MAIN-2024-22/warc.paths.gz", line) == f"http://mirror/cc/{line}"
+    assert place("http://host/lists/all.paths", "one.warc.gz") == "http://host/lists/one.warc.gz"
+
+
+def test_files_by_address_are_known_by_content(monkeypatch):
+    parquet = io.BytesIO()
+    pq.write_table(pa.table({"text": TEXTS}), parquet)
+    files = {"/a%20b.jsonl?x=1": JSONL, "/data": gzip.compress(JSONL), "/a.parquet": parquet.getvalue(),
+             "/a.zip": zipped(**{"a.jsonl": JSONL}), "/a.tar.xz": tar("w:xz", **{"a.jsonl": JSONL}),
+             "/c.pdf": b"%PDF\0"}
+    with serving(monkeypatch) as server:
+        server.files = files
+        for path in list(files)[:-1]:
+            server.faults = ["cut"]
+            assert texts(read(server.address(path.replace("%20", " ")))) == TEXTS
+        with pytest.raises(DataError, match=r"/c\.pdf is not read: it is application/pdf"):
+            read(server.address("/c.pdf"))
+
+
+# archives
+
+def test_a_damaged_tar_costs_what_is_damaged(tmp_path):
+    data = tar(**{f"{number}.txt": f"text {number}".encode() for number in range(6)})
+    for spoilt, expected, reason in (
+        (data[:2048] + b"\xff" * 512 + data[2560:], {0, 1, 3, 4, 5}, "damaged tar"),    # the header of the third
+        (data[:3072], {0, 1, 2}, "truncated tar"),          # at the end of a member
+        (data[: 3072 + 515], {0, 1, 2}, "damaged tar"), (data[: 3072 + 100], {0, 1, 2}, "truncated tar"),
+    ):
+        (tmp_path / "a.tar").write_bytes(spoilt)
+        found = read(tmp_path)
+        assert set(texts(found)) >= {f"text {number}" for number in expected} and reason in reasons(found)
+        assert all("a.tar" in item.where for item in found if isinstance(item, Refusal))
+    (tmp_path / "a.tar").write_bytes(data + data)           # as `tar --concatenate` and `cat` make them
+    assert len(texts(read(tmp_path))) == 12 and reasons(read(tmp_path)) == {}
+
+
+def test_a_damaged_zip_costs_what_is_damaged(tmp_path):
+    data = bytearray(zipped(**{f"{number}.txt": os.urandom(300).hex().encode() for number in range(3)}))
+    (tmp_path / "a.zip").write_bytes(bytes(data[:-10]))
+    assert reasons(read(tmp_path)) == {"damaged zip": 1}
+    data[100:130] = b"\xff" * 30
+    (tmp_path / "a.zip").write_bytes(data)
+    found = read(tmp_path)
+    assert len(texts(found)) >= 2 and reasons(found)["damaged zip"] == 1
+
+
+def test_archives_within_archives_end(tmp_path):
+    data = b"the innermost"
+    for depth in range(readers.DEEPEST + 2):
+        data = zipped(**{"inner.zip" if depth else "a.txt": data})
+        (tmp_path / "a.zip").write_bytes(data)
+        found = read(tmp_path)
+        is_read = depth < readers.DEEPEST
+        assert len(texts(found)) == is_read and sum(reasons(found).values()) == (not is_read)
+
+
+def test_links_and_directories_in_a_tar(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "a.txt").write_text("one")
+    (tmp_path / "x" / "link.txt").symlink_to("a.txt")
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(tmp_path / "x", "./x")
+    found = read(tmp_path / "a.tar")
+    assert texts(found) == ["one"] and passed(found) == {"link or device in an archive": 1}
+
+
+def test_a_web_source_reads_web_archives_alone(tmp_path):
+    wacz = zipped(**{"x/a.warc": WET, "p.html": b"x"})
+    for name, data in (("a.warc", b"".join(PAGES)), ("b.txt", b"text"), ("c.wacz", wacz)):
+        (tmp_path / name).write_bytes(data)
+    found = read(tmp_path, kind=WebSource)
+    assert len(texts(found)) == len(PAGES) + 3 and passed(found) == {".txt": 1, ".html": 1}
+    with pytest.raises(DataError, match=r"b\.txt is not read"):
+        read(tmp_path / "b.txt", kind=WebSource)
+
+
+def test_paths_are_strings_and_paths(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    assert read(Path(tmp_path)) == read(str(tmp_path))
