@@ -86,7 +86,7 @@ def predictions(name: str, context: int, batch: int, seed: int) -> dict[str, Any
     deployment = MemoryBudget(context=context, batch=batch, weight_bits=16, kv_bits=16, ssm_bits=32, conv_bits=16,
                               budget_fraction=0.9)
     budget = share_budget("parameters", PARAMETERS_KEPT, costs.parameters, parent, "")
-    cells = maximal_cells(parent, {"ffn_hidden_size": widths}, 1, [budget])
+    cells = maximal_cells(parent, widths, 1, [budget])
     draw = random.Random(seed)
     drawn = [cell.config(parent) for cell in draw.sample(cells, min(len(cells), CANDIDATES + 4))]
     fitted, unseen = [parent, *drawn[:4]], drawn[4:]

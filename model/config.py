@@ -116,8 +116,7 @@ class PretrainConfig(Section):
         spike_factor: a gradient norm above this multiple of the running median is reported as a spike.
         max_skipped_steps: updates in a row that may be skipped because loss or gradient are not finite.
         distributed_optimizer: whether data-parallel GPUs share master weights and moments among them.
-        fp8_recipe: where an FP8 tensor's scale comes from: its `current` maximum, that of earlier steps (`delayed`),
-            or nowhere (`unscaled`).
+        fp8_recipe: where an FP8 tensor's scale comes from: its `current` maximum, or nowhere (`unscaled`), a control.
         fp8_gradients: format of gradients; weights and activations are E4M3.
         fp8_statistics: whether evaluations also write what FP8 does to every linear layer's tensors.
         checkpoints_kept: resume states kept, the latest included; a damaged one leaves the one before.
@@ -147,7 +146,7 @@ class PretrainConfig(Section):
     spike_factor: float = Field(default=10.0, gt=1)
     max_skipped_steps: int = Field(default=10, ge=1)
     distributed_optimizer: bool = False
-    fp8_recipe: Literal["current", "delayed", "unscaled"] = "current"
+    fp8_recipe: Literal["current", "unscaled"] = "current"
     fp8_gradients: Literal["e5m2", "e4m3"] = "e5m2"
     fp8_statistics: bool = False
     recompute: str = Field(default="", pattern=r"^[M*\-]*$")
@@ -183,26 +182,6 @@ class PretrainConfig(Section):
             )
         if self.warmup_fraction + (self.decay_fraction or 0) > 1:
             raise ValueError("warmup_fraction + decay_fraction must not exceed 1\nShorten one of them.")
-        return self
-
-    @model_validator(mode="after")
-    def delayed_scaling_is_everywhere(self) -> PretrainConfig:
-        if self.fp8_recipe == "delayed" and (self.bf16_layers_at_start or self.bf16_layers_at_end):
-            raise ValueError(
-                "fp8_recipe delayed with BF16 layers at the ends, which Megatron does not allow: scales are updated "
-                "once for the whole stack\n"
-                "Set bf16_layers_at_start and bf16_layers_at_end to 0, or fp8_recipe to current."
-            )
-        if self.fp8_recipe == "delayed" and self.recompute:
-            raise ValueError(
-                "fp8_recipe delayed with recompute: the second forward pass would see other scales than the first\n"
-                'Set recompute to "", or fp8_recipe to current.'
-            )
-        if self.fp8_recipe == "delayed" and self.cuda_graph:
-            raise ValueError(
-                "fp8_recipe delayed with cuda_graph: its scales are updated between steps, by Python\n"
-                "Set cuda_graph to false, or fp8_recipe to current."
-            )
         return self
 
     def fp8_layers(self, layers: int) -> range:

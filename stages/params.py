@@ -38,7 +38,7 @@ class Variant(Section):
     architecture: str
     precision: Literal["bf16", "fp8"]
     seed: int
-    fp8_recipe: Literal["current", "delayed", "unscaled"] | None = None
+    fp8_recipe: Literal["current", "unscaled"] | None = None
 
     @model_validator(mode="after")
     def recipe_has_an_effect(self) -> Variant:

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from model.benchmark.decode import decode_seconds
-from model.compression.candidates import WIDTHS
 from model.compression.config import Workload
 from model.config import ModelConfig, ModelError
 
@@ -81,7 +80,7 @@ def measure_table(
             key = layer_key(config, symbol)
             if key not in pairs:
                 without = config.model_copy(update={"pattern": parent.pattern})
-                name = repr([getattr(without, width) for width in WIDTHS])
+                name = without.model_dump_json()
                 pairs[key] = name, f"{name} {symbol}"
                 models[name] = without
                 models[f"{name} {symbol}"] = without.model_copy(update={"pattern": parent.pattern + symbol * MORE})

@@ -13,16 +13,13 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class LayerImportance(BaseModel):
-    """Other fields are importances by other rules (`mse`, `influence`)."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
+class LayerImportance(Record):
+    """Importance of a layer: mean and standard error over samples (`model.compression.importance`)."""
 
     index: int
     symbol: str
     importance: float
     standard_error: float
-    influence: float
 
 
 class FfnImportance(Record):
@@ -33,8 +30,6 @@ class FfnImportance(Record):
 class Importance(Record):
     """importance.json. `heads` and `mamba_heads` by layer; `reliability` by axis, a rank correlation."""
 
-    rule: str
-    rounds: str
     samples: dict[str, int]
     layers: list[LayerImportance]
     ffn: list[FfnImportance]
@@ -49,11 +44,6 @@ class Candidate(Record):
     index: int
     pattern: str
     ffn_hidden_size: int
-    mamba_num_heads: int
-    mamba_head_dim: int
-    num_attention_heads: int
-    num_query_groups: int
-    hidden_size: int
     parameters: int
     memory_gib: float
     decode_milliseconds: float | None

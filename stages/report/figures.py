@@ -132,12 +132,11 @@ def gap(reference: Curve, other: Curve) -> Curve:
 
 
 def layer_importance(records: Records) -> str:
-    kind = records.importance.rule.replace("rank", "mse").upper()       # ranks are those of the MSE
     layers = [layer for layer in records.importance.layers if layer.importance > 0]
     series = [Series(label, [layer.index for layer in layers if layer.symbol == symbol],
                      [layer.importance for layer in layers if layer.symbol == symbol], colour, "o")
               for (symbol, label), colour in zip(KINDS.items(), PALETTE[1:], strict=False)]
-    return lines(series, "Layer", f"Importance ({kind})", lambda axes: axes.set_yscale("log"))
+    return lines(series, "Layer", "Importance (MSE)", lambda axes: axes.set_yscale("log"))
 
 
 def candidates(records: Records) -> str:

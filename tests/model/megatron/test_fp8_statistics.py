@@ -42,7 +42,7 @@ def tokens(token_files, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(("precision", "changes"), [
     ("bf16", {}), ("fp8", {}), ("fp8", {"recompute": "M*-"}),
-    ("fp8", {"fp8_recipe": "delayed", "bf16_layers_at_start": 0, "bf16_layers_at_end": 0}),
+    ("fp8", {"fp8_recipe": "unscaled", "fp8_gradients": "e4m3", "bf16_layers_at_start": 0, "bf16_layers_at_end": 0}),
 ])
 def test_every_linear_layer_is_measured_and_training_is_not_disturbed(tokens, precision, changes, tmp_path):
     job = {"tokens": str(tokens), "parallelism": {}, "precision": precision} | changes
