@@ -31,7 +31,7 @@ from torch import Tensor
 from model import costs
 from model.compression.candidates import make_candidate, maximal_cells, share_budget
 from model.compression.comparison import Closeness, compare
-from model.compression.config import CompressConfig, MemoryBudget
+from model.compression.config import CompressConfig
 from model.compression.controls import random_selection, reverse_selection
 from model.compression.distill import Objective, distill
 from model.compression.importance import layer_importance, mean_ranks
@@ -195,12 +195,10 @@ def _batches(items: Iterable[tuple[int, ...]], size: int) -> Iterable[list[tuple
 
 def minipuzzle_cut(bench: Bench) -> Selection:
     """The paper's search at 60 % of the parameters: kept importance, then agreement on training text."""
-    deployment = MemoryBudget(context=1024, batch=1, weight_bits=16, kv_bits=16, ssm_bits=32, conv_bits=16,
-                              budget_fraction=0.9)
     budget = share_budget("parameters", 0.6, costs.parameters, PARENT, "")
     cells = maximal_cells(PARENT, [96, 128, 160, 192, 224, 256], 1, [budget])
     mse = bench.layers.mean(1).tolist()
-    candidates = [make_candidate(PARENT, cell, mse, bench.widths, deployment) for cell in cells]
+    candidates = [make_candidate(PARENT, cell, mse, bench.widths, costs.Deployment.of(1024)) for cell in cells]
     candidates = sorted(candidates, key=lambda candidate: -candidate.importance)[:24]
     models = {str(number): HybridLM.from_state(*bench.cut(candidate.selection))
               for number, candidate in enumerate(candidates)}

@@ -28,7 +28,7 @@ from kernels.forward_kl import forward_kl
 from model import costs
 from model.benchmark.decode import fill_caches, step_seconds
 from model.compression.candidates import maximal_cells, share_budget
-from model.compression.config import CompressConfig, MemoryBudget, Workload
+from model.compression.config import CompressConfig, Workload
 from model.compression.controls import random_selection
 from model.compression.distill import distill
 from model.compression.fp8_teacher import fp8_teacher
@@ -83,8 +83,7 @@ def predictions(name: str, context: int, batch: int, seed: int) -> dict[str, Any
     """Ten unseen candidates, predicted and measured."""
     parent, widths = parent_of(name)
     workload = Workload(context=context, batch=batch, decode_tokens=STEPS, repeats=REPEATS)
-    deployment = MemoryBudget(context=context, batch=batch, weight_bits=16, kv_bits=16, ssm_bits=32, conv_bits=16,
-                              budget_fraction=0.9)
+    deployment = costs.Deployment.of(context, batch)
     budget = share_budget("parameters", PARAMETERS_KEPT, costs.parameters, parent, "")
     cells = maximal_cells(parent, widths, 1, [budget])
     draw = random.Random(seed)

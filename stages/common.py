@@ -114,14 +114,9 @@ class Stage:
 
     @contextlib.contextmanager
     def output(self, *parts: str) -> Iterator[Path]:
-        """A new directory that becomes data/PROFILE/PARTS when the block ends well, and never exists half-written."""
-        final = self.out_data.joinpath(*parts)
-        partial = final.with_name(f".{final.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        """data/PROFILE/PARTS, as `new_directory` makes it."""
+        with new_directory(self.out_data.joinpath(*parts)) as directory:
+            yield directory
 
     def take_gpus(self) -> None:
         """Wait until no other stage of this repository has a GPU that CUDA_VISIBLE_DEVICES names; then have them all
@@ -256,6 +251,17 @@ def write(path: Path, content: Any) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text)
     partial.rename(path)
+
+
+@contextlib.contextmanager
+def new_directory(final: Path) -> Iterator[Path]:
+    """A directory that becomes `final`, in place of what is there, when the block ends well; never half-written."""
+    partial = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
 
 
 class Progress:

@@ -14,7 +14,6 @@ from itertools import pairwise, product
 from typing import NamedTuple
 
 from model import costs
-from model.compression.config import MemoryBudget
 from model.compression.prune import Selection
 from model.compression.width_importance import WidthImportance, kept_share, select
 from model.config import ModelConfig, ModelError
@@ -177,7 +176,7 @@ def keep_top_layers(pattern: str, importance: Sequence[float], counts: Mapping[s
 
 
 def make_candidate(
-    parent: ModelConfig, cell: Cell, layers: Sequence[float], widths: WidthImportance, deployment: MemoryBudget,
+    parent: ModelConfig, cell: Cell, layers: Sequence[float], widths: WidthImportance, deployment: costs.Deployment,
     order: Sequence[float] | None = None,
 ) -> Candidate:
     """The candidate of a cell.

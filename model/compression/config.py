@@ -5,26 +5,15 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from model.config import Section
+from model.costs import Deployment
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class MemoryBudget(Deployment):
+    """What a model may take as it is deployed."""
 
-
-class MemoryBudget(Section):
-    """What a deployed model may take: bits an element of each kind, at a context length and batch size.
-
-    Bits may be a fraction, as scales that several values share count in: 4.5 for NVFP4, a scale of 8 bits for 16 values
-    of 4. With it the 56B model's weights take 29.5 GiB, as the paper says (section 3).
-    """
-
-    context: int = Field(ge=1)
-    batch: int = Field(ge=1)
-    weight_bits: float = Field(gt=0)
-    kv_bits: float = Field(gt=0)
-    ssm_bits: float = Field(gt=0)
-    conv_bits: float = Field(gt=0)
     budget_fraction: float = Field(gt=0, lt=1)      # of what the parent takes
 
 

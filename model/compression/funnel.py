@@ -287,9 +287,7 @@ class _Run:
 
     def costs(self, winner: Candidate) -> dict[str, Any]:
         """Parameters, bytes and decode step of parent and winner, predicted and measured, and the largest error."""
-        runtime = self.config.memory.model_copy(
-            update={"weight_bits": 16, "kv_bits": 16, "ssm_bits": 32, "conv_bits": 16}
-        )
+        runtime = costs.Deployment.of(self.config.memory.context, self.config.memory.batch)
         rows: dict[str, dict[str, float]] = {}
         for name, geometry in {"parent": self.parent.config, "compressed": winner.config}.items():
             model = random_model(geometry, torch.bfloat16, self.device)

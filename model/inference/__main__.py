@@ -17,8 +17,8 @@ import torch
 from tokenizers import Tokenizer
 
 from model import hub
-from model.benchmark.roofline import sequence_bytes, weights_bytes
 from model.config import ModelConfig, ModelError
+from model.costs import sequence_bytes, weights_bytes
 from model.hybrid_lm import HybridLM
 from model.inference.decoder import Decoder, piece_tokens
 from model.inference.fp8_weights import quantize_weights

@@ -6,7 +6,7 @@ squared ReLU. Each is x + layer(RMSNorm(x)); no bias, no dropout, embedding and 
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,6 @@ from model.config import ModelConfig
 from model.megatron.distributed import Parallelism
 from model.megatron.documents import PackedDocuments
 from model.megatron.feed_forward import FeedForward
-from model.megatron.fused_ops import RMSNormFunction
 from model.megatron.limits import check_model
 from model.megatron.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from model.megatron.precision import Precision, mark_quantized_layers
@@ -185,9 +184,8 @@ class RMSNorm(nn.RMSNorm):
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda:
-            return rms_norm(x, self.weight, self.eps or 0.0)
-        return cast(Tensor, RMSNormFunction.apply(x, self.weight, self.eps))
+        """x (sequence, batch, hidden) -> the same shape and dtype."""
+        return rms_norm(x, self.weight, self.eps or 0.0)
 
 
 class CausalAttention(MegatronModule):

@@ -14,8 +14,7 @@ from itertools import product
 from typing import NamedTuple
 
 from model.config import ModelConfig, ModelError, PretrainConfig
-from model.costs import layer_parameters, parameters
-from model.throughput import training_flops_per_token
+from model.costs import layer_parameters, parameters, training_flops_per_token
 
 GIB = 2**30
 BF16, FP32, FP8 = 2, 4, 1               # bytes

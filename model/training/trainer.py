@@ -30,6 +30,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from model import checkpoint, costs
 from model.config import ModelConfig, ModelError, PretrainConfig
+from model.costs import flops_utilization
 from model.megatron.distributed import ONE_COPY, Parallelism, device, is_main_process, process_groups
 from model.megatron.documents import find_documents
 from model.megatron.engine_checkpoint import ResumeState, save_model
@@ -39,7 +40,6 @@ from model.megatron.optimizer import build_optimizer, build_schedule, data_paral
 from model.megatron.precision import PrecisionName, choose_precision
 from model.megatron.spec import build_model
 from model.megatron.step_graph import StepGraph
-from model.throughput import flops_utilization
 from model.training import token_data
 from model.training.gradient_watch import GradientWatch
 from model.training.kernel_check import check_kernels
@@ -431,7 +431,8 @@ class Trainer:
             "steps_skipped": self.watch.skipped,
             "gradient_spikes": self.watch.spikes,
         }
-        utilization = flops_utilization(self.config, speed, dist.get_world_size(), device())
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        utilization = flops_utilization(self.config, speed, dist.get_world_size(), name)
         if utilization is not None:
             metrics["model_flops_utilization"] = utilization
         metrics |= {f"validation_bits_per_byte_{domain}": value for domain, value in at_end.items()}

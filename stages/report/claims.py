@@ -15,7 +15,6 @@ import numpy as np
 
 from data_pipeline.config import DataError
 from model import costs
-from model.compression.config import MemoryBudget
 from model.presets import PRESETS
 from stages.report import statistics
 from stages.report.records import Pair, RecordError, Records, pairs
@@ -333,8 +332,9 @@ def published_sizes(records: Records, **published: int) -> Finding:
                                and pattern.count("*") == pattern.count("*-")) for name, pattern in patterns.items()})
 
 
-def memory(_: Records, card_gib: float, weights_gib: float, budget: Mapping[str, Any]) -> Finding:
-    small, large = (costs.memory(PRESETS[f"nemotron_h_{size}"], MemoryBudget(**budget)) for size in ("47b", "56b"))
+def memory(_: Records, card_gib: float, weights_gib: float, deployment: Mapping[str, Any]) -> Finding:
+    held = costs.Deployment(**deployment)
+    small, large = (costs.memory(PRESETS[f"nemotron_h_{size}"], held) for size in ("47b", "56b"))
     weights, above, below = (size / 2**30 for size in (large.weights, large.total, small.total))
     return exact({"56B, weights": (f"{weights:.3f} GiB", abs(weights - weights_gib) < 0.05),
                   "56B, with 1,000,000 tokens": (f"{above:.1f} GiB", above > card_gib),

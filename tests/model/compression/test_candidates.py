@@ -11,16 +11,14 @@ from flows.profile import resolve
 from model import costs
 from model.compression import candidates
 from model.compression.candidates import Budget, keep_top_layers, make_candidate, share_budget
-from model.compression.config import MemoryBudget
 from model.compression.width_importance import WidthImportance
 from model.config import ModelConfig, ModelError
 from model.presets import PRESETS
 from stages.params import load_params
 
 
-def budget(**changes) -> MemoryBudget:
-    values = {"context": 100, "batch": 1, "weight_bits": 16, "kv_bits": 16, "ssm_bits": 32, "conv_bits": 16}
-    return MemoryBudget(**(values | {"budget_fraction": 0.8} | changes))
+def budget(**changes) -> costs.Deployment:
+    return costs.Deployment.of(100).model_copy(update=changes)
 
 
 def memory_budget(deployment, limit) -> Budget:
