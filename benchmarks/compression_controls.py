@@ -36,7 +36,7 @@ from model.compression.controls import random_selection, reverse_selection
 from model.compression.distill import Objective, distill
 from model.compression.importance import layer_importance, mean_ranks
 from model.compression.prune import Selection, cut
-from model.compression.resume import Pieces
+from model.compression.resume import ResultCache
 from model.compression.width_importance import MAMBA_SCORES, WidthImportance, select, width_importance
 from model.config import ModelConfig
 from model.hybrid_lm import HybridLM
@@ -220,8 +220,8 @@ def distillation(bench: Bench, base: CompressConfig) -> dict[str, Any]:
               ) -> dict[str, float]:
         data = list(bench.text.sequences(times * DISTILLATION_STEPS * BATCH, 1000 + seed))
         with tempfile.TemporaryDirectory() as directory:
-            pieces = Pieces(Path(directory))
-            done = distill(bench.teacher, students, data, times * tokens, config, pieces, "arm", silent, objective)
+            cache = ResultCache(Path(directory))
+            done = distill(bench.teacher, students, data, times * tokens, config, cache, "arm", silent, objective)
         return bench.losses({name: (students[name][0], state) for name, state in done.states.items()})
 
     before: dict[str, list[float]] = {}

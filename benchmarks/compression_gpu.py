@@ -35,7 +35,7 @@ from model.compression.fp8_teacher import fp8_teacher
 from model.compression.importance import rank_correlation
 from model.compression.latency import measure_table
 from model.compression.prune import cut
-from model.compression.resume import Pieces
+from model.compression.resume import ResultCache
 from model.config import Geometry, ModelConfig
 from model.hybrid_lm import HybridLM
 from model.inference.decoder import Decoder
@@ -151,7 +151,7 @@ def _distil_speed(
 
     tokens = config.micro_batch_size * teacher.config.sequence_length
     with tempfile.TemporaryDirectory() as directory:
-        distill(teacher, students, data, steps * tokens, config, Pieces(Path(directory)), "speed", mark)
+        distill(teacher, students, data, steps * tokens, config, ResultCache(Path(directory)), "speed", mark)
     marks = [entry for entry in marks if entry[0] < steps]          # the last one saves, too
     return median((after[0] - before[0]) * tokens / (after[1] - before[1]) for before, after in pairwise(marks))
 

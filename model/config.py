@@ -16,6 +16,14 @@ class ModelError(ValueError):
 
 
 class Section(BaseModel):
+    """Settings: an unknown key is an error, and nothing changes once it is read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Record(BaseModel):
+    """What a stage writes and the report reads back: a field that is missing or unknown means another version."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 

@@ -10,22 +10,18 @@ import difflib
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from data_pipeline.config import AnnotateConfig, CurateConfig, ExecutorConfig, TokenizeConfig, TokenizerConfig
 from model.compression.config import CompressConfig
-from model.config import Geometry, ModelConfig, PretrainConfig
+from model.config import Geometry, ModelConfig, PretrainConfig, Section
 from stages.launch import LauncherConfig
 
 
 class ParamsError(SystemExit):
     """A params.yaml that cannot be used. Its text is what the user reads; the exit code is 1."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Variant(Section):

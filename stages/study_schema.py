@@ -16,8 +16,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from model.config import Record
 from stages.common import write
-from stages.schema import Record
 
 FOLDER = Path("docs/results/studies")
 CLAIMS = Path(__file__).with_name("report") / "claims.toml"

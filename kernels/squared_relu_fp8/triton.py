@@ -17,7 +17,7 @@ from torch import Tensor
 from kernels.squared_relu_fp8 import DTYPES
 
 
-class Tiles(NamedTuple):
+class QuantizeTiles(NamedTuple):
     rows: int
     columns: int
     warps: int
@@ -93,8 +93,8 @@ def _quantize_kernel(
 
 
 # Fastest on an H200 at 8B width.
-LARGEST_TILES, PROGRAMS = Tiles(rows=8, columns=1024, warps=8), 528
-QUANTIZE_TILES = Tiles(rows=128, columns=128, warps=4)
+LARGEST_TILES, PROGRAMS = QuantizeTiles(rows=8, columns=1024, warps=8), 528
+QUANTIZE_TILES = QuantizeTiles(rows=128, columns=128, warps=4)
 
 
 TAKES = "bfloat16 or float32, multiples of 16 tokens and channels, channels side by side, a GPU with FP8 (Ada, Hopper)"

@@ -29,7 +29,7 @@ from model.compression.importance import layer_importance, mean_ranks, split_hal
 from model.compression.latency import LatencyTable, measure_table, step_seconds
 from model.compression.prune import Selection, State, cut
 from model.compression.records import candidate_records, importance_record, ranking_record
-from model.compression.resume import Pieces
+from model.compression.resume import ResultCache
 from model.compression.schema import Controls, Costs
 from model.compression.width_importance import WidthImportance, width_importance
 from model.config import ModelConfig
@@ -72,13 +72,13 @@ class Rounds(NamedTuple):
 def compress(
     parent: Weights, data: Data, config: CompressConfig, seed: int, scratch: Path, progress: Callable[..., None]
 ) -> Compression:
-    """Compress `parent` under `config`'s budgets. Resumes from the pieces in `scratch`.
+    """Compress `parent` under `config`'s budgets. Resumes from what an earlier run kept in `scratch`.
 
     Raises:
         ModelError: weights are not those of the geometry, an activation is not finite, a width cannot be cut, or no
             model of the grid fits the budgets.
     """
-    run = _Run(parent, data, config, seed, Pieces(scratch), progress)
+    run = _Run(parent, data, config, seed, ResultCache(scratch), progress)
     candidates = run.candidates()
     rounds = run.rounds(candidates)
     winner = candidates[rounds.order[0]]
@@ -88,7 +88,7 @@ def compress(
     ends = {name: Weights(starts[name].config, state) for name, state in final.states.items()}
     measured = run.measure(starts, ends)
     controls = run.controls(winner)
-    cost = run.pieces.once("costs", lambda: run.costs(winner))
+    cost = run.cache.once("costs", lambda: run.costs(winner))
     budgets = {budget.name: budget.limit for budget in run.budgets}
     parent_bytes = costs.memory(parent.config, config.memory).total
     metrics = {
@@ -123,18 +123,18 @@ class _Run:
     """One compression: what its steps share. Everything runs in BF16 on a GPU, in float32 on a CPU."""
 
     def __init__(
-        self, parent: Weights, data: Data, config: CompressConfig, seed: int, pieces: Pieces,
+        self, parent: Weights, data: Data, config: CompressConfig, seed: int, cache: ResultCache,
         progress: Callable[..., None],
     ):
-        self.data, self.config, self.seed, self.pieces, self.progress = data, config, seed, pieces, progress
+        self.data, self.config, self.seed, self.cache, self.progress = data, config, seed, cache, progress
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.parent = Weights(parent.config, {name: tensor.to(self.device) for name, tensor in parent.state.items()})
         self.teacher = self.load(self.parent)
-        self.layer_scores = pieces.once("layers", self._layer_scores)               # (layers, samples)
+        self.layer_scores = cache.once("layers", self._layer_scores)               # (layers, samples)
         self.layers: list[float] = self.layer_scores.mean(dim=1).tolist()
         self.order: list[float] = mean_ranks(self.layer_scores).tolist()            # which stay, in a type
-        self.widths = WidthImportance(**pieces.once("widths", lambda: vars(self._widths())))
+        self.widths = WidthImportance(**cache.once("widths", lambda: vars(self._widths())))
         self.table = self._latency_table()
         self.budgets = self._budgets()
 
@@ -167,7 +167,7 @@ class _Run:
             whole = [parent, *halves, *narrow, *geometries][: max(5, 2 + len(halves))]
             return vars(measure_table(parent, geometries, whole, workload, self.seed, self.progress))
 
-        return LatencyTable(**self.pieces.once("latency", measure))
+        return LatencyTable(**self.cache.once("latency", measure))
 
     def _budgets(self) -> list[Budget]:
         config, parent = self.config, self.parent.config
@@ -219,7 +219,7 @@ class _Run:
             together = max(1, tokens // questions[0].numel())
             return continuation.accuracy(load(asked), questions, together, self.progress)
 
-        task = {int(name): value for name, value in self.pieces.once("task", answer).items()}
+        task = {int(name): value for name, value in self.cache.once("task", answer).items()}
         ranks.append(_ranks(task, lambda value: -value))
         asked.sort(key=lambda index: (sum(rank[index] for rank in ranks), zero_shot[index].kl))
 
@@ -236,12 +236,12 @@ class _Run:
         return Rounds(zero_shot, task, short, [*ranked, *(index for index in order if index not in zero_shot)])
 
     def _closeness_once(self, name: str, compute: Callable[[], dict[int, Closeness]]) -> dict[int, Closeness]:
-        plain = self.pieces.once(name, lambda: {index: tuple(value) for index, value in compute().items()})
+        plain = self.cache.once(name, lambda: {index: tuple(value) for index, value in compute().items()})
         return {index: Closeness(*value) for index, value in plain.items()}
 
     def distil(self, starts: Mapping[str, Weights], tokens: int, name: str) -> Distilled:
         teacher = fp8_teacher(self.teacher) if self.config.teacher_precision == "fp8" else self.teacher
-        return distill(teacher, starts, self.data.training, tokens, self.config, self.pieces, name, self.progress)
+        return distill(teacher, starts, self.data.training, tokens, self.config, self.cache, name, self.progress)
 
     # --- What came of it ----------------------------------------------------------------------------------------------
 
@@ -283,7 +283,7 @@ class _Run:
             found = compare(self.teacher, models, self.data.validation, self.config.micro_batch_size, self.progress)
             return {key: tuple(value) for key, value in found.items()}
 
-        return {key: Closeness(*value) for key, value in self.pieces.once(name, compute).items()}
+        return {key: Closeness(*value) for key, value in self.cache.once(name, compute).items()}
 
     def costs(self, winner: Candidate) -> dict[str, Any]:
         """Parameters, bytes and decode step of parent and winner, predicted and measured, and the largest error."""

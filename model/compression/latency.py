@@ -86,7 +86,7 @@ def measure_table(
                 models[f"{name} {symbol}"] = without.model_copy(update={"pattern": parent.pattern + symbol * MORE})
     seconds = step_seconds(models, workload, seed, progress)
     layers = {key: max(0.0, (seconds[more] - seconds[without]) / MORE) for key, (without, more) in pairs.items()}
-    _rise_with_width(layers)
+    _make_monotonic(layers)
     measured = step_seconds({str(number): config for number, config in enumerate(whole)}, workload, seed, progress)
     left = [measured[str(number)] - _sum(layers, config) for number, config in enumerate(whole)]
     return LatencyTable(layers, fmean(left))
@@ -117,7 +117,7 @@ def _sum(layers: Mapping[Key, float], config: ModelConfig) -> float:
     return total
 
 
-def _rise_with_width(layers: dict[Key, float]) -> None:
+def _make_monotonic(layers: dict[Key, float]) -> None:
     """Make each entry at least that of every layer that is no wider, as the search takes for granted; noise breaks it.
     """
     for key in sorted(layers):

@@ -11,8 +11,7 @@ from model.compression.candidates import Candidate
 from model.compression.comparison import Closeness
 from model.compression.config import CompressConfig
 from model.compression.latency import LatencyTable
-from model.compression.schema import Candidate as CandidateRecord
-from model.compression.schema import FfnImportance, Importance, LayerImportance
+from model.compression.schema import CandidateRecord, FfnImportance, Importance, LayerImportance
 from model.compression.width_importance import WidthImportance, kept_share
 from model.config import ModelConfig
 

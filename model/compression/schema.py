@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
-
-class Record(BaseModel):
-    """A field that is missing or unknown is an error: the record is of another version."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from model.config import Record
 
 
 class LayerImportance(Record):
@@ -38,7 +32,7 @@ class Importance(Record):
     reliability: dict[str, float]
 
 
-class Candidate(Record):
+class CandidateRecord(Record):
     """candidates.json, best first; None where a later round was not reached or nothing was timed."""
 
     index: int

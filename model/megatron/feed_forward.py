@@ -28,7 +28,7 @@ from model.megatron import te_guard  # noqa: F401    # before Megatron
 from megatron.core.transformer.mlp import MLP
 
 
-class FeedForward(MLP):
+class FusedMLP(MLP):
     """Megatron's MLP on one tensor-parallel process, in FP8 where `quantized` is set.
 
     Attributes:

@@ -21,7 +21,7 @@ from model.megatron import te_guard  # noqa: F401    # before Megatron
 # isort: split
 from megatron.core import parallel_state
 
-from model.megatron.feed_forward import FeedForward
+from model.megatron.feed_forward import FusedMLP
 from model.megatron.precision import Precision, Role
 from model.training.run_log import Row
 
@@ -58,7 +58,7 @@ def observe(layers: Any, pattern: str, precision: Precision) -> Iterator[list[Ro
         (layer.layer_number - 1, name): module
         for layer in layers for name, module in layer.named_modules() if _is_linear(module)
     }
-    fused = [module for module in layers.modules() if isinstance(module, FeedForward) and module.quantized]
+    fused = [module for module in layers.modules() if isinstance(module, FusedMLP) and module.quantized]
     hooks = [hook for place, module in linears.items() for hook in _attach(place, module, precision, measured)]
     for module in fused:
         module.quantized = False        # its parent: the same numbers by two linear layers, which can be observed

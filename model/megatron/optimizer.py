@@ -127,14 +127,14 @@ def save_parameters_by_place(optimizer: DistributedOptimizer) -> None:
 
 
 @torch.no_grad()
-def update(optimizer: MegatronOptimizer, clip_grad: float, approve: Callable[[float], bool]) -> None:
-    """Megatron's optimizer step, except that `approve`, given the gradient norm, decides whether it takes place.
+def update(optimizer: MegatronOptimizer, clip_grad: float, accept: Callable[[float], bool]) -> None:
+    """Megatron's optimizer step, except that `accept`, given the gradient norm, decides whether it takes place.
 
     The norm is the one value a step waits for: everything queued before it is then done.
     """
     optimizer.prepare_grads()
     grad_norm = optimizer.get_grad_norm()
-    if not approve(float(grad_norm)):
+    if not accept(float(grad_norm)):
         return
     clip_grad_by_total_norm_fp32(optimizer.get_parameters(), clip_grad, grad_norm)
     optimizer.step_with_ready_grads()

@@ -26,7 +26,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 
 from model.config import ModelError
-from model.megatron.feed_forward import FeedForward
+from model.megatron.feed_forward import FusedMLP
 from model.megatron.fp8_unscaled import quantizer_e4m3_gradients, quantizer_e5m2_gradients
 
 PrecisionName = Literal["float32", "bf16", "fp8"]
@@ -194,10 +194,10 @@ def mark_quantized_layers(layers: Iterable[Any], precision: Precision, num_layer
     marked = 0
     for layer in layers:
         for module in layer.modules():
-            if not isinstance(module, _EmulatesFP8 | FeedForward):
+            if not isinstance(module, _EmulatesFP8 | FusedMLP):
                 continue
             quantized = precision.quantizes(layer.layer_number - 1, num_layers)
-            if isinstance(module, FeedForward):
+            if isinstance(module, FusedMLP):
                 module.quantized = quantized
             else:
                 module.precision = precision if quantized else None

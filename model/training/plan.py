@@ -89,7 +89,7 @@ class Layout(NamedTuple):
                 f"{'distributed' if self.distributed_optimizer else 'whole'} optimizer")
 
 
-class Memory(NamedTuple):
+class TrainingMemory(NamedTuple):
     """Bytes on the fullest GPU."""
 
     weights: float              # BF16
@@ -133,7 +133,7 @@ class Plan:
     fp8: bool
     layout: Layout
     machine: Machine
-    memory: Memory
+    memory: TrainingMemory
     time: Time
 
     @property
@@ -214,7 +214,7 @@ def _check(config: ModelConfig, recipe: PretrainConfig, layout: Layout, machine:
 
 # memory
 
-def memory(config: ModelConfig, recipe: PretrainConfig, fp8: bool, layout: Layout, machine: Machine) -> Memory:
+def memory(config: ModelConfig, recipe: PretrainConfig, fp8: bool, layout: Layout, machine: Machine) -> TrainingMemory:
     """Bytes on the fullest pipeline stage."""
     return max((_stage_memory(config, recipe, fp8, layout, machine, stage) for stage in {0, layout.pipeline - 1}),
                key=lambda memory: memory.total)
@@ -222,7 +222,7 @@ def memory(config: ModelConfig, recipe: PretrainConfig, fp8: bool, layout: Layou
 
 def _stage_memory(
     config: ModelConfig, recipe: PretrainConfig, fp8: bool, layout: Layout, machine: Machine, stage: int
-) -> Memory:
+) -> TrainingMemory:
     tokens = layout.micro_batch_size * config.sequence_length
     share = layout.tensor if layout.sequence else 1
     first, last = stage == 0, stage == layout.pipeline - 1
@@ -243,7 +243,7 @@ def _stage_memory(
     of_head = logits + table * BF16 + 2 * residual if last else 0
     of_layers = max(tokens * backward_bytes(config, symbol, layout) + layer_parameters(config, symbol) / layout.tensor
                     * BF16 for symbol in {symbol for symbol, _ in layers}) + recomputed
-    return Memory(
+    return TrainingMemory(
         weights=held * BF16,
         fp8_copies=quantized * 2 * FP8,
         gradients=held * FP32,

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from data_pipeline.config import DataError, Label
 from data_pipeline.schema import Blend, Dropped, FunnelStep, Histogram
-from model.compression.schema import Candidate, Controls, Costs, Importance
+from model.compression.schema import CandidateRecord, Controls, Costs, Importance
 from model.evaluation.schema import PaperScore, Samples, Scores
 from stages.params import Params
 from stages.schema import DecodeRepeat, DecodeRow, DistillationRow, Provenance, ValidationRow
@@ -144,7 +144,7 @@ class Records(DataRecords):
         runs: STAGE or STAGE@MEMBER, in the graph's order.
     """
 
-    candidates: list[Candidate] = _record(list[Candidate], "compress", "candidates.json")
+    candidates: list[CandidateRecord] = _record(list[CandidateRecord], "compress", "candidates.json")
     controls: Controls = _record(Controls, "compress", "controls.json")
     costs: Costs = _record(Costs, "compress", "costs.json")
     importance: Importance = _record(Importance, "compress", "importance.json")

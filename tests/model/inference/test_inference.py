@@ -65,7 +65,7 @@ def test_a_prompt_in_pieces_equals_the_full_forward(config, prefill_tokens, prom
 
 
 @CONFIGS
-def test_float8_weights_decode_as_they_compute_a_prompt(config, ids):
+def test_fp8_weights_decode_as_they_compute_a_prompt(config, ids):
     config = config.model_copy(update={"mamba_num_heads": 16} if "M" in config.pattern else {})
     model = random_model(config)
     with torch.no_grad():
@@ -79,7 +79,7 @@ def test_float8_weights_decode_as_they_compute_a_prompt(config, ids):
     assert ((torch.stack(steps, 1) - full[:, 16:]).norm() / full.norm()) < 0.03
 
 
-def test_float8_needs_multiples_of_16():
+def test_fp8_needs_multiples_of_16():
     with pytest.raises(ModelError, match=r"0\.mixer\.in_proj is \(166, 48\)"):
         quantize_weights(random_model(HYBRID).backbone.layers)
 

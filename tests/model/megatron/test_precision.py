@@ -16,21 +16,21 @@ from model.megatron.spec import build_model
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
-def to_float8(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def to_fp8(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Per-tensor current scaling by PyTorch's own casts, as float64."""
     scale = torch.finfo(dtype).max / x.abs().max().float()
     return (x.float() * scale).to(dtype).double() / scale.double()
 
 
-def test_the_three_products_are_of_float8_values():
+def test_the_three_products_are_of_fp8_values():
     torch.manual_seed(0)
     x = torch.randn(3, 5, 32).bfloat16().requires_grad_()
     weight = torch.randn(16, 32).bfloat16().requires_grad_()
     dy = torch.randn(3, 5, 16).bfloat16()
     y = FP8Product.apply(x, weight, Precision("fp8", emulated=True))
     y.backward(dy)
-    x8, weight8 = (to_float8(t.detach(), torch.float8_e4m3fn) for t in (x, weight))
-    dy8 = to_float8(dy, torch.float8_e5m2)
+    x8, weight8 = (to_fp8(t.detach(), torch.float8_e4m3fn) for t in (x, weight))
+    dy8 = to_fp8(dy, torch.float8_e5m2)
     expected = (x8 @ weight8.T, dy8 @ weight8, dy8.flatten(0, 1).T @ x8.flatten(0, 1))
     for result, exact in zip((y, x.grad, weight.grad), expected, strict=True):
         assert result.dtype is torch.bfloat16

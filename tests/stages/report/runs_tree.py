@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.schema import Blend, BlendPhase, Dropped, Example, FunnelStep, Histogram, TokenFile
-from model.compression.schema import Candidate, Controls, Costs, FfnImportance, Importance, LayerImportance
+from model.compression.schema import CandidateRecord, Controls, Costs, FfnImportance, Importance, LayerImportance
 from model.evaluation.schema import ChoiceSample, TextSample
 from stages.common import Stage
 from stages.params import Params, load_params
@@ -137,7 +137,7 @@ class Tree:
         pattern = self.params.model["hybrid"].pattern
         layers = [LayerImportance(index=index, symbol=symbol, standard_error=0.0004, importance=(
             0.012 + 0.2 * abs(2 * index / len(pattern) - 1) ** 5)) for index, symbol in enumerate(pattern)]
-        candidates = [Candidate(
+        candidates = [CandidateRecord(
             index=n, pattern="M-M-M*-M-M-M-M-", ffn_hidden_size=384 - 32 * (n % 4),
             parameters=1_390_000 - 900 * n,
             memory_gib=0.0842 - 0.0001 * (7 * n % 23), decode_milliseconds=1.75, importance=0.5 - 0.01 * n,

@@ -15,8 +15,8 @@ WINDOW = 128                    # applied updates whose gradient norms the media
 WARM = 16                       # of them, before the median means anything
 
 
-class GradientWatch:
-    """Judges each step by its loss and gradient norm, both the same on every process, and counts.
+class SpikeGuard:
+    """Checks each step by its loss and gradient norm, both the same on every process, and counts.
 
     A step whose loss or gradient norm is not finite is skipped: weights and moments stay, data and schedule go on. A
     spike, a norm above `spike_factor` times the median of the last updates, is applied (clipped, as every update) and
@@ -32,7 +32,7 @@ class GradientWatch:
         self.skipped, self.skipped_in_a_row, self.spikes = 0, 0, 0
         self.norms: deque[float] = deque(maxlen=WINDOW)
 
-    def judge(self, step: int, loss: float, grad_norm: float) -> Verdict:
+    def check(self, step: int, loss: float, grad_norm: float) -> Verdict:
         """What to do with step `step`.
 
         Raises:
