@@ -22,7 +22,7 @@ from kernels.squared_relu_fp8 import (
     squared_relu_backward_quantize,
     squared_relu_quantize,
 )
-from model.megatron import te_guard  # noqa: F401    # before Megatron
+from model.megatron import compat  # noqa: F401    # before Megatron
 
 # isort: split
 from megatron.core.transformer.mlp import MLP

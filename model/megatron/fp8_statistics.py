@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kernels.fp8_quantize import largest_magnitude, scale_of
-from model.megatron import te_guard  # noqa: F401    # before Megatron
+from model.megatron import compat  # noqa: F401    # before Megatron
 
 # isort: split
 from megatron.core import parallel_state

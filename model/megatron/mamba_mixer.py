@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from kernels.mixer import MixerWeights, mix
-from model.megatron import te_guard  # noqa: F401    # before Megatron
+from model.megatron import compat  # noqa: F401    # before Megatron
 
 # isort: split
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory

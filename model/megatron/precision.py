@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.fp8_quantize import Format, quantize
-from model.megatron.te_guard import TRANSFORMER_ENGINE
+from model.megatron.compat import TRANSFORMER_ENGINE
 
 # isort: split
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear

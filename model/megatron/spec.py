@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model.megatron import te_guard  # noqa: F401    # before Megatron
+from model.megatron import compat  # before Megatron
 
 # isort: split
 from megatron.core import parallel_state
@@ -78,9 +78,7 @@ def build_model(
     )
     mark_quantized_layers(model.decoder.layers, precision, len(config.pattern))
     if precision.scaling == "unscaled":
-        for module in model.modules():
-            if hasattr(module, "save_original_input"):      # Megatron asks for it, these quantizers cannot
-                module.save_original_input = False
+        compat.keep_quantized_inputs(model)
     recompute_layers(model.decoder.layers, config.pattern, recompute)
     return model
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.megatron import te_guard  # noqa: F401    # before Megatron
+from model.megatron import compat  # noqa: F401    # before Megatron
 
 # isort: split
 from megatron.core.datasets import helpers

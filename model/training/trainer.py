@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.megatron import te_guard  # noqa: F401    # before Megatron
+from model.megatron import compat  # noqa: F401    # before Megatron
 
 # isort: split
 from megatron.core import parallel_state
