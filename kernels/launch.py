@@ -19,6 +19,7 @@ class RowTiles(NamedTuple):
 
 
 def cdiv(size: int, block: int) -> int:
+    """Blocks of `block` that cover `size`."""
     return -(-size // block)
 
 

@@ -51,6 +51,7 @@ class Geometry(Section):
     @field_validator("pattern")
     @classmethod
     def pattern_is_layers(cls, pattern: str) -> str:
+        """Raise ValueError for an empty pattern or a symbol that is no kind of layer."""
         if not pattern:
             raise ValueError("a model needs at least one layer\nWrite a symbol a layer: M Mamba-2, * attention, - FFN.")
         for layer, symbol in enumerate(pattern):
@@ -63,6 +64,7 @@ class Geometry(Section):
 
     @model_validator(mode="after")
     def widths_fit_together(self) -> Geometry:
+        """Raise ValueError where heads are no multiple of groups, or a pattern with M lacks its widths."""
         if self.num_attention_heads % self.num_query_groups:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -92,6 +94,7 @@ class ModelConfig(Geometry):
 
     @property
     def mamba_inner_size(self) -> int:
+        """Channels of a Mamba-2 layer's x and z."""
         return self.mamba_num_heads * self.mamba_head_dim
 
     @property
@@ -106,10 +109,12 @@ class ModelConfig(Geometry):
 
     @property
     def attention_size(self) -> int:
+        """Channels of the queries."""
         return self.num_attention_heads * self.head_dim
 
     @property
     def kv_size(self) -> int:
+        """Channels of the keys, and of the values."""
         return self.num_query_groups * self.head_dim
 
 
@@ -164,6 +169,7 @@ class PretrainConfig(Section):
 
     @model_validator(mode="after")
     def batches_divide(self) -> PretrainConfig:
+        """Raise ValueError unless a batch is a whole number of micro-batches."""
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"global_batch_size ({self.global_batch_size}) must be a multiple of "
@@ -173,6 +179,7 @@ class PretrainConfig(Section):
 
     @model_validator(mode="after")
     def rate_falls(self) -> PretrainConfig:
+        """Raise ValueError where the schedule's rates or fractions contradict one another."""
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"min_learning_rate ({self.min_learning_rate}) must not exceed learning_rate ({self.learning_rate})\n"

@@ -56,6 +56,7 @@ class GatedTransformer(NamedTuple):
 
     @property
     def kv_size(self) -> int:
+        """Channels of the keys, and of the values."""
         return self.num_query_groups * self.head_dim
 
 
@@ -69,10 +70,12 @@ class Memory(NamedTuple):
 
     @property
     def cache(self) -> int:
+        """Bytes of all caches."""
         return self.kv_cache + self.ssm_state + self.conv_state
 
     @property
     def total(self) -> int:
+        """Bytes of weights and caches."""
         return self.weights + self.cache
 
 

@@ -23,6 +23,7 @@ PAPER_CONTEXT = 65_536           # tokens read before the paper's inference figu
 
 
 def benchmark(stage: Stage) -> dict[str, Any]:
+    """Time the models of the profile, and count the published ones; metrics."""
     import torch
 
     from model.benchmark.decode import Speed, measure

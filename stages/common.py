@@ -145,6 +145,7 @@ class Stage:
 
     @property
     def scratch(self) -> Path:
+        """The directory of resume state that fits what the stage depends on; says which older one does not, and why."""
         if self._scratch is None:
             depends = self.depends()
             fingerprint = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:12]
@@ -278,6 +279,7 @@ class Progress:
         self.bar: Any = None
 
     def __call__(self, step: int, total: int, **figures: float | str) -> None:
+        """Show that `step` of `total` is done, at most every `seconds_between_lines`, and the last one always."""
         now = time.monotonic()
         if step < self.last[0] or total != self.last[1]:        # another loop began
             self.first, self.started = (step, total), now

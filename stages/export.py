@@ -41,6 +41,7 @@ PADDING = 1024               # ids a model may have beyond its tokenizer's: voca
 
 
 def export(stage: Stage) -> dict[str, Any]:
+    """Write and check the Hub form of one model; metrics."""
     from data_pipeline.tokenizer import MODEL_FILE
 
     assert stage.variant is not None
@@ -139,6 +140,7 @@ def check_vocabulary(directory: Path, vocab_size: int) -> None:
 
 
 def other_vocabulary(what: str, size: int, vocab_size: int) -> Exception:
+    """The ModelError of a tokenizer `what` of `size` ids for a model of another number."""
     from model.config import ModelError
 
     return ModelError(

@@ -63,6 +63,7 @@ class LauncherConfig(BaseModel):
 
     @property
     def processes(self) -> int:
+        """Processes of one training, over all nodes."""
         return 1 if self.kind == "here" else self.nodes * self.processes_per_node
 
     @property

@@ -19,6 +19,7 @@ from stages.common import Progress, die_with_parent, write
 
 
 def main() -> None:
+    """Train what the job file says, as one of torchrun's processes."""
     parser = argparse.ArgumentParser(
         prog="python -m stages.pretrain_worker", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

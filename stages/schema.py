@@ -12,11 +12,15 @@ from model.config import Record
 
 
 class Code(Record):
+    """Which code ran."""
+
     commit: str | None              # with "+changes" where the tree differed; None outside git
     digest: str                     # SHA-256 of the first-party code
 
 
 class Machine(Record):
+    """Where it ran."""
+
     processor: str
     cores: int
     memory_gib: float

@@ -20,6 +20,8 @@ LEAST_ROWS = 16             # of a tensor core's product
 
 
 class AttentionTiles(NamedTuple):
+    """How the walk over cached tokens is launched."""
+
     tokens: int             # a step of the walk takes
     warps: int
     stages: int

@@ -25,6 +25,8 @@ TAPS = 4
 
 
 class ConvTiles(NamedTuple):
+    """Channels and tokens a program of the convolution holds, and its warps."""
+
     channels: int
     tokens: int
     warps: int

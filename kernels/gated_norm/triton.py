@@ -20,6 +20,8 @@ from kernels.operation import operation
 
 
 class NormTiles(NamedTuple):
+    """How a norm's kernel is launched."""
+
     rows: int               # at a time
     warps: int
     programs: int = 0       # of all groups; 0: one for every tile of rows

@@ -18,6 +18,8 @@ from kernels.squared_relu_fp8 import DTYPES
 
 
 class QuantizeTiles(NamedTuple):
+    """Part of the matrix a program holds, and its warps."""
+
     rows: int
     columns: int
     warps: int

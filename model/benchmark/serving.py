@@ -45,6 +45,8 @@ PAIRS = {
 
 
 class Size(NamedTuple):
+    """What is served, and how often it is timed."""
+
     context: int                # tokens in
     output: int                 # tokens out
     steps: int                  # timed in a run
@@ -88,6 +90,7 @@ def serve_pair(
 def serve(
     name: str, config: ModelConfig, fp8: bool, size: Size, device: torch.device, ceilings: Ceilings
 ) -> Served:
+    """One model with random weights at the largest batch that fits. Raises ModelError where one sequence does not."""
     model = random_model(config, DTYPE, device, fp8)
     length = size.context + size.output
     batch = size.largest_batch

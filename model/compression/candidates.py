@@ -85,6 +85,7 @@ class Candidate(NamedTuple):
 
     @property
     def layers(self) -> list[int]:
+        """The parent's layers that are kept, ascending."""
         return list(self.selection.layers)
 
 

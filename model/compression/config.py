@@ -70,6 +70,7 @@ class CompressConfig(Section):
 
     @model_validator(mode="after")
     def rounds_narrow(self) -> CompressConfig:
+        """Raise ValueError unless every round keeps some of the one before, and rate and batch fit together."""
         rounds = ("finalists", "ranked_by_task", "ranked_by_agreement")
         for fewer, more in pairwise(rounds):
             if getattr(self, fewer) > getattr(self, more):

@@ -41,6 +41,8 @@ GIB = 2**30
 
 
 class Weights(NamedTuple):
+    """A model: its geometry, and tensors by Hub name."""
+
     config: ModelConfig
     state: State
 

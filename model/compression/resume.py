@@ -32,6 +32,7 @@ class ResultCache:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
     def save(self, name: str, value: Any) -> None:
+        """Keep `value` under `name`, whole or not at all, in place of an earlier one."""
         content = io.BytesIO()
         torch.save(value, content)
         write_checked(self.directory / f"{name}.pt", content.getvalue())

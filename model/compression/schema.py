@@ -17,6 +17,8 @@ class LayerImportance(Record):
 
 
 class FfnImportance(Record):
+    """Of one FFN layer: how much of its neurons' summed importance the most important ones hold."""
+
     index: int
     kept_share_of_importance: dict[int, float]          # by width
 

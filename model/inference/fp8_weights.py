@@ -24,6 +24,7 @@ class FP8Linear(nn.Module):
         self.register_buffer("scale", rows.scales)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., inputs) -> (..., outputs) in x's dtype."""
         return fp8_linear(x, Rows(self.weight, self.scale))
 
 

@@ -3,7 +3,7 @@
 0.16.1 is the last release for Python 3.11: from 0.17 on Megatron asks for 3.12. What is mended, and until when:
 
     usable_transformer_engine   `import megatron.core` dies of a Transformer Engine that cannot be imported, since it
-                                catches ImportError only; not reported upstream that we know of
+                                catches ImportError only; no upstream issue known
     the import without CUDA     Megatron wraps its fusions by torch.compile as they are imported: seconds a process
     megatron_on_cpu             "cuda" is written out in trainer, optimizer and checkpoints; 0.19.2 needs stubs of CUDA
                                 streams besides
@@ -55,7 +55,11 @@ FACTORIES = ("empty", "empty_like", "ones", "tensor", "zeros")      # those that
 
 
 def usable_transformer_engine() -> bool:
-    """Whether Transformer Engine works here; one that is installed and does not is hidden from later imports."""
+    """Whether Transformer Engine works here; one that is installed and does not is hidden from later imports.
+
+    Without CUDA its import raises RuntimeError or OSError. Where CUDA is and no GPU is visible it can be imported, and
+    Megatron would give it the CPU's tensors.
+    """
     if importlib.util.find_spec("transformer_engine") is None:
         return False
     try:

@@ -152,6 +152,7 @@ class FP8Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        """dy (..., out) bfloat16 -> gradients of x and weight, bfloat16."""
         x8, x_scale, weight8, weight_scale = ctx.saved_tensors
         gradient8, scale = ctx.precision.quantize(gradients[0].flatten(0, -2), "gradient")
         dx = (gradient8 @ weight8).mul_(scale * weight_scale)

@@ -208,4 +208,5 @@ class CausalAttention(MegatronModule):
         return out.permute(2, 0, 1, 3).flatten(2)
 
     def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
+        """Nothing: it has no weights."""
         return {}

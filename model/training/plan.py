@@ -80,6 +80,7 @@ class Layout(NamedTuple):
 
     @property
     def data(self) -> int:
+        """Data-parallel copies."""
         return self.processes // (self.tensor * self.pipeline)
 
     def __str__(self) -> str:
@@ -108,6 +109,7 @@ class TrainingMemory(NamedTuple):
 
     @property
     def total(self) -> float:
+        """Bytes of all parts."""
         return sum(self)
 
 
@@ -123,11 +125,14 @@ class Time(NamedTuple):
 
     @property
     def total(self) -> float:
+        """Seconds of all parts."""
         return sum(self)
 
 
 @dataclass(frozen=True)
 class Plan:
+    """What a run takes: bytes of a GPU, seconds of a step."""
+
     config: ModelConfig
     recipe: PretrainConfig
     fp8: bool
@@ -138,18 +143,22 @@ class Plan:
 
     @property
     def fits(self) -> bool:
+        """Whether a GPU's memory holds it."""
         return self.memory.total <= self.machine.memory
 
     @property
     def tokens_per_second(self) -> float:
+        """Of all GPUs together."""
         return self.recipe.global_batch_size * self.config.sequence_length / self.time.total
 
     @property
     def days(self) -> float:
+        """Of the whole run."""
         return self.recipe.tokens / self.tokens_per_second / 86_400
 
     @property
     def gpu_hours(self) -> float:
+        """Of the whole run, all GPUs."""
         return self.days * 24 * self.layout.processes
 
     @property

@@ -55,10 +55,12 @@ class SpikeGuard:
         return "spike" if spike else "update"
 
     def state_dict(self) -> dict[str, Any]:
+        """Counts and norms, as plain values for a resume state."""
         return {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row, "spikes": self.spikes,
                 "norms": list(self.norms)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
         self.skipped, self.skipped_in_a_row, self.spikes = (
             state["skipped"], state["skipped_in_a_row"], state["spikes"])
         self.norms = deque(state["norms"], maxlen=WINDOW)

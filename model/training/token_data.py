@@ -253,6 +253,7 @@ class Prefetcher:
         return self.waiting.pop(number).result()
 
     def close(self) -> None:
+        """End the thread; batches not yet begun are not made."""
         self.thread.shutdown(cancel_futures=True)
 
 

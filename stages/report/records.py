@@ -166,12 +166,15 @@ class Records(DataRecords):
         return self.reader.read(Provenance, *run.split("@"), "provenance.json")
 
     def scores(self, model: str) -> Scores:
+        """scores.json of a model."""
         return self.reader.read(Scores, "evaluate", model, "scores.json")
 
     def samples(self, model: str) -> Samples:
+        """samples.json of a model."""
         return self.reader.read(Samples, "evaluate", model, "samples.json")
 
     def paper_tasks(self, model: str) -> list[PaperScore]:
+        """paper_tasks.json of a model."""
         return self.reader.read(list[PaperScore], "evaluate", model, "paper_tasks.json")
 
     def validation(self, variant: str) -> Curve:
