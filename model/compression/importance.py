@@ -109,11 +109,5 @@ def split_half_correlation(scores: Tensor) -> float:
 
 def rank_correlation(one: Tensor, other: Tensor) -> float:
     """Spearman's, of (units,) each; equal values share the mean of their ranks."""
-    ranks = torch.stack([_ranks(one), _ranks(other)])
-    return float(torch.corrcoef(ranks)[0, 1])
-
-
-def _ranks(values: Tensor) -> Tensor:
-    _, which, count = torch.unique(values, sorted=True, return_inverse=True, return_counts=True)
-    last = count.cumsum(0).double()
-    return (last - (count - 1) / 2)[which]
+    ranks = rankdata(torch.stack([one, other]).numpy(), axis=1)
+    return float(torch.corrcoef(torch.from_numpy(ranks))[0, 1])
