@@ -213,21 +213,24 @@ class ThreadedSave:
     Transformer Engine all keep threads. Here the same function writes the same files in a thread of this process.
 
     Attributes:
-        thread: to be started; writes the files.
         digests: SHA-256 by name, of the files it has written.
 
     Raises:
         OSError, RuntimeError: the directory cannot be written, or contents are not what Megatron can save.
     """
 
-    def __init__(self, contents: dict[str, Any], directory: Path, in_background: bool):
+    def __init__(self, contents: dict[str, Any], directory: Path):
         from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing.strategies import filesystem_async
 
         filesystem_async._results_queue = queue.Queue()         # in place of one in a process of its own
         self.digests: dict[str, str] = {}
         self.request = dist_checkpointing.save(contents, str(directory), async_sharded_save=True)
+
+    def start(self, in_background: bool) -> None:
+        """Copy everything to the host's memory, a copy where training goes on, and start writing."""
         self.thread = threading.Thread(target=self._write, args=(self._files(in_background),))
+        self.thread.start()
 
     def finish(self) -> None:
         """Wait for the thread and write the index. Raises CheckpointException, OSError or RuntimeError where a file

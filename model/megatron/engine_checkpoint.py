@@ -175,12 +175,12 @@ class _Writing:
             directory.mkdir(parents=True, exist_ok=True)
         dist.barrier()
         try:
-            self.files = ThreadedSave(contents, directory, in_background)
+            self.files = ThreadedSave(contents, directory)
             for file in files if is_main_process() else ():
                 shutil.copy(file, directory)
         except (OSError, RuntimeError) as error:
             raise self._failure(error) from error
-        self.files.thread.start()
+        self.files.start(in_background)
 
     def is_done(self) -> bool:
         """Whether every process has written its files."""
