@@ -1,12 +1,12 @@
-"""What importance, refit and distillation are worth: controls with several seeds on a small model of Python sources.
+"""What importance and distillation are worth: controls with several seeds on a small model of Python sources.
 
     python -m benchmarks.compression_controls [--threads 2] [--steps 2000] [--out FILE.json]
 
 A hybrid of 12 layers learns the bytes of the standard library's sources; every tenth file is held out. Then, all judged
-on held-out bytes: FFN cuts by importance, at random, in reverse and refitted; Mamba heads by three scores; hidden
-channels with and without the norm correction; every way to drop three layers, and where each rule's choice stands among
-them; Puzzle's summed scores against the true divergence; and a MiniPuzzle cut to 60 % of the parameters, distilled
-beside a random cut, plain cross-entropy and training from scratch, at equal tokens and more, three seeds each.
+on held-out bytes: FFN cuts by importance, at random and in reverse; Mamba heads by two scores; hidden channels with and
+without the norm correction; every way to drop three layers, and where the choice by importance stands among them; and a
+MiniPuzzle cut to 60 % of the parameters, distilled beside a random cut, plain cross-entropy and training from scratch,
+at equal tokens and more, three seeds each.
 
 The gates (docs/results/minipuzzle.md) were fixed before the first run.
 """
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import random
 import sysconfig
 import tempfile
 import time
@@ -27,28 +26,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from model import costs
-from model.compression.candidates import maximal_cells, realise, share_budget
+from model.compression.candidates import make_candidate, maximal_cells, share_budget
 from model.compression.comparison import Closeness, compare
-from model.compression.config import CompressConfig, MemoryBudget
+from model.compression.config import CompressConfig
 from model.compression.controls import random_selection, reverse_selection
 from model.compression.distill import Objective, distill
-from model.compression.importance import KINDS, iterative_importance, layer_importance
+from model.compression.importance import layer_importance, mean_ranks
 from model.compression.prune import Selection, cut
-from model.compression.puzzle import Library, Limit, geometry, library, solve
-from model.compression.refit import refit
-from model.compression.resume import Pieces
-from model.compression.width_importance import (
-    MAMBA_SCORES,
-    WidthImportance,
-    leave_one_out,
-    select,
-    top_of_groups,
-    width_importance,
-)
+from model.compression.resume import ResultCache
+from model.compression.width_importance import MAMBA_SCORES, WidthImportance, select, width_importance
 from model.config import ModelConfig
 from model.hybrid_lm import HybridLM
 from stages.params import load_params
@@ -117,7 +106,7 @@ class Bench:
         self.calibration = text.sequences(128, 1)[:, :-1]
         self.held_out = text.sequences(64, 2, held_out=True)
         self.widths: WidthImportance = width_importance(self.teacher, self.calibration, BATCH, silent)
-        self.layers = layer_importance(self.teacher, self.calibration[:32], BATCH, silent, KINDS)
+        self.layers = layer_importance(self.teacher, self.calibration[:32], BATCH, silent)
 
     def judge(self, models: Mapping[str, HybridLM], sequences: int = 64) -> dict[str, Closeness]:
         return compare(self.teacher, models, self.held_out[:sequences], 16, silent)
@@ -129,10 +118,6 @@ class Bench:
         """Held-out cross-entropy, nats a byte."""
         return {name: value.loss for name, value in
                 self.judge({name: HybridLM.from_state(*weights) for name, weights in cuts.items()}).items()}
-
-    def refitted(self, selection: Selection) -> Weights:
-        config, state = self.cut(selection)
-        return config, refit(self.teacher, config, state, selection, self.calibration[:64], BATCH, silent)
 
     def controls(self, shape: ModelConfig) -> dict[str, Weights]:
         """Random draws of a shape."""
@@ -147,16 +132,16 @@ def mean_of(values: Mapping[str, float], prefix: str = "random") -> tuple[float,
 
 def ffn_cuts(bench: Bench) -> list[dict[str, float]]:
     rows = []
-    everything, mse = list(range(len(PARENT.pattern))), bench.layers["mse"].mean(1).tolist()
+    everything, mse = list(range(len(PARENT.pattern))), bench.layers.mean(1).tolist()
     for width in (192, 128, 96, 64):
         shape = PARENT.model_copy(update={"ffn_hidden_size": width})
         chosen = select(PARENT, shape, everything, bench.widths)
         found = bench.losses({
-            "importance": bench.cut(chosen), "refit": bench.refitted(chosen),
+            "importance": bench.cut(chosen),
             "reverse": bench.cut(reverse_selection(PARENT, shape, mse, bench.widths)), **bench.controls(shape),
         })
         mean, deviation = mean_of(found)
-        rows.append({"width": width, "importance": found["importance"], "refit": found["refit"], "random": mean,
+        rows.append({"width": width, "importance": found["importance"], "random": mean,
                      "random_deviation": deviation, "reverse": found["reverse"]})
     return rows
 
@@ -165,12 +150,7 @@ def mamba_heads(bench: Bench) -> dict[str, float]:
     """8 heads to 4 in every Mamba-2 layer."""
     shape = PARENT.model_copy(update={"mamba_num_heads": 4})
     everything = list(range(len(PARENT.pattern)))
-    alone = leave_one_out(bench.teacher, bench.calibration[:16], BATCH, silent)
-    selections = {kind: select(PARENT, shape, everything, bench.widths, kind) for kind in MAMBA_SCORES}
-    selections["leave one out"] = Selection(everything, mamba_heads={
-        index: top_of_groups(scores, 4, PARENT.mamba_num_groups) for index, scores in alone.items()})
-    cuts = {name: bench.cut(selection) for name, selection in selections.items()}
-    cuts |= {f"{name}, refit": bench.refitted(selection) for name, selection in selections.items()}
+    cuts = {kind: bench.cut(select(PARENT, shape, everything, bench.widths, kind)) for kind in MAMBA_SCORES}
     return _with_random(bench.losses(cuts | bench.controls(shape)))
 
 
@@ -180,7 +160,7 @@ def hidden_channels(bench: Bench) -> dict[str, float]:
     selection = select(PARENT, shape, list(range(len(PARENT.pattern))), bench.widths)
     return _with_random(bench.losses({
         "sliced": bench.cut(selection, correct_norms=False), "corrected": bench.cut(selection),
-        "corrected, refit": bench.refitted(selection), **bench.controls(shape),
+        **bench.controls(shape),
     }))
 
 
@@ -191,7 +171,7 @@ def _with_random(found: dict[str, float]) -> dict[str, float]:
 
 
 def depth(bench: Bench) -> dict[str, Any]:
-    """Every way to drop three of twelve layers, and the place of each rule's choice by the true divergence."""
+    """Every way to drop three of twelve layers, and the place of the choice by errors and by ranks among them."""
     layers = range(len(PARENT.pattern))
     kl: dict[tuple[int, ...], float] = {}
     for some in _batches(itertools.combinations(layers, DROPPED), 44):
@@ -200,13 +180,10 @@ def depth(bench: Bench) -> dict[str, Any]:
         judged = bench.judge(models, 32)
         kl |= {subset: judged[str(subset)].kl for subset in some}
     nearest = sorted(kl, key=lambda subset: kl[subset])
-    scores: dict[str, list[float]] = {kind: values.mean(1).tolist() for kind, values in bench.layers.items()}
-    for kind in ("mse", "kl"):
-        scores[f"{kind}, iterative"] = iterative_importance(bench.teacher, bench.calibration[:16], 16, silent, kind)
     places = {}
-    for kind, values in scores.items():
-        least = sorted(range(len(values)), key=values.__getitem__)[:DROPPED]
-        places[kind] = nearest.index(tuple(sorted(least))) + 1
+    for name, scores in {"mse": bench.layers.mean(1), "rank": mean_ranks(bench.layers)}.items():
+        least = scores.argsort()[:DROPPED].tolist()
+        places[name] = nearest.index(tuple(sorted(least))) + 1
     ordered = sorted(kl.values())
     return {"subsets": len(kl), "best": ordered[0], "median": ordered[len(ordered) // 2], "places": places}
 
@@ -216,42 +193,12 @@ def _batches(items: Iterable[tuple[int, ...]], size: int) -> Iterable[list[tuple
     return iter(lambda: list(itertools.islice(waiting, size)), [])
 
 
-def puzzle(bench: Bench) -> list[dict[str, float]]:
-    """Scores on calibration bytes; at two budgets, the program's choice and forty draws judged on held-out bytes."""
-    variants = library(PARENT, {"-": [32, 64, 96, 128, 192], "M": [2, 4, 6], "*": [2]})
-    made = Library(bench.teacher, bench.state, variants, bench.widths)
-    scores = made.scores(bench.calibration[:16], BATCH, silent)
-    table = [[float(costs.layer_parameters(geometry(PARENT, v), PARENT.pattern[v.layer])) if v.width else 0.0
-              for v in options] for options in variants]
-    rows, draw = [], random.Random(5)
-    for share in (0.75, 0.55):
-        limit = Limit("parameters of layers", table, share * sum(options[0] for options in table))
-        drawn: list[list[int]] = []
-        while len(drawn) < 40:
-            choice = [draw.randrange(len(options)) for options in variants]
-            if 0.9 * limit.limit < _total(table, choice) <= limit.limit:
-                drawn.append(choice)
-        solution = solve(PARENT.pattern, scores, [limit])
-        judged = bench.judge({str(number): made.assemble(choice) for number, choice in enumerate([*drawn, solution])})
-        true = [judged[str(number)].kl for number in range(41)]
-        rank = spearmanr([_total(scores, choice) for choice in [*drawn, solution]], true).statistic
-        rows.append({"budget": share, "chosen_kl": true[40], "best_of_40": min(true[:40]),
-                     "median_of_40": sorted(true[:40])[20], "spearman": float(rank)})
-    return rows
-
-
-def _total(values: list[list[float]], choice: list[int]) -> float:
-    return sum(options[j] for options, j in zip(values, choice, strict=True))
-
-
 def minipuzzle_cut(bench: Bench) -> Selection:
     """The paper's search at 60 % of the parameters: kept importance, then agreement on training text."""
-    deployment = MemoryBudget(context=1024, batch=1, weight_bits=16, kv_bits=16, ssm_bits=32, conv_bits=16,
-                              budget_fraction=0.9)
     budget = share_budget("parameters", 0.6, costs.parameters, PARENT, "")
-    cells = maximal_cells(PARENT, {"ffn_hidden_size": [96, 128, 160, 192, 224, 256]}, 1, [budget])
-    mse = bench.layers["mse"].mean(1).tolist()
-    candidates = [realise(PARENT, cell, mse, bench.widths, deployment) for cell in cells]
+    cells = maximal_cells(PARENT, [96, 128, 160, 192, 224, 256], 1, [budget])
+    mse = bench.layers.mean(1).tolist()
+    candidates = [make_candidate(PARENT, cell, mse, bench.widths, costs.Deployment.of(1024)) for cell in cells]
     candidates = sorted(candidates, key=lambda candidate: -candidate.importance)[:24]
     models = {str(number): HybridLM.from_state(*bench.cut(candidate.selection))
               for number, candidate in enumerate(candidates)}
@@ -273,8 +220,8 @@ def distillation(bench: Bench, base: CompressConfig) -> dict[str, Any]:
               ) -> dict[str, float]:
         data = list(bench.text.sequences(times * DISTILLATION_STEPS * BATCH, 1000 + seed))
         with tempfile.TemporaryDirectory() as directory:
-            pieces = Pieces(Path(directory))
-            done = distill(bench.teacher, students, data, times * tokens, config, pieces, "arm", silent, objective)
+            cache = ResultCache(Path(directory))
+            done = distill(bench.teacher, students, data, times * tokens, config, cache, "arm", silent, objective)
         return bench.losses({name: (students[name][0], state) for name, state in done.states.items()})
 
     before: dict[str, list[float]] = {}
@@ -282,7 +229,7 @@ def distillation(bench: Bench, base: CompressConfig) -> dict[str, Any]:
         drawn = bench.cut(random_selection(PARENT, shape, torch.Generator().manual_seed(seed)))
         torch.manual_seed(seed)
         scratch = shape, {name: tensor.detach() for name, tensor in HybridLM(shape).state_dict().items()}
-        starts = {"importance": bench.cut(chosen), "importance, refit": bench.refitted(chosen), "random": drawn}
+        starts = {"importance": bench.cut(chosen), "random": drawn}
         for name, loss in bench.losses(starts).items():
             before.setdefault(name, []).append(loss)
         arms = {f"{name}, KL": loss for name, loss in train(starts, seed, gentle, "kl").items()}
@@ -321,7 +268,7 @@ def main() -> None:
     print(f"parent {found['parent_loss']:.4f} nats a byte, {time.perf_counter() - started:.0f} s", flush=True)
     base = load_params(Path(__file__).parent.parent / "params.yaml").compress
     for name, part in {"ffn": ffn_cuts, "mamba_heads": mamba_heads, "hidden_channels": hidden_channels,
-                       "depth": depth, "puzzle": puzzle}.items():
+                       "depth": depth}.items():
         found[name] = part(bench)
         print(f"{name} ({time.perf_counter() - started:.0f} s): {json.dumps(found[name])}", flush=True)
     found["distillation"] = distillation(bench, base)

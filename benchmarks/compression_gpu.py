@@ -28,14 +28,14 @@ from kernels.forward_kl import forward_kl
 from model import costs
 from model.benchmark.decode import fill_caches, step_seconds
 from model.compression.candidates import maximal_cells, share_budget
-from model.compression.config import CompressConfig, MemoryBudget, Workload
+from model.compression.config import CompressConfig, Workload
 from model.compression.controls import random_selection
 from model.compression.distill import distill
 from model.compression.fp8_teacher import fp8_teacher
 from model.compression.importance import rank_correlation
 from model.compression.latency import measure_table
 from model.compression.prune import cut
-from model.compression.resume import Pieces
+from model.compression.resume import ResultCache
 from model.config import Geometry, ModelConfig
 from model.hybrid_lm import HybridLM
 from model.inference.decoder import Decoder
@@ -83,10 +83,9 @@ def predictions(name: str, context: int, batch: int, seed: int) -> dict[str, Any
     """Ten unseen candidates, predicted and measured."""
     parent, widths = parent_of(name)
     workload = Workload(context=context, batch=batch, decode_tokens=STEPS, repeats=REPEATS)
-    deployment = MemoryBudget(context=context, batch=batch, weight_bits=16, kv_bits=16, ssm_bits=32, conv_bits=16,
-                              budget_fraction=0.9)
+    deployment = costs.Deployment.of(context, batch)
     budget = share_budget("parameters", PARAMETERS_KEPT, costs.parameters, parent, "")
-    cells = maximal_cells(parent, {"ffn_hidden_size": widths}, 1, [budget])
+    cells = maximal_cells(parent, widths, 1, [budget])
     draw = random.Random(seed)
     drawn = [cell.config(parent) for cell in draw.sample(cells, min(len(cells), CANDIDATES + 4))]
     fitted, unseen = [parent, *drawn[:4]], drawn[4:]
@@ -152,7 +151,7 @@ def _distil_speed(
 
     tokens = config.micro_batch_size * teacher.config.sequence_length
     with tempfile.TemporaryDirectory() as directory:
-        distill(teacher, students, data, steps * tokens, config, Pieces(Path(directory)), "speed", mark)
+        distill(teacher, students, data, steps * tokens, config, ResultCache(Path(directory)), "speed", mark)
     marks = [entry for entry in marks if entry[0] < steps]          # the last one saves, too
     return median((after[0] - before[0]) * tokens / (after[1] - before[1]) for before, after in pairwise(marks))
 

@@ -65,7 +65,7 @@ from model.compression.data import read_data
 from model.compression.distill import Objective, distill
 from model.compression.funnel import Weights
 from model.compression.prune import Selection
-from model.compression.resume import Pieces
+from model.compression.resume import ResultCache
 from model.compression.width_importance import NeuronScore, select, top, width_importance
 from model.config import ModelConfig, PretrainConfig
 from model.hybrid_lm import HybridLM
@@ -455,7 +455,7 @@ def compression(task: Task) -> Iterator[funnel._Run]:
     with TemporaryDirectory() as directory, bfloat16_products():
         scratch, settings = Path(directory), task.scale.compress
         data = read_data(task.tokens, config.sequence_length, settings, task.seed, scratch / "index")
-        yield funnel._Run(Weights(config, state), data, settings, task.seed, Pieces(scratch), silent)
+        yield funnel._Run(Weights(config, state), data, settings, task.seed, ResultCache(scratch), silent)
 
 
 def closeness(run: funnel._Run, models: Mapping[str, Weights]) -> dict[str, Closeness]:
@@ -470,8 +470,8 @@ def distilled(
     """The students after `tokens` tokens."""
     with TemporaryDirectory() as directory:
         config = run.config.model_copy(update=changes)
-        done = distill(run.teacher, starts, run.data.training, tokens, config, Pieces(Path(directory)), "arm", silent,
-                       objective)
+        cache = ResultCache(Path(directory))
+        done = distill(run.teacher, starts, run.data.training, tokens, config, cache, "arm", silent, objective)
     return {name: Weights(starts[name].config, state) for name, state in done.states.items()}
 
 

@@ -16,13 +16,13 @@ from torch import Tensor
 Format = Literal["e4m3", "e5m2"]
 
 
-class _Float8(NamedTuple):
+class _FP8Format(NamedTuple):
     largest: float
     mantissa_bits: int
     least_exponent: int          # of a normal number
 
 
-_FORMATS: dict[str, _Float8] = {"e4m3": _Float8(448.0, 3, -6), "e5m2": _Float8(57344.0, 2, -14)}
+_FORMATS: dict[str, _FP8Format] = {"e4m3": _FP8Format(448.0, 3, -6), "e5m2": _FP8Format(57344.0, 2, -14)}
 _FLOAT32_MANTISSA_BITS = 23
 _EXPONENT_FIELD = 0x7F800000
 _BLOCK = 65_536                  # elements; the float32 temporaries of one block stay in the second-level cache
@@ -78,7 +78,7 @@ def scale_of(amax: Tensor, format: Format) -> Tensor:
     return torch.where(amax.isfinite() & (amax > 0), scale, torch.ones_like(scale))
 
 
-def _round(v: Tensor, fp8: _Float8) -> Tensor:
+def _round(v: Tensor, fp8: _FP8Format) -> Tensor:
     """Round float32 `v` (overwritten), within the format's range, to the nearest FP8 value, ties to even.
 
     Adding and subtracting 1.5 * 2^k makes float32's own rounding drop every bit below 2^(k - 23); k is chosen by the

@@ -3,7 +3,7 @@ kernels too, which takes 10 us of the host's time."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -11,7 +11,15 @@ import triton.language as tl
 LARGEST_AXIS = 65_535           # programs on a grid's second and third axis; the first has room for 2^31 - 1
 
 
+class RowTiles(NamedTuple):
+    """How a kernel that goes along rows is launched: bytes of a row a program holds at a time, and its warps."""
+
+    bytes: int
+    warps: int
+
+
 def cdiv(size: int, block: int) -> int:
+    """Blocks of `block` that cover `size`."""
     return -(-size // block)
 
 

@@ -38,6 +38,7 @@ class Operation:
         self._differentiable = differentiable.apply
 
     def __call__(self, *arguments: Any) -> Any:
+        """The function's result, by the way that costs least of the host's time here."""
         if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
             return self.registered(*arguments)
         return (self._differentiable if torch.is_grad_enabled() else self.function)(*arguments)

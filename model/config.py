@@ -16,6 +16,14 @@ class ModelError(ValueError):
 
 
 class Section(BaseModel):
+    """Settings: an unknown key is an error, and nothing changes once it is read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Record(BaseModel):
+    """What a stage writes and the report reads back: a field that is missing or unknown means another version."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -43,6 +51,7 @@ class Geometry(Section):
     @field_validator("pattern")
     @classmethod
     def pattern_is_layers(cls, pattern: str) -> str:
+        """Raise ValueError for an empty pattern or a symbol that is no kind of layer."""
         if not pattern:
             raise ValueError("a model needs at least one layer\nWrite a symbol a layer: M Mamba-2, * attention, - FFN.")
         for layer, symbol in enumerate(pattern):
@@ -55,6 +64,7 @@ class Geometry(Section):
 
     @model_validator(mode="after")
     def widths_fit_together(self) -> Geometry:
+        """Raise ValueError where heads are no multiple of groups, or a pattern with M lacks its widths."""
         if self.num_attention_heads % self.num_query_groups:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -84,6 +94,7 @@ class ModelConfig(Geometry):
 
     @property
     def mamba_inner_size(self) -> int:
+        """Channels of a Mamba-2 layer's x and z."""
         return self.mamba_num_heads * self.mamba_head_dim
 
     @property
@@ -98,10 +109,12 @@ class ModelConfig(Geometry):
 
     @property
     def attention_size(self) -> int:
+        """Channels of the queries."""
         return self.num_attention_heads * self.head_dim
 
     @property
     def kv_size(self) -> int:
+        """Channels of the keys, and of the values."""
         return self.num_query_groups * self.head_dim
 
 
@@ -116,8 +129,7 @@ class PretrainConfig(Section):
         spike_factor: a gradient norm above this multiple of the running median is reported as a spike.
         max_skipped_steps: updates in a row that may be skipped because loss or gradient are not finite.
         distributed_optimizer: whether data-parallel GPUs share master weights and moments among them.
-        fp8_recipe: where an FP8 tensor's scale comes from: its `current` maximum, that of earlier steps (`delayed`),
-            or nowhere (`unscaled`).
+        fp8_recipe: where an FP8 tensor's scale comes from: its `current` maximum, or nowhere (`unscaled`), a control.
         fp8_gradients: format of gradients; weights and activations are E4M3.
         fp8_statistics: whether evaluations also write what FP8 does to every linear layer's tensors.
         checkpoints_kept: resume states kept, the latest included; a damaged one leaves the one before.
@@ -147,7 +159,7 @@ class PretrainConfig(Section):
     spike_factor: float = Field(default=10.0, gt=1)
     max_skipped_steps: int = Field(default=10, ge=1)
     distributed_optimizer: bool = False
-    fp8_recipe: Literal["current", "delayed", "unscaled"] = "current"
+    fp8_recipe: Literal["current", "unscaled"] = "current"
     fp8_gradients: Literal["e5m2", "e4m3"] = "e5m2"
     fp8_statistics: bool = False
     recompute: str = Field(default="", pattern=r"^[M*\-]*$")
@@ -157,6 +169,7 @@ class PretrainConfig(Section):
 
     @model_validator(mode="after")
     def batches_divide(self) -> PretrainConfig:
+        """Raise ValueError unless a batch is a whole number of micro-batches."""
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"global_batch_size ({self.global_batch_size}) must be a multiple of "
@@ -166,6 +179,7 @@ class PretrainConfig(Section):
 
     @model_validator(mode="after")
     def rate_falls(self) -> PretrainConfig:
+        """Raise ValueError where the schedule's rates or fractions contradict one another."""
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"min_learning_rate ({self.min_learning_rate}) must not exceed learning_rate ({self.learning_rate})\n"
@@ -183,26 +197,6 @@ class PretrainConfig(Section):
             )
         if self.warmup_fraction + (self.decay_fraction or 0) > 1:
             raise ValueError("warmup_fraction + decay_fraction must not exceed 1\nShorten one of them.")
-        return self
-
-    @model_validator(mode="after")
-    def delayed_scaling_is_everywhere(self) -> PretrainConfig:
-        if self.fp8_recipe == "delayed" and (self.bf16_layers_at_start or self.bf16_layers_at_end):
-            raise ValueError(
-                "fp8_recipe delayed with BF16 layers at the ends, which Megatron does not allow: scales are updated "
-                "once for the whole stack\n"
-                "Set bf16_layers_at_start and bf16_layers_at_end to 0, or fp8_recipe to current."
-            )
-        if self.fp8_recipe == "delayed" and self.recompute:
-            raise ValueError(
-                "fp8_recipe delayed with recompute: the second forward pass would see other scales than the first\n"
-                'Set recompute to "", or fp8_recipe to current.'
-            )
-        if self.fp8_recipe == "delayed" and self.cuda_graph:
-            raise ValueError(
-                "fp8_recipe delayed with cuda_graph: its scales are updated between steps, by Python\n"
-                "Set cuda_graph to false, or fp8_recipe to current."
-            )
         return self
 
     def fp8_layers(self, layers: int) -> range:

@@ -1,4 +1,4 @@
-"""What a model costs in parameters, bytes and floating-point operations, in closed form.
+"""What a model costs in parameters, bytes and floating-point operations, in closed form; and the least time they take.
 
 Only counts of channels, heads and tokens go in, so a 56B model costs no more to judge than a tiny one. MiniPuzzle's
 search (paper section 3) rests on this: it asks for the cost of every combination of layer counts and FFN width.
@@ -8,26 +8,37 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
-from model.config import ModelConfig
+from pydantic import Field
+
+from model.config import ModelConfig, Section
+
+if TYPE_CHECKING:       # counting needs no torch, and the report, which draws on this, starts without it
+    import torch
+
+# Dense BF16 products a second of NVIDIA's data sheets, by a part of the device's name.
+_BF16_PEAK = {"H200": 989.4e12, "H100 PCIe": 756.0e12, "H100 NVL": 835.0e12, "H100": 989.4e12, "A100": 312.0e12}
 
 
-class CacheTypes(Protocol):
-    """A deployment: context in tokens, sequences at once, bits an element; `MemoryBudget` is one."""
+class Deployment(Section):
+    """How a model is held in memory: context in tokens, sequences at once, bits an element of each kind.
 
-    @property
-    def context(self) -> int: ...
-    @property
-    def batch(self) -> int: ...
-    @property
-    def weight_bits(self) -> float: ...
-    @property
-    def kv_bits(self) -> float: ...
-    @property
-    def ssm_bits(self) -> float: ...
-    @property
-    def conv_bits(self) -> float: ...
+    Bits may be a fraction, as scales that several values share count in: 4.5 for NVFP4, a scale of 8 bits for 16 values
+    of 4. With it the 56B model's weights take 29.5 GiB, as the paper says (section 3).
+    """
+
+    context: int = Field(ge=1)
+    batch: int = Field(ge=1)
+    weight_bits: float = Field(gt=0)
+    kv_bits: float = Field(gt=0)
+    ssm_bits: float = Field(gt=0)
+    conv_bits: float = Field(gt=0)
+
+    @classmethod
+    def of(cls, context: int, batch: int = 1, bits: int = 16, state_bits: int = 32) -> Deployment:
+        """All in one type but the SSM states: by default as this engine runs, BF16 and FP32."""
+        return cls(context=context, batch=batch, weight_bits=bits, kv_bits=bits, ssm_bits=state_bits, conv_bits=bits)
 
 
 class GatedTransformer(NamedTuple):
@@ -45,6 +56,7 @@ class GatedTransformer(NamedTuple):
 
     @property
     def kv_size(self) -> int:
+        """Channels of the keys, and of the values."""
         return self.num_query_groups * self.head_dim
 
 
@@ -58,10 +70,12 @@ class Memory(NamedTuple):
 
     @property
     def cache(self) -> int:
+        """Bytes of all caches."""
         return self.kv_cache + self.ssm_state + self.conv_state
 
     @property
     def total(self) -> int:
+        """Bytes of weights and caches."""
         return self.weights + self.cache
 
 
@@ -91,8 +105,8 @@ def parameters(model: ModelConfig | GatedTransformer) -> int:
     return layers + 2 * model.vocab_size * model.hidden_size + model.hidden_size
 
 
-def memory(model: ModelConfig | GatedTransformer, budget: CacheTypes) -> Memory:
-    """Bytes of weights and caches at `budget`'s context, batch and element sizes.
+def memory(model: ModelConfig | GatedTransformer, deployment: Deployment) -> Memory:
+    """Bytes of weights and caches at `deployment`'s context, batch and element sizes.
 
     The convolution keeps conv_kernel - 1 past tokens a channel; SSM and convolution states do not grow with context.
     Bits may be fractions (4.5 for FP4 with its block scales); each part is rounded up to a byte.
@@ -105,10 +119,10 @@ def memory(model: ModelConfig | GatedTransformer, budget: CacheTypes) -> Memory:
         ssm = mamba_layers * model.mamba_inner_size * model.mamba_state_dim
         conv = mamba_layers * model.conv_channels * (model.conv_kernel - 1)
     return Memory(
-        weights=_bytes(parameters(model), budget.weight_bits),
-        kv_cache=_bytes(2 * budget.batch * budget.context * kv, budget.kv_bits),
-        ssm_state=_bytes(budget.batch * ssm, budget.ssm_bits),
-        conv_state=_bytes(budget.batch * conv, budget.conv_bits),
+        weights=_bytes(parameters(model), deployment.weight_bits),
+        kv_cache=_bytes(2 * deployment.batch * deployment.context * kv, deployment.kv_bits),
+        ssm_state=_bytes(deployment.batch * ssm, deployment.ssm_bits),
+        conv_state=_bytes(deployment.batch * conv, deployment.conv_bits),
     )
 
 
@@ -130,6 +144,70 @@ def flops_per_token(model: ModelConfig | GatedTransformer, context: int) -> int:
     ffn = 2 * hidden * model.ffn_hidden_size
     count = model.pattern.count
     return 2 * (count("M") * mamba + count("*") * attention + count("-") * ffn + model.vocab_size * hidden)
+
+
+def training_flops_per_token(config: ModelConfig) -> int:
+    """Forward and backward operations of a token in a full sequence; recomputation does not count."""
+    return 3 * flops_per_token(config, (config.sequence_length + 1) // 2)
+
+
+def flops_utilization(config: ModelConfig, tokens_per_second: float, devices: int, device_name: str) -> float | None:
+    """Model FLOP utilization: operations of the model a second over those `devices` devices could do in BF16, by their
+    data sheet; None where it is not known, as for a CPU.
+
+    An FP8 run is measured against the BF16 peak too, so that the two compare.
+    """
+    peak = next((peak for part, peak in _BF16_PEAK.items() if part in device_name), None)
+    return training_flops_per_token(config) * tokens_per_second / (devices * peak) if peak else None
+
+
+# --- The least time inference can take --------------------------------------------------------------------------------
+
+
+class Ceilings(NamedTuple):
+    """What a machine does at best (`model.benchmark.roofline` measures it).
+
+    Attributes:
+        bytes_per_second: read and written by a copy.
+        flops_per_second: of a matrix product in the inference dtype.
+        layer_flops_per_second: of one in the layers' weights' type, where that is FP8.
+    """
+
+    bytes_per_second: float
+    flops_per_second: float
+    layer_flops_per_second: float
+
+
+def weights_bytes(config: ModelConfig, dtype: torch.dtype, fp8: bool) -> int:
+    """All weights in `dtype`; with `fp8` the layers' take a byte a parameter (their vectors are less than 0.1%)."""
+    layers = sum(layer_parameters(config, symbol) for symbol in config.pattern)
+    return layers * (1 if fp8 else dtype.itemsize) + 2 * config.vocab_size * config.hidden_size * dtype.itemsize
+
+
+def sequence_bytes(config: ModelConfig, context: int, dtype: torch.dtype, state_dtype: torch.dtype) -> int:
+    """Bytes of the caches of one sequence of `context` tokens; keys, values and convolution states in `dtype`."""
+    return memory(config, Deployment.of(context, 1, 8 * dtype.itemsize, 8 * state_dtype.itemsize)).cache
+
+
+def decode_floor(
+    config: ModelConfig, batch: int, context: int, dtype: torch.dtype, state_dtype: torch.dtype, fp8: bool,
+    ceilings: Ceilings,
+) -> float:
+    """Seconds of one decoding step at least: every weight but the input embedding read once, keys and values read, the
+    states read and written; or its operations, where they take longer."""
+    held = memory(config, Deployment.of(context, batch, 8 * dtype.itemsize, 8 * state_dtype.itemsize))
+    weights = weights_bytes(config, dtype, fp8) - config.vocab_size * config.hidden_size * dtype.itemsize
+    moved = weights + held.kv_cache + 2 * (held.ssm_state + held.conv_state)
+    operations = batch * flops_per_token(config, context)
+    return max(moved / ceilings.bytes_per_second, operations / ceilings.layer_flops_per_second)
+
+
+def prefill_floor(config: ModelConfig, tokens: int, ceilings: Ceilings) -> float:
+    """Seconds to read one prompt at least: its operations, those of the head for the last token alone."""
+    attention = tokens * (flops_per_token(config, tokens // 2) - flops_per_token(config, 0))
+    head = 2 * config.vocab_size * config.hidden_size
+    layers = tokens * (flops_per_token(config, 0) - head)
+    return layers / ceilings.layer_flops_per_second + (attention + head) / ceilings.flops_per_second
 
 
 def _bytes(elements: int, bits: float) -> int:

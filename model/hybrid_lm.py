@@ -110,6 +110,7 @@ class Backbone(nn.Module):
         self.norm_f = RMSNorm(config.hidden_size, config.norm_epsilon)
 
     def forward(self, input_ids: Tensor) -> Tensor:
+        """input_ids (batch, sequence) int64 -> hidden states after the last norm (batch, sequence, hidden)."""
         x = self.embeddings(input_ids)
         for layer in self.layers:
             x = layer(x)
@@ -126,6 +127,7 @@ class Layer(nn.Module):
         self.mixer: Mamba2 | Attention | FeedForward = _MIXERS[symbol](config)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (batch, sequence, hidden) -> the same shape."""
         return x + self.mixer(self.norm(x))
 
 
@@ -138,6 +140,7 @@ class RMSNorm(nn.Module):
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., size) -> the same shape and dtype."""
         return rms_norm(x, self.weight, self.epsilon)
 
 
@@ -164,6 +167,7 @@ class Mamba2(nn.Module):
         self.A_log.uniform_(1, 16).log_()
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (batch, sequence, hidden) -> the same shape."""
         config = self.config
         weights = MixerWeights(*self.conv_weights(), self.dt_bias, self.A_log, self.D, self.norm.weight)
         return self.out_proj(mix(self.in_proj(x), weights, config.mamba_num_groups, config.mamba_state_dim,
@@ -233,6 +237,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.attention_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (batch, sequence, hidden) -> the same shape."""
         q, k, v = self.project(x, self.rotation(x.shape[1], x.device))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(-2))
@@ -273,6 +278,7 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., hidden) -> the same shape."""
         return self.down_proj(squared_relu(self.up_proj(x)))
 
 

@@ -20,6 +20,7 @@ from stages.common import Progress, Stage, run_stage
 
 
 def annotate(stage: Stage) -> dict[str, Any]:
+    """Annotate what the sources hold; metrics."""
     from data_pipeline.annotate import annotation
 
     params = stage.params

@@ -23,6 +23,7 @@ PAPER_CONTEXT = 65_536           # tokens read before the paper's inference figu
 
 
 def benchmark(stage: Stage) -> dict[str, Any]:
+    """Time the models of the profile, and count the published ones; metrics."""
     import torch
 
     from model.benchmark.decode import Speed, measure
@@ -89,17 +90,14 @@ def published_pairs(names: Sequence[str], device: torch.device) -> dict[str, Any
 
 def published_models() -> dict[str, float]:
     """Parameters, weights and cache at the paper's context of Nemotron-H and the Transformers it is compared with."""
-    from model.compression.config import MemoryBudget
     from model.config import ModelConfig
-    from model.costs import GatedTransformer, memory, parameters
+    from model.costs import Deployment, GatedTransformer, memory, parameters
     from model.presets import PEERS, PRESETS
 
-    bf16 = MemoryBudget(context=PAPER_CONTEXT, batch=1, weight_bits=16, kv_bits=16, ssm_bits=32, conv_bits=16,
-                        budget_fraction=0.5)
     models: dict[str, ModelConfig | GatedTransformer] = {**PRESETS, **PEERS}
     figures: dict[str, float] = {}
     for name, model in models.items():
-        needed = memory(model, bf16)
+        needed = memory(model, Deployment.of(PAPER_CONTEXT))
         figures[f"{name}_parameters"] = parameters(model)
         figures[f"{name}_weights_gib"] = needed.weights / 2**30
         figures[f"{name}_cache_mib_at_{PAPER_CONTEXT}"] = needed.cache / 2**20

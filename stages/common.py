@@ -114,14 +114,9 @@ class Stage:
 
     @contextlib.contextmanager
     def output(self, *parts: str) -> Iterator[Path]:
-        """A new directory that becomes data/PROFILE/PARTS when the block ends well, and never exists half-written."""
-        final = self.out_data.joinpath(*parts)
-        partial = final.with_name(f".{final.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        """data/PROFILE/PARTS, as `new_directory` makes it."""
+        with new_directory(self.out_data.joinpath(*parts)) as directory:
+            yield directory
 
     def take_gpus(self) -> None:
         """Wait until no other stage of this repository has a GPU that CUDA_VISIBLE_DEVICES names; then have them all
@@ -150,6 +145,7 @@ class Stage:
 
     @property
     def scratch(self) -> Path:
+        """The directory of resume state that fits what the stage depends on; says which older one does not, and why."""
         if self._scratch is None:
             depends = self.depends()
             fingerprint = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:12]
@@ -258,6 +254,17 @@ def write(path: Path, content: Any) -> None:
     partial.rename(path)
 
 
+@contextlib.contextmanager
+def new_directory(final: Path) -> Iterator[Path]:
+    """A directory that becomes `final`, in place of what is there, when the block ends well; never half-written."""
+    partial = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+
+
 class Progress:
     """Calls of `progress(step, total, loss=..., ...)` become the one line the flow parses, or a bar on a terminal.
 
@@ -272,6 +279,7 @@ class Progress:
         self.bar: Any = None
 
     def __call__(self, step: int, total: int, **figures: float | str) -> None:
+        """Show that `step` of `total` is done, at most every `seconds_between_lines`, and the last one always."""
         now = time.monotonic()
         if step < self.last[0] or total != self.last[1]:        # another loop began
             self.first, self.started = (step, total), now

@@ -21,6 +21,7 @@ DIRECTORIES = {"compressed": "compressed", "random": "compressed-random"}
 
 
 def compress(stage: Stage) -> dict[str, Any]:
+    """Compress the parent, and cut its random control; metrics."""
     import torch
 
     from model.checkpoint import load_weights, save_weights

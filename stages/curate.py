@@ -28,6 +28,7 @@ REPLIES = Path(".cache/replies.jsonl")      # of a language model: they cost mon
 
 
 def curate(stage: Stage) -> dict[str, Any]:
+    """Cut and label what was annotated; metrics."""
     import json
 
     from data_pipeline.curate import curation

@@ -23,6 +23,7 @@ from stages.common import Progress, Stage, run_stage
 
 
 def evaluate(stage: Stage) -> dict[str, Any]:
+    """Score one exported model on its items and the paper's; metrics."""
     config = stage.params.evaluate
     asked, curated = stage.input("items", "items.json"), stage.input("curated", "manifest.json")
     directory = stage.input("hub", stage.variant or "")

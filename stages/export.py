@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from stages.common import Stage, StageError, plain_errors, run_stage
+from stages.common import Stage, StageError, new_directory, plain_errors, run_stage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,6 +41,7 @@ PADDING = 1024               # ids a model may have beyond its tokenizer's: voca
 
 
 def export(stage: Stage) -> dict[str, Any]:
+    """Write and check the Hub form of one model; metrics."""
     from data_pipeline.tokenize.tokenizer import MODEL_FILE
 
     assert stage.variant is not None
@@ -139,6 +140,7 @@ def check_vocabulary(directory: Path, vocab_size: int) -> None:
 
 
 def other_vocabulary(what: str, size: int, vocab_size: int) -> Exception:
+    """The ModelError of a tokenizer `what` of `size` ids for a model of another number."""
     from model.config import ModelError
 
     return ModelError(
@@ -235,6 +237,8 @@ def convert(arguments: list[str]) -> None:
                         help="tokenizer.model, for a checkpoint that did not come from the Hub")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the exported weights")
     options = parser.parse_args(arguments)
+    if options.out.exists():
+        raise StageError(f"{options.out}: exists.\nGive --out a new directory, or remove it.")
     with plain_errors(), new_directory(options.out) as out:
         if options.from_hub:
             facts = from_hub(options.from_hub, out)
@@ -246,18 +250,6 @@ def convert(arguments: list[str]) -> None:
                 raise StageError(f"{tokenizer}: not found.\nGive the tokenizer: --tokenizer tokenizer.model.")
             facts = to_hub(options.from_checkpoint, tokenizer, out, options.dtype, SHARD_GIGABYTES)
     print(options.out, json.dumps(facts))
-
-
-@contextlib.contextmanager
-def new_directory(final: Path) -> Iterator[Path]:
-    """A directory that gets its name when the block ends well. Raises StageError where the name is taken."""
-    if final.exists():
-        raise StageError(f"{final}: exists.\nGive --out a new directory, or remove it.")
-    partial = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    partial.rename(final)
 
 
 if __name__ == "__main__":

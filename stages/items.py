@@ -15,6 +15,7 @@ from stages.common import Stage, run_stage
 
 
 def items(stage: Stage) -> dict[str, Any]:
+    """Make the evaluation items; metrics."""
     from data_pipeline.items import evaluation_items
     from data_pipeline.tokenize.tokenizer import MODEL_FILE, Tokenizer
 

@@ -63,6 +63,7 @@ class LauncherConfig(BaseModel):
 
     @property
     def processes(self) -> int:
+        """Processes of one training, over all nodes."""
         return 1 if self.kind == "here" else self.nodes * self.processes_per_node
 
     @property
@@ -84,7 +85,7 @@ def launch(launcher: LauncherConfig, job: dict[str, Any], directory: Path, name:
     Raises:
         ModelError: the processes ended without a result, with what they said.
     """
-    file, result, error = (directory.absolute() / f"job{suffix}.json" for suffix in ("", "-result", "-error"))
+    file, result, error = (directory.absolute() / f"job{end}" for end in (".json", "-result.json", "-error.txt"))
     for old in (result, error):
         old.unlink(missing_ok=True)
     file.write_text(json.dumps(job, indent=1) + "\n")
@@ -94,7 +95,7 @@ def launch(launcher: LauncherConfig, job: dict[str, Any], directory: Path, name:
         found: dict[str, Any] = json.loads(result.read_text())
         return found
     if error.exists():
-        raise ModelError(json.loads(error.read_text()))
+        raise ModelError(error.read_text())
     raise ModelError(f"pretraining on {launcher.processes} processes ended without a result: {said}\n"
                      "The log above says more. The same command goes on from the last resume state.")
 

@@ -33,6 +33,8 @@ class Output(NamedTuple):
 
 
 class Damage(NamedTuple):
+    """A file of an output that is not what dvc.lock says."""
+
     output: Output
     path: Path              # of the output or a file in it
 

@@ -10,22 +10,18 @@ import difflib
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from data_pipeline.config import AnnotateConfig, CurateConfig, ExecutorConfig, TokenizeConfig, TokenizerConfig
 from model.compression.config import CompressConfig
-from model.config import Geometry, ModelConfig, PretrainConfig
+from model.config import Geometry, ModelConfig, PretrainConfig, Section
 from stages.launch import LauncherConfig
 
 
 class ParamsError(SystemExit):
     """A params.yaml that cannot be used. Its text is what the user reads; the exit code is 1."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Variant(Section):
@@ -38,10 +34,11 @@ class Variant(Section):
     architecture: str
     precision: Literal["bf16", "fp8"]
     seed: int
-    fp8_recipe: Literal["current", "delayed", "unscaled"] | None = None
+    fp8_recipe: Literal["current", "unscaled"] | None = None
 
     @model_validator(mode="after")
     def recipe_has_an_effect(self) -> Variant:
+        """Raise ValueError for an FP8 recipe of a variant that is not FP8."""
         if self.fp8_recipe and self.precision != "fp8":
             raise ValueError(f"fp8_recipe {self.fp8_recipe} with precision {self.precision}\n"
                              "Set precision to fp8, or leave fp8_recipe out.")
@@ -49,6 +46,8 @@ class Variant(Section):
 
 
 class ExportConfig(Section):
+    """`export`: type of the exported weights, and size of a file of them in GB."""
+
     dtype: Literal["float32", "bfloat16"]
     shard_gigabytes: float = Field(gt=0)
 
@@ -74,6 +73,8 @@ class EvaluateConfig(Section):
 
 
 class BenchmarkConfig(Section):
+    """`benchmark`: contexts and output in tokens, batch in sequences."""
+
     contexts: list[int] = Field(min_length=1)
     batch: int = Field(ge=1)
     decode_tokens: int = Field(ge=1)
@@ -108,6 +109,7 @@ class RuntimeConfig(ExecutorConfig):
 
     @model_validator(mode="after")
     def layout_fits_processes(self) -> RuntimeConfig:
+        """Raise ValueError unless the launcher's processes are a whole number of copies of the model."""
         copy = self.parallel.tensor * self.parallel.pipeline
         if self.launcher.processes % copy:
             raise ValueError(
@@ -119,14 +121,18 @@ class RuntimeConfig(ExecutorConfig):
 
     @property
     def verify_bytes(self) -> int:
+        """Size of the largest input that is read again before it is used."""
         return self.verify_megabytes * 2**20
 
     @property
     def data_parallel(self) -> int:
+        """Copies of the model that train side by side."""
         return self.launcher.processes // (self.parallel.tensor * self.parallel.pipeline)
 
 
 class Params(Section):
+    """All of params.yaml."""
+
     profile: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
     seed: int
     annotate: AnnotateConfig
@@ -145,6 +151,7 @@ class Params(Section):
 
     @model_validator(mode="after")
     def names_refer_to_something(self) -> Params:
+        """Raise ValueError for a name that nothing defines, or settings of different sections that contradict."""
         for name, variant in self.variants.items():
             if variant.architecture not in self.model:
                 raise ValueError(

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 
 def pretrain(stage: Stage) -> dict[str, Any]:
+    """Train one variant, here or by the launcher; metrics."""
     from stages.launch import launch
     from stages.schema import TrainingRow, ValidationRow, csv_text
 

@@ -3,7 +3,7 @@
     torchrun --nproc-per-node=2 -m stages.pretrain_worker JOB.json
 
 The job file names the model, recipe, layout and directories. The first process writes JOB-result.json, the records of
-the run; a process that fails for a known reason writes it to JOB-error.json.
+the run; a process that fails for a known reason writes it to JOB-error.txt.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from stages.common import die_with_parent
+from stages.common import Progress, die_with_parent, write
 
 
 def main() -> None:
+    """Train what the job file says, as one of torchrun's processes."""
     parser = argparse.ArgumentParser(
         prog="python -m stages.pretrain_worker", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -32,7 +33,6 @@ def main() -> None:
     from model.config import ModelConfig, ModelError, PretrainConfig
     from model.megatron.distributed import Parallelism
     from model.training.trainer import train
-    from stages.common import Progress
 
     job = json.loads(file.read_text())
     torch.set_num_threads(job["threads"])
@@ -44,20 +44,14 @@ def main() -> None:
             Progress() if first else _silent, Parallelism(**job["parallelism"]),
         )
     except ModelError as error:
-        _write(file.with_name(f"{file.stem}-error.json"), str(error))
+        write(file.with_name(f"{file.stem}-error.txt"), str(error))
         sys.exit(1)
     if first:
-        _write(file.with_name(f"{file.stem}-result.json"), asdict(run))
+        write(file.with_name(f"{file.stem}-result.json"), asdict(run))
 
 
 def _silent(step: int, total: int, **figures: object) -> None:
     pass
-
-
-def _write(path: Path, value: object) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value))
-    partial.rename(path)
 
 
 if __name__ == "__main__":

@@ -8,19 +8,19 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
-
-class Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from model.config import Record
 
 
 class Code(Record):
+    """Which code ran."""
+
     commit: str | None              # with "+changes" where the tree differed; None outside git
     digest: str                     # SHA-256 of the first-party code
 
 
 class Machine(Record):
+    """Where it ran."""
+
     processor: str
     cores: int
     memory_gib: float

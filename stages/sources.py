@@ -18,6 +18,7 @@ from stages.common import Stage, run_stage, write
 
 
 def sources(stage: Stage) -> dict[str, Any]:
+    """Write what the sources are, by content; metrics."""
     from data_pipeline.sources.identity import identity, pinned
 
     config = pinned(stage.params.annotate)

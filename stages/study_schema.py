@@ -16,8 +16,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from model.config import Record
 from stages.common import write
-from stages.schema import Record
 
 FOLDER = Path("docs/results/studies")
 CLAIMS = Path(__file__).with_name("report") / "claims.toml"
@@ -76,6 +76,7 @@ class Comparison(Record):
 
     @model_validator(mode="after")
     def parts_go_together(self) -> Comparison:
+        """Raise ValueError where margin or control do not go with the question."""
         if self.question != "better" and not self.margin:
             raise ValueError(f"`{self.question}` needs a margin")
         if self.question == "better" and self.control:
@@ -106,6 +107,7 @@ class Study(Record):
 
     @model_validator(mode="after")
     def names_refer_to_measurements(self) -> Study:
+        """Raise ValueError for a comparison of what was not measured, or of a claim of another study."""
         known = {item.name: item for item in self.measurements}
         if len(known) < len(self.measurements):
             raise ValueError("two measurements have one name")
@@ -127,9 +129,11 @@ class Study(Record):
         return self
 
     def measurement(self, name: str) -> Measurement:
+        """The measurement of this name."""
         return next(item for item in self.measurements if item.name == name)
 
     def asked(self, claim: str) -> list[Comparison]:
+        """Comparisons that decide `claim`."""
         return [item for item in self.comparisons if item.claim == claim]
 
     def save(self, folder: Path = FOLDER) -> Path:

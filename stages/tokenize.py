@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 
 def tokenize(stage: Stage) -> dict[str, Any]:
+    """Encode what was curated and blend it into phases; metrics."""
     import numpy as np
 
     from data_pipeline.schema import Blend
@@ -69,6 +70,7 @@ def tokenize(stage: Stage) -> dict[str, Any]:
 
 
 def move(prefix: Path, target: Path) -> None:
+    """Move both files of `prefix` to `target`, whose folder is made."""
     target.parent.mkdir(exist_ok=True)
     for suffix in ("bin", "idx"):
         shutil.move(f"{prefix}.{suffix}", f"{target}.{suffix}")

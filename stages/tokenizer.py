@@ -15,6 +15,7 @@ MEASURED_BYTES = 200_000     # held-out text a domain on which bytes a token are
 
 
 def tokenizer(stage: Stage) -> dict[str, Any]:
+    """Train the tokenizer; metrics."""
     from data_pipeline.tokenize import tokenizer as library
     from data_pipeline.tokenize.curated import sample, shards
 

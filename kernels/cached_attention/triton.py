@@ -19,7 +19,9 @@ LOG2_E = math.log2(math.e)
 LEAST_ROWS = 16             # of a tensor core's product
 
 
-class Tiles(NamedTuple):
+class AttentionTiles(NamedTuple):
+    """How the walk over cached tokens is launched."""
+
     tokens: int             # a step of the walk takes
     warps: int
     stages: int
@@ -73,7 +75,7 @@ def _merge_kernel(outputs, log_sums, y, splits, D: tl.constexpr, SPLITS: tl.cons
     tl.store(y + row * D + d, merged.to(y.dtype.element_ty))
 
 
-TILES = Tiles(tokens=64, warps=4, stages=3, programs=1056, splits=64)
+TILES = AttentionTiles(tokens=64, warps=4, stages=3, programs=1056, splits=64)
 
 
 TAKES = "bfloat16 or float16, contiguous caches, a head_dim that is a power of two from 16 to 256"

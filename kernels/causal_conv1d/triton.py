@@ -24,7 +24,9 @@ from kernels.operation import operation
 TAPS = 4
 
 
-class Tiles(NamedTuple):
+class ConvTiles(NamedTuple):
+    """Channels and tokens a program of the convolution holds, and its warps."""
+
     channels: int
     tokens: int
     warps: int
@@ -222,8 +224,8 @@ def _backward_kernel(
 
 
 # Fastest on an H200 at 8B width.
-FORWARD = Tiles(channels=256, tokens=32, warps=1)
-BACKWARD = Tiles(channels=128, tokens=128, warps=1)
+FORWARD = ConvTiles(channels=256, tokens=32, warps=1)
+BACKWARD = ConvTiles(channels=128, tokens=128, warps=1)
 
 
 TAKES = f"bfloat16 or float16 and {TAPS} taps"

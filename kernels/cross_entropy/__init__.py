@@ -85,6 +85,7 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        """logits (..., vocabulary), labels (...) int64 -> losses (...); the gradient is made with them."""
         gradient = torch.empty_like(logits)
         losses = _losses_and_gradient(logits.flatten(0, -2), labels.flatten(), None, gradient.flatten(0, -2))
         ctx.save_for_backward(gradient)
@@ -93,6 +94,7 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor, None]:
+        """dlosses (...) -> the gradient of the logits, in place."""
         (gradient,) = ctx.saved_tensors
         return gradient.mul_(dlosses.to(gradient.dtype).unsqueeze(-1)), None    # a second backward is an error
 

@@ -7,18 +7,14 @@ come together, it finds in the second-level cache what the first read last.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-
-class Tiles(NamedTuple):
-    bytes: int              # of a row at a time
-    warps: int
-
+from kernels.launch import RowTiles
 
 LOWEST = tl.constexpr(-3.0e38)          # finite: the difference of two infinities is no number
 IGNORED = tl.constexpr(-100)            # PyTorch's `ignore_index`
@@ -90,9 +86,9 @@ def _losses_and_gradient_kernel(
 
 
 # Fastest on an H200 at a vocabulary of 131072.
-LOSSES = Tiles(bytes=8192, warps=8)
-GRADIENT = Tiles(bytes=32768, warps=32)
-BOTH = Tiles(bytes=32768, warps=32)
+LOSSES = RowTiles(bytes=8192, warps=8)
+GRADIENT = RowTiles(bytes=32768, warps=32)
+BOTH = RowTiles(bytes=32768, warps=32)
 
 
 TAKES = "at most 4 bytes an element and contiguous logits"
@@ -103,7 +99,7 @@ def supports(logits: Tensor) -> bool:
     return logits.is_cuda and logits.itemsize <= 4 and logits.is_contiguous()
 
 
-def _lanes(logits: Tensor, tiles: Tiles) -> dict[str, int]:
+def _lanes(logits: Tensor, tiles: RowTiles) -> dict[str, int]:
     width = _VECTOR_BYTES // logits.itemsize
     return {"LANES": tiles.bytes // _VECTOR_BYTES, "WIDTH": width, "num_warps": tiles.warps}
 

@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.cross_entropy.triton import Tiles, _log_sum_exp
+from kernels.cross_entropy.triton import _log_sum_exp
+from kernels.launch import RowTiles
 
-ROW = Tiles(bytes=16384, warps=16)
+ROW = RowTiles(bytes=16384, warps=16)
 TAKES = "at most 4 bytes an element and contiguous logits"
 _VECTOR_BYTES = 16
 

@@ -18,6 +18,8 @@ LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
 class Rows(NamedTuple):
+    """A matrix in FP8 with a scale a row."""
+
     values: Tensor              # (rows, columns) float8_e4m3fn
     scales: Tensor              # (rows, 1) float32: the tensor is about values * scales
 

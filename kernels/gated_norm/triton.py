@@ -19,7 +19,9 @@ from kernels.launch import cdiv, power_of_2
 from kernels.operation import operation
 
 
-class Tiles(NamedTuple):
+class NormTiles(NamedTuple):
+    """How a norm's kernel is launched."""
+
     rows: int               # at a time
     warps: int
     programs: int = 0       # of all groups; 0: one for every tile of rows
@@ -81,8 +83,8 @@ def _backward_kernel(
 
 
 # Fastest on an H200 for groups of 1,024, as at 8B width; wider rows get as many elements a thread.
-FORWARD = Tiles(rows=1, warps=4)
-BACKWARD = Tiles(rows=2, warps=2, programs=528)
+FORWARD = NormTiles(rows=1, warps=4)
+BACKWARD = NormTiles(rows=2, warps=2, programs=528)
 WIDTH = 1024
 
 
@@ -114,7 +116,7 @@ def run_forward(
     )
 
 
-def _fitted(tiles: Tiles, block: int) -> Tiles:
+def _fitted(tiles: NormTiles, block: int) -> NormTiles:
     """`tiles` for rows of another width."""
     wider = max(1, block // WIDTH)
     rows = max(1, tiles.rows // wider)

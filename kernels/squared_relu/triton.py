@@ -42,6 +42,7 @@ def supports(x: Tensor) -> bool:
 
 @operation("nemotron_h::squared_relu")
 def activate(x: Tensor) -> Tensor:
+    """relu(x)^2; x contiguous, any shape -> the same shape and dtype."""
     y = torch.empty_like(x)
     _forward_kernel[(cdiv(x.numel(), BLOCK),)](x, y, x.numel(), BLOCK=BLOCK, num_warps=WARPS)
     return y
@@ -54,6 +55,7 @@ def _like(x: Tensor) -> Tensor:
 
 @operation("nemotron_h::squared_relu_backward")
 def activate_backward(dy: Tensor, x: Tensor) -> Tensor:
+    """2 relu(x) dy; dy and x contiguous, of one shape and dtype, as the result."""
     dx = torch.empty_like(x)
     _backward_kernel[(cdiv(x.numel(), BLOCK),)](x, dy, dx, x.numel(), BLOCK=BLOCK, num_warps=WARPS)
     return dx

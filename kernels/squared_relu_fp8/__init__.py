@@ -21,6 +21,9 @@ DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
 class Quantized(NamedTuple):
+    """A matrix in FP8 with one scale, as it is and transposed: FP8 products take both factors with the summed axis
+    last."""
+
     values: Tensor              # (tokens, channels), FP8
     transposed: Tensor          # (channels, tokens), FP8, contiguous
     inverse_scale: Tensor       # (), float32: the tensor is about values * inverse_scale

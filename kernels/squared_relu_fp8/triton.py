@@ -17,7 +17,9 @@ from torch import Tensor
 from kernels.squared_relu_fp8 import DTYPES
 
 
-class Tiles(NamedTuple):
+class QuantizeTiles(NamedTuple):
+    """Part of the matrix a program holds, and its warps."""
+
     rows: int
     columns: int
     warps: int
@@ -93,8 +95,8 @@ def _quantize_kernel(
 
 
 # Fastest on an H200 at 8B width.
-LARGEST_TILES, PROGRAMS = Tiles(rows=8, columns=1024, warps=8), 528
-QUANTIZE_TILES = Tiles(rows=128, columns=128, warps=4)
+LARGEST_TILES, PROGRAMS = QuantizeTiles(rows=8, columns=1024, warps=8), 528
+QUANTIZE_TILES = QuantizeTiles(rows=128, columns=128, warps=4)
 
 
 TAKES = "bfloat16 or float32, multiples of 16 tokens and channels, channels side by side, a GPU with FP8 (Ada, Hopper)"

@@ -33,7 +33,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
-class Tiles(NamedTuple):
+class ScanTiles(NamedTuple):
     """Launch parameters of one kernel."""
 
     warps: int
@@ -183,8 +183,8 @@ def _outputs_kernel(
         x_rows = tl.load(x + h * P + (i[:, None] * x_time + p[None, :]), inside_i, 0.0)
         at = ((b * chunks + c) * heads + h).to(tl.int64) * (N * P)
         before = _load_state(states + at, n, p, N, N_TILE, P, P_TILE)
-        fading = tl.exp2(tl.minimum(decays[:, None] - tl.load(decay + row + tj)[None, :], 0.0))
-        mask = scores * fading * tl.load(step + row + tj)[None, :]
+        decay_factor = tl.exp2(tl.minimum(decays[:, None] - tl.load(decay + row + tj)[None, :], 0.0))
+        mask = scores * decay_factor * tl.load(step + row + tj)[None, :]
         ys = tl.dot(Cs, before) * from_start[:, None]
         ys = tl.dot(mask.to(xs.dtype), xs, ys)
         ys += tl.load(D + h) * x_rows
@@ -242,9 +242,9 @@ def _gradient_walk_kernel(
 def _pair_gradients(xs, dys, scores, seen, j_decays, i_decays, steps, dinput):
     """One block of inputs (rows j) and one of outputs (columns i) of a head: the gradient of scores, dinput with the
     block's part added, and the sums of G = dM * M over either axis."""
-    fading = tl.where(seen, tl.exp2(tl.minimum(i_decays[None, :] - j_decays[:, None], 0.0)), 0.0)
-    dscores = tl.dot(xs, tl.trans(dys)) * (fading * steps[:, None])
-    dinput = tl.dot((scores * fading).to(dys.dtype), dys, dinput)
+    decay_factor = tl.where(seen, tl.exp2(tl.minimum(i_decays[None, :] - j_decays[:, None], 0.0)), 0.0)
+    dscores = tl.dot(xs, tl.trans(dys)) * (decay_factor * steps[:, None])
+    dinput = tl.dot((scores * decay_factor).to(dys.dtype), dys, dinput)
     G = dscores * scores
     return dscores, dinput, tl.sum(G, 1), tl.sum(G, 0)
 
@@ -364,16 +364,16 @@ def _shared_gradients_kernel(
         row = (b * heads + h).to(tl.int64) * padded
         decays = tl.load(decay + row + t)
         weight = tl.exp2(tl.load(decay + row + c * Q + Q - 1) - decays) * tl.load(step + row + t)
-        fading = tl.exp2(decays)
+        decay_factor = tl.exp2(decays)
         if HAS_DOCUMENTS:
-            weight, fading = tl.where(in_last, weight, 0.0), tl.where(goes_on, fading, 0.0)
+            weight, decay_factor = tl.where(in_last, weight, 0.0), tl.where(goes_on, decay_factor, 0.0)
         xs = tl.load(x + h * P + (q[:, None] * x_time + p[None, :]), inside, 0.0)
         dys = tl.load(dy + h * P + (q[:, None] * dy_time + p[None, :]), inside, 0.0)
         at = ((b * chunks + c) * heads + h).to(tl.int64) * (N * P)
         dafter = _load_state(dstates + at, n, p, N, N_TILE, P, P_TILE)
         sum_dB = tl.dot((xs * weight[:, None]).to(xs.dtype), tl.trans(dafter), sum_dB)
         before = _load_state(states + at, n, p, N, N_TILE, P, P_TILE)
-        dstart = tl.dot(dys, tl.trans(before)) * fading[:, None]
+        dstart = tl.dot(dys, tl.trans(before)) * decay_factor[:, None]
         sum_dC += dstart
         tl.store(from_start + row + t, tl.sum(dstart * C_rows, 1))
     # Last, so that these tiles need not lie in shared memory beside the loop's.
@@ -430,13 +430,13 @@ def _step_gradients_kernel(
 
 # Fastest on an H200 at 8B shapes; more registers than these spill.
 CHUNK = 128
-DECAYS = Tiles(warps=4, stages=1, size=16)
-STATE_WALK = Tiles(warps=4, stages=4, size=64)
-OUTPUTS = Tiles(warps=8, stages=3, size=128)
-GRADIENT_WALK = Tiles(warps=8, stages=3, size=64)
-INPUT_GRADIENTS = Tiles(warps=4, stages=1)
-SHARED_GRADIENTS = Tiles(warps=8, stages=3, size=64)
-STEP_GRADIENTS = Tiles(warps=4, stages=1, size=4)
+DECAYS = ScanTiles(warps=4, stages=1, size=16)
+STATE_WALK = ScanTiles(warps=4, stages=4, size=64)
+OUTPUTS = ScanTiles(warps=8, stages=3, size=128)
+GRADIENT_WALK = ScanTiles(warps=8, stages=3, size=64)
+INPUT_GRADIENTS = ScanTiles(warps=4, stages=1)
+SHARED_GRADIENTS = ScanTiles(warps=8, stages=3, size=64)
+STEP_GRADIENTS = ScanTiles(warps=4, stages=1, size=4)
 # Elements a matrix product's tiles have along their rows, at least: 128 bytes. For narrower ones ptxas 12.8, which
 # Triton 3.6 brings, adds offsets to a uniform register that nothing wrote, and products read whatever lies there.
 LEAST_WIDTH = 64
@@ -485,7 +485,7 @@ def _state_tiles(n: int, p: int) -> dict[str, int]:
     return {"N": n, "N_TILE": _tile(n), "P": p, "P_TILE": _tile(p)}
 
 
-def _launched(tiles: Tiles, n: int, p: int) -> dict[str, int]:
+def _launched(tiles: ScanTiles, n: int, p: int) -> dict[str, int]:
     """Warps and stages: a larger state leaves no shared memory for a pipeline."""
     stages = tiles.stages if _tile(n) * _tile(p) <= TUNED_STATE else 1
     return {"num_warps": tiles.warps, "num_stages": stages}

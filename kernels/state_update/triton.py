@@ -7,20 +7,13 @@ is a program for some channels of one sequence.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import cdiv, power_of_2
+from kernels.launch import RowTiles, cdiv, power_of_2
 from kernels.ssd.triton import softplus
-
-
-class Tiles(NamedTuple):
-    bytes: int              # of a head's state in a program, whole rows
-    warps: int
 
 
 @triton.jit
@@ -70,7 +63,7 @@ def _conv_kernel(
 
 
 # Fastest on an H200 at 8B width.
-SCAN = Tiles(bytes=4096, warps=2)
+SCAN = RowTiles(bytes=4096, warps=2)              # of a head's state in a program, whole rows
 CONV_CHANNELS = 128         # in a program of one warp
 
 

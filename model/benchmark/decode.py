@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-from model.benchmark.roofline import decode_floor, measure_ceilings, prefill_floor, seconds, weights_bytes
+from model.benchmark.roofline import measure_ceilings, seconds
 from model.config import ModelConfig, ModelError
+from model.costs import decode_floor, prefill_floor, weights_bytes
 from model.inference.decoder import Decoder
 from model.inference.random_weights import random_model
 
@@ -23,7 +24,7 @@ class Speed(NamedTuple):
     Attributes:
         tokens_per_second: decoded, of the whole batch; from the median of the repeats.
         seconds_per_token_spread: half the distance between the fastest and the slowest repeat.
-        decode_of_floor: the least time a step can take on this machine (`model.benchmark.roofline`) over what it takes.
+        decode_of_floor: the least time a step can take on this machine (`model.costs`) over what it takes.
         prompt_seconds: time to the first token after one prompt of `context` tokens; None where none was read.
         prefill_of_floor: as `decode_of_floor`.
         cache_bytes: of one sequence, in a decoder made for exactly `context` tokens.

@@ -6,7 +6,7 @@ numbers. Decoding is timed at the full batch, in steps that end half-way through
 
     output tokens/s = batch x output / (batch x prompt seconds + output x step seconds)
 
-since prompts are read one after another. Floors are operations and bytes (`model.benchmark.roofline`) over measured
+since prompts are read one after another. Floors are operations and bytes (`model.costs`) over measured
 ceilings.
 """
 
@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 
 from model.benchmark.decode import fill_caches, prefill_seconds, step_seconds
-from model.benchmark.roofline import Ceilings, decode_floor, prefill_floor, sequence_bytes, weights_bytes
 from model.config import ModelConfig, ModelError
+from model.costs import Ceilings, decode_floor, prefill_floor, sequence_bytes, weights_bytes
 from model.hybrid_lm import HybridLM
 from model.inference.decoder import Decoder, piece_tokens
 from model.inference.random_weights import random_model
@@ -45,6 +45,8 @@ PAIRS = {
 
 
 class Size(NamedTuple):
+    """What is served, and how often it is timed."""
+
     context: int                # tokens in
     output: int                 # tokens out
     steps: int                  # timed in a run
@@ -88,6 +90,7 @@ def serve_pair(
 def serve(
     name: str, config: ModelConfig, fp8: bool, size: Size, device: torch.device, ceilings: Ceilings
 ) -> Served:
+    """One model with random weights at the largest batch that fits. Raises ModelError where one sequence does not."""
     model = random_model(config, DTYPE, device, fp8)
     length = size.context + size.output
     batch = size.largest_batch

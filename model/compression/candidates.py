@@ -1,9 +1,8 @@
 """Candidates for compression: every largest combination of layer counts and widths that fits the budgets.
 
 The paper's grid (section 3.1): how many Mamba-2, attention and FFN layers to keep and one FFN width for all; within a
-type the most important layers stay. Other widths may join the grid. A combination that could still grow in one
-direction is dominated by the grown one, so only maximal ones are candidates; Nemotron-H-47B is such a point of the 56B
-model.
+type the most important layers stay. A combination that could still grow in one direction is dominated by the grown
+one, so only maximal ones are candidates; Nemotron-H-47B is such a point of the 56B model.
 """
 
 from __future__ import annotations
@@ -15,39 +14,30 @@ from itertools import pairwise, product
 from typing import NamedTuple
 
 from model import costs
-from model.compression.config import MemoryBudget
 from model.compression.prune import Selection
 from model.compression.width_importance import WidthImportance, kept_share, select
 from model.config import ModelConfig, ModelError
 
 COUNTS = {"mamba": "M", "attention": "*", "ffn": "-"}
-WIDTHS = ("ffn_hidden_size", "mamba_num_heads", "mamba_head_dim", "num_attention_heads", "num_query_groups",
-          "hidden_size")
-OF = {"ffn_hidden_size": "-", "mamba_num_heads": "M", "mamba_head_dim": "M", "num_attention_heads": "*",
-      "num_query_groups": "*", "hidden_size": "M*-"}       # layers that have the width
 
 
 class Cell(NamedTuple):
-    """A point of the grid: layers kept of each type, and the widths that all layers share."""
+    """A point of the grid: layers kept of each type, and the width of all FFN layers."""
 
     mamba: int
     attention: int
     ffn: int
     ffn_hidden_size: int
-    mamba_num_heads: int
-    mamba_head_dim: int
-    num_attention_heads: int
-    num_query_groups: int
-    hidden_size: int
 
     @property
     def counts(self) -> dict[str, int]:
+        """Layers by symbol."""
         return {"M": self.mamba, "*": self.attention, "-": self.ffn}
 
     def config(self, parent: ModelConfig) -> ModelConfig:
         """The geometry, its layers in the order of their types: costs do not depend on the order."""
         pattern = "".join(symbol * count for symbol, count in self.counts.items())
-        return parent.model_copy(update={"pattern": pattern} | {name: getattr(self, name) for name in WIDTHS})
+        return parent.model_copy(update={"pattern": pattern, "ffn_hidden_size": self.ffn_hidden_size})
 
 
 class Budget(NamedTuple):
@@ -95,24 +85,22 @@ class Candidate(NamedTuple):
 
     @property
     def layers(self) -> list[int]:
+        """The parent's layers that are kept, ascending."""
         return list(self.selection.layers)
 
 
 def maximal_cells(
-    parent: ModelConfig, widths: Mapping[str, Sequence[int]], min_attention_layers: int, budgets: Sequence[Budget]
+    parent: ModelConfig, ffn_widths: Sequence[int], min_attention_layers: int, budgets: Sequence[Budget]
 ) -> list[Cell]:
     """All cells within every budget that cannot grow by a layer or a width and stay within, in ascending order.
 
     At least one layer of every type the parent has is kept, and `min_attention_layers` of attention.
 
-    Args:
-        widths: values a width may take, by its name in WIDTHS; the parent's where one is not named.
-
     Raises:
         ModelError: a width is not one the parent can be cut to, or nothing fits: then it names every budget that the
             smallest cell breaks, and what would do.
     """
-    axes = _axes(parent, widths, min_attention_layers)
+    axes = _axes(parent, ffn_widths, min_attention_layers)
     least = Cell(*(values[0] for values in axes))
     config = least.config(parent)
     if broken := [(budget, budget.cost(config)) for budget in budgets if budget.cost(config) > budget.limit]:
@@ -132,43 +120,19 @@ def maximal_cells(
     return sorted(_maximal(axes, fits))
 
 
-def _axes(parent: ModelConfig, widths: Mapping[str, Sequence[int]], min_attention_layers: int) -> list[Sequence[int]]:
+def _axes(parent: ModelConfig, ffn_widths: Sequence[int], min_attention_layers: int) -> list[Sequence[int]]:
     """The ascending values of each field of a cell."""
-    if unknown := set(widths) - set(WIDTHS):
-        raise ModelError(f"compress: {sorted(unknown)} is no width.\nThere are: {', '.join(WIDTHS)}.")
     axes: list[Sequence[int]] = []
     for symbol in COUNTS.values():
         most = parent.pattern.count(symbol)
         axes.append(range(min(max(1, min_attention_layers) if symbol == "*" else 1, most), most + 1))
-    for name in WIDTHS:
-        whole, values = getattr(parent, name), sorted(set(widths.get(name, ())))
-        if bad := [value for value in values if not 1 <= value <= whole]:
-            raise ModelError(
-                f"compress: {name} {bad} cannot be cut from the parent's {whole}.\n"
-                "Give widths between 1 and the parent's."
-            )
-        axes.append(values if values and any(symbol in parent.pattern for symbol in OF[name]) else [whole])
-    _check_groups(parent, axes[3 + WIDTHS.index("mamba_num_heads")], "mamba_num_heads", [parent.mamba_num_groups])
-    _check_groups(parent, axes[3 + WIDTHS.index("num_attention_heads")], "num_attention_heads",
-                  axes[3 + WIDTHS.index("num_query_groups")])
+    if bad := [width for width in ffn_widths if not 1 <= width <= parent.ffn_hidden_size]:
+        raise ModelError(
+            f"compress: ffn_hidden_size {bad} cannot be cut from the parent's {parent.ffn_hidden_size}.\n"
+            "Give widths between 1 and the parent's."
+        )
+    axes.append(sorted(set(ffn_widths)) if "-" in parent.pattern else [parent.ffn_hidden_size])
     return axes
-
-
-def _check_groups(parent: ModelConfig, heads: Sequence[int], name: str, groups: Sequence[int]) -> None:
-    """Heads go by group: each number must be a multiple of each number of groups, and leave no group more than it had.
-    """
-    for count, number in product(heads, groups):
-        if count % number:
-            raise ModelError(
-                f"compress: {name} {count} is not a multiple of {number} groups.\n"
-                "Every group keeps as many heads: give multiples."
-            )
-        whole = parent.num_query_groups if name == "num_attention_heads" else parent.mamba_num_groups
-        if count // number > getattr(parent, name) // whole:
-            raise ModelError(
-                f"compress: {name} {count} in {number} groups is more heads a group than the parent has.\n"
-                "Cut heads and groups together: leave out the smaller numbers of groups, or the larger ones of heads."
-            )
 
 
 def _maximal(axes: Sequence[Sequence[int]], fits: Callable[[Cell], bool]) -> Iterator[Cell]:
@@ -212,8 +176,8 @@ def keep_top_layers(pattern: str, importance: Sequence[float], counts: Mapping[s
     return sorted(kept)
 
 
-def realise(
-    parent: ModelConfig, cell: Cell, layers: Sequence[float], widths: WidthImportance, deployment: MemoryBudget,
+def make_candidate(
+    parent: ModelConfig, cell: Cell, layers: Sequence[float], widths: WidthImportance, deployment: costs.Deployment,
     order: Sequence[float] | None = None,
 ) -> Candidate:
     """The candidate of a cell.
@@ -226,17 +190,6 @@ def realise(
     changes = {"pattern": "".join(parent.pattern[index] for index in kept)}
     config = cell.config(parent).model_copy(update=changes)
     selection = select(parent, config, kept, widths)
-    left = sum(layers[index] * _share(parent, config, index, widths) for index in kept)
+    left = sum(layers[index] * (kept_share(widths.neurons[index], config.ffn_hidden_size)
+                                if parent.pattern[index] == "-" else 1.0) for index in kept)
     return Candidate(config, selection, costs.parameters(config), costs.memory(config, deployment), left / sum(layers))
-
-
-def _share(parent: ModelConfig, smaller: ModelConfig, index: int, widths: WidthImportance) -> float:
-    """Share of a layer's units' importance that is kept, a product over the axes it is cut along."""
-    share = kept_share(widths.hidden, smaller.hidden_size) if smaller.hidden_size < parent.hidden_size else 1.0
-    match parent.pattern[index]:
-        case "-":
-            return share * kept_share(widths.neurons[index], smaller.ffn_hidden_size)
-        case "*":
-            return share * kept_share(widths.heads[index], smaller.num_attention_heads)
-    heads, channels = widths.mamba_heads("output")[index], widths.mamba_channels("output")[index]
-    return share * kept_share(heads, smaller.mamba_num_heads) * kept_share(channels, smaller.mamba_head_dim)

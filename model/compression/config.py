@@ -5,26 +5,15 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from model.config import Section
+from model.costs import Deployment
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class MemoryBudget(Deployment):
+    """What a model may take as it is deployed."""
 
-
-class MemoryBudget(Section):
-    """What a deployed model may take: bits an element of each kind, at a context length and batch size.
-
-    Bits may be a fraction, as scales that several values share count in: 4.5 for NVFP4, a scale of 8 bits for 16 values
-    of 4. With it the 56B model's weights take 29.5 GiB, as the paper says (section 3).
-    """
-
-    context: int = Field(ge=1)
-    batch: int = Field(ge=1)
-    weight_bits: float = Field(gt=0)
-    kv_bits: float = Field(gt=0)
-    ssm_bits: float = Field(gt=0)
-    conv_bits: float = Field(gt=0)
     budget_fraction: float = Field(gt=0, lt=1)      # of what the parent takes
 
 
@@ -48,27 +37,20 @@ class CompressConfig(Section):
     """MiniPuzzle (paper section 3): what to score, what to search, how long to distil. Samples are sequences.
 
     Attributes:
-        layer_rule, layer_rounds: `model.compression.importance`; one round scores each layer alone.
         ffn_score: of a neuron, over the batch, then over the sequence (`model.compression.width_importance`).
-        other_widths: further axes of the grid, by name of the geometry's field.
         parameters_fraction: of the parent's, a further limit.
-        refit_samples: calibration sequences for the least-squares refit after cutting; 0 leaves it out.
         random_draws: cuts of the chosen shape at random that are compared without distillation.
     """
 
     parent: str                                     # name of a pretrained variant
-    layer_rule: Literal["rank", "mse", "nmse", "kl", "influence"]
-    layer_rounds: Literal["one", "iterative"]
     importance_samples: int = Field(ge=2)
     ffn_importance_samples: int = Field(ge=2)
     ffn_score: Literal["mean_then_l2", "l2_then_mean"]
     ffn_widths: list[int] = Field(min_length=1)
-    other_widths: dict[str, list[int]]
     min_attention_layers: int = Field(ge=0)
     memory: MemoryBudget
     parameters_fraction: float | None = Field(gt=0, lt=1)
     latency: LatencyBudget | None
-    refit_samples: int = Field(ge=0)
     validation_samples: int = Field(ge=1)
     ranking_samples: int = Field(ge=1)              # of the validation samples
     ranked_by_agreement: int = Field(ge=1)
@@ -86,13 +68,9 @@ class CompressConfig(Section):
     micro_batch_size: int = Field(ge=1)             # of them at once
     checkpoint_every: int = Field(ge=1)             # steps
 
-    @property
-    def layer_kind(self) -> Literal["mse", "nmse", "kl", "influence"]:
-        """What is measured on each sample when a layer is left out."""
-        return "mse" if self.layer_rule == "rank" else self.layer_rule
-
     @model_validator(mode="after")
     def rounds_narrow(self) -> CompressConfig:
+        """Raise ValueError unless every round keeps some of the one before, and rate and batch fit together."""
         rounds = ("finalists", "ranked_by_task", "ranked_by_agreement")
         for fewer, more in pairwise(rounds):
             if getattr(self, fewer) > getattr(self, more):
@@ -105,14 +83,9 @@ class CompressConfig(Section):
                 f"min_learning_rate ({self.min_learning_rate}) must not exceed learning_rate ({self.learning_rate})\n"
                 "The rate falls from one to the other: lower the first."
             )
-        if self.layer_rule in ("rank", "influence") and self.layer_rounds == "iterative":
-            raise ValueError(f"layer_rounds cannot be iterative with layer_rule {self.layer_rule}\n"
-                             "Choose mse, nmse or kl, or one round.")
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"global_batch_size ({self.global_batch_size}) must be a multiple of "
                 f"micro_batch_size ({self.micro_batch_size})\nA batch is a whole number of micro-batches: change one."
             )
-        if self.refit_samples == 1:
-            raise ValueError("refit_samples 1 is too few\nGive 0 for no refit, or at least 2.")
         return self

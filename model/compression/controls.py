@@ -43,8 +43,8 @@ def reverse_selection(
     counts = {symbol: shape.pattern.count(symbol) for symbol in "M*-"}
     kept = keep_top_layers(parent.pattern, [-value for value in layers], counts)
     return select(parent, shape, kept, WidthImportance(
-        _upside_down(widths.neurons), _upside_down(widths.heads),
-        {kind: _upside_down(scores) for kind, scores in widths.mamba.items()}, _reciprocal(widths.hidden), {},
+        _reciprocals(widths.neurons), _reciprocals(widths.heads),
+        {kind: _reciprocals(scores) for kind, scores in widths.mamba.items()}, _reciprocal(widths.hidden), {},
     ))
 
 
@@ -59,7 +59,7 @@ def _draw_heads(parent: ModelConfig, shape: ModelConfig, generator: torch.Genera
     return torch.cat([_draw(size, per_group, generator) + group * size for group in groups.tolist()])
 
 
-def _upside_down(scores: dict[int, Tensor]) -> dict[int, Tensor]:
+def _reciprocals(scores: dict[int, Tensor]) -> dict[int, Tensor]:
     return {index: _reciprocal(values) for index, values in scores.items()}
 
 

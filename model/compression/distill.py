@@ -21,7 +21,7 @@ from kernels.cross_entropy import cross_entropy
 from kernels.forward_kl import forward_kl
 from model.compression.config import CompressConfig
 from model.compression.prune import State
-from model.compression.resume import Pieces
+from model.compression.resume import ResultCache
 from model.config import ModelConfig, ModelError
 from model.hybrid_lm import HybridLM
 
@@ -126,7 +126,7 @@ def distill(
     sequences: Sequence[Tensor],
     tokens: int,
     config: CompressConfig,
-    pieces: Pieces,
+    cache: ResultCache,
     name: str,
     progress: Callable[..., None],
     objective: Objective = "kl",
@@ -148,7 +148,7 @@ def distill(
     steps = math.ceil(tokens / batch_tokens)
     learners = {student: _Student(*weights, device, dtype) for student, weights in students.items()}
     curve: list[tuple[str, int, int, float]] = []
-    saved = pieces.load(name)
+    saved = cache.load(name)
     if saved:
         curve = saved["curve"]
         for student, learner in learners.items():
@@ -183,7 +183,7 @@ def distill(
             figures |= {f"{objective}_{student}": loss for student, loss in zip(learners, rows[-1], strict=True)}
             waiting = []
         if save:
-            pieces.save(name, {
+            cache.save(name, {
                 "step": done,
                 "curve": curve,
                 "masters": {student: learner.masters for student, learner in learners.items()},

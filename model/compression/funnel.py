@@ -18,25 +18,18 @@ from torch import Tensor
 
 from model import costs
 from model.compression import continuation
-from model.compression.candidates import Budget, Candidate, maximal_cells, realise, share_budget
+from model.compression.candidates import Budget, Candidate, make_candidate, maximal_cells, share_budget
 from model.compression.comparison import Closeness, compare
 from model.compression.config import CompressConfig
 from model.compression.controls import random_selection, reverse_selection
 from model.compression.data import Data
 from model.compression.distill import Distilled, distill
 from model.compression.fp8_teacher import fp8_teacher
-from model.compression.importance import (
-    Kind,
-    iterative_importance,
-    layer_importance,
-    mean_ranks,
-    split_half_correlation,
-)
+from model.compression.importance import layer_importance, mean_ranks, split_half_correlation
 from model.compression.latency import LatencyTable, measure_table, step_seconds
 from model.compression.prune import Selection, State, cut
 from model.compression.records import candidate_records, importance_record, ranking_record
-from model.compression.refit import refit
-from model.compression.resume import Pieces
+from model.compression.resume import ResultCache
 from model.compression.schema import Controls, Costs
 from model.compression.width_importance import WidthImportance, width_importance
 from model.config import ModelConfig
@@ -48,6 +41,8 @@ GIB = 2**30
 
 
 class Weights(NamedTuple):
+    """A model: its geometry, and tensors by Hub name."""
+
     config: ModelConfig
     state: State
 
@@ -79,13 +74,13 @@ class Rounds(NamedTuple):
 def compress(
     parent: Weights, data: Data, config: CompressConfig, seed: int, scratch: Path, progress: Callable[..., None]
 ) -> Compression:
-    """Compress `parent` under `config`'s budgets. Resumes from the pieces in `scratch`.
+    """Compress `parent` under `config`'s budgets. Resumes from what an earlier run kept in `scratch`.
 
     Raises:
         ModelError: weights are not those of the geometry, an activation is not finite, a width cannot be cut, or no
             model of the grid fits the budgets.
     """
-    run = _Run(parent, data, config, seed, Pieces(scratch), progress)
+    run = _Run(parent, data, config, seed, ResultCache(scratch), progress)
     candidates = run.candidates()
     rounds = run.rounds(candidates)
     winner = candidates[rounds.order[0]]
@@ -95,7 +90,7 @@ def compress(
     ends = {name: Weights(starts[name].config, state) for name, state in final.states.items()}
     measured = run.measure(starts, ends)
     controls = run.controls(winner)
-    cost = run.pieces.once("costs", lambda: run.costs(winner))
+    cost = run.cache.once("costs", lambda: run.costs(winner))
     budgets = {budget.name: budget.limit for budget in run.budgets}
     parent_bytes = costs.memory(parent.config, config.memory).total
     metrics = {
@@ -105,7 +100,7 @@ def compress(
         "compressed_memory_gib": winner.memory.total / GIB,
         "budget_gib": config.memory.budget_fraction * parent_bytes / GIB,
         "candidates": len(candidates),
-        "importance_split_half_correlation": split_half_correlation(run.layer_scores[config.layer_kind]),
+        "importance_split_half_correlation": split_half_correlation(run.layer_scores),
         "neuron_split_half_correlation": run.widths.reliability.get("neurons", 1.0),
         **measured,
         "kl_parent_random_cut_mean": sum(controls["random"]) / len(controls["random"]),
@@ -114,7 +109,7 @@ def compress(
         **cost["metrics"],
     }
     records = {
-        "importance": importance_record(parent.config, run.layers, run.layer_scores, run.widths, config),
+        "importance": importance_record(parent.config, run.layer_scores, run.widths, config),
         "candidates": candidate_records(candidates, rounds, run.table),
         "ranking": ranking_record(rounds.zero_shot),
         "task": {str(index): value for index, value in rounds.task.items()},
@@ -130,19 +125,18 @@ class _Run:
     """One compression: what its steps share. Everything runs in BF16 on a GPU, in float32 on a CPU."""
 
     def __init__(
-        self, parent: Weights, data: Data, config: CompressConfig, seed: int, pieces: Pieces,
+        self, parent: Weights, data: Data, config: CompressConfig, seed: int, cache: ResultCache,
         progress: Callable[..., None],
     ):
-        self.data, self.config, self.seed, self.pieces, self.progress = data, config, seed, pieces, progress
+        self.data, self.config, self.seed, self.cache, self.progress = data, config, seed, cache, progress
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.parent = Weights(parent.config, {name: tensor.to(self.device) for name, tensor in parent.state.items()})
         self.teacher = self.load(self.parent)
-        self.layer_scores = pieces.once("layers", self._layer_scores)
-        self.layers: list[float] = pieces.once("layer_order", self._layers)
-        by_rank = config.layer_rule == "rank"
-        self.order = mean_ranks(self.layer_scores["mse"]).tolist() if by_rank else self.layers   # which stay, in a type
-        self.widths = WidthImportance(**pieces.once("widths", lambda: vars(self._widths())))
+        self.layer_scores = cache.once("layers", self._layer_scores)               # (layers, samples)
+        self.layers: list[float] = self.layer_scores.mean(dim=1).tolist()
+        self.order: list[float] = mean_ranks(self.layer_scores).tolist()            # which stay, in a type
+        self.widths = WidthImportance(**cache.once("widths", lambda: vars(self._widths())))
         self.table = self._latency_table()
         self.budgets = self._budgets()
 
@@ -151,16 +145,9 @@ class _Run:
 
     # --- Importance ---------------------------------------------------------------------------------------------------
 
-    def _layer_scores(self) -> dict[Kind, Tensor]:
-        kinds: list[Kind] = list(dict.fromkeys([self.config.layer_kind, "mse", "influence"]))
+    def _layer_scores(self) -> Tensor:
         samples = self.data.calibration[: self.config.importance_samples]
-        return layer_importance(self.teacher, samples, self.config.micro_batch_size, self.progress, kinds)
-
-    def _layers(self) -> list[float]:
-        kind, samples = self.config.layer_kind, self.data.calibration[: self.config.importance_samples]
-        if self.config.layer_rounds == "one":
-            return self.layer_scores[kind].mean(dim=1).tolist()
-        return iterative_importance(self.teacher, samples, self.config.micro_batch_size, self.progress, kind)
+        return layer_importance(self.teacher, samples, self.config.micro_batch_size, self.progress)
 
     def _widths(self) -> WidthImportance:
         samples = self.data.calibration[: self.config.ffn_importance_samples]
@@ -169,10 +156,6 @@ class _Run:
 
     # --- Candidates ---------------------------------------------------------------------------------------------------
 
-    @property
-    def grid(self) -> dict[str, list[int]]:
-        return {"ffn_hidden_size": self.config.ffn_widths, **self.config.other_widths}
-
     def _latency_table(self) -> LatencyTable | None:
         """Of every layer the grid has; the overhead from the parent and four models that lack something of it."""
         workload, parent = self.config.latency, self.parent.config
@@ -180,14 +163,13 @@ class _Run:
             return None
 
         def measure() -> dict[str, Any]:
-            geometries = [parent.model_copy(update={name: value}) for name, values in self.grid.items()
-                          for value in values]
+            geometries = [parent.model_copy(update={"ffn_hidden_size": width}) for width in self.config.ffn_widths]
             halves = [_without_half(parent, symbol) for symbol in dict.fromkeys(parent.pattern)]
             narrow = [parent.model_copy(update={"ffn_hidden_size": min(self.config.ffn_widths)})]
             whole = [parent, *halves, *narrow, *geometries][: max(5, 2 + len(halves))]
             return vars(measure_table(parent, geometries, whole, workload, self.seed, self.progress))
 
-        return LatencyTable(**self.pieces.once("latency", measure))
+        return LatencyTable(**self.cache.once("latency", measure))
 
     def _budgets(self) -> list[Budget]:
         config, parent = self.config, self.parent.config
@@ -204,16 +186,12 @@ class _Run:
 
     def candidates(self) -> list[Candidate]:
         parent, config = self.parent.config, self.config
-        cells = maximal_cells(parent, self.grid, config.min_attention_layers, self.budgets)
-        return [realise(parent, cell, self.layers, self.widths, config.memory, self.order) for cell in cells]
+        cells = maximal_cells(parent, config.ffn_widths, config.min_attention_layers, self.budgets)
+        return [make_candidate(parent, cell, self.layers, self.widths, config.memory, self.order) for cell in cells]
 
     def cut(self, selection: Selection) -> Weights:
-        """The parent cut to the selection, refitted if asked for."""
-        config, state = cut(*self.parent, selection)
-        if self.config.refit_samples:
-            samples = self.data.calibration[: self.config.refit_samples]
-            state = refit(self.teacher, config, state, selection, samples, self.config.micro_batch_size, _silent)
-        return Weights(config, state)
+        """The parent cut to the selection."""
+        return Weights(*cut(*self.parent, selection))
 
     # --- Rounds -------------------------------------------------------------------------------------------------------
 
@@ -243,7 +221,7 @@ class _Run:
             together = max(1, tokens // questions[0].numel())
             return continuation.accuracy(load(asked), questions, together, self.progress)
 
-        task = {int(name): value for name, value in self.pieces.once("task", answer).items()}
+        task = {int(name): value for name, value in self.cache.once("task", answer).items()}
         ranks.append(_ranks(task, lambda value: -value))
         asked.sort(key=lambda index: (sum(rank[index] for rank in ranks), zero_shot[index].kl))
 
@@ -260,12 +238,12 @@ class _Run:
         return Rounds(zero_shot, task, short, [*ranked, *(index for index in order if index not in zero_shot)])
 
     def _closeness_once(self, name: str, compute: Callable[[], dict[int, Closeness]]) -> dict[int, Closeness]:
-        plain = self.pieces.once(name, lambda: {index: tuple(value) for index, value in compute().items()})
+        plain = self.cache.once(name, lambda: {index: tuple(value) for index, value in compute().items()})
         return {index: Closeness(*value) for index, value in plain.items()}
 
     def distil(self, starts: Mapping[str, Weights], tokens: int, name: str) -> Distilled:
         teacher = fp8_teacher(self.teacher) if self.config.teacher_precision == "fp8" else self.teacher
-        return distill(teacher, starts, self.data.training, tokens, self.config, self.pieces, name, self.progress)
+        return distill(teacher, starts, self.data.training, tokens, self.config, self.cache, name, self.progress)
 
     # --- What came of it ----------------------------------------------------------------------------------------------
 
@@ -307,13 +285,11 @@ class _Run:
             found = compare(self.teacher, models, self.data.validation, self.config.micro_batch_size, self.progress)
             return {key: tuple(value) for key, value in found.items()}
 
-        return {key: Closeness(*value) for key, value in self.pieces.once(name, compute).items()}
+        return {key: Closeness(*value) for key, value in self.cache.once(name, compute).items()}
 
     def costs(self, winner: Candidate) -> dict[str, Any]:
         """Parameters, bytes and decode step of parent and winner, predicted and measured, and the largest error."""
-        runtime = self.config.memory.model_copy(
-            update={"weight_bits": 16, "kv_bits": 16, "ssm_bits": 32, "conv_bits": 16}
-        )
+        runtime = costs.Deployment.of(self.config.memory.context, self.config.memory.batch)
         rows: dict[str, dict[str, float]] = {}
         for name, geometry in {"parent": self.parent.config, "compressed": winner.config}.items():
             model = random_model(geometry, torch.bfloat16, self.device)
@@ -362,9 +338,5 @@ def evenly(sequences: Tensor, count: int) -> Tensor:
     """At most `count` of the sequences, spread evenly over them."""
     count = min(count, len(sequences))
     return sequences[torch.arange(count) * len(sequences) // count]
-
-
-def _silent(*_: Any, **__: Any) -> None:
-    """A step too short for a line of its own."""
 
 

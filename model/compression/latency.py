@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from model.benchmark.decode import decode_seconds
-from model.compression.candidates import WIDTHS
 from model.compression.config import Workload
 from model.config import ModelConfig, ModelError
 
@@ -81,13 +80,13 @@ def measure_table(
             key = layer_key(config, symbol)
             if key not in pairs:
                 without = config.model_copy(update={"pattern": parent.pattern})
-                name = repr([getattr(without, width) for width in WIDTHS])
+                name = without.model_dump_json()
                 pairs[key] = name, f"{name} {symbol}"
                 models[name] = without
                 models[f"{name} {symbol}"] = without.model_copy(update={"pattern": parent.pattern + symbol * MORE})
     seconds = step_seconds(models, workload, seed, progress)
     layers = {key: max(0.0, (seconds[more] - seconds[without]) / MORE) for key, (without, more) in pairs.items()}
-    _rise_with_width(layers)
+    _make_monotonic(layers)
     measured = step_seconds({str(number): config for number, config in enumerate(whole)}, workload, seed, progress)
     left = [measured[str(number)] - _sum(layers, config) for number, config in enumerate(whole)]
     return LatencyTable(layers, fmean(left))
@@ -118,7 +117,7 @@ def _sum(layers: Mapping[Key, float], config: ModelConfig) -> float:
     return total
 
 
-def _rise_with_width(layers: dict[Key, float]) -> None:
+def _make_monotonic(layers: dict[Key, float]) -> None:
     """Make each entry at least that of every layer that is no wider, as the search takes for granted; noise breaks it.
     """
     for key in sorted(layers):

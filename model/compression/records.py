@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from model.compression.candidates import WIDTHS, Candidate
+from model.compression.candidates import Candidate
 from model.compression.comparison import Closeness
 from model.compression.config import CompressConfig
-from model.compression.importance import Kind
 from model.compression.latency import LatencyTable
-from model.compression.schema import Candidate as CandidateRecord
-from model.compression.schema import FfnImportance, Importance, LayerImportance
+from model.compression.schema import CandidateRecord, FfnImportance, Importance, LayerImportance
 from model.compression.width_importance import WidthImportance, kept_share
 from model.config import ModelConfig
 
@@ -24,19 +22,15 @@ GIB = 2**30
 
 
 def importance_record(
-    parent: ModelConfig, layers: Sequence[float], scores: Mapping[Kind, Tensor], widths: WidthImportance,
-    config: CompressConfig,
+    parent: ModelConfig, scores: Tensor, widths: WidthImportance, config: CompressConfig
 ) -> Importance:
+    """What the scores say of every layer and axis; `scores` (layers, samples) float64."""
+    means = scores.mean(dim=1).tolist()
     return Importance(
-        rule=config.layer_rule,
-        rounds=config.layer_rounds,
         samples={"layers": config.importance_samples, "widths": config.ffn_importance_samples},
         layers=[
-            LayerImportance(
-                index=index, symbol=symbol, importance=layers[index],
-                standard_error=_standard_error(scores[config.layer_kind][index]),
-                **{kind: float(values[index].mean()) for kind, values in scores.items()},
-            )
+            LayerImportance(index=index, symbol=symbol, importance=means[index],
+                            standard_error=_standard_error(scores[index]))
             for index, symbol in enumerate(parent.pattern)
         ],
         ffn=[
@@ -65,7 +59,7 @@ def candidate_records(
         records.append(CandidateRecord(
             index=index,
             pattern=candidate.config.pattern,
-            **{width: getattr(candidate.config, width) for width in WIDTHS},
+            ffn_hidden_size=candidate.config.ffn_hidden_size,
             parameters=candidate.parameters,
             memory_gib=candidate.memory.total / GIB,
             decode_milliseconds=1e3 * table.seconds(candidate.config) if table else None,

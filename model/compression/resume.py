@@ -1,4 +1,4 @@
-"""Finished pieces of a long computation on disk, so that a killed run goes on where it stopped."""
+"""Results of a long computation, cached on disk, so that a killed run goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from model.integrity import read_checked, write_checked
 Value = TypeVar("Value")
 
 
-class Pieces:
+class ResultCache:
     """Named values (tensors, numbers, text, containers of them) under `directory`, each as it was saved or not there.
 
     The file `resumed` appears when a value of an earlier run is taken up.
@@ -32,6 +32,7 @@ class Pieces:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
     def save(self, name: str, value: Any) -> None:
+        """Keep `value` under `name`, whole or not at all, in place of an earlier one."""
         content = io.BytesIO()
         torch.save(value, content)
         write_checked(self.directory / f"{name}.pt", content.getvalue())

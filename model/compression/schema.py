@@ -4,28 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from model.config import Record
 
 
-class Record(BaseModel):
-    """A field that is missing or unknown is an error: the record is of another version."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class LayerImportance(BaseModel):
-    """Other fields are importances by other rules (`mse`, `influence`)."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
+class LayerImportance(Record):
+    """Importance of a layer: mean and standard error over samples (`model.compression.importance`)."""
 
     index: int
     symbol: str
     importance: float
     standard_error: float
-    influence: float
 
 
 class FfnImportance(Record):
+    """Of one FFN layer: how much of its neurons' summed importance the most important ones hold."""
+
     index: int
     kept_share_of_importance: dict[int, float]          # by width
 
@@ -33,8 +26,6 @@ class FfnImportance(Record):
 class Importance(Record):
     """importance.json. `heads` and `mamba_heads` by layer; `reliability` by axis, a rank correlation."""
 
-    rule: str
-    rounds: str
     samples: dict[str, int]
     layers: list[LayerImportance]
     ffn: list[FfnImportance]
@@ -43,17 +34,12 @@ class Importance(Record):
     reliability: dict[str, float]
 
 
-class Candidate(Record):
+class CandidateRecord(Record):
     """candidates.json, best first; None where a later round was not reached or nothing was timed."""
 
     index: int
     pattern: str
     ffn_hidden_size: int
-    mamba_num_heads: int
-    mamba_head_dim: int
-    num_attention_heads: int
-    num_query_groups: int
-    hidden_size: int
     parameters: int
     memory_gib: float
     decode_milliseconds: float | None

@@ -12,8 +12,6 @@ The activations are
     Mamba channels, heads   `input`: the x part of in_proj's output (Minitron-SSM, arXiv 2504.11409);
                             `output`: the input of out_proj, after gate and norm; ranked within their SSM group
     hidden channels         output of every layer's norm and of the last one, norms summed over layers
-
-A third score of Mamba heads, `leave_one_out`, takes a pass a head: the KL divergence that silencing it causes.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from model.compression.importance import Progress, _Ends, _layers, _run, check_samples, rank_correlation
+from model.compression.importance import Progress, check_samples, layers_of, rank_correlation
 from model.compression.prune import Selection
 from model.config import ModelConfig, ModelError
 from model.hybrid_lm import HybridLM, Mamba2
@@ -162,7 +160,7 @@ def _hooks(model: HybridLM, add: Callable[[str, int, Tensor], None]) -> Iterator
 
     everything, x = slice(None), slice(inner, 2 * inner)
     handles = []
-    for index, layer in enumerate(_layers(model)):
+    for index, layer in enumerate(layers_of(model)):
         mixer = layer.mixer
         handles.append(layer.norm.register_forward_hook(partial(read_output, "hidden", index, everything)))
         if isinstance(mixer, Mamba2):
@@ -179,34 +177,6 @@ def _hooks(model: HybridLM, add: Callable[[str, int, Tensor], None]) -> Iterator
     finally:
         for handle in handles:
             handle.remove()
-
-
-@torch.no_grad()
-def leave_one_out(model: HybridLM, sequences: Tensor, batch_size: int, progress: Progress) -> dict[int, Tensor]:
-    """KL(whole || without the head), nats a token, of every Mamba head alone: (heads,) float64 by Mamba-2 layer.
-
-    A head is silenced by its gate, whose rows of in_proj are zero meanwhile: nothing of it reaches the gated norm.
-    """
-    check_samples(sequences)
-    layers, config = _layers(model), model.config
-    device = model.lm_head.weight.device
-    found = {index: torch.zeros(config.mamba_num_heads, dtype=torch.float64, device=device)
-             for index, symbol in enumerate(config.pattern) if symbol == "M"}
-    for number, batch in enumerate(sequences.split(batch_size), start=1):
-        inputs = [model.backbone.embeddings(batch.to(device))]
-        for layer in layers:
-            inputs.append(layer(inputs[-1]))
-        whole = _Ends(model, inputs[-1], ["kl"])
-        for index, divergences in found.items():
-            gate = cast(Mamba2, layers[index].mixer).in_proj.weight.data.view(-1, config.hidden_size)
-            for head in range(config.mamba_num_heads):
-                rows = gate[head * config.mamba_head_dim : (head + 1) * config.mamba_head_dim]
-                kept = rows.clone()
-                rows.zero_()
-                divergences[head] += whole.errors(_run(layers[index:], inputs[index]))["kl"].sum() / len(sequences)
-                rows.copy_(kept)
-        progress(number * len(batch), len(sequences))
-    return {index: values.cpu() for index, values in found.items()}
 
 
 def kept_share(importance: Tensor, width: int) -> float:

@@ -98,9 +98,11 @@ class HarnessLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        """The id that ends a document."""
         return self._eot_token_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Ids of `string`, no special ones among them."""
         return self.encoder.encode(string, add_special_tokens=False).ids
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[Score]:
@@ -131,6 +133,7 @@ class HarnessLM(TemplateLM):
 
     @functools.cached_property
     def decoder(self) -> Decoder:
+        """Caches of the model, made when something is first generated."""
         from model.inference.decoder import Decoder  # imports torch's compiler, for which scoring has no use
 
         return Decoder(self.model, self.choice_length)
@@ -300,6 +303,7 @@ class LocalTask(ConfigurableTask):
         super().__init__(config={**config, "test_split": "test", "target_delimiter": ""})
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """The rows stand in for a data set: nothing is downloaded."""
         self.dataset = {"test": Dataset.from_list(self.rows)}
 
 

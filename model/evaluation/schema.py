@@ -5,16 +5,12 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+from model.config import Record
+
 Scores = dict[str, list[int] | list[tuple[float, int]]]     # scores.json by task: 1 or 0, or (nats, bytes), an item
-
-
-class Record(BaseModel):
-    """A field that is missing or unknown is an error: the record is of another version."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class TextSample(Record):

@@ -17,8 +17,8 @@ import torch
 from tokenizers import Tokenizer
 
 from model import hub
-from model.benchmark.roofline import sequence_bytes, weights_bytes
 from model.config import ModelConfig, ModelError
+from model.costs import sequence_bytes, weights_bytes
 from model.hybrid_lm import HybridLM
 from model.inference.decoder import Decoder, piece_tokens
 from model.inference.fp8_weights import quantize_weights
@@ -30,11 +30,14 @@ LONGEST_CHARACTER = 4           # bytes, and so tokens at most
 
 
 class Vocabulary(NamedTuple):
+    """A tokenizer, and the ids that stand before and after a text."""
+
     tokenizer: Tokenizer
     start_id: int | None        # before every text
     end_id: int | None
 
     def encode(self, text: str) -> list[int]:
+        """Ids of `text`, the start's before them."""
         start = [] if self.start_id is None else [self.start_id]
         return start + list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
@@ -140,11 +143,13 @@ def activation_bytes(config: ModelConfig, prompt: int, dtype: torch.dtype, devic
 
 
 def free_bytes(device: torch.device) -> int:
+    """Bytes of memory that are free on `device`, or of the machine's."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return int(psutil.virtual_memory().available)
 
 def main(arguments: list[str] | None = None) -> int:
+    """The command; 0, or 1 after two lines of what is wrong."""
     parser = argparse.ArgumentParser(prog="python -m model.inference", description="Text that a model writes.")
     parser.add_argument("--checkpoint", type=Path, required=True, help="a Hub directory, such as `export` writes")
     parser.add_argument("--prompt", required=True, help="the text to go on from; - reads it from standard input")

@@ -43,10 +43,12 @@ class CachedMamba2:
         self.A = mixer.decay_rates().detach()
 
     def forget(self, rows: slice) -> None:
+        """Make the caches of sequences `rows` those of no token."""
         self.conv[rows].zero_()
         self.state[rows].zero_()
 
     def prefill(self, x: Tensor, rows: slice, start: int) -> Tensor:
+        """x (rows, tokens, hidden), the tokens from `start` on of sequences `rows` -> the same shape; caches go on."""
         gate, xBC, dt = self.mixer.project(x)
         xBC, last_inputs = causal_conv1d(xBC, *self.mixer.conv_weights(), self.conv[rows])
         self.conv[rows] = last_inputs
@@ -56,6 +58,7 @@ class CachedMamba2:
         return self.mixer.finish(y, gate)
 
     def step(self, x: Tensor, position: Tensor) -> Tensor:
+        """x (batch, hidden), the token at `position` () int64 -> the same shape; caches go on."""
         gate, xBC, dt = self.mixer.project(x)
         xBC = conv_state_update(self.conv, xBC, *self.mixer.conv_weights())
         heads, B, C = self.mixer.split_heads(xBC)
@@ -79,6 +82,7 @@ class CachedAttention:
         """Nothing: a sequence's own keys and values are written before they are read."""
 
     def prefill(self, x: Tensor, rows: slice, start: int) -> Tensor:
+        """As `CachedMamba2.prefill`."""
         end = start + x.shape[1]
         q, k, v = self.mixer.project(x, None if self.rotation is None else self.rotation[:, start:end])
         self.keys[rows, :, start:end] = k
@@ -87,6 +91,7 @@ class CachedAttention:
         return self.mixer.o_proj(y.transpose(1, 2).flatten(-2))
 
     def step(self, x: Tensor, position: Tensor) -> Tensor:
+        """As `CachedMamba2.step`."""
         at = position[None]
         rotation = None if self.rotation is None else self.rotation.index_select(1, at)
         q, k, v = self.mixer.project(x[:, None], rotation)
@@ -103,12 +108,15 @@ class CachedFeedForward:
         self.caches: list[Tensor] = []
 
     def forget(self, rows: slice) -> None:
+        """There is nothing to forget."""
         pass
 
     def prefill(self, x: Tensor, rows: slice, start: int) -> Tensor:
+        """As `CachedMamba2.prefill`."""
         return self.mixer.down_proj(squared_relu(self.mixer.up_proj(x)))
 
     def step(self, x: Tensor, position: Tensor) -> Tensor:
+        """As `CachedMamba2.step`."""
         return self.mixer.down_proj(squared_relu(self.mixer.up_proj(x)))
 
 
@@ -116,6 +124,7 @@ Cached = CachedMamba2 | CachedAttention | CachedFeedForward
 
 
 def cached(mixer: Mamba2 | Attention | FeedForward, shape: CacheShape) -> Cached:
+    """`mixer` with caches of `shape`."""
     match mixer:
         case Mamba2():
             return CachedMamba2(mixer, shape)

@@ -84,6 +84,7 @@ class Decoder:
 
     @property
     def cache_bytes(self) -> int:
+        """Bytes of all caches."""
         return sum(cache.nbytes for cache in self.caches)
 
     @torch.inference_mode()

@@ -11,7 +11,7 @@ from model.config import ModelError
 MULTIPLE = 16               # of FP8 matrix products' sizes
 
 
-class Float8Linear(nn.Module):
+class FP8Linear(nn.Module):
     """In place of a layer's nn.Linear: E4M3 weight (outputs, inputs) and a scale an output."""
 
     weight: Tensor
@@ -24,6 +24,7 @@ class Float8Linear(nn.Module):
         self.register_buffer("scale", rows.scales)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., inputs) -> (..., outputs) in x's dtype."""
         return fp8_linear(x, Rows(self.weight, self.scale))
 
 
@@ -41,4 +42,4 @@ def quantize_weights(module: nn.Module) -> None:
                     f"weights: {name}.{child} is {tuple(linear.weight.shape)}, FP8 wants multiples of {MULTIPLE}.\n"
                     "Use bfloat16 weights."
                 )
-            setattr(parent, child, Float8Linear(linear.weight.detach()))
+            setattr(parent, child, FP8Linear(linear.weight.detach()))

@@ -9,19 +9,16 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_map_only
 
-from model.megatron import te_guard  # noqa: F401    # before Megatron
+from model.megatron.compat import megatron_on_cpu  # before Megatron
 
 # isort: split
 from megatron.core import parallel_state
@@ -46,33 +43,7 @@ class Parallelism:
 
 
 ONE_COPY = Parallelism()      # every process holds the whole model
-FACTORIES = ("empty", "empty_like", "ones", "tensor", "zeros")      # those that Megatron calls with device="cuda"
 ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"       # PyTorch's
-
-
-@contextlib.contextmanager
-def megatron_on_cpu() -> Iterator[None]:
-    """A block in which `device="cuda"` means the CPU, for megatron-core 0.16.1 on a machine without CUDA.
-
-    What Megatron takes for granted: `torch.cuda.current_device()` and `synchronize()`, `device="cuda"` in factory
-    functions, `Tensor.cuda()`, and optimizer parameters whose `type()` begins with `torch.cuda.`. Only these names are
-    replaced: a TorchFunctionMode would pass every operation through Python, a twentieth of a small model's step.
-    """
-    _device_constructors()          # `with torch.device(...)` remembers them at first use: PyTorch's own, not these
-    own = torch.Tensor.type
-    factories: Any = {name: partial(_on_cpu, getattr(torch, name)) for name in FACTORIES}
-    with (
-        patch.multiple(torch.cuda, current_device=lambda: torch.device("cpu"), synchronize=lambda *_: None),
-        patch.multiple(torch, **factories),
-        patch.object(torch.Tensor, "cuda", lambda tensor, *_, **__: tensor),
-        patch.object(torch.Tensor, "type", lambda tensor, *to, **options:
-                     own(tensor, *to, **options) if to or options else own(tensor).replace("torch.", "torch.cuda.")),
-    ):
-        yield
-
-
-def _on_cpu(factory: Callable[..., Tensor], *args: Any, device: Any = None, **options: Any) -> Tensor:
-    return factory(*args, device="cpu" if str(device).startswith("cuda") else device, **options)
 
 
 @contextlib.contextmanager

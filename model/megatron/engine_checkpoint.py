@@ -2,19 +2,12 @@
 
 Everything goes through megatron-core's distributed checkpointing, so that what one parallel layout wrote another reads.
 A state is written under another name, sealed with its files' digests and renamed; a run goes on from the latest that is
-as it was written. On a GPU the files are written by a thread while training goes on.
-
-Megatron would write with processes: one it spawns for the answers, which imports the main module again, and one it
-forks for each file. A forked process that dies or waits for a lock some thread of its parent held leaves the parent
-waiting for ever (`count_queue.join()` in `FileSystemWriterAsync.write_preloaded_data_multiproc`), and CUDA, NCCL and
-Transformer Engine all keep threads. Here the same function writes the same files in a thread of this process.
+as it was written. On a GPU the files are written by a thread while training goes on (`model.megatron.compat`).
 """
 
 from __future__ import annotations
 
-import queue
 import shutil
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,26 +15,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from model.megatron import te_guard  # noqa: F401    # before Megatron
+from model.megatron.compat import ThreadedSave, optimizer_shards  # before Megatron
 
 # isort: split
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.optimizer import (
-    get_param_id_to_sharded_param_map,
-    make_sharded_optimizer_tensor,
-    optim_state_to_sharding_state,
-)
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.mamba import MambaModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
 from model.checkpoint import read_index
 from model.config import ModelError
-from model.integrity import check_sums, sha256, write_sums
+from model.integrity import check_sums, write_sums
 from model.megatron.distributed import device, is_main_process
 
 
@@ -164,49 +150,8 @@ class ResumeState:
     def _contents(self, loading: bool) -> dict[str, Any]:
         groups = _groups()
         weights = self.model.sharded_state_dict(metadata=groups)
-        contents = {"model": weights, "optimizer": _optimizer_shards(self.optimizer, weights, loading, groups)}
+        contents = {"model": weights, "optimizer": optimizer_shards(self.optimizer, weights, loading, groups)}
         return contents if loading else contents | {"scheduler": self.scheduler.state_dict()}
-
-
-def _optimizer_shards(
-    optimizer: MegatronOptimizer, weights: dict[str, Any], loading: bool, groups: dict[str, Any]
-) -> dict[str, Any]:
-    """Master weights and Adam moments, sharded as the model's weights.
-
-    Follows Float16OptimizerWithFloat16Params.sharded_state_dict of megatron-core 0.16.1, which takes every parameter to
-    be BF16 and gives shards to the wrong ones where some are float32, as A_log, D and dt_bias are here.
-    """
-    [inner] = optimizer.chained_optimizers
-    if isinstance(inner, DistributedOptimizer):
-        # Whole parameters, so that any layout reads them. Of Megatron's other ways one cannot be reshaped over tensor
-        # and pipeline parallel processes, and its default raises on flattened ranges in 0.16.1.
-        return inner.sharded_state_dict(
-            weights, is_loading=loading, metadata=groups | {"distrib_optim_sharding_type": "fully_reshardable"}
-        )
-    if not isinstance(inner, Float16OptimizerWithFloat16Params):
-        return inner.sharded_state_dict(weights, is_loading=loading, metadata=groups)
-    if loading:
-        inner.init_state_fn(inner.optimizer, inner.config)
-    master_groups = inner.fp32_from_float16_groups
-    model_of = {
-        id(master): parameter
-        for parameters, masters in zip(inner.float16_groups, master_groups, strict=True)
-        for parameter, master in zip(parameters, masters, strict=True)
-    }
-    tracked = inner.get_parameters()
-    shards = get_param_id_to_sharded_param_map(weights, [model_of.get(id(item), item) for item in tracked])
-    position = {id(item): index for index, item in enumerate(tracked)}
-    state = inner.state_dict()
-    state["fp32_from_fp16_params"] = [
-        [make_sharded_optimizer_tensor(shards[position[id(master)]], master, "optimizer.state.fp32_param")
-         for master in masters]
-        for masters in master_groups
-    ]
-    step = inner._extract_common_per_param_step(state["optimizer"])
-    optim_state_to_sharding_state(state["optimizer"], shards, exclude_keys=("step",))
-    if step is not None:
-        state["optimizer"]["state"]["common_step"] = step
-    return state
 
 
 def _groups() -> dict[str, Any]:
@@ -218,7 +163,7 @@ def _save(contents: dict[str, Any], directory: Path) -> None:
 
 
 class _Writing:
-    """A checkpoint on its way to the disk: planned by Megatron, copied to the host's memory, written by a thread.
+    """A checkpoint on its way to the disk, `compat.ThreadedSave` of every process.
 
     Attributes:
         directory: where to.
@@ -226,78 +171,39 @@ class _Writing:
 
     def __init__(self, contents: dict[str, Any], directory: Path, in_background: bool, files: Sequence[Path] = ()):
         self.directory = directory
-        self.digests: dict[str, str] = {}       # of the files this process has written
         if is_main_process():
             directory.mkdir(parents=True, exist_ok=True)
         dist.barrier()
-        filesystem_async._results_queue = queue.Queue()         # in place of one in a process of its own
         try:
-            self.request = dist_checkpointing.save(contents, str(directory), async_sharded_save=True)
+            self.files = ThreadedSave(contents, directory)
             for file in files if is_main_process() else ():
                 shutil.copy(file, directory)
         except (OSError, RuntimeError) as error:
             raise self._failure(error) from error
-        self.thread = threading.Thread(target=self._write, args=(self._files(in_background),))
-        self.thread.start()
+        self.files.start(in_background)
 
     def is_done(self) -> bool:
         """Whether every process has written its files."""
-        alive = torch.tensor([int(self.thread.is_alive())], device=device())
+        alive = torch.tensor([int(self.files.thread.is_alive())], device=device())
         dist.all_reduce(alive)
         return not alive.item()
 
     def finish(self) -> None:
         """Wait for all files and write the index. Raises ModelError where a file could not be written."""
-        self.thread.join()
         try:
-            for finalize in self.request.finalize_fns:
-                finalize()
+            self.files.finish()
         except (CheckpointException, OSError, RuntimeError) as error:
             raise self._failure(error) from error
 
     def seal(self) -> None:
         """Write the digests of all files of all processes. Raises ModelError where that cannot be."""
         written: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(written, self.digests)
+        dist.all_gather_object(written, self.files.digests)
         try:
             if is_main_process():
                 write_sums(self.directory, {name: digest for digests in written for name, digest in digests.items()})
         except OSError as error:
             raise self._failure(error) from error
-
-    def _files(self, in_background: bool) -> list[Any]:
-        """Paths and contents of this process's files, in the host's memory; a copy where training goes on."""
-        if self.request.async_fn is None:
-            return []
-        if device().type == "cuda":
-            return self.request.preload_fn()
-        files = self.request.async_fn_args[1]
-        if not in_background:
-            return files
-        return [
-            (path, key, (objects, [(item, tensor.clone()) for item, tensor in tensors]))
-            for path, key, (objects, tensors) in files
-        ]
-
-    def _write(self, files: list[Any]) -> None:
-        """Write `files` one after the other, and leave Megatron what it asks for: results by number, or an error."""
-        if self.request.async_fn is None:
-            return
-        transforms, results = self.request.async_fn.args[0], self.request.async_fn_args[2]
-        written: dict[int, Any] = {}
-        for number, file in enumerate(files):
-            outcome: queue.Queue[Any] = queue.Queue()
-            done: queue.Queue[int] = queue.Queue()
-            done.put(number)
-            filesystem_async.FileSystemWriterAsync.write_preloaded_data(
-                transforms, number, file, outcome, done, use_fsync=True
-            )
-            written[number] = outcome.get()[1]
-            if isinstance(written[number], Exception):
-                results.put(written[number])
-                return
-            self.digests[Path(file[0]).name] = sha256(Path(file[0]))
-        results.put(written)
 
     def _failure(self, error: BaseException) -> ModelError:
         """`error` told to the user, of several processes' the first; the files go, which hold the missing space."""

@@ -22,13 +22,13 @@ from kernels.squared_relu_fp8 import (
     squared_relu_backward_quantize,
     squared_relu_quantize,
 )
-from model.megatron import te_guard  # noqa: F401    # before Megatron
+from model.megatron import compat  # noqa: F401    # before Megatron
 
 # isort: split
 from megatron.core.transformer.mlp import MLP
 
 
-class FeedForward(MLP):
+class FusedMLP(MLP):
     """Megatron's MLP on one tensor-parallel process, in FP8 where `quantized` is set.
 
     Attributes:
@@ -70,6 +70,7 @@ class FP8FeedForward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """dy (..., hidden) -> gradients of x, up and down in bfloat16."""
         h, x8, x_scale, a8, a_scale, up8, up_scale, down8, down_scale = ctx.saved_tensors        # FP8 ones transposed
         dy8, dy8_transposed, dy_scale = quantize_transpose(dy.flatten(0, -2), "e5m2")
         ddown = _product(dy8_transposed, a8, dy_scale, a_scale)

@@ -16,12 +16,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kernels.fp8_quantize import largest_magnitude, scale_of
-from model.megatron import te_guard  # noqa: F401    # before Megatron
+from model.megatron import compat  # noqa: F401    # before Megatron
 
 # isort: split
 from megatron.core import parallel_state
 
-from model.megatron.feed_forward import FeedForward
+from model.megatron.feed_forward import FusedMLP
 from model.megatron.precision import Precision, Role
 from model.training.run_log import Row
 
@@ -58,7 +58,7 @@ def observe(layers: Any, pattern: str, precision: Precision) -> Iterator[list[Ro
         (layer.layer_number - 1, name): module
         for layer in layers for name, module in layer.named_modules() if _is_linear(module)
     }
-    fused = [module for module in layers.modules() if isinstance(module, FeedForward) and module.quantized]
+    fused = [module for module in layers.modules() if isinstance(module, FusedMLP) and module.quantized]
     hooks = [hook for place, module in linears.items() for hook in _attach(place, module, precision, measured)]
     for module in fused:
         module.quantized = False        # its parent: the same numbers by two linear layers, which can be observed
@@ -94,7 +94,7 @@ def _attach(
     def measure(role: Role, x: Tensor) -> None:
         if (*place, role) not in measured:
             with torch.no_grad():
-                measured[*place, role] = statistics(x, _scale(module, precision, role, x), precision.format(role))
+                measured[*place, role] = statistics(x, _scale(precision, role, x), precision.format(role))
 
     def before(_: nn.Module, arguments: tuple[Any, ...]) -> None:
         measure("input", arguments[0])
@@ -108,13 +108,8 @@ def _attach(
     return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
 
 
-def _scale(module: Any, precision: Precision, role: Role, x: Tensor) -> Tensor:
-    """The scale the recipe gives this tensor now; of a layer in BF16 under delayed scaling, its own."""
+def _scale(precision: Precision, role: Role, x: Tensor) -> Tensor:
+    """The scale () the recipe gives this tensor."""
     if precision.scaling == "unscaled":
         return torch.ones((), device=x.device)
-    if precision.scaling == "delayed" and precision.emulated and module.scaling is not None:
-        return module.scaling.scale(role, x.device)
-    if precision.scaling == "delayed" and not precision.emulated and getattr(module, "fp8_meta", None):
-        index = {"input": 0, "weight": 1, "gradient": 0}[role]
-        return module.fp8_meta["scaling_bwd" if role == "gradient" else "scaling_fwd"].scale[index]
     return scale_of(largest_magnitude(x), precision.format(role))

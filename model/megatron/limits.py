@@ -77,6 +77,7 @@ def check_kernels(config: ModelConfig) -> None:
 
 
 def check_split(config: ModelConfig, parallelism: Parallelism) -> None:
+    """Raise ModelError where heads, groups, widths or vocabulary do not divide among tensor-parallel processes."""
     split = {"num_attention_heads": config.num_attention_heads, "num_query_groups": config.num_query_groups,
              "ffn_hidden_size": config.ffn_hidden_size, "vocab_size": config.vocab_size}
     if "M" in config.pattern:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from kernels.mixer import MixerWeights, mix
-from model.megatron import te_guard  # noqa: F401    # before Megatron
+from model.megatron import compat  # noqa: F401    # before Megatron
 
 # isort: split
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
@@ -36,6 +36,8 @@ _SMALLEST_DECAY, _LARGEST_DECAY = 1.0, 16.0
 
 @dataclass
 class MambaMixerSubmodules:
+    """Linear layers that a spec gives the mixer: column- and row-parallel."""
+
     in_proj: Any = None
     out_proj: Any = None
 
@@ -49,6 +51,7 @@ class GatedNorm(nn.Module):
         self.tp_group = tp_group
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """The weight as shards of Megatron's checkpoints, split along the channels."""
         return _shard(self.state_dict(keep_vars=True), prefix, {"weight": 0}, sharded_offsets, metadata, self.tp_group)
 
 

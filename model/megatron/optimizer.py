@@ -7,16 +7,18 @@ FusedAdam megatron-core 0.16.1 restores its Adam step wrongly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch import nn
 
-from model.megatron import te_guard  # noqa: F401    # before Megatron
+from model.megatron.compat import (  # before Megatron
+    TRANSFORMER_ENGINE,
+    parameter_places,
+    save_parameters_by_place,
+)
 
 # isort: split
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -26,7 +28,6 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from model.config import PretrainConfig
-from model.megatron.te_guard import TRANSFORMER_ENGINE
 
 
 def uses_distributed_optimizer(recipe: PretrainConfig) -> bool:
@@ -85,56 +86,15 @@ def build_optimizer(recipe: PretrainConfig, model: DistributedDataParallel) -> M
     return optimizer
 
 
-def parameter_places(
-    fp32_groups: Iterable[list[Tensor]], bf16_groups: Iterable[list[Tensor]]
-) -> dict[Tensor, tuple[int, int]]:
-    """Each parameter's group in the inner optimizer of Megatron's DistributedOptimizer, and its place there.
-
-    The inner optimizer holds a group's float32 parameters before the others. DistributedOptimizer 0.16.1 counts them as
-    gradient buffers hold them, so where a group has both, as norms with A_log, D and dt_bias here, it saves a
-    parameter's moments as another's, or fails.
-    """
-    return {
-        parameter: (group, place)
-        for group, parts in enumerate(zip(fp32_groups, bf16_groups, strict=True))
-        for place, parameter in enumerate(chain(*parts))
-    }
-
-
-def save_parameters_by_place(optimizer: DistributedOptimizer) -> None:
-    """Let `optimizer` save every parameter's own master weights and moments, in however many buckets gradients travel.
-
-    DistributedOptimizer 0.16.1 drops the padding after each bucket from what it gathers, and then takes a parameter's
-    values from where they are with the padding: from the second bucket on, others' (mended upstream in
-    NVIDIA/Megatron-LM#5077). Here the padding is put back in between, as the format in use expects, `fully_reshardable`
-    (`model.megatron.engine_checkpoint`).
-    """
-    gather = optimizer.get_parameter_state_dp_zero
-
-    def gather_with_padding(**options: Any) -> dict[Any, Any] | None:
-        state = gather(**options)
-        for index, buffer in enumerate(optimizer.buffers if state else []):
-            [tensors] = state[index].values()
-            for name in ("param", "exp_avg", "exp_avg_sq"):
-                parts = tensors[name].split([bucket.numel_unpadded for bucket in buffer.buckets])
-                tensors[name] = torch.cat([
-                    pad(part, (0, bucket.grad_data.numel() - len(part)))
-                    for part, bucket in zip(parts, buffer.buckets, strict=True)
-                ])
-        return state
-
-    optimizer.get_parameter_state_dp_zero = gather_with_padding
-
-
 @torch.no_grad()
-def update(optimizer: MegatronOptimizer, clip_grad: float, approve: Callable[[float], bool]) -> None:
-    """Megatron's optimizer step, except that `approve`, given the gradient norm, decides whether it takes place.
+def update(optimizer: MegatronOptimizer, clip_grad: float, accept: Callable[[float], bool]) -> None:
+    """Megatron's optimizer step, except that `accept`, given the gradient norm, decides whether it takes place.
 
     The norm is the one value a step waits for: everything queued before it is then done.
     """
     optimizer.prepare_grads()
     grad_norm = optimizer.get_grad_norm()
-    if not approve(float(grad_norm)):
+    if not accept(float(grad_norm)):
         return
     clip_grad_by_total_norm_fp32(optimizer.get_parameters(), clip_grad, grad_norm)
     optimizer.step_with_ready_grads()

@@ -8,20 +8,17 @@ On a GPU Transformer Engine does it (`Float8CurrentScaling`). A CPU has no FP8 p
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from kernels.fp8_quantize import Format, largest_magnitude, quantize, scale_of
-from model.megatron.te_guard import TRANSFORMER_ENGINE
+from kernels.fp8_quantize import Format, quantize
+from model.megatron.compat import TRANSFORMER_ENGINE
 
 # isort: split
-from megatron.core import parallel_state
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -29,14 +26,12 @@ from megatron.core.tensor_parallel.mappings import (
 )
 
 from model.config import ModelError
-from model.megatron.feed_forward import FeedForward
+from model.megatron.feed_forward import FusedMLP
 from model.megatron.fp8_unscaled import quantizer_e4m3_gradients, quantizer_e5m2_gradients
 
 PrecisionName = Literal["float32", "bf16", "fp8"]
-ScalingName = Literal["current", "delayed", "unscaled"]
+ScalingName = Literal["current", "unscaled"]
 Role = Literal["input", "weight", "gradient"]           # of a tensor in a linear layer's three products
-
-AMAX_HISTORY = 1024             # steps of delayed scaling whose largest value counts, Transformer Engine's default
 
 
 @dataclass(frozen=True)
@@ -48,7 +43,7 @@ class Precision:
         bf16_layers_at_start: pattern symbols kept in BF16 at the start of the model (4 in the paper).
         bf16_layers_at_end: the same at its end.
         emulated: whether FP8 products are BF16 products of FP8 values.
-        scaling: where scales come from: a tensor's `current` maximum, earlier steps' (`delayed`), or nowhere.
+        scaling: where scales come from: a tensor's `current` maximum, or nowhere (`unscaled`), a control.
         gradients: format of gradients; weights and activations are E4M3.
     """
 
@@ -79,15 +74,12 @@ class Precision:
         if self.name == "fp8" and not self.emulated:
             options |= {
                 "fp8": "hybrid" if self.gradients == "e5m2" else "e4m3",        # hybrid: E4M3 forward, E5M2 gradients
-                "first_last_layers_bf16": self.scaling != "delayed",
+                "first_last_layers_bf16": True,
                 "num_layers_at_start_in_bf16": self.bf16_layers_at_start,
                 "num_layers_at_end_in_bf16": self.bf16_layers_at_end,
             }
             if self.scaling == "current":
                 options |= {"fp8_recipe": "tensorwise"}         # Transformer Engine's Float8CurrentScaling
-            elif self.scaling == "delayed":
-                options |= {"fp8_recipe": "delayed", "fp8_amax_history_len": AMAX_HISTORY,
-                            "fp8_amax_compute_algo": "max"}
             else:
                 factory = quantizer_e5m2_gradients if self.gradients == "e5m2" else quantizer_e4m3_gradients
                 options |= {"fp8_recipe": "custom",
@@ -97,6 +89,10 @@ class Precision:
     def format(self, role: Role) -> Format:
         """FP8 format of a tensor."""
         return self.gradients if role == "gradient" else "e4m3"
+
+    def quantize(self, x: Tensor, role: Role) -> tuple[Tensor, Tensor]:
+        """FP8 values of `x` as bfloat16, and the inverse scale (), float32."""
+        return quantize(x, self.format(role), torch.ones((), device=x.device) if self.scaling == "unscaled" else None)
 
     def fuses(self, tensor_parallel: int) -> bool:
         """Whether feed-forward layers compute in FP8 as one operation (`feed_forward`): by the paper's recipe."""
@@ -138,42 +134,6 @@ def choose_precision(
     return Precision(name, bf16_layers_at_start, bf16_layers_at_end, device.type != "cuda", scaling, gradients)
 
 
-class Scaling:
-    """Quantises the three tensors of one linear layer's products as its recipe says.
-
-    With delayed scaling a tensor's scale is that of the largest value of earlier forward passes (of the gradient:
-    backward passes), 1 at the start, as Transformer Engine's DelayedScaling; all processes that hold a part of the
-    tensor agree on it.
-    """
-
-    def __init__(self, precision: Precision):
-        self.precision = precision
-        self.histories: dict[Role, deque[float]] = {
-            role: deque(maxlen=AMAX_HISTORY) for role in ("input", "weight", "gradient")
-        }
-
-    def quantize(self, x: Tensor, role: Role, training: bool = True) -> tuple[Tensor, Tensor]:
-        """FP8 values of `x` as bfloat16, and the inverse scale; a pass that does not train leaves no history."""
-        format = self.precision.format(role)
-        if self.precision.scaling == "current":
-            return quantize(x, format)
-        if self.precision.scaling == "unscaled":
-            return quantize(x, format, torch.ones((), device=x.device))
-        values = quantize(x, format, self.scale(role, x.device))
-        if training:
-            amax = largest_magnitude(x)
-            if dist.is_initialized():
-                dist.all_reduce(amax, dist.ReduceOp.MAX, parallel_state.get_amax_reduction_group(True))
-            if amax.isfinite():
-                self.histories[role].append(amax.item())
-        return values
-
-    def scale(self, role: Role, device: torch.device) -> Tensor:
-        """The scale that delayed scaling gives the next tensor, ()."""
-        largest = torch.tensor(max(self.histories[role], default=0.0), device=device)
-        return scale_of(largest, self.precision.format(role))
-
-
 class FP8Product(torch.autograd.Function):
     """y = x w^T and its two backward products, each of FP8 values.
 
@@ -182,48 +142,38 @@ class FP8Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scaling: Scaling, training: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, precision: Precision) -> Tensor:
         """x (..., in), weight (out, in), both bfloat16 -> (..., out) bfloat16."""
-        x8, x_scale = scaling.quantize(x.flatten(0, -2), "input", training)
-        weight8, weight_scale = scaling.quantize(weight, "weight", training)
+        x8, x_scale = precision.quantize(x.flatten(0, -2), "input")
+        weight8, weight_scale = precision.quantize(weight, "weight")
         ctx.save_for_backward(x8, x_scale, weight8, weight_scale)
-        ctx.scaling = scaling
+        ctx.precision = precision
         return (x8 @ weight8.t()).mul_(x_scale * weight_scale).unflatten(0, x.shape[:-1])
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        """dy (..., out) bfloat16 -> gradients of x and weight, bfloat16."""
         x8, x_scale, weight8, weight_scale = ctx.saved_tensors
-        gradient8, scale = ctx.scaling.quantize(gradients[0].flatten(0, -2), "gradient")
+        gradient8, scale = ctx.precision.quantize(gradients[0].flatten(0, -2), "gradient")
         dx = (gradient8 @ weight8).mul_(scale * weight_scale)
         dweight = (gradient8.t() @ x8).mul_(scale * x_scale)
-        return dx.unflatten(0, gradients[0].shape[:-1]), dweight, None, None
+        return dx.unflatten(0, gradients[0].shape[:-1]), dweight, None
 
 
 class _EmulatesFP8:
-    """A Megatron linear layer whose products run in emulated FP8 where `scaling` is set."""
+    """A Megatron linear layer whose products run in emulated FP8 where `precision` is set."""
 
-    scaling: Scaling | None = None
+    precision: Precision | None = None
 
     def _forward_impl(self, input: Tensor, weight: Tensor, **options: Any) -> Tensor:
         """Megatron's hook for the product: collectives as there, products in FP8."""
-        if self.scaling is None:
+        if self.precision is None:
             return super()._forward_impl(input, weight, **options)  # type: ignore[misc]
         if options["sequence_parallel"]:
             input = gather_from_sequence_parallel_region(input, group=options["tp_group"])
         elif options["allreduce_dgrad"]:
             input = copy_to_tensor_model_parallel_region(input, group=options["tp_group"])
-        return cast(Tensor, FP8Product.apply(input, weight, self.scaling, torch.is_grad_enabled()))
-
-    def get_extra_state(self) -> Any:
-        """Histories of delayed scaling, where Transformer Engine keeps its own: in checkpoints' `_extra_state`."""
-        if self.scaling is None or self.scaling.precision.scaling != "delayed":
-            return None
-        return {role: list(history) for role, history in self.scaling.histories.items()}
-
-    def set_extra_state(self, state: Any) -> None:
-        if self.scaling is not None and state:
-            for role, history in state.items():
-                self.scaling.histories[role] = deque(history, maxlen=AMAX_HISTORY)
+        return cast(Tensor, FP8Product.apply(input, weight, self.precision))
 
 
 class FP8ColumnParallelLinear(_EmulatesFP8, ColumnParallelLinear):
@@ -245,12 +195,12 @@ def mark_quantized_layers(layers: Iterable[Any], precision: Precision, num_layer
     marked = 0
     for layer in layers:
         for module in layer.modules():
-            if not isinstance(module, _EmulatesFP8 | FeedForward):
+            if not isinstance(module, _EmulatesFP8 | FusedMLP):
                 continue
             quantized = precision.quantizes(layer.layer_number - 1, num_layers)
-            if isinstance(module, FeedForward):
+            if isinstance(module, FusedMLP):
                 module.quantized = quantized
             else:
-                module.scaling = Scaling(precision) if quantized else None
+                module.precision = precision if quantized else None
             marked += quantized
     return marked

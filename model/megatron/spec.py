@@ -6,14 +6,14 @@ squared ReLU. Each is x + layer(RMSNorm(x)); no bias, no dropout, embedding and 
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model.megatron import te_guard  # noqa: F401    # before Megatron
+from model.megatron import compat  # before Megatron
 
 # isort: split
 from megatron.core import parallel_state
@@ -37,8 +37,7 @@ from kernels.squared_relu import squared_relu
 from model.config import ModelConfig
 from model.megatron.distributed import Parallelism
 from model.megatron.documents import PackedDocuments
-from model.megatron.feed_forward import FeedForward
-from model.megatron.fused_ops import RMSNormFunction
+from model.megatron.feed_forward import FusedMLP
 from model.megatron.limits import check_model
 from model.megatron.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from model.megatron.precision import Precision, mark_quantized_layers
@@ -79,9 +78,7 @@ def build_model(
     )
     mark_quantized_layers(model.decoder.layers, precision, len(config.pattern))
     if precision.scaling == "unscaled":
-        for module in model.modules():
-            if hasattr(module, "save_original_input"):      # Megatron asks for it, these quantizers cannot
-                module.save_original_input = False
+        compat.keep_quantized_inputs(model)
     recompute_layers(model.decoder.layers, config.pattern, recompute)
     return model
 
@@ -136,20 +133,20 @@ def hybrid_spec(config: ModelConfig, precision: Precision, parallelism: Parallel
         submodules=SelfAttentionSubmodules(linear_qkv=column, core_attention=CausalAttention, linear_proj=row),
     )
     feed_forward = ModuleSpec(
-        module=FeedForward if precision.fuses(parallelism.tensor) else MLP,
+        module=FusedMLP if precision.fuses(parallelism.tensor) else MLP,
         submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row),
     )
     return ModuleSpec(module=HybridStack, submodules=MambaStackSubmodules(
         mamba_layer=ModuleSpec(module=MambaLayer, submodules=MambaLayerSubmodules(
-            norm=RMSNorm, mixer=mixer, mamba_bda=get_bias_dropout_add,
+            norm=MegatronRMSNorm, mixer=mixer, mamba_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map={"norm.": "mixer.in_proj.layer_norm_"},
         )),
         attention_layer=ModuleSpec(module=TransformerLayer, submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm, self_attention=attention, self_attn_bda=get_bias_dropout_add,
+            input_layernorm=MegatronRMSNorm, self_attention=attention, self_attn_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map={"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
         )),
         mlp_layer=ModuleSpec(module=MLPLayer, submodules=TransformerLayerSubmodules(
-            pre_mlp_layernorm=RMSNorm, mlp=feed_forward, mlp_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=MegatronRMSNorm, mlp=feed_forward, mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map={"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"},
         )),
     ))
@@ -173,10 +170,10 @@ class HybridStack(MambaStack):
         super().__init__(config, submodules, post_process=post_process, post_layer_norm=False, **options)
         self.post_layer_norm = True
         if post_process:
-            self.final_norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+            self.final_norm = MegatronRMSNorm(config, config.hidden_size, config.layernorm_epsilon)
 
 
-class RMSNorm(nn.RMSNorm):
+class MegatronRMSNorm(nn.RMSNorm):
     """x / rms(x) * weight over the last axis, with the constructor a Megatron spec expects."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
@@ -185,9 +182,8 @@ class RMSNorm(nn.RMSNorm):
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda:
-            return rms_norm(x, self.weight, self.eps or 0.0)
-        return cast(Tensor, RMSNormFunction.apply(x, self.weight, self.eps))
+        """x (sequence, batch, hidden) -> the same shape and dtype."""
+        return rms_norm(x, self.weight, self.eps or 0.0)
 
 
 class CausalAttention(MegatronModule):
@@ -212,4 +208,5 @@ class CausalAttention(MegatronModule):
         return out.permute(2, 0, 1, 3).flatten(2)
 
     def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
+        """Nothing: it has no weights."""
         return {}

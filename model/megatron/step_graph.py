@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from model.megatron.compat import forget_quantized_weights
+
 EAGER_STEPS = 2         # compile kernels, open communicators, fill caches: a capture may do none of it
 
 
@@ -51,12 +53,12 @@ class StepGraph:
                 return self.run(self.batch)
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            _forget_quantized_weights(self.model)
+            forget_quantized_weights(self.model)
             torch.cuda.synchronize()
             # Other threads, NCCL's watchdog among them, may go on asking the GPU.
             with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.losses = self.run(self.batch)
-            _forget_quantized_weights(self.model)
+            forget_quantized_weights(self.model)
         self.graph.replay()
         return self.losses
 
@@ -65,10 +67,3 @@ class StepGraph:
         if self.graph is not None:
             self.graph.reset()
             self.graph = None
-
-
-def _forget_quantized_weights(model: nn.Module) -> None:
-    """Empty Transformer Engine's caches of FP8 weights before and after a capture, so that the graph has its own: a
-    validation run frees the transposes of those in the caches, where the graph would go on writing."""
-    for module in model.modules():
-        getattr(module, "_fp8_workspaces", {}).clear()

@@ -14,8 +14,7 @@ from itertools import product
 from typing import NamedTuple
 
 from model.config import ModelConfig, ModelError, PretrainConfig
-from model.costs import layer_parameters, parameters
-from model.throughput import training_flops_per_token
+from model.costs import layer_parameters, parameters, training_flops_per_token
 
 GIB = 2**30
 BF16, FP32, FP8 = 2, 4, 1               # bytes
@@ -81,6 +80,7 @@ class Layout(NamedTuple):
 
     @property
     def data(self) -> int:
+        """Data-parallel copies."""
         return self.processes // (self.tensor * self.pipeline)
 
     def __str__(self) -> str:
@@ -90,7 +90,7 @@ class Layout(NamedTuple):
                 f"{'distributed' if self.distributed_optimizer else 'whole'} optimizer")
 
 
-class Memory(NamedTuple):
+class TrainingMemory(NamedTuple):
     """Bytes on the fullest GPU."""
 
     weights: float              # BF16
@@ -109,6 +109,7 @@ class Memory(NamedTuple):
 
     @property
     def total(self) -> float:
+        """Bytes of all parts."""
         return sum(self)
 
 
@@ -124,33 +125,40 @@ class Time(NamedTuple):
 
     @property
     def total(self) -> float:
+        """Seconds of all parts."""
         return sum(self)
 
 
 @dataclass(frozen=True)
 class Plan:
+    """What a run takes: bytes of a GPU, seconds of a step."""
+
     config: ModelConfig
     recipe: PretrainConfig
     fp8: bool
     layout: Layout
     machine: Machine
-    memory: Memory
+    memory: TrainingMemory
     time: Time
 
     @property
     def fits(self) -> bool:
+        """Whether a GPU's memory holds it."""
         return self.memory.total <= self.machine.memory
 
     @property
     def tokens_per_second(self) -> float:
+        """Of all GPUs together."""
         return self.recipe.global_batch_size * self.config.sequence_length / self.time.total
 
     @property
     def days(self) -> float:
+        """Of the whole run."""
         return self.recipe.tokens / self.tokens_per_second / 86_400
 
     @property
     def gpu_hours(self) -> float:
+        """Of the whole run, all GPUs."""
         return self.days * 24 * self.layout.processes
 
     @property
@@ -215,7 +223,7 @@ def _check(config: ModelConfig, recipe: PretrainConfig, layout: Layout, machine:
 
 # memory
 
-def memory(config: ModelConfig, recipe: PretrainConfig, fp8: bool, layout: Layout, machine: Machine) -> Memory:
+def memory(config: ModelConfig, recipe: PretrainConfig, fp8: bool, layout: Layout, machine: Machine) -> TrainingMemory:
     """Bytes on the fullest pipeline stage."""
     return max((_stage_memory(config, recipe, fp8, layout, machine, stage) for stage in {0, layout.pipeline - 1}),
                key=lambda memory: memory.total)
@@ -223,7 +231,7 @@ def memory(config: ModelConfig, recipe: PretrainConfig, fp8: bool, layout: Layou
 
 def _stage_memory(
     config: ModelConfig, recipe: PretrainConfig, fp8: bool, layout: Layout, machine: Machine, stage: int
-) -> Memory:
+) -> TrainingMemory:
     tokens = layout.micro_batch_size * config.sequence_length
     share = layout.tensor if layout.sequence else 1
     first, last = stage == 0, stage == layout.pipeline - 1
@@ -244,7 +252,7 @@ def _stage_memory(
     of_head = logits + table * BF16 + 2 * residual if last else 0
     of_layers = max(tokens * backward_bytes(config, symbol, layout) + layer_parameters(config, symbol) / layout.tensor
                     * BF16 for symbol in {symbol for symbol, _ in layers}) + recomputed
-    return Memory(
+    return TrainingMemory(
         weights=held * BF16,
         fp8_copies=quantized * 2 * FP8,
         gradients=held * FP32,

@@ -66,6 +66,7 @@ class RunLog:
         return sorted(self.directory.glob("*.csv"))
 
     def close(self) -> None:
+        """Close TensorBoard's file."""
         assert self.events is not None
         self.events.close()
 

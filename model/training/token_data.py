@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.megatron import te_guard  # noqa: F401    # before Megatron
+from model.megatron import compat  # noqa: F401    # before Megatron
 
 # isort: split
 from megatron.core.datasets import helpers
@@ -228,7 +228,7 @@ class TrainingData:
         return ids
 
 
-class Ahead:
+class Prefetcher:
     """Batches by number (from 1), the next ones made by a thread while one is in use; any may be asked for.
 
     Args:
@@ -253,6 +253,7 @@ class Ahead:
         return self.waiting.pop(number).result()
 
     def close(self) -> None:
+        """End the thread; batches not yet begun are not made."""
         self.thread.shutdown(cancel_futures=True)
 
 
@@ -285,10 +286,10 @@ def _contents(tokens: Path) -> dict[str, Any]:
 def _dataset(prefix: str, samples: int, config: GPTDatasetConfig) -> GPTDataset:
     indexed = IndexedDataset(prefix)
     documents = np.arange(len(indexed.sequence_lengths), dtype=np.int32)
-    return _Readings(indexed, prefix, documents, samples, Split.train, config)
+    return _Epochs(indexed, prefix, documents, samples, Split.train, config)
 
 
-class _Readings(GPTDataset):
+class _Epochs(GPTDataset):
     """Megatron's samples of a file, one reading of it after another.
 
     Megatron itself shuffles all readings but the last together: after one reading's worth of samples a quarter of the

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.megatron import te_guard  # noqa: F401    # before Megatron
+from model.megatron import compat  # noqa: F401    # before Megatron
 
 # isort: split
 from megatron.core import parallel_state
@@ -39,11 +39,10 @@ from model.megatron.optimizer import build_optimizer, build_schedule, data_paral
 from model.megatron.precision import PrecisionName, choose_precision
 from model.megatron.spec import build_model
 from model.megatron.step_graph import StepGraph
-from model.throughput import flops_utilization
 from model.training import token_data
-from model.training.gradient_watch import GradientWatch
 from model.training.kernel_check import check_kernels
 from model.training.run_log import Row, RunLog
+from model.training.spike_guard import SpikeGuard
 
 # A validation run reads at most this share of the training tokens: ten of them then cost about a tenth of training.
 VALIDATION_SHARE = 1 / 50
@@ -159,7 +158,7 @@ class Trainer:
         self.schedule = build_schedule(recipe, self.optimizer, self.steps)
         self.resume = ResumeState(scratch, self.model, self.optimizer, self.schedule, recipe.checkpoints_kept,
                                   in_background=device().type == "cuda")
-        self.watch = GradientWatch(recipe.spike_factor, recipe.max_skipped_steps)
+        self.guard = SpikeGuard(recipe.spike_factor, recipe.max_skipped_steps)
         self.log = RunLog(scratch) if is_main_process() else None
         self.micro_batches, left = divmod(recipe.global_batch_size, recipe.micro_batch_size * self.ranks)
         if left:
@@ -170,7 +169,7 @@ class Trainer:
         self.forward_backward = get_forward_backward_func()
         samples = self.steps * recipe.global_batch_size
         self.data = token_data.TrainingData(tokens, config.sequence_length, samples, seed, scratch / "index")
-        self.batches = token_data.Ahead(self._batch, self.steps)
+        self.batches = token_data.Prefetcher(self._batch, self.steps)
         self.validation_sets = self._validation_sets(tokens)
         self.eod_id = token_data.end_of_document(tokens)
 
@@ -181,7 +180,7 @@ class Trainer:
             first, records, _ = restored
             self._check_identity(records.get("identity", {}))
             seconds, untrained = records["train_seconds"], records["untrained"]
-            self.watch.load_state_dict(records["watch"])
+            self.guard.load_state_dict(records["guard"])
             (self.scratch / "resumed").touch()
         if self.log is not None:
             self.log.start(first, restored[2] if restored else None)
@@ -205,7 +204,7 @@ class Trainer:
             self.resume.collect(wait=False)
             if step % self.recipe.checkpoint_every == 0 and step < self.steps:
                 gather_weights(self.ddp)
-                self.resume.save(step, {"train_seconds": seconds, "watch": self.watch.state_dict(),
+                self.resume.save(step, {"train_seconds": seconds, "guard": self.guard.state_dict(),
                                         "untrained": untrained, "identity": self.identity},
                                  self.log.files() if self.log else ())
         self.resume.collect(wait=True)
@@ -242,16 +241,16 @@ class Trainer:
         self.schedule.step(1)
         row: Row = {"step": step, "tokens": step * self.tokens_per_step}
 
-        def approve(grad_norm: float) -> bool:
+        def accept(grad_norm: float) -> bool:
             loss = total.item() / self.micro_batches / self.ranks       # queued before the norm: there already
-            verdict = self.watch.judge(step, loss, grad_norm)
+            verdict = self.guard.check(step, loss, grad_norm)
             row.update(
                 loss=loss, grad_norm=grad_norm, learning_rate=self.optimizer.param_groups[0]["lr"],
                 skipped=int(verdict == "skip"), spike=int(verdict == "spike"),
             )
             return verdict != "skip"
 
-        update(self.optimizer, self.recipe.clip_grad, approve)
+        update(self.optimizer, self.recipe.clip_grad, accept)
         return row
 
     def validate(self, step: int) -> list[Row]:
@@ -325,10 +324,10 @@ class Trainer:
     def _figures(self, row: Row, seconds: float) -> dict[str, float]:
         """What the progress line shows after `row`; counts of what went wrong only where something did."""
         figures = {"loss": row["loss"], "lr": row["learning_rate"], "tok/s": row["tokens"] / seconds}
-        if self.watch.skipped:
-            figures["skipped"] = self.watch.skipped
-        if self.watch.spikes:
-            figures["spikes"] = self.watch.spikes
+        if self.guard.skipped:
+            figures["skipped"] = self.guard.skipped
+        if self.guard.spikes:
+            figures["spikes"] = self.guard.spikes
         return figures
 
     def _validation_row(self, step: int, domain: str, nats: float, tokens: int, size: int) -> Row:
@@ -428,10 +427,11 @@ class Trainer:
             "tokens_per_second": speed,
             "train_seconds": seconds,
             "peak_memory_gib": peak,
-            "steps_skipped": self.watch.skipped,
-            "gradient_spikes": self.watch.spikes,
+            "steps_skipped": self.guard.skipped,
+            "gradient_spikes": self.guard.spikes,
         }
-        utilization = flops_utilization(self.config, speed, dist.get_world_size(), device())
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        utilization = costs.flops_utilization(self.config, speed, dist.get_world_size(), name)
         if utilization is not None:
             metrics["model_flops_utilization"] = utilization
         metrics |= {f"validation_bits_per_byte_{domain}": value for domain, value in at_end.items()}

@@ -20,6 +20,7 @@ SAVED = ("validation", "decoding", "fp8-gap", "distillation")   # figures that a
 
 
 def report(stage: Stage) -> dict[str, int]:
+    """Write the page, its figures and the claims; metrics."""
     from stages.report.claims import claims
     from stages.report.page import report_page
     from stages.report.records import Records, load_studies

@@ -15,7 +15,6 @@ import numpy as np
 
 from data_pipeline.config import DataError
 from model import costs
-from model.compression.config import MemoryBudget
 from model.presets import PRESETS
 from stages.report import statistics
 from stages.report.records import Pair, RecordError, Records, pairs
@@ -57,6 +56,7 @@ def claims(records: Records, studies: Mapping[str, Study | RecordError]) -> list
 
 
 def counts(found: Sequence[Claim]) -> dict[str, int]:
+    """How many claims have which answer."""
     return {str(answer): sum(claim.answer is answer for claim in found) for answer in Answer}
 
 
@@ -95,14 +95,17 @@ def percent(value: float) -> str:
 
 
 def points(value: float) -> str:
+    """A difference of shares as percentage points, signed."""
     return f"{plain(100 * value, '+.1f')} points"
 
 
 def times(logarithm: float) -> str:
+    """A log ratio as a factor."""
     return f"{math.exp(logarithm):.2f} times"
 
 
 def line(measure: str, decision: Decision, show: Show) -> Evidence:
+    """The evidence of one decision: value and interval, each as `show` writes it."""
     low, high = map(show, decision.estimate.interval(decision.alpha))
     unit = "".join(high.partition(" ")[1:])             # said once, where both have the same
     return Evidence(measure, show(decision.estimate.value), "" if math.isnan(decision.seen) else (
@@ -162,6 +165,7 @@ def evaluated(records: Records, candidate: Sequence[str], reference: Sequence[st
 
 
 def learned(records: Records, model: str) -> None:
+    """Raise DataError where the model says nothing: not better than a compressor of text."""
     metrics = records.metrics("evaluate", model)
     if not metrics["bits_per_byte"] < metrics["bits_per_byte_compressor"]:
         raise DataError(f"{model} learned nothing: it is not better than a compressor.\nTrain it on more tokens.")
@@ -223,6 +227,7 @@ def loss(records: Records, candidate: Sequence[str], reference: Sequence[str], b
 
 
 def fp8_scaling(records: Records, scaled: Sequence[str], unscaled: Sequence[str], bf16: Sequence[str]) -> Finding:
+    """Bits per byte that scales save over FP8 without them, by seed."""
     if not (found := pairs(records.params, scaled, unscaled)):
         return Answer.UNDECIDED, "this profile does not train FP8 without scales", []
     paired = pairs(records.params, scaled, bf16)
@@ -276,6 +281,7 @@ def tasks(records: Records, candidate: Sequence[str], reference: Sequence[str], 
 
 
 def layer_importance(records: Records) -> Finding:
+    """The first and the last layer above the least of the most important quarter."""
     learned(records, records.params.compress.parent)
     layers, count, found = records.importance.layers, records.params.compress.importance_samples, {}
     for which, end in (("first", layers[0]), ("last", layers[-1])):
@@ -288,6 +294,7 @@ def layer_importance(records: Records) -> Finding:
 
 
 def importance_random(records: Records) -> Finding:
+    """KL of the chosen cut against cuts at random, before distillation."""
     learned(records, records.params.compress.parent)
     cuts = records.controls
     gain = statistics.unpaired([-math.log(cuts.importance)], [-math.log(value) for value in cuts.random], "draw")
@@ -326,6 +333,7 @@ def exact(found: Mapping[str, tuple[str, bool]], limit: str = "exact") -> Findin
 
 
 def published_sizes(records: Records, **published: int) -> Finding:
+    """Parameters of the presets against the released checkpoints', and the shape of their patterns."""
     counted = {name: records.metrics("benchmark")[f"{name}_parameters"] for name in published}
     patterns = {name: PRESETS[name].pattern for name in ("nemotron_h_8b", "nemotron_h_56b")}
     return exact({name: (f"{count:,.0f}", count == published[name]) for name, count in counted.items()} | {
@@ -333,8 +341,10 @@ def published_sizes(records: Records, **published: int) -> Finding:
                                and pattern.count("*") == pattern.count("*-")) for name, pattern in patterns.items()})
 
 
-def memory(_: Records, card_gib: float, weights_gib: float, budget: Mapping[str, Any]) -> Finding:
-    small, large = (costs.memory(PRESETS[f"nemotron_h_{size}"], MemoryBudget(**budget)) for size in ("47b", "56b"))
+def memory(_: Records, card_gib: float, weights_gib: float, deployment: Mapping[str, Any]) -> Finding:
+    """GiB of 56B and 47B at a deployment against the card's, by closed formulas."""
+    held = costs.Deployment(**deployment)
+    small, large = (costs.memory(PRESETS[f"nemotron_h_{size}"], held) for size in ("47b", "56b"))
     weights, above, below = (size / 2**30 for size in (large.weights, large.total, small.total))
     return exact({"56B, weights": (f"{weights:.3f} GiB", abs(weights - weights_gib) < 0.05),
                   "56B, with 1,000,000 tokens": (f"{above:.1f} GiB", above > card_gib),
@@ -342,6 +352,7 @@ def memory(_: Records, card_gib: float, weights_gib: float, budget: Mapping[str,
 
 
 def release_forms(records: Records, tolerance: float) -> Finding:
+    """Logits of every export by transformers against ours."""
     found = {name: records.metrics("export", name)["logits_max_relative_difference"] for name in records.params.models}
     return exact({name: (f"{value:.1e}", value <= tolerance) for name, value in found.items()}, f"≤ {tolerance:.0e}")
 

@@ -89,6 +89,7 @@ def labelled(svg: str, name: str, words: str) -> str:
 
 
 def line(records: Records, model: str, curve: Curve) -> Series:
+    """A model's curve in its colour and dashes."""
     return Series(model, list(curve), list(curve.values()), *look(records, model))
 
 
@@ -109,6 +110,7 @@ def zoom(series: Sequence[Series]) -> Callable[[Axes], object]:
 
 
 def validation(records: Records) -> str:
+    """Bits per byte on held-out text over training tokens."""
     series = [line(records, name, records.validation(name)) for name in records.params.variants]
     return lines(series, "Tokens", "Bits per byte", zoom(series))
 
@@ -132,15 +134,16 @@ def gap(reference: Curve, other: Curve) -> Curve:
 
 
 def layer_importance(records: Records) -> str:
-    kind = records.importance.rule.replace("rank", "mse").upper()       # ranks are those of the MSE
+    """Importance over a layer's place, by kind."""
     layers = [layer for layer in records.importance.layers if layer.importance > 0]
     series = [Series(label, [layer.index for layer in layers if layer.symbol == symbol],
                      [layer.importance for layer in layers if layer.symbol == symbol], colour, "o")
               for (symbol, label), colour in zip(KINDS.items(), PALETTE[1:], strict=False)]
-    return lines(series, "Layer", f"Importance ({kind})", lambda axes: axes.set_yscale("log"))
+    return lines(series, "Layer", "Importance (MSE)", lambda axes: axes.set_yscale("log"))
 
 
 def candidates(records: Records) -> str:
+    """Agreement with the parent over memory, by how far a candidate came."""
     scored = [item for item in records.candidates if item.agreement is not None]
     groups = {"compared": (MUTED, [item for item in scored if item.kl_short is None]),
               "distilled": (PALETTE[1], [item for item in scored if item.kl_short is not None and not item.chosen]),
@@ -151,11 +154,13 @@ def candidates(records: Records) -> str:
 
 
 def distillation(records: Records) -> str:
+    """KL to the parent over distillation tokens."""
     return lines([line(records, name, curve) for name, curve in records.distillation.items()],
                  "Distillation tokens", "KL to the parent (nats)")
 
 
 def decoding(records: Records) -> str:
+    """Decoding speed over the context."""
     contexts = [row.context for row in records.decode["hybrid"]]
 
     def adjust(axes: Axes) -> None:

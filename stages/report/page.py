@@ -60,6 +60,7 @@ class Page:
 
 
 def histogram(of: figures.Panel, name: str, words: str) -> Markup:
+    """A panel as SVG, with `words` for who cannot see it."""
     return Markup(figures.labelled(figures.histogram(of), name, words))
 
 
@@ -97,10 +98,12 @@ def write_data_page(runs: Path, out: Path, profile: str) -> Path:
 
 
 def number(value: float | None, digits: int = 3) -> str:
+    """With thousands' separators; a dash where there is none."""
     return "–" if value is None else plain(value, f",.{digits}f")
 
 
 def machine(of: Machine) -> str:
+    """A machine in words."""
     return "; ".join(filter(None, (of.accelerator, f"{of.processor}, {of.cores} cores, {of.memory_gib:g} GiB")))
 
 

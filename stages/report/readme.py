@@ -24,6 +24,8 @@ MARKS = {Answer.HOLDS: ("hold", "✓"), Answer.FAILS: ("do not", "✗"), Answer.
 
 
 class Row(BaseModel):
+    """A claim as the table has it."""
+
     number: str
     title: str
     answer: Answer
@@ -47,6 +49,7 @@ def table() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The command; 0, or 1 where --check finds another table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     check, text = parser.parse_args(arguments).check, README.read_text()

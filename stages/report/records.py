@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from data_pipeline.config import DataError, Label
 from data_pipeline.schema import Blend, Dropped, FunnelStep, Histogram
-from model.compression.schema import Candidate, Controls, Costs, Importance
+from model.compression.schema import CandidateRecord, Controls, Costs, Importance
 from model.evaluation.schema import PaperScore, Samples, Scores
 from stages.params import Params
 from stages.schema import DecodeRepeat, DecodeRow, DistillationRow, Provenance, ValidationRow
@@ -144,7 +144,7 @@ class Records(DataRecords):
         runs: STAGE or STAGE@MEMBER, in the graph's order.
     """
 
-    candidates: list[Candidate] = _record(list[Candidate], "compress", "candidates.json")
+    candidates: list[CandidateRecord] = _record(list[CandidateRecord], "compress", "candidates.json")
     controls: Controls = _record(Controls, "compress", "controls.json")
     costs: Costs = _record(Costs, "compress", "costs.json")
     importance: Importance = _record(Importance, "compress", "importance.json")
@@ -166,12 +166,15 @@ class Records(DataRecords):
         return self.reader.read(Provenance, *run.split("@"), "provenance.json")
 
     def scores(self, model: str) -> Scores:
+        """scores.json of a model."""
         return self.reader.read(Scores, "evaluate", model, "scores.json")
 
     def samples(self, model: str) -> Samples:
+        """samples.json of a model."""
         return self.reader.read(Samples, "evaluate", model, "samples.json")
 
     def paper_tasks(self, model: str) -> list[PaperScore]:
+        """paper_tasks.json of a model."""
         return self.reader.read(list[PaperScore], "evaluate", model, "paper_tasks.json")
 
     def validation(self, variant: str) -> Curve:

@@ -24,6 +24,8 @@ MOST = 1e6                      # times what was measured; beyond it no number i
 
 
 class Answer(StrEnum):
+    """What the evidence says of a claim."""
+
     HOLDS = "holds"
     FAILS = "does not hold"
     UNDECIDED = "cannot be told"
@@ -64,6 +66,7 @@ class Estimate(NamedTuple):
         return self.error * float(special.stdtrit(self.df, 1 - alpha / 2))
 
     def interval(self, alpha: float = 2 * ALPHA) -> tuple[float, float]:
+        """Both ends at confidence 1 - `alpha`."""
         half = self.half_width(alpha)
         return self.value - half, self.value + half
 
@@ -79,6 +82,7 @@ class Decision(NamedTuple):
 
     @property
     def seen(self) -> float:
+        """Half the interval: the smallest difference that could have been told."""
         return self.estimate.half_width(self.alpha)
 
 

@@ -59,7 +59,7 @@ def test_one_token(position):
 def test_splits(dtype, tolerance, heads, position, monkeypatch):
     """Splits that are full, ragged and empty; groups of 1, 3 and 20 query heads."""
     monkeypatch.setattr(cached_attention_triton, "TILES",
-                        cached_attention_triton.Tiles(tokens=16, warps=4, stages=2, programs=12, splits=64))
+                        cached_attention_triton.AttentionTiles(tokens=16, warps=4, stages=2, programs=12, splits=64))
     q, keys, values = (tensor.to(dtype) for tensor in random_tensors(2, heads, 2, 90, 32))
     at = torch.tensor(position, device=DEVICE)
     y = cached_attention_triton.attend(*(tensor.to(DEVICE) for tensor in (q[:, :, position], keys, values)), at)

@@ -24,7 +24,7 @@ def triton_losses(logits: Tensor, labels: Tensor) -> Tensor:
 @pytest.fixture
 def small_tiles(monkeypatch):
     for name in ("LOSSES", "GRADIENT", "BOTH"):
-        monkeypatch.setattr(cross_entropy_triton, name, cross_entropy_triton.Tiles(bytes=512, warps=2))
+        monkeypatch.setattr(cross_entropy_triton, name, cross_entropy_triton.RowTiles(bytes=512, warps=2))
 
 
 @pytest.mark.usefixtures("small_tiles")

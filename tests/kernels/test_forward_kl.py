@@ -56,7 +56,7 @@ def test_it_is_the_forward_divergence():
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_the_kernel_gives_the_same(monkeypatch, vocab, dtype, tolerance):
     """Rows of several tiles, the last one cut, and of less than one."""
-    monkeypatch.setattr(forward_kl_triton, "ROW", forward_kl_triton.Tiles(bytes=512, warps=2))
+    monkeypatch.setattr(forward_kl_triton, "ROW", forward_kl_triton.RowTiles(bytes=512, warps=2))
     student, teacher = (logits.to(DEVICE) for logits in random_logits(5, vocab, dtype, scale=8.0))
     gradient = torch.empty_like(student)
     found = forward_kl_triton.divergences(student, teacher, gradient).mean().cpu()

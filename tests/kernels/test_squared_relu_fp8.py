@@ -78,9 +78,9 @@ def same(result: tuple[Tensor, ...], expected: Tensor, format: str) -> bool:
 def shape(request, monkeypatch):
     """Tokens and channels that take several tiles, the last ones cut."""
     if request.param == "small tiles":
-        monkeypatch.setattr(kernel, "LARGEST_TILES", kernel.Tiles(4, 32, 4))
+        monkeypatch.setattr(kernel, "LARGEST_TILES", kernel.QuantizeTiles(4, 32, 4))
         monkeypatch.setattr(kernel, "PROGRAMS", 3)
-        monkeypatch.setattr(kernel, "QUANTIZE_TILES", kernel.Tiles(32, 32, 4))
+        monkeypatch.setattr(kernel, "QUANTIZE_TILES", kernel.QuantizeTiles(32, 32, 4))
         return 48, 80
     return 144, 144
 

@@ -10,14 +10,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, NemotronHConfig, Nemotro
 from transformers.models.qwen2 import Qwen2ForCausalLM
 
 from model import costs
-from model.compression.config import MemoryBudget
 from model.config import ModelConfig
 from model.hybrid_lm import HybridLM
 from model.presets import PEERS, PRESETS
 
 # A million tokens in the paper's unit, 4.5 bits a weight; keys and values of 4 bits and FP32 states are inferred.
-FP4_MILLION = MemoryBudget(
-    context=1_000_000, batch=1, weight_bits=4.5, kv_bits=4, ssm_bits=32, conv_bits=16, budget_fraction=0.7
+FP4_MILLION = costs.Deployment(
+    context=1_000_000, batch=1, weight_bits=4.5, kv_bits=4, ssm_bits=32, conv_bits=16
 )
 GIB = 2**30
 
@@ -100,10 +99,7 @@ def test_cache_bytes_equal_what_transformers_allocates():
         torch.nn.init.normal_(parameter, std=0.02)
     with torch.no_grad():
         cache = model(torch.zeros(3, 17, dtype=torch.int64), use_cache=True).past_key_values
-    budget = MemoryBudget(
-        context=17, batch=3, weight_bits=32, kv_bits=32, ssm_bits=32, conv_bits=32, budget_fraction=0.5
-    )
-    ours = costs.memory(config, budget)
+    ours = costs.memory(config, costs.Deployment.of(17, 3, bits=32))
     layers = dict(zip(range(5), config.pattern, strict=True))
     attention = [cache.layers[i] for i, symbol in layers.items() if symbol == "*"]
     mamba = [cache.layers[i] for i, symbol in layers.items() if symbol == "M"]
@@ -162,3 +158,17 @@ def test_prefill_flops_explain_the_papers_throughput_ratios(slow, fast, ratio):
     models = {**PRESETS, **PEERS}
     per_token = [costs.flops_per_token(models[name], 65_536 // 2) for name in (slow, fast)]
     assert per_token[0] / per_token[1] == pytest.approx(ratio, abs=0.005)
+
+
+def test_utilization_is_of_the_data_sheets_bf16_rate():
+    speed = 4 * 989.4e12 / costs.training_flops_per_token(BASE)          # what four could do at most
+    assert costs.flops_utilization(BASE, speed / 2, 4, "NVIDIA H200") == pytest.approx(0.5)
+    assert costs.flops_utilization(BASE, speed, 4, "NVIDIA H100 PCIe") == pytest.approx(989.4 / 756)
+    assert costs.flops_utilization(BASE, speed, 4, "Some GPU") is None
+    assert costs.flops_utilization(BASE, speed, 4, "CPU") is None
+
+
+def test_training_takes_about_six_operations_a_weight_and_token():
+    model = PRESETS["nemotron_h_8b"]
+    weights = costs.parameters(model) - model.vocab_size * model.hidden_size     # looking an embedding up is no product
+    assert 6 * weights < costs.training_flops_per_token(model) < 6.6 * weights

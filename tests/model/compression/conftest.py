@@ -37,10 +37,9 @@ def data() -> Data:
 @pytest.fixture(scope="session")
 def config() -> CompressConfig:
     return CompressConfig(
-        parent="hybrid", layer_rule="rank", layer_rounds="one", importance_samples=8, ffn_importance_samples=16,
-        ffn_score="mean_then_l2",
-        ffn_widths=[16, 24, 28, 32, 48], other_widths={}, min_attention_layers=1, parameters_fraction=None,
-        latency=None, refit_samples=0, ranked_by_task=3, task_items=16, random_draws=2, teacher_precision="bf16",
+        parent="hybrid", importance_samples=8, ffn_importance_samples=16, ffn_score="mean_then_l2",
+        ffn_widths=[16, 24, 28, 32, 48], min_attention_layers=1, parameters_fraction=None,
+        latency=None, ranked_by_task=3, task_items=16, random_draws=2, teacher_precision="bf16",
         memory=MemoryBudget(context=64, batch=1, weight_bits=16, kv_bits=16, ssm_bits=32, conv_bits=16,
                             budget_fraction=0.7),
         validation_samples=16, ranking_samples=8, ranked_by_agreement=3, finalists=2,

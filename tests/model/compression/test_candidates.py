@@ -10,17 +10,15 @@ import torch
 from flows.profile import resolve
 from model import costs
 from model.compression import candidates
-from model.compression.candidates import Budget, keep_top_layers, realise, share_budget
-from model.compression.config import MemoryBudget
+from model.compression.candidates import Budget, keep_top_layers, make_candidate, share_budget
 from model.compression.width_importance import WidthImportance
 from model.config import ModelConfig, ModelError
 from model.presets import PRESETS
 from stages.params import load_params
 
 
-def budget(**changes) -> MemoryBudget:
-    values = {"context": 100, "batch": 1, "weight_bits": 16, "kv_bits": 16, "ssm_bits": 32, "conv_bits": 16}
-    return MemoryBudget(**(values | {"budget_fraction": 0.8} | changes))
+def budget(**changes) -> costs.Deployment:
+    return costs.Deployment.of(100).model_copy(update=changes)
 
 
 def memory_budget(deployment, limit) -> Budget:
@@ -29,9 +27,7 @@ def memory_budget(deployment, limit) -> Budget:
 
 def maximal_cells(config, widths, least_attention, deployment, limit):
     """Counts and FFN width of the cells of the paper's grid under a memory budget."""
-    found = candidates.maximal_cells(config, {"ffn_hidden_size": widths}, least_attention,
-                                     [memory_budget(deployment, limit)])
-    return [cell[:4] for cell in found]
+    return candidates.maximal_cells(config, widths, least_attention, [memory_budget(deployment, limit)])
 
 
 def parent(pattern: str, **changes) -> ModelConfig:
@@ -106,29 +102,19 @@ def test_a_budget_below_the_smallest_model_says_which_would_do():
     budgets = [share_budget(name, share, cost, config, field)
                for (name, cost, field), share in zip(shares, ((smallest - 1) / whole, 0.99), strict=True)]
     with pytest.raises(ModelError) as error:
-        candidates.maximal_cells(config, {"ffn_hidden_size": [32, 64]}, 1, budgets)
+        candidates.maximal_cells(config, [32, 64], 1, budgets)
     wrong, cure = str(error.value).splitlines()
     assert "memory (bytes)" in wrong and "parameters" not in wrong and "budget_fraction" in cure
     share = float(cure.split()[3].rstrip("."))
     assert smallest / whole <= share < smallest / whole + 2e-4
     budgets[0] = share_budget(*shares[0][:1], share, *shares[0][1:2], config, shares[0][2])
-    assert [cell[:4] for cell in candidates.maximal_cells(config, {"ffn_hidden_size": [32, 64]}, 1, budgets)] == [
-        (1, 1, 1, 32)]
-
-
-def everything_that_fits(config, widths, budgets):
-    """Cells by brute force over all axes."""
-    axes = candidates._axes(config, widths, 1)
-    cells = [candidates.Cell(*point) for point in itertools.product(*axes)]
-    return [cell for cell in cells if all(b.cost(cell.config(config)) <= b.limit for b in budgets)]
+    assert candidates.maximal_cells(config, [32, 64], 1, budgets) == [(1, 1, 1, 32)]
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_further_axes_and_several_budgets_equal_brute_force(seed):
+def test_several_budgets_equal_brute_force(seed):
     draw = random.Random(seed)
-    config = parent("M-M*-M-", ffn_hidden_size=64, hidden_size=32)
-    widths = {"ffn_hidden_size": [32, 48, 64], "mamba_num_heads": [2, 4], "hidden_size": [16, 24, 32],
-              "num_attention_heads": [2, 4]}
+    config = parent("M-M*-M-M*-", ffn_hidden_size=64, hidden_size=32)
     deployment = budget(context=draw.choice([10, 500]))
     latency = {symbol: draw.uniform(1, 3) for symbol in "M*-"}
     budgets = [
@@ -136,22 +122,11 @@ def test_further_axes_and_several_budgets_equal_brute_force(seed):
         share_budget("parameters", draw.uniform(0.5, 0.9), costs.parameters, config, ""),
         share_budget("decode step", 0.8, lambda c: sum(latency[symbol] for symbol in c.pattern), config, ""),
     ]
-    fitting = everything_that_fits(config, widths, budgets)
+    cells = [candidates.Cell(*point) for point in itertools.product(range(1, 5), (1, 2), range(1, 5), (32, 48, 64))]
+    fitting = [cell for cell in cells if all(b.cost(cell.config(config)) <= b.limit for b in budgets)]
     expected = sorted(cell for cell in fitting if not any(
         other != cell and all(x >= y for x, y in zip(other, cell, strict=True)) for other in fitting))
-    assert candidates.maximal_cells(config, widths, 1, budgets) == expected and expected
-
-
-@pytest.mark.parametrize(("widths", "wrong"), [
-    ({"mamba_num_heads": [3]}, "mamba_num_heads 3 is not a multiple of 2 groups"),
-    ({"num_attention_heads": [3]}, "num_attention_heads 3 is not a multiple"),
-    ({"num_query_groups": [1]}, "more heads a group"),
-    ({"depth": [1]}, "is no width"),
-])
-def test_widths_that_do_not_divide_are_refused(widths, wrong):
-    with pytest.raises(ModelError, match=wrong) as error:
-        candidates.maximal_cells(parent("M-M*-"), widths, 1, [memory_budget(budget(), 10**9)])
-    assert len(str(error.value).splitlines()) == 2
+    assert candidates.maximal_cells(config, [32, 48, 64], 1, budgets) == expected and expected
 
 
 def test_a_width_beyond_the_parents_is_refused():
@@ -177,15 +152,12 @@ def scores(config, neurons) -> WidthImportance:
 def test_a_candidate_counts_what_is_kept():
     config = parent("M-*-")
     neurons = {1: torch.tensor([8.0, 0.0] + [1.0] * 2 + [0.0] * 60).double(), 3: torch.ones(64).double()}
-    cell = candidates.Cell(1, 1, 1, 1, 4, 8, 4, 2, 16)
-    found = realise(config, cell, [4.0, 2.0, 3.0, 1.0], scores(config, neurons), budget())
+    cell = candidates.Cell(1, 1, 1, 1)
+    found = make_candidate(config, cell, [4.0, 2.0, 3.0, 1.0], scores(config, neurons), budget())
     assert found.layers == [0, 1, 2] and found.config.pattern == "M-*" and found.config.ffn_hidden_size == 1
     assert found.selection.neurons[1].tolist() == [0] and not found.selection.mamba_heads
     assert found.importance == pytest.approx((4 + 2 * 8 / 10 + 3) / 10)
     assert found.parameters == costs.parameters(found.config)
     assert found.memory == costs.memory(found.config, budget())
-    other = realise(config, cell, [4.0, 2.0, 3.0, 1.0], scores(config, neurons), budget(), [3.0, 1.0, 2.0, 4.0])
+    other = make_candidate(config, cell, [4.0, 2.0, 3.0, 1.0], scores(config, neurons), budget(), [3.0, 1.0, 2.0, 4.0])
     assert other.layers == [0, 2, 3] and other.importance == pytest.approx((4 + 3 + 1 / 64) / 10)
-    half = realise(config, cell._replace(mamba_num_heads=2), [4.0, 2.0, 3.0, 1.0], scores(config, neurons), budget())
-    assert half.selection.mamba_heads[0].tolist() == [0, 2]
-    assert half.importance == pytest.approx((4 / 2 + 2 * 8 / 10 + 3) / 10)

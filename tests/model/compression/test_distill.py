@@ -8,7 +8,7 @@ import torch
 from model.compression.comparison import compare
 from model.compression.distill import _Student, check_memory, distill, learning_rate, least_memory
 from model.compression.prune import Selection, cut
-from model.compression.resume import Pieces
+from model.compression.resume import ResultCache
 from model.config import ModelError
 from model.hybrid_lm import HybridLM
 from tests.model.compression.markov import silent
@@ -30,7 +30,7 @@ def students(parent):
 def run(parent, students, data, config, directory, progress=silent):
     teacher = HybridLM.from_state(*parent)
     return distill(
-        teacher, students, data.training, config.distillation_tokens, config, Pieces(directory), "run", progress
+        teacher, students, data.training, config.distillation_tokens, config, ResultCache(directory), "run", progress
     )
 
 

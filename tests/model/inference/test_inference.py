@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
-from model.compression.config import MemoryBudget
 from model.config import ModelConfig, ModelError
-from model.costs import memory
+from model.costs import Deployment, memory
 from model.hybrid_lm import HybridLM
 from model.inference.decoder import Decoder
 from model.inference.fp8_weights import quantize_weights
@@ -66,7 +65,7 @@ def test_a_prompt_in_pieces_equals_the_full_forward(config, prefill_tokens, prom
 
 
 @CONFIGS
-def test_float8_weights_decode_as_they_compute_a_prompt(config, ids):
+def test_fp8_weights_decode_as_they_compute_a_prompt(config, ids):
     config = config.model_copy(update={"mamba_num_heads": 16} if "M" in config.pattern else {})
     model = random_model(config)
     with torch.no_grad():
@@ -80,7 +79,7 @@ def test_float8_weights_decode_as_they_compute_a_prompt(config, ids):
     assert ((torch.stack(steps, 1) - full[:, 16:]).norm() / full.norm()) < 0.03
 
 
-def test_float8_needs_multiples_of_16():
+def test_fp8_needs_multiples_of_16():
     with pytest.raises(ModelError, match=r"0\.mixer\.in_proj is \(166, 48\)"):
         quantize_weights(random_model(HYBRID).backbone.layers)
 
@@ -155,10 +154,7 @@ def test_sampling_without_a_meaning(sampling, message, ids):
 def test_cache_bytes_are_the_cost_models(config, dtype):
     model = HybridLM.from_state(config, random_model(config).state_dict(), dtype)
     decoder = Decoder(model, max_length=50, batch=3)
-    bits = 8 * dtype.itemsize
-    budget = MemoryBudget(context=50, batch=3, weight_bits=bits, kv_bits=bits, ssm_bits=32, conv_bits=bits,
-                          budget_fraction=0.5)
-    assert decoder.cache_bytes == memory(config, budget).cache
+    assert decoder.cache_bytes == memory(config, Deployment.of(50, 3, 8 * dtype.itemsize)).cache
 
 
 def test_no_room(ids):

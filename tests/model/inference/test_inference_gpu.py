@@ -52,7 +52,7 @@ def test_pieces_and_captured_steps_are_the_full_forward(config):
 
 
 @CONFIGS
-def test_float8_weights(config):
+def test_fp8_weights(config):
     model = random_model(config, torch.bfloat16, "cuda")
     ids = torch.randint(512, (3, 300), generator=torch.Generator().manual_seed(0)).cuda()
     with torch.no_grad():

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 
 from model.config import ModelError
+from model.megatron.compat import megatron_on_cpu
 from model.megatron.distributed import (
     Parallelism,
     bfloat16_products_in_float32,
     is_main_process,
     main_process_first,
-    megatron_on_cpu,
     process_groups,
 )
 

@@ -5,7 +5,7 @@ import torch
 from kernels.squared_relu import squared_relu
 from kernels.squared_relu_fp8 import quantize_transpose
 from model.megatron.feed_forward import FP8FeedForward
-from model.megatron.precision import FP8Product, Precision, Scaling
+from model.megatron.precision import FP8Product, Precision
 
 SEQUENCE, BATCH, HIDDEN, FFN = 16, 2, 64, 96
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,8 +31,8 @@ def fused(x, up, down):
 
 
 def parts(x, up, down):
-    scaling = Scaling(Precision("fp8", emulated=True))
-    return FP8Product.apply(squared_relu(FP8Product.apply(x, up, scaling, True)), down, scaling, True)
+    precision = Precision("fp8", emulated=True)
+    return FP8Product.apply(squared_relu(FP8Product.apply(x, up, precision)), down, precision)
 
 
 def test_value_and_gradients_are_those_of_the_parts():

@@ -42,7 +42,7 @@ def tokens(token_files, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(("precision", "changes"), [
     ("bf16", {}), ("fp8", {}), ("fp8", {"recompute": "M*-"}),
-    ("fp8", {"fp8_recipe": "delayed", "bf16_layers_at_start": 0, "bf16_layers_at_end": 0}),
+    ("fp8", {"bf16_layers_at_start": 0, "bf16_layers_at_end": 0}),
 ])
 def test_every_linear_layer_is_measured_and_training_is_not_disturbed(tokens, precision, changes, tmp_path):
     job = {"tokens": str(tokens), "parallelism": {}, "precision": precision} | changes
@@ -60,7 +60,7 @@ def test_every_linear_layer_is_measured_and_training_is_not_disturbed(tokens, pr
     }
     assert len(rows) == 2 * 8 * 3
     in_fp8 = {int(row["layer"]) for row in rows if row["in_fp8"] == "1"}
-    expected: set[int] = set() if precision == "bf16" else {1, 2} if "fp8_recipe" not in changes else {0, 1, 2, 3}
+    expected: set[int] = set() if precision == "bf16" else {0, 1, 2, 3} if "bf16_layers_at_start" in changes else {1, 2}
     assert in_fp8 == expected
     for row in rows:
         assert 10 < float(row["snr_db"]) < 60 and 0 <= float(row["underflow_share"]) < 0.5, row

@@ -10,27 +10,27 @@ from tiny_engine import HYBRID
 from model.config import ModelError
 from model.megatron import precision as precision_module
 from model.megatron.distributed import ONE_COPY, process_groups
-from model.megatron.precision import FP8Product, Precision, Scaling, choose_precision, mark_quantized_layers
+from model.megatron.precision import FP8Product, Precision, choose_precision, mark_quantized_layers
 from model.megatron.spec import build_model
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
-def to_float8(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def to_fp8(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Per-tensor current scaling by PyTorch's own casts, as float64."""
     scale = torch.finfo(dtype).max / x.abs().max().float()
     return (x.float() * scale).to(dtype).double() / scale.double()
 
 
-def test_the_three_products_are_of_float8_values():
+def test_the_three_products_are_of_fp8_values():
     torch.manual_seed(0)
     x = torch.randn(3, 5, 32).bfloat16().requires_grad_()
     weight = torch.randn(16, 32).bfloat16().requires_grad_()
     dy = torch.randn(3, 5, 16).bfloat16()
-    y = FP8Product.apply(x, weight, Scaling(Precision("fp8", emulated=True)), True)
+    y = FP8Product.apply(x, weight, Precision("fp8", emulated=True))
     y.backward(dy)
-    x8, weight8 = (to_float8(t.detach(), torch.float8_e4m3fn) for t in (x, weight))
-    dy8 = to_float8(dy, torch.float8_e5m2)
+    x8, weight8 = (to_fp8(t.detach(), torch.float8_e4m3fn) for t in (x, weight))
+    dy8 = to_fp8(dy, torch.float8_e5m2)
     expected = (x8 @ weight8.T, dy8 @ weight8, dy8.flatten(0, 1).T @ x8.flatten(0, 1))
     for result, exact in zip((y, x.grad, weight.grad), expected, strict=True):
         assert result.dtype is torch.bfloat16
@@ -60,7 +60,7 @@ def test_layers_between_the_ends_are_quantized_and_nothing_else():
     with process_groups():
         model = build_model(HYBRID, precision, ONE_COPY, 1)
         assert mark_quantized_layers(model.decoder.layers, precision, 4) == 4      # two linear layers in each of `-*`
-        quantized = {name for name, module in model.named_modules() if getattr(module, "scaling", None)}
+        quantized = {name for name, module in model.named_modules() if getattr(module, "precision", None)}
         assert quantized == {
             "decoder.layers.1.mlp.linear_fc1", "decoder.layers.1.mlp.linear_fc2",
             "decoder.layers.2.self_attention.linear_qkv", "decoder.layers.2.self_attention.linear_proj",
@@ -104,8 +104,6 @@ def test_fp8_on_a_gpu_without_fp8_products_is_an_error(monkeypatch):
 @pytest.mark.parametrize(("scaling", "gradients", "expected"), [
     ("current", "e5m2", {"fp8": "hybrid", "fp8_recipe": "tensorwise", "first_last_layers_bf16": True}),
     ("current", "e4m3", {"fp8": "e4m3", "fp8_recipe": "tensorwise"}),
-    ("delayed", "e5m2", {"fp8": "hybrid", "fp8_recipe": "delayed", "fp8_amax_history_len": 1024,
-                         "fp8_amax_compute_algo": "max", "first_last_layers_bf16": False}),
     ("unscaled", "e4m3", {"fp8": "e4m3", "fp8_recipe": "custom",
                           "fp8_quantizer_factory": "model.megatron.fp8_unscaled.quantizer_e4m3_gradients"}),
     ("unscaled", "e5m2", {"fp8": "hybrid", "fp8_recipe": "custom",
@@ -121,8 +119,8 @@ def test_the_alternatives_are_options_of_megatrons(monkeypatch, scaling, gradien
     assert options.keys() <= {field.name for field in dataclasses.fields(engine)}
 
 
-def emulated(scaling: str, gradients: str = "e5m2") -> Scaling:
-    return Scaling(Precision("fp8", emulated=True, scaling=scaling, gradients=gradients))
+def emulated(scaling: str, gradients: str = "e5m2") -> Precision:
+    return Precision("fp8", emulated=True, scaling=scaling, gradients=gradients)
 
 
 def test_without_scales_values_are_cast_as_they_are():
@@ -131,14 +129,3 @@ def test_without_scales_values_are_cast_as_they_are():
     assert inverse == 1 and values.tolist() == [0.0, 1.0, 448.0, 448.0]
     assert emulated("unscaled").quantize(x, "gradient")[0].tolist()[2:] == [512.0, 57344.0]
     assert emulated("unscaled", "e4m3").quantize(x, "gradient")[0].tolist()[2:] == [448.0, 448.0]
-
-
-def test_delayed_scales_are_of_the_largest_value_so_far_and_leave_out_this_one():
-    scaling = emulated("delayed")
-    first, second = torch.tensor([1.0, 2.0]).bfloat16(), torch.tensor([0.5, 8.0]).bfloat16()
-    assert scaling.quantize(first, "input")[1] == 1.0                      # nothing seen yet
-    values, inverse = scaling.quantize(second, "input")
-    assert inverse == pytest.approx(2 / 448) and values[1] == 448.0        # 8 saturates under the scale for 2
-    assert scaling.quantize(first, "input", training=False)[1] == pytest.approx(8 / 448)
-    assert list(scaling.histories["input"]) == [2.0, 8.0] and not scaling.histories["gradient"]
-    assert scaling.quantize(torch.tensor([float("inf")]).bfloat16(), "input") and len(scaling.histories["input"]) == 2

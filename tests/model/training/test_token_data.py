@@ -14,7 +14,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from data_pipeline.tokenize.indexed_dataset import IndexedDatasetWriter
 from model.config import ModelError
-from model.training.token_data import Ahead, TrainingData, check, digests, domains, validation
+from model.training.token_data import Prefetcher, TrainingData, check, digests, domains, validation
 
 
 @pytest.fixture
@@ -225,11 +225,11 @@ def test_a_model_with_fewer_ids_than_the_tokens_is_an_error(tokens):
 
 def test_batches_ahead_are_those_asked_for():
     made = []
-    batches = Ahead(lambda number: made.append(number) or torch.tensor(number), last=6)
+    batches = Prefetcher(lambda number: made.append(number) or torch.tensor(number), last=6)
     assert [batches[number].item() for number in (1, 2, 3, 3, 6, 5)] == [1, 2, 3, 3, 6, 5]
     batches.close()
     assert max(made) == 6 and {1, 2, 3, 4, 5, 6} == set(made)
-    failing = Ahead(lambda number: 1 / 0, last=3)
+    failing = Prefetcher(lambda number: 1 / 0, last=3)
     with pytest.raises(ZeroDivisionError):
         failing[1]
     failing.close()

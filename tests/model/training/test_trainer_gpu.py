@@ -26,7 +26,7 @@ def losses(run: dict) -> list[float]:
 
 
 @pytest.mark.parametrize(("precision", "changes"), [
-    ("bf16", {}), ("fp8", {}), ("fp8", {"fp8_recipe": "delayed", **EVERYWHERE}),
+    ("bf16", {}), ("fp8", {}), ("fp8", EVERYWHERE),
     ("bf16", {"distributed_optimizer": True}), ("fp8", {"distributed_optimizer": True}),
     ("fp8", {"cuda_graph": True, "fp8_statistics": True}),
 ])
@@ -68,7 +68,7 @@ def test_distributed_optimizer_in_processes_of_its_own(tokens, precision, tmp_pa
 
 @pytest.mark.parametrize("changes", [
     {}, {"fp8_gradients": "e4m3"}, {"fp8_recipe": "unscaled"}, {"fp8_recipe": "unscaled", "fp8_gradients": "e4m3"},
-    {"fp8_recipe": "delayed", **EVERYWHERE}, EVERYWHERE,
+    EVERYWHERE,
 ])
 def test_fp8_settings_train_near_bf16_and_are_not_bf16(tokens, changes, tmp_path):
     job = {"tokens": str(tokens), "parallelism": {}} | changes

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.schema import Blend, BlendPhase, Dropped, Example, FunnelStep, Histogram, TokenFile
-from model.compression.schema import Candidate, Controls, Costs, FfnImportance, Importance, LayerImportance
+from model.compression.schema import CandidateRecord, Controls, Costs, FfnImportance, Importance, LayerImportance
 from model.evaluation.schema import ChoiceSample, TextSample
 from stages.common import Stage
 from stages.params import Params, load_params
@@ -135,11 +135,10 @@ class Tree:
 
     def compress(self) -> None:
         pattern = self.params.model["hybrid"].pattern
-        layers = [LayerImportance(index=index, symbol=symbol, standard_error=0.0004, influence=0.1, importance=(
+        layers = [LayerImportance(index=index, symbol=symbol, standard_error=0.0004, importance=(
             0.012 + 0.2 * abs(2 * index / len(pattern) - 1) ** 5)) for index, symbol in enumerate(pattern)]
-        candidates = [Candidate(
-            index=n, pattern="M-M-M*-M-M-M-M-", ffn_hidden_size=384 - 32 * (n % 4), mamba_num_heads=8,
-            mamba_head_dim=32, num_attention_heads=4, num_query_groups=2, hidden_size=128,
+        candidates = [CandidateRecord(
+            index=n, pattern="M-M-M*-M-M-M-M-", ffn_hidden_size=384 - 32 * (n % 4),
             parameters=1_390_000 - 900 * n,
             memory_gib=0.0842 - 0.0001 * (7 * n % 23), decode_milliseconds=1.75, importance=0.5 - 0.01 * n,
             accuracy=0.42 - 0.004 * n if n < 12 else None, agreement=0.71 - 0.012 * n if n < 12 else None,
@@ -159,7 +158,7 @@ class Tree:
                 "random_cut": 2.52}.items()},
         }, model_json={"pattern": "M-M-M-M*-M-M-M-", "ffn_hidden_size": 384, "hidden_size": 128},
             importance_json=Importance(
-                rule="mse", rounds="one", samples={"layers": 64}, layers=layers, heads={}, mamba_heads={},
+                samples={"layers": 64}, layers=layers, heads={}, mamba_heads={},
                 ffn=[FfnImportance(index=1, kept_share_of_importance={384: 1.0, 256: 0.8})],
                 reliability={"neurons": 0.99}),
             candidates_json=candidates,

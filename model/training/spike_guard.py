@@ -15,8 +15,8 @@ WINDOW = 128                    # applied updates whose gradient norms the media
 WARM = 16                       # of them, before the median means anything
 
 
-class GradientWatch:
-    """Judges each step by its loss and gradient norm, both the same on every process, and counts.
+class SpikeGuard:
+    """Checks each step by its loss and gradient norm, both the same on every process, and counts.
 
     A step whose loss or gradient norm is not finite is skipped: weights and moments stay, data and schedule go on. A
     spike, a norm above `spike_factor` times the median of the last updates, is applied (clipped, as every update) and
@@ -32,7 +32,7 @@ class GradientWatch:
         self.skipped, self.skipped_in_a_row, self.spikes = 0, 0, 0
         self.norms: deque[float] = deque(maxlen=WINDOW)
 
-    def judge(self, step: int, loss: float, grad_norm: float) -> Verdict:
+    def check(self, step: int, loss: float, grad_norm: float) -> Verdict:
         """What to do with step `step`.
 
         Raises:
@@ -55,10 +55,12 @@ class GradientWatch:
         return "spike" if spike else "update"
 
     def state_dict(self) -> dict[str, Any]:
+        """Counts and norms, as plain values for a resume state."""
         return {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row, "spikes": self.spikes,
                 "norms": list(self.norms)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
         self.skipped, self.skipped_in_a_row, self.spikes = (
             state["skipped"], state["skipped_in_a_row"], state["spikes"])
         self.norms = deque(state["norms"], maxlen=WINDOW)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
 PROBE = """
-from model.megatron.te_guard import TRANSFORMER_ENGINE
+from model.megatron.compat import TRANSFORMER_ENGINE
 import megatron.core.optimizer
 from megatron.core.extensions.transformer_engine import HAVE_TE
 print(TRANSFORMER_ENGINE, HAVE_TE)
@@ -25,7 +25,7 @@ def test_a_transformer_engine_that_cannot_be_imported_does_not_stop_megatron(tmp
     assert probe.stdout.split() == ["False", "False"]
     assert "Apex" not in probe.stderr
     unguarded = subprocess.run(
-        [sys.executable, "-c", PROBE.replace("from model.megatron.te_guard import TRANSFORMER_ENGINE", "")],
+        [sys.executable, "-c", PROBE.replace("from model.megatron.compat import TRANSFORMER_ENGINE", "")],
         env=environment, capture_output=True, text=True,
     )
     assert "no cuDNN" in unguarded.stderr

@@ -1,0 +1,295 @@
+"""What megatron-core 0.16.1 and what it stands on cannot do here, mended in one place.
+
+0.16.1 is the last release for Python 3.11: from 0.17 on Megatron asks for 3.12. What is mended, and until when:
+
+    usable_transformer_engine   `import megatron.core` dies of a Transformer Engine that cannot be imported, since it
+                                catches ImportError only; no upstream issue known
+    the import without CUDA     Megatron wraps its fusions by torch.compile as they are imported: seconds a process
+    megatron_on_cpu             "cuda" is written out in trainer, optimizer and checkpoints; 0.19.2 needs stubs of CUDA
+                                streams besides
+    parameter_places            DistributedOptimizer saves moments as another parameter's where a group mixes dtypes
+    save_parameters_by_place    the same from a second bucket on: NVIDIA/Megatron-LM#5077, with which it may go
+    optimizer_shards            the optimizer with FP32 masters takes every parameter to be BF16 when it is saved
+    ThreadedSave                checkpoints are written by forked processes, which may hang
+    keep_quantized_inputs       with FP8 of a custom recipe Megatron asks for inputs that its quantisers do not keep
+    forget_quantized_weights    Transformer Engine's FP8 weights outlive a CUDA graph's capture
+
+Some stand where they are used, as they are part of what is built there: the stack's final norm, attention without
+Transformer Engine and squared ReLU without a compiler (`spec`), packed tensors saved by section without Triton
+(`mamba_mixer`), recomputation, which MambaStack does not read (`recompute`), and `fully_reshardable` as the form of the
+distributed optimizer's states, since the default raises (`optimizer_shards`). Without Transformer Engine's FusedAdam
+the distributed optimizer restores a wrong Adam step, and is off (`optimizer.uses_distributed_optimizer`).
+
+Every module that imports Megatron imports this one first. Parts of Megatron that few need are imported by what needs
+them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import queue
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.utils._device import _device_constructors
+
+from model.integrity import sha256
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer import MegatronOptimizer
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+FACTORIES = ("empty", "empty_like", "ones", "tensor", "zeros")      # those that Megatron calls with device="cuda"
+
+
+def usable_transformer_engine() -> bool:
+    """Whether Transformer Engine works here; one that is installed and does not is hidden from later imports.
+
+    Without CUDA its import raises RuntimeError or OSError. Where CUDA is and no GPU is visible it can be imported, and
+    Megatron would give it the CPU's tensors.
+    """
+    if importlib.util.find_spec("transformer_engine") is None:
+        return False
+    try:
+        if not torch.cuda.is_available():
+            raise ImportError("no GPU is visible")
+        importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, RuntimeError, OSError):
+        for name in [name for name in sys.modules if name.split(".")[0] == "transformer_engine"]:
+            del sys.modules[name]
+        sys.modules["transformer_engine"] = None  # type: ignore[assignment]    # documented: imports then fail cleanly
+        return False
+    return True
+
+
+TRANSFORMER_ENGINE = usable_transformer_engine()
+# That such extensions are absent is the plan here.
+warnings.filterwarnings("ignore", r"(Transformer Engine and )?Apex .* not installed", UserWarning)
+warnings.filterwarnings("ignore", "full scope is deprecated", UserWarning)
+if not torch.cuda.is_available():
+    with patch.object(torch, "compile", lambda function, **_: function):
+        importlib.import_module("megatron.core.jit")
+
+
+# --- A CPU ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def megatron_on_cpu() -> Iterator[None]:
+    """A block in which `device="cuda"` means the CPU, for megatron-core 0.16.1 on a machine without CUDA.
+
+    What Megatron takes for granted: `torch.cuda.current_device()` and `synchronize()`, `device="cuda"` in factory
+    functions, `Tensor.cuda()`, and optimizer parameters whose `type()` begins with `torch.cuda.`. Only these names are
+    replaced: a TorchFunctionMode would pass every operation through Python, a twentieth of a small model's step.
+    """
+    _device_constructors()          # `with torch.device(...)` remembers them at first use: PyTorch's own, not these
+    own = torch.Tensor.type
+    factories: Any = {name: partial(_on_cpu, getattr(torch, name)) for name in FACTORIES}
+    with (
+        patch.multiple(torch.cuda, current_device=lambda: torch.device("cpu"), synchronize=lambda *_: None),
+        patch.multiple(torch, **factories),
+        patch.object(torch.Tensor, "cuda", lambda tensor, *_, **__: tensor),
+        patch.object(torch.Tensor, "type", lambda tensor, *to, **options:
+                     own(tensor, *to, **options) if to or options else own(tensor).replace("torch.", "torch.cuda.")),
+    ):
+        yield
+
+
+def _on_cpu(factory: Callable[..., Tensor], *args: Any, device: Any = None, **options: Any) -> Tensor:
+    return factory(*args, device="cpu" if str(device).startswith("cuda") else device, **options)
+
+
+# --- The optimizer on disk --------------------------------------------------------------------------------------------
+
+
+def parameter_places(
+    fp32_groups: Iterable[list[Tensor]], bf16_groups: Iterable[list[Tensor]]
+) -> dict[Tensor, tuple[int, int]]:
+    """Each parameter's group in the inner optimizer of Megatron's DistributedOptimizer, and its place there.
+
+    The inner optimizer holds a group's float32 parameters before the others. DistributedOptimizer 0.16.1 counts them as
+    gradient buffers hold them, so where a group has both, as norms with A_log, D and dt_bias here, it saves a
+    parameter's moments as another's, or fails.
+    """
+    return {
+        parameter: (group, place)
+        for group, parts in enumerate(zip(fp32_groups, bf16_groups, strict=True))
+        for place, parameter in enumerate(chain(*parts))
+    }
+
+
+def save_parameters_by_place(optimizer: DistributedOptimizer) -> None:
+    """Let `optimizer` save every parameter's own master weights and moments, in however many buckets gradients travel.
+
+    DistributedOptimizer 0.16.1 drops the padding after each bucket from what it gathers, and then takes a parameter's
+    values from where they are with the padding: from the second bucket on, others' (mended upstream in
+    NVIDIA/Megatron-LM#5077). Here the padding is put back in between, as the format in use expects, `fully_reshardable`
+    (`model.megatron.engine_checkpoint`).
+    """
+    gather = optimizer.get_parameter_state_dp_zero
+
+    def gather_with_padding(**options: Any) -> dict[Any, Any] | None:
+        state = gather(**options)
+        for index, buffer in enumerate(optimizer.buffers if state else []):
+            [tensors] = state[index].values()
+            for name in ("param", "exp_avg", "exp_avg_sq"):
+                parts = tensors[name].split([bucket.numel_unpadded for bucket in buffer.buckets])
+                tensors[name] = torch.cat([
+                    pad(part, (0, bucket.grad_data.numel() - len(part)))
+                    for part, bucket in zip(parts, buffer.buckets, strict=True)
+                ])
+        return state
+
+    optimizer.get_parameter_state_dp_zero = gather_with_padding
+
+
+def optimizer_shards(
+    optimizer: MegatronOptimizer, weights: dict[str, Any], loading: bool, groups: dict[str, Any]
+) -> dict[str, Any]:
+    """Master weights and Adam moments, sharded as the model's `weights`.
+
+    Follows Float16OptimizerWithFloat16Params.sharded_state_dict of megatron-core 0.16.1, which takes every parameter to
+    be BF16 and gives shards to the wrong ones where some are float32, as A_log, D and dt_bias are here.
+    """
+    from megatron.core.dist_checkpointing.optimizer import (
+        get_param_id_to_sharded_param_map,
+        make_sharded_optimizer_tensor,
+        optim_state_to_sharding_state,
+    )
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+
+    [inner] = optimizer.chained_optimizers
+    if isinstance(inner, DistributedOptimizer):
+        # Whole parameters, so that any layout reads them. Of Megatron's other ways one cannot be reshaped over tensor
+        # and pipeline parallel processes, and its default raises on flattened ranges in 0.16.1.
+        return inner.sharded_state_dict(
+            weights, is_loading=loading, metadata=groups | {"distrib_optim_sharding_type": "fully_reshardable"}
+        )
+    if not isinstance(inner, Float16OptimizerWithFloat16Params):
+        return inner.sharded_state_dict(weights, is_loading=loading, metadata=groups)
+    if loading:
+        inner.init_state_fn(inner.optimizer, inner.config)
+    master_groups = inner.fp32_from_float16_groups
+    model_of = {
+        id(master): parameter
+        for parameters, masters in zip(inner.float16_groups, master_groups, strict=True)
+        for parameter, master in zip(parameters, masters, strict=True)
+    }
+    tracked = inner.get_parameters()
+    shards = get_param_id_to_sharded_param_map(weights, [model_of.get(id(item), item) for item in tracked])
+    position = {id(item): index for index, item in enumerate(tracked)}
+    state = inner.state_dict()
+    state["fp32_from_fp16_params"] = [
+        [make_sharded_optimizer_tensor(shards[position[id(master)]], master, "optimizer.state.fp32_param")
+         for master in masters]
+        for masters in master_groups
+    ]
+    step = inner._extract_common_per_param_step(state["optimizer"])
+    optim_state_to_sharding_state(state["optimizer"], shards, exclude_keys=("step",))
+    if step is not None:
+        state["optimizer"]["state"]["common_step"] = step
+    return state
+
+
+class ThreadedSave:
+    """A checkpoint's files of this process: planned by Megatron, copied to the host's memory, written by a thread.
+
+    Megatron would write with processes: one it spawns for the answers, which imports the main module again, and one it
+    forks for each file. A forked process that dies or waits for a lock some thread of its parent held leaves the parent
+    waiting for ever (`count_queue.join()` in `FileSystemWriterAsync.write_preloaded_data_multiproc`); CUDA, NCCL and
+    Transformer Engine all keep threads. Here the same function writes the same files in a thread of this process.
+
+    Attributes:
+        digests: SHA-256 by name, of the files it has written.
+
+    Raises:
+        OSError, RuntimeError: the directory cannot be written, or contents are not what Megatron can save.
+    """
+
+    def __init__(self, contents: dict[str, Any], directory: Path):
+        from megatron.core import dist_checkpointing
+        from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+        filesystem_async._results_queue = queue.Queue()         # in place of one in a process of its own
+        self.digests: dict[str, str] = {}
+        self.request = dist_checkpointing.save(contents, str(directory), async_sharded_save=True)
+
+    def start(self, in_background: bool) -> None:
+        """Copy everything to the host's memory, a copy where training goes on, and start writing."""
+        self.thread = threading.Thread(target=self._write, args=(self._files(in_background),))
+        self.thread.start()
+
+    def finish(self) -> None:
+        """Wait for the thread and write the index. Raises CheckpointException, OSError or RuntimeError where a file
+        could not be written."""
+        self.thread.join()
+        for finalize in self.request.finalize_fns:
+            finalize()
+
+    def _files(self, in_background: bool) -> list[Any]:
+        """Paths and contents of this process's files, in the host's memory; a copy where training goes on."""
+        if self.request.async_fn is None:
+            return []
+        if torch.cuda.is_available():
+            return self.request.preload_fn()
+        files = self.request.async_fn_args[1]
+        if not in_background:
+            return files
+        return [
+            (path, key, (objects, [(item, tensor.clone()) for item, tensor in tensors]))
+            for path, key, (objects, tensors) in files
+        ]
+
+    def _write(self, files: list[Any]) -> None:
+        """Write `files` one after the other, and leave Megatron what it asks for: results by number, or an error."""
+        if self.request.async_fn is None:
+            return
+        from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+        transforms, results = self.request.async_fn.args[0], self.request.async_fn_args[2]
+        written: dict[int, Any] = {}
+        for number, file in enumerate(files):
+            outcome: queue.Queue[Any] = queue.Queue()
+            done: queue.Queue[int] = queue.Queue()
+            done.put(number)
+            FileSystemWriterAsync.write_preloaded_data(
+                transforms, number, file, outcome, done, use_fsync=True
+            )
+            written[number] = outcome.get()[1]
+            if isinstance(written[number], Exception):
+                results.put(written[number])
+                return
+            self.digests[Path(file[0]).name] = sha256(Path(file[0]))
+        results.put(written)
+
+
+# --- Transformer Engine -----------------------------------------------------------------------------------------------
+
+
+def keep_quantized_inputs(model: nn.Module) -> None:
+    """Let linear layers of FP8 without scales keep their inputs as they quantised them, not as they got them: Megatron
+    asks Transformer Engine for the latter, which quantisers of a custom recipe cannot give."""
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
+        if hasattr(module, "save_original_input"):
+            module.save_original_input = False
+
+
+def forget_quantized_weights(model: nn.Module) -> None:
+    """Empty Transformer Engine's caches of FP8 weights before and after a capture, so that the graph has its own: a
+    validation run frees the transposes of those in the caches, where the graph would go on writing."""
+    for module in model.modules():
+        getattr(module, "_fp8_workspaces", {}).clear()
