@@ -3,7 +3,7 @@
     python -m flows.curate_own texts/ more/*.jsonl.gz --domain web --out curated-web
     make curate SOURCE="texts/ crawl.warc.gz" DOMAIN=web OUT=curated-web
 
-JSONL, CSV and Parquet need a column `text` (--text-column); .txt, .md, .rst and .html are a document each; WARC and WET
+JSONL, JSON, CSV and Parquet need a column `text` (--text-column); .txt, .md, .rst and .html are a document each; WARC and WET
 files and listings of them (wet.paths.gz) are crawls. All may be packed (gzip, bzip2, xz, zstd, LZ4), lie in .tar or
 .zip, or be addresses; what is of no such kind is passed over and counted. Nothing is held out for evaluation. What no
 flag says stands in params.yaml; `--set` changes that, as in `--set annotate.held_out.fraction=0.01`. Paths are relative
