@@ -392,7 +392,7 @@ def _rows(text: Iterator[str], mark: str) -> Iterator[tuple[int, list[str] | Non
             taken.clear()
 
 
-def _bytes(stream: Stream) -> Generator[Item, None, bytes | None]:
+def _bytes(stream: Stream) -> Generator[Refusal, None, bytes | None]:
     """All bytes of a stream, without what is damaged, which is counted; None for too many."""
     data: list[bytes] = []
     size = 0
