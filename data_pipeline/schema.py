@@ -13,6 +13,20 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Refused(Record):
+    """refused.json, by domain and reason."""
+
+    documents: int
+    where: list[str]                # examples: file, and the place in it
+
+
+class PassedOver(Record):
+    """passed_over.json, by unit (files, WARC records) and kind."""
+
+    count: int
+    where: list[str]
+
+
 class FunnelStep(Record):
     """funnel.json: what is left of one domain after one step of the curation; `reasons` count documents."""
 

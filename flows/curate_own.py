@@ -3,11 +3,11 @@
     python -m flows.curate_own texts/ more/*.jsonl.gz --domain web --out curated-web
     make curate SOURCE="texts/ crawl.warc.gz" DOMAIN=web OUT=curated-web
 
-JSONL, CSV and Parquet need a column `text` (--text-column); .txt, .md, .rst and .html are a document each; WARC and WET
-files and listings of them (wet.paths.gz) are crawls. All may be packed (gzip, bzip2, xz, zstd, LZ4), lie in .tar or
-.zip, or be addresses; what is of no such kind is passed over and counted. Nothing is held out for evaluation. What no
-flag says stands in params.yaml; `--set` changes that, as in `--set annotate.held_out.fraction=0.01`. Paths are relative
-to the directory the command is given in. An interrupted run goes on where it was.
+JSONL, JSON, CSV and Parquet need a column `text` (--text-column); .txt, .md, .rst and .html are a document each; WARC
+and WET files and listings of them (wet.paths.gz) are crawls. All may be packed (gzip, bzip2, xz, zstd, LZ4), lie in
+.tar or .zip, or be addresses; what is of no such kind is passed over and counted. Nothing is held out for evaluation.
+What no flag says stands in params.yaml; `--set` changes that, as in `--set annotate.held_out.fraction=0.01`. Paths are
+relative to the directory the command is given in. An interrupted run goes on where it was.
 
 `make curate` takes the flags as SOURCE, DOMAIN, OUT, TEXT_COLUMN, EXTRACTOR, LANGUAGES, AGAINST, LABELS and SET. Where
 several words are taken, a path with blanks that is not the only one is quoted: SOURCE="'my texts' more/".
@@ -128,7 +128,7 @@ def show(out: Path) -> None:
                      "MB": f"{entry['bytes'] / 1e6:,.2f}",
                      "most frequent reasons": ", ".join(f"{why} ({count:,})" for why, count in reasons[:3])})
     print(f"\n{table(rows)}\n")
-    for unit, kinds in json.loads((out / "data/annotated/manifest.json").read_text())["passed_over"].items():
+    for unit, kinds in json.loads((out / "runs/annotate/passed_over.json").read_text()).items():
         print(f"Passed over: {sum(entry['count'] for entry in kinds.values()):,} {unit} ({counts(kinds)}).")
     labels = _labels(out / "data/curated/train")
     print("Labels: " + ", ".join(f"{label} {labels[label]:,}" for label in EVERY_LABEL) + " documents.")

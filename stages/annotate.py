@@ -9,7 +9,8 @@ strings, text shared with evaluation sets and quality scores become columns; who
 run keeps the shards it had finished.
 
 Writes  data/PROFILE/annotated/   part-*.parquet, manifest.json
-        runs/PROFILE/annotate/    metrics.json, provenance.json
+        runs/PROFILE/annotate/    refused.json (records that gave no document), passed_over.json (what is of no kind
+                                  that holds any), metrics.json, provenance.json
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ def annotate(stage: Stage) -> dict[str, Any]:
     params = stage.params
     with stage.output("annotated") as out:
         manifest = annotation.annotate(params.annotate, params.seed, out, stage.scratch, params.runtime, Progress())
+    stage.write_record("refused.json", manifest["refusals"])
+    stage.write_record("passed_over.json", manifest["passed_over"])
     refused = sum(entry["documents"] for reasons in manifest["refusals"].values() for entry in reasons.values())
     return {
         "documents": sum(manifest["domains"].values()),

@@ -10,7 +10,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from itertools import chain, pairwise
+from itertools import chain, count, pairwise
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
@@ -44,8 +44,14 @@ IN_MEMORY = 64_000_000              # bytes of what must be read as a whole and 
 PARQUET_ERRORS = (OSError, ValueError, pa.ArrowException)       # Arrow's own, and names that are not UTF-8
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 JSON = json.JSONDecoder(parse_int=float)        # which takes any number of digits
+BETWEEN = re.compile(r"[\s,\[\]]*")              # the values of an array
+OBJECT_LINE = re.compile(r"\n\s*(?=\{)")
+TOO_DEEP, NO_OBJECT = "nested too deeply", "no JSON object"
 UNREADABLE = {True: re.compile("[\ud800-\udfff]"), False: re.compile("\ufffd")}     # by whether the file is UTF-8
 csv.field_size_limit(LARGEST_RECORD)
+
+
+Entry = tuple[str, dict[str, Any]]      # the place of a record, and the record
 
 
 class Part(NamedTuple):
@@ -189,7 +195,7 @@ class _Damaged(Exception):
 
 
 def is_one_value(begin: bytes) -> bool:
-    """Whether JSON that begins so is one value over several lines."""
+    """Whether JSON that begins so goes over several lines, or is an array."""
     begin = begin.removeprefix(BYTE_ORDER_MARK).lstrip()
     return begin.startswith(b"[") or begin.partition(b"\n")[0].strip() == b"{"
 
@@ -200,49 +206,84 @@ def _no_column(stream: Stream, columns: Iterable[str], place: str = "") -> Refus
 
 
 def _records(stream: Stream) -> Iterator[Item]:
-    """Documents of the lines of JSONL that begin in the part.
+    """Documents of the lines of JSONL that begin in the part, or of JSON whose values go over several lines.
 
-    Raises DataError where a file that a user named is not JSONL, or none of its records has the text column.
+    Raises DataError where none of the records of a file that a user named has the text column.
     """
-    part, column = stream.part or Part(stream.name, "found", 0), stream.source.text_column
-    is_first, begin = part.start == 0, max(part.start - 1, 0)
-    for offset, line in split_lines(in_utf8(stream.data), begin):
-        if part.end is not None and offset >= part.end:
-            return
-        if offset < part.start:
+    column, is_first = stream.source.text_column, not (stream.part and stream.part.start)
+    for entry in _entries(stream):
+        if isinstance(entry, Refusal):
+            yield entry
             continue
-        place = f"byte {offset}"
-        if isinstance(line, Damage):
-            yield stream.refused(line.reason, place)
-            continue
-        line = line.removeprefix(BYTE_ORDER_MARK) if offset == 0 else line
-        if not line.strip():
-            continue
-        if is_first and is_one_value(line):
-            if stream.named:
-                raise DataError(
-                    f"annotate.sources: {stream.name} is one JSON value over several lines.\n"
-                    "Write one object a line: `jq -c '.[]'` does it for a list, `jq -c .` for an object."
-                )
-            yield stream.refused("one JSON value over several lines")
-            return
-        record = _parse(line)
-        if isinstance(record, str):
-            yield stream.refused(record, place)
-            continue
+        place, record = entry
         if column in record:
             yield stream.checked(record[column], place)
-        elif is_first and stream.named and not _has_column(part.file, column):
+        elif is_first and stream.named and stream.part and not _has_column(stream, stream.part.file):
             raise missing_column(stream.name, column, record)
         else:
             yield _no_column(stream, record, place)
         is_first = False
 
 
-def _has_column(file: str, column: str) -> bool:
+def _has_column(stream: Stream, file: str) -> bool:
     """Whether any record of a file has the column."""
-    lines = (line for _, line in split_lines(in_utf8(chunks(file)), 0) if isinstance(line, bytes))
-    return any(column in record for line in lines if isinstance(record := _parse(line), dict))
+    entries = _entries(stream._replace(data=chunks(file), part=None))
+    return any(stream.source.text_column in entry[1] for entry in entries if not isinstance(entry, Refusal))
+
+
+def _entries(stream: Stream) -> Iterator[Entry | Refusal]:
+    part = stream.part or Part(stream.name, "found", 0)
+    begin, data = max(part.start - 1, 0), in_utf8(stream.data)
+    if part.start == 0:
+        head, data = peeked(data)
+        if is_one_value(head):
+            yield from _values(stream._replace(data=data))
+            return
+    for offset, line in split_lines(data, begin):
+        if part.end is not None and offset >= part.end:
+            return
+        if offset < part.start:
+            continue
+        line = line.removeprefix(BYTE_ORDER_MARK) if offset == 0 and isinstance(line, bytes) else line
+        if isinstance(line, bytes) and not line.strip():
+            continue
+        record = line.reason if isinstance(line, Damage) else _parse(line)
+        place = f"byte {offset}"
+        yield stream.refused(record, place) if isinstance(record, str) else (place, record)
+
+
+def _values(stream: Stream) -> Iterator[Entry | Refusal]:
+    """Objects one after another, or in an array; after damage, from the next one that begins a line.
+
+    The file is held whole. Values in a row that are no objects are one refusal.
+    """
+    data = yield from _bytes(stream)
+    if data is None:
+        return
+    text = data.decode("utf-8-sig", "surrogateescape")
+    end, is_object, depth = 0, True, 0
+    for number in count():
+        start = BETWEEN.match(text, end).end()      # type: ignore[union-attr]   # it matches nothing too
+        depth += text.count("[", end, start) - text.count("]", end, start)
+        if start == len(text):
+            if depth > 0:
+                yield stream.refused("truncated JSON")
+            return
+        place = f"record {number}"
+        try:
+            value, end = JSON.raw_decode(text, start)
+        except (ValueError, RecursionError) as error:
+            yield stream.refused(TOO_DEEP if isinstance(error, RecursionError) else "invalid JSON", place)
+            following = OBJECT_LINE.search(text, start)
+            end = following.end() if following else len(text)
+            continue
+        was_object, is_object = is_object, isinstance(value, dict)
+        if UNREADABLE[True].search(text, start, end):
+            yield stream.refused("invalid UTF-8", place)
+        elif is_object:
+            yield place, value
+        elif was_object:
+            yield stream.refused(NO_OBJECT, place)
 
 
 def split_lines(data: Iterable[bytes | Damage], offset: int) -> Iterator[tuple[int, bytes | Damage]]:
@@ -280,10 +321,10 @@ def _parse(line: bytes) -> dict[str, Any] | str:
     except UnicodeDecodeError:
         return "invalid UTF-8"
     except RecursionError:
-        return "nested too deeply"
+        return TOO_DEEP
     except ValueError:
         return "invalid JSON"
-    return record if isinstance(record, dict) else "no JSON object"
+    return record if isinstance(record, dict) else NO_OBJECT
 
 
 def _table(stream: Stream) -> Iterator[Item]:
@@ -355,7 +396,7 @@ def _rows(text: Iterator[str], mark: str) -> Iterator[tuple[int, list[str] | Non
             taken.clear()
 
 
-def _bytes(stream: Stream) -> Generator[Item, None, bytes | None]:
+def _bytes(stream: Stream) -> Generator[Refusal, None, bytes | None]:
     """All bytes of a stream, without what is damaged, which is counted; None for too many."""
     data: list[bytes] = []
     size = 0
@@ -418,7 +459,9 @@ def _row_groups(file: str | IO[bytes], stream: Stream) -> Iterator[Item]:
         except DataError:
             if stream.named:
                 raise
-            yield _no_column(stream, parquet.schema_arrow.names)
+            schema = parquet.schema_arrow
+            yield stream.refused(f"no column {column!r} of text", str(schema.field(column).type)) \
+                if column in schema.names else _no_column(stream, schema.names)
             return
         end = parquet.num_row_groups if part.end is None else part.end
         rows = [parquet.metadata.row_group(index).num_rows for index in range(end)]

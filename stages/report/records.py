@@ -15,7 +15,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import TypeAdapter, ValidationError
 
 from data_pipeline.config import DataError, Label
-from data_pipeline.schema import Blend, Dropped, FunnelStep, Histogram
+from data_pipeline.schema import Blend, Dropped, FunnelStep, Histogram, PassedOver, Refused
 from model.compression.schema import CandidateRecord, Controls, Costs, Importance
 from model.evaluation.schema import PaperScore, Samples, Scores
 from stages.params import Params
@@ -119,6 +119,9 @@ def _by(name: str, rows: list[T]) -> dict[Any, list[T]]:
 class DataRecords:
     """Records of the data stages under `root`. Attributes raise RecordError."""
 
+    refused: dict[str, dict[str, Refused]] = _record(dict[str, dict[str, Refused]], "annotate", "refused.json")
+    passed_over: dict[str, dict[str, PassedOver]] = _record(
+        dict[str, dict[str, PassedOver]], "annotate", "passed_over.json")
     funnel: list[FunnelStep] = _record(list[FunnelStep], "curate", "funnel.json")
     histograms: dict[str, dict[str, Histogram]] = _record(dict[str, dict[str, Histogram]], "curate", "histograms.json")
     dropped: dict[str, dict[str, Dropped]] = _record(dict[str, dict[str, Dropped]], "curate", "dropped.json")

@@ -7,24 +7,47 @@ with probability 1 - (1 - J^rows)^bands: one half at J = 0.77.
 
 from __future__ import annotations
 
+import unicodedata
+
 import numpy as np
 from numba import njit, uint32, uint64
 from numpy.typing import NDArray
 
 from data_pipeline.config import MinHashConfig
-from data_pipeline.text.words import BASE, Int64, Texts, UInt8, UInt64, mix64
+from data_pipeline.text.words import BASE, FOLDED, FOLDING, IGNORED, Int64, Texts, UInt8, UInt64, decode, mix64
 
 UInt32 = NDArray[np.uint32]
 
 BLOCK = 2048        # shingles permuted at a time: 8 KiB, which stay in the first cache through all permutations
+BLANK, UNSEEN = 0x20, 0xFFFFFFFF
+UNSEEN_FROM = 0x40000       # tags and selectors of variants; what lies between there and FOLDED are ideographs
+
+
+def _folds() -> UInt32:
+    """What each code point below FOLDED counts as: one character, BLANK or UNSEEN."""
+    folds = np.arange(FOLDED, dtype=np.uint32)
+    for code in range(0x80, FOLDED):
+        character = chr(code)
+        folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", character).casefold())
+        kept = next((one for one in (folded, character.lower()) if len(one) == 1), character)
+        folds[code] = BLANK if kept.isspace() else ord(kept)
+    folds[FOLDING.kinds == IGNORED] = UNSEEN
+    folds[0x41:0x5B] += 0x20                                            # A-Z
+    folds[[*range(9, 14), 0x200B]] = BLANK                              # and a zero-width space, as in words
+    return folds
+
+
+FOLDS = _folds()
 
 
 def band_hashes(texts: Texts, config: MinHashConfig, seed: int) -> UInt64:
     """One 64-bit hash for each band and document, shape (bands, documents).
 
-    A shingle is a run of `shingle_characters` Unicode characters of the folded text: A-Z in lower case, a run of ASCII
-    white space as one blank, none at the ends. A text shorter than that is one shingle. Two documents that agree in no
-    row of a band get the same hash with probability 2^-64: one such pair is expected among 10^9 documents.
+    A shingle is a run of `shingle_characters` Unicode characters of the folded text: case is folded and full-width and
+    other compatibility forms are plain, where that leaves one character; a run of white space is one blank, none at the
+    ends; what is not seen (soft hyphens) does not count. A text shorter than that is one shingle. Two documents
+    that agree in no row of a band get the same hash with probability 2^-64: one such pair is expected among 10^9
+    documents. Hashes of ASCII never change, those of other text may with the Unicode version of Python.
 
     Permutation i of the shingles' hashes x is x -> a_i x modulo 2^32, with a_i and x odd. (No addend: a_i x is uniform
     over the odd numbers as it is, and no x is special among them, as 0 would be.)
@@ -35,26 +58,24 @@ def band_hashes(texts: Texts, config: MinHashConfig, seed: int) -> UInt64:
     """
     random = np.random.default_rng(seed)
     multipliers = random.integers(0, 2**32, config.bands * config.rows, dtype=np.uint32) | np.uint32(1)
-    return _band_hashes(texts.buffer, texts.offsets, config.shingle_characters, multipliers, config.bands)
+    return _band_hashes(texts.buffer, texts.offsets, FOLDS, config.shingle_characters, multipliers, config.bands)
 
 
 @njit(cache=True, nogil=True)
-def _fold(buffer: UInt8, start: int, stop: int, codes: UInt32) -> int:
+def _fold(buffer: UInt8, folds: UInt32, start: int, stop: int, codes: UInt32) -> int:
     """Write the folded characters of buffer[start:stop] to `codes`; how many there are."""
     count, position, blank = 0, start, False
     while position < stop:
-        code = uint32(buffer[position])
-        position += 1
-        if code == 32 or 9 <= code <= 13:
+        point, size = decode(buffer, position)
+        position += size
+        code = folds[point] if point < FOLDED else uint32(point if point < UNSEEN_FROM else UNSEEN)
+        if code == UNSEEN:
+            continue
+        if code == BLANK:
             blank = count > 0
             continue
-        if 65 <= code <= 90:
-            code += uint32(32)
-        while position < stop and buffer[position] & 0xC0 == 0x80:      # the rest of a character of several bytes
-            code = (code << uint32(8)) | buffer[position]
-            position += 1
         if blank:
-            codes[count] = 32
+            codes[count] = BLANK
             count += 1
             blank = False
         codes[count] = code
@@ -73,7 +94,9 @@ def _permute(shingles: UInt32, multipliers: UInt32, least: UInt32) -> None:
 
 
 @njit(cache=True, nogil=True)
-def _band_hashes(buffer: UInt8, offsets: Int64, characters: int, multipliers: UInt32, bands: int) -> UInt64:
+def _band_hashes(
+    buffer: UInt8, offsets: Int64, folds: UInt32, characters: int, multipliers: UInt32, bands: int
+) -> UInt64:
     documents, rows = len(offsets) - 1, len(multipliers) // bands
     result = np.empty((bands, documents), np.uint64)
     longest = 0
@@ -86,7 +109,7 @@ def _band_hashes(buffer: UInt8, offsets: Int64, characters: int, multipliers: UI
     for _ in range(characters):
         highest *= uint64(BASE)
     for document in range(documents):
-        count = _fold(buffer, offsets[document], offsets[document + 1], codes)
+        count = _fold(buffer, folds, offsets[document], offsets[document + 1], codes)
         least[:] = np.uint32(0xFFFFFFFF)
         total, filled = uint64(0), 0
         for index in range(count):

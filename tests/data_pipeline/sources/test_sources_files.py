@@ -103,12 +103,39 @@ def test_text_is_always_valid_unicode(tmp_path):
     assert texts(read(tmp_path)) == ["half \ufffd and whole \U0001f600"]
 
 
-def test_an_array_over_several_lines_is_explained(tmp_path):
-    for value, indent in ((RECORDS[:2], None), (RECORDS[:2], 1), (RECORDS[0], 1)):
-        (tmp_path / "a.json").write_text(json.dumps(value, indent=indent))
-        with pytest.raises(DataError, match=r"a\.json is one JSON value over several lines\.\n.*jq"):
-            read(tmp_path / "a.json")
-        assert read(tmp_path) == [Refusal("own", "one JSON value over several lines", f"{tmp_path}/a.json")]
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_arrays_and_objects_over_several_lines(tmp_path, indent, encoding):
+    one = json.dumps(RECORDS[0], indent=1, ensure_ascii=False)
+    for text, count in ((json.dumps(RECORDS, indent=indent, ensure_ascii=False), len(RECORDS)), (one, 1),
+                        (f"\n{one}\n{one}\n\n", 2)):
+        (tmp_path / "a.json").write_text(text, encoding=encoding)
+        for found in (read(tmp_path / "a.json"), read(tmp_path, shard_bytes=50)):
+            assert texts(found) == [record["text"] for record in RECORDS[:count]] if count != 2 else len(found) == 2
+            assert found[-1].path == f"record {count - 1}" and reasons(found) == []
+
+
+def test_what_is_wrong_in_an_array_costs_itself(tmp_path):
+    good = b'{"text": "good"}'
+    for data, expected in (
+        (b"[" + good + b", 1, [2, null], " + good + b"]", ["no JSON object"]),      # in a row
+        (b"[\n" + good + b",\n" + good + b",\n", ["truncated JSON"]),
+        (b"[\n" + good + b",\n{'text': 1},\n" + good + b"]", ["invalid JSON"]),
+        (b"[\n" + good + b',\n{"text": "caf\xe9"},\n' + good + b"]", ["invalid UTF-8"]),
+        (b"[\n" + good + b',\n{"a": ' + b"[" * 9999 + b"},\n" + good + b"]", ["nested too deeply"]),
+        (b"{\n" + good + b"\n" + good, ["invalid JSON"]),                          # lines after all
+        (b"[" + good + b"," + good + b', {"body": ""}]', ["no column 'text'"]),
+    ):
+        (tmp_path / "a.json").write_bytes(data)
+        assert (texts(read(tmp_path)), reasons(read(tmp_path))) == (["good"] * 2, expected)
+    with pytest.raises(DataError, match=r"a\.json has no column 'content'; it has text\."):
+        read(tmp_path / "a.json", text_column="content")
+
+
+def test_json_that_is_read_whole_has_a_largest_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "LARGEST_RECORD", 1000)
+    (tmp_path / "a.json").write_text(json.dumps(RECORDS, indent=1))
+    assert read(tmp_path) == [Refusal("own", "too large", f"{tmp_path}/a.json")]
 
 
 def test_a_missing_column_is_named_with_those_there_are(tmp_path):

@@ -48,6 +48,13 @@ class Maker:
         data = self.random.choice(["\n", "\r\n", "\n\n"]).join(lines).encode(errors="surrogateescape")
         return self.random.choice([".jsonl", ".ndjson", ".jl", ".json", ".jsonlines"]), data, len(lines)
 
+    def values(self) -> tuple[str, bytes, int]:
+        """An array, or objects one after another, over several lines."""
+        objects = [{"text": "first"}, *({"id": 7, "text": text} for text in self.texts()),
+                   *self.random.sample([{"text": None}, {"text": ""}, [1, [2]], {"n": {"text": "inner"}}], 2)]
+        values = [objects] if self.random.random() < 0.5 else objects
+        return ".json", "\n".join(json.dumps(value, indent=1) for value in values).encode(), len(objects)
+
     def table(self) -> tuple[str, bytes, int]:
         texts = self.texts()
         return ".csv", csv_of(texts, delimiter=self.random.choice(",;\t")), len(texts)
@@ -98,7 +105,8 @@ class Maker:
 
     def file(self, depth: int = 0) -> tuple[str, bytes, int]:
         """Suffix, bytes and number of documents."""
-        kinds = [self.records, self.records, self.table, self.text, self.page, self.warc, self.parquet, self.unknown]
+        kinds = [self.records, self.records, self.values, self.table, self.text, self.page, self.warc, self.parquet,
+                 self.unknown]
         if depth < 2 and self.random.random() < 0.2:
             suffix, data, documents = self.archive(depth)
         else:

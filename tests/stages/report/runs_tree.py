@@ -8,7 +8,17 @@ import random
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.schema import Blend, BlendPhase, Dropped, Example, FunnelStep, Histogram, TokenFile
+from data_pipeline.schema import (
+    Blend,
+    BlendPhase,
+    Dropped,
+    Example,
+    FunnelStep,
+    Histogram,
+    PassedOver,
+    Refused,
+    TokenFile,
+)
 from model.compression.schema import CandidateRecord, Controls, Costs, FfnImportance, Importance, LayerImportance
 from model.evaluation.schema import ChoiceSample, TextSample
 from stages.common import Stage
@@ -80,7 +90,10 @@ class Tree:
                 (folder / f"{stem}.csv").write_text(csv_text(content))
 
     def data(self) -> None:
-        self.record("annotate", None, {"documents": 5810, "shards": 4})
+        self.record(
+            "annotate", None, {"documents": 5810, "shards": 4},
+            refused_json={DOMAINS[0]: {"empty": Refused(documents=3, where=["a.jsonl, byte 7"])}},
+            passed_over_json={"files": {".png": PassedOver(count=1234, where=["<b>.png", "b.png", "c.png"])}})
         reasons = {"heuristics": {"digits > 0.2": 12, "stop_words < 2": 40}, "language": {"share of en < 0.3": 3}}
         funnel = [FunnelStep(domain=domain, step=step, documents=int(2000 * share), bytes=int(9e6 * share),
                              reasons=reasons.get(step, {}))

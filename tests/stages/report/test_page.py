@@ -86,6 +86,8 @@ def test_tables_hold_the_records_numbers(runs):
     assert page.row("16,384")[-2:] == ["2.99", "1.15"]
     assert any(row[:2] == ["nemotron_h_8b", "48.5"] and row[-1] == "≈ 211" for row in page.rows)
     assert any(row[0] == "heuristics" and row[-1] == "stop_words < 2: 40; digits > 0.2: 12" for row in page.rows)
+    assert page.row("empty") == ["empty", "3", "a.jsonl, byte 7"]
+    assert page.row(".png") == [".png", "1,234", "<b>.png; b.png"]
 
 
 def test_text_from_records_is_escaped(runs):
@@ -112,6 +114,7 @@ def test_invisible_characters_are_seen():
     ("pretrain/hybrid-fp8/validation.csv", lambda path: path.write_text(path.read_text().splitlines()[0]), "no rows"),
     ("curate/histograms.json", lambda path: path.write_text("{}[]"), "not valid JSON"),
     ("curate/funnel.json", Path.unlink, "not found"),
+    ("annotate/passed_over.json", Path.unlink, "not found"),
     ("benchmark/provenance.json", Path.unlink, "not found"),
     ("evaluate/compressed/metrics.json", Path.unlink, "not found"),
     ("evaluate/hybrid-fp8/samples.json", lambda path: write_json(path, {"cloze": [{"id": "x"}]}), "`cloze.0."),

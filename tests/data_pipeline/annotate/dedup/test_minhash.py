@@ -1,6 +1,6 @@
 """MinHash against exact Jaccard similarity, the banding formula and brute-force components."""
 
-import re
+import unicodedata
 
 import numpy as np
 import pyarrow as pa
@@ -16,8 +16,7 @@ MINIMA = MinHashConfig(shingle_characters=24, bands=1000, rows=1)       # a band
 
 
 def shingle_set(text: str, characters: int = 24) -> set[str]:
-    lowered = re.sub("[A-Z]", lambda letter: letter.group().lower(), text)
-    folded = re.sub(r"[\t-\r ]+", " ", lowered).strip(" ")
+    folded = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     return {folded[start : start + characters] for start in range(max(1, len(folded) - characters + 1))}
 
 
@@ -46,7 +45,17 @@ def test_folding():
     assert len({tuple(column) for column in bands_of(["", " \n\t", "\x0c"]).T}) == 1
     same = ["Some Text\n\n  of two LINES, for instance", "  some text of two lines, for instance \n"]
     assert np.array_equal(*bands_of(same).T)
-    for first, second in [("a", "b"), ("a", ""), ("é", "É"), ("a b", "ab"), ("x" * 30, "y" * 30)]:
+    for set_otherwise in (
+        "SOME\u00a0text \u3000 Of\u2009tWo\u2028lines,\u200bFOR instance\u202f",
+        "ſome text of two ｌｉｎｅｓ, for instance",
+        "so\u00adme te\u200dxt\ufe0f of\u2060 two lines, \U000e0061for instance\ufeff",
+    ):
+        assert np.array_equal(*bands_of([same[0], set_otherwise]).T)
+    for upper, lower in (("ÄÖÜ ẞ", "äöü ß"), ("ДОМ", "дом"), ("ΣΟΦΟΣ", "σοφος"), ("ÉTÉ", "été"), ("ＡＢ１", "ab1"),
+                         ("ꙀͰ𐐀", "ꙁͱ𐐨"), ("Ⅷ x²", "ⅷ x2")):
+        assert upper == upper.strip() and np.array_equal(*bands_of([f"{upper} " * 9, lower + f"\u00a0{lower}" * 8]).T)
+    for first, second in [("a", "b"), ("a", ""), ("é", "e"), ("ا", "ى"), ("一", "二"), ("\U00020000", "\U00020001"),
+                          ("a b", "ab"), ("x" * 30, "y" * 30)]:
         assert not (bands_of([first])[:, 0] == bands_of([second])[:, 0]).any()
 
 
