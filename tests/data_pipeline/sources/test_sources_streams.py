@@ -35,7 +35,7 @@ def read(location) -> tuple[bytes, list[str]]:
         ("plain.txt", TEXT),
         ("one.gz", gzip.compress(TEXT, mtime=0)),
         ("members.gz", b"".join(gzip.compress(TEXT[at : at + 999], mtime=0) for at in range(0, len(TEXT), 999))),
-        ("padded.gz", gzip.compress(TEXT[:5000], mtime=0) + bytes(700) + gzip.compress(TEXT[5000:], mtime=0) + bytes(3)),
+        ("padded.gz", b"".join(gzip.compress(part, mtime=0) + bytes(700) for part in (TEXT[:5000], TEXT[5000:]))),
         ("no suffix", gzip.compress(TEXT, mtime=0)),
         ("one.zst", zstd(TEXT)),
         ("frames.zst", zstd(TEXT[:5000]) + zstd(TEXT[5000:])),

@@ -83,7 +83,8 @@ EXPECTED = f"Page 3\n\n{PARAGRAPH}Page 3.\n\n{PARAGRAPH.strip()}"
 
 
 @pytest.mark.parametrize(
-    "data", [b"".join(MEMBERS), b"".join(RECORDS), gzip.compress(b"".join(RECORDS), mtime=0), b"\r\n".join(RECORDS).strip()]
+    "data",
+    [b"".join(MEMBERS), b"".join(RECORDS), gzip.compress(b"".join(RECORDS), mtime=0), b"\r\n".join(RECORDS).strip()],
 )
 @pytest.mark.parametrize("extractor", ["justext", "resiliparse"])
 def test_pages_of_a_whole_file(archive, data, extractor):
