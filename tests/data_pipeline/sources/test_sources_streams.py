@@ -35,7 +35,8 @@ def read(location) -> tuple[bytes, list[str]]:
         ("plain.txt", TEXT),
         ("one.gz", gzip.compress(TEXT, mtime=0)),
         ("members.gz", b"".join(gzip.compress(TEXT[at : at + 999], mtime=0) for at in range(0, len(TEXT), 999))),
-        ("padded.gz", b"".join(gzip.compress(part, mtime=0) + bytes(700) for part in (TEXT[:5000], TEXT[5000:]))),
+        ("padded.gz", b"".join(gzip.compress(part, mtime=0) + bytes(zeros)
+                               for part, zeros in ((TEXT[:5000], 700), (TEXT[5000:], 3)))),
         ("no suffix", gzip.compress(TEXT, mtime=0)),
         ("one.zst", zstd(TEXT)),
         ("frames.zst", zstd(TEXT[:5000]) + zstd(TEXT[5000:])),
