@@ -41,6 +41,7 @@ QUESTIONS = {
           "Äpfel bleiben ihm für den zweiten Tag übrig?",
     "zh": "一个商人有十四个篮子，每个篮子里装着九个苹果，第一天他卖掉了其中的三分之一，请问第二天他还剩下多少个苹果？",
 }
+PARTS = {"de": GERMAN, "zh": CHINESE}
 # As web pages set them.
 PLANTED = {
     "de": QUESTIONS["de"].upper().replace("; ", "&nbsp;&mdash; ").replace(" JE ", "&nbsp;je ").replace("Ä", "A\u0308"),
@@ -51,7 +52,7 @@ PLANTED = {
 def pages(language: str, count: int) -> list[str]:
     """Main text of pages in HTML; the third holds the question."""
     chooser, glue = random.Random(7), "" if language == "zh" else " "
-    parts = CHINESE if language == "zh" else GERMAN
+    parts = PARTS[language]
     found = []
     for number in range(count):
         sentences = [("，" if language == "zh" else ", ").join((glue.join(map(chooser.choice, parts[:2])),
