@@ -6,6 +6,9 @@ A round damages files of a finished run, starts `python -m flows.reproduce`, kil
 writes, damages what that leaves, and gives the same command until it ends well. Then every result must be that of the
 undisturbed run, byte for byte, every output and DVC's copy of it the one in dvc.lock, and no process may be left.
 
+With `--filesystem MB` the archive lies in a tmpfs of that size (which takes root), and some strikes fill it to the last
+byte until the command has ended.
+
 A fault is *survived* then; *refused* where the command does not end well but says what to do; *wrong* otherwise. The
 archive (made where DIR has none) is put back after a round that is not survived. `--plain` gives another command,
 `python -m flows.mend && dvc repro`, which is several times quicker. Exits 1 when anything was wrong.
@@ -40,6 +43,7 @@ AT_REST = 30                    # faults a round, before the command
 ATTEMPTS = 5                    # at the same command; the first may be disturbed
 KILLED_MAY_LEAVE = 15.0         # seconds until processes that end by themselves have
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+BALLAST = "ballast"             # what fills a disk
 CHEAP = ("curate", "tokenizer", "tokenize", "items", "pretrain@", "compress", "export@", "evaluate@")
 PLACES: dict[str, tuple[str, ...]] = {          # where a file can be damaged: patterns below the archive
     "data": ("data/**/*",),
@@ -180,8 +184,18 @@ def moments(archive: Path, random_: random.Random) -> tuple[str, Callable[[], bo
 
 
 def strike(archive: Path, random_: random.Random, command: subprocess.Popen[bytes]) -> Fault | None:
-    """Wait for a moment and kill, or let no file of DVC and its stage grow beyond some size; None if it never came."""
+    """Wait for a moment and kill, or let no file of DVC and its stage grow beyond some size, or fill a disk of its own;
+    None if the moment never came."""
     when, now = moments(archive, random_)
+    if archive.parent.is_mount() and random_.random() < 0.6:
+        while command.poll() is None:
+            if now():
+                fill(archive.parent / BALLAST)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    command.wait(60)
+                return Fault("disk filled", when)
+            time.sleep(0.003)
+        return None
     [role], number = random_.choices(list(ROLES), WEIGHTS), random_.choice(SIGNALS)
     limit = int(2 ** random_.uniform(9, 18)) if random_.random() < 0.2 else None
     if limit:
@@ -201,6 +215,16 @@ def strike(archive: Path, random_: random.Random, command: subprocess.Popen[byte
                 return Fault(f"{signal.Signals(number).name} of {role}", when)
         time.sleep(0.003)
     return None
+
+
+def fill(ballast: Path) -> None:
+    """Write until nothing more fits."""
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1 << 16))
+    with contextlib.suppress(OSError), ballast.open("ab", buffering=0) as file:
+        while True:
+            file.write(bytes(512))
 
 
 PLAIN = ["/bin/sh", "-c", f"{sys.executable} -m flows.mend && {' '.join(DVC)} repro"]
@@ -234,6 +258,9 @@ def one_round(archive: Path, expected: dict[str, object], random_: random.Random
             for _ in range(random_.randrange(3)):
                 left = damage(archive, random_, "resume state")
                 faults += [left] if left and command.poll() is not None else []
+        if (archive.parent / BALLAST).exists() and command.poll() is None:
+            os.killpg(command.pid, signal.SIGTERM)          # it waits for room
+        (archive.parent / BALLAST).unlink(missing_ok=True)
         with contextlib.suppress(subprocess.TimeoutExpired):
             command.wait(600)
         if command.poll() is None:
@@ -282,7 +309,8 @@ def chaos(
             for process in processes(archive):
                 with contextlib.suppress(psutil.Error):
                     process.kill()
-            keep(archive, archive.with_name(f"{archive.name}-seed-{number - 1}"))
+            place = Path(tempfile.gettempdir()) if archive.parent.is_mount() else archive.parent
+            keep(archive, place / f"{archive.name}-seed-{number - 1}")
             keep(pristine, archive)
 
 
@@ -318,15 +346,23 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--archive", type=Path, help="a finished run to damage, made if absent (default: temporary)")
     parser.add_argument("--page", type=Path, help="where the table goes too")
+    parser.add_argument("--filesystem", type=int, metavar="MB", help="a disk of its own, that fills")
     parser.add_argument("--plain", action="store_true", help="by DVC alone, as `make repro-plain`")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        archive = (options.archive or Path(temporary, "archive")).resolve()
-        if not archive.exists():
-            archive.mkdir(parents=True)
-            reproduce(unpack(archive), "--profile", "smoke")
-        pristine = Path(temporary, "pristine")
-        keep(archive, pristine)
+    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as ended:
+        made = (options.archive or Path(temporary, "archive")).resolve()
+        if not made.exists():
+            made.mkdir(parents=True)
+            reproduce(unpack(made), "--profile", "smoke")
+        pristine, archive = Path(temporary, "pristine"), made
+        keep(made, pristine)
+        if options.filesystem:
+            archive = Path(temporary, "disk", "archive")
+            archive.parent.mkdir()
+            subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={options.filesystem}m", "chaos", archive.parent],
+                           check=True)
+            ended.callback(subprocess.run, ["umount", "--lazy", archive.parent], check=True)
+            keep(made, archive)
         rounds: list[Round] = []
         try:
             for outcome in chaos(archive, pristine, options.seed, options.faults, 60 * options.minutes,
