@@ -15,16 +15,14 @@ from torch import Tensor
 from triton_device import DEVICE
 
 # isort: split
-from kernels import (
-    causal_conv1d_triton,
-    cross_entropy_triton,
-    forward_kl_triton,
-    gated_norm_triton,
-    mixer_triton,
-    squared_relu_triton,
-    ssd_triton,
-    state_update_triton,
-)
+from kernels.causal_conv1d import triton as causal_conv1d_triton
+from kernels.cross_entropy import triton as cross_entropy_triton
+from kernels.forward_kl import triton as forward_kl_triton
+from kernels.gated_norm import triton as gated_norm_triton
+from kernels.mixer import triton as mixer_triton
+from kernels.squared_relu import triton as squared_relu_triton
+from kernels.ssd import triton as ssd_triton
+from kernels.state_update import triton as state_update_triton
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="checks the interpreter's addresses")
 
@@ -45,7 +43,8 @@ def outside(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         for first, end in extents:
             within |= (touched >= first) & (touched + size <= end)
         if not within.all():
-            frames = [frame for frame in traceback.extract_stack() if frame.filename.endswith("_triton.py")]
+            frames = [frame for frame in traceback.extract_stack()
+                      if "/kernels/" in frame.filename and frame.filename.endswith("/triton.py")]
             found.append(f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}")
 
     def checked_launch(self, arguments, options):

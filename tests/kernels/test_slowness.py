@@ -14,31 +14,30 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton", reason="`make test` installs Triton")
 
-from kernels import (  # noqa: F401, imported before tensors are fake
-    cached_attention_triton,
-    causal_conv1d_triton,
-    cross_entropy_triton,
-    forward_kl_triton,
-    fp8_linear_triton,
-    gated_norm_triton,
-    mixer_triton,
-    squared_relu_fp8_triton,
-    squared_relu_triton,
-    ssd_triton,
-    state_update_triton,
-)
+# imported before tensors are fake
 from kernels.arguments import warn_of_slowness
 from kernels.cached_attention import token_attention
+from kernels.cached_attention import triton as cached_attention_triton  # noqa: F401
 from kernels.causal_conv1d import causal_conv1d
+from kernels.causal_conv1d import triton as causal_conv1d_triton  # noqa: F401
 from kernels.cross_entropy import cross_entropy
+from kernels.cross_entropy import triton as cross_entropy_triton  # noqa: F401
 from kernels.forward_kl import forward_kl
+from kernels.forward_kl import triton as forward_kl_triton  # noqa: F401
 from kernels.fp8_linear import quantize_rows
+from kernels.fp8_linear import triton as fp8_linear_triton  # noqa: F401
 from kernels.gated_norm import gated_rms_norm
+from kernels.gated_norm import triton as gated_norm_triton  # noqa: F401
 from kernels.mixer import MixerWeights, mix
+from kernels.mixer import triton as mixer_triton  # noqa: F401
 from kernels.squared_relu import squared_relu
+from kernels.squared_relu import triton as squared_relu_triton  # noqa: F401
 from kernels.squared_relu_fp8 import quantize_transpose
+from kernels.squared_relu_fp8 import triton as squared_relu_fp8_triton  # noqa: F401
 from kernels.ssd import chunk_scan
+from kernels.ssd import triton as ssd_triton  # noqa: F401
 from kernels.state_update import conv_state_update, ssd_state_update
+from kernels.state_update import triton as state_update_triton  # noqa: F401
 
 BF16 = torch.bfloat16
 
