@@ -10,8 +10,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from flows.profile import resolve
-from tests.data_pipeline.sources import hub_server
 from tests.data_pipeline.annotate_corpus import STDLIB
+from tests.data_pipeline.sources import hub_server
 from tests.data_pipeline.sources.test_sources_hub_server import parquet
 
 ROOT = Path(__file__).resolve().parents[2]
