@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import shutil
 
+import pytest
+
+from model.config import ModelError
 from model.training.run_log import RunLog
 
 
@@ -41,3 +44,15 @@ def test_a_run_goes_on_where_its_state_was_saved(tmp_path):
     assert fresh.rows("training") == []
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
     fresh.close()
+
+
+def test_a_log_that_something_else_changed_is_no_record(tmp_path):
+    log = RunLog(tmp_path)
+    log.start(0, None)
+    log.append("training", {"step": 1, "loss": 2.0})
+    assert log.files() and log.rows("training")
+    (tmp_path / "training.csv").write_text("step,loss\n1,7.0\n")
+    for read in (log.files, lambda: log.rows("training")):
+        with pytest.raises(ModelError, match=r"training\.csv: changed by something else"):
+            read()
+    log.close()
