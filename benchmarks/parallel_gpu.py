@@ -288,7 +288,7 @@ def main() -> None:
     if arguments.worker:
         return work(Case(*json.loads(arguments.worker)), arguments.out)
     if bool(arguments.whole) != bool(arguments.scratch):
-        parser.error("--whole and --scratch go together: token files, and a directory with 230 GB for weights and states")
+        parser.error("--whole and --scratch go together: token files, and a directory with 230 GB free")
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     figures: dict[str, Any] = {"machine": f"{torch.cuda.device_count()} x {machine}, torch {torch.__version__}, "
                                           f"Python {platform.python_version()}", "steps": {}, "whole": {}}
