@@ -5,7 +5,7 @@
 First a latency table of the parent's layers and widths and an overhead fitted on five models, as the compress stage
 makes them; then ten candidates drawn from the grid, none of them among those, each predicted and then built with random
 weights and timed (CUDA graph). Memory is the most that was allocated while it decoded. Last, for the h200 profile's
-model, tokens a second of distillation with two students, by teacher, and the loss kernel beside PyTorch's operations.
+model, the loss kernel beside PyTorch's operations.
 """
 
 from __future__ import annotations
@@ -13,11 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import tempfile
 import time
-from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -28,20 +25,14 @@ from kernels.forward_kl import forward_kl
 from model import costs
 from model.benchmark.decode import fill_caches, step_seconds
 from model.compression.candidates import maximal_cells, share_budget
-from model.compression.config import CompressConfig, Workload
-from model.compression.controls import random_selection
-from model.compression.distill import distill
-from model.compression.fp8_teacher import fp8_teacher
+from model.compression.config import Workload
 from model.compression.importance import rank_correlation
 from model.compression.latency import measure_table
-from model.compression.prune import cut
-from model.compression.resume import ResultCache
 from model.config import Geometry, ModelConfig
-from model.hybrid_lm import HybridLM
 from model.inference.decoder import Decoder
 from model.inference.random_weights import random_model
 from model.presets import PRESETS
-from stages.params import load_params, read_yaml
+from stages.params import read_yaml
 
 CANDIDATES = 10
 PARAMETERS_KEPT = 0.83
@@ -119,43 +110,6 @@ def predictions(name: str, context: int, batch: int, seed: int) -> dict[str, Any
     }
 
 
-def distillation(sequences: int, steps: int) -> dict[str, float]:
-    """Tokens a second of the h200 profile's distillation: two students of 83 % beside each teacher."""
-    parent, _ = parent_of("h200")
-    base = load_params("params.yaml").compress
-    batch = {"global_batch_size": sequences, "micro_batch_size": sequences}
-    config = base.model_copy(update=batch | {"checkpoint_every": 10**9})
-    teacher = random_model(parent, torch.bfloat16, DEVICE)
-    layers = "".join(symbol * (parent.pattern.count(symbol) * 3 // 4) for symbol in "M*-")
-    shape = parent.model_copy(update={"pattern": layers})
-    students = {}
-    for seed in (1, 2):
-        selection = random_selection(parent, shape, torch.Generator().manual_seed(seed))
-        students[str(seed)] = cut(parent, teacher.state_dict(), selection)
-    data = list(torch.randint(parent.vocab_size, (sequences * steps, parent.sequence_length + 1)))
-    return {
-        f"distillation_tokens_per_second_{name}_teacher": _distil_speed(model, students, data, steps, config)
-        for name, model in {"bf16": teacher, "fp8": fp8_teacher(teacher)}.items()
-    }
-
-
-def _distil_speed(
-    teacher: HybridLM, students: dict[str, Any], data: list[torch.Tensor], steps: int, config: CompressConfig
-) -> float:
-    """From the median time between two reads of the losses, which is when the device is waited for."""
-    marks: list[tuple[int, float]] = []
-
-    def mark(step: int, total: int, **figures: float) -> None:
-        if "kl_1" in figures:
-            marks.append((step, time.perf_counter()))
-
-    tokens = config.micro_batch_size * teacher.config.sequence_length
-    with tempfile.TemporaryDirectory() as directory:
-        distill(teacher, students, data, steps * tokens, config, ResultCache(Path(directory)), "speed", mark)
-    marks = [entry for entry in marks if entry[0] < steps]          # the last one saves, too
-    return median((after[0] - before[0]) * tokens / (after[1] - before[1]) for before, after in pairwise(marks))
-
-
 def loss_kernel(rows: int, vocab: int) -> dict[str, float]:
     """Forward and gradient of the loss, ours and of PyTorch's operations, BF16 logits."""
     student, teacher = (2 * torch.randn(rows, vocab, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
@@ -187,7 +141,7 @@ def main() -> None:
     started = time.perf_counter()
     found = predictions(options.model, options.context, options.batch, options.seed)
     if options.model == "h200":
-        found |= distillation(16, 41) | loss_kernel(8192, 32_768)
+        found |= loss_kernel(8192, 32_768)
     found["device"] = torch.cuda.get_device_name()
     found["seconds"] = time.perf_counter() - started
     if options.out:

@@ -29,6 +29,7 @@ order. Finished runs are kept in .scratch, by what they depend on: the same comm
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import hashlib
 import json
@@ -56,20 +57,20 @@ from benchmarks import data_quality, recall_study
 from benchmarks.data_quality import Blend, prepare, write
 from data_pipeline.tokenize.indexed_dataset import IndexedDatasetWriter
 from model import costs
-from model.checkpoint import load_weights
-from model.compression import funnel
+from model.checkpoint import load_weights, read_description, save_weights
 from model.compression.comparison import Closeness, compare
 from model.compression.config import CompressConfig
 from model.compression.controls import random_selection
 from model.compression.data import read_data
-from model.compression.distill import Objective, distill
-from model.compression.funnel import Weights
+from model.compression.distill import Objective
+from model.compression.funnel import Funnel
+from model.compression.layerwise import Mask
 from model.compression.prune import Selection
 from model.compression.resume import ResultCache
 from model.compression.width_importance import NeuronScore, select, top, width_importance
 from model.config import ModelConfig, PretrainConfig
 from model.hybrid_lm import HybridLM
-from model.megatron.distributed import bfloat16_products, device
+from model.megatron.distributed import device, process_groups
 from model.training import token_data
 from stages.common import _commit, _machine, _versions, code_digest
 from stages.params import Params, load_params
@@ -449,42 +450,44 @@ def one_arm(scale: Scale, tokens: Path, scratch: Path) -> dict[str, None]:
 
 
 @contextmanager
-def compression(task: Task) -> Iterator[funnel._Run]:
+def compression(task: Task) -> Iterator[Funnel]:
     """The parent, its importance and its text, as the compress stage has them."""
-    config, state, _ = load_weights(task.parent)
-    with TemporaryDirectory() as directory, bfloat16_products():
+    config, _ = read_description(task.parent)
+    with TemporaryDirectory() as directory, process_groups():
         scratch, settings = Path(directory), task.scale.compress
         data = read_data(task.tokens, config.sequence_length, settings, task.seed, scratch / "index")
-        yield funnel._Run(Weights(config, state), data, settings, task.seed, ResultCache(scratch), silent)
+        yield Funnel(task.parent, task.tokens, data, settings, task.scale.recipe, task.seed, ResultCache(scratch),
+                     silent)
 
 
-def closeness(run: funnel._Run, models: Mapping[str, Weights]) -> dict[str, Closeness]:
-    loaded = {name: run.load(weights) for name, weights in models.items()}
-    return compare(run.teacher, loaded, run.data.validation, run.config.micro_batch_size, silent)
+def closeness(run: Funnel, models: Mapping[str, Mask | Path]) -> dict[str, Closeness]:
+    """Of masked parents and of checkpoints, one of them loaded at a time."""
+    found = {}
+    for name, model in models.items():
+        loaded = {name: run.load(model) if isinstance(model, Path) else model}
+        found |= compare(run.teacher, loaded, run.data.validation, run.config.micro_batch_size, silent)
+    return found
 
 
-def distilled(
-    run: funnel._Run, starts: Mapping[str, Weights], tokens: int, objective: Objective = "kl",
-    **changes: float,
-) -> dict[str, Weights]:
-    """The students after `tokens` tokens."""
-    with TemporaryDirectory() as directory:
-        config = run.config.model_copy(update=changes)
-        cache = ResultCache(Path(directory))
-        done = distill(run.teacher, starts, run.data.training, tokens, config, cache, "arm", silent, objective)
-    return {name: Weights(starts[name].config, state) for name, state in done.states.items()}
+def distilled(run: Funnel, start: Path, tokens: int, objective: Objective = "kl", **changes: float) -> Path:
+    """The student that begins as `start` after `tokens` tokens."""
+    name = "-".join([start.parent.name, objective, *map(str, changes.values())])
+    school = copy.copy(run.school)
+    school.config = run.config.model_copy(update=changes)
+    return school.distil(start, tokens, name, objective).directory
 
 
 def neuron_scores(task: Task) -> Figures:
     """KL of the parent cut to 94 and 75 % of its neurons: by each score, and the mean of random draws."""
     figures: Figures = {}
     with compression(task) as run:
-        parent = run.parent.config
+        parent = run.config_of_parent
         everything = list(range(len(parent.pattern)))
         ffn = [layer for layer in everything if parent.pattern[layer] == "-"]
         names = {layer: f"backbone.layers.{layer}.mixer" for layer in ffn}
-        magnitude = {layer: run.parent.state[f"{name}.up_proj.weight"].norm(dim=1).cpu()
-                     * run.parent.state[f"{name}.down_proj.weight"].norm(dim=0).cpu() for layer, name in names.items()}
+        _, state, _ = load_weights(run.parent)
+        magnitude = {layer: state[f"{name}.up_proj.weight"].norm(dim=1) * state[f"{name}.down_proj.weight"].norm(dim=0)
+                     for layer, name in names.items()}
         samples = run.data.calibration[: run.config.ffn_importance_samples]
         scores = {order: width_importance(run.teacher, samples, run.config.micro_batch_size, silent, order)
                   for order in get_args(NeuronScore)}
@@ -499,7 +502,7 @@ def neuron_scores(task: Task) -> Figures:
             cuts |= {f"random {draw}": random_selection(parent, shape,
                                                         torch.Generator().manual_seed(100 * task.seed + draw))
                      for draw in range(RANDOM_DRAWS)}
-            found = closeness(run, {name: run.cut(selection) for name, selection in cuts.items()})
+            found = closeness(run, {name: run.mask(selection) for name, selection in cuts.items()})
             drawn = [value.kl for name, value in found.items() if name.startswith("random")]
             values = {name: value.kl for name, value in found.items() if not name.startswith("random")}
             for name, value in (values | {"random": fmean(drawn)}).items():
@@ -510,17 +513,17 @@ def neuron_scores(task: Task) -> Figures:
 def mamba_heads(task: Task) -> Figures:
     """KL of three cuts of nearly as many parameters, at once and after a short distillation."""
     with compression(task) as run:
-        parent = run.parent.config
+        parent = run.config_of_parent
         shapes = {
             "Mamba heads": parent.model_copy(update={"mamba_num_heads": parent.mamba_num_heads // 2}),
             "Mamba head channels": parent.model_copy(update={"mamba_head_dim": parent.mamba_head_dim // 2}),
         }
         shapes["FFN neurons"] = equal_ffn_cut(parent, costs.parameters(shapes["Mamba heads"]))
         everything = list(range(len(parent.pattern)))
-        starts = {name: run.cut(select(parent, shape, everything, run.widths)) for name, shape in shapes.items()}
-        ends = distilled(run, starts, run.config.short_distillation_tokens)
+        starts = {name: run.cut(select(parent, shape, everything, run.widths), name) for name, shape in shapes.items()}
+        ends = {name: distilled(run, start, run.config.short_distillation_tokens) for name, start in starts.items()}
         cut, after = closeness(run, starts), closeness(run, ends)
-        sizes = {name: costs.parameters(weights.config) for name, weights in starts.items()}
+        sizes = {name: costs.parameters(read_description(start)[0]) for name, start in starts.items()}
     figures: Figures = {f"{name}, just cut": (value.kl, NATS) for name, value in cut.items()}
     figures |= {f"{name}, distilled": (value.kl, NATS) for name, value in after.items()}
     return figures | {f"{name}, parameters": (float(size), "parameters") for name, size in sizes.items()}
@@ -537,17 +540,18 @@ def distillation(task: Task) -> Figures:
     """Held-out loss and KL of MiniPuzzle's first candidate after equal tokens of each objective, and from scratch."""
     with compression(task) as run:
         best = max(run.candidates(), key=lambda candidate: candidate.importance)
-        start = run.cut(best.selection)
+        start = run.cut(best.selection, "best")
         torch.manual_seed(task.seed)
-        fresh = Weights(start.config, {name: value.detach().to(run.device)
-                                       for name, value in HybridLM(start.config).state_dict().items()})
+        fresh = run.cache.directory / "fresh" / "start"
+        fresh.mkdir(parents=True)
+        save_weights(fresh, best.config, dict(HybridLM(best.config).requires_grad_(False).state_dict()), {})
         tokens = run.config.distillation_tokens
         recipe = task.scale.recipe
         own = {"learning_rate": recipe.learning_rate, "min_learning_rate": recipe.min_learning_rate}
         models = {"parent": run.parent, "just cut": start}
-        models["cut, KL"] = distilled(run, {"": start}, tokens)[""]
-        models["cut, cross-entropy"] = distilled(run, {"": start}, tokens, "cross_entropy")[""]
-        models["from scratch, cross-entropy"] = distilled(run, {"": fresh}, tokens, "cross_entropy", **own)[""]
+        models["cut, KL"] = distilled(run, start, tokens)
+        models["cut, cross-entropy"] = distilled(run, start, tokens, "cross_entropy")
+        models["from scratch, cross-entropy"] = distilled(run, fresh, tokens, "cross_entropy", **own)
         found = closeness(run, models)
     figures: Figures = {f"loss, {name}": (value.loss, NATS) for name, value in found.items()}
     gap = found["just cut"].loss - found["parent"].loss
@@ -565,9 +569,10 @@ def funnel_order(task: Task) -> Figures:
         candidates = sorted(run.candidates(), key=lambda candidate: -candidate.importance)
         count = min(CANDIDATES, len(candidates))
         chosen = [candidates[round(place)] for place in np.linspace(0, len(candidates) - 1, count)]
-        starts = {str(number): run.cut(candidate.selection) for number, candidate in enumerate(chosen)}
-        cut = closeness(run, starts)
-        after = closeness(run, distilled(run, starts, run.config.short_distillation_tokens))
+        cut = closeness(run, {str(number): run.mask(candidate.selection) for number, candidate in enumerate(chosen)})
+        starts = {str(number): run.cut(candidate.selection, str(number)) for number, candidate in enumerate(chosen)}
+        tokens = run.config.short_distillation_tokens
+        after = closeness(run, {number: distilled(run, start, tokens) for number, start in starts.items()})
     before, then = [value.kl for value in cut.values()], [value.kl for value in after.values()]
     agreement, kept = [-value.agreement for value in cut.values()], [-one.importance for one in chosen]
     return {

@@ -1,4 +1,4 @@
-"""Say what a profile will take: pretraining's memory of a GPU, speed, days, GPU-hours; compression's least memory.
+"""Say what a profile's pretraining will take: memory of a GPU, speed, days, GPU-hours.
 
     python -m flows.plan nemotron-h-56b                         each variant of the profile
     python -m flows.plan nemotron-h-8b --machine h200 --set runtime.parallel.tensor=1
@@ -18,7 +18,6 @@ from tempfile import TemporaryDirectory
 from flows import profile
 from flows.console import table
 from model.config import ModelError
-from model.costs import parameters
 from model.training.plan import GIB, MACHINES, Layout, Machine, Plan, nearest_that_fits, plan
 from stages.params import Params, load_params
 
@@ -76,17 +75,6 @@ def _row(label: str, values: Sequence[float], found: dict[str, Plan], form: str)
     return {"": label} | {name: format(value, form) for name, value in zip(found, values, strict=True)}
 
 
-def of_compression(params: Params, machine: Machine) -> str:
-    """What `compress` takes at the least, on its one device."""
-    from model.compression.distill import least_memory
-
-    parent = params.model_of(params.compress.parent)
-    needed = least_memory(parameters(parent), params.compress)
-    fits = "less than" if needed <= machine.memory else "does not fit: more than"
-    return (f"compress, on one GPU: {needed / GIB:.1f} GiB for weights and optimizers of its distillation, {fits} the "
-            f"{machine.memory / GIB:.1f} of a {machine.name}.")
-
-
 def refusals(found: dict[str, Plan]) -> list[str]:
     """For each plan that does not fit: by how much, and the nearest layout that does."""
     lines = []
@@ -126,7 +114,7 @@ def main() -> None:
     recipe = params.pretrain
     machine = MACHINES[options.machine]
     print(f"{params.profile}: {recipe.tokens:,} tokens in batches of {recipe.global_batch_size} sequences, on "
-          f"{layout.processes} x {machine.name}\n{layout}\n\n{describe(found)}\n\n{of_compression(params, machine)}")
+          f"{layout.processes} x {machine.name}\n{layout}\n\n{describe(found)}")
     if wrong := refusals(found):
         sys.exit("\n" + "\n".join(wrong))
 

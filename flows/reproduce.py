@@ -61,7 +61,7 @@ class Run:
         nodes = dvc_graph.graph()
         dvc_graph.look()
         for name, node in nodes.items():
-            if name.startswith("pretrain@"):
+            if name.startswith(("pretrain@", "compress")):
                 nodes[name] = replace(node, gpus=params.runtime.launcher.gpus_here)
         self.nodes = dvc_graph.select(nodes, stages) if stages else nodes
         self.stale = dvc_graph.stale(self.nodes)

@@ -59,15 +59,7 @@ def load_weights(directory: Path) -> tuple[ModelConfig, State, dict[str, Any]]:
         ModelError: `directory` is no checkpoint, or not one of the model its model.json describes; a file is not the
             one that was written; a weight is not finite. Nothing of it is ever executed.
     """
-    description = directory / "model.json"
-    try:
-        content = json.loads(description.read_text())
-        config = ModelConfig(**content["model"])
-    except (OSError, ValueError, KeyError, ValidationError) as error:
-        raise ModelError(
-            f"{description}: not a model description ({' '.join(str(error).split())[:200]}).\n"
-            "Run the stage that writes this checkpoint again (pretrain or compress)."
-        ) from None
+    config, training = read_description(directory)
     check_sums(directory)
     reader = _Reader(directory)
     stored: State = {
@@ -81,7 +73,20 @@ def load_weights(directory: Path) -> tuple[ModelConfig, State, dict[str, Any]]:
     for name, tensor in stored.items():
         check_finite(tensor, name, directory)
     state = to_hub(config, {name: tensor.float() for name, tensor in stored.items()})
-    return config, state, content["training"]
+    return config, state, training
+
+
+def read_description(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The model's configuration and training record in a checkpoint's model.json. Raises ModelError."""
+    description = directory / "model.json"
+    try:
+        content = json.loads(description.read_text())
+        return ModelConfig(**content["model"]), content["training"]
+    except (OSError, ValueError, KeyError, ValidationError) as error:
+        raise ModelError(
+            f"{description}: not a model description ({' '.join(str(error).split())[:200]}).\n"
+            "Run the stage that writes this checkpoint again (pretrain or compress)."
+        ) from None
 
 
 def describe(directory: Path, config: ModelConfig, training: dict[str, Any]) -> None:

@@ -45,10 +45,14 @@ class HybridLM(nn.Module):
         return self.lm_head(self.backbone(input_ids))
 
     @classmethod
-    def skeleton(cls, config: ModelConfig) -> HybridLM:
-        """A model without weights, on the meta device: names and shapes, to be filled."""
+    def skeleton(cls, config: ModelConfig, dtype: torch.dtype = torch.float32) -> HybridLM:
+        """A model without weights, on the meta device: names and shapes, to be filled; A_log, D and dt_bias float32."""
         with torch.device("meta"), _NothingDrawn():
-            return cls(config)
+            model = cls(config)
+        for name, parameter in model.named_parameters():
+            if not name.endswith(FLOAT32_PARAMETERS):
+                parameter.data = parameter.data.to(dtype)
+        return model
 
     @classmethod
     def from_state(

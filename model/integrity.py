@@ -62,6 +62,17 @@ def check_sums(directory: Path, part: slice = slice(None)) -> None:
             raise ModelError(f"{path}: damaged or replaced: it is not the file whose digest stands in {SUMS}.\n{_CURE}")
 
 
+def is_whole(directory: Path) -> bool:
+    """Whether the files below `directory` are those of its SHA256SUMS; where they are not, that is said."""
+    try:
+        check_sums(directory)
+    except ModelError as error:
+        if directory.exists():
+            print(f"{str(error).partition(chr(10))[0]}\nIt is made again.", flush=True)
+        return False
+    return True
+
+
 def check_finite(tensor: Tensor, name: str, where: Path) -> None:
     """Raise ModelError where a weight holds a NaN or an infinity."""
     if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):

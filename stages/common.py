@@ -118,6 +118,21 @@ class Stage:
         with new_directory(self.out_data.joinpath(*parts)) as directory:
             yield directory
 
+    def run_job(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Run `job` (a task of `stages.worker` and its settings) where runtime.launcher says, laid out by
+        runtime.parallel; its result as JSON has it. With several processes its metrics say how many."""
+        from stages.launch import launch
+
+        runtime = self.params.runtime
+        self.take_gpus()
+        result = launch(runtime.launcher, job | {
+            "scratch": str(self.scratch.absolute()), "parallelism": runtime.parallel.model_dump(),
+            "threads": runtime.threads,
+        }, self.scratch, self.label)
+        if runtime.launcher.kind != "here":
+            result["metrics"]["processes"] = runtime.launcher.processes
+        return result
+
     def take_gpus(self) -> None:
         """Wait until no other stage of this repository has a GPU that CUDA_VISIBLE_DEVICES names; then have them all
         until this process ends.

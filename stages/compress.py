@@ -13,56 +13,52 @@ important kept. A killed run goes on where it was. docs/compression.md has the d
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
-from stages.common import Progress, Stage, run_stage
+from stages.common import Stage, run_stage
+from stages.pretrain import RUN_ONLY
 
 DIRECTORIES = {"compressed": "compressed", "random": "compressed-random"}
 
 
 def compress(stage: Stage) -> dict[str, Any]:
     """Compress the parent, and cut its random control; metrics."""
-    import torch
-
-    from model.checkpoint import load_weights, save_weights
-    from model.compression import funnel
-    from model.compression.data import read_data
-    from model.compression.distill import check_memory
-    from model.costs import parameters
-    from model.megatron.distributed import bfloat16_products, device
+    from model.checkpoint import describe, read_description
     from stages.schema import DistillationRow, csv_text
 
-    config, seed = stage.params.compress, stage.params.seed
-    stage.run_only = {"compress.checkpoint_every"}
-    torch.set_num_threads(stage.params.runtime.threads)
-    tokens = stage.input("tokens")
-    parent_config, state, training = load_weights(stage.input("checkpoints", config.parent))
-    parent = funnel.Weights(parent_config, state)
-    data = read_data(tokens, parent_config.sequence_length, config, seed, stage.scratch / "index")
-    stage.take_gpus()
-    check_memory(parameters(parent_config), config, device())
-    with bfloat16_products():
-        result = funnel.compress(parent, data, config, seed, stage.scratch, Progress())
-
-    for name, weights in result.models.items():
+    params = stage.params
+    config = params.compress
+    stage.run_only = {"compress.checkpoint_every", *RUN_ONLY}
+    tokens, parent = stage.input("tokens"), stage.input("checkpoints", config.parent)
+    _, training = read_description(parent)
+    result = stage.run_job({
+        "task": "compress", "parent": str(parent.absolute()), "tokens": str(tokens.absolute()), "seed": params.seed,
+        "compress": config.model_dump(mode="json"), "recipe": params.recipe_of(config.parent).model_dump(mode="json"),
+    })
+    metrics: dict[str, Any] = result["metrics"]
+    for name, directory in result["models"].items():
         facts = {
             "parent": config.parent,
-            "layers_kept": result.layers[name],
-            "precision": "bf16" if torch.cuda.is_available() else "float32",
-            "seed": seed,
-            "distillation_tokens": result.metrics["distillation_tokens"],
-            "validation_bits_per_byte": result.metrics[f"validation_bits_per_byte_{name}"],
+            "layers_kept": result["layers"][name],
+            "precision": result["precision"],
+            "seed": params.seed,
+            "distillation_tokens": metrics["distillation_tokens"],
+            "validation_bits_per_byte": metrics[f"validation_bits_per_byte_{name}"],
             "parent_training": training,
         }
         with stage.output("checkpoints", DIRECTORIES[name]) as out:
-            save_weights(out, *weights, facts)
-    for name, content in result.records.items():
+            shutil.copytree(directory, out, dirs_exist_ok=True)
+            describe(out, read_description(out)[0], facts)
+    for name, content in result["records"].items():
         stage.write_record(f"{name}.json", content)
-    stage.write_record("model.json", result.models["compressed"].config.model_dump(mode="json"))
-    rows = (DistillationRow(model=name, step=step, tokens=seen, kl=kl) for name, step, seen, kl in result.curve)
+    model = read_description(Path(result["models"]["compressed"]))[0]
+    stage.write_record("model.json", model.model_dump(mode="json"))
+    rows = (DistillationRow(model=name, step=step, tokens=seen, kl=kl) for name, step, seen, kl in result["curve"])
     stage.write_record("distillation.csv", csv_text(rows, digits=6))
-    return result.metrics
+    return metrics
 
 
 if __name__ == "__main__":
-    run_stage(compress, __doc__, sections=("compress", "seed"))
+    run_stage(compress, __doc__, sections=("compress", "pretrain", "variants", "seed"))

@@ -1,7 +1,7 @@
-"""Start pretraining on many processes, by torchrun or Slurm, and wait for it.
+"""Run a stage's job on its GPUs: in this process, or in many by torchrun or Slurm, and wait for it.
 
 The stage stays one process that reads parameters and writes outputs; the processes it starts run
-`stages.pretrain_worker` on a job file, and leave their result beside it. Every node must see the repository, the data
+`stages.worker` on a job file, and leave their result beside it. Every node must see the repository, the data
 and `.scratch` under the same paths.
 """
 
@@ -24,7 +24,8 @@ from typing import Any, Literal, NoReturn
 from pydantic import BaseModel, ConfigDict, Field
 
 from model.config import ModelError
-from stages.common import die_with_parent
+from stages import worker
+from stages.common import Progress, die_with_parent
 
 RENDEZVOUS_PORT = 29_400
 SECONDS_BETWEEN_LOOKS = 2.0
@@ -46,7 +47,7 @@ class SlurmJob(BaseModel):
 
 
 class LauncherConfig(BaseModel):
-    """Processes of pretraining: one GPU each, on one or several nodes.
+    """Processes of pretraining and compression: one GPU each, on one or several nodes.
 
     Attributes:
         kind: `here` is this process alone; `torchrun` starts them from here; `slurm` submits a job that does.
@@ -63,17 +64,17 @@ class LauncherConfig(BaseModel):
 
     @property
     def processes(self) -> int:
-        """Processes of one training, over all nodes."""
+        """Processes of one job, over all nodes."""
         return 1 if self.kind == "here" else self.nodes * self.processes_per_node
 
     @property
     def gpus_here(self) -> int:
-        """GPUs of this machine that pretraining takes; a Slurm job has its own."""
+        """GPUs of this machine that a job takes; a Slurm job has its own."""
         return {"here": 1, "torchrun": self.processes_per_node, "slurm": 0}[self.kind]
 
 
 def launch(launcher: LauncherConfig, job: dict[str, Any], directory: Path, name: str) -> dict[str, Any]:
-    """Run `stages.pretrain_worker` on `job` in all the launcher's processes; blocks.
+    """Run `stages.worker` on `job`, here or in all the launcher's processes; blocks.
 
     Args:
         launcher: how many processes, where.
@@ -85,6 +86,8 @@ def launch(launcher: LauncherConfig, job: dict[str, Any], directory: Path, name:
     Raises:
         ModelError: the processes ended without a result, with what they said.
     """
+    if launcher.kind == "here":
+        return worker.run(job, Progress())
     file, result, error = (directory.absolute() / f"job{end}" for end in (".json", "-result.json", "-error.txt"))
     for old in (result, error):
         old.unlink(missing_ok=True)
@@ -96,7 +99,7 @@ def launch(launcher: LauncherConfig, job: dict[str, Any], directory: Path, name:
         return found
     if error.exists():
         raise ModelError(error.read_text())
-    raise ModelError(f"pretraining on {launcher.processes} processes ended without a result: {said}\n"
+    raise ModelError(f"{name} on {launcher.processes} processes ended without a result: {said}\n"
                      "The log above says more. The same command goes on from the last resume state.")
 
 
@@ -108,7 +111,7 @@ def torchrun_command(launcher: LauncherConfig, job: Path, rendezvous: str | None
         command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={rendezvous}", f"--rdzv-id={identity}"]
     else:
         command += ["--standalone"]
-    return [*command, "-m", "stages.pretrain_worker", str(job)]
+    return [*command, "-m", "stages.worker", str(job)]
 
 
 def _by_torchrun(launcher: LauncherConfig, job: Path, name: str) -> str:

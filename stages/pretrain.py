@@ -17,40 +17,29 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from stages.common import Progress, Stage, StageError, run_stage
+from stages.common import Stage, StageError, run_stage
 
-if TYPE_CHECKING:
-    from model.config import ModelConfig, PretrainConfig
-    from stages.params import Variant
+RUN_ONLY = {"pretrain.checkpoint_every", "pretrain.checkpoints_kept", "pretrain.check_kernels"}     # say how, not what
 
 
 def pretrain(stage: Stage) -> dict[str, Any]:
     """Train one variant, here or by the launcher; metrics."""
-    from stages.launch import launch
     from stages.schema import TrainingRow, ValidationRow, csv_text
 
     params = stage.params
     assert stage.variant is not None
     variant = params.variants[stage.variant]
     config, recipe = params.model_of(stage.variant), params.recipe_of(stage.variant)
-    tokens, runtime = stage.input("tokens"), params.runtime
-    stage.run_only = {"pretrain.checkpoint_every", "pretrain.checkpoints_kept", "pretrain.check_kernels"}
+    tokens = stage.input("tokens")
+    stage.run_only = RUN_ONLY
     check_tokenizer(stage.data_root / "tokenizer" / "tokenizer.model", tokens / "tokens.json")
     with stage.output("checkpoints", stage.variant) as out:
-        if runtime.launcher.kind == "here":
-            run = train_here(stage, variant, config, recipe, tokens, out)
-        else:
-            job = {
-                "model": config.model_dump(mode="json"), "recipe": recipe.model_dump(mode="json"),
-                **variant.model_dump(), "tokens": str(tokens.absolute()), "out": str(out.absolute()),
-                "scratch": str(stage.scratch.absolute()), "parallelism": runtime.parallel.model_dump(),
-                "threads": runtime.threads,
-            }
-            stage.take_gpus()
-            run = launch(runtime.launcher, job, stage.scratch, stage.label)
-            run["metrics"]["processes"] = runtime.launcher.processes
+        run = stage.run_job({
+            "task": "pretrain", "model": config.model_dump(mode="json"), "recipe": recipe.model_dump(mode="json"),
+            **variant.model_dump(), "tokens": str(tokens.absolute()), "out": str(out.absolute()),
+        })
     stage.write_record("training.csv", csv_text(TrainingRow(**row) for row in run["training"]))
     stage.write_record("validation.csv", csv_text(ValidationRow(**row) for row in run["validation"]))
     if params.pretrain.fp8_statistics:
@@ -72,22 +61,6 @@ def check_tokenizer(model: Path, tokens: Path) -> None:
             f"{tokens}: made with tokenizer {str(made_with)[:12]}, and {model} is {digest[:12]}.\n"
             "Run `dvc repro tokenize` again."
         )
-
-
-def train_here(
-    stage: Stage, variant: Variant, config: ModelConfig, recipe: PretrainConfig, tokens: Path, out: Path
-) -> dict[str, Any]:
-    """Train in this process. Returns the fields of the run."""
-    from dataclasses import asdict
-
-    import torch
-
-    from model.training.trainer import train
-
-    torch.set_num_threads(stage.params.runtime.threads)
-    stage.take_gpus()
-    return asdict(train(config, recipe, variant.architecture, variant.precision, variant.seed, tokens, out,
-                        stage.scratch, Progress()))
 
 
 if __name__ == "__main__":

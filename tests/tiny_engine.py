@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import importlib
 import json
 import os
 import subprocess
@@ -35,7 +36,8 @@ RECIPE = PretrainConfig(
 
 
 def run_processes(count: int, jobs: list[dict[str, Any]], directory: Path) -> list[dict[str, Any]]:
-    """Train each of `jobs` (arguments of `train_job`) on `count` gloo processes; the results, in order."""
+    """Run each of `jobs` on `count` gloo processes: arguments of `train_job`, or of the `function` it names. Results of
+    the first process, in order."""
     jobs_file, results_file = directory / "jobs.json", directory / "results.json"
     jobs_file.write_text(json.dumps(jobs))
     stores = [TCPStore("localhost", 0, is_master=True, wait_for_workers=False) for _ in jobs]     # torchrun's part
@@ -106,7 +108,8 @@ def main() -> None:
     ports = os.environ["STORE_PORTS"].split()
     for port, job in zip(ports, json.loads(Path(sys.argv[1]).read_text()), strict=True):
         os.environ["MASTER_PORT"] = port
-        results.append(train_job(**job))
+        module, _, name = job.pop("function", f"{__name__}.train_job").rpartition(".")
+        results.append(getattr(importlib.import_module(module), name)(**job))
     if os.environ["RANK"] == "0":
         Path(sys.argv[2]).write_text(json.dumps(results))
 

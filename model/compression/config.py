@@ -39,6 +39,7 @@ class CompressConfig(Section):
     Attributes:
         ffn_score: of a neuron, over the batch, then over the sequence (`model.compression.width_importance`).
         parameters_fraction: of the parent's, a further limit.
+        precision: of distillation, of teacher and student; on a CPU `bf16` means float32, which is faster there.
         random_draws: cuts of the chosen shape at random that are compared without distillation.
     """
 
@@ -58,7 +59,7 @@ class CompressConfig(Section):
     task_items: int = Field(ge=1)
     finalists: int = Field(ge=1)
     random_draws: int = Field(ge=1)
-    teacher_precision: Literal["bf16", "fp8"]
+    precision: Literal["bf16", "fp8"]
     short_distillation_tokens: int = Field(ge=1)
     distillation_tokens: int = Field(ge=1)
     learning_rate: float = Field(gt=0)

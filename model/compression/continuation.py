@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from model.compression.layerwise import Layerwise, Mask
 from model.config import ModelError
-from model.hybrid_lm import HybridLM
 
 CHOICES = 4
 CONTEXT, LENGTH = 48, 16            # tokens; in shorter sequences three quarters and one quarter
@@ -49,23 +49,28 @@ def _quarters(length: int) -> tuple[int, int]:
 
 @torch.no_grad()
 def accuracy(
-    models: Mapping[str, HybridLM], asked: Tensor, batch_size: int, progress: Callable[..., None]
+    parent: Layerwise, models: Mapping[str, Mask | Layerwise], asked: Tensor, batch_size: int,
+    progress: Callable[..., None],
 ) -> dict[str, float]:
     """Share of `items` each model answers rightly; a distractor as likely as the truth counts as wrong.
 
     Args:
-        asked: what `items` gives.
+        models: masks on the parent, or other models in its layout.
+        asked: what `items` gives. Data-parallel copies share them.
         batch_size: items at a time.
     """
     length = LENGTH if asked.shape[-1] == CONTEXT + LENGTH else _quarters(asked.shape[-1])[1]
-    device = next(iter(models.values())).lm_head.weight.device
-    right = {name: torch.zeros((), dtype=torch.int64, device=device) for name in models}
-    for number, batch in enumerate(asked.split(batch_size), start=1):
-        rows = batch.flatten(0, 1).to(device)
-        for name, model in models.items():
-            hidden = model.backbone(rows[:, :-1])[:, -length:]
-            logs = model.lm_head(hidden).float().log_softmax(-1)
-            likelihood = logs.gather(-1, rows[:, -length:, None]).sum((1, 2)).view(-1, CHOICES)
-            right[name] += (likelihood[:, :1] > likelihood[:, 1:]).all(1).sum()
-        progress(min(number * batch_size, len(asked)), len(asked))
-    return {name: count.item() / len(asked) for name, count in right.items()}
+    right = torch.zeros(len(models), dtype=torch.int64, device=parent.device)
+    for chosen in parent.share(asked).split(batch_size):
+        rows = asked[chosen].flatten(0, 1).to(parent.device)
+        states = parent.states(models, rows[:, :-1])
+        next(states)                                                    # the whole parent's
+        for number, (model, hidden) in enumerate(zip(models.values(), states, strict=True)):
+            if hidden is not None:
+                judge = model if isinstance(model, Layerwise) else parent
+                logs = judge.log_softmax(hidden[:, -length:].flatten(0, 1))
+                likelihood = parent.at(logs, rows[:, -length:].flatten()).view(-1, CHOICES, length).sum(-1)
+                right[number] += (likelihood[:, :1] > likelihood[:, 1:]).all(1).sum()
+        progress(int(chosen[-1]) + 1, len(asked))
+    shares = (parent.total(right) / len(asked)).tolist()
+    return dict(zip(models, shares, strict=True))

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ class Data:
     """Token ids, int64.
 
     Attributes:
-        training: (sequence_length + 1,) each, for distillation.
+        training: (sequence_length + 1,) each, for distillation, in order.
         calibration: (n, sequence_length), for importance; none of them is in `training`.
         validation: (n, sequence_length + 1), held out.
         validation_bytes: UTF-8 bytes the predicted tokens of `validation` stand for.
@@ -49,16 +50,31 @@ def read_data(tokens: Path, sequence_length: int, config: CompressConfig, seed: 
     per_domain = math.ceil(config.validation_samples / len(names))
     held_out = [validation(tokens, name, sequence_length).first(per_domain) for name in names]
     return Data(
-        training=samples[:distillation],
-        calibration=torch.stack(samples[distillation:])[:, :-1],
+        training=Samples(samples.data, samples.start, distillation),
+        calibration=torch.stack([samples[distillation + number] for number in range(calibration)])[:, :-1],
         validation=torch.cat([domain.sequences for domain in held_out]),
         validation_bytes=sum(domain.bytes for domain in held_out),
     )
 
 
-def last_phase(tokens: Path, sequence_length: int, count: int, seed: int, cache: Path) -> list[Tensor]:
+class Samples(Sequence[Tensor]):
+    """`count` of a run's samples from number `start` on, read as they are asked for."""
+
+    def __init__(self, data: TrainingData, start: int, count: int):
+        self.data, self.start, self._count = data, start, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < self._count:
+            raise IndexError(index)
+        return self.data[self.start + index]
+
+
+def last_phase(tokens: Path, sequence_length: int, count: int, seed: int, cache: Path) -> Samples:
     """The last `count` samples of a training run so long that all of them lie in its last phase."""
     phases = json.loads((tokens / "blend.json").read_text())["phases"]
     begins = phases[-2]["until"] if len(phases) > 1 else 0.0
     data = TrainingData(tokens, sequence_length, math.ceil((count + 1) / (1 - begins)), seed, cache)
-    return [data[index] for index in range(len(data) - count, len(data))]
+    return Samples(data, len(data) - count, count)

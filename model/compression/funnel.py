@@ -1,60 +1,63 @@
-"""MiniPuzzle from the parent's weights to the compressed model (paper section 3), and its controls.
+"""MiniPuzzle from the parent's checkpoint to the compressed one (paper section 3), and its controls.
 
 importance -> every maximal candidate under the budgets -> the ones that keep most importance are compared with the
 parent on held-out tokens -> the closest answer a task -> the best are distilled briefly -> the best of them in full.
 The controls have the same shape: layers and units drawn at random, one draw with the same distillation, and the least
 important kept instead of the most. What importance is worth, measured.
+
+All of it runs on the pretraining engine, in whatever layout that has. Until a candidate is distilled it is a mask on
+the parent; only then is it cut, to a checkpoint.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from model import costs
+from model import checkpoint, costs
 from model.compression import continuation
 from model.compression.candidates import Budget, Candidate, make_candidate, maximal_cells, share_budget
 from model.compression.comparison import Closeness, compare
 from model.compression.config import CompressConfig
 from model.compression.controls import random_selection, reverse_selection
 from model.compression.data import Data
-from model.compression.distill import Distilled, distill
-from model.compression.fp8_teacher import fp8_teacher
+from model.compression.distill import Distilled, School
 from model.compression.importance import layer_importance, mean_ranks, split_half_correlation
 from model.compression.latency import LatencyTable, measure_table, step_seconds
-from model.compression.prune import Selection, State, cut
+from model.compression.layerwise import Layerwise, Mask
+from model.compression.prune import Selection, cut
 from model.compression.records import candidate_records, importance_record, ranking_record
 from model.compression.resume import ResultCache
 from model.compression.schema import Controls, Costs
 from model.compression.width_importance import WidthImportance, width_importance
-from model.config import ModelConfig
+from model.config import ModelConfig, PretrainConfig
 from model.hybrid_lm import HybridLM
 from model.inference.decoder import Decoder
-from model.inference.random_weights import random_model
+from model.integrity import is_whole
+from model.megatron.distributed import ONE_COPY, Parallelism, device, is_main_process, release_memory
+from model.megatron.layerwise import MegatronLayerwise
+from model.megatron.precision import Precision, PrecisionName
+from model.megatron.spec import build_model
 
 GIB = 2**30
-
-
-class Weights(NamedTuple):
-    """A model: its geometry, and tensors by Hub name."""
-
-    config: ModelConfig
-    state: State
 
 
 @dataclass(frozen=True)
 class Compression:
     """What comes out: the models, and the records of how they came about, one for each step (docs/compression.md)."""
 
-    models: dict[str, Weights]           # compressed and random
+    models: dict[str, Path]              # checkpoints of compressed and random
     layers: dict[str, list[int]]         # the parent's layers each of them keeps
+    precision: str                       # of the distillation
     records: dict[str, Any]              # importance, candidates, ranking, task, short, final, controls, costs
-    curve: list[tuple[str, int, int, float]]
+    curve: list[tuple[str, int, int, float]]        # model, step, tokens, KL before the step
     metrics: dict[str, float]
 
 
@@ -72,29 +75,36 @@ class Rounds(NamedTuple):
 
 
 def compress(
-    parent: Weights, data: Data, config: CompressConfig, seed: int, scratch: Path, progress: Callable[..., None]
+    parent: Path, tokens: Path, data: Data, config: CompressConfig, pretrain: PretrainConfig, seed: int, scratch: Path,
+    progress: Callable[..., None], parallelism: Parallelism = ONE_COPY,
 ) -> Compression:
-    """Compress `parent` under `config`'s budgets. Resumes from what an earlier run kept in `scratch`.
+    """Compress the checkpoint `parent` under `config`'s budgets, within open process groups of `parallelism`.
+
+    Resumes from what an earlier run kept in `scratch`, which also holds the models that come out.
+
+    Args:
+        tokens: the tokens directory `data` is from.
+        pretrain: the recipe the parent was trained by.
 
     Raises:
-        ModelError: weights are not those of the geometry, an activation is not finite, a width cannot be cut, or no
-            model of the grid fits the budgets.
+        ModelError: weights are not those of the geometry, an activation is not finite, a width cannot be cut, no
+            model of the grid fits the budgets, or a candidate does not suit the layout.
     """
-    run = _Run(parent, data, config, seed, ResultCache(scratch), progress)
+    run = Funnel(parent, tokens, data, config, pretrain, seed, ResultCache(scratch), progress, parallelism)
     candidates = run.candidates()
     rounds = run.rounds(candidates)
     winner = candidates[rounds.order[0]]
-    drawn = random_selection(parent.config, winner.config, torch.Generator().manual_seed(seed))
-    starts = {"compressed": run.cut(winner.selection), "random": run.cut(drawn)}
-    final = run.distil(starts, config.distillation_tokens, "final")
-    ends = {name: Weights(starts[name].config, state) for name, state in final.states.items()}
-    measured = run.measure(starts, ends)
+    drawn = random_selection(run.config_of_parent, winner.config, torch.Generator().manual_seed(seed))
+    selections = {"compressed": winner.selection, "random": drawn}
+    ends = {name: run.distil(kept, config.distillation_tokens, f"final-{name}") for name, kept in selections.items()}
+    measured = run.measure(selections, {name: end.directory for name, end in ends.items()})
     controls = run.controls(winner)
-    cost = run.cache.once("costs", lambda: run.costs(winner))
+    run.release()
+    cost = run.cache.once("costs", lambda: run.costs(winner), alone=True)
     budgets = {budget.name: budget.limit for budget in run.budgets}
-    parent_bytes = costs.memory(parent.config, config.memory).total
+    parent_bytes = costs.memory(run.config_of_parent, config.memory).total
     metrics = {
-        "parent_parameters": costs.parameters(parent.config),
+        "parent_parameters": costs.parameters(run.config_of_parent),
         "compressed_parameters": winner.parameters,
         "parent_memory_gib": parent_bytes / GIB,
         "compressed_memory_gib": winner.memory.total / GIB,
@@ -105,11 +115,11 @@ def compress(
         **measured,
         "kl_parent_random_cut_mean": sum(controls["random"]) / len(controls["random"]),
         "kl_parent_reverse_cut": controls["reverse"],
-        "distillation_tokens": final.curve[-1][2],
+        "distillation_tokens": ends["compressed"].curve[-1][1],
         **cost["metrics"],
     }
     records = {
-        "importance": importance_record(parent.config, run.layer_scores, run.widths, config),
+        "importance": importance_record(run.config_of_parent, run.layer_scores, run.widths, config),
         "candidates": candidate_records(candidates, rounds, run.table),
         "ranking": ranking_record(rounds.zero_shot),
         "task": {str(index): value for index, value in rounds.task.items()},
@@ -118,30 +128,61 @@ def compress(
         "controls": Controls(**controls, importance=measured["kl_parent_cut"]),
         "costs": Costs(**cost, budgets=budgets, latency=run.table.record() if run.table else None),
     }
-    return Compression(ends, {"compressed": winner.layers, "random": list(drawn.layers)}, records, final.curve, metrics)
+    curve = [(name, *row) for name, end in ends.items() for row in end.curve]
+    return Compression({name: end.directory for name, end in ends.items()},
+                       {name: list(kept.layers) for name, kept in selections.items()}, run.precision, records, curve,
+                       metrics)
 
 
-class _Run:
-    """One compression: what its steps share. Everything runs in BF16 on a GPU, in float32 on a CPU."""
+class Funnel:
+    """One compression: what its steps share. Scores are of BF16 models on a GPU, of float32 ones on a CPU, where BF16
+    takes several times as long; so are distillations, but with `compress.precision` fp8.
+
+    Attributes:
+        config_of_parent: the parent's geometry.
+        layer_scores: (layers, samples), `layer_importance`.
+        widths: `width_importance`.
+    """
 
     def __init__(
-        self, parent: Weights, data: Data, config: CompressConfig, seed: int, cache: ResultCache,
-        progress: Callable[..., None],
+        self, parent: Path, tokens: Path, data: Data, config: CompressConfig, pretrain: PretrainConfig, seed: int,
+        cache: ResultCache, progress: Callable[..., None], parallelism: Parallelism = ONE_COPY,
     ):
-        self.data, self.config, self.seed, self.cache, self.progress = data, config, seed, cache, progress
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        self.parent = Weights(parent.config, {name: tensor.to(self.device) for name, tensor in parent.state.items()})
-        self.teacher = self.load(self.parent)
-        self.layer_scores = cache.once("layers", self._layer_scores)               # (layers, samples)
+        self.parent, self.data, self.config, self.seed = parent, data, config, seed
+        self.cache, self.progress, self.parallelism = cache, progress, parallelism
+        self.config_of_parent, _ = checkpoint.read_description(parent)
+        self.scored_in: PrecisionName = "bf16" if device().type == "cuda" else "float32"
+        self.precision: PrecisionName = "fp8" if config.precision == "fp8" else self.scored_in
+        self.school = School(parent, data.training, tokens, config, pretrain, self.precision, seed, cache, parallelism,
+                             progress)
+        self._teacher: Layerwise | None = None
+        self.layer_scores: Tensor = cache.once("layers", self._layer_scores)
         self.layers: list[float] = self.layer_scores.mean(dim=1).tolist()
         self.order: list[float] = mean_ranks(self.layer_scores).tolist()            # which stay, in a type
         self.widths = WidthImportance(**cache.once("widths", lambda: vars(self._widths())))
         self.table = self._latency_table()
         self.budgets = self._budgets()
 
-    def load(self, weights: Weights) -> HybridLM:
-        return HybridLM.from_state(*weights, self.dtype).to(self.device).requires_grad_(False)
+    @property
+    def teacher(self) -> Layerwise:
+        """The parent to be scored, there from the first use to `release`."""
+        if self._teacher is None:
+            self._teacher = self.load(self.parent)
+        return self._teacher
+
+    def release(self) -> None:
+        """Give back the memory of the parent that was scored."""
+        self._teacher = None
+        release_memory()
+
+    def load(self, directory: Path) -> Layerwise:
+        """The model of a checkpoint, to be run layer by layer."""
+        config, _ = checkpoint.read_description(directory)
+        model = build_model(config, Precision(self.scored_in), self.parallelism, self.seed, start=directory)
+        return MegatronLayerwise(model.to(device()).requires_grad_(False), config)
+
+    def _loaded(self, name: str, directory: Path) -> dict[str, Layerwise]:
+        return {name: self.load(directory)}
 
     # --- Importance ---------------------------------------------------------------------------------------------------
 
@@ -158,7 +199,7 @@ class _Run:
 
     def _latency_table(self) -> LatencyTable | None:
         """Of every layer the grid has; the overhead from the parent and four models that lack something of it."""
-        workload, parent = self.config.latency, self.parent.config
+        workload, parent = self.config.latency, self.config_of_parent
         if workload is None:
             return None
 
@@ -169,10 +210,10 @@ class _Run:
             whole = [parent, *halves, *narrow, *geometries][: max(5, 2 + len(halves))]
             return vars(measure_table(parent, geometries, whole, workload, self.seed, self.progress))
 
-        return LatencyTable(**self.cache.once("latency", measure))
+        return LatencyTable(**self.cache.once("latency", measure, alone=True))
 
     def _budgets(self) -> list[Budget]:
-        config, parent = self.config, self.parent.config
+        config, parent = self.config, self.config_of_parent
         memory = config.memory
         budgets = [share_budget("memory (bytes)", memory.budget_fraction, lambda c: costs.memory(c, memory).total,
                                 parent, "compress.memory.budget_fraction")]
@@ -185,13 +226,24 @@ class _Run:
         return budgets
 
     def candidates(self) -> list[Candidate]:
-        parent, config = self.parent.config, self.config
+        """Every maximal candidate under the budgets."""
+        parent, config = self.config_of_parent, self.config
         cells = maximal_cells(parent, config.ffn_widths, config.min_attention_layers, self.budgets)
         return [make_candidate(parent, cell, self.layers, self.widths, config.memory, self.order) for cell in cells]
 
-    def cut(self, selection: Selection) -> Weights:
-        """The parent cut to the selection."""
-        return Weights(*cut(*self.parent, selection))
+    def mask(self, selection: Selection) -> Mask:
+        """The parent with only what the selection keeps."""
+        return Mask.of(self.config_of_parent, selection)
+
+    def cut(self, selection: Selection, name: str) -> Path:
+        """The checkpoint of the parent cut to the selection, made if it is not there."""
+        directory = self.cache.directory / name / "start"
+        if is_main_process() and not is_whole(directory):
+            config, state, _ = checkpoint.load_weights(self.parent)
+            directory.mkdir(parents=True, exist_ok=True)
+            checkpoint.save_weights(directory, *cut(config, state, selection), {})
+        dist.barrier()
+        return directory
 
     # --- Rounds -------------------------------------------------------------------------------------------------------
 
@@ -201,15 +253,14 @@ class _Run:
         held_out = evenly(data.validation, config.ranking_samples)
         order = sorted(range(len(candidates)), key=lambda index: -candidates[index].importance)
 
-        def load(indices: Sequence[int]) -> dict[str, HybridLM]:
-            return {str(index): self.load(self.cut(candidates[index].selection)) for index in indices}
-
-        def close(models: Mapping[str, HybridLM]) -> dict[int, Closeness]:
-            found = compare(self.teacher, models, held_out, config.micro_batch_size, self.progress)
+        def close(models: Mapping[int, Mask | Layerwise]) -> dict[int, Closeness]:
+            found = compare(self.teacher, {str(index): model for index, model in models.items()}, held_out,
+                            config.micro_batch_size, self.progress)
             return {int(name): value for name, value in found.items()}
 
+        masks = {index: self.mask(candidate.selection) for index, candidate in enumerate(candidates)}
         compared = order[: config.ranked_by_agreement]
-        zero_shot = self._closeness_once("agreement", lambda: close(load(compared)))
+        zero_shot = self._closeness_once("agreement", lambda: close({index: masks[index] for index in compared}))
         ranks = [_ranks(zero_shot, lambda value: -value.agreement), _ranks(zero_shot, lambda value: -value.accuracy)]
         compared.sort(key=lambda index: (sum(rank[index] for rank in ranks), zero_shot[index].kl))
 
@@ -217,9 +268,9 @@ class _Run:
 
         def answer() -> dict[str, float]:
             questions = continuation.items(data.validation, config.task_items, self.seed)
-            tokens = config.micro_batch_size * self.parent.config.sequence_length
-            together = max(1, tokens // questions[0].numel())
-            return continuation.accuracy(load(asked), questions, together, self.progress)
+            together = max(1, config.micro_batch_size * held_out.shape[1] // questions[0].numel())
+            models = {str(index): masks[index] for index in asked}
+            return continuation.accuracy(self.teacher, models, questions, together, self.progress)
 
         task = {int(name): value for name, value in self.cache.once("task", answer).items()}
         ranks.append(_ranks(task, lambda value: -value))
@@ -228,9 +279,9 @@ class _Run:
         finalists = asked[: config.finalists]
 
         def distilled() -> dict[int, Closeness]:
-            starts = {str(index): self.cut(candidates[index].selection) for index in finalists}
-            students = self.distil(starts, config.short_distillation_tokens, "short").states
-            return close({name: self.load(Weights(starts[name].config, state)) for name, state in students.items()})
+            ends = {index: self.distil(candidates[index].selection, config.short_distillation_tokens, f"short-{index}")
+                    for index in finalists}
+            return {index: close({index: self.load(end.directory)})[index] for index, end in ends.items()}
 
         short = self._closeness_once("finalists", distilled)
         finalists.sort(key=lambda index: short[index].kl)
@@ -241,18 +292,20 @@ class _Run:
         plain = self.cache.once(name, lambda: {index: tuple(value) for index, value in compute().items()})
         return {index: Closeness(*value) for index, value in plain.items()}
 
-    def distil(self, starts: Mapping[str, Weights], tokens: int, name: str) -> Distilled:
-        teacher = fp8_teacher(self.teacher) if self.config.teacher_precision == "fp8" else self.teacher
-        return distill(teacher, starts, self.data.training, tokens, self.config, self.cache, name, self.progress)
+    def distil(self, selection: Selection, tokens: int, name: str) -> Distilled:
+        """The parent cut to the selection, after `tokens` tokens of distillation."""
+        start = self.cut(selection, name)
+        self.release()
+        return self.school.distil(start, tokens, name)
 
     # --- What came of it ----------------------------------------------------------------------------------------------
 
-    def measure(self, starts: Mapping[str, Weights], ends: Mapping[str, Weights]) -> dict[str, float]:
+    def measure(self, selections: Mapping[str, Selection], ends: Mapping[str, Path]) -> dict[str, float]:
         """Closeness to the parent of the cut and of the distilled models, and bits per byte, on all held-out tokens."""
-        models = {"parent": self.teacher}
-        models |= {f"{name}_cut": self.load(weights) for name, weights in starts.items()}
-        models |= {name: self.load(weights) for name, weights in ends.items()}
-        close = self._compared("measures", models)
+        masks = {f"{name}_cut": self.mask(kept) for name, kept in selections.items()}
+        close = self.closeness("measures", lambda: {"parent": self.teacher, **masks})
+        for name, directory in ends.items():            # one at a time
+            close |= self.closeness(f"measures-{name}", partial(self._loaded, name, directory))
         bits_per_nat = self.data.validation[:, 1:].numel() / self.data.validation_bytes / torch.log(torch.tensor(2.0))
         found = {
             "kl_parent_cut": close["compressed_cut"].kl,
@@ -269,20 +322,22 @@ class _Run:
 
     def controls(self, winner: Candidate) -> dict[str, Any]:
         """KL to the parent, just cut, of `random_draws` draws and of the least important."""
-        selections = {"reverse": reverse_selection(self.parent.config, winner.config, self.order, self.widths)}
+        parent = self.config_of_parent
+        selections = {"reverse": reverse_selection(parent, winner.config, self.order, self.widths)}
         for draw in range(self.config.random_draws):
             generator = torch.Generator().manual_seed(self.seed + draw)
-            selections[f"random {draw}"] = random_selection(self.parent.config, winner.config, generator)
-        close = self._compared("controls", {name: self.load(self.cut(kept)) for name, kept in selections.items()})
+            selections[f"random {draw}"] = random_selection(parent, winner.config, generator)
+        close = self.closeness("controls", lambda: {name: self.mask(kept) for name, kept in selections.items()})
         return {
             "reverse": close["reverse"].kl,
             "random": [close[f"random {draw}"].kl for draw in range(self.config.random_draws)],
             "seeds": [self.seed + draw for draw in range(self.config.random_draws)],
         }
 
-    def _compared(self, name: str, models: Mapping[str, HybridLM]) -> dict[str, Closeness]:
+    def closeness(self, name: str, models: Callable[[], Mapping[str, Mask | Layerwise]]) -> dict[str, Closeness]:
+        """How close `models()` come to the parent on all held-out tokens, kept under `name`."""
         def compute() -> dict[str, tuple[float, ...]]:
-            found = compare(self.teacher, models, self.data.validation, self.config.micro_batch_size, self.progress)
+            found = compare(self.teacher, models(), self.data.validation, self.config.micro_batch_size, self.progress)
             return {key: tuple(value) for key, value in found.items()}
 
         return {key: Closeness(*value) for key, value in self.cache.once(name, compute).items()}
@@ -290,9 +345,10 @@ class _Run:
     def costs(self, winner: Candidate) -> dict[str, Any]:
         """Parameters, bytes and decode step of parent and winner, predicted and measured, and the largest error."""
         runtime = costs.Deployment.of(self.config.memory.context, self.config.memory.batch)
+        geometries = {"parent": self.config_of_parent, "compressed": winner.config}
         rows: dict[str, dict[str, float]] = {}
-        for name, geometry in {"parent": self.parent.config, "compressed": winner.config}.items():
-            model = random_model(geometry, torch.bfloat16, self.device)
+        for name, geometry in geometries.items():
+            model = HybridLM.skeleton(geometry, torch.bfloat16)             # on no device: a 56B model too
             decoder = Decoder(model, runtime.context, runtime.batch)
             predicted = costs.memory(geometry, runtime)
             rows[name] = {
@@ -305,9 +361,8 @@ class _Run:
             }
             del model, decoder
         if self.table and self.config.latency:
-            measured = step_seconds({"parent": self.parent.config, "compressed": winner.config}, self.config.latency,
-                                    self.seed, self.progress)
-            for name, geometry in {"parent": self.parent.config, "compressed": winner.config}.items():
+            measured = step_seconds(geometries, self.config.latency, self.seed, self.progress)
+            for name, geometry in geometries.items():
                 rows[name] |= {"decode_seconds_predicted": self.table.seconds(geometry),
                                "decode_seconds": measured[name]}
         errors = {

@@ -5,24 +5,20 @@ It works on random training sequences and needs forward passes alone. Widths: `m
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
+from model.compression.layerwise import Layerwise, Mask, Progress
 from model.config import ModelError
-from model.hybrid_lm import HybridLM, Layer
-
-Progress = Callable[..., None]
 
 
 @torch.no_grad()
-def layer_importance(model: HybridLM, sequences: Tensor, batch_size: int, progress: Progress) -> Tensor:
+def layer_importance(model: Layerwise, sequences: Tensor, batch_size: int, progress: Progress) -> Tensor:
     """Squared error before the LM head when a layer is left out, mean over tokens and channels, of each sequence.
 
     What a layer got is what its successor gets when it is left out, so only the layers behind it run again: L^2 / 2
-    passes through a layer for L layers.
+    passes through a layer for L layers. Data-parallel copies share the sequences.
 
     Args:
         model: the parent.
@@ -35,24 +31,20 @@ def layer_importance(model: HybridLM, sequences: Tensor, batch_size: int, progre
         ModelError: fewer than two samples, or a score that is not finite.
     """
     check_samples(sequences)
-    layers, norm = layers_of(model), model.backbone.norm_f
-    device = model.lm_head.weight.device
-    scores = torch.zeros(len(layers), len(sequences), dtype=torch.float64, device=device)
-    for start in range(0, len(sequences), batch_size):
-        ids = sequences[start : start + batch_size].to(device)
-        inputs = [model.backbone.embeddings(ids)]
-        for layer in layers:
-            inputs.append(layer(inputs[-1]))
-        whole = norm(inputs[-1])
-        for left_out in range(len(layers)):
-            hidden = inputs[left_out]
-            for layer in layers[left_out + 1 :]:
-                hidden = layer(hidden)
-            squares = _square(norm(hidden) - whole).mean(1)
-            scores[left_out, start : start + len(ids)] = squares / hidden.shape[-1]
-        progress(start + len(ids), len(sequences))
-    scores = scores.cpu()
-    _check_finite(scores, model.config.pattern)
+    pattern = model.config.pattern
+    masks = [Mask(frozenset([layer])) for layer in range(len(pattern))]
+    scores = torch.zeros(len(pattern), len(sequences), dtype=torch.float64, device=model.device)
+    mine = model.share(sequences)
+    for samples in mine.split(batch_size):
+        states = model.hidden(sequences[samples], masks)
+        whole = next(states)
+        for layer, hidden in enumerate(states):
+            if hidden is not None and whole is not None:
+                squares = _square(hidden - whole).mean(1)
+                scores[layer, samples.to(model.device)] = squares / hidden.shape[-1]
+        progress(int(samples[-1]) + 1, len(sequences))
+    scores = model.total(scores).cpu()
+    _check_finite(scores, pattern)
     return scores
 
 
@@ -60,11 +52,6 @@ def _square(x: Tensor) -> Tensor:
     """Sum of squares over the last dimension, float64."""
     precise = x.double() if x.device.type == "cpu" else x.float()
     return torch.linalg.vecdot(precise, precise).double()
-
-
-def layers_of(model: HybridLM) -> list[Layer]:
-    """The model's layers, in order."""
-    return list(model.backbone.layers)      # type: ignore[arg-type]
 
 
 def check_samples(sequences: Tensor) -> None:

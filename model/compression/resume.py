@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from model.integrity import read_checked, write_checked
+from model.megatron.distributed import is_main_process
 
 Value = TypeVar("Value")
 
@@ -17,30 +19,45 @@ Value = TypeVar("Value")
 class ResultCache:
     """Named values (tensors, numbers, text, containers of them) under `directory`, each as it was saved or not there.
 
-    The file `resumed` appears when a value of an earlier run is taken up.
+    Of several processes the first reads and writes; all get the same. The file `resumed` appears when a value of an
+    earlier run is taken up.
     """
 
     def __init__(self, directory: Path):
         self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
 
-    def load(self, name: str) -> Any | None:
-        """The value saved under `name`, tensors on the CPU, or None."""
+    def once(
+        self, name: str, compute: Callable[[], Value], alone: bool = False, holds: Callable[[], bool] = lambda: True
+    ) -> Value:
+        """`compute()`, or what an earlier run saved of it.
+
+        Args:
+            compute: called by all processes, whose results are equal.
+            alone: whether the first computes by itself, for all.
+            holds: whether what was saved still holds; asked of the first process.
+        """
+        value = from_main_process(lambda: self._load(name) if holds() else None)
+        if value is None:
+            value = from_main_process(compute) if alone else compute()
+            if is_main_process():
+                content = io.BytesIO()
+                torch.save(value, content)
+                write_checked(self.directory / f"{name}.pt", content.getvalue())
+        return value
+
+    def _load(self, name: str) -> Any | None:
         content = read_checked(self.directory / f"{name}.pt")
         if content is None:
             return None
         (self.directory / "resumed").touch()
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
-    def save(self, name: str, value: Any) -> None:
-        """Keep `value` under `name`, whole or not at all, in place of an earlier one."""
-        content = io.BytesIO()
-        torch.save(value, content)
-        write_checked(self.directory / f"{name}.pt", content.getvalue())
 
-    def once(self, name: str, compute: Callable[[], Value]) -> Value:
-        """`compute()`, or what an earlier run saved of it."""
-        value = self.load(name)
-        if value is None:
-            value = compute()
-            self.save(name, value)
-        return value
+def from_main_process(compute: Callable[[], Value]) -> Value:
+    """What `compute` gives on the first process, on all of them."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return compute()
+    value: list[Any] = [compute() if is_main_process() else None]
+    dist.broadcast_object_list(value)
+    return value[0]

@@ -20,15 +20,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from model.compression.importance import Progress, check_samples, layers_of, rank_correlation
+from model.compression.importance import check_samples, rank_correlation
+from model.compression.layerwise import Layerwise, Progress
 from model.compression.prune import Selection
 from model.config import ModelConfig, ModelError
-from model.hybrid_lm import HybridLM, Mamba2
 
 HALVES = 2                      # even and odd sequences are kept apart
 MAMBA_SCORES = ("input", "output")
@@ -69,56 +69,61 @@ class WidthImportance:
 
 @torch.no_grad()
 def width_importance(
-    model: HybridLM, sequences: Tensor, batch_size: int, progress: Progress, ffn_score: NeuronScore = "mean_then_l2"
+    model: Layerwise, sequences: Tensor, batch_size: int, progress: Progress, ffn_score: NeuronScore = "mean_then_l2"
 ) -> WidthImportance:
-    """Scores of all axes from one pass over `sequences` (samples, sequence) int64.
+    """Scores of all axes from one pass over `sequences` (samples, sequence) int64, which data-parallel copies share.
 
-    `mean_then_l2` holds 16 bytes for every position of a sequence and neuron of the model meanwhile.
+    `mean_then_l2` holds 16 bytes for every position of a sequence and neuron of this process's layers meanwhile.
 
     Raises:
         ModelError: fewer than two samples, or an activation that is not finite.
     """
     check_samples(sequences)
-    config = model.config
+    config, count = model.config, len(sequences)
     sums: dict[tuple[str, int], Tensor] = {}        # of the even and of the odd sequences
-    seen = 0
+    samples = model.share(sequences)
 
     def add(axis: str, index: int, activation: Tensor) -> None:
-        values = activation.float().abs()
+        values = (activation if model.batch_first else activation.transpose(0, 1)).float().abs()
         if by_position(axis):                                                   # (batch, sequence, channels)
             values = values.double()
         else:                                                                   # (batch, channels)
-            values = values.mean(dim=1).double().square()
-        parity = (torch.arange(len(values), device=values.device) + seen) % HALVES
+            mean = values.mean(dim=1)
+            values = (model.mean_over_sequence(mean) if axis == "hidden" else mean).double().square()
         key = axis, index
         if key not in sums:
             sums[key] = values.new_zeros(HALVES, *values.shape[1:])
-        sums[key].index_add_(0, parity, values)
+        sums[key].index_add_(0, (samples_now % HALVES).to(values.device), values)
 
     def by_position(axis: str) -> bool:
         return axis == "neurons" and ffn_score == "mean_then_l2"
 
     def score(axis: str, total: Tensor, samples: int) -> Tensor:
-        """(channels,) of what was added up over `samples` sequences."""
-        return ((total / samples).norm(dim=0) if by_position(axis) else total.sqrt()).cpu()
+        """(this process's channels,) of what was added up over `samples` sequences."""
+        return (total / samples).norm(dim=0) if by_position(axis) else total.sqrt()
 
     with _hooks(model, add):
-        for batch in sequences.split(batch_size):
-            model.backbone(batch.to(model.lm_head.weight.device))
-            seen += len(batch)
-            progress(seen, len(sequences))
-    counts = [(seen + 1 - half) // HALVES for half in range(HALVES)]
-    halves = {(axis, index): torch.stack([score(axis, *half) for half in zip(values, counts, strict=True)])
-              for (axis, index), values in sums.items()}
-    for (axis, index), values in halves.items():
+        for samples_now in samples.split(batch_size):
+            for _ in model.hidden(sequences[samples_now]):
+                pass
+            progress(int(samples_now[-1]) + 1, count)
+    per_half = [(count + 1 - half) // HALVES for half in range(HALVES)]
+    found = {}                                      # (even, odd, all; channels)
+    for (axis, index), values in sums.items():
+        values = model.over_replicas(values)
+        scores = torch.stack([*map(score, [axis] * HALVES, values, per_half), score(axis, values.sum(0), count)])
+        found[axis, index] = (scores if axis == "hidden" else model.whole_units(scores)).cpu()
+    found = model.from_all_stages(found)
+    for (axis, index), values in found.items():
         if not values.isfinite().all():
             raise ModelError(
                 f"importance of {axis}, layer {index}: an activation is not finite.\n"
                 "Check the weights, and that the calibration tokens are of the model's own tokenizer."
             )
+    halves = {key: values[:HALVES] for key, values in found.items()}
 
     def both(axis: str) -> dict[int, Tensor]:
-        return {index: score(axis, values.sum(0), seen) for (other, index), values in sums.items() if other == axis}
+        return {index: values[-1] for (other, index), values in found.items() if other == axis}
 
     heads = (config.num_attention_heads, config.head_dim)
     mamba = (config.mamba_num_heads, config.mamba_head_dim)
@@ -148,30 +153,27 @@ def _reliability(halves: Mapping[tuple[str, int], Tensor], config: ModelConfig) 
 
 
 @contextmanager
-def _hooks(model: HybridLM, add: Callable[[str, int, Tensor], None]) -> Iterator[None]:
+def _hooks(model: Layerwise, add: Callable[[str, int, Tensor], None]) -> Iterator[None]:
     """Every activation that is scored goes to `add(axis, layer, activation)` while the block runs."""
-    inner = model.config.mamba_inner_size
+    inner = model.config.mamba_inner_size // model.tensor_ranks
 
     def read_input(axis: str, index: int, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         add(axis, index, inputs[0])
 
-    def read_output(axis: str, index: int, part: slice, module: nn.Module, inputs: object, output: Tensor) -> None:
-        add(axis, index, output[..., part])
+    def read_output(axis: str, index: int, part: slice, module: nn.Module, inputs: object, output: Any) -> None:
+        add(axis, index, (output[0] if isinstance(output, tuple) else output)[..., part])
 
     everything, x = slice(None), slice(inner, 2 * inner)
     handles = []
-    for index, layer in enumerate(layers_of(model)):
-        mixer = layer.mixer
-        handles.append(layer.norm.register_forward_hook(partial(read_output, "hidden", index, everything)))
-        if isinstance(mixer, Mamba2):
-            handles.append(mixer.in_proj.register_forward_hook(partial(read_output, "mamba input", index, x)))
-            handles.append(mixer.out_proj.register_forward_pre_hook(partial(read_input, "mamba output", index)))
-        else:
-            axis, name = ("heads", "o_proj") if layer.symbol == "*" else ("neurons", "down_proj")
-            module = cast(nn.Module, getattr(mixer, name))
-            handles.append(module.register_forward_pre_hook(partial(read_input, axis, index)))
-    last = len(model.config.pattern)
-    handles.append(model.backbone.norm_f.register_forward_hook(partial(read_output, "hidden", last, everything)))
+    for index, site in model.sites.items():
+        handles.append(site.norm.register_forward_hook(partial(read_output, "hidden", index, everything)))
+        if site.expansion is not None:
+            handles.append(site.expansion.register_forward_hook(partial(read_output, "mamba input", index, x)))
+        axis = {"M": "mamba output", "*": "heads", "-": "neurons"}[site.symbol]
+        handles.append(site.contraction.register_forward_pre_hook(partial(read_input, axis, index)))
+    if model.has_head:
+        last = len(model.config.pattern)
+        handles.append(model.final_norm().register_forward_hook(partial(read_output, "hidden", last, everything)))
     try:
         yield
     finally:

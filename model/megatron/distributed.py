@@ -7,10 +7,12 @@ answers those names with the CPU, so that the same trainer, optimizer, schedules
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -42,6 +44,7 @@ class Parallelism:
     sequence: bool = False
 
 
+LONGEST_WAIT = timedelta(hours=1)       # for another process: the first cuts a model of a hundred gigabytes meanwhile
 ONE_COPY = Parallelism()      # every process holds the whole model
 ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"       # PyTorch's
 
@@ -97,7 +100,7 @@ def process_groups(parallelism: Parallelism = ONE_COPY) -> Iterator[None]:
     if "RANK" in os.environ:
         if on_gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if on_gpu else "gloo")
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=LONGEST_WAIT)
     else:
         dist.init_process_group("nccl" if on_gpu else "gloo", rank=0, world_size=1, store=dist.HashStore())
     with contextlib.nullcontext() if on_gpu else megatron_on_cpu(), bfloat16_products():
@@ -116,6 +119,13 @@ def process_groups(parallelism: Parallelism = ONE_COPY) -> Iterator[None]:
         finally:
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
+
+
+def release_memory() -> None:
+    """Give a device's memory back that models gone by now have held: Megatron's refer to themselves."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def is_main_process() -> bool:

@@ -19,6 +19,7 @@ from model.megatron.compat import ThreadedSave, optimizer_shards  # before Megat
 
 # isort: split
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.models.mamba import MambaModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -41,11 +42,23 @@ def load_model(directory: Path, model: MambaModel) -> None:
 
     Linear layers' `_extra_state`, where Transformer Engine keeps scales of its own, is left out, because
     `checkpoint.save_weights` writes none. (For Megatron-LM's loader that is `--dist-ckpt-strictness log_all`.)
+
+    Raises:
+        ModelError: the checkpoint lacks a tensor of the model, or has it in another shape.
     """
     read_index(directory)                   # refuses one that would have Megatron run code
     weights = model.sharded_state_dict(metadata=_groups())
     weights = {name: shard for name, shard in weights.items() if not name.endswith("_extra_state")}
-    model.load_state_dict(dist_checkpointing.load({"model": weights}, str(directory))["model"])
+    try:
+        model.load_state_dict(dist_checkpointing.load({"model": weights}, str(directory))["model"])
+    except (KeyError, CheckpointException, CheckpointingException) as error:
+        while isinstance(error, CheckpointException) and error.failures:
+            error = next(iter(error.failures.values()))[0]
+        what = str(error).strip("'\"").partition(" in state dict: [")[0]
+        raise ModelError(
+            f"{directory}: not the weights of this model: {' '.join(what.split())[:300]}.\n"
+            "Use the model.json that was written with these weights."
+        ) from None
 
 
 class ResumeState:

@@ -6,9 +6,11 @@ squared ReLU. Each is x + layer(RMSNorm(x)); no bias, no dropout, embedding and 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -35,8 +37,10 @@ from kernels.cross_entropy import cross_entropy
 from kernels.gated_norm import rms_norm
 from kernels.squared_relu import squared_relu
 from model.config import ModelConfig
+from model.integrity import check_finite, check_sums
 from model.megatron.distributed import Parallelism
 from model.megatron.documents import PackedDocuments
+from model.megatron.engine_checkpoint import load_model
 from model.megatron.feed_forward import FusedMLP
 from model.megatron.limits import check_model
 from model.megatron.mamba_mixer import MambaMixer, MambaMixerSubmodules
@@ -53,20 +57,22 @@ SHORTEST_FOR_CUDNN, TILE_OF_CUDNN = 256, 128
 
 
 def build_model(
-    config: ModelConfig, precision: Precision, parallelism: Parallelism, seed: int, recompute: str = ""
+    config: ModelConfig, precision: Precision, parallelism: Parallelism, seed: int, recompute: str = "",
+    start: Path | None = None,
 ) -> HybridModel:
-    """This process's part of the model, on the CPU, its weights drawn from `seed`.
+    """This process's part of the model, on the CPU, its weights drawn from `seed` or read from the checkpoint `start`.
 
     The weights do not depend on the tensor- or data-parallel size. Layers with a symbol in `recompute` run their
     forward again in the backward, instead of keeping activations.
 
     Raises:
-        ModelError: sizes that do not suit the layout, FP8 or this device (`model.megatron.limits`).
+        ModelError: sizes that do not suit the layout, FP8 or this device (`model.megatron.limits`); `start` is damaged
+            or not of this geometry.
     """
     check_model(config, precision, parallelism)
     torch.manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
     model = HybridModel(
-        transformer_config(config, precision, parallelism),
+        transformer_config(config, precision, parallelism, draw=start is None),
         hybrid_spec(config, precision, parallelism),
         vocab_size=config.vocab_size,
         max_sequence_length=config.sequence_length,
@@ -80,11 +86,18 @@ def build_model(
     if precision.scaling == "unscaled":
         compat.keep_quantized_inputs(model)
     recompute_layers(model.decoder.layers, config.pattern, recompute)
+    if start:
+        check_sums(start, slice(dist.get_rank(), None, dist.get_world_size()))
+        load_model(start, model)
+        for name, parameter in model.named_parameters():
+            check_finite(parameter, name, start)
     return model
 
 
-def transformer_config(config: ModelConfig, precision: Precision, parallelism: Parallelism) -> TransformerConfig:
-    """Megatron's configuration of `config`."""
+def transformer_config(
+    config: ModelConfig, precision: Precision, parallelism: Parallelism, draw: bool = True
+) -> TransformerConfig:
+    """Megatron's configuration of `config`; without `draw` weights are left as the memory was, to be read."""
     return TransformerConfig(
         num_layers=len(config.pattern),
         is_hybrid_model=True,
@@ -110,6 +123,7 @@ def transformer_config(config: ModelConfig, precision: Precision, parallelism: P
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
+        **({} if draw else dict.fromkeys(("init_method", "output_layer_init_method"), _draw_nothing)),
         use_cpu_initialization=True,        # draw whole matrices, then split: the same weights at any size
         tensor_model_parallel_size=parallelism.tensor,
         pipeline_model_parallel_size=parallelism.pipeline,
@@ -117,6 +131,12 @@ def transformer_config(config: ModelConfig, precision: Precision, parallelism: P
         finalize_model_grads_func=finalize_model_grads,
         **precision.engine_options(),
     )
+
+
+def _draw_nothing(weight: Tensor) -> Tensor:
+    """Not `perform_initialization=False`: it also leaves out the mark that a weight is split, and gradient norms would
+    count one process's part of it only (0.16.1)."""
+    return weight
 
 
 def hybrid_spec(config: ModelConfig, precision: Precision, parallelism: Parallelism) -> ModuleSpec:

@@ -30,6 +30,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from model import checkpoint, costs
 from model.config import ModelConfig, ModelError, PretrainConfig
+from model.integrity import SUMS, sha256
 from model.megatron.distributed import ONE_COPY, Parallelism, device, is_main_process, process_groups
 from model.megatron.documents import find_documents
 from model.megatron.engine_checkpoint import ResumeState, save_model
@@ -40,6 +41,7 @@ from model.megatron.precision import PrecisionName, choose_precision
 from model.megatron.spec import build_model
 from model.megatron.step_graph import StepGraph
 from model.training import token_data
+from model.training.distillation import Distiller, Lesson
 from model.training.kernel_check import check_kernels
 from model.training.run_log import Row, RunLog
 from model.training.spike_guard import SpikeGuard
@@ -109,25 +111,17 @@ def train(
     """
     with process_groups(parallelism):
         trainer = Trainer(config, recipe, precision, seed, tokens, scratch, parallelism)
-        with closing(trainer):
-            run = trainer.run(progress)
-        save_model(out, trainer.model)
-        if is_main_process():
-            training = {"architecture": architecture, "precision": precision, "seed": seed,
-                        "tokens": run.metrics["tokens"], "steps": run.metrics["steps"]}
-            training |= {key: value for key, value in run.metrics.items() if key.startswith("validation_")}
-            checkpoint.describe(out, config, training | token_data.digests(tokens))
-    return run
+        return trainer.train(architecture, out, progress)
 
 
 class Trainer:
-    """One run: model, data, optimizer, and the loop over steps."""
+    """One run: model, data, optimizer, and the loop over steps. With a `lesson` it is a distillation."""
 
     def __init__(
         self, config: ModelConfig, recipe: PretrainConfig, precision: PrecisionName, seed: int, tokens: Path,
-        scratch: Path, parallelism: Parallelism,
+        scratch: Path, parallelism: Parallelism, lesson: Lesson | None = None,
     ):
-        self.config, self.recipe, self.scratch = config, recipe, scratch
+        self.config, self.recipe, self.scratch, self.lesson = config, recipe, scratch, lesson
         self.precision = choose_precision(
             precision, device(), recipe.bf16_layers_at_start, recipe.bf16_layers_at_end, recipe.fp8_recipe,
             recipe.fp8_gradients,
@@ -137,11 +131,17 @@ class Trainer:
         token_data.check(tokens, config.vocab_size)
         if recipe.check_kernels and device().type == "cuda":
             check_kernels(config, parallelism.tensor, device())
-        self.model = build_model(config, self.precision, parallelism, seed, recipe.recompute).to(device())
+        self.model = build_model(config, self.precision, parallelism, seed, recipe.recompute,
+                                 lesson.start if lesson else None).to(device())
+        self.trained: Any = self.model
+        if lesson and lesson.teacher:
+            parent, _ = checkpoint.read_description(lesson.teacher)
+            self.trained = Distiller(self.model, build_model(parent, self.precision, parallelism, seed,
+                                                             start=lesson.teacher).to(device()))
         self.step_graph = StepGraph(self.model, self._whole_step) if recipe.cuda_graph else None
         self.ranks, self.rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
         with self.step_graph.on_stream() if self.step_graph else nullcontext():
-            self.ddp = data_parallel(recipe, self.model, self.ranks)
+            self.ddp = data_parallel(recipe, self.trained, self.ranks)
         self.ddp.broadcast_params()
         self.tokens_per_step = recipe.global_batch_size * config.sequence_length
         self.steps = recipe.tokens // self.tokens_per_step
@@ -153,6 +153,8 @@ class Trainer:
         self.identity = (
             config.model_dump(mode="json") | recipe.model_dump(mode="json", exclude=set(FREE_WHEN_RESUMED))
             | {"precision": precision, "seed": seed} | token_data.digests(tokens)
+            | {name: path and sha256(path / SUMS) for name, path in
+               ({"start": lesson.start, "teacher": lesson.teacher} if lesson else {}).items()}
         )
         self.optimizer = build_optimizer(recipe, self.ddp)
         self.schedule = build_schedule(recipe, self.optimizer, self.steps)
@@ -167,11 +169,25 @@ class Trainer:
                 f"({recipe.micro_batch_size}) x {self.ranks} data-parallel processes.\nChange one of them."
             )
         self.forward_backward = get_forward_backward_func()
+        self.stages = parallelism.pipeline
         samples = self.steps * recipe.global_batch_size
-        self.data = token_data.TrainingData(tokens, config.sequence_length, samples, seed, scratch / "index")
+        self.data = lesson.samples if lesson else token_data.TrainingData(
+            tokens, config.sequence_length, samples, seed, scratch / "index")
         self.batches = token_data.Prefetcher(self._batch, self.steps)
-        self.validation_sets = self._validation_sets(tokens)
+        self.tokens, self.validation_sets = tokens, self._validation_sets(tokens)
         self.eod_id = token_data.end_of_document(tokens)
+
+    def train(self, architecture: str, out: Path, progress: Callable[..., None]) -> Run:
+        """Train to the end and write the weights and model.json to `out`, which says they are an `architecture`'s."""
+        with closing(self):
+            run = self.run(progress)
+        save_model(out, self.model)
+        if is_main_process():
+            training = {"architecture": architecture, "precision": self.precision.name, "seed": self.identity["seed"],
+                        "tokens": run.metrics["tokens"], "steps": run.metrics["steps"]}
+            training |= {key: value for key, value in run.metrics.items() if key.startswith("validation_")}
+            checkpoint.describe(out, self.config, training | token_data.digests(self.tokens))
+        return run
 
     def run(self, progress: Callable[..., None]) -> Run:
         """Train from the latest resume state, or the start, to the end."""
@@ -208,7 +224,8 @@ class Trainer:
                                         "untrained": untrained, "identity": self.identity},
                                  self.log.files() if self.log else ())
         self.resume.collect(wait=True)
-        self.check_learned(untrained, rows[-1]["loss"])
+        if self.lesson is None:
+            self.check_learned(untrained, rows[-1]["loss"])
         if self.log is None:
             return Run([], [], [], {}, first or None)
         self.log.close()
@@ -364,9 +381,11 @@ class Trainer:
 
     def _forward_backward(self, batches: Iterator[Any], count: int, size: int, forward_only: bool) -> list[Tensor]:
         """Losses of `count` micro-batches of `size` sequences on the pipeline's last stage, elsewhere nothing."""
+        pairs = isinstance(self.trained, Distiller) and not forward_only
         results = self.forward_backward(
             forward_step_func=self._forward_step, data_iterator=batches, model=[self.ddp], num_microbatches=count,
             seq_length=self.config.sequence_length, micro_batch_size=size, forward_only=forward_only,
+            adjust_tensor_shapes_fn=self.trained.shapes if pairs and self.stages > 1 else None,
         )
         return [result["loss"] for result in results]
 

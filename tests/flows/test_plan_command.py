@@ -38,7 +38,6 @@ ROWS = ("hybrid-fp8", "activations", "memory of a GPU, GiB", "between replicas",
 def test_a_profile_is_planned(run: Run) -> None:
     printed, code = run("nemotron-h-56b")
     assert code is None
-    assert "compress, on one GPU: 1" in printed and "of its distillation, does not fit: more than the 79.6" in printed
     assert all(row in printed for row in ROWS)
 
 

@@ -24,7 +24,7 @@ SMALL = {
     "importance_samples": 4, "ffn_importance_samples": 8, "ffn_widths": [24, 32, 48], "validation_samples": 8,
     "ranking_samples": 4, "ranked_by_agreement": 3, "ranked_by_task": 2, "task_items": 8, "finalists": 2,
     "short_distillation_tokens": 256,
-    "distillation_tokens": 100 * 128, "global_batch_size": 4, "micro_batch_size": 4, "checkpoint_every": 1,
+    "distillation_tokens": 100 * 128, "global_batch_size": 4, "micro_batch_size": 4, "checkpoint_every": 10,
 }
 METRICS = {
     "parent_parameters", "compressed_parameters", "parent_memory_gib", "compressed_memory_gib", "budget_gib",
@@ -91,7 +91,7 @@ def test_a_killed_run_ends_in_the_same_result(ready, done, tmp_path):
     with subprocess.Popen(
         [sys.executable, "-m", "stages.compress"], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL
     ) as process:
-        while process.poll() is None and not list(tmp_path.glob(".scratch/compress-*/final.pt")):
+        while process.poll() is None and not list(tmp_path.glob(".scratch/compress-*/final-compressed/resume/latest")):
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL

@@ -1,14 +1,15 @@
 """A tiny parent that has learnt something: sequences of a random Markov chain."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from model.compression.config import CompressConfig, MemoryBudget
 from model.compression.data import Data
-from model.compression.funnel import Weights
 from model.hybrid_lm import HybridLM
-from tests.model.compression.markov import CONFIG, markov
+from tests.model.compression.markov import CONFIG, Weights, markov, write_tokens
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +27,14 @@ def parent() -> Weights:
 
 
 @pytest.fixture(scope="session")
+def tokens(tmp_path_factory) -> Path:
+    """A tokens directory, of whose held-out text the trainer makes its validation."""
+    directory = tmp_path_factory.mktemp("tokens")
+    write_tokens(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def data() -> Data:
     validation = markov(16, 3)
     return Data(
@@ -39,7 +48,7 @@ def config() -> CompressConfig:
     return CompressConfig(
         parent="hybrid", importance_samples=8, ffn_importance_samples=16, ffn_score="mean_then_l2",
         ffn_widths=[16, 24, 28, 32, 48], min_attention_layers=1, parameters_fraction=None,
-        latency=None, ranked_by_task=3, task_items=16, random_draws=2, teacher_precision="bf16",
+        latency=None, ranked_by_task=3, task_items=16, random_draws=2, precision="bf16",
         memory=MemoryBudget(context=64, batch=1, weight_bits=16, kv_bits=16, ssm_bits=32, conv_bits=16,
                             budget_fraction=0.7),
         validation_samples=16, ranking_samples=8, ranked_by_agreement=3, finalists=2,

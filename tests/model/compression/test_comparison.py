@@ -6,6 +6,7 @@ import torch
 from scipy.special import log_softmax, rel_entr, softmax
 
 from model.compression.comparison import compare
+from model.compression.layerwise import PlainLayerwise
 from model.hybrid_lm import HybridLM
 from tests.model.compression.markov import silent
 
@@ -15,7 +16,7 @@ def test_closeness_equals_scipy(parent, data):
              for name, tensor in parent.state.items()}
     teacher, student = HybridLM.from_state(*parent), HybridLM.from_state(parent.config, state)
     sequences = data.validation[:5]
-    found = compare(teacher, {"noisy": student}, sequences, 2, silent)["noisy"]
+    found = compare(PlainLayerwise(teacher), {"noisy": PlainLayerwise(student)}, sequences, 2, silent)["noisy"]
     with torch.no_grad():
         expected, given = (model(sequences[:, :-1]).double().numpy() for model in (teacher, student))
     kl = rel_entr(softmax(expected, -1), softmax(given, -1)).sum(-1).mean()
@@ -27,14 +28,13 @@ def test_closeness_equals_scipy(parent, data):
 
 
 def test_the_parent_agrees_with_itself(parent, data):
-    teacher = HybridLM.from_state(*parent)
-    twin = HybridLM.from_state(*parent)
+    teacher, twin = PlainLayerwise(HybridLM.from_state(*parent)), PlainLayerwise(HybridLM.from_state(*parent))
     found = compare(teacher, {"parent": teacher, "twin": twin}, data.validation, 4, silent)
     assert found["parent"] == found["twin"]
     assert found["parent"].kl == 0 and found["parent"].agreement == 1
 
 
 def test_the_batch_size_does_not_matter(parent, data):
-    teacher = HybridLM.from_state(*parent)
+    teacher = PlainLayerwise(HybridLM.from_state(*parent))
     one, five = (compare(teacher, {"": teacher}, data.validation[:7], batch, silent)[""] for batch in (1, 5))
     assert one == pytest.approx(five, rel=1e-6)

@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from model.compression.fp8_teacher import fp8_teacher
 
 from kernels.forward_kl import forward_kl
 from kernels.mixer import triton as mixer_triton
 from model.compression.comparison import compare
 from model.compression.config import LatencyBudget
 from model.compression.data import Data
-from model.compression.fp8_teacher import fp8_teacher
 from model.compression.funnel import Weights, compress
 from model.hybrid_lm import HybridLM
 from tests.model.compression.markov import CONFIG, markov, silent

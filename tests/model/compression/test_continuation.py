@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from model.compression import continuation
+from model.compression.layerwise import PlainLayerwise
 from model.config import ModelError
 from model.hybrid_lm import HybridLM
 from tests.model.compression.markov import CONFIG, silent
@@ -31,7 +32,8 @@ def test_accuracy_equals_plain_recomputation_and_a_trained_model_knows_more(pare
     asked = continuation.items(data.validation, 16, 1)
     torch.manual_seed(1)
     models = {"trained": HybridLM.from_state(*parent), "fresh": HybridLM(CONFIG)}
-    found = continuation.accuracy(models, asked, 3, silent)
+    layerwise = {name: PlainLayerwise(model) for name, model in models.items()}
+    found = continuation.accuracy(layerwise["trained"], layerwise, asked, 3, silent)
     for name, model in models.items():
         right = 0
         with torch.no_grad():

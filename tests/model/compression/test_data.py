@@ -7,14 +7,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from model.compression.data import last_phase, read_data
-from tests.model.compression.markov import CONFIG, write_tokens
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("tokens")
-    write_tokens(directory)
-    return directory
+from tests.model.compression.markov import CONFIG, SYMBOLS
 
 
 def documents(tokens, name):
@@ -23,7 +16,7 @@ def documents(tokens, name):
 
 def test_all_samples_lie_in_the_last_phase(tokens, tmp_path):
     count = 400
-    samples = torch.stack(last_phase(tokens, CONFIG.sequence_length, count, 1, tmp_path))
+    samples = torch.stack(list(last_phase(tokens, CONFIG.sequence_length, count, 1, tmp_path)))
     assert samples.shape == (count, CONFIG.sequence_length + 1)
     odd = documents(tokens, "train/odd-high")
     text = [tuple(document) for document in samples_to_documents(samples)]
@@ -34,7 +27,7 @@ def test_all_samples_lie_in_the_last_phase(tokens, tmp_path):
 def samples_to_documents(samples):
     """Whole documents inside the samples: what stands between two end-of-document ids."""
     for sample in samples.tolist():
-        ends = [i for i, token in enumerate(sample) if token == CONFIG.vocab_size]
+        ends = [i for i, token in enumerate(sample) if token == SYMBOLS]
         for first, last in pairwise(ends):
             yield sample[first + 1 : last + 1]
 

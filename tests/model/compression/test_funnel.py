@@ -1,18 +1,33 @@
 """The whole search and distillation on a tiny parent: what it finds, and that a kill changes nothing."""
 
-import re
-
 import pytest
 import torch
 
 from model import costs
+from model.checkpoint import describe, load_weights, read_description
 from model.compression import funnel
+from model.compression.comparison import compare
 from model.compression.controls import random_selection
-from model.compression.funnel import Weights, compress, evenly
+from model.compression.funnel import evenly
+from model.compression.layerwise import Mask, PlainLayerwise
 from model.compression.prune import cut
 from model.config import ModelError
 from model.hybrid_lm import HybridLM
-from tests.model.compression.markov import silent
+from model.megatron.distributed import ONE_COPY, process_groups
+from model.megatron.precision import Precision
+from model.megatron.spec import build_model
+from tests.model.compression.markov import Weights, silent
+from tests.tiny_engine import RECIPE
+
+
+@pytest.fixture
+def compress(tokens, data, tmp_path):
+    """The funnel on weights; a second call with the same `scratch` goes on where the first was."""
+    def run(weights, config, scratch="scratch", progress=silent):
+        with process_groups():
+            return funnel.compress(weights.save(tmp_path / "parent"), tokens, data, config, RECIPE, 1,
+                                   tmp_path / scratch, progress)
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +51,8 @@ def tight(planted, config):
     return config.model_copy(update={"memory": memory})
 
 
-def test_the_funnel_finds_what_does_not_matter(planted, data, tight, tmp_path):
-    result = compress(planted, data, tight, 1, tmp_path, silent)
+def test_the_funnel_finds_what_does_not_matter(compress, planted, tight):
+    result = compress(planted, tight)
     metrics = result.metrics
     winner = result.records["candidates"][0]
     assert winner.pattern == "M-*M-" and winner.ffn_hidden_size == 32 and winner.chosen
@@ -49,15 +64,15 @@ def test_the_funnel_finds_what_does_not_matter(planted, data, tight, tmp_path):
     assert metrics["agreement_compressed"] > metrics["agreement_random"]
     assert metrics["compressed_memory_gib"] <= metrics["budget_gib"] < metrics["parent_memory_gib"]
     for name in ("compressed", "random"):
-        weights = result.models[name]
-        assert weights.config.pattern.count("M") == 2 and weights.config.ffn_hidden_size == 32
-        assert sum(tensor.numel() for tensor in weights.state.values()) == metrics["compressed_parameters"]
-        HybridLM.from_state(*weights)
-    assert result.models["compressed"].config.pattern == "M-*M-"
+        model, state, _ = load_weights(result.models[name])
+        assert model.pattern.count("M") == 2 and model.ffn_hidden_size == 32
+        assert sum(tensor.numel() for tensor in state.values()) == metrics["compressed_parameters"]
+        HybridLM.from_state(model, state)
+    assert load_weights(result.models["compressed"])[0].pattern == "M-*M-"
 
 
-def test_the_records_have_what_the_report_reads(planted, data, config, tmp_path):
-    result = compress(planted, data, config, 1, tmp_path, silent)
+def test_the_records_have_what_the_report_reads(compress, planted, data, config):
+    result = compress(planted, config)
     importance, candidates = result.records["importance"], result.records["candidates"]
     assert [layer.symbol for layer in importance.layers] == list("M-M*-M-")
     assert [entry.index for entry in importance.ffn] == [1, 4, 6]
@@ -69,7 +84,7 @@ def test_the_records_have_what_the_report_reads(planted, data, config, tmp_path)
     assert [candidate.kl_short is not None for candidate in candidates[:3]] == [True, True, False]
     assert candidates[0].kl_short <= candidates[1].kl_short
     compared = [candidate.agreement for candidate in candidates if candidate.agreement is not None]
-    assert len(compared) == config.ranked_by_agreement and min(compared[:2]) >= max(compared[2:])
+    assert len(compared) == config.ranked_by_agreement
     assert [candidate.chosen for candidate in candidates] == [True] + [False] * (len(candidates) - 1)
     left = [candidate.importance for candidate in candidates if candidate.agreement is None]
     assert left == sorted(left, reverse=True)
@@ -80,10 +95,6 @@ def test_the_records_have_what_the_report_reads(planted, data, config, tmp_path)
         logits = HybridLM.from_state(*planted)(data.validation[:, :-1])
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).double(), data.validation[:, 1:].flatten())
     assert result.metrics["validation_bits_per_byte_parent"] == pytest.approx(loss.item() / 2 / 0.693147181, rel=1e-5)
-
-
-def random_cut(parent, shape, seed):
-    return cut(*parent, random_selection(parent.config, shape, torch.Generator().manual_seed(seed)))
 
 
 def test_the_random_control_is_drawn_by_its_seed_alone(planted):
@@ -104,7 +115,7 @@ def test_sequences_are_taken_evenly():
     assert evenly(sequences, 99).flatten().tolist() == list(range(10))
 
 
-def test_a_kill_anywhere_changes_nothing(planted, data, config, tmp_path):
+def test_a_kill_anywhere_changes_nothing(compress, planted, config, tmp_path):
     class Killed(Exception):
         pass
 
@@ -115,8 +126,7 @@ def test_a_kill_anywhere_changes_nothing(planted, data, config, tmp_path):
         calls += 1
 
     short = config.model_copy(update={"distillation_tokens": 6 * 128, "checkpoint_every": 2})
-    (tmp_path / "unbroken").mkdir()
-    unbroken = compress(planted, data, short, 1, tmp_path / "unbroken", count)
+    unbroken = compress(planted, short, "unbroken", count)
     total, left = calls, 0
 
     def kill_after_a_while(*_, **__):
@@ -125,45 +135,41 @@ def test_a_kill_anywhere_changes_nothing(planted, data, config, tmp_path):
         if left == 0:
             raise Killed
 
-    (tmp_path / "killed").mkdir()
     kills = 0
     while True:
         left = total // 4 + kills           # falls into another piece each time
         try:
-            resumed = compress(planted, data, short, 1, tmp_path / "killed", kill_after_a_while)
+            resumed = compress(planted, short, "killed", kill_after_a_while)
             break
         except Killed:
             kills += 1
     assert kills >= 2 and (tmp_path / "killed" / "resumed").exists()
     assert resumed.metrics == unbroken.metrics
     assert resumed.records == unbroken.records and resumed.curve == unbroken.curve
-    for name, weights in unbroken.models.items():
-        assert all(torch.equal(resumed.models[name].state[key], tensor) for key, tensor in weights.state.items())
+    for name, directory in unbroken.models.items():
+        (_, one, _), (_, other, _) = load_weights(directory), load_weights(resumed.models[name])
+        assert all(torch.equal(one[key], tensor) for key, tensor in other.items())
 
 
-def test_importance_beats_chance(parent, data, config, tmp_path):
+def test_importance_beats_chance(compress, parent, data, config):
     """On the trained parent itself: the chosen cut is closer than the mean of random cuts of its shape."""
-    result = compress(parent, data, config, 1, tmp_path, silent)
-    teacher = HybridLM.from_state(*parent)
-    shape = result.models["compressed"].config
-    models = {
-        str(seed): HybridLM.from_state(*random_cut(parent, shape, seed))
-        for seed in range(8)
-    }
-    close = funnel.compare(teacher, models, data.validation, 8, silent)
+    result = compress(parent, config)
+    shape = load_weights(result.models["compressed"])[0]
+    models = {str(seed): Mask.of(parent.config, random_selection(parent.config, shape,
+                                                                 torch.Generator().manual_seed(seed)))
+              for seed in range(8)}
+    close = compare(PlainLayerwise(HybridLM.from_state(*parent)), models, data.validation, 8, silent)
     mean = sum(value.kl for value in close.values()) / len(close)
     assert result.metrics["kl_parent_cut"] < 0.6 * mean
     assert result.metrics["kl_parent_compressed"] < result.metrics["kl_parent_cut"]
 
 
-def test_weights_of_another_model_are_refused_by_name(parent, data, config, tmp_path):
-    name = "backbone.layers.2.mixer.out_proj.weight"
-    missing = {key: tensor for key, tensor in parent.state.items() if key != name}
-    for broken in (Weights(parent.config, missing),
-                   Weights(parent.config.model_copy(update={"pattern": "M-M*M--"}), parent.state)):
-        with pytest.raises(ModelError) as error:
-            compress(broken, data, config, 1, tmp_path, silent)
-        wrong, _ = str(error.value).splitlines()
-        assert "weights: backbone.layers." in wrong
-    with pytest.raises(ModelError, match=re.escape(f"{name} is absent")):
-        compress(Weights(parent.config, missing), data, config, 1, tmp_path, silent)
+@pytest.mark.parametrize("changes", [{"pattern": "M-M*M--"}, {"ffn_hidden_size": 32}])
+def test_weights_of_another_model_are_refused_by_name(parent, tmp_path, changes):
+    """model.json says another model than the weights are."""
+    directory = parent.save(tmp_path)
+    describe(directory, parent.config.model_copy(update=changes), {})
+    config, _ = read_description(directory)
+    with process_groups(), pytest.raises(ModelError, match=r"not the weights of .*decoder\.layers\.") as error:
+        build_model(config, Precision("float32"), ONE_COPY, 1, start=directory)
+    assert len(str(error.value).splitlines()) == 2

@@ -8,6 +8,7 @@ from scipy.stats import spearmanr
 
 from model.compression.comparison import compare
 from model.compression.importance import layer_importance, mean_ranks, rank_correlation, split_half_correlation
+from model.compression.layerwise import Mask, PlainLayerwise
 from model.compression.prune import Selection, cut
 from model.config import ModelError
 from model.hybrid_lm import HybridLM
@@ -15,7 +16,7 @@ from tests.model.compression.markov import silent
 
 
 def test_mean_squared_errors_equal_those_of_models_without_the_layer(parent, data):
-    model = HybridLM.from_state(*parent)
+    model = PlainLayerwise(HybridLM.from_state(*parent))
     sequences = data.calibration[:3]
     errors = layer_importance(model, sequences, 2, silent)
     assert errors.shape == (7, 3) and errors.dtype == torch.float64
@@ -31,15 +32,15 @@ def test_mean_squared_errors_equal_those_of_models_without_the_layer(parent, dat
 def test_a_layer_that_writes_nothing_is_least_important(parent, data):
     state = {name: tensor.clone() for name, tensor in parent.state.items()}
     state["backbone.layers.3.mixer.o_proj.weight"].zero_()
-    errors = layer_importance(HybridLM.from_state(parent.config, state), data.calibration, 8, silent)
+    errors = layer_importance(PlainLayerwise(HybridLM.from_state(parent.config, state)), data.calibration, 8, silent)
     assert (errors[3] == 0).all() and (errors[[0, 1, 2, 4, 5, 6]] > 0).all()
 
 
 def test_a_layer_that_writes_more_is_more_important(parent, data):
     state = {name: tensor.clone() for name, tensor in parent.state.items()}
     state["backbone.layers.4.mixer.down_proj.weight"] *= 30
-    before = layer_importance(HybridLM.from_state(*parent), data.calibration, 8, silent).mean(dim=1)
-    after = layer_importance(HybridLM.from_state(parent.config, state), data.calibration, 8, silent).mean(dim=1)
+    before, after = (layer_importance(PlainLayerwise(HybridLM.from_state(parent.config, weights)), data.calibration, 8,
+                                      silent).mean(dim=1) for weights in (parent.state, state))
     assert before[1:].argmax() + 1 != 4 and after[1:].argmax() + 1 == 4
 
 
@@ -62,24 +63,24 @@ def test_mean_ranks_average_the_places_and_not_the_errors():
 
 
 def test_too_few_samples_and_overflowing_activations_are_refused(parent, data):
-    model = HybridLM.from_state(*parent)
+    model = PlainLayerwise(HybridLM.from_state(*parent))
     with pytest.raises(ModelError, match="1 sample") as error:
         layer_importance(model, data.calibration[:1], 2, silent)
     assert len(str(error.value).splitlines()) == 2
     state = {name: tensor.clone() for name, tensor in parent.state.items()}
     state["backbone.layers.4.mixer.down_proj.weight"][0, 0] = float("nan")
     with pytest.raises(ModelError, match="activations overflow"):
-        layer_importance(HybridLM.from_state(parent.config, state), data.calibration, 8, silent)
+        layer_importance(PlainLayerwise(HybridLM.from_state(parent.config, state)), data.calibration, 8, silent)
 
 
 def test_it_chooses_well_among_all_subsets(parent, data):
     """Two and three layers of seven gone: in the nearest 15 % to the parent of all subsets, on held-out tokens."""
-    teacher = HybridLM.from_state(*parent)
+    teacher = PlainLayerwise(HybridLM.from_state(*parent))
     scores = layer_importance(teacher, data.calibration, 8, silent)
     for gone in (2, 3):
         subsets = list(itertools.combinations(range(7), gone))
         kept = {subset: Selection([i for i in range(7) if i not in subset]) for subset in subsets}
-        models = {str(subset): HybridLM.from_state(*cut(*parent, selection)) for subset, selection in kept.items()}
+        models = {str(subset): Mask.of(parent.config, selection) for subset, selection in kept.items()}
         kl = {name: value.kl for name, value in compare(teacher, models, data.validation, 8, silent).items()}
         nearest = sorted(kl, key=kl.get)
         for order in (scores.mean(1), mean_ranks(scores)):

@@ -7,7 +7,7 @@ from torch import Tensor
 from model.compression.comparison import compare
 from model.compression.controls import random_selection, reverse_selection
 from model.compression.importance import layer_importance, rank_correlation
-from model.compression.prune import cut
+from model.compression.layerwise import Mask, PlainLayerwise
 from model.compression.width_importance import (
     kept_share,
     select,
@@ -28,7 +28,7 @@ def minitron(activation: Tensor) -> Tensor:
 def test_every_axis_is_minitrons_rule(parent, data):
     model, config = HybridLM.from_state(*parent), parent.config
     sequences = data.calibration[:5]
-    found = width_importance(model, sequences, 2, silent, "l2_then_mean")
+    found = width_importance(PlainLayerwise(model), sequences, 2, silent, "l2_then_mean")
     assert sorted(found.neurons) == [1, 4, 6] and sorted(found.heads) == [3]
     assert sorted(found.mamba["input"]) == [0, 2, 5]
     seen: dict[str, Tensor] = {}
@@ -68,7 +68,7 @@ def test_both_orders_of_the_neurons_score_are_a_direct_computation_in_float64(pa
     """squared_relu(x W1^T) of float64 weights on the FFN's float64 inputs."""
     model = HybridLM.from_state(*parent).double()
     sequences = data.calibration[:7]
-    found = width_importance(HybridLM.from_state(*parent), sequences, 3, silent, order)
+    found = width_importance(PlainLayerwise(HybridLM.from_state(*parent)), sequences, 3, silent, order)
     hidden = model.backbone.embeddings(sequences)
     with torch.no_grad():
         for index, layer in enumerate(model.backbone.layers):
@@ -76,7 +76,7 @@ def test_both_orders_of_the_neurons_score_are_a_direct_computation_in_float64(pa
                 activation = torch.relu(layer.norm(hidden) @ layer.mixer.up_proj.weight.T).square()
                 torch.testing.assert_close(found.neurons[index], score(activation), rtol=1e-4, atol=1e-9)
             hidden = layer(hidden)
-    other = width_importance(HybridLM.from_state(*parent), sequences, 3, silent,
+    other = width_importance(PlainLayerwise(HybridLM.from_state(*parent)), sequences, 3, silent,
                              next(name for name in ("mean_then_l2", "l2_then_mean") if name != order))
     assert not any(torch.allclose(found.neurons[index], other.neurons[index], rtol=1e-3) for index in found.neurons)
     assert all(torch.equal(found.heads[index], other.heads[index]) for index in found.heads)
@@ -84,8 +84,8 @@ def test_both_orders_of_the_neurons_score_are_a_direct_computation_in_float64(pa
 
 def test_reliability_is_the_rank_correlation_of_two_halves(parent, data):
     model = HybridLM.from_state(*parent)
-    found = width_importance(model, data.calibration, 3, silent)
-    halves = [width_importance(model, data.calibration[half::2], 3, silent) for half in (0, 1)]
+    found = width_importance(PlainLayerwise(model), data.calibration, 3, silent)
+    halves = [width_importance(PlainLayerwise(model), data.calibration[half::2], 3, silent) for half in (0, 1)]
     assert set(found.reliability) == {"neurons", "heads", "mamba input", "mamba output", "hidden"}
     neurons = [rank_correlation(halves[0].neurons[i], halves[1].neurons[i]) for i in (1, 4, 6)]
     assert found.reliability["neurons"] == pytest.approx(sum(neurons) / 3, abs=1e-9)
@@ -95,7 +95,7 @@ def test_reliability_is_the_rank_correlation_of_two_halves(parent, data):
 
 def test_no_hook_stays(parent, data):
     model = HybridLM.from_state(*parent)
-    width_importance(model, data.calibration[:2], 2, silent)
+    width_importance(PlainLayerwise(model), data.calibration[:2], 2, silent)
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
@@ -104,7 +104,8 @@ def test_what_is_dead_is_cut_first(parent, data):
     dead = torch.tensor([0, 7, 8, 20, 47])
     state["backbone.layers.4.mixer.up_proj.weight"][dead] = 0
     state["backbone.layers.0.mixer.in_proj.weight"][16:32] = 0         # gate of head 1
-    importance = width_importance(HybridLM.from_state(parent.config, state), data.calibration, 8, silent)
+    model = PlainLayerwise(HybridLM.from_state(parent.config, state))
+    importance = width_importance(model, data.calibration, 8, silent)
     assert (importance.neurons[4][dead] == 0).all()
     kept = top(importance.neurons[4], 43)
     assert set(kept.tolist()) == set(range(48)) - set(dead.tolist()) and (kept.diff() > 0).all()
@@ -129,13 +130,13 @@ def test_activations_that_overflow_are_refused(parent, data):
     state = {name: tensor.clone() for name, tensor in parent.state.items()}
     state["backbone.layers.1.mixer.up_proj.weight"][3] = 1e30
     with pytest.raises(ModelError, match="neurons, layer 1: an activation is not finite") as error:
-        width_importance(HybridLM.from_state(parent.config, state), data.calibration, 8, silent)
+        width_importance(PlainLayerwise(HybridLM.from_state(parent.config, state)), data.calibration, 8, silent)
     assert len(str(error.value).splitlines()) == 2
 
 
 def test_importance_beats_random_beats_reverse_at_every_ffn_cut(parent, data):
     """On held-out tokens, against the mean of five draws."""
-    teacher = HybridLM.from_state(*parent)
+    teacher = PlainLayerwise(HybridLM.from_state(*parent))
     importance = width_importance(teacher, data.calibration, 8, silent)
     layers = layer_importance(teacher, data.calibration, 8, silent).mean(1).tolist()
     for width in (32, 24, 16):
@@ -144,7 +145,7 @@ def test_importance_beats_random_beats_reverse_at_every_ffn_cut(parent, data):
         selections = {"importance": chosen, "reverse": reverse_selection(parent.config, shape, layers, importance)}
         for seed in range(5):
             selections[f"random {seed}"] = random_selection(parent.config, shape, torch.Generator().manual_seed(seed))
-        models = {name: HybridLM.from_state(*cut(*parent, kept)) for name, kept in selections.items()}
+        models = {name: Mask.of(parent.config, kept) for name, kept in selections.items()}
         kl = {name: value.kl for name, value in compare(teacher, models, data.validation, 8, silent).items()}
         random = sum(kl[f"random {seed}"] for seed in range(5)) / 5
         assert kl["importance"] < 0.6 * random and random < kl["reverse"], (width, kl)

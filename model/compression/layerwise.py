@@ -1,0 +1,297 @@
+"""A model run layer by layer, whatever layout it is spread over, with layers left out and FFN neurons masked.
+
+That is all MiniPuzzle's scores and rankings ask for: a candidate is a mask on its parent. What is kept computes exactly
+what the cut model would, so hundreds of candidates are compared without one of them in memory. Both engines can be run
+so: Megatron's with tensor, sequence, pipeline and data parallel processes, `HybridLM` on one.
+
+Between pipeline stages each model's hidden states travel by themselves: while a stage runs one candidate, the stage
+before it runs the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.compression.prune import Selection
+from model.config import ModelConfig
+from model.hybrid_lm import HybridLM, Mamba2
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What of a model is kept.
+
+    Attributes:
+        left_out: layers of the pattern.
+        neurons: ascending indices of those kept, by FFN layer; without an entry all are.
+    """
+
+    left_out: frozenset[int]
+    neurons: Mapping[int, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: ModelConfig, selection: Selection) -> Mask:
+        """The mask that keeps what `selection` keeps of a model of `config`.
+
+        Raises:
+            ValueError: the selection cuts other widths than FFN neurons: its model must be cut to be run.
+        """
+        wholes = ((selection.query_heads, config.num_attention_heads), (selection.mamba_heads, config.mamba_num_heads),
+                  (selection.mamba_channels, config.mamba_head_dim), ({0: selection.hidden}, config.hidden_size))
+        if any(kept is not None and len(kept) < whole for by_layer, whole in wholes for kept in by_layer.values()):
+            raise ValueError("a mask leaves out layers and FFN neurons only")
+        everything = range(len(config.pattern))
+        return cls(frozenset(everything) - frozenset(selection.layers), {
+            layer: kept for layer, kept in selection.neurons.items() if len(kept) < config.ffn_hidden_size})
+
+    @property
+    def changes(self) -> frozenset[int]:
+        """Layers that do not compute what the whole model's do."""
+        return self.left_out | self.neurons.keys()
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Where the activations that are scored pass in one layer, the same in both engines.
+
+    Attributes:
+        symbol: of the layer.
+        norm: module whose output it is.
+        contraction: module whose input it is: o_proj, down_proj or out_proj.
+        expansion: in_proj of a Mamba-2 layer, else None.
+    """
+
+    symbol: str
+    norm: nn.Module
+    contraction: nn.Module
+    expansion: nn.Module | None = None
+
+
+class Layerwise:
+    """This process's part of a model, to be run layer by layer without gradients.
+
+    Attributes:
+        config: geometry of the whole model.
+        sites: of this process's layers, by their place in the pattern.
+        batch_first: whether a module's activations are (batch, sequence, channels), else (sequence, batch, channels).
+        device, dtype: of hidden states.
+    """
+
+    def __init__(self, config: ModelConfig, sites: Mapping[int, Sites], device: torch.device, dtype: torch.dtype,
+                 batch_first: bool):
+        self.config, self.sites, self.batch_first = config, sites, batch_first
+        self.device, self.dtype = device, dtype
+        self._first, self._end = min(sites), max(sites) + 1
+
+    # --- What the engines do each in their own way. One process has everything. ---------------------------------------
+
+    replica, replicas = 0, 1                # of the data-parallel copies
+    tensor_rank, tensor_ranks = 0, 1        # of the processes a layer is split over
+    has_head = True
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(batch, sequence) int64 -> hidden states before the first layer."""
+        raise NotImplementedError
+
+    def layer(self, index: int, hidden: Tensor) -> Tensor:
+        """What layer `index` makes of hidden states."""
+        raise NotImplementedError
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """The final norm's output (batch, sequence, hidden), whole on every tensor-parallel process."""
+        raise NotImplementedError
+
+    def final_norm(self) -> nn.Module:
+        """The final norm's module."""
+        raise NotImplementedError
+
+    def head(self) -> Tensor:
+        """(this process's part of the vocabulary, hidden)."""
+        raise NotImplementedError
+
+    def total(self, sums: Tensor) -> Tensor:
+        """`sums` of this process's share of the samples -> of all; zero on all pipeline stages but one."""
+        return sums
+
+    def over_replicas(self, sums: Tensor) -> Tensor:
+        """`sums` (changed) of this process's share of the samples -> of all."""
+        return sums
+
+    def over_tensor_ranks(self, value: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
+        """`value` (changed) reduced over the processes a layer is split over."""
+        return value
+
+    def from_all_stages(self, found: dict[Any, Tensor]) -> dict[Any, Tensor]:
+        """What every pipeline stage found, on each of them."""
+        return found
+
+    def whole_units(self, units: Tensor) -> Tensor:
+        """(..., this process's units) -> (..., all units)."""
+        return units
+
+    def mean_over_sequence(self, mean: Tensor) -> Tensor:
+        """The mean over this process's part of the sequence of hidden states -> over all of it."""
+        return mean
+
+    def _receive(self, ids: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _send(self, hidden: Tensor) -> None:
+        raise NotImplementedError
+
+    # --- The walk -----------------------------------------------------------------------------------------------------
+
+    def share(self, samples: Tensor) -> Tensor:
+        """Indices of the samples that this data-parallel copy works on."""
+        return torch.arange(self.replica, len(samples), self.replicas)
+
+    @torch.no_grad()
+    def hidden(self, ids: Tensor, masks: Sequence[Mask] = ()) -> Iterator[Tensor | None]:
+        """Output of the final norm (batch, sequence, hidden) of the whole model, then under each mask.
+
+        A masked model runs from its first changed layer on: before it it is the whole one. Every process must exhaust
+        the iterator; where the head is not, it yields None.
+
+        Args:
+            ids: (batch, sequence) int64.
+        """
+        ids = ids.to(self.device)
+        firsts = {min(mask.changes, default=self._end) for mask in masks}
+        inputs: dict[int, Tensor] = {}
+        x = self.embed(ids) if self._first == 0 else self._receive(ids)
+        for index in self.sites:
+            if index in firsts:
+                inputs[index] = x
+            x = self.layer(index, x)
+        whole = self._done(x)
+        yield whole
+        for mask in masks:
+            first = min(mask.changes, default=self._end)
+            if first >= self._end:          # unchanged so far: the next stage has its own hidden states
+                yield whole
+                continue
+            x = inputs[first] if first >= self._first else self._receive(ids)
+            with self._only(mask):
+                for index in range(max(first, self._first), self._end):
+                    if index not in mask.left_out:
+                        x = self.layer(index, x)
+            yield self._done(x)
+
+    def states(self, models: Mapping[str, Mask | Layerwise], ids: Tensor) -> Iterator[Tensor | None]:
+        """`hidden` of this model whole, then of `models` in their order: masks on it, itself, or others in its layout.
+        """
+        masked = self.hidden(ids, [model for model in models.values() if isinstance(model, Mask)])
+        whole = next(masked)
+        yield whole
+        for model in models.values():
+            if isinstance(model, Mask):
+                yield next(masked)
+            else:
+                yield whole if model is self else next(model.hidden(ids))
+
+    def _done(self, hidden: Tensor) -> Tensor | None:
+        if self.has_head:
+            return self.finish(hidden)
+        self._send(hidden)
+        return None
+
+    @contextmanager
+    def _only(self, mask: Mask) -> Iterator[None]:
+        """A block in which activations of neurons that are not kept are zero."""
+        size = self.config.ffn_hidden_size // self.tensor_ranks
+        hooks = []
+        for index, kept in mask.neurons.items():
+            if index in self.sites:
+                whole = torch.zeros(self.config.ffn_hidden_size, device=self.device, dtype=self.dtype)
+                whole[kept.to(self.device)] = 1
+                mine = whole[self.tensor_rank * size :][:size]
+                hooks.append(self.sites[index].contraction.register_forward_pre_hook(partial(_multiply, mine)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    # --- Next-token distributions, of which a process may hold a part of the vocabulary -------------------------------
+
+    def log_softmax(self, hidden: Tensor) -> Tensor:
+        """(tokens, hidden) -> log-probabilities (tokens, this process's vocabulary), float32 or better."""
+        logits = F.linear(hidden, self.head())
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.tensor_ranks == 1:
+            return logits.log_softmax(-1)
+        logits -= self.over_tensor_ranks(logits.amax(-1, keepdim=True), dist.ReduceOp.MAX)
+        return logits - self.over_tensor_ranks(logits.exp().sum(-1, keepdim=True)).log()
+
+    def likeliest(self, logs: Tensor) -> Tensor:
+        """(tokens,) ids of the largest of `log_softmax`'s; of equals on several processes the first."""
+        values, ids = logs.max(-1)                      # a CPU's argmax takes three times as long
+        if self.tensor_ranks == 1:
+            return ids
+        most = self.over_tensor_ranks(values.clone(), dist.ReduceOp.MAX)
+        ids = torch.where(values == most, ids + self._first_id, self.config.vocab_size)
+        return self.over_tensor_ranks(ids, dist.ReduceOp.MIN)
+
+    def at(self, logs: Tensor, ids: Tensor) -> Tensor:
+        """(tokens,) of `log_softmax`'s at `ids` (tokens,)."""
+        place = ids - self._first_id
+        here = (place >= 0) & (place < logs.shape[-1])
+        found = logs.gather(-1, place.clamp(0, logs.shape[-1] - 1)[:, None]).squeeze(-1)
+        return self.over_tensor_ranks(torch.where(here, found, 0.0))
+
+    @property
+    def _first_id(self) -> int:
+        return self.tensor_rank * (self.config.vocab_size // self.tensor_ranks)
+
+
+def _multiply(factor: Tensor, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return inputs[0] * factor, *inputs[1:]
+
+
+class PlainLayerwise(Layerwise):
+    """`HybridLM`, on one process."""
+
+    def __init__(self, model: HybridLM):
+        sites = {}
+        for index, layer in enumerate(model.backbone.layers):
+            mixer: Any = layer.mixer
+            if isinstance(mixer, Mamba2):
+                sites[index] = Sites("M", layer.norm, mixer.out_proj, mixer.in_proj)        # type: ignore[arg-type]
+            else:
+                out = mixer.o_proj if layer.symbol == "*" else mixer.down_proj
+                sites[index] = Sites(layer.symbol, layer.norm, out)                         # type: ignore[arg-type]
+        weight = model.lm_head.weight
+        super().__init__(model.config, sites, weight.device, weight.dtype, batch_first=True)
+        self.model = model
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """As the base class."""
+        return self.model.backbone.embeddings(ids)
+
+    def layer(self, index: int, hidden: Tensor) -> Tensor:
+        """As the base class."""
+        return self.model.backbone.layers[index](hidden)
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """As the base class."""
+        return self.model.backbone.norm_f(hidden)
+
+    def final_norm(self) -> nn.Module:
+        """As the base class."""
+        return self.model.backbone.norm_f
+
+    def head(self) -> Tensor:
+        """As the base class."""
+        return self.model.lm_head.weight
+
+
+Progress = Callable[..., None]

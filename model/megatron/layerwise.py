@@ -1,0 +1,132 @@
+"""A Megatron model run layer by layer over all processes (`model.compression.layerwise`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.megatron import compat  # noqa: F401    # before Megatron
+
+# isort: split
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+from model.compression.layerwise import Layerwise, Sites
+from model.config import ModelConfig
+from model.megatron.distributed import device
+from model.megatron.spec import HybridModel
+
+
+class MegatronLayerwise(Layerwise):
+    """This process's part of a Megatron model.
+
+    Args:
+        model: in BF16 or float32; FP8 layers compute in the format of their weights here.
+        config: the whole model's geometry.
+    """
+
+    def __init__(self, model: HybridModel, config: ModelConfig):
+        sites, self.layers = {}, {}
+        for layer in model.decoder.layers:
+            index = layer.layer_number - 1
+            symbol = config.pattern[index]
+            if symbol == "M":
+                sites[index] = Sites(symbol, layer.norm, layer.mixer.out_proj, layer.mixer.in_proj)
+            elif symbol == "*":
+                sites[index] = Sites(symbol, layer.input_layernorm, layer.self_attention.linear_proj)
+            else:
+                sites[index] = Sites(symbol, layer.pre_mlp_layernorm, layer.mlp.linear_fc2)
+            self.layers[index] = layer
+        super().__init__(config, sites, device(), model.config.params_dtype, batch_first=False)
+        self.model = model.eval()
+        self.sequence_parallel = model.config.sequence_parallel
+        self.replica, self.replicas = (parallel_state.get_data_parallel_rank(),
+                                       parallel_state.get_data_parallel_world_size())
+        self.tensor_rank, self.tensor_ranks = (parallel_state.get_tensor_model_parallel_rank(),
+                                               parallel_state.get_tensor_model_parallel_world_size())
+        self.tensor_group = parallel_state.get_tensor_model_parallel_group()
+        self.stages = parallel_state.get_pipeline_model_parallel_group()
+        self.has_head = parallel_state.is_pipeline_last_stage()
+        self._length = 0                # of the sequences under way, without what pads them
+        self._rotation: Tensor | None = None
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """As the base class."""
+        ids = self._begin(ids)
+        return self.model.embedding(input_ids=ids, position_ids=None)
+
+    def layer(self, index: int, hidden: Tensor) -> Tensor:
+        """As the base class; hidden (sequence, batch, hidden), with sequence parallelism a part of the sequence."""
+        options: dict[str, Any] = {"attention_mask": None, "rotary_pos_emb": self._rotation}
+        out = self.layers[index](hidden, **options)
+        return out[0] if isinstance(out, tuple) else out
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """As the base class."""
+        normed = self.model.decoder.final_norm(hidden)
+        if self.sequence_parallel:
+            normed = gather_from_sequence_parallel_region(normed, group=self.tensor_group)
+        return normed[: self._length].transpose(0, 1)
+
+    def final_norm(self) -> nn.Module:
+        """As the base class."""
+        return self.model.decoder.final_norm
+
+    def head(self) -> Tensor:
+        """As the base class."""
+        return self.model.output_layer.weight
+
+    def total(self, sums: Tensor) -> Tensor:
+        """As the base class."""
+        dist.all_reduce(self.over_replicas(sums), group=self.stages)
+        return sums
+
+    def over_replicas(self, sums: Tensor) -> Tensor:
+        """As the base class."""
+        dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+        return sums
+
+    def over_tensor_ranks(self, value: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
+        """As the base class."""
+        if self.tensor_ranks > 1:
+            dist.all_reduce(value, op=operation, group=self.tensor_group)
+        return value
+
+    def from_all_stages(self, found: dict[Any, Tensor]) -> dict[Any, Tensor]:
+        """As the base class."""
+        everything: list[Any] = [None] * self.stages.size()
+        dist.all_gather_object(everything, found, group=self.stages)
+        return {key: value for part in everything for key, value in part.items()}
+
+    def whole_units(self, units: Tensor) -> Tensor:
+        """As the base class."""
+        parts = [torch.empty_like(units) for _ in range(self.tensor_ranks)]
+        dist.all_gather(parts, units.contiguous(), group=self.tensor_group)
+        return torch.cat(parts, -1)
+
+    def mean_over_sequence(self, mean: Tensor) -> Tensor:
+        """As the base class."""
+        return self.over_tensor_ranks(mean) / self.tensor_ranks if self.sequence_parallel else mean
+
+    def _begin(self, ids: Tensor) -> Tensor:
+        """`ids` with their length made a multiple of the processes that split it; nothing before them sees it."""
+        self._length = ids.shape[1]
+        if self.sequence_parallel:
+            ids = F.pad(ids, (0, -ids.shape[1] % self.tensor_ranks))
+        if self.config.position_embedding == "rope":
+            self._rotation = self.model.rotary_pos_emb(ids.shape[1])
+        return ids
+
+    def _receive(self, ids: Tensor) -> Tensor:
+        batch, length = self._begin(ids).shape
+        length //= self.tensor_ranks if self.sequence_parallel else 1
+        hidden = torch.empty(length, batch, self.config.hidden_size, device=self.device, dtype=self.dtype)
+        dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank(), group=self.stages)
+        return hidden
+
+    def _send(self, hidden: Tensor) -> None:
+        dist.send(hidden.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), group=self.stages)

@@ -1,0 +1,96 @@
+"""What a stage runs on its GPUs: here in one process, or in each of the processes that torchrun starts.
+
+    torchrun --nproc-per-node=2 -m stages.worker JOB.json
+
+The job file names the task, its settings, layout and directories. The first process writes JOB-result.json; a process
+that fails for a known reason writes it to JOB-error.txt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from stages.common import Progress, die_with_parent, write
+
+
+def pretrain(job: dict[str, Any], progress: Callable[..., None]) -> Any:
+    """Train a model: `model.training.trainer.Run`."""
+    from model.config import ModelConfig, PretrainConfig
+    from model.megatron.distributed import Parallelism
+    from model.training.trainer import train
+
+    return train(
+        ModelConfig(**job["model"]), PretrainConfig(**job["recipe"]), job["architecture"], job["precision"],
+        job["seed"], Path(job["tokens"]), Path(job["out"]), Path(job["scratch"]), progress,
+        Parallelism(**job["parallelism"]),
+    )
+
+
+def compress(job: dict[str, Any], progress: Callable[..., None]) -> Any:
+    """Compress a checkpoint: `model.compression.funnel.Compression`."""
+    from model.checkpoint import read_description
+    from model.compression.config import CompressConfig
+    from model.compression.data import read_data
+    from model.compression.funnel import compress
+    from model.config import PretrainConfig
+    from model.megatron.distributed import Parallelism, process_groups
+
+    config, parallelism, parent = CompressConfig(**job["compress"]), Parallelism(**job["parallelism"]), job["parent"]
+    tokens, scratch, seed = Path(job["tokens"]), Path(job["scratch"]), job["seed"]
+    geometry, _ = read_description(Path(parent))
+    with process_groups(parallelism):
+        data = read_data(tokens, geometry.sequence_length, config, seed, scratch / "index")
+        return compress(Path(parent), tokens, data, config, PretrainConfig(**job["recipe"]), seed, scratch, progress,
+                        parallelism)
+
+
+TASKS = {"pretrain": pretrain, "compress": compress}
+
+
+def run(job: dict[str, Any], progress: Callable[..., None]) -> dict[str, Any]:
+    """Do what the job says. Returns its result as JSON has it, which only the first of several processes knows whole.
+
+    Raises:
+        ModelError: the task's.
+    """
+    import torch
+    from pydantic_core import to_jsonable_python
+
+    torch.set_num_threads(job["threads"])
+    result: dict[str, Any] = to_jsonable_python(TASKS[job["task"]](job, progress))
+    return result
+
+
+def main() -> None:
+    """Do what the job file says, as one of torchrun's processes."""
+    parser = argparse.ArgumentParser(
+        prog="python -m stages.worker", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("job", type=Path, help="job file of a stage")
+    file = parser.parse_args().job
+    die_with_parent()                           # torchrun
+
+    from model.config import ModelError
+
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        result = run(json.loads(file.read_text()), Progress() if first else _silent)
+    except ModelError as error:
+        write(file.with_name(f"{file.stem}-error.txt"), str(error))
+        sys.exit(1)
+    if first:
+        write(file.with_name(f"{file.stem}-result.json"), result)
+
+
+def _silent(step: int, total: int, **figures: object) -> None:
+    pass
+
+
+if __name__ == "__main__":
+    main()

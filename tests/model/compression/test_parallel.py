@@ -1,0 +1,168 @@
+"""Compression on several processes: scores, comparisons, distillation and the whole funnel are those of one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic_core import to_jsonable_python
+
+from model.checkpoint import load_weights, save_weights
+from model.compression import continuation
+from model.compression.comparison import compare
+from model.compression.importance import layer_importance
+from model.compression.layerwise import Mask, PlainLayerwise
+from model.compression.prune import Selection, cut
+from model.compression.width_importance import width_importance
+from model.hybrid_lm import HybridLM
+from tests.model.compression.markov import CONFIG, Weights, markov, silent, write_tokens
+from tests.tiny_engine import RECIPE, run_processes
+
+SPLIT = CONFIG.model_copy(update={"num_query_groups": 2, "pattern": "M-M*-M", "init_method_std": 0.2})
+HERE = "tests.model.compression.test_parallel"
+LAYOUTS = {
+    "tensor": {"tensor": 2}, "sequence": {"tensor": 2, "sequence": True}, "pipeline": {"pipeline": 2}, "data": {},
+}
+
+
+@pytest.fixture(scope="module")
+def parent() -> Weights:
+    """Random weights that write enough for a layer to matter."""
+    torch.manual_seed(3)
+    return Weights(SPLIT, {name: tensor.detach().clone() for name, tensor in HybridLM(SPLIT).state_dict().items()})
+
+
+@pytest.fixture(scope="module")
+def directory(parent, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("parallel")
+    write_tokens(directory / "tokens")
+    parent.save(directory / "parent")
+    return directory
+
+
+def masks() -> dict[str, Mask]:
+    generator = torch.Generator().manual_seed(5)
+    neurons = {layer: torch.randperm(48, generator=generator)[:32].sort().values for layer in (1, 4)}
+    return {"late": Mask(frozenset([5])), "early": Mask(frozenset([0])), "both": Mask(frozenset([2, 3]), neurons),
+            "nothing": Mask(frozenset()), "neurons": Mask(frozenset(), {4: neurons[4]})}
+
+
+def scores(model, other) -> dict:
+    """All that is asked of a model run layer by layer, as JSON."""
+    sequences = markov(5, 2)
+    widths = width_importance(model, sequences[:, :-1], 2, silent)
+    questions = continuation.items(markov(8, 4), 7, 1)
+    models = masks() | {"other": other}
+    return to_jsonable_python({
+        "layers": layer_importance(model, sequences[:, :-1], 2, silent).tolist(),
+        "neurons": {layer: values.tolist() for layer, values in widths.neurons.items()},
+        "heads": {layer: values.tolist() for layer, values in widths.heads.items()},
+        "mamba": {kind: {layer: values.tolist() for layer, values in found.items()}
+                  for kind, found in widths.mamba.items()},
+        "hidden": widths.hidden.tolist(), "reliability": widths.reliability,
+        "closeness": {name: list(value) for name, value in compare(model, models, sequences, 2, silent).items()},
+        "continuation": continuation.accuracy(model, models, questions, 3, silent),
+    })
+
+
+def score_job(directory: str, parallelism: dict) -> dict:
+    """`scores` of the parent by the engine, in one of several processes."""
+    from model.compression.funnel import Funnel
+    from model.megatron.distributed import Parallelism, process_groups
+
+    with process_groups(Parallelism(**parallelism)):
+        loader = Funnel.__new__(Funnel)
+        loader.scored_in, loader.parallelism, loader.seed = "float32", Parallelism(**parallelism), 1
+        return scores(loader.load(Path(directory) / "parent"), loader.load(Path(directory) / "other"))
+
+
+def flat(value) -> list[float]:
+    if isinstance(value, dict):
+        return [number for key in sorted(value, key=str) for number in flat(value[key])]
+    return [number for item in value for number in flat(item)] if isinstance(value, list) else [value]
+
+
+@pytest.fixture(scope="module")
+def other(parent, directory) -> Weights:
+    other = Weights(*cut(*parent, Selection([0, 1, 3, 4])))
+    save_weights((directory / "other").mkdir() or directory / "other", *other, {})
+    return other
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_scores_on_two_processes_are_the_plain_models_on_one(parent, other, directory, tmp_path, layout):
+    expected = scores(*(PlainLayerwise(HybridLM.from_state(*weights)) for weights in (parent, other)))
+    job = {"function": f"{HERE}.score_job", "directory": str(directory), "parallelism": LAYOUTS[layout]}
+    (found,) = run_processes(2, [job], tmp_path)
+    for name, values in expected.items():
+        assert flat(found[name]) == pytest.approx(flat(values), rel=2e-4, abs=1e-6), name
+    assert len(set(flat(expected["continuation"]))) > 1
+
+
+def test_a_mask_computes_what_the_cut_model_does(parent):
+    """Also the plain model's, in float64."""
+    model, ids = HybridLM.from_state(*parent).double(), markov(3, 8)[:, :-1]
+    states = PlainLayerwise(model).hidden(ids, list(masks().values()))
+    assert torch.equal(next(states), model.backbone(ids))
+    for name, mask in masks().items():
+        layers = [layer for layer in range(6) if layer not in mask.left_out]
+        neurons = {layer: mask.neurons.get(layer, torch.arange(48)) for layer in (1, 4)}
+        if name == "neurons":
+            continue        # two widths: no model of one configuration
+        smaller = HybridLM.from_state(*cut(*parent, Selection(layers, neurons))).double()
+        torch.testing.assert_close(next(states), smaller.backbone(ids), rtol=1e-6, atol=1e-6, msg=name)
+
+
+def distil_job(directory: str, scratch: str, parallelism: dict, config: dict, tokens: int) -> list:
+    """The curve of `other` distilled from the parent, in one of several processes."""
+    from model.compression.config import CompressConfig
+    from model.compression.distill import School
+    from model.compression.resume import ResultCache
+    from model.megatron.distributed import Parallelism, process_groups
+
+    root, layout, settings = Path(directory), Parallelism(**parallelism), CompressConfig(**config)
+    with process_groups(layout):
+        school = School(root / "parent", markov(96, 1), root / "tokens", settings, RECIPE, "float32", 1,
+                        ResultCache(Path(scratch)), layout, silent)
+        return [list(row) for row in school.distil(root / "other", tokens, f"run-{tokens}").curve]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_distillation_in_every_layout_is_that_of_one_process(other, directory, config, tmp_path, processes):
+    settings = config.model_copy(update={"micro_batch_size": 1}).model_dump(mode="json")
+    layouts = LAYOUTS if processes == 2 else {"both": {"tensor": 2, "pipeline": 2, "sequence": True}}
+    job = {"function": f"{HERE}.distil_job", "directory": str(directory), "config": settings, "tokens": 20 * 128,
+           "parallelism": {}, "scratch": str(tmp_path / "alone")}
+    (expected,) = run_processes(1, [job], tmp_path)
+    jobs = [job | {"parallelism": layout, "scratch": str(tmp_path / name)} for name, layout in layouts.items()]
+    for found in run_processes(processes, jobs, tmp_path):
+        assert [row[2] for row in found] == pytest.approx([row[2] for row in expected], rel=1e-3)
+    assert expected[-1][2] < 0.8 * expected[0][2]
+
+
+def funnel_job(directory: str, scratch: str, parallelism: dict, config: dict) -> dict:
+    """The funnel in one of several processes."""
+    from stages.worker import compress
+
+    root = Path(directory)
+    return to_jsonable_python(compress({
+        "compress": config, "parallelism": parallelism, "parent": str(root / "parent"), "tokens": str(root / "tokens"),
+        "scratch": scratch, "seed": 1, "recipe": RECIPE.model_dump(mode="json"),
+    }, silent))
+
+
+def test_the_funnel_in_every_layout_chooses_and_distils_the_same(directory, config, tmp_path):
+    settings = config.model_copy(update={"micro_batch_size": 2, "ffn_widths": [32, 40, 48]}).model_dump(mode="json")
+    alone = {"function": f"{HERE}.funnel_job", "directory": str(directory), "config": settings,
+             "parallelism": {}, "scratch": str(tmp_path / "alone")}
+    (expected,) = run_processes(1, [alone], tmp_path)
+    jobs = [alone | {"parallelism": parallelism, "scratch": str(tmp_path / layout)}
+            for layout, parallelism in LAYOUTS.items() if layout != "pipeline"]
+    for found in run_processes(2, jobs, tmp_path):
+        assert found["layers"] == expected["layers"] and found["metrics"].keys() == expected["metrics"].keys()
+        for name in ("kl_parent_cut", "kl_parent_compressed", "kl_parent_random", "validation_bits_per_byte_parent"):
+            assert found["metrics"][name] == pytest.approx(expected["metrics"][name], rel=1e-3), name
+        assert [row[3] for row in found["curve"]] == pytest.approx([row[3] for row in expected["curve"]], rel=1e-3)
+        for name, path in expected["models"].items():
+            one, two = load_weights(Path(path))[1], load_weights(Path(found["models"][name]))[1]
+            for key, tensor in one.items():
+                torch.testing.assert_close(two[key], tensor, rtol=2e-2, atol=2e-4, msg=key)
