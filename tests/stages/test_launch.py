@@ -74,7 +74,7 @@ def test_slurm_script_asks_for_what_the_parameters_say(slurm: Path) -> None:
                  "--exclusive", "--job-name=pretrain-hybrid-fp8", f"--chdir={slurm}"):
         assert f"#SBATCH {line}\n" in script
     assert "--account" not in script and script.index("SITE=x") < script.index("srun")
-    assert '--rdzv-endpoint="$first":29400 --rdzv-id="$SLURM_JOB_ID" -m stages.pretrain_worker' in script
+    assert '--rdzv-endpoint="$first":29400 --rdzv-id="$SLURM_JOB_ID" -m stages.worker' in script
     assert "--nnodes=2 --nproc-per-node=8" in script
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
 

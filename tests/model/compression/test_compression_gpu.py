@@ -3,11 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from model.compression.fp8_teacher import fp8_teacher
 
 from kernels.forward_kl import forward_kl
 from kernels.mixer import triton as mixer_triton
-from model.compression.comparison import compare
 from model.compression.config import LatencyBudget
 from model.compression.data import Data
 from model.compression.funnel import Weights, compress
@@ -49,25 +47,41 @@ def test_the_plain_model_runs_the_kernels_and_is_close_to_float64(trained, monke
     assert all(parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0 for parameter in model.parameters())
 
 
-def test_an_fp8_teacher_runs_on_fp8_cores(trained):
-    parent = HybridLM.from_state(*trained, torch.bfloat16).cuda()
-    close = compare(parent, {"fp8": fp8_teacher(parent)}, markov(32, 5), 16, silent)["fp8"]
-    assert 0 < close.kl < 0.05
-
-
-def test_the_whole_funnel_with_a_latency_budget(trained, config, tmp_path):
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_the_whole_funnel_with_a_latency_budget(trained, config, tokens, tmp_path, precision):
+    """Distillation in both number formats, by Transformer Engine; scores are BF16's."""
     held_out = markov(32, 3)
     data = Data(list(markov(2048, 1)), markov(32, 2)[:, :-1], held_out, held_out[:, 1:].numel() * 2)
     gpu = config.model_copy(update={
         "ffn_widths": [64, 96, 128], "memory": config.memory.model_copy(update={"budget_fraction": 0.9}),
         "latency": LatencyBudget(context=512, batch=8, decode_tokens=8, repeats=3, budget_fraction=0.9),
         "global_batch_size": 16, "micro_batch_size": 16, "distillation_tokens": 60 * 16 * 32, "checkpoint_every": 30,
+        "precision": precision,
     })
-    result = compress(trained, data, gpu, 1, tmp_path, silent)
+    parent = trained.save(tmp_path / "parent")
+
+    def run():
+        with process_groups():
+            return compress(parent, tokens, data, gpu, RECIPE, 1, tmp_path / "scratch", silent)
+
+    result = run()
     metrics = result.metrics
     assert metrics["kl_parent_compressed"] < metrics["kl_parent_cut"] < metrics["kl_parent_random_cut_mean"]
     assert metrics["parameters_prediction_error"] == 0 and metrics["cache_bytes_prediction_error"] == 0
     assert metrics["weight_bytes_prediction_error"] < 0.02
     assert all(candidate.decode_milliseconds > 0 for candidate in result.records["candidates"])
-    again = compress(trained, data, gpu, 1, tmp_path, silent)
-    assert again.records == result.records and (tmp_path / "resumed").exists()
+    assert run().records == result.records and (tmp_path / "scratch" / "resumed").exists()
+
+
+def test_scores_by_the_engine_are_near_the_plain_models_in_float32(trained, tokens, tmp_path):
+    """Rank correlations of layers and neurons; BF16 kernels beside float32 on a CPU."""
+    samples = markov(16, 2)[:, :-1]
+    plain = PlainLayerwise(HybridLM.from_state(*trained))
+    with process_groups():
+        model = build_model(GPU, Precision("bf16"), ONE_COPY, 1, start=trained.save(tmp_path)).cuda()
+        engine = MegatronLayerwise(model.requires_grad_(False), GPU)
+        layers, widths = layer_importance(engine, samples, 8, silent), width_importance(engine, samples, 8, silent)
+    expected = layer_importance(plain, samples, 8, silent)
+    assert (layers.mean(1) / expected.mean(1) - 1).abs().max() < 0.1
+    for index, neurons in width_importance(plain, samples, 8, silent).neurons.items():
+        assert rank_correlation(widths.neurons[index], neurons) > 0.97
