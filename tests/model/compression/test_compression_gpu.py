@@ -8,9 +8,17 @@ from kernels.forward_kl import forward_kl
 from kernels.mixer import triton as mixer_triton
 from model.compression.config import LatencyBudget
 from model.compression.data import Data
-from model.compression.funnel import Weights, compress
+from model.compression.funnel import compress
+from model.compression.importance import layer_importance, rank_correlation
+from model.compression.layerwise import PlainLayerwise
+from model.compression.width_importance import width_importance
 from model.hybrid_lm import HybridLM
-from tests.model.compression.markov import CONFIG, markov, silent
+from model.megatron.distributed import ONE_COPY, process_groups
+from model.megatron.layerwise import MegatronLayerwise
+from model.megatron.precision import Precision
+from model.megatron.spec import build_model
+from tests.model.compression.markov import CONFIG, Weights, markov, silent
+from tests.tiny_engine import RECIPE
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
