@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -140,8 +140,6 @@ class Funnel:
 
     Attributes:
         config_of_parent: the parent's geometry.
-        layer_scores: (layers, samples), `layer_importance`.
-        widths: `width_importance`.
     """
 
     def __init__(
@@ -156,12 +154,6 @@ class Funnel:
         self.school = School(parent, data.training, tokens, config, pretrain, self.precision, seed, cache, parallelism,
                              progress)
         self._teacher: Layerwise | None = None
-        self.layer_scores: Tensor = cache.once("layers", self._layer_scores)
-        self.layers: list[float] = self.layer_scores.mean(dim=1).tolist()
-        self.order: list[float] = mean_ranks(self.layer_scores).tolist()            # which stay, in a type
-        self.widths = WidthImportance(**cache.once("widths", lambda: vars(self._widths())))
-        self.table = self._latency_table()
-        self.budgets = self._budgets()
 
     @property
     def teacher(self) -> Layerwise:
@@ -186,19 +178,35 @@ class Funnel:
 
     # --- Importance ---------------------------------------------------------------------------------------------------
 
-    def _layer_scores(self) -> Tensor:
+    @cached_property
+    def layer_scores(self) -> Tensor:
+        """(layers, samples), `layer_importance`."""
         samples = self.data.calibration[: self.config.importance_samples]
-        return layer_importance(self.teacher, samples, self.config.micro_batch_size, self.progress)
+        return self.cache.once("layers", lambda: layer_importance(
+            self.teacher, samples, self.config.micro_batch_size, self.progress))
 
-    def _widths(self) -> WidthImportance:
+    @cached_property
+    def layers(self) -> list[float]:
+        """Importance of each layer."""
+        return self.layer_scores.mean(dim=1).tolist()
+
+    @cached_property
+    def order(self) -> list[float]:
+        """By which layers of a type stay."""
+        return mean_ranks(self.layer_scores).tolist()
+
+    @cached_property
+    def widths(self) -> WidthImportance:
+        """`width_importance`."""
         samples = self.data.calibration[: self.config.ffn_importance_samples]
-        return width_importance(self.teacher, samples, self.config.micro_batch_size, self.progress,
-                                self.config.ffn_score)
+        return WidthImportance(**self.cache.once("widths", lambda: vars(width_importance(
+            self.teacher, samples, self.config.micro_batch_size, self.progress, self.config.ffn_score))))
 
     # --- Candidates ---------------------------------------------------------------------------------------------------
 
-    def _latency_table(self) -> LatencyTable | None:
-        """Of every layer the grid has; the overhead from the parent and four models that lack something of it."""
+    @cached_property
+    def table(self) -> LatencyTable | None:
+        """Seconds of every layer the grid has; the overhead from the parent and four models without something of it."""
         workload, parent = self.config.latency, self.config_of_parent
         if workload is None:
             return None
@@ -212,7 +220,9 @@ class Funnel:
 
         return LatencyTable(**self.cache.once("latency", measure, alone=True))
 
-    def _budgets(self) -> list[Budget]:
+    @cached_property
+    def budgets(self) -> list[Budget]:
+        """What a candidate may take."""
         config, parent = self.config, self.config_of_parent
         memory = config.memory
         budgets = [share_budget("memory (bytes)", memory.budget_fraction, lambda c: costs.memory(c, memory).total,
