@@ -34,8 +34,9 @@ from model import checkpoint, costs
 from model.compression.comparison import compare
 from model.compression.data import read_data
 from model.compression.funnel import Funnel
-from model.compression.resume import ResultCache
+from model.compression.resume import ResultCache, from_main_process
 from model.config import ModelConfig
+from model.integrity import is_whole
 from model.megatron.distributed import Parallelism, device, is_main_process, process_groups, release_memory
 from model.megatron.engine_checkpoint import save_model
 from model.megatron.precision import Precision
@@ -46,7 +47,7 @@ from stages.params import load_params
 GIB = 2**30
 CANDIDATES = 10
 PARAMETERS_KEPT = 0.83
-GLOBAL_BATCH = 4                # sequences
+GLOBAL_BATCH = 2                # sequences a step of distillation, one at a time
 
 
 def write_random_tokens(directory: Path, config: ModelConfig, sequences: int) -> None:
@@ -109,7 +110,7 @@ def measure(options: argparse.Namespace, config: ModelConfig, parallelism: Paral
         "bf16_layers_at_start": options.bf16_ends, "bf16_layers_at_end": options.bf16_ends,
         "adam_betas": (0.9, 0.95), "weight_decay": 0.1, "clip_grad": 1.0,
     })
-    distilled = options.steps * GLOBAL_BATCH * length
+    distilled = max(1, options.steps) * GLOBAL_BATCH * length
     settings = base.model_copy(update={
         "importance_samples": options.samples, "ffn_importance_samples": options.samples, "finalists": 1,
         "ffn_widths": [config.ffn_hidden_size * part // 12 // 64 * 64 for part in (9, 10, 11, 12)], "latency": None,
@@ -118,15 +119,17 @@ def measure(options: argparse.Namespace, config: ModelConfig, parallelism: Paral
         "precision": options.precision, "distillation_tokens": distilled, "short_distillation_tokens": distilled,
     })
     parent, tokens = scratch / "parent", options.tokens or scratch / "tokens"
-    with steps.step("parent drawn and written"):
-        model = build_model(config, Precision("bf16" if torch.cuda.is_available() else "float32"), parallelism, 1)
-        save_model(parent, model.to(device()))
-        if is_main_process():
-            checkpoint.describe(parent, config, {})
-            if not options.tokens:
-                write_random_tokens(tokens, config, (options.steps + 4) * GLOBAL_BATCH + 2 * options.samples)
-        del model
-        dist.barrier()
+    if from_main_process(lambda: not (is_whole(parent) and checkpoint.read_description(parent)[0] == config)):
+        with steps.step("parent drawn and written"):
+            model = build_model(config, Precision("bf16" if torch.cuda.is_available() else "float32"), parallelism, 1)
+            save_model(parent, model.to(device()))
+            if is_main_process():
+                checkpoint.describe(parent, config, {})
+            del model
+    if is_main_process() and not options.tokens:
+        shutil.rmtree(tokens, ignore_errors=True)
+        write_random_tokens(tokens, config, (options.steps + 4) * GLOBAL_BATCH + 2 * options.samples)
+    dist.barrier()
     data = read_data(tokens, length, settings, 1, scratch / "index")
 
     def timed(step: int, total: int, **figures: float) -> None:
@@ -147,21 +150,24 @@ def measure(options: argparse.Namespace, config: ModelConfig, parallelism: Paral
         close = compare(run.teacher, masks, data.validation, 1, lambda *_, **__: None)
     best = candidates[min(map(int, close), key=lambda index: close[str(index)].kl)]
     run.release()
+    found = {
+        "model": options.model, "layers": len(config.pattern), "parameters": costs.parameters(config),
+        "student_parameters": costs.parameters(best.config), "student_pattern": best.config.pattern,
+        "student_ffn_hidden_size": best.config.ffn_hidden_size, "candidates": len(candidates),
+        "processes": dist.get_world_size(), "tensor": parallelism.tensor, "precision": options.precision,
+        "recompute": options.recompute, "global_batch": GLOBAL_BATCH, "rows": steps.rows,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+    }
+    if not options.steps:
+        return found
     with steps.step("cut"):
         start = run.cut(best.selection, "best")
     marks.clear()
     with steps.step("distillation, whole", distilled):
         student = run.school.distil(start, distilled, "best")
     took = [after - before for before, after in pairwise(marks)]
-    steps.add("a step of it, median", median(took[2:]), GLOBAL_BATCH * length)
-    return {
-        "model": options.model, "layers": len(config.pattern), "parameters": costs.parameters(config),
-        "student_parameters": costs.parameters(best.config), "student_pattern": best.config.pattern,
-        "student_ffn_hidden_size": best.config.ffn_hidden_size, "candidates": len(candidates),
-        "processes": dist.get_world_size(), "tensor": parallelism.tensor, "precision": options.precision,
-        "recompute": options.recompute, "kl_first": student.curve[0][2], "kl_last": student.curve[-1][2],
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU", "rows": steps.rows,
-    }
+    steps.add("a step of it, median", median(took[len(took) // 4 :]), GLOBAL_BATCH * length)
+    return found | {"kl": [loss for _, _, loss in student.curve]}
 
 
 def main() -> None:
@@ -169,9 +175,9 @@ def main() -> None:
     parser.add_argument("--model", default="nemotron_h_8b", choices=[*PRESETS, "tiny"])
     parser.add_argument("--layers", type=int, help="of the pattern, the first")
     parser.add_argument("--tokens", type=Path, help="token files; without, random ids")
-    parser.add_argument("--scratch", type=Path, required=True, help="for weights: seven bytes a parameter")
+    parser.add_argument("--scratch", type=Path, required=True, help="for weights; a parent that lies there is taken")
     parser.add_argument("--samples", type=int, default=8, help="sequences for importance")
-    parser.add_argument("--steps", type=int, default=50, help="of distillation")
+    parser.add_argument("--steps", type=int, default=50, help="of distillation; 0 leaves it out")
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--recompute", default="", help="symbols of layers that recompute their activations")
     parser.add_argument("--bf16-ends", type=int, default=4)
@@ -183,8 +189,9 @@ def main() -> None:
         config = config.model_copy(update={"pattern": config.pattern[: options.layers]})
     parallelism = Parallelism(options.tensor, sequence=options.tensor > 1)
     if os.environ.get("RANK", "0") == "0":
-        shutil.rmtree(options.scratch, ignore_errors=True)
-        options.scratch.mkdir(parents=True)
+        for name in ("funnel", "index"):
+            shutil.rmtree(options.scratch / name, ignore_errors=True)
+        options.scratch.mkdir(parents=True, exist_ok=True)
     with process_groups(parallelism):
         found = measure(options, config, parallelism)
     if os.environ.get("RANK", "0") == "0" and options.out:
