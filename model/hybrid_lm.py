@@ -22,6 +22,7 @@ from kernels.gated_norm import gated_rms_norm, rms_norm
 from kernels.mixer import MixerWeights, mix
 from kernels.squared_relu import squared_relu
 from model.config import ModelConfig, ModelError
+from model.lazy_state import skeleton
 
 FLOAT32_PARAMETERS = ("A_log", "D", "dt_bias")      # small, and exponents of the decay: kept precise in any model
 
@@ -60,7 +61,7 @@ class HybridLM(nn.Module):
         """
         model = cls.skeleton(config)
         expected = {name: parameter.shape for name, parameter in model.named_parameters()}
-        given = {name: tensor.shape for name, tensor in state.items()}
+        given = {name: tensor.shape for name, tensor in skeleton(state).items()}
         wrong = sorted(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name))
         if wrong:
             have, want = (_shape(shapes, wrong[0]) for shapes in (given, expected))
