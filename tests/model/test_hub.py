@@ -251,7 +251,7 @@ def test_the_files_are_those_of_huggingfaces_writer(config, tmp_path, dtype, gig
         stored, tmp_path / "theirs", metadata={"format": "pt"}, max_shard_size=int(gigabytes * 1e9))
     ours = {path.name: path.read_bytes() for path in (tmp_path / "hub").glob("model*")}
     assert ours == {path.name: path.read_bytes() for path in (tmp_path / "theirs").iterdir()}
-    assert (len(ours) > 3) == (gigabytes < 1)
+    assert (len(ours) > 1) == (gigabytes < 1)
     again = shutil.copytree(tmp_path / "hub", tmp_path / "again")
     hub.save(tmp_path / "hub", config, hub.open_weights(again)[1], {}, dtype)
     assert [path.name for path in (tmp_path / "hub").glob("model*")] == ["model.safetensors"], "the old files go"
