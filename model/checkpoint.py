@@ -7,13 +7,12 @@ Tensor-parallel packed tensors are stored section by section (`in_proj.weight.z`
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import pickle
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path, PosixPath
 from typing import Any
@@ -28,9 +27,9 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.storage import WriteResult
 
 from model.config import ModelConfig, ModelError
-from model.hybrid_lm import HybridLM
+from model.hybrid_lm import HybridLM, check_shapes
 from model.integrity import check_finite, check_sums, write_sums
-from model.lazy_state import LazyState, Recipe, State, derive
+from model.lazy_state import LazyState, Recipe, State, derive, skeleton
 
 INDEX = ".metadata"
 _FILE = "__0_0.distcp"                                      # PyTorch's name for the first file of the first process
@@ -48,8 +47,9 @@ def save_weights(
     One tensor after the other: of a lazy `state` a few are in memory at a time.
 
     Raises:
-        ModelError: `state` lacks a weight of `config`.
+        ModelError: `state` is not that of `config`; nothing is written.
     """
+    check_shapes(config, {name: tuple(tensor.shape) for name, tensor in skeleton(state).items()}, str(directory))
     stored = to_engine(config, state)
     planner = DefaultSavePlanner()
     planner.set_up_planner(stored.skeleton, is_coordinator=True)
@@ -187,20 +187,8 @@ class _Reader(FileSystemReader):
         return tensor
 
 
-@contextlib.contextmanager
-def _names_the_missing() -> Iterator[None]:
-    try:
-        yield
-    except KeyError as error:
-        raise ModelError(
-            f"weights: {error.args[0]} is missing, which the model's configuration asks for.\n"
-            "Use the weights and the model.json of one and the same checkpoint."
-        ) from None
-
-
-@_names_the_missing()
 def to_engine(config: ModelConfig, state: Mapping[str, Tensor]) -> LazyState:
-    """Weights under Megatron's names, as stored, from those under Hub names. Raises ModelError where one is missing."""
+    """Weights under Megatron's names, as stored, from those under Hub names, all of which must be there."""
     recipes = {engine: _same(hub) for engine, hub in _ENDS.items()}
     for engine, hub, symbol in _layers(config):
         recipes[engine + _NORM[symbol]] = _same(f"{hub}norm.weight")
@@ -217,7 +205,6 @@ def to_engine(config: ModelConfig, state: Mapping[str, Tensor]) -> LazyState:
     return derive(state, recipes)
 
 
-@_names_the_missing()
 def to_hub(config: ModelConfig, stored: Mapping[str, Tensor]) -> LazyState:
     """The inverse of `to_engine`."""
     recipes = {hub: _same(engine) for engine, hub in _ENDS.items()}

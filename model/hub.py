@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.config import ModelConfig, ModelError
-from model.hybrid_lm import FLOAT32_PARAMETERS, HybridLM
+from model.hybrid_lm import FLOAT32_PARAMETERS, Shape, check_shapes
 from model.integrity import SUMS, check_finite, check_sums
 from model.lazy_state import LazyState, Recipe, State, derive, skeleton
 from model.model_card import model_card
@@ -44,7 +44,6 @@ FIXED = {
     "sliding_window": None, "hidden_act": "relu2",
 }
 NO_LIMIT = ([0.0, float("inf")], [0.0, {"__float__": "Infinity"}])      # of dt; the second as transformers 5 writes it
-Shape = tuple[int, ...]
 
 
 def save(
@@ -224,24 +223,6 @@ def check_files(directory: Path, config: ModelConfig) -> list[str]:
         shapes |= {names(name): shape for name, shape in found.items()}
     check_shapes(config, shapes, str(directory))
     return files
-
-
-def check_shapes(config: ModelConfig, shapes: Mapping[str, Shape], what: str) -> None:
-    """Raise ModelError, naming the tensors, unless `shapes` has exactly the names and shapes of HybridLM(config)."""
-    expected = {name: tuple(tensor.shape) for name, tensor in HybridLM.skeleton(config).state_dict().items()}
-    problems = [f"missing {name}" for name in expected if name not in shapes]
-    problems += [f"unexpected {name}" for name in shapes if name not in expected]
-    problems += [
-        f"{name} is {shapes[name]}, expected {shape}"
-        for name, shape in expected.items()
-        if name in shapes and shapes[name] != shape
-    ]
-    if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise ModelError(
-            f"{what}: not the weights of pattern {config.pattern}: {shown}.\n"
-            "Use the configuration that was written with these weights."
-        )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -234,7 +234,7 @@ def lazy_models(directory: Path) -> tuple[nn.Module, nn.Module]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from model import hub
-    from model.hybrid_lm import HybridLM
+    from model.hybrid_lm import HybridLM, check_shapes
     from model.lazy_state import compute_lazily
 
     config, state = hub.open_weights(directory)
@@ -246,7 +246,7 @@ def lazy_models(directory: Path) -> tuple[nn.Module, nn.Module]:
         theirs.model.rotary_emb = type(theirs.model.rotary_emb)(settings)       # computed, in no file
     names = hub.names_there(config)
     shapes = {names(name): tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
-    hub.check_shapes(config, shapes, f"transformers' model of {directory / 'config.json'}")
+    check_shapes(config, shapes, f"transformers' model of {directory / 'config.json'}")
     return compute_lazily(HybridLM.skeleton(config), state), compute_lazily(theirs, state, names)
 
 

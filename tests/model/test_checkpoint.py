@@ -153,10 +153,13 @@ def test_a_file_that_is_missing_or_ends_early_is_named_though_it_is_sealed(tmp_p
 
 
 def test_a_tensor_of_another_shape_is_named(tmp_path):
-    state = random_state(HYBRID)
-    state["backbone.layers.1.mixer.up_proj.weight"] = torch.zeros(47, 32)
+    state, wider = random_state(HYBRID), HYBRID.model_copy(update={"ffn_hidden_size": 64})
+    with pytest.raises(ModelError, match=r"not the weights.*1\.mixer\.up_proj\.weight is \(48, 32\), expected \(64, 32\)"):
+        save_weights(tmp_path, wider, state, {})
+    assert not list(tmp_path.iterdir())
     save_weights(tmp_path, HYBRID, state, {})
-    with pytest.raises(ModelError, match=r"1\.mlp\.linear_fc1\.weight is of shape \(47, 32\); .*\(48, 32\)\.\nUse"):
+    describe(tmp_path, wider, {})
+    with pytest.raises(ModelError, match=r"1\.mlp\.linear_fc1\.weight is of shape \(48, 32\); .*\(64, 32\)\.\nUse"):
         open_weights(tmp_path)
 
 
