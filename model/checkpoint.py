@@ -7,13 +7,12 @@ Tensor-parallel packed tensors are stored section by section (`in_proj.weight.z`
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import pickle
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path, PosixPath
 from typing import Any
@@ -22,58 +21,88 @@ import torch
 import torch.distributed.checkpoint as distributed_checkpoint
 from pydantic import ValidationError
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import CheckpointException, DefaultSavePlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.storage import WriteResult
 
 from model.config import ModelConfig, ModelError
+from model.hybrid_lm import HybridLM, check_shapes
 from model.integrity import check_finite, check_sums, write_sums
+from model.lazy_state import LazyState, Recipe, State, derive, skeleton
 
-State = dict[str, Tensor]
 INDEX = ".metadata"
+_FILE = "__0_0.distcp"                                      # PyTorch's name for the first file of the first process
 
 # What Megatron reads first to know how the rest is stored.
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",
            "common_backend_version": 1}
 
 
-def save_weights(directory: Path, config: ModelConfig, state: State, training: dict[str, Any]) -> None:
+def save_weights(
+    directory: Path, config: ModelConfig, state: Mapping[str, Tensor], training: Mapping[str, Any]
+) -> None:
     """Write `state` (Hub names, any float dtype, kept) and model.json to the existing `directory`.
 
+    One tensor after the other: of a lazy `state` a few are in memory at a time.
+
     Raises:
-        ModelError: `state` lacks a weight of `config`.
+        ModelError: `state` is not that of `config`; nothing is written.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                     # PyTorch remarks that no process group is open
-        distributed_checkpoint.save(
-            to_engine(config, state), storage_writer=FileSystemWriter(directory), no_dist=True
-        )
+    check_shapes(config, {name: tuple(tensor.shape) for name, tensor in skeleton(state).items()}, str(directory))
+    stored = to_engine(config, state)
+    planner = DefaultSavePlanner()
+    planner.set_up_planner(stored.skeleton, is_coordinator=True)
+    [plan], index = planner.create_global_plan([planner.create_local_plan()])
+    written = []
+    with (directory / _FILE).open("wb") as stream:          # FileSystemWriter would keep all it has written
+        for item in plan.items:
+            tensor, start = stored[item.index.fqn].detach().cpu(), stream.tell()
+            if tensor.untyped_storage().nbytes() != tensor.nbytes:      # all of which would be written
+                tensor = tensor.clone()
+            torch.save(tensor, stream)
+            place = _StorageInfo(_FILE, start, stream.tell() - start)
+            written.append(WriteResult(item.index, tensor.nbytes, place))
+    FileSystemWriter(directory).finish(index, [written])
     torch.save({}, directory / "common.pt")                 # Megatron's unsharded state: there is none
     (directory / "metadata.json").write_text(json.dumps(_FORMAT))
     describe(directory, config, training)
 
 
 def load_weights(directory: Path) -> tuple[ModelConfig, State, dict[str, Any]]:
-    """The model's configuration, its weights as float32 CPU tensors under Hub names, and its training record.
+    """What `open_weights` opens, read into memory as float32 CPU tensors. Raises what that and its tensors raise."""
+    config, state, training = open_weights(directory)
+    return config, {name: tensor.float() for name, tensor in state.items()}, training
+
+
+def open_weights(directory: Path) -> tuple[ModelConfig, LazyState, dict[str, Any]]:
+    """The model's configuration, its weights under Hub names and its training record.
+
+    The weights are CPU tensors in their stored dtypes, each read when asked for, whatever layout wrote it, and checked
+    to be finite then. Digests, names and shapes are checked here.
 
     Raises:
         ModelError: `directory` is no checkpoint, or not one of the model its model.json describes; a file is not the
-            one that was written; a weight is not finite. Nothing of it is ever executed.
+            one that was written. When a tensor is asked for: it cannot be read, or is not finite. Nothing of
+            `directory` is ever executed.
     """
     config, training = read_description(directory)
     check_sums(directory)
     reader = _Reader(directory)
-    stored: State = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)         # the others are Megatron's empty `_extra_state` objects
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        distributed_checkpoint.load(stored, storage_reader=reader, no_dist=True)
-    for name, tensor in stored.items():
-        check_finite(tensor, name, directory)
-    state = to_hub(config, {name: tensor.float() for name, tensor in stored.items()})
-    return config, state, training
+    stored = LazyState(
+        {name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+         for name, entry in reader.index.state_dict_metadata.items()
+         if isinstance(entry, TensorStorageMetadata)},      # the others are Megatron's empty `_extra_state` objects
+        reader.read,
+    )
+    for name, expected in to_engine(config, HybridLM.skeleton(config).state_dict()).skeleton.items():
+        found = f"of shape {tuple(stored.skeleton[name].shape)}" if name in stored else "missing"
+        if found != f"of shape {tuple(expected.shape)}":
+            raise ModelError(
+                f"{directory / INDEX}: {name} is {found}; model.json asks for {tuple(expected.shape)}.\n"
+                "Use the weights and the model.json of one and the same checkpoint."
+            )
+    return config, to_hub(config, stored), training
 
 
 def read_description(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
@@ -89,7 +118,7 @@ def read_description(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
         ) from None
 
 
-def describe(directory: Path, config: ModelConfig, training: dict[str, Any]) -> None:
+def describe(directory: Path, config: ModelConfig, training: Mapping[str, Any]) -> None:
     """Complete saved weights with model.json: the geometry, and what is true of the weights on every run; and seal
     them with their digests.
 
@@ -100,7 +129,7 @@ def describe(directory: Path, config: ModelConfig, training: dict[str, Any]) -> 
     metadata.storage_meta = None
     metadata.storage_data = dict(sorted(metadata.storage_data.items(), key=lambda entry: str(entry[0])))
     (directory / INDEX).write_bytes(pickle.dumps(metadata))
-    content = {"model": config.model_dump(mode="json"), "training": training}
+    content = {"model": config.model_dump(mode="json"), "training": dict(training)}
     (directory / "model.json").write_text(json.dumps(content, indent=1) + "\n")
     write_sums(directory)
 
@@ -133,56 +162,91 @@ def read_index(directory: Path) -> Metadata:
 
 
 class _Reader(FileSystemReader):
-    """PyTorch's own would unpickle whatever the index names."""
+    """One tensor after the other. PyTorch's own would unpickle whatever the index names, for every load again."""
+
+    def __init__(self, directory: Path):
+        super().__init__(directory)
+        self.directory, self.index = directory, read_index(directory)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return read_index(Path(self.path))
+        return self.index
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor of a name, from all files that hold a part. Raises ModelError."""
+        entry = self.index.state_dict_metadata[name]
+        assert isinstance(entry, TensorStorageMetadata)
+        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")             # PyTorch remarks that no process group is open
+                distributed_checkpoint.load({name: tensor}, storage_reader=self, no_dist=True)
+        except (CheckpointException, Exception) as error:   # of a damaged file, any
+            cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+            files = {info.relative_path for part, info in self.index.storage_data.items() if part.fqn == name}
+            raise ModelError(
+                f"{self.directory}: {name} cannot be read from {', '.join(sorted(files))} "
+                f"({' '.join(str(cause).split())[:200]}).\n"
+                "Restore the file, or run the stage that writes this checkpoint again (pretrain or compress)."
+            ) from None
+        check_finite(tensor, name, self.directory)
+        return tensor
 
 
-def to_engine(config: ModelConfig, state: State) -> State:
-    """Weights under Megatron's names, as stored, from those under Hub names. Raises ModelError where one is missing."""
-    stored: State = {}
-    with _names_the_missing():
-        for engine, hub in _ENDS.items():
-            stored[engine] = state[hub]
-        for engine, hub, symbol in _layers(config):
-            stored[engine + _NORM[symbol]] = state[f"{hub}norm.weight"]
-            for ours, theirs in _SAME_SHAPE[symbol].items():
-                stored[engine + ours] = state[hub + theirs]
-            if symbol == "M":
-                for name, sections in _packed(config).items():
-                    parts = state[f"{hub}mixer.{name}"].split(list(sections.values()))
-                    for section, part in zip(sections, parts, strict=True):
-                        stored[f"{engine}mixer.{name}.{section}"] = part.contiguous()
-            elif symbol == "*":
-                q, k, v = (state[f"{hub}mixer.{name}_proj.weight"].unflatten(0, (config.num_query_groups, -1))
-                           for name in "qkv")
-                stored[f"{engine}self_attention.linear_qkv.weight"] = torch.cat([q, k, v], 1).flatten(0, 1)
-    return stored
+def to_engine(config: ModelConfig, state: Mapping[str, Tensor]) -> LazyState:
+    """Weights under Megatron's names, as stored, from those under Hub names, all of which must be there."""
+    recipes = {engine: _same(hub) for engine, hub in _ENDS.items()}
+    for engine, hub, symbol in _layers(config):
+        recipes[engine + _NORM[symbol]] = _same(f"{hub}norm.weight")
+        for ours, theirs in _SAME_SHAPE[symbol].items():
+            recipes[engine + ours] = _same(hub + theirs)
+        if symbol == "M":
+            for name, sections in _packed(config).items():
+                for place, section in enumerate(sections):
+                    rows = list(sections.values())
+                    recipes[f"{engine}mixer.{name}.{section}"] = _section(f"{hub}mixer.{name}", rows, place)
+        elif symbol == "*":
+            parts = [f"{hub}mixer.{name}_proj.weight" for name in "qkv"]
+            recipes[f"{engine}self_attention.linear_qkv.weight"] = _by_group(parts, config.num_query_groups)
+    return derive(state, recipes)
 
 
-def to_hub(config: ModelConfig, stored: State) -> State:
+def to_hub(config: ModelConfig, stored: Mapping[str, Tensor]) -> LazyState:
     """The inverse of `to_engine`."""
-    state: State = {}
-    with _names_the_missing():
-        for engine, hub in _ENDS.items():
-            state[hub] = stored[engine]
-        for engine, hub, symbol in _layers(config):
-            state[f"{hub}norm.weight"] = stored[engine + _NORM[symbol]]
-            for ours, theirs in _SAME_SHAPE[symbol].items():
-                state[hub + theirs] = stored[engine + ours]
-            if symbol == "M":
-                for name, sections in _packed(config).items():
-                    state[f"{hub}mixer.{name}"] = torch.cat(
-                        [stored[f"{engine}mixer.{name}.{section}"] for section in sections]
-                    )
-            elif symbol == "*":
-                groups = stored[f"{engine}self_attention.linear_qkv.weight"].unflatten(0, (config.num_query_groups, -1))
-                query_rows = config.attention_size // config.num_query_groups
-                parts = groups.split([query_rows, config.head_dim, config.head_dim], 1)
-                for name, part in zip("qkv", parts, strict=True):
-                    state[f"{hub}mixer.{name}_proj.weight"] = part.flatten(0, 1)
-    return state
+    recipes = {hub: _same(engine) for engine, hub in _ENDS.items()}
+    for engine, hub, symbol in _layers(config):
+        recipes[f"{hub}norm.weight"] = _same(engine + _NORM[symbol])
+        for ours, theirs in _SAME_SHAPE[symbol].items():
+            recipes[hub + theirs] = _same(engine + ours)
+        if symbol == "M":
+            for name, sections in _packed(config).items():
+                recipes[f"{hub}mixer.{name}"] = _joined([f"{engine}mixer.{name}.{section}" for section in sections])
+        elif symbol == "*":
+            for place, name in enumerate("qkv"):
+                recipes[f"{hub}mixer.{name}_proj.weight"] = _of_groups(
+                    f"{engine}self_attention.linear_qkv.weight", config, place)
+    return derive(stored, recipes)
+
+
+def _same(name: str) -> Recipe:
+    return lambda get: get(name)
+
+
+def _section(name: str, rows: list[int], place: int) -> Recipe:
+    return lambda get: get(name).split(rows)[place].contiguous()
+
+
+def _joined(names: list[str]) -> Recipe:
+    return lambda get: torch.cat([get(name) for name in names])
+
+
+def _by_group(names: list[str], groups: int) -> Recipe:
+    """Rows of q, k and v by query group: the queries of a group, its key, its value."""
+    return lambda get: torch.cat([get(name).unflatten(0, (groups, -1)) for name in names], 1).flatten(0, 1)
+
+
+def _of_groups(name: str, config: ModelConfig, place: int) -> Recipe:
+    rows = [config.attention_size // config.num_query_groups, config.head_dim, config.head_dim]
+    return lambda get: get(name).unflatten(0, (config.num_query_groups, -1)).split(rows, 1)[place].flatten(0, 1)
 
 
 # Megatron fuses a layer's input norm into the linear layer after it; on the Hub it belongs to the block.
@@ -219,14 +283,3 @@ def _packed(config: ModelConfig) -> dict[str, dict[str, int]]:
         "conv1d.weight": convolved,
         "conv1d.bias": convolved,
     }
-
-
-@contextlib.contextmanager
-def _names_the_missing() -> Iterator[None]:
-    try:
-        yield
-    except KeyError as error:
-        raise ModelError(
-            f"weights: {error.args[0]} is missing, which the model's configuration asks for.\n"
-            "Use the weights and the model.json of one and the same checkpoint."
-        ) from None

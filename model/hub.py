@@ -19,18 +19,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import split_torch_state_dict_into_shards
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from model.config import ModelConfig, ModelError
-from model.hybrid_lm import FLOAT32_PARAMETERS, HybridLM
+from model.hybrid_lm import FLOAT32_PARAMETERS, Shape, check_shapes
 from model.integrity import SUMS, check_finite, check_sums
+from model.lazy_state import LazyState, Recipe, State, derive, skeleton
 from model.model_card import model_card
 
 EOD_ID, PAD_ID = 2, 3       # `</s>`, which begins and ends documents, and `<pad>`: the tokenizer's ids
 SPECIAL_TOKENS: dict[str, Any] = {"bos_token_id": EOD_ID, "eos_token_id": EOD_ID, "pad_token_id": PAD_ID}
+FORMAT = {"format": "pt"}   # said in every file and in the index
+INDEX = "model.safetensors.index.json"
 SHARD_GIGABYTES = 5.0       # transformers' own
 LAYER_TYPES = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*", "mlp": "-"}
 # What HybridLM computes, whatever the file says of it: another value would be another model. Absent means this value.
@@ -40,8 +44,6 @@ FIXED = {
     "sliding_window": None, "hidden_act": "relu2",
 }
 NO_LIMIT = ([0.0, float("inf")], [0.0, {"__float__": "Infinity"}])      # of dt; the second as transformers 5 writes it
-State = dict[str, Tensor]
-Shape = tuple[int, ...]
 
 
 def save(
@@ -54,7 +56,7 @@ def save(
     special_tokens: Mapping[str, Any] = SPECIAL_TOKENS,
     shard_gigabytes: float = SHARD_GIGABYTES,
 ) -> None:
-    """Write `state` and its description into `directory`, which may exist.
+    """Write `state` and its description into `directory`, which may exist. One file of weights is in memory at a time.
 
     Args:
         state: every parameter of HybridLM(config) by name, any float type.
@@ -67,21 +69,13 @@ def save(
         ModelError: the state is not that of `config`, or no Hub architecture has this geometry.
     """
     architecture = _architecture(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in skeleton(state).items()}
     _check_homogeneous(config, shapes)
     check_shapes(config, shapes, "The weights to export")
     names = _arcee_names(config) if architecture == "arcee" else {name: name for name in state}
-    stored = {
-        names[name]: tensor.detach().to(         # a copy: views of one fused weight cannot be stored
-            torch.float32 if name.endswith(FLOAT32_PARAMETERS) else getattr(torch, dtype),
-            copy=True, memory_format=torch.contiguous_format,
-        )
-        for name, tensor in state.items()
-    }
+    stored = derive(state, {names[name]: _as_stored(name, getattr(torch, dtype)) for name in state})
     directory.mkdir(parents=True, exist_ok=True)
-    save_torch_state_dict(
-        stored, directory, metadata={"format": "pt"}, max_shard_size=int(shard_gigabytes * 1e9)
-    )
+    _write_shards(directory, stored, int(shard_gigabytes * 1e9))
     shared = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -104,34 +98,75 @@ def save(
     _write_json(directory / "config.json", own | shared | special)
     _write_json(directory / "generation_config.json", dict(special_tokens))
     _write_json(directory / "training.json", dict(training))
-    parameters = sum(tensor.numel() for tensor in stored.values())
+    parameters = sum(tensor.numel() for tensor in stored.skeleton.values())
     (directory / "README.md").write_text(model_card(config, parameters, training, dtype))
 
 
 def load(directory: Path | str, dtype: torch.dtype | None = torch.float32) -> tuple[ModelConfig, State]:
-    """The geometry and the weights (CPU, HybridLM's names) of a Hub directory, in `dtype` or, if None, as stored.
+    """What `open_weights` opens, read into memory, in `dtype` or, if None, as stored. Raises what that and its tensors
+    raise."""
+    config, state = open_weights(directory)
+    return config, {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in state.items()}
+
+
+def open_weights(directory: Path | str) -> tuple[ModelConfig, LazyState]:
+    """The geometry and the weights (CPU, HybridLM's names, stored dtypes) of a Hub directory, each read when asked for.
 
     Reads what `save` wrote, what transformers' `save_pretrained` makes of it, and Nemotron-H as NVIDIA publishes it;
-    names may begin with `backbone.` or `model.`. Names and shapes are checked before any tensor is read.
+    names may begin with `backbone.` or `model.`. Names and shapes are checked before digests and any tensor.
 
     Raises:
         ModelError: a file is missing or broken, or not the one that SHA256SUMS, where there is one, says; the model is
-            of another type, weights and config.json differ, or a weight is not finite.
+            of another type, or weights and config.json differ. When a tensor is asked for: it is not finite.
     """
     directory = Path(directory)
     config = read_config(directory)
     files = check_files(directory, config)
     if (directory / SUMS).exists():         # others publish without
         check_sums(directory)
-    names = _names_there(config)
-    state: State = {}
+    ours = names_there(config)
+    places: dict[str, tuple[Path, str]] = {}
+    shapes: State = {}
     for file in files:
         with safe_open(directory / file, framework="pt") as tensors:
             for name in tensors.keys():     # noqa: SIM118
-                tensor = tensors.get_tensor(name)
-                check_finite(tensor, name, directory / file)
-                state[names(name)] = tensor if dtype is None else tensor.to(dtype)
-    return config, state
+                rows = tensors.get_slice(name)
+                places[ours(name)] = directory / file, name
+                shapes[ours(name)] = torch.empty(rows.get_shape(), dtype=rows[:0].dtype, device="meta")
+    return config, LazyState(shapes, lambda name: _read(*places[name]))
+
+
+def _read(file: Path, name: str) -> Tensor:
+    """A tensor of a safetensors file. The file is open, and in memory as far as it is read, as long as the tensor."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            tensor: Tensor = tensors.get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{file}: {name} cannot be read: {error}.\nExport or download the model again."
+        ) from None
+    check_finite(tensor, name, file)
+    return tensor
+
+
+def _as_stored(name: str, dtype: torch.dtype) -> Recipe:
+    """A copy, for views of one fused weight cannot be stored."""
+    return lambda get: get(name).detach().to(torch.float32 if name.endswith(FLOAT32_PARAMETERS) else dtype,
+                                             copy=True, memory_format=torch.contiguous_format)
+
+
+def _write_shards(directory: Path, state: LazyState, most: int) -> None:
+    """Write files of at most `most` bytes and, of several, their index, as huggingface_hub's `save_torch_state_dict`
+    does with a state in memory. Files of another such writing go."""
+    split = split_torch_state_dict_into_shards(state.skeleton, max_shard_size=most)
+    for old in directory.iterdir():
+        if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", old.name):
+            old.unlink()
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: state[name] for name in names}, directory / file, metadata=FORMAT)
+    if split.is_sharded:
+        index = {"metadata": split.metadata | FORMAT, "weight_map": split.tensor_to_filename}
+        (directory / INDEX).write_text(json.dumps(index, indent=2))
 
 
 def read_config(directory: Path) -> ModelConfig:
@@ -167,10 +202,10 @@ def read_config(directory: Path) -> ModelConfig:
 
 def check_files(directory: Path, config: ModelConfig) -> list[str]:
     """Names of the directory's weight files, whose headers have been compared with `config`. Raises ModelError."""
-    index = directory / "model.safetensors.index.json"
+    index = directory / INDEX
     placed: dict[str, str] = read_json(index)["weight_map"] if index.exists() else {}
     files = sorted(set(placed.values())) or ["model.safetensors"]
-    names = _names_there(config)
+    names = names_there(config)
     shapes: dict[str, Shape] = {}
     for file in files:
         try:
@@ -188,24 +223,6 @@ def check_files(directory: Path, config: ModelConfig) -> list[str]:
         shapes |= {names(name): shape for name, shape in found.items()}
     check_shapes(config, shapes, str(directory))
     return files
-
-
-def check_shapes(config: ModelConfig, shapes: Mapping[str, Shape], what: str) -> None:
-    """Raise ModelError, naming the tensors, unless `shapes` has exactly the names and shapes of HybridLM(config)."""
-    expected = {name: tuple(tensor.shape) for name, tensor in HybridLM.skeleton(config).state_dict().items()}
-    problems = [f"missing {name}" for name in expected if name not in shapes]
-    problems += [f"unexpected {name}" for name in shapes if name not in expected]
-    problems += [
-        f"{name} is {shapes[name]}, expected {shape}"
-        for name, shape in expected.items()
-        if name in shapes and shapes[name] != shape
-    ]
-    if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise ModelError(
-            f"{what}: not the weights of pattern {config.pattern}: {shown}.\n"
-            "Use the configuration that was written with these weights."
-        )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -301,7 +318,7 @@ def _arcee_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _names_there(config: ModelConfig) -> Callable[[str], str]:
+def names_there(config: ModelConfig) -> Callable[[str], str]:
     """The function from a name in the file to HybridLM's; names it does not know stay as they are."""
     if config.position_embedding == "rope":
         internal = {name: ours for ours, name in _arcee_names(config).items()}

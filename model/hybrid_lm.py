@@ -22,7 +22,9 @@ from kernels.gated_norm import gated_rms_norm, rms_norm
 from kernels.mixer import MixerWeights, mix
 from kernels.squared_relu import squared_relu
 from model.config import ModelConfig, ModelError
+from model.lazy_state import skeleton
 
+Shape = tuple[int, ...]
 FLOAT32_PARAMETERS = ("A_log", "D", "dt_bias")      # small, and exponents of the decay: kept precise in any model
 
 
@@ -63,15 +65,7 @@ class HybridLM(nn.Module):
         Raises ModelError when names or shapes are not those of `config`.
         """
         model = cls.skeleton(config)
-        expected = {name: parameter.shape for name, parameter in model.named_parameters()}
-        given = {name: tensor.shape for name, tensor in state.items()}
-        wrong = sorted(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name))
-        if wrong:
-            have, want = (_shape(shapes, wrong[0]) for shapes in (given, expected))
-            raise ModelError(
-                f"weights: {wrong[0]} is {have}, the configuration wants {want} ({len(wrong)} names differ).\n"
-                "Use the configuration that was written with these weights."
-            )
+        check_shapes(config, {name: tuple(tensor.shape) for name, tensor in skeleton(state).items()}, "The weights")
         copies = {
             name: tensor.detach().to(torch.float32 if name.endswith(FLOAT32_PARAMETERS) else dtype, copy=True)
             for name, tensor in state.items()
@@ -100,8 +94,22 @@ class _NothingDrawn(TorchFunctionMode):
         return function(*args, **options)
 
 
-def _shape(shapes: Mapping[str, torch.Size], name: str) -> tuple[int, ...] | str:
-    return tuple(shapes[name]) if name in shapes else "absent"
+def check_shapes(config: ModelConfig, shapes: Mapping[str, Shape], what: str) -> None:
+    """Raise ModelError, naming the tensors, unless `shapes` has exactly the names and shapes of HybridLM(config)."""
+    expected = {name: tuple(tensor.shape) for name, tensor in HybridLM.skeleton(config).state_dict().items()}
+    problems = [f"missing {name}" for name in expected if name not in shapes]
+    problems += [f"unexpected {name}" for name in shapes if name not in expected]
+    problems += [
+        f"{name} is {shapes[name]}, expected {shape}"
+        for name, shape in expected.items()
+        if name in shapes and shapes[name] != shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise ModelError(
+            f"{what}: not the weights of pattern {config.pattern}: {shown}.\n"
+            "Use the configuration that was written with these weights."
+        )
 
 
 class Backbone(nn.Module):

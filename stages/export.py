@@ -30,10 +30,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from stages.common import Stage, StageError, new_directory, plain_errors, run_stage
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 LOGITS_TOLERANCE = 1e-5      # of the largest logit; the claim of the report (claims.toml) asks the same
 COMPARED_TOKENS = 256
+WHOLE_BYTES = 10             # a parameter takes while two float32 models are loaded: one, its copy and what is read
 OWN_TOKENIZER = "tokenizer"  # folder of an imported checkpoint: the files of its tokenizer, generation_config.json
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "chat_template.jinja")
@@ -67,7 +68,7 @@ def to_hub(
     from model import checkpoint, hub
     from model.integrity import write_sums
 
-    config, state, training = checkpoint.load_weights(weights)
+    config, state, training = checkpoint.open_weights(weights)
     if tokenizer.is_dir():
         check_vocabulary(tokenizer, config.vocab_size)
         special_tokens = hub.read_json(tokenizer / "generation_config.json")
@@ -81,13 +82,14 @@ def to_hub(
         hub.save(out, config, state, training, dtype, shard_gigabytes=shard_gigabytes)
         fast_tokenizer.export(tokenizer, out)
         ids = check_tokenizer(out, pieces, config.vocab_size)
-    difference, compared = check_logits(out, ids[: min(config.sequence_length, COMPARED_TOKENS)])
+    difference, compared, way = check_logits(out, ids[: min(config.sequence_length, COMPARED_TOKENS)])
     write_sums(out, files="*.safetensors")
     return {
-        "parameters": sum(tensor.numel() for tensor in state.values()),
+        "parameters": sum(tensor.numel() for tensor in state.skeleton.values()),
         "megabytes": sum(file.stat().st_size for file in out.glob("*.safetensors")) / 1e6,
         "logits_max_relative_difference": difference,
         "tokens_compared": compared,
+        "models_compared": way,
     }
 
 
@@ -105,7 +107,7 @@ def from_hub(source: Path, out: Path) -> dict[str, Any]:
         training = hub.read_json(source / "training.json")
     else:
         training = {"imported_from": values.get("_name_or_path") or source.resolve().name}
-    config, state = hub.load(source, dtype=None)
+    config, state = hub.open_weights(source)
     checkpoint.save_weights(out, config, state, training)
     own = out / OWN_TOKENIZER
     own.mkdir()
@@ -115,7 +117,7 @@ def from_hub(source: Path, out: Path) -> dict[str, Any]:
     else:
         special_tokens = {name: values.get(name) for name in hub.SPECIAL_TOKENS}
         (own / "generation_config.json").write_text(json.dumps(special_tokens, indent=2) + "\n")
-    return {"pattern": config.pattern, "parameters": sum(tensor.numel() for tensor in state.values())}
+    return {"pattern": config.pattern, "parameters": sum(tensor.numel() for tensor in state.skeleton.values())}
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:
@@ -177,12 +179,39 @@ def check_tokenizer(directory: Path, tokenizer: Any, vocab_size: int) -> list[in
     return ids
 
 
-def check_logits(directory: Path, ids: list[int]) -> tuple[float, int]:
-    """Largest difference of logits between transformers and HybridLM, over the largest logit; tokens compared.
+def check_logits(directory: Path, ids: list[int]) -> tuple[float, int, str]:
+    """Largest difference of logits between transformers and HybridLM, over the largest logit; tokens compared; how.
 
-    Both read `directory`, in float32 on the CPU. Raises ModelError beyond LOGITS_TOLERANCE, or where transformers
-    finds weights missing or too many.
+    Both read `directory`, in float32 on the CPU: "whole", or "layer by layer" where memory is short, for which our
+    reading fills transformers' model. Raises ModelError beyond LOGITS_TOLERANCE, or where transformers finds weights
+    missing or too many.
     """
+    import psutil
+    import torch
+
+    from model import costs, hub
+    from model.config import ModelError
+
+    needed = WHOLE_BYTES * costs.parameters(hub.read_config(directory))
+    way, models = ("whole", whole_models) if needed <= psutil.virtual_memory().available else (
+        "layer by layer", lazy_models)
+    with without_packages("causal_conv1d", "mamba_ssm"):            # taken on a CPU as well, where they cannot run
+        our_model, their_model = models(directory)
+    inputs = torch.tensor([ids])
+    with torch.no_grad():
+        ours: Tensor = our_model.eval()(inputs)
+        theirs: Tensor = their_model.eval()(inputs, use_cache=False).logits
+    difference = ((ours - theirs).abs().max() / ours.abs().max()).item()
+    if not difference <= LOGITS_TOLERANCE:
+        raise ModelError(
+            f"{directory}: transformers' logits differ from ours by {difference:.1e} of the largest, allowed is "
+            f"{LOGITS_TOLERANCE:.0e}.\nCheck the version of transformers; report this if it is the locked one."
+        )
+    return difference, len(ids), way
+
+
+def whole_models(directory: Path) -> tuple[nn.Module, nn.Module]:
+    """Ours and transformers' model, each loaded as its own users do. Raises ModelError."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -190,24 +219,35 @@ def check_logits(directory: Path, ids: list[int]) -> tuple[float, int]:
     from model.config import ModelError
     from model.hybrid_lm import HybridLM
 
-    inputs = torch.tensor([ids])
-    with torch.no_grad():
-        ours: Tensor = HybridLM.from_state(*hub.load(directory)).eval()(inputs)
-        loader: Any = AutoModelForCausalLM
-        with without_packages("causal_conv1d", "mamba_ssm"):        # taken on a CPU as well, where they cannot run
-            model, found = loader.from_pretrained(
-                directory, dtype=torch.float32, output_loading_info=True, local_files_only=True
-            )
-        theirs: Tensor = model.eval()(inputs, use_cache=False).logits
+    loader: Any = AutoModelForCausalLM
+    theirs, found = loader.from_pretrained(
+        directory, dtype=torch.float32, output_loading_info=True, local_files_only=True
+    )
     if wrong := {kind: sorted(names) for kind, names in found.items() if names}:
         raise ModelError(f"{directory}: transformers loads it with {wrong}.\nReport this; the export is wrong.")
-    difference = ((ours - theirs).abs().max() / ours.abs().max()).item()
-    if not difference <= LOGITS_TOLERANCE:
-        raise ModelError(
-            f"{directory}: transformers' logits differ from ours by {difference:.1e} of the largest, allowed is "
-            f"{LOGITS_TOLERANCE:.0e}.\nCheck the version of transformers; report this if it is the locked one."
-        )
-    return difference, len(ids)
+    return HybridLM.from_state(*hub.open_weights(directory)), theirs
+
+
+def lazy_models(directory: Path) -> tuple[nn.Module, nn.Module]:
+    """Ours and transformers' model, whose layers get their weights when they run. Raises ModelError."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from model import hub
+    from model.hybrid_lm import HybridLM, check_shapes
+    from model.lazy_state import compute_lazily
+
+    config, state = hub.open_weights(directory)
+    settings = AutoConfig.from_pretrained(directory, local_files_only=True)
+    loader: Any = AutoModelForCausalLM
+    with torch.device("meta"):
+        theirs = loader.from_config(settings, dtype=torch.float32)
+    if hasattr(theirs.model, "rotary_emb"):
+        theirs.model.rotary_emb = type(theirs.model.rotary_emb)(settings)       # computed, in no file
+    names = hub.names_there(config)
+    shapes = {names(name): tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
+    check_shapes(config, shapes, f"transformers' model of {directory / 'config.json'}")
+    return compute_lazily(HybridLM.skeleton(config), state), compute_lazily(theirs, state, names)
 
 
 @contextlib.contextmanager

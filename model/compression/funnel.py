@@ -32,7 +32,7 @@ from model.compression.distill import Distilled, School
 from model.compression.importance import layer_importance, mean_ranks, split_half_correlation
 from model.compression.latency import LatencyTable, measure_table, step_seconds
 from model.compression.layerwise import Layerwise, Mask
-from model.compression.prune import Selection, cut
+from model.compression.prune import Selection, cut_checkpoint
 from model.compression.records import candidate_records, importance_record, ranking_record
 from model.compression.resume import ResultCache
 from model.compression.schema import Controls, Costs
@@ -249,9 +249,8 @@ class Funnel:
         """The checkpoint of the parent cut to the selection, made if it is not there."""
         directory = self.cache.directory / name / "start"
         if is_main_process() and not is_whole(directory):
-            config, state, _ = checkpoint.load_weights(self.parent)
             directory.mkdir(parents=True, exist_ok=True)
-            checkpoint.save_weights(directory, *cut(config, state, selection), {})
+            cut_checkpoint(self.parent, directory, selection, {})
         dist.barrier()
         return directory
 

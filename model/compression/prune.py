@@ -18,13 +18,17 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
+from model.checkpoint import open_weights, save_weights
 from model.config import ModelConfig
+from model.lazy_state import Recipe, State, derive
 
-State = dict[str, Tensor]
 _LAYER = re.compile(r"backbone\.layers\.(\d+)\.(.+)")
 _WRITES_RESIDUAL = ("embeddings.weight", "out_proj.weight", "o_proj.weight", "down_proj.weight")
 
@@ -50,10 +54,16 @@ class Selection:
     hidden: Tensor | None = None
 
 
+@overload
+def cut(config: ModelConfig, state: State, selection: Selection,
+        correct_norms: bool = True) -> tuple[ModelConfig, State]: ...
+@overload
+def cut(config: ModelConfig, state: Mapping[str, Tensor], selection: Selection,
+        correct_norms: bool = True) -> tuple[ModelConfig, Mapping[str, Tensor]]: ...
 def cut(
     config: ModelConfig, state: Mapping[str, Tensor], selection: Selection, correct_norms: bool = True
-) -> tuple[ModelConfig, State]:
-    """The model of what is kept; `state` is left as it is.
+) -> tuple[ModelConfig, Mapping[str, Tensor]]:
+    """The model of what is kept; `state` is left as it is. Of a dict a dict, else each tensor is cut when asked for.
 
     Args:
         state: Hub names -> tensors.
@@ -68,27 +78,54 @@ def cut(
     hidden = _ratio(config, smaller_config, "hidden_size")
     if correct_norms:
         smaller_config = smaller_config.model_copy(update={"norm_epsilon": config.norm_epsilon * gated})
-    smaller: State = {}
-    for name, tensor in state.items():
-        match = _LAYER.fullmatch(name)
-        index, rest = (int(match[1]), match[2]) if match else (-1, name.removeprefix("backbone."))
-        if match and index not in position:
-            continue
+
+    def cut_one(name: str, index: int, rest: str, get: Callable[[str], Tensor]) -> Tensor:
+        tensor = get(name)
         for dimension, kept in _kept(config, selection, index, rest):
             if len(kept) < tensor.shape[dimension]:
                 tensor = tensor.index_select(dimension, kept.to(tensor.device))
+        factor = 1.0
         if correct_norms:
-            factor = 1.0
             if rest.endswith(_WRITES_RESIDUAL):
                 factor = residual_scale(config, smaller_config)
             elif rest == "mixer.norm.weight":
                 factor = math.sqrt(gated)
             elif rest in ("norm.weight", "norm_f.weight"):
                 factor = math.sqrt(hidden)
-            tensor = tensor * factor if factor != 1 else tensor
-        renamed = f"backbone.layers.{position[index]}.{rest}" if match else name
-        smaller[renamed] = tensor.contiguous()
-    return smaller_config, smaller
+        return (tensor * factor if factor != 1 else tensor).contiguous()
+
+    recipes: dict[str, Recipe] = {}
+    for name in state:
+        match = _LAYER.fullmatch(name)
+        index, rest = (int(match[1]), match[2]) if match else (-1, name.removeprefix("backbone."))
+        if not match or index in position:
+            renamed = f"backbone.layers.{position[index]}.{rest}" if match else name
+            recipes[renamed] = partial(cut_one, name, index, rest)
+    smaller = derive(state, recipes)
+    return smaller_config, dict(smaller) if isinstance(state, dict) else smaller
+
+
+def cut_checkpoint(
+    parent: Path, out: Path, selection: Selection, training: Mapping[str, Any], correct_norms: bool = True
+) -> ModelConfig:
+    """Write what `selection` keeps of the checkpoint `parent` to the existing directory `out`, in its dtypes.
+
+    Tensors are read, cut and written one by one: a few of the largest are in memory, whatever the model.
+
+    Args:
+        training: the new checkpoint's training record.
+
+    Returns:
+        The geometry of what was written.
+
+    Raises:
+        ModelError: `parent` is no whole checkpoint, or a tensor of it is not finite.
+        ValueError: as `cut`.
+    """
+    config, state, _ = open_weights(parent)
+    smaller_config, smaller = cut(config, state, selection, correct_norms)
+    save_weights(out, smaller_config, smaller, training)
+    return smaller_config
 
 
 def residual_scale(config: ModelConfig, smaller: ModelConfig) -> float:

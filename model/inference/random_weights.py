@@ -37,10 +37,11 @@ def _fill(module: nn.Module, config: ModelConfig, dtype: torch.dtype, generator:
             if parameter.is_meta:
                 value = torch.empty(parameter.shape, device=generator.device,
                                     dtype=torch.float32 if name in FLOAT32_PARAMETERS else dtype)
-                setattr(part, name, nn.Parameter(_draw(name, value, config, generator), requires_grad=False))
+                setattr(part, name, nn.Parameter(draw(name, value, config, generator), requires_grad=False))
 
 
-def _draw(name: str, value: Tensor, config: ModelConfig, generator: torch.Generator) -> Tensor:
+def draw(name: str, value: Tensor, config: ModelConfig, generator: torch.Generator) -> Tensor:
+    """Fill `value`, any shape, as the parameter `name` (the last part of it) of a fresh model; `value`."""
     if name == "A_log":
         return value.uniform_(1, 16, generator=generator).log_()
     if name == "dt_bias":

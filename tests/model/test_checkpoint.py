@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_engine import HYBRID, TRANSFORMER
+import torch.distributed.checkpoint as distributed_checkpoint
+from tiny_engine import HYBRID, TRANSFORMER, run_processes
+from torch.distributed.checkpoint import FileSystemWriter
 
-from model.checkpoint import describe, load_weights, save_weights, to_engine, to_hub
+from model.checkpoint import describe, load_weights, open_weights, read_index, save_weights, to_engine, to_hub
 from model.config import ModelError
 from model.hybrid_lm import HybridLM
 from model.integrity import write_sums
@@ -73,6 +75,92 @@ def test_the_same_weights_are_the_same_files(tmp_path):
     assert {".metadata", "common.pt", "metadata.json", "model.json"} < set(files)
     for name in files:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_files_are_those_of_pytorchs_writer(tmp_path):
+    """Which cannot be used: it keeps every tensor that it has written."""
+    state = {name: tensor.bfloat16() if tensor.dim() > 1 else tensor for name, tensor in random_state(HYBRID).items()}
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        save_weights(tmp_path / name, HYBRID, state, {})
+    distributed_checkpoint.save(
+        dict(to_engine(HYBRID, state)), storage_writer=FileSystemWriter(tmp_path / "b"), no_dist=True)
+    describe(tmp_path / "b", HYBRID, {})
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+
+
+@pytest.fixture(scope="module")
+def of_layouts(token_files, tmp_path_factory) -> list[Path]:
+    """Checkpoints of two processes: tensor, pipeline and data parallel, the last with the distributed optimizer."""
+    directory = tmp_path_factory.mktemp("layouts")
+    tokens = token_files(tmp_path_factory.mktemp("tokens"))
+    layouts = [{"tensor": 2, "sequence": True}, {"pipeline": 2}, {}]
+    jobs = [{"tokens": str(tokens), "out": str(directory / f"out-{index}"), "scratch": str(directory / f"{index}"),
+             "parallelism": layout, "precision": "bf16", "tokens_to_train_on": 4 * 16, "evaluations": 1,
+             "micro_batch_size": 1, "validation_micro_batch_size": 2} for index, layout in enumerate(layouts)]
+    run_processes(2, jobs, directory)
+    return [Path(job["out"]) for job in jobs]
+
+
+def test_any_layouts_checkpoint_is_read_tensor_by_tensor(of_layouts, tmp_path):
+    from megatron.core.dist_checkpointing import load_plain_tensors
+
+    for directory in of_layouts:
+        with process_groups():
+            expected = load_plain_tensors(str(directory))
+        config, state, training = open_weights(directory)
+        assert config == HYBRID and training["precision"] == "bf16"
+        assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16, torch.float32}
+        for name, tensor in to_engine(config, state).items():
+            assert torch.equal(tensor, expected[name]), name
+        for name, tensor in load_weights(directory)[1].items():
+            assert torch.equal(tensor, state[name].float()), name
+        (out := tmp_path / directory.name).mkdir()
+        save_weights(out, config, state, training)
+        for name, tensor in open_weights(out)[1].items():
+            assert torch.equal(tensor, state[name]), name
+    assert len({entry.relative_path for entry in read_index(of_layouts[0]).storage_data.values()}) > 1
+
+
+def test_nothing_but_what_is_asked_for_is_read(tmp_path):
+    state = random_state(HYBRID)
+    state["backbone.layers.0.mixer.in_proj.weight"][0, 0] = float("nan")
+    save_weights(tmp_path, HYBRID, state, {})
+    stored = open_weights(tmp_path)[1]
+    assert list(stored) == list(stored.skeleton) and len(stored) == len(state) and "lm_head.weight" in stored
+    assert {name: tensor.shape for name, tensor in stored.skeleton.items()} == {
+        name: tensor.shape for name, tensor in state.items()}
+    assert torch.equal(stored["backbone.layers.0.mixer.A_log"], state["backbone.layers.0.mixer.A_log"])
+    with pytest.raises(ModelError, match=r"in_proj\.weight\.z holds values that are not finite"):
+        stored["backbone.layers.0.mixer.in_proj.weight"]
+    with pytest.raises(KeyError):
+        stored["backbone.layers.0.mixer.missing"]
+
+
+@pytest.mark.parametrize("cut_at", [None, 0, 5000])
+def test_a_file_that_is_missing_or_ends_early_is_named_though_it_is_sealed(tmp_path, cut_at):
+    save_weights(tmp_path, HYBRID, random_state(HYBRID), {})
+    file = tmp_path / "__0_0.distcp"
+    whole = file.read_bytes()
+    file.unlink() if cut_at is None else file.write_bytes(whole[:cut_at])
+    write_sums(tmp_path)
+    state = open_weights(tmp_path)[1]
+    with pytest.raises(ModelError, match=r"output_layer\.weight cannot be read from __0_0\.distcp") as error:
+        state["lm_head.weight"]
+    assert str(error.value).count("\n") == 1
+
+
+def test_a_tensor_of_another_shape_is_named(tmp_path):
+    state, wider = random_state(HYBRID), HYBRID.model_copy(update={"ffn_hidden_size": 64})
+    with pytest.raises(ModelError, match=r"not the weights.*1\.mixer\.up_proj\.weight is \(48, 32\), expected \(64, 32\)"):
+        save_weights(tmp_path, wider, state, {})
+    assert not list(tmp_path.iterdir())
+    save_weights(tmp_path, HYBRID, state, {})
+    describe(tmp_path, wider, {})
+    with pytest.raises(ModelError, match=r"1\.mlp\.linear_fc1\.weight is of shape \(48, 32\); .*\(64, 32\)\.\nUse"):
+        open_weights(tmp_path)
 
 
 def test_errors_say_what_is_wrong(tmp_path):

@@ -1,15 +1,18 @@
 """Referee: transformers' own NemotronH and Arcee, loading what we write and writing what we load."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from data_pipeline.tokenize import tokenizer
 from model import hub
+from model.checkpoint import open_weights, save_weights
 from model.config import ModelConfig, ModelError
 from model.hybrid_lm import HybridLM
 from model.integrity import write_sums
@@ -229,6 +232,40 @@ def test_large_weights_are_several_files(tmp_path):
     (tmp_path / shards[0]).write_bytes((tmp_path / shards[1]).read_bytes())
     with pytest.raises(ModelError, match=rf"{shards[1]}: holds .*, which .*index\.json places elsewhere"):
         hub.load(tmp_path)
+
+
+@pytest.mark.parametrize("gigabytes", [5.0, 1e-4, 3e-5])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_files_are_those_of_huggingfaces_writer(config, tmp_path, dtype, gigabytes):
+    """Which wants all tensors in memory; from a checkpoint the same come one file's at a time."""
+    state = random_state(config)
+    (tmp_path / "checkpoint").mkdir()
+    save_weights(tmp_path / "checkpoint", config, state, {})
+    lazy = open_weights(tmp_path / "checkpoint")[1]
+    hub.save(tmp_path / "hub", config, lazy, {}, dtype, shard_gigabytes=gigabytes)
+    names = hub._arcee_names(config) if config is TRANSFORMER else {name: name for name in state}
+    stored = {names[name]: tensor if name.endswith(("A_log", ".D", "dt_bias")) else tensor.to(getattr(torch, dtype))
+              for name, tensor in lazy.items()}
+    (tmp_path / "theirs").mkdir()
+    save_torch_state_dict(
+        stored, tmp_path / "theirs", metadata={"format": "pt"}, max_shard_size=int(gigabytes * 1e9))
+    ours = {path.name: path.read_bytes() for path in (tmp_path / "hub").glob("model*")}
+    assert ours == {path.name: path.read_bytes() for path in (tmp_path / "theirs").iterdir()}
+    assert (len(ours) > 1) == (gigabytes < 1)
+    again = shutil.copytree(tmp_path / "hub", tmp_path / "again")
+    hub.save(tmp_path / "hub", config, hub.open_weights(again)[1], {}, dtype)
+    assert [path.name for path in (tmp_path / "hub").glob("model*")] == ["model.safetensors"], "the old files go"
+
+
+def test_a_file_that_goes_after_opening_is_named(tmp_path):
+    hub.save(tmp_path, HYBRID, random_state(HYBRID), {}, "float32", shard_gigabytes=1e-4)
+    _, state = hub.open_weights(tmp_path)
+    assert state["lm_head.weight"].shape == (320, 48)
+    for path in tmp_path.glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ModelError, match=r"model-.*\.safetensors: lm_head\.weight cannot be read") as error:
+        state["lm_head.weight"]
+    assert str(error.value).count("\n") == 1
 
 
 def published(directory: Path, prefix: str) -> dict[str, torch.Tensor]:

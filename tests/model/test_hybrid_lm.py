@@ -115,7 +115,7 @@ def test_weights_of_another_shape_are_refused():
     with pytest.raises(ModelError, match=r"layers\.1\.mixer\.down_proj\.weight is \(48, 80\).*\(48, 96\)"):
         HybridLM.from_state(wider, state)
     del state["lm_head.weight"]
-    with pytest.raises(ModelError, match=r"lm_head\.weight is absent"):
+    with pytest.raises(ModelError, match=r"missing lm_head\.weight"):
         HybridLM.from_state(HYBRID, state)
 
 

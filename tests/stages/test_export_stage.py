@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_corpus import MODULES, contents, run, write_params
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import stages.export
 from data_pipeline.tokenize import fast_tokenizer, tokenizer
 from model import checkpoint, hub
 from model.config import ModelError
@@ -60,7 +61,7 @@ def test_metrics_and_weights(done, name):
     _, state, _ = checkpoint.load_weights(done / f"data/tiny/checkpoints/{name}")
     assert metrics["parameters"] == sum(tensor.numel() for tensor in state.values())
     assert 0 < metrics["logits_max_relative_difference"] < 1e-5
-    assert metrics["tokens_compared"] > 64
+    assert metrics["tokens_compared"] > 64 and metrics["models_compared"] == "whole"
     assert metrics["megabytes"] == pytest.approx(metrics["parameters"] * 4 / 1e6, rel=0.02)
     _, exported = hub.load(done / f"data/tiny/hub/{name}")
     assert all(torch.equal(exported[key], state[key]) for key in state)
@@ -88,8 +89,18 @@ def test_a_second_run_writes_the_same_bytes(done, monkeypatch):
     assert contents(done / "data/tiny/hub") == before
 
 
-def test_a_difference_is_an_error(done, tmp_path):
+@pytest.mark.parametrize("name", NAMES)
+def test_layer_by_layer_gives_the_same_difference(done, monkeypatch, name):
+    directory, ids = done / f"data/tiny/hub/{name}", list(range(4, 200))
+    whole = check_logits(directory, ids)
+    monkeypatch.setattr(stages.export, "WHOLE_BYTES", 1e12)
+    assert (*whole[:2], "layer by layer") == check_logits(directory, ids)
+
+
+@pytest.mark.parametrize("bytes_needed", [10, 1e12])
+def test_a_difference_is_an_error(done, tmp_path, monkeypatch, bytes_needed):
     """A floor for dt that transformers reads and we do not must be noticed."""
+    monkeypatch.setattr(stages.export, "WHOLE_BYTES", bytes_needed)
     for path in (done / f"data/tiny/hub/{NAMES[0]}").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     values = json.loads((tmp_path / "config.json").read_text())
@@ -150,7 +161,7 @@ def test_an_imported_model_keeps_its_tokenizer(done, tmp_path, monkeypatch):
 def test_what_cannot_be_converted_is_named_before_any_work(done, tmp_path, monkeypatch):
     source = tmp_path / "source"
     shutil.copytree(done / f"data/tiny/hub/{NAMES[0]}", source)
-    monkeypatch.setattr(hub, "load", lambda *_: pytest.fail("tensors were read"))
+    monkeypatch.setattr(hub, "open_weights", lambda *_: pytest.fail("tensors were read"))
     out = ["--out", str(tmp_path / "out")]
     other = fast_tokenizer.build(read_model_of(tmp_path, 512))
     other.save(str(source / "tokenizer.json"))

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from model import costs
-from model.compression.prune import Selection, cut
-from model.config import ModelConfig
+from model.checkpoint import open_weights, save_weights
+from model.compression.prune import Selection, cut, cut_checkpoint
+from model.config import ModelConfig, ModelError
 from model.hybrid_lm import HybridLM
 from tests.model.compression.markov import CONFIG
 
@@ -197,3 +200,53 @@ def test_heads_go_evenly_from_every_group(parent, axes):
 def test_indices_must_ascend_and_widths_agree(parent, layers, neurons):
     with pytest.raises(ValueError):
         cut(*parent, Selection(layers, neurons))
+
+
+def drawn_selection(data: st.DataObject) -> Selection:
+    """Some layers of CONFIG, and of every layer of a type as many units, spread evenly over the groups."""
+    def units(count: int) -> st.SearchStrategy:
+        return st.lists(st.integers(0, count - 1), unique=True, min_size=1).map(lambda kept: torch.tensor(sorted(kept)))
+
+    def of_each(layers: list[int], count: int) -> dict:
+        size = data.draw(st.integers(1, count))
+        kept = st.permutations(range(count)).map(lambda order: torch.tensor(sorted(order[:size])))
+        return {layer: data.draw(kept) for layer in layers} if data.draw(st.booleans()) else {}
+
+    layers = sorted(data.draw(st.sets(st.integers(0, 6), min_size=1)))
+    by_type = {symbol: [layer for layer in layers if CONFIG.pattern[layer] == symbol] for symbol in "M*-"}
+    heads = data.draw(st.sampled_from([[0, 2], [1, 3], [0, 1, 2, 3]]))
+    return Selection(
+        layers, neurons=of_each(by_type["-"], 48), query_heads=of_each(by_type["*"], 2),
+        mamba_heads={layer: torch.tensor(heads) for layer in by_type["M"]},
+        mamba_channels=of_each(by_type["M"], 16), hidden=data.draw(st.none() | units(32)),
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_cutting_tensor_by_tensor_on_disk_is_cutting_in_memory(tmp_path_factory, data):
+    directory = tmp_path_factory.mktemp("cut")
+    (directory / "parent").mkdir()
+    (directory / "out").mkdir()
+    torch.manual_seed(4)
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    state = {name: torch.randn_like(tensor).to(dtype) for name, tensor in HybridLM(CONFIG).state_dict().items()}
+    selection, correct = drawn_selection(data), data.draw(st.booleans())
+    save_weights(directory / "parent", CONFIG, state, {"tokens": 1})
+    config, expected = cut(CONFIG, state, selection, correct)
+    assert cut_checkpoint(directory / "parent", directory / "out", selection, {"tokens": 2}, correct) == config
+    stored_config, stored, training = open_weights(directory / "out")
+    assert stored_config == config and stored.keys() == expected.keys() and training == {"tokens": 2}
+    for name, tensor in expected.items():
+        assert stored[name].dtype is dtype and torch.equal(stored[name], tensor), name
+
+
+def test_a_lazy_state_is_cut_when_it_is_read(parent, tmp_path):
+    state = {name: tensor.clone() for name, tensor in parent.state.items()}
+    state["backbone.layers.1.mixer.up_proj.weight"][0] = torch.inf
+    save_weights(tmp_path, parent.config, state, {})
+    _, smaller = cut(parent.config, open_weights(tmp_path)[1], Selection(range(7), {1: torch.arange(20, 40)} | {
+        layer: torch.arange(20) for layer in (4, 6)}))
+    assert smaller["backbone.layers.4.mixer.up_proj.weight"].shape == (20, 32)
+    with pytest.raises(ModelError, match="not finite"):
+        smaller["backbone.layers.1.mixer.up_proj.weight"]
