@@ -154,7 +154,7 @@ def test_a_file_that_is_missing_or_ends_early_is_named_though_it_is_sealed(tmp_p
 
 def test_a_tensor_of_another_shape_is_named(tmp_path):
     state, wider = random_state(HYBRID), HYBRID.model_copy(update={"ffn_hidden_size": 64})
-    with pytest.raises(ModelError, match=r"not the weights.*1\.mixer\.up_proj\.weight is \(48, 32\), expected \(64, 32\)"):
+    with pytest.raises(ModelError, match=r"1\.mixer\.up_proj\.weight is \(48, 32\), expected \(64, 32\)"):
         save_weights(tmp_path, wider, state, {})
     assert not list(tmp_path.iterdir())
     save_weights(tmp_path, HYBRID, state, {})
