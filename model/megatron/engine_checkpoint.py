@@ -50,7 +50,7 @@ def load_model(directory: Path, model: MambaModel) -> None:
     weights = model.sharded_state_dict(metadata=_groups())
     weights = {name: shard for name, shard in weights.items() if not name.endswith("_extra_state")}
     try:
-        model.load_state_dict(dist_checkpointing.load({"model": weights}, str(directory))["model"])
+        loaded = dist_checkpointing.load({"model": weights}, str(directory))["model"]
     except (KeyError, CheckpointException, CheckpointingException) as error:
         while isinstance(error, CheckpointException) and error.failures:
             error = next(iter(error.failures.values()))[0]
@@ -59,6 +59,8 @@ def load_model(directory: Path, model: MambaModel) -> None:
             f"{directory}: not the weights of this model: {' '.join(what.split())[:300]}.\n"
             "Use the model.json that was written with these weights."
         ) from None
+    lacking, _ = model.load_state_dict(loaded, strict=False)
+    assert all(name.endswith("_extra_state") for name in lacking), lacking
 
 
 class ResumeState:
