@@ -142,6 +142,8 @@ def measure(options: argparse.Namespace, config: ModelConfig, parallelism: Paral
     passes = options.samples * length
     with steps.step("importance of layers", passes):
         _ = run.layer_scores
+    took = [after - before for before, after in pairwise(marks)]
+    steps.add("a sample of it, median", median(took), length)
     with steps.step("importance of neurons", passes):
         _ = run.widths
     candidates = sorted(run.candidates(), key=lambda candidate: -candidate.importance)
@@ -188,6 +190,7 @@ def main() -> None:
     if options.layers:
         config = config.model_copy(update={"pattern": config.pattern[: options.layers]})
     parallelism = Parallelism(options.tensor, sequence=options.tensor > 1)
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("WORLD_SIZE", "1"))))
     if os.environ.get("RANK", "0") == "0":
         for name in ("funnel", "index"):
             shutil.rmtree(options.scratch / name, ignore_errors=True)
