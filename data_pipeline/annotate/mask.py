@@ -230,7 +230,8 @@ PATTERNS = [
         r"-----BEGIN (?P<of>[A-Z0-9 ]{0,20}PRIVATE KEY(?: BLOCK)?)-----(?=.{0,4}\s*[\sA-Za-z0-9+/=:,\\\-]{40})"
         r"(?:(?:(?!-----)[^\"'`])*-----END (?P=of)-----"
         r"|(?:(?:\s|\\[nr])*[A-Za-z0-9+/=]{40,})+)"), _block),                           # END may be cut off
-    Pattern("secret", rf"{NO_WORD}(?:{KEY})", re.compile(rf"(?<![A-Za-z0-9_\-+.])(?P<value>{KEY})(?![A-Za-z0-9_])"), _key),
+    Pattern("secret", rf"{NO_WORD}(?:{KEY})", re.compile(
+        rf"(?<![A-Za-z0-9_\-+.])(?P<value>{KEY})(?![A-Za-z0-9_])"), _key),
     Pattern("secret", rf"{NO_WORD}(?:{BARE_KEY})", re.compile(
         rf"(?<![A-Za-z0-9_\-+.])(?P<value>{BARE_KEY})(?![A-Za-z0-9_])"), _key),
     Pattern("secret", rf"{NAMED}[A-Za-z0-9+/_=\-]{{20}}", re.compile(

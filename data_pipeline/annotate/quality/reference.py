@@ -129,7 +129,7 @@ def _descend(
     hashes: UInt64, pairs: UInt64, starts: Int64, stops: Int64, documents: Int64,
     targets: Float64, example_weights: Float64, order: Int64,
 ) -> Float64:
-    table = np.zeros(((1 << BUCKET_BITS) + 1, 2))           # weights, and counts of the example's features, side by side
+    table = np.zeros(((1 << BUCKET_BITS) + 1, 2))           # weights beside counts of the example's features
     features = np.empty(2 * WINDOW, np.int64)
     for step in range(len(order)):
         example = order[step]
