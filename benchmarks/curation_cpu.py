@@ -1,9 +1,10 @@
 """Curation of text on one core, step by step, beside datatrove's blocks on the same documents.
 
-    OMP_NUM_THREADS=1 POLARS_MAX_THREADS=1 python -m benchmarks.curation_cpu [--megabytes 8] [--out FILE.json]
+    OMP_NUM_THREADS=1 POLARS_MAX_THREADS=1 python -m benchmarks.curation_cpu [--megabytes 16] [--files FILE ...]
 
-Documents are a sample of the profile's embedded corpus. Both sides work on all of them in every step, in one process
-and one thread; the table has processor time, per megabyte of text as read. Reading the sources is in neither.
+Documents are a sample of the profile's embedded corpus, or of files of one's own, in any language. Both sides work on
+all of them in every step, in one process and one thread; the table has processor time, per megabyte of text as read.
+Reading the sources is in neither.
 
 datatrove (a development requirement) has no counterpart for some steps: its language filter downloads a model, its
 n-gram decontamination needs another package, and it has no quality scorers. Its filters are called document by
@@ -41,7 +42,7 @@ from loguru import logger
 from data_pipeline.annotate.annotation import Decided, Job, Round, rounds, run_job
 from data_pipeline.annotate.reading import Quota
 from data_pipeline.annotate.step import SCHEMA, Arrays, Decision, GlobalStep, text_id
-from data_pipeline.config import AnnotateConfig, InstalledSource
+from data_pipeline.config import AnnotateConfig, FilesSource, InstalledSource
 from data_pipeline.curate.heuristics import first_broken, rules_of
 from data_pipeline.sources import Document, pieces, read_piece
 from data_pipeline.storage import write_arrays, write_table
@@ -66,12 +67,12 @@ COUNTERPARTS = {
 FILTERS_AND_MINHASH = ["features", "deduplicate"]
 
 
-def sample(config: AnnotateConfig, seed: int, megabytes: float) -> list[Document]:
-    """Documents of the first source, its domains in their proportions, `megabytes` in all."""
-    source = config.sources[0]
-    assert isinstance(source, InstalledSource), "this benchmark reads the embedded corpus"
-    total = sum(source.megabytes.values())
-    quota = Quota({domain: 1e6 * megabytes * size / total for domain, size in source.megabytes.items()})
+def sample(config: AnnotateConfig, seed: int, megabytes: float, files: list[str]) -> list[Document]:
+    """`megabytes` of documents: of `files`, as the domain `docs`, else of the first source, domains in proportion."""
+    source = FilesSource(kind="files", paths=files, domain="docs") if files else config.sources[0]
+    assert isinstance(source, FilesSource | InstalledSource), "this benchmark reads files or the embedded corpus"
+    shares = source.megabytes if isinstance(source, InstalledSource) else {source.domain: 1.0}
+    quota = Quota({domain: 1e6 * megabytes * share / sum(shares.values()) for domain, share in shares.items()})
     documents = []
     for piece in pieces(source, seed, 1 << 20):
         for document in read_piece(piece):
@@ -262,17 +263,18 @@ def table_of(ours: Clock, theirs: dict[str, Clock], megabytes: float) -> list[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=float, default=8.0, help="of text, in all")
+    parser.add_argument("--megabytes", type=float, default=16.0, help="of text, in all")
+    parser.add_argument("--files", nargs="+", default=[], help="text in place of the embedded corpus")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     arguments = parser.parse_args()
     logger.remove()
-    params = load_params()
-    documents = sample(params.annotate, params.seed, arguments.megabytes)
+    params = load_params(overrides=("annotate.held_out.unit=document",) if arguments.files else ())
+    documents = sample(params.annotate, params.seed, arguments.megabytes, arguments.files)
     texts = [document.text for document in documents]
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        shards = max(4, round(megabytes))
+        shards = max(4, round(megabytes / params.annotate.shard_megabytes))
         Ours(params, as_shards(documents[:200], 2), directory)          # compiles
         runs = [Ours(params, as_shards(documents, shards), directory) for _ in range(2)]
         ours = min(runs, key=lambda run: sum(run.clock.values()))

@@ -23,6 +23,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from model.config import ModelConfig, ModelError
@@ -203,7 +204,9 @@ def read_config(directory: Path) -> ModelConfig:
 def check_files(directory: Path, config: ModelConfig) -> list[str]:
     """Names of the directory's weight files, whose headers have been compared with `config`. Raises ModelError."""
     index = directory / INDEX
-    placed: dict[str, str] = read_json(index)["weight_map"] if index.exists() else {}
+    placed: dict[str, str] = read_json(index).get("weight_map", []) if index.exists() else {}
+    if not isinstance(placed, dict):
+        raise ModelError(f"{index}: has no weight_map.\nExport or download the model again.")
     files = sorted(set(placed.values())) or ["model.safetensors"]
     names = names_there(config)
     shapes: dict[str, Shape] = {}
@@ -228,12 +231,32 @@ def check_files(directory: Path, config: ModelConfig) -> list[str]:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises ModelError."""
     try:
-        values: dict[str, Any] = json.loads(path.read_text())
+        values = json.loads(path.read_text())
     except FileNotFoundError:
         raise ModelError(f"{path}: not found.\nGive a directory that the `export` stage wrote.") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:                     # UnicodeDecodeError too
         raise ModelError(f"{path}: not JSON ({error}).\nExport or download the model again.") from None
+    if not isinstance(values, dict):
+        raise ModelError(f"{path}: no JSON object.\nExport or download the model again.")
     return values
+
+
+def end_ids(directory: Path) -> list[int]:
+    """Ids any of which ends a text: those of generation_config.json, as in transformers, else of config.json."""
+    own, values = directory / "generation_config.json", read_json(directory / "config.json")
+    found = (values | (read_json(own) if own.exists() else {})).get("eos_token_id")
+    return found if isinstance(found, list) else [] if found is None else [found]
+
+
+def read_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer in `directory`. Raises ModelError."""
+    path = directory / "tokenizer.json"
+    if not path.exists():
+        raise ModelError(f"{path}: not found.\nExport the model again, or download the whole directory.")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:      # the library raises no other class
+        raise ModelError(f"{path}: not a tokenizer ({error}).\nExport or download the model again.") from None
 
 
 def _check_homogeneous(config: ModelConfig, shapes: Mapping[str, Shape]) -> None:

@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -106,7 +107,7 @@ def from_hub(source: Path, out: Path) -> dict[str, Any]:
     if (source / "training.json").exists():
         training = hub.read_json(source / "training.json")
     else:
-        training = {"imported_from": values.get("_name_or_path") or source.resolve().name}
+        training = {"imported_from": values.get("_name_or_path") or _name_of(source.resolve())}
     config, state = hub.open_weights(source)
     checkpoint.save_weights(out, config, state, training)
     own = out / OWN_TOKENIZER
@@ -120,6 +121,12 @@ def from_hub(source: Path, out: Path) -> dict[str, Any]:
     return {"pattern": config.pattern, "parameters": sum(tensor.numel() for tensor in state.skeleton.values())}
 
 
+def _name_of(directory: Path) -> str:
+    """Whose weights they are: `owner/model` where it is a commit in the Hub's cache."""
+    cached = re.search(r"/models--([^/]+)/snapshots/[^/]+$", directory.as_posix())
+    return cached[1].replace("--", "/") if cached else directory.name
+
+
 def copy_tokenizer(source: Path, out: Path) -> None:
     """Copy those of TOKENIZER_FILES that there are: a chat template only where the model came with one."""
     for name in TOKENIZER_FILES:
@@ -129,16 +136,11 @@ def copy_tokenizer(source: Path, out: Path) -> None:
 
 def check_vocabulary(directory: Path, vocab_size: int) -> None:
     """Raise ModelError unless the tokenizer in `directory` is one for a model of `vocab_size` ids."""
-    from tokenizers import Tokenizer
+    from model.hub import read_tokenizer
 
-    from model.config import ModelError
-
-    path = directory / "tokenizer.json"
-    if not path.exists():
-        raise ModelError(f"{path}: not found.\nDownload the whole directory, tokenizer included.")
-    size = Tokenizer.from_file(str(path)).get_vocab_size()
+    size = read_tokenizer(directory).get_vocab_size()
     if not vocab_size - PADDING < size <= vocab_size:
-        raise other_vocabulary(str(path), size, vocab_size)
+        raise other_vocabulary(str(directory / "tokenizer.json"), size, vocab_size)
 
 
 def other_vocabulary(what: str, size: int, vocab_size: int) -> Exception:

@@ -112,9 +112,16 @@ def draw(by_source: dict[str, Counter[str]], wanted: dict[str, float], salt: str
             for domain, size in by_source[source].items() if wanted[domain]
         )
 
-    while short := [domain for domain in wanted if held[domain] < wanted[domain]]:
-        useful = [source for source in waiting if source not in chosen and any(by_source[source][d] for d in short)]
-        source = next((source for source in useful if excess(source) <= 1), None) or min(useful, key=excess)
+    def adds(source: str) -> bool:
+        return any(by_source[source][domain] for domain in wanted if held[domain] < wanted[domain])
+
+    def take(source: str) -> None:
         chosen.add(source)
         held.update(by_source[source])
+
+    for source in waiting:              # one that adds nothing, or too much, will not do better later
+        if adds(source) and excess(source) <= 1:
+            take(source)
+    while useful := [source for source in waiting if source not in chosen and adds(source)]:
+        take(min(useful, key=excess))
     return chosen, held

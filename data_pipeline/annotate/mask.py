@@ -204,7 +204,7 @@ KEYS = (
     r"sbp_[a-f0-9]{40}", r"ATATT3[A-Za-z0-9_\-=]{100,}", r"figd_[A-Za-z0-9_\-]{40,}", r"dp\.pt\.[A-Za-z0-9]{40,44}",
     r"eyJ[A-Za-z0-9_\-]{10,}\.eyJ[A-Za-z0-9_\-]{10,}\.[A-Za-z0-9_\-]{10,}",                 # JSON Web Token
 )
-# Without a prefix, by which hints are quick.
+# Without a prefix.
 BARE_KEYS = (
     r"[0-9a-f]{32}-us\d{1,2}", r"\d{8,10}:AA[A-Za-z0-9_\-]{33}",                            # Mailchimp, Telegram
     r"[MNO][A-Za-z0-9_\-]{23,25}\.[A-Za-z0-9_\-]{6}\.[A-Za-z0-9_\-]{27,38}",               # Discord
@@ -224,13 +224,15 @@ LABEL = (
 NAMED_BEFORE = re.compile(rf"{NAMED}\Z")
 LABEL_BEFORE = re.compile(rf"(?<![{LETTER}]){LABEL}\Z")
 KEY, BARE_KEY = "|".join(KEYS), "|".join(BARE_KEYS)
+NO_WORD = "(?:^|[^A-Za-z0-9_])"     # in hints; without it the many beginnings are looked for one by one
 PATTERNS = [
     Pattern("secret", "PRIVATE KEY", re.compile(
         r"-----BEGIN (?P<of>[A-Z0-9 ]{0,20}PRIVATE KEY(?: BLOCK)?)-----(?=.{0,4}\s*[\sA-Za-z0-9+/=:,\\\-]{40})"
         r"(?:(?:(?!-----)[^\"'`])*-----END (?P=of)-----"
         r"|(?:(?:\s|\\[nr])*[A-Za-z0-9+/=]{40,})+)"), _block),                           # END may be cut off
-    Pattern("secret", f"(?:{KEY})", re.compile(rf"(?<![A-Za-z0-9_\-+.])(?P<value>{KEY})(?![A-Za-z0-9_])"), _key),
-    Pattern("secret", r"[0-9a-f]-us\d|\d:AA|[A-Za-z0-9_\-]\.[A-Za-z0-9_\-]{6}\.[A-Za-z0-9_\-]{9}", re.compile(
+    Pattern("secret", rf"{NO_WORD}(?:{KEY})", re.compile(
+        rf"(?<![A-Za-z0-9_\-+.])(?P<value>{KEY})(?![A-Za-z0-9_])"), _key),
+    Pattern("secret", rf"{NO_WORD}(?:{BARE_KEY})", re.compile(
         rf"(?<![A-Za-z0-9_\-+.])(?P<value>{BARE_KEY})(?![A-Za-z0-9_])"), _key),
     Pattern("secret", rf"{NAMED}[A-Za-z0-9+/_=\-]{{20}}", re.compile(
         r"(?:[:=>]\s{0,3}[\"'`]?|[rcnRCN]\s{1,3})(?P<value>[A-Za-z0-9+/_\-]{20,}={0,2})(?=[\"'`\s,;&)}<]|$)"), _named),
@@ -287,8 +289,10 @@ class Mask(Step):
     def apply(self, table: pa.Table) -> pa.Table:
         frame = pl.DataFrame({"text": pl.Series(table["text"])}).with_row_index()
         found: defaultdict[int, list[Pattern]] = defaultdict(list)
-        for kind in dict.fromkeys(pattern.kind for pattern in PATTERNS if pattern.kind in self.kinds):
-            patterns = [pattern for pattern in PATTERNS if pattern.kind == kind]
+        chosen = [pattern for pattern in PATTERNS if pattern.kind in self.kinds]
+        # Hardly a text has what any hint asks for. Two looks: the automaton of all hints would outgrow Rust's cache.
+        for secret in (True, False):
+            patterns = [pattern for pattern in chosen if (pattern.kind == "secret") == secret]
             likely = frame.filter(pl.col("text").str.contains("|".join(f"(?:{pattern.hint})" for pattern in patterns)))
             for pattern in patterns:
                 for index in likely.filter(pl.col("text").str.contains(pattern.hint))["index"]:

@@ -68,7 +68,7 @@ def zip_members(file: IO[bytes]) -> Iterator[Member | Damage]:
     if not archive.infolist() and archive.start_dir:        # nothing listed, and bytes before the list
         yield Damage("damaged zip")
     for info in archive.infolist():
-        if not info.is_dir():
+        if not info.filename.endswith("/"):             # as info.is_dir() asks, which a damaged, empty name breaks
             yield Member(info.filename, _zip_blocks(archive, info))
 
 

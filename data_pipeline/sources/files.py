@@ -18,7 +18,7 @@ from data_pipeline.sources.kinds import How, Kind, kind_of, not_read
 from data_pipeline.sources.locations import locate, nothing
 from data_pipeline.sources.piece import Item, PassedOver, Piece, batches, seeded
 from data_pipeline.sources.readers import Part, is_one_value, open_parquet, passed_over, read_part
-from data_pipeline.sources.streams import changed_at, has_mark, is_url, look
+from data_pipeline.sources.streams import SLICE, changed_at, has_mark, is_url, look
 
 WEB_KINDS: frozenset[Kind] = frozenset({"warc", "tar", "zip"})
 
@@ -105,7 +105,7 @@ def _parts(
         raise not_read(file, head)
     elif kind == "parquet" and head and not is_packed:
         yield from _row_groups(Part(file, how, size), source, shard_bytes)
-    elif kind == "records" and head and not is_packed and not is_one_value(head) and not has_mark(head):
+    elif kind == "records" and head and not (is_packed or has_mark(head) or is_one_value(look(file, SLICE)[0])):
         for start in range(0, size, shard_bytes):
             end = min(start + shard_bytes, size)
             yield Part(file, how, end - start, "records", start, end)

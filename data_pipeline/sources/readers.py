@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -10,7 +11,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from itertools import chain, count, pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
@@ -24,6 +25,7 @@ from data_pipeline.sources.kinds import How, Kind, kind_of, not_read, suffix
 from data_pipeline.sources.piece import Item, PassedOver, Refusal, checked
 from data_pipeline.sources.streams import (
     CHUNK,
+    SLICE,
     Damage,
     Joined,
     chunks,
@@ -44,8 +46,10 @@ IN_MEMORY = 64_000_000              # bytes of what must be read as a whole and 
 PARQUET_ERRORS = (OSError, ValueError, pa.ArrowException)       # Arrow's own, and names that are not UTF-8
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 JSON = json.JSONDecoder(parse_int=float)        # which takes any number of digits
+BLANK = re.compile(r"\s*")
 BETWEEN = re.compile(r"[\s,\[\]]*")              # the values of an array
 OBJECT_LINE = re.compile(r"\n\s*(?=\{)")
+LONGEST_TOKEN = 16                              # characters, of what is cut short and no string
 TOO_DEEP, NO_OBJECT = "nested too deeply", "no JSON object"
 UNREADABLE = {True: re.compile("[\ud800-\udfff]"), False: re.compile("\ufffd")}     # by whether the file is UTF-8
 csv.field_size_limit(LARGEST_RECORD)
@@ -195,9 +199,18 @@ class _Damaged(Exception):
 
 
 def is_one_value(begin: bytes) -> bool:
-    """Whether JSON that begins so goes over several lines, or is an array."""
-    begin = begin.removeprefix(BYTE_ORDER_MARK).lstrip()
-    return begin.startswith(b"[") or begin.partition(b"\n")[0].strip() == b"{"
+    """Whether JSON that begins so is an array, or its first value goes on after its first line."""
+    text = begin.decode("utf-8-sig", "replace").lstrip()
+    end = text.find("\n")
+    if text.startswith("[") or end < 0:
+        return text.startswith("[")
+    following = BETWEEN.match(text, end).end()      # type: ignore[union-attr]   # it matches nothing too
+    try:
+        return JSON.raw_decode(text)[1] > end
+    except RecursionError:
+        return False
+    except json.JSONDecodeError as error:           # in a line cut short nothing of the next one is understood
+        return error.pos > following
 
 
 def _no_column(stream: Stream, columns: Iterable[str], place: str = "") -> Refusal:
@@ -235,7 +248,7 @@ def _entries(stream: Stream) -> Iterator[Entry | Refusal]:
     part = stream.part or Part(stream.name, "found", 0)
     begin, data = max(part.start - 1, 0), in_utf8(stream.data)
     if part.start == 0:
-        head, data = peeked(data)
+        head, data = peeked(data, SLICE)
         if is_one_value(head):
             yield from _values(stream._replace(data=data))
             return
@@ -255,35 +268,68 @@ def _entries(stream: Stream) -> Iterator[Entry | Refusal]:
 def _values(stream: Stream) -> Iterator[Entry | Refusal]:
     """Objects one after another, or in an array; after damage, from the next one that begins a line.
 
-    The file is held whole. Values in a row that are no objects are one refusal.
+    No more is held than a value, or a chunk. Values in a row that are no objects are one refusal.
     """
-    data = yield from _bytes(stream)
-    if data is None:
-        return
-    text = data.decode("utf-8-sig", "surrogateescape")
-    end, is_object, depth = 0, True, 0
-    for number in count():
-        start = BETWEEN.match(text, end).end()      # type: ignore[union-attr]   # it matches nothing too
-        depth += text.count("[", end, start) - text.count("]", end, start)
-        if start == len(text):
-            if depth > 0:
-                yield stream.refused("truncated JSON")
-            return
-        place = f"record {number}"
-        try:
-            value, end = JSON.raw_decode(text, start)
-        except (ValueError, RecursionError) as error:
-            yield stream.refused(TOO_DEEP if isinstance(error, RecursionError) else "invalid JSON", place)
-            following = OBJECT_LINE.search(text, start)
-            end = following.end() if following else len(text)
+    decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
+    held, size, wanted = [""], 0, 0             # characters; a value that goes on is tried again at twice the size
+    number, depth, is_object, is_lost = 0, 0, True, False
+    for item in chain(stream.data, [None]):
+        if isinstance(item, Damage):
+            yield stream.refused(item.reason)
             continue
-        was_object, is_object = is_object, isinstance(value, dict)
-        if UNREADABLE[True].search(text, start, end):
-            yield stream.refused("invalid UTF-8", place)
-        elif is_object:
-            yield place, value
-        elif was_object:
-            yield stream.refused(NO_OBJECT, place)
+        held.append(decoder.decode(item or b"", final=item is None))
+        size += len(held[-1])
+        if size > LARGEST_RECORD:
+            yield stream.refused("too large", f"record {number}")
+            return
+        if item is not None and size < wanted:
+            continue
+        text, start = "".join(held), 0
+        while True:
+            if is_lost:
+                following = OBJECT_LINE.search(text, start)
+                if following is None:
+                    start = text.rfind("\n", start)         # -1 keeps a character, which does no harm
+                    break
+                start, is_lost = following.end(), False
+            before, start = start, BETWEEN.match(text, start).end()     # type: ignore[union-attr]
+            depth += text.count("[", before, start) - text.count("]", before, start)
+            found = _value(text, start, is_last=item is None)
+            if found is None:
+                break
+            place = f"record {number}"
+            number += 1
+            if isinstance(found, str):
+                yield stream.refused(found, place)
+                is_lost = True
+                continue
+            (value, end), was_object = found, is_object
+            is_object = isinstance(value, dict)
+            if UNREADABLE[True].search(text, start, end):
+                yield stream.refused("invalid UTF-8", place)
+            elif is_object:
+                yield place, value
+            elif was_object:
+                yield stream.refused(NO_OBJECT, place)
+            start = end
+        held, size = [text[start:]], len(text[start:])
+        wanted = 2 * size
+    if depth > 0:
+        yield stream.refused("truncated JSON")
+
+
+def _value(text: str, start: int, is_last: bool) -> tuple[Any, int] | str | None:
+    """The value at `start` and where it ends, or why there is none; None where that shows in what follows `text`."""
+    if start == len(text):
+        return None
+    try:
+        value, end = JSON.raw_decode(text, start)
+    except RecursionError:
+        return TOO_DEEP
+    except json.JSONDecodeError as error:
+        goes_on = error.msg.startswith("Unterminated string") or error.pos > len(text) - LONGEST_TOKEN
+        return None if goes_on and not is_last else "invalid JSON"
+    return (value, end) if is_last or end < len(text) else None
 
 
 def split_lines(data: Iterable[bytes | Damage], offset: int) -> Iterator[tuple[int, bytes | Damage]]:
@@ -482,8 +528,7 @@ def strings(file: str) -> Iterator[str]:
     whole = b"".join(_undamaged(item) for item in data)
     kind = kind_of(file, head, "named")
     if kind == "records":
-        one = [whole] if is_one_value(whole) else whole.removeprefix(BYTE_ORDER_MARK).split(b"\n")
-        yield from _leaves([JSON.decode(value.decode("utf-8-sig")) for value in one if value.strip()])
+        yield from _leaves(list(_all_values(whole.decode("utf-8-sig"))))
     elif kind == "parquet":
         with open_parquet(io.BytesIO(whole)) as parquet:
             if parquet is None:
@@ -498,6 +543,14 @@ def strings(file: str) -> Iterator[str]:
         yield whole.decode(encoding_of(whole))
     else:
         raise ValueError("of a kind that is no evaluation set: give JSON, CSV, Parquet or text, packed or not")
+
+
+def _all_values(text: str) -> Iterator[Any]:
+    """JSON one after another, on a line each or on several. Raises ValueError."""
+    end = 0
+    while (start := BLANK.match(text, end).end()) < len(text):          # type: ignore[union-attr]
+        value, end = JSON.raw_decode(text, start)
+        yield value
 
 
 def _undamaged(item: bytes | Damage) -> bytes:

@@ -97,12 +97,12 @@ def chunks(location: str, start: int = 0) -> Iterator[bytes | Damage]:
             yield from unpacked(raw, location)
 
 
-def look(file: str) -> tuple[bytes, bool]:
-    """The first HEAD bytes of a file, unpacked, and whether it is packed. Raises DataError."""
+def look(file: str, size: int = HEAD) -> tuple[bytes, bool]:
+    """The first `size` bytes of a file, up to SLICE, unpacked, and whether it is packed. Raises DataError."""
     with _open(file, SLICE) as raw:
         if _packing(raw, file) is None:
-            return raw.peek(HEAD)[:HEAD], False
-        return peeked(unpacked(raw, file))[0], True
+            return raw.peek(size)[:size], False
+        return peeked(unpacked(raw, file), size)[0], True
 
 
 def peeked(data: Iterator[bytes | Damage], size: int = HEAD) -> tuple[bytes, Iterator[bytes | Damage]]:

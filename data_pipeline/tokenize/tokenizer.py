@@ -173,6 +173,7 @@ def train_on(texts: Iterable[str], vocab_size: int) -> bytes:
         )
     except RuntimeError as error:
         reason = " ".join(str(error).split()).rpartition("] ")[2] or str(error)
+        reason = reason.partition(" Increase vocab_size")[0]            # by an option that is none here
         raise DataError(
             f"tokenizer.vocab_size: {vocab_size} cannot be trained on this sample: {reason}\n"
             "Change tokenizer.vocab_size, or raise tokenizer.training_megabytes."

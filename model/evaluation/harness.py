@@ -70,7 +70,7 @@ class HarnessLM(TemplateLM):
     Args:
         model: the weights, on the device that is to run them.
         tokenizer: the exported tokenizer; text that spells a special token is encoded as text.
-        eot_token_id: id that ends a document, and stands before its first token.
+        end_ids: any of which ends a document; the first stands before its first token.
         max_length: tokens of context a prediction may see; longer requests lose their beginning.
         choice_length: the same for choices and generation, where these may see more; otherwise `max_length`.
         scratch: directory for scores of finished batches; a later run with the same requests goes on from them.
@@ -81,7 +81,7 @@ class HarnessLM(TemplateLM):
         self,
         model: HybridLM,
         tokenizer: Tokenizer,
-        eot_token_id: int,
+        end_ids: Sequence[int],
         max_length: int,
         choice_length: int | None = None,
         scratch: Path | None = None,
@@ -94,12 +94,12 @@ class HarnessLM(TemplateLM):
         self.encoder.encode_special_tokens = True
         self.max_length, self.choice_length = max_length, choice_length or max_length
         self.scratch, self.progress = scratch, progress
-        self._eot_token_id = eot_token_id
+        self._ends = end_ids
 
     @property
     def eot_token_id(self) -> int:
-        """The id that ends a document."""
-        return self._eot_token_id
+        """The id that ends a document; the first where there are several."""
+        return self._ends[0]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Ids of `string`, no special ones among them."""
@@ -145,7 +145,7 @@ class HarnessLM(TemplateLM):
         text = ""
         while len(chosen) < tokens:
             token = int(logits[0].argmax())
-            if token == self.eot_token_id:
+            if token in self._ends:
                 break
             chosen.append(token)
             text = self.encoder.decode(chosen, skip_special_tokens=True)
@@ -286,13 +286,10 @@ def _padded(rows: Sequence[list[int]], length: int) -> Tensor:
 def load(directory: Path, max_length: int, **options: Any) -> HarnessLM:
     """The model and tokenizer of an exported Hub directory, on the GPU if there is one. Raises ModelError."""
     config, state = hub.load(directory)
-    path = directory / "tokenizer.json"
-    if not path.exists():
-        raise ModelError(f"{path}: not found.\nGive a directory that the `export` stage wrote.")
+    tokenizer = hub.read_tokenizer(directory)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = HybridLM.from_state(config, state, DTYPES[device]).to(device)
-    eot_token_id = json.loads((directory / "config.json").read_text())["eos_token_id"]
-    return HarnessLM(model, Tokenizer.from_file(str(path)), eot_token_id, max_length, **options)
+    return HarnessLM(model, tokenizer, hub.end_ids(directory), max_length, **options)
 
 
 class LocalTask(ConfigurableTask):

@@ -34,7 +34,7 @@ class Vocabulary(NamedTuple):
 
     tokenizer: Tokenizer
     start_id: int | None        # before every text
-    end_id: int | None
+    end_ids: list[int]
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, the start's before them."""
@@ -79,7 +79,7 @@ def pieces(vocabulary: Vocabulary, ids: Iterable[int]) -> Iterator[str]:
     """Text of the tokens up to the end of text, as soon as they make whole characters."""
     waiting: list[int] = []
     for token in ids:
-        if token == vocabulary.end_id:
+        if token in vocabulary.end_ids:
             break
         waiting.append(token)
         text = vocabulary.tokenizer.decode(waiting, skip_special_tokens=False)
@@ -92,13 +92,7 @@ def pieces(vocabulary: Vocabulary, ids: Iterable[int]) -> Iterator[str]:
 
 def read_vocabulary(directory: Path, config: ModelConfig) -> Vocabulary:
     """The tokenizer of `directory`. Raises ModelError unless every id it gives is one of the model's."""
-    path = directory / "tokenizer.json"
-    if not path.exists():
-        raise ModelError(f"{path}: not found.\nExport the model again; the `export` stage writes it.")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:      # the library raises no other class
-        raise ModelError(f"{path}: not a tokenizer ({error}).\nExport or download the model again.") from None
+    tokenizer, path = hub.read_tokenizer(directory), directory / "tokenizer.json"
     size = tokenizer.get_vocab_size()
     if size != config.vocab_size:
         raise ModelError(
@@ -106,8 +100,7 @@ def read_vocabulary(directory: Path, config: ModelConfig) -> Vocabulary:
             "Put the tokenizer there that the model was trained with."
         )
     tokenizer.encode_special_tokens = True          # text that spells a control token stays text
-    values = hub.read_json(directory / "config.json")
-    return Vocabulary(tokenizer, values.get("bos_token_id"), values.get("eos_token_id"))
+    return Vocabulary(tokenizer, hub.read_json(directory / "config.json").get("bos_token_id"), hub.end_ids(directory))
 
 
 def check_memory(config: ModelConfig, prompt: int, tokens: int, dtype: str, device: torch.device) -> None:

@@ -1,6 +1,7 @@
 """Referee: transformers' own NemotronH and Arcee, loading what we write and writing what we load."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -336,6 +337,19 @@ def test_card_of_imported_weights_names_their_origin(tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert "license: other" in card and "The weights of `nvidia/X`, compressed" in card
     assert "It is no NVIDIA model" not in card
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("config.json", "[]"), ("config.json", '"x"'), ("config.json", '{"a'), ("config.json", b"\xff\xfe"),
+    ("model.safetensors.index.json", "{}"), ("model.safetensors.index.json", "[]"),
+    ("model.safetensors.index.json", '{"weight_map": ["a"]}'),
+])
+def test_json_of_another_form_is_two_lines(tmp_path, name, content):
+    hub.save(tmp_path, HYBRID, random_state(HYBRID), {}, "float32")
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ModelError, match=re.escape(str(tmp_path / name))) as error:
+        hub.load(tmp_path)
+    assert str(error.value).count("\n") == 1
 
 
 def test_unusable_directories_are_named(tmp_path):

@@ -139,7 +139,7 @@ def test_export_import_export_gives_the_same_bytes(done, tmp_path, name):
 
 def test_an_imported_model_keeps_its_tokenizer(done, tmp_path, monkeypatch):
     """Special ids, chat template and origin of a model from elsewhere; as a stage's checkpoint too."""
-    source = tmp_path / "some-model"
+    source = tmp_path / "models--owner--some-model/snapshots/0123abcd"      # in the Hub's cache
     shutil.copytree(done / f"data/tiny/hub/{NAMES[0]}", source)
     (source / "training.json").unlink()
     (source / "chat_template.jinja").write_text("{{ messages[0].content }}")
@@ -154,8 +154,8 @@ def test_an_imported_model_keeps_its_tokenizer(done, tmp_path, monkeypatch):
         assert (again / name).read_bytes() == (source / name).read_bytes()
     values = json.loads((again / "config.json").read_text())
     assert (values["bos_token_id"], values["eos_token_id"], values["pad_token_id"]) == (1, [2, 11], 0)
-    assert json.loads((again / "training.json").read_text()) == {"imported_from": "some-model"}
-    assert "The weights of `some-model`" in (again / "README.md").read_text()
+    assert json.loads((again / "training.json").read_text()) == {"imported_from": "owner/some-model"}
+    assert "The weights of `owner/some-model`" in (again / "README.md").read_text()
 
 
 def test_what_cannot_be_converted_is_named_before_any_work(done, tmp_path, monkeypatch):
@@ -164,6 +164,9 @@ def test_what_cannot_be_converted_is_named_before_any_work(done, tmp_path, monke
     monkeypatch.setattr(hub, "open_weights", lambda *_: pytest.fail("tensors were read"))
     out = ["--out", str(tmp_path / "out")]
     other = fast_tokenizer.build(read_model_of(tmp_path, 512))
+    (source / "tokenizer.json").write_text('{"version":"1.0"')
+    with pytest.raises(StageError, match=r"tokenizer\.json: not a tokenizer"):
+        convert(["--from-hub", str(source), *out])
     other.save(str(source / "tokenizer.json"))
     with pytest.raises(StageError, match=r"tokenizer\.json: a tokenizer of 512 ids, the model has 10,240\.\nGive"):
         damage(source, vocab_size=10_240)

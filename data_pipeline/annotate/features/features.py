@@ -12,6 +12,11 @@ from data_pipeline.text.language import UNKNOWN, stop_words
 from data_pipeline.text.words import texts_of, words, words_of
 
 GOPHER_STOP_WORDS = len(STOP_WORDS)
+# Values that break no rule, as FineWeb-2 (arXiv 2506.20920) asks nothing there: a line of 30 characters is short in no
+# script without blanks, and some have hardly a sentence mark.
+LINES = {"short_lines": 0}
+MARKS = {"terminal_lines": 1, "end_marked_lines": 1, "c4_sentences": 5}
+UNASKED = {**dict.fromkeys(("zh", "ja", "km"), LINES), **dict.fromkeys(("th", "lo", "my"), LINES | MARKS)}
 
 
 class Features(Step):
@@ -19,6 +24,7 @@ class Features(Step):
 
     Goes after `Language`: of a text in another language than English its own stop words are counted, up to eight as
     Gopher's are. Where there is no list (Chinese, Japanese, Thai ...) all eight count as there: the rule asks nothing.
+    Nor do others ask what a script does not have: UNASKED.
     """
 
     name = "features"
@@ -29,6 +35,8 @@ class Features(Step):
         for language in set(languages) - {None, UNKNOWN, "en"}:
             rows = np.flatnonzero(languages == language)
             measured["stop_words"][rows] = _stop_words_of(table.select(["text"]).take(rows), language)
+            for feature, value in UNASKED.get(language, {}).items():
+                measured[feature][rows] = value
         fields = list(SCHEMA.field("features").type)
         columns = [pa.array(measured[field.name]) for field in fields]
         return with_column(table, "features", pa.StructArray.from_arrays(columns, fields=fields))

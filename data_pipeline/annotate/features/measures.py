@@ -30,7 +30,8 @@ class Feature(NamedTuple):
 
 
 # A word is what stands between white space, in scripts without blanks four letters of that; a line what ends at a line
-# feed; lengths are in characters. A duplicate is an occurrence after the first.
+# feed; lengths are in characters. A duplicate is an occurrence after the first. What rules shall not ask of a language,
+# the step `features` sets to a value that breaks none.
 FEATURES: dict[str, Feature] = {
     "characters": Feature(Count.CHARACTERS, None, "characters"),
     "words": Feature(Count.WORDS, None, "words"),

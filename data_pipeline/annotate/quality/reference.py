@@ -129,8 +129,7 @@ def _descend(
     hashes: UInt64, pairs: UInt64, starts: Int64, stops: Int64, documents: Int64,
     targets: Float64, example_weights: Float64, order: Int64,
 ) -> Float64:
-    weights = np.zeros((1 << BUCKET_BITS) + 1)
-    counts = np.zeros(1 << BUCKET_BITS)                     # of the example's features
+    table = np.zeros(((1 << BUCKET_BITS) + 1, 2))           # weights beside counts of the example's features
     features = np.empty(2 * WINDOW, np.int64)
     for step in range(len(order)):
         example = order[step]
@@ -145,19 +144,19 @@ def _descend(
             size += 1
         total, squares = 0.0, 0.0
         for feature in features[:size]:
-            total += weights[feature]
-            squares += 2 * counts[feature] + 1              # (c + 1)^2 - c^2
-            counts[feature] += 1
-        probability = 1 / (1 + np.exp(-(weights[-1] + SCALE * total / size)))
+            total += table[feature, 0]
+            squares += 2 * table[feature, 1] + 1            # (c + 1)^2 - c^2
+            table[feature, 1] += 1
+        probability = 1 / (1 + np.exp(-(table[-1, 0] + SCALE * total / size)))
         # A window that repeats a few words has a large norm: its step must not overshoot.
         norm = max(1.0, SCALE**2 * squares / size**2)
         rate = LEARNING_RATE * (1 - step / len(order)) / norm
         change = rate * example_weights[example] * (targets[example] - probability)
-        weights[-1] += change
+        table[-1, 0] += change
         for feature in features[:size]:
-            weights[feature] += change * SCALE / size
-            counts[feature] = 0.0
-    return weights
+            table[feature, 0] += change * SCALE / size
+            table[feature, 1] = 0.0
+    return table[:, 0].copy()
 
 
 @njit(cache=True, nogil=True)

@@ -3,11 +3,13 @@
 import random
 import re
 
+import polars as pl
 import pyarrow as pa
 import pytest
 from ftfy import fix_text
+from ftfy.badness import BADNESS_RE, is_bad
 
-from data_pipeline.annotate.normalise import REPAIR, Normalise, normalise_text, without_license_header
+from data_pipeline.annotate.normalise import MAYBE_BAD, REPAIR, Normalise, normalise_text, without_license_header
 from data_pipeline.annotate.step import SCHEMA, text_id
 from tests.data_pipeline.real_texts import HOSTILE, STDLIB, real_texts
 
@@ -34,6 +36,19 @@ def test_looking_before_repairing_changes_no_result():
     texts += [text for text in real_texts() + HOSTILE if len(text) < 100_000]
     assert sum(plainly(text) != text for text in texts) > 1000
     assert apply(*texts)["text"].to_pylist() == [plainly(text) for text in texts]
+
+
+def test_the_quick_look_passes_over_nothing_bad():
+    """Of texts of what ftfy looks for, and of whole texts decoded wrongly."""
+    chance = random.Random(0)
+    signs = sorted({*BADNESS_RE.pattern, *"abc XYZ\n\t\x1c\x85\u0301²"})
+    texts = ["".join(chance.choices(signs, k=chance.randrange(1, 9))) for _ in range(20_000)]
+    texts += [text.encode().decode(encoding, "replace") for text in HOSTILE[-14:] for encoding in ("cp1252", "cp1251")]
+    looked = pl.Series(texts).str.contains(MAYBE_BAD).to_list()
+    bad = list(map(is_bad, texts))
+    assert sum(bad) > 5000 and all(seen or not there for seen, there in zip(looked, bad, strict=True))
+    whole = ["Größe, naïve café", "日本語のテキスト。", "Привет, мир", "ภาษาไทย"]
+    assert not pl.Series(whole).str.contains(MAYBE_BAD).any()
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,11 @@ from datatrove.pipeline.filters import (
 )
 from datatrove.utils.word_tokenizers import WordTokenizer
 
+from data_pipeline.annotate.features.features import Features
 from data_pipeline.annotate.features.measures import FEATURES, measure
+from data_pipeline.annotate.language import Language
 from data_pipeline.annotate.normalise import normalise_text
+from data_pipeline.annotate.step import SCHEMA
 from data_pipeline.config import DataError, RulesConfig
 from data_pipeline.curate.heuristics import (
     C4,
@@ -43,6 +46,74 @@ PROSE = (
 )
 CODE = inspect.getsource(sched)
 COMMENTS = "\n".join(f"# a comment, number {i}, about nothing" for i in range(60))
+
+
+# A page each, made for this test, in scripts without blanks; Thai and Lao have no sentence marks either.
+PAGES = {
+    "th": (
+        "คิวงานเก็บงานที่รอไว้ตามลำดับเวลา เมื่อคนงานว่างก็จะหยิบงานท"
+        "ี่เก่าที่สุดไปทำจนเสร็จ\n"
+        "หากงานล้มเหลว ข้อผิดพลาดจะถูกเก็บไว้พร้อมผลลัพธ์ เพื่อให้ผู้"
+        "ที่ถามถึงได้เห็นว่าเกิดอะไรขึ้น งานที่ถูกยกเลิกก่อนเริ่มจะไม"
+        "่ถูกทำเลย\n"
+        "ประเทศไทยตั้งอยู่ในเอเชียตะวันออกเฉียงใต้ มีแม่น้ำเจ้าพระยาไ"
+        "หลผ่านที่ราบภาคกลาง ชาวนาปลูกข้าวในฤดูฝนและเก็บเกี่ยวเมื่ออา"
+        "กาศเริ่มเย็น\n"
+        "ในตลาดเช้ามีผักสด ผลไม้ และปลาจากแม่น้ำวางขาย ผู้คนพูดคุยกัน"
+        "เรื่องราคาและสภาพอากาศก่อนกลับบ้านไปทำอาหาร\n"
+    ),
+    "lo": (
+        "ແຖວວຽກເກັບວຽກທີ່ລໍຖ້າໄວ້ຕາມລຳດັບເວລາ ເມື່ອຄົນງານຫວ່າງກໍຈະເອົ"
+        "າວຽກທີ່ເກົ່າທີ່ສຸດໄປເຮັດຈົນແລ້ວ\n"
+        "ຖ້າວຽກລົ້ມເຫຼວ ຂໍ້ຜິດພາດຈະຖືກເກັບໄວ້ພ້ອມຜົນໄດ້ຮັບ ເພື່ອໃຫ້ຜູ"
+        "້ທີ່ຖາມເຖິງໄດ້ເຫັນວ່າເກີດຫຍັງຂຶ້ນ\n"
+        "ປະເທດລາວຕັ້ງຢູ່ໃນອາຊີຕະເວັນອອກສຽງໃຕ້ ແມ່ນ້ຳຂອງໄຫຼຜ່ານຈາກພາກເ"
+        "ໜືອລົງສູ່ພາກໃຕ້ ຊາວນາປູກເຂົ້າໃນລະດູຝົນແລະເກັບກ່ຽວເມື່ອອາກາດເ"
+        "ລີ່ມເຢັນ\n"
+        "ໃນຕະຫຼາດເຊົ້າມີຜັກສົດ ໝາກໄມ້ ແລະປາຈາກແມ່ນ້ຳວາງຂາຍ ຜູ້ຄົນລົມກ"
+        "ັນເລື່ອງລາຄາແລະສະພາບອາກາດກ່ອນກັບບ້ານໄປເຮັດອາຫານ\n"
+    ),
+    "km": (
+        "ជួររង់ចាំរក្សាទុកកិច្ចការដែលកំពុងរង់ចាំតាមលំដាប់ពេលវេលា។ នៅព"
+        "េលកម្មករទំនេរ គាត់យកកិច្ចការចាស់ជាងគេទៅធ្វើរហូតដល់ចប់។\n"
+        "ប្រសិនបើកិច្ចការបរាជ័យ កំហុសត្រូវបានរក្សាទុកជាមួយលទ្ធផល ដើម្"
+        "បីឲ្យអ្នកដែលសួរបានឃើញថាមានអ្វីកើតឡើង។\n"
+        "ប្រទេសកម្ពុជាស្ថិតនៅអាស៊ីអាគ្នេយ៍ មានទន្លេមេគង្គហូរកាត់។ កសិ"
+        "ករដាំស្រូវនៅរដូវវស្សា ហើយច្រូតកាត់នៅពេលអាកាសធាតុចាប់ផ្តើមត្រ"
+        "ជាក់។\n"
+        "នៅផ្សារព្រឹកមានបន្លែស្រស់ ផ្លែឈើ និងត្រីពីទន្លេ។ មនុស្សជជែកគ"
+        "្នាអំពីតម្លៃ និងអាកាសធាតុ មុនពេលត្រឡប់ទៅផ្ទះធ្វើម្ហូប។\n"
+    ),
+    "my": (
+        "တန်းစီဇယားသည် စောင့်ဆိုင်းနေသော အလုပ်များကို အချိန်အလိုက် သိ"
+        "မ်းထားသည်။ အလုပ်သမား အားလပ်သောအခါ အဟောင်းဆုံး အလုပ်ကို ယူ၍ ပ"
+        "ြီးအောင် လုပ်သည်။\n"
+        "အလုပ် မအောင်မြင်ပါက အမှားကို ရလဒ်နှင့်အတူ သိမ်းထားသည်။ မေးမြ"
+        "န်းသူသည် ဘာဖြစ်ခဲ့သည်ကို မြင်နိုင်သည်။\n"
+        "မြန်မာနိုင်ငံသည် အရှေ့တောင်အာရှတွင် တည်ရှိပြီး ဧရာဝတီမြစ် စီ"
+        "းဆင်းသည်။ လယ်သမားများသည် မိုးရာသီတွင် စပါးစိုက်ပျိုးပြီး ဆော"
+        "င်းရာသီတွင် ရိတ်သိမ်းကြသည်။\n"
+        "မနက်ဈေးတွင် လတ်ဆတ်သော ဟင်းသီးဟင်းရွက်၊ သစ်သီးနှင့် ငါးများ ရ"
+        "ောင်းချသည်။ လူများသည် ဈေးနှုန်းနှင့် ရာသီဥတုအကြောင်း ပြောဆို"
+        "ကြသည်။\n"
+    ),
+    "ja": (
+        "待ち行列には、処理を待っているタスクが時刻の順に並んでいます。作業者の手が空くと、一番古いものを取り出し、終わるまで実行"
+        "します。\n"
+        "タスクが失敗した場合、エラーは結果と一緒に保存されるので、後から何が起きたのかを確かめることができます。始まる前に取り消"
+        "されたものは実行されません。\n"
+        "日本は東アジアの島国で、四つの大きな島と多くの小さな島からなります。春には桜が咲き、夏は蒸し暑く、秋には山の木々が赤く染"
+        "まります。\n"
+        "朝の市場には新鮮な野菜や果物、近くの港で水揚げされた魚が並びます。人々は値段や天気の話をしてから、家に帰って食事の支度を"
+        "します。\n"
+    ),
+    "zh": (
+        "等待的任务按照时间顺序排在队列里。工人有空的时候，就取出其中最早的一个，一直做到结束为止。\n"
+        "如果任务失败了，错误会和结果一起保存下来，这样以后询问的人就能看到发生了什么事情。在开始之前被取消的任务永远不会执行。\n"
+        "中国位于亚洲东部，长江和黄河从西向东流过广阔的平原。农民在雨季种植水稻，等到天气转凉的时候再去收割。\n"
+        "早晨的市场里摆着新鲜的蔬菜、水果和从河里打来的鱼。人们先聊聊价格和天气，然后回家做饭，一天就这样开始了。\n"
+    ),
+}
 
 
 def features_of(texts: list[str]) -> pa.StructArray:
@@ -197,6 +268,31 @@ def test_gopher_repetition_decides_as_datatrove_but_for_overlapping_repeats(text
 )
 def test_the_reason_is_the_first_rule_broken(rules, text, why):
     assert reasons_of([text], RULES[rules]) == [why]
+
+
+@pytest.mark.parametrize("language", PAGES)
+def test_pages_in_scripts_without_blanks_are_judged_by_what_their_languages_have(language):
+    page = PAGES[language]
+    lines = page.splitlines()
+    menu = "\n".join(line[start : start + 8] for line in lines for start in range(0, 64, 8))
+    spam = {
+        "clean": page, "the same line again and again": page + (lines[0] + "\n") * 6,
+        "a phrase again and again": "".join(lines) + lines[1][:30] * 12,
+        "a menu": menu, "prices": page + "\n".join(f"{number * 7919}" for number in range(90)),
+        "too short": lines[0], "links": page + "\n".join(f"http://x.org/{number * 7919}" for number in range(40)),
+    }
+    rows = pa.Table.from_pylist([{"text": text} for text in spam.values()], SCHEMA)
+    filled = Features().apply(Language().apply(rows))
+    assert filled["language"].to_pylist()[0] == language
+    broken = first_broken(filled["features"], RULES["web"]).rules
+    assert [name for name, rule in zip(spam, broken, strict=True) if rule < 0] == ["clean"]
+
+
+def test_short_lines_of_ideographs_are_no_fragments():
+    """Thirty characters are five words of English and seventeen of Chinese."""
+    verses = "\n".join(line[start : start + 28] for line in PAGES["zh"].splitlines() for start in (0, 28)) + "。"
+    filled = Features().apply(Language().apply(pa.Table.from_pylist([{"text": verses}], SCHEMA)))
+    assert first_broken(filled["features"], from_source(FINEWEB)).rules.tolist() == [-1]
 
 
 def test_a_share_of_exactly_the_threshold_passes():

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline.config import DataError, FilesSource
-from data_pipeline.sources import Document, Refusal, digest, pieces, read_piece, readers
+from data_pipeline.sources import Document, Refusal, digest, pieces, read_piece, readers, streams
 from data_pipeline.sources.readers import split_lines
 from data_pipeline.sources.streams import Damage
 
@@ -115,6 +115,38 @@ def test_arrays_and_objects_over_several_lines(tmp_path, indent, encoding):
             assert found[-1].path == f"record {count - 1}" and reasons(found) == []
 
 
+@pytest.mark.parametrize("chunk", [1, 50, 1 << 20])
+@pytest.mark.parametrize("between", ["\n", "", "\n\n", " \n, "])
+def test_objects_one_after_another_however_they_are_laid_out(tmp_path, monkeypatch, between, chunk):
+    """The first line of each is `{"id": 1,`; whatever of a value lies within a chunk."""
+    monkeypatch.setattr(streams, "CHUNK", chunk)
+    rows = [{"id": 1, "text": f'é \\ "{{\n\U0001f600 {index}' * 20, "n": [None, -1.5e3, {}]} for index in range(12)]
+    values = [json.dumps(row).replace(", ", ",\n   ", 1) for row in rows]
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        (tmp_path / "a.jsonl").write_text(between.join(values) + "\n", encoding=encoding)
+        found = read(tmp_path, shard_bytes=300)
+        assert reasons(found) == [] and texts(found) == [row["text"] for row in rows]
+    if "," not in between:
+        assert list(readers.strings(str(tmp_path / "a.jsonl"))) == [row["text"] for row in rows]
+
+
+def test_a_first_line_cut_short_leaves_lines_lines(tmp_path):
+    for first in (b'{"text": "cut', b'{"id": 1,', b'{"id":', b'{"id": [', b"{", b'{"id": {"a": 1,'):
+        (tmp_path / "a.jsonl").write_bytes(first + b"\n" + jsonl(*RECORDS[:5]))
+        found = read(tmp_path)
+        assert texts(found) == [record["text"] for record in RECORDS[:5]] and reasons(found) == ["invalid JSON"]
+
+
+def test_values_that_go_on_and_on_are_not_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "LARGEST_RECORD", 3 * streams.CHUNK)
+    record = json.dumps({"id": 1, "text": "word " * 40_000}, indent=1)
+    (tmp_path / "a.json").write_text("\n".join([record] * 40))
+    assert len(texts(read(tmp_path))) == 40
+    (tmp_path / "a.json").write_text(record + "\n" + '{"text":\n"' + "x" * 4 * streams.CHUNK)
+    found = read(tmp_path)
+    assert len(texts(found)) == 1 and reasons(found) == ["too large"]
+
+
 def test_what_is_wrong_in_an_array_costs_itself(tmp_path):
     good = b'{"text": "good"}'
     for data, expected in (
@@ -132,10 +164,10 @@ def test_what_is_wrong_in_an_array_costs_itself(tmp_path):
         read(tmp_path / "a.json", text_column="content")
 
 
-def test_json_that_is_read_whole_has_a_largest_size(tmp_path, monkeypatch):
+def test_json_over_several_lines_has_a_largest_size(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "LARGEST_RECORD", 1000)
     (tmp_path / "a.json").write_text(json.dumps(RECORDS, indent=1))
-    assert read(tmp_path) == [Refusal("own", "too large", f"{tmp_path}/a.json")]
+    assert read(tmp_path) == [Refusal("own", "too large", f"{tmp_path}/a.json, record 0")]
 
 
 def test_a_missing_column_is_named_with_those_there_are(tmp_path):

@@ -368,6 +368,25 @@ def test_files_by_address_are_known_by_content(monkeypatch):
             read(server.address("/c.pdf"))
 
 
+@pytest.mark.parametrize("shard_bytes", [10**5, 10**9])
+def test_thousands_of_small_files_go_together(tmp_path, shard_bytes):
+    names = [f"{number:04d}.txt" for number in range(2000)]
+    for name in names:
+        (tmp_path / name).write_text(name * 30)
+    (tmp_path / "all.tar.gz").write_bytes(tar("w:gz", **{name: b"in a tar " + name.encode() for name in names}))
+    assert len(pieces(FilesSource(kind="files", paths=[str(tmp_path)], domain="own"), 1, shard_bytes)) < 8
+    assert sorted(texts(read(tmp_path, shard_bytes=shard_bytes))) == [
+        *(name * 30 for name in names), *(f"in a tar {name}" for name in names)]
+
+
+def test_an_archive_without_a_page_is_counted_beside_texts(tmp_path):
+    (tmp_path / "ok.txt").write_text("fine")
+    http = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n<p>short"
+    (tmp_path / "x.warc").write_bytes(warc("response", "http://a.org/", http, "application/http;msgtype=response"))
+    found = read(tmp_path / "ok.txt", tmp_path / "x.warc")
+    assert texts(found) == ["fine"] and reasons(found) == {"no main text": 1}
+
+
 # archives
 
 def test_a_damaged_tar_costs_what_is_damaged(tmp_path):

@@ -131,6 +131,8 @@ def test_a_document_with_sentencepieces_reserved_character_is_not_dropped():
 def test_impossible_vocabulary_is_named():
     with pytest.raises(DataError, match=r"tokenizer\.vocab_size: 4096 cannot .*too high.*\n.*training_megabytes"):
         library.train_on(["too little text to learn from\n" * 30], 4096)
+    with pytest.raises(DataError, match=r"vocab_size: 1200 cannot .* 1200 vs \d+\.\nChange tokenizer\.vocab_size"):
+        library.train_on(["".join(map(chr, range(0x4E00, 0x5634)))] * 20, 1200)
 
 
 def test_missing_and_broken_files_are_named(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import shutil
 import sys
@@ -147,6 +148,24 @@ def test_same_text_as_the_harness_adapter_for_transformers(
     stopped = requests("generate_until", [(free[0][0], free[0][1] | {"until": [stop, "never"]})])
     assert ours.generate_until(stopped) == [answers[0].split(stop)[0]] == theirs.generate_until(
         stopped, disable_tqdm=True)
+
+
+def test_any_of_several_ids_ends_a_text(exported: dict[str, Path], tmp_path: Path) -> None:
+    """generation_config.json of a chat model has a list; the first stands before a text."""
+    name = next(iter(CONFIGS))
+    shutil.copytree(exported[name], several := tmp_path / "several")
+    one = harness.load(several, WINDOW)
+    asked = requests("loglikelihood", [("", " x"), ("def", " add")])
+    free = requests("generate_until", [("def add(a, b):", {"until": [], "max_gen_toks": 20, "do_sample": False})])
+    (whole,), scores = one.generate_until(free), one.loglikelihood(asked)
+    ids = one.tok_encode(whole)
+    end_ids = [one.eot_token_id, ids[-1]]
+    (several / "generation_config.json").write_text(json.dumps({"eos_token_id": end_ids}))
+    (several / "SHA256SUMS").unlink(missing_ok=True)
+    again = harness.load(several, WINDOW)
+    assert again.loglikelihood(asked) == scores
+    (cut,) = again.generate_until(free)
+    assert len(cut) < len(whole) and whole.startswith(cut)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

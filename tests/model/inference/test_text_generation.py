@@ -60,7 +60,7 @@ def greedy(directory: Path, tokens: int) -> str:
     with torch.no_grad():
         for _ in range(tokens):
             ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
-    return "".join(pieces(Vocabulary(tokenizer, 2, 2), ids[5:]))
+    return "".join(pieces(Vocabulary(tokenizer, 2, [2]), ids[5:]))
 
 
 def test_greedy_text(directory, capsys):
@@ -68,6 +68,14 @@ def test_greedy_text(directory, capsys):
     found = capsys.readouterr()
     assert found.out == greedy(directory, 12) + "\n"
     assert "first piece after" in found.err
+
+
+def test_any_of_several_ids_ends_a_text(directory):
+    """As the chat models of the family have it: generation_config.json has a list."""
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    for end_ids, ids, kept in (([2, 300], [258, 259, 300, 261], [258, 259]), ([], [258, 2], [258, 2])):
+        text = tokenizer.decode(kept, skip_special_tokens=False)
+        assert "".join(pieces(Vocabulary(tokenizer, 2, end_ids), iter(ids))) == text
 
 
 def test_from_a_shell(directory):
@@ -100,7 +108,7 @@ def test_the_guides_example_runs(directory):
 
 
 def test_pieces_are_whole_characters_and_come_at_once():
-    vocabulary = Vocabulary(byte_tokenizer(WORDS), 2, 2)
+    vocabulary = Vocabulary(byte_tokenizer(WORDS), 2, [2])
     ids = [WORDS.index("the"), *(4 + byte for byte in "é漢🙂!".encode()), 2, WORDS.index("the")]
     taken = []
 
@@ -115,7 +123,7 @@ def test_pieces_are_whole_characters_and_come_at_once():
 
 
 def test_bytes_that_make_no_character_are_not_held_back():
-    vocabulary = Vocabulary(byte_tokenizer(WORDS), 2, 2)
+    vocabulary = Vocabulary(byte_tokenizer(WORDS), 2, [2])
     assert "".join(pieces(vocabulary, [4 + 0xFF] * 5)) == "\ufffd" * 5
     assert "".join(pieces(vocabulary, [4 + 0xE6, 4 + 0xBC])) != ""
 

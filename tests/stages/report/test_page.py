@@ -173,6 +173,15 @@ def test_data_page_stands_alone(runs, tmp_path):
     assert "&lt; 2: 40 went" in text and "&gt; 0.2: 12 went" in text
 
 
+def test_the_commonest_kinds_of_what_was_passed_over_are_listed_and_the_others_counted(runs, tmp_path):
+    kinds = {f".kind{number}": {"count": 100 - number, "where": ["x"]} for number in range(50)}
+    (runs / "annotate/passed_over.json").write_text(json.dumps({"files": kinds}))
+    text = write_data_page(runs, tmp_path / "out", "own").read_text()
+    assert f"{sum(range(51, 101)):,} files passed over" in text
+    assert ".kind29<" in text and ".kind30<" not in text
+    assert f'20 other kinds</td><td class="figure">{sum(range(51, 71)):,}<' in text
+
+
 def test_data_page_without_a_funnel_names_the_file(runs, tmp_path):
     (runs / "curate/funnel.json").unlink()
     with pytest.raises(RecordError, match=r"funnel\.json: not found\.\nRun `dvc repro --force --single-item curate`"):
