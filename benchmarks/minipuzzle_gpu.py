@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from benchmarks.step_gpu import RECIPE, TINY
+from benchmarks.step_gpu import RECIPE, TINY, draw, no_drawing
 from data_pipeline.tokenize.indexed_dataset import IndexedDatasetWriter
 from model import checkpoint, costs
 from model.compression.comparison import compare
@@ -121,8 +121,12 @@ def measure(options: argparse.Namespace, config: ModelConfig, parallelism: Paral
     parent, tokens = scratch / "parent", options.tokens or scratch / "tokens"
     if from_main_process(lambda: not (is_whole(parent) and checkpoint.read_description(parent)[0] == config)):
         with steps.step("parent drawn and written"):
-            model = build_model(config, Precision("bf16" if torch.cuda.is_available() else "float32"), parallelism, 1)
-            save_model(parent, model.to(device()))
+            with no_drawing():
+                model = build_model(config, Precision("bf16" if torch.cuda.is_available() else "float32"), parallelism,
+                                    1).to(device())
+            with torch.no_grad():
+                draw(model)
+            save_model(parent, model)
             if is_main_process():
                 checkpoint.describe(parent, config, {})
             del model
