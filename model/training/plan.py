@@ -10,7 +10,7 @@ holds both against measured runs.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import NamedTuple
 
@@ -54,6 +54,15 @@ MACHINES = {
     "h100": Machine("H100 SXM", 79.6 * GIB, bf16=690e12, fp8=1250e12, copy=2.95e12),
     "h200": Machine("H200 SXM", 139.8 * GIB, bf16=720e12, fp8=1300e12, copy=4.2e12),
 }
+
+
+def machine_here() -> Machine:
+    """This process's GPU: its memory, and the rates of the kind that it is of, of an H100 where that is not known."""
+    import torch
+
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return replace(MACHINES["h200" if "H200" in found.name else "h100"], name=found.name, memory=found.total_memory)
+
 
 # Share of the copy's rate that kernels reach, forward and backward together (docs/results/kernels-h200.md).
 STREAMING = 0.8
@@ -208,11 +217,11 @@ def plan(
                 step_time(config, recipe, fp8, layout, machine, teacher), teacher)
 
 
-def nvidia_setup(recipe: PretrainConfig, layout: Layout) -> tuple[PretrainConfig, Layout]:
+def nvidia_setup(recipe: PretrainConfig, fp8: bool, layout: Layout) -> tuple[PretrainConfig, bool, Layout]:
     """The same as NVIDIA's performance recipe of Nemotron-H-56B runs it (Megatron-Bridge, scripts/performance, 25.11):
     user buffers, `fp8_param_gather`, `grad_reduce_in_fp32` off, no layer in BF16."""
     changes = {"grad_reduce_in_fp32": False, "bf16_layers_at_start": 0, "bf16_layers_at_end": 0}
-    return recipe.model_copy(update=changes), layout._replace(tensor_overlap=True, fp8_weights=True)
+    return recipe.model_copy(update=changes), fp8, layout._replace(tensor_overlap=True, fp8_weights=True)
 
 
 def nearest_that_fits(wanted: Plan) -> Plan | None:
@@ -305,8 +314,8 @@ def _teacher_memory(
     student: ModelConfig, teacher: ModelConfig, recipe: PretrainConfig, fp8: bool, layout: Layout, stage: int,
     steps_ahead: int,
 ) -> float:
-    """BF16 weights, FP8 copies in one order (no backward needs the other), logits; between pipeline stages what came in,
-    both models' hidden states in one tensor, stays until the backward beside the student's own copy."""
+    """BF16 weights, FP8 copies in one order (no backward needs the other), logits; between pipeline stages what came
+    in, both models' hidden states in one tensor, stays until the backward beside the student's own copy."""
     tokens = layout.micro_batch_size * teacher.sequence_length
     held, quantized = held_parameters(teacher, recipe, fp8, layout, stage)
     size = held * BF16 + quantized * FP8
@@ -443,6 +452,32 @@ def head_seconds(config: ModelConfig, layout: Layout, machine: Machine) -> float
     """Of a micro-batch's logits."""
     tokens = layout.micro_batch_size * config.sequence_length
     return _product_seconds(tokens, config.hidden_size, config.vocab_size / layout.tensor, False, machine) / 3
+
+
+def inference_seconds(config: ModelConfig, tokens: float, machine: Machine) -> float:
+    """Of forward passes in BF16 over `tokens` tokens on one GPU, in full sequences, logits of all of them."""
+    alone = PretrainConfig.model_construct(bf16_layers_at_start=0, bf16_layers_at_end=0, cuda_graph=False)
+    one = forward_seconds(config, alone, False, Layout(), machine) + head_seconds(config, Layout(), machine)
+    return tokens / config.sequence_length * one
+
+
+def check_inference(config: ModelConfig) -> None:
+    """Raise ModelError where the model does not fit this process's GPU; without one nothing is known."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return
+    machine, needed = machine_here(), inference_memory(config, machine_here())
+    if needed > machine.memory:
+        raise ModelError(
+            f"{parameters(config) / 1e9:.1f} billion parameters in BF16 take {needed / GIB:.1f} GiB, this "
+            f"{machine.name} has {machine.memory / GIB:.1f}.\nTake a larger GPU, or leave the model out of `models`."
+        )
+
+
+def inference_memory(config: ModelConfig, machine: Machine) -> float:
+    """Bytes of a model in BF16 on one GPU that reads a sequence; logits are made only where they are asked for."""
+    return parameters(config) * BF16 + forward_bytes(config, Layout()) + machine.reserved / 2
 
 
 def _layers_seconds(
