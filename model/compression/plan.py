@@ -74,12 +74,12 @@ class Grid(NamedTuple):
 
     Attributes:
         student: the one with the most parameters.
-        count: of candidates.
+        candidates: how many.
         kept: share of the parent's layers they have, mean.
     """
 
     student: ModelConfig
-    count: int
+    candidates: int
     kept: float
 
     @classmethod
@@ -131,10 +131,7 @@ def steps(
         """Micro-batches a copy works on, of so many samples."""
         return math.ceil(math.ceil(samples / layout.data) / layout.micro_batch_size)
 
-    # A model without layer i runs again from the layer behind it. The last pipeline stage runs all its n of L layers
-    # for the L - n models that lack one before it, and half of them on average for its own: L - n / 2 passes.
     layers = len(parent.pattern)
-    passes = 1 + layers - layers / layout.pipeline / 2
     by_position = config.ffn_score == "mean_then_l2"
     of_layer = by_position * parent.sequence_length * parent.ffn_hidden_size / layout.tensor
     neurons = of_layer * parent.pattern.count("-") / layout.pipeline
@@ -147,7 +144,7 @@ def steps(
     # The parent's probabilities and logarithms of a micro-batch, and four more of the rows that are looked at.
     ranked = scored + FP32 * (2 * logits + 4 * min(1.0, ROWS["cuda"] / tokens) * logits)
 
-    candidates = min(config.ranked_by_agreement, grid.count)
+    candidates = min(config.ranked_by_agreement, grid.candidates)
     asked = config.task_items * CHOICES * (CONTEXT + LENGTH) / tokens / layout.data         # micro-batches
     finalists = min(config.finalists, candidates)
     # Parent and finalist; parent and two cuts, parent and student twice, parent and the controls' masks.
@@ -165,7 +162,8 @@ def steps(
         return Step(name, seconds, layout.processes, memory=memory, disk=disk)
 
     return [
-        step("layer importance", turns(config.importance_samples) * passes * one, scored),
+        step("layer importance", turns(config.importance_samples) * importance_passes(
+            layers, layout.pipeline) * one, scored),
         step("neuron importance", turns(config.ffn_importance_samples) * (one + added),
              scored + NEURON_KEPT * (neurons + of_layer * layout.micro_batch_size)),      # one layer's on their way
         step(f"ranking of {candidates}", turns(config.ranking_samples) * (
@@ -176,6 +174,12 @@ def steps(
         step("2 full distillations", 2 * 86_400 * final.days, final.memory.total, 2 * kept + state),
         step("measures, controls", turns(models) * compared, ranked + BF16 * beside),
     ]
+
+
+def importance_passes(layers: int, pipeline: int) -> float:
+    """Passes through all of its layers of the busiest pipeline stage, the last: one of the whole model, one for each
+    that lacks a layer of an earlier stage, half a one on average for one that lacks a layer of its own."""
+    return layers + (1 - layers / pipeline) / 2
 
 
 def nearest(

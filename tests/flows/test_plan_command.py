@@ -35,9 +35,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 ROWS = ("hybrid-fp8", "activations", "memory of a GPU, GiB", "between replicas", "tokens/s a GPU", "GPU-hours")
 
 
-STAGES = ("curation", "tokenization", "pretraining hybrid-fp8", "layer importance", "neuron importance", "ranking of 400",
-          "task", "3 short distillations", "2 full distillations", "measures, controls", "export compressed",
-          "evaluation compressed-random")
+STAGES = ("curation", "tokenization", "pretraining hybrid-fp8", "layer importance", "neuron importance",
+          "ranking of 400", "task", "3 short distillations", "2 full distillations", "measures, controls",
+          "export compressed", "evaluation compressed-random")
 
 
 def test_a_profile_is_planned_stage_by_stage(run: Run) -> None:

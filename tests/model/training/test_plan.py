@@ -174,8 +174,7 @@ def test_a_distillation_is_pretraining_with_a_teacher_beside() -> None:
         batches = 768 // layout.data
         assert taught.time.teacher > batches * forward_seconds(parent, RECIPE, True, layout, H100)
         assert alone.time.total + taught.time.teacher < taught.time.total      # a divergence costs more than a loss
-    # Between stages both hidden states travel, and both wait for the backward.
-    assert taught.time.pipeline > 1.9 * alone.time.pipeline
+    assert taught.time.pipeline > 1.5 * alone.time.pipeline         # both hidden states travel, stages wait for both
     with pytest.raises(ModelError, match="52 layers cannot be split into 5 pipeline stages"):
         plan(student.model_copy(update={"pattern": "M-" * 25}), RECIPE, True, Layout(5, pipeline=5), H100, parent)
     crowded = plan(student, RECIPE, True, Layout(8, 2, True), H100, parent)
