@@ -119,7 +119,8 @@ def steps(params: Params, pretraining: Mapping[str, Plan], machine: Machine) -> 
 
 def compression_grid(params: Params) -> compression.Grid:
     """The candidates of the profile's compression."""
-    return compression.Grid.of(params.model_of(params.compress.parent), params.compress)
+    parent, pipeline = params.model_of(params.compress.parent), params.runtime.parallel.pipeline
+    return compression.Grid.of(parent, params.compress, pipeline)
 
 
 def compression_layout(params: Params) -> Layout:

@@ -73,7 +73,7 @@ class Grid(NamedTuple):
     """The candidates as far as they are known before anything is measured.
 
     Attributes:
-        student: the one with the most parameters.
+        student: the one with the most parameters, of those that the pipeline can split.
         candidates: how many.
         kept: share of the parent's layers they have, mean.
     """
@@ -83,10 +83,13 @@ class Grid(NamedTuple):
     kept: float
 
     @classmethod
-    def of(cls, parent: ModelConfig, config: CompressConfig) -> Grid:
-        """Raises ModelError where no candidate fits the budgets."""
+    def of(cls, parent: ModelConfig, config: CompressConfig, pipeline: int = 1) -> Grid:
+        """Raises ModelError where no candidate fits the budgets, or suits a pipeline of so many stages."""
         cells = maximal_cells(parent, config.ffn_widths, config.min_attention_layers, closed_budgets(parent, config))
-        largest = max(cells, key=lambda cell: costs.parameters(cell.config(parent)))
+        if not (split := [cell for cell in cells if sum(cell.counts.values()) % pipeline == 0]):
+            raise ModelError(f"compress: none of {len(cells)} candidates has layers for {pipeline} pipeline stages.\n"
+                             "Lower runtime.parallel.pipeline, or change the budgets.")
+        largest = max(split, key=lambda cell: costs.parameters(cell.config(parent)))
         layers = sum(sum(cell.counts.values()) for cell in cells)
         return cls(_spread(parent, largest), len(cells), layers / len(cells) / len(parent.pattern))
 
@@ -224,7 +227,7 @@ def check(
         return
     split = Layout(processes, parallelism.tensor, parallelism.sequence, parallelism.pipeline)
     wrong = refusal(parent, config, pretrain, layout_of(config, pretrain, split), machine_here(),
-                    Grid.of(parent, config))
+                    Grid.of(parent, config, parallelism.pipeline))
     if wrong:
         raise ModelError(wrong)
 

@@ -59,6 +59,14 @@ def test_the_student_is_the_largest_of_the_grid(paper):
     assert all(symbol in kept for symbol in grid.student.pattern)       # in the parent's order
 
 
+def test_the_student_suits_the_pipeline(config):
+    cut = config.model_copy(update={"ffn_widths": [48]})
+    cells = {len(Grid.of(CONFIG, cut, stages).student.pattern) for stages in (1, 2)}
+    assert len(Grid.of(CONFIG, cut, 2).student.pattern) % 2 == 0 and max(cells) < len(CONFIG.pattern)
+    with pytest.raises(ModelError, match=r"candidates has layers for 97 pipeline stages\.\nLower runtime\.parallel"):
+        Grid.of(CONFIG, cut, 97)
+
+
 def test_steps_answer_to_sizes_and_layout(paper):
     found, grid = planned(PARENT, paper, SPLIT)
     ranked = min(400, grid.candidates)
