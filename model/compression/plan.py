@@ -125,7 +125,8 @@ def steps(
     """
     check_layout(parent, layout, machine)
     tokens = layout.micro_batch_size * parent.sequence_length
-    one = forward_seconds(parent, pretrain, False, layout, machine)                     # of a micro-batch
+    by_python = pretrain.model_copy(update={"cuda_graph": False})
+    one = forward_seconds(parent, by_python, False, layout, machine)                    # of a micro-batch
     logits = tokens * parent.vocab_size / layout.tensor
     judged = (head_seconds(parent, layout, machine) + stream_seconds(RANKED_MOVED * logits, machine)) / layout.pipeline
     compared = one + judged
