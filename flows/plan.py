@@ -1,28 +1,46 @@
-"""Say what a profile's pretraining will take: memory of a GPU, speed, days, GPU-hours.
+"""Say what every stage of a profile will take: time, GPU-hours, memory of a GPU, disk; of pretraining by part.
 
     python -m flows.plan nemotron-h-56b                         each variant of the profile
     python -m flows.plan nemotron-h-8b --machine h200 --set runtime.parallel.tensor=1
+    python -m flows.plan nemotron-h-56b --nvidia                pretraining, beside NVIDIA's recipe for speed
 
-The layout is `runtime.launcher` and `runtime.parallel`; without a profile, params.yaml is read. Exits 1 where a layout
-does not fit into a GPU's memory, and names the nearest that does.
+The layout is `runtime.launcher` and `runtime.parallel`; without a profile, params.yaml is read. Exits 1 where a stage
+does not fit into a GPU's memory, and names the nearest layout that does.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from data_pipeline.tokenize.indexed_dataset import token_dtype
 from flows import profile
 from flows.console import table
+from model import costs
+from model.compression import plan as compression
+from model.compression.plan import CHECKPOINT, STATE, Step
 from model.config import ModelError
-from model.training.plan import GIB, MACHINES, Layout, Machine, Plan, nearest_that_fits, plan
+from model.training.plan import (
+    BF16,
+    FP32,
+    GIB,
+    MACHINES,
+    Layout,
+    Machine,
+    Plan,
+    inference_memory,
+    inference_seconds,
+    nearest_that_fits,
+    nvidia_setup,
+    plan,
+)
 from stages.params import Params, load_params
 
 MEMORY_ROWS = {
-    "weights": "weights, BF16", "fp8_copies": "weights, FP8 copies", "gradients": "gradients, FP32",
+    "weights": "weights, BF16", "fp8_copies": "weights, FP8 copies", "gradients": "gradients",
     "optimizer": "master weights and Adam's moments", "activations": "activations", "logits": "logits",
     "workspace": "workspace of the backward", "reserved": "CUDA and NCCL",
 }
@@ -42,16 +60,112 @@ def layout_of(params: Params) -> Layout:
     )
 
 
-def plans(params: Params, machine: Machine) -> dict[str, Plan]:
-    """The first seed of each architecture and precision. Raises ModelError for a layout that cannot be."""
+def plans(params: Params, machine: Machine, nvidia: bool = False) -> dict[str, Plan]:
+    """The first seed of each architecture and precision; with `nvidia`, each also as NVIDIA's recipe runs it.
+
+    Raises:
+        ModelError: a layout that cannot be.
+    """
     found: dict[str, Plan] = {}
-    seen = set()
-    for name, variant in params.variants.items():
-        if (kind := (variant.architecture, variant.precision)) not in seen:
-            seen.add(kind)
-            config = params.model_of(name)
-            found[name] = plan(config, params.recipe_of(name), variant.precision == "fp8", layout_of(params), machine)
+    for name, *_ in _kinds(params):
+        config, recipe, layout = params.model_of(name), params.recipe_of(name), layout_of(params)
+        fp8 = params.variants[name].precision == "fp8"
+        found[name] = plan(config, recipe, fp8, layout, machine)
+        if nvidia:
+            found[f"{name}, NVIDIA's"] = plan(config, *nvidia_setup(recipe, fp8, layout), machine)
     return found
+
+
+def _kinds(params: Params) -> list[list[str]]:
+    """Variants of equal architecture and precision."""
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for name, variant in params.variants.items():
+        kinds.setdefault((variant.architecture, variant.precision), []).append(name)
+    return list(kinds.values())
+
+
+# --- Every stage ------------------------------------------------------------------------------------------------------
+
+# Bytes of text a second: curation of a core, tokenization of a worker; bytes of text a token (docs/results/data.md).
+CURATION, TOKENIZATION, TEXT_A_TOKEN = 5.67e6, 52.6e6, 100.1e6 / 27_921_734
+
+
+def steps(params: Params, pretraining: Mapping[str, Plan], machine: Machine) -> list[Step]:
+    """The stages in their order. Raises ModelError for a layout that cannot be, or budgets that nothing fits."""
+    parent, grid = params.model_of(params.compress.parent), compression_grid(params)
+    text, workers, recipe = text_bytes(params), params.runtime.workers, params.pretrain
+    ids = text / TEXT_A_TOKEN * token_dtype(params.tokenizer.vocab_size)().itemsize
+    # Curation writes all text twice at most, before it is compressed: annotated, and what was kept.
+    rows = [Step("curation", text / CURATION / workers, cores=workers, disk=2 * text),
+            Step("tokenization", text / TOKENIZATION / workers, cores=workers, disk=ids)]
+    for names in _kinds(params):
+        one = pretraining[names[0]]
+        size = costs.parameters(one.config)
+        rows.append(Step(f"pretraining {names[0]}" + f" and {len(names) - 1} like it" * (len(names) > 1),
+                         len(names) * 86_400 * one.days, one.layout.processes, memory=one.memory.total,
+                         disk=len(names) * size * (STATE * (recipe.checkpoints_kept + 1) + CHECKPOINT)))
+    rows += compression.steps(parent, params.compress, params.recipe_of(params.compress.parent),
+                              compression_layout(params), machine, grid)
+    for name in params.models:
+        config = params.model_of(name) if name in params.variants else grid.student
+        written = costs.parameters(config) * (BF16 if params.export.dtype == "bfloat16" else FP32)
+        table = config.vocab_size * config.hidden_size * FP32           # the largest tensor
+        shard = min(written, max(1e9 * params.export.shard_gigabytes, table))
+        rows += [Step(f"export {name}", None, disk=written, host=shard),
+                 Step(f"evaluation {name}", inference_seconds(config, evaluated_tokens(params), machine), 1,
+                      memory=inference_memory(config, machine))]
+    return rows
+
+
+def compression_grid(params: Params) -> compression.Grid:
+    """The candidates of the profile's compression."""
+    parent, pipeline = params.model_of(params.compress.parent), params.runtime.parallel.pipeline
+    return compression.Grid.of(parent, params.compress, pipeline)
+
+
+def compression_layout(params: Params) -> Layout:
+    """The layout of the profile's compression."""
+    return compression.layout_of(params.compress, params.recipe_of(params.compress.parent), layout_of(params))
+
+
+def text_bytes(params: Params) -> float:
+    """What the sources say, else as much as is trained on once."""
+    sizes = [source.megabytes for source in params.annotate.sources]
+    if None in sizes:
+        return params.pretrain.tokens * TEXT_A_TOKEN
+    return 1e6 * sum(sum(size.values()) if isinstance(size, dict) else size or 0.0 for size in sizes)
+
+
+def evaluated_tokens(params: Params) -> float:
+    """Of the stages' own text and of the copy, recall and needle items; other items are short and not made yet."""
+    config = params.evaluate
+    domains = {domain for phase in params.tokenize.phases for domain in phase.weights}
+    text = 1e3 * config.bits_per_byte_kilobytes * len(domains) / TEXT_A_TOKEN
+    return text + 3 * config.items_per_context * config.context_tokens * sum(config.context_multiples)
+
+
+def describe_steps(found: Sequence[Step]) -> str:
+    """Stages as a table, a row each."""
+    def cell(value: float | None, form: str = ",.1f") -> str:
+        return format(value, form) if value else "-"
+
+    return table([{
+        "stage": step.name, "time": _duration(step.seconds),
+        "GPU-hours": cell(step.gpus * (step.seconds or 0.0) / 3600),
+        "core-hours": cell(step.cores * (step.seconds or 0.0) / 3600), "GiB of a GPU": cell(step.memory / GIB),
+        "GiB of a process": cell(step.host and step.host / GIB), "disk, GB": cell(step.disk / 1e9),
+    } for step in found])
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    unit, size = next(((unit, size) for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)) if seconds >= size),
+                      ("s", 1))
+    return f"{seconds / size:,.1f} {unit}"
+
+
+# --- Pretraining ------------------------------------------------------------------------------------------------------
 
 
 def describe(found: dict[str, Plan]) -> str:
@@ -75,8 +189,8 @@ def _row(label: str, values: Sequence[float], found: dict[str, Plan], form: str)
     return {"": label} | {name: format(value, form) for name, value in zip(found, values, strict=True)}
 
 
-def refusals(found: dict[str, Plan]) -> list[str]:
-    """For each plan that does not fit: by how much, and the nearest layout that does."""
+def refusals(params: Params, found: dict[str, Plan], stages: Sequence[Step], machine: Machine) -> list[str]:
+    """For each stage that does not fit: by how much, and the nearest layout that does."""
     lines = []
     for name, one in found.items():
         if one.fits:
@@ -89,6 +203,15 @@ def refusals(found: dict[str, Plan]) -> list[str]:
         else:
             lines.append(f"Nearest that fits: {nearest.layout}: {nearest.memory.total / GIB:.1f} GiB, "
                          f"{nearest.tokens_per_second:,.0f} tokens/s.")
+    wrong = compression.refusal(params.model_of(params.compress.parent), params.compress,
+                                params.recipe_of(params.compress.parent), compression_layout(params), machine,
+                                compression_grid(params))
+    lines += [wrong] if wrong else []
+    for step in stages:
+        if step.name.startswith("evaluation") and step.memory > machine.memory:
+            lines.append(f"{step.name} does not fit: {step.memory / GIB:.1f} GiB, a {machine.name} has "
+                         f"{machine.memory / GIB:.1f}.\nIt is one GPU's work: take a larger one, or leave the model "
+                         "out of `models`.")
     return lines
 
 
@@ -98,6 +221,7 @@ def main() -> None:
     )
     parser.add_argument("profile", nargs="?", help="of profiles/; without it, params.yaml as it stands")
     parser.add_argument("--machine", choices=MACHINES, default="h100", help="kind of GPU (h100)")
+    parser.add_argument("--nvidia", action="store_true", help="pretraining alone, beside NVIDIA's recipe")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a parameter")
     options = parser.parse_args()
     with TemporaryDirectory() as directory:
@@ -107,7 +231,8 @@ def main() -> None:
             file.write_text(profile.resolve(options.profile))
         params = load_params(file, tuple(options.set))
     try:
-        found = plans(params, MACHINES[options.machine])
+        found = plans(params, MACHINES[options.machine], options.nvidia)
+        stages = [] if options.nvidia else steps(params, found, MACHINES[options.machine])
     except ModelError as error:
         sys.exit(str(error))
     layout = layout_of(params)
@@ -115,7 +240,9 @@ def main() -> None:
     machine = MACHINES[options.machine]
     print(f"{params.profile}: {recipe.tokens:,} tokens in batches of {recipe.global_batch_size} sequences, on "
           f"{layout.processes} x {machine.name}\n{layout}\n\n{describe(found)}")
-    if wrong := refusals(found):
+    if stages:
+        print(f"\n{describe_steps(stages)}")
+    if stages and (wrong := refusals(params, found, stages, machine)):
         sys.exit("\n" + "\n".join(wrong))
 
 

@@ -129,6 +129,8 @@ class PretrainConfig(Section):
         spike_factor: a gradient norm above this multiple of the running median is reported as a spike.
         max_skipped_steps: updates in a row that may be skipped because loss or gradient are not finite.
         distributed_optimizer: whether data-parallel GPUs share master weights and moments among them.
+        grad_reduce_in_fp32: whether gradients are added up over micro-batches and replicas in FP32, else in BF16: half
+            the memory and traffic, and less exact with every micro-batch.
         fp8_recipe: where an FP8 tensor's scale comes from: its `current` maximum, or nowhere (`unscaled`), a control.
         fp8_gradients: format of gradients; weights and activations are E4M3.
         fp8_statistics: whether evaluations also write what FP8 does to every linear layer's tensors.
@@ -159,6 +161,7 @@ class PretrainConfig(Section):
     spike_factor: float = Field(default=10.0, gt=1)
     max_skipped_steps: int = Field(default=10, ge=1)
     distributed_optimizer: bool = False
+    grad_reduce_in_fp32: bool = True
     fp8_recipe: Literal["current", "unscaled"] = "current"
     fp8_gradients: Literal["e5m2", "e4m3"] = "e5m2"
     fp8_statistics: bool = False

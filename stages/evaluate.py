@@ -37,10 +37,13 @@ def evaluate(stage: Stage) -> dict[str, Any]:
     from model.costs import parameters
     from model.evaluation import harness
     from model.model_card import Measured, model_card
+    from model.training.plan import check_inference
 
     items, controls = evaluation_items.read(asked)
+    geometry = hub.read_config(directory)
     longest = config.context_tokens * max(config.context_multiples)
     stage.take_gpus()
+    check_inference(geometry)
     model = harness.load(
         directory, config.context_tokens, choice_length=longest, scratch=stage.scratch, progress=Progress()
     )
@@ -57,7 +60,7 @@ def evaluate(stage: Stage) -> dict[str, Any]:
     metrics = {**result.metrics, **controls}
     data = json.loads(curated.read_text())["train"]
     measured = Measured(harness.card_scores(metrics), data, items.digest())
-    geometry, training = hub.read_config(directory), hub.read_json(directory / "training.json")
+    training = hub.read_json(directory / "training.json")
     dtype = hub.read_json(directory / "config.json")["torch_dtype"]
     stage.write_record("README.md", model_card(geometry, parameters(geometry), training, dtype, measured))
     stage.write_record("samples.json", result.samples)

@@ -14,6 +14,7 @@ from itertools import pairwise, product
 from typing import NamedTuple
 
 from model import costs
+from model.compression.config import CompressConfig
 from model.compression.prune import Selection
 from model.compression.width_importance import WidthImportance, kept_share, select
 from model.config import ModelConfig, ModelError
@@ -66,6 +67,17 @@ def share_budget(
 ) -> Budget:
     """At most `share` of what the parent costs."""
     return Budget(name, share * cost(parent), cost, field)
+
+
+def closed_budgets(parent: ModelConfig, config: CompressConfig) -> list[Budget]:
+    """The budgets that nothing needs to be measured for."""
+    memory = config.memory
+    budgets = [share_budget("memory (bytes)", memory.budget_fraction, lambda model: costs.memory(model, memory).total,
+                            parent, "compress.memory.budget_fraction")]
+    if config.parameters_fraction is not None:
+        budgets.append(share_budget("parameters", config.parameters_fraction, costs.parameters, parent,
+                                    "compress.parameters_fraction"))
+    return budgets
 
 
 class Candidate(NamedTuple):

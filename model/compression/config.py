@@ -40,6 +40,7 @@ class CompressConfig(Section):
         ffn_score: of a neuron, over the batch, then over the sequence (`model.compression.width_importance`).
         parameters_fraction: of the parent's, a further limit.
         precision: of distillation, of teacher and student; on a CPU `bf16` means float32, which is faster there.
+        recompute: in place of `pretrain.recompute`, for distillation, where a teacher takes memory too; null: the same.
         random_draws: cuts of the chosen shape at random that are compared without distillation.
     """
 
@@ -68,6 +69,7 @@ class CompressConfig(Section):
     global_batch_size: int = Field(ge=1)            # sequences a step
     micro_batch_size: int = Field(ge=1)             # of them at once
     checkpoint_every: int = Field(ge=1)             # steps
+    recompute: str | None = Field(default=None, pattern=r"^[M*\-]*$")
 
     @model_validator(mode="after")
     def rounds_narrow(self) -> CompressConfig:

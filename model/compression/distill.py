@@ -37,6 +37,7 @@ def recipe_of(config: CompressConfig, pretrain: PretrainConfig, tokens: int, seq
     batch = config.global_batch_size * sequence_length
     return pretrain.model_copy(update={
         "tokens": math.ceil(tokens / batch) * batch, "decay_style": "cosine", "decay_fraction": None,
+        "recompute": pretrain.recompute if config.recompute is None else config.recompute,
         "evaluations": 1, "cuda_graph": False, "fp8_statistics": False, "check_kernels": False,
         **config.model_dump(include={"global_batch_size", "micro_batch_size", "learning_rate", "min_learning_rate",
                                      "warmup_fraction", "checkpoint_every"}),

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from model import checkpoint, costs
 from model.compression import continuation
-from model.compression.candidates import Budget, Candidate, make_candidate, maximal_cells, share_budget
+from model.compression.candidates import Budget, Candidate, closed_budgets, make_candidate, maximal_cells, share_budget
 from model.compression.comparison import Closeness, compare
 from model.compression.config import CompressConfig
 from model.compression.controls import random_selection, reverse_selection
@@ -32,6 +32,7 @@ from model.compression.distill import Distilled, School
 from model.compression.importance import layer_importance, mean_ranks, split_half_correlation
 from model.compression.latency import LatencyTable, measure_table, step_seconds
 from model.compression.layerwise import Layerwise, Mask
+from model.compression.plan import check
 from model.compression.prune import Selection, cut_checkpoint
 from model.compression.records import candidate_records, importance_record, ranking_record
 from model.compression.resume import ResultCache
@@ -149,6 +150,7 @@ class Funnel:
         self.parent, self.data, self.config, self.seed = parent, data, config, seed
         self.cache, self.progress, self.parallelism = cache, progress, parallelism
         self.config_of_parent, _ = checkpoint.read_description(parent)
+        check(self.config_of_parent, config, pretrain, parallelism, dist.get_world_size())
         self.scored_in: PrecisionName = "bf16" if device().type == "cuda" else "float32"
         self.precision: PrecisionName = "fp8" if config.precision == "fp8" else self.scored_in
         self.school = School(parent, data.training, tokens, config, pretrain, self.precision, seed, cache, parallelism,
@@ -224,12 +226,7 @@ class Funnel:
     def budgets(self) -> list[Budget]:
         """What a candidate may take."""
         config, parent = self.config, self.config_of_parent
-        memory = config.memory
-        budgets = [share_budget("memory (bytes)", memory.budget_fraction, lambda c: costs.memory(c, memory).total,
-                                parent, "compress.memory.budget_fraction")]
-        if config.parameters_fraction is not None:
-            budgets.append(share_budget("parameters", config.parameters_fraction, costs.parameters, parent,
-                                        "compress.parameters_fraction"))
+        budgets = closed_budgets(parent, config)
         if self.table and config.latency and config.latency.budget_fraction is not None:
             budgets.append(share_budget("decode step (seconds)", config.latency.budget_fraction, self.table.seconds,
                                         parent, "compress.latency.budget_fraction"))

@@ -36,11 +36,11 @@ def uses_distributed_optimizer(recipe: PretrainConfig) -> bool:
 
 
 def data_parallel(recipe: PretrainConfig, model: Any, replicas: int) -> DistributedDataParallel:
-    """`model` with FP32 gradients that travel between `replicas` while the backward goes on, and weights that the
+    """`model` with gradients that travel between `replicas` while the backward goes on, and weights that the
     distributed optimizer spreads while the forward does: `gather_weights` before they are read elsewhere."""
     spread, overlaps = uses_distributed_optimizer(recipe), recipe.overlaps_gradients(replicas)
     ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=spread, overlap_grad_reduce=overlaps,
+        grad_reduce_in_fp32=recipe.grad_reduce_in_fp32, use_distributed_optimizer=spread, overlap_grad_reduce=overlaps,
         overlap_param_gather=spread and overlaps,
     ), model)
     if overlaps:                # as Megatron's own loop: nothing leaves before the last micro-batch

@@ -1,4 +1,5 @@
-"""What a training run will take before it is started: memory of a GPU by part, time of a step, days, GPU-hours.
+"""What a training run or a distillation will take before it is started: memory of a GPU by part, time of a step, days,
+GPU-hours.
 
 Closed forms over `model.config` and a layout. Memory counts what the trainer holds: every tensor that the layers of
 `model.megatron.spec` keep for the backward, by its shape and type. Time adds, for every operation, the larger of what
@@ -9,7 +10,7 @@ holds both against measured runs.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import NamedTuple
 
@@ -54,6 +55,15 @@ MACHINES = {
     "h200": Machine("H200 SXM", 139.8 * GIB, bf16=720e12, fp8=1300e12, copy=4.2e12),
 }
 
+
+def machine_here() -> Machine:
+    """This process's GPU: its memory, and the rates of the kind that it is of, of an H100 where that is not known."""
+    import torch
+
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return replace(MACHINES["h200" if "H200" in found.name else "h100"], name=found.name, memory=found.total_memory)
+
+
 # Share of the copy's rate that kernels reach, forward and backward together (docs/results/kernels-h200.md).
 STREAMING = 0.8
 CONVOLUTION = 0.6
@@ -61,14 +71,23 @@ ATTENTION, ATTENTION_HEAD = 0.65, 128    # of the BF16 rate, cuDNN, heads of 128
 # Seconds a token and inner channel of the scan take where a copy runs at 4.17 TB/s and a state is 128 wide.
 SCAN_SECONDS, SCAN_COPY, SCAN_STATE = 1.27e-3 / 8192 / 8192, 4.17e12, 128
 BACKWARD = 2 / 3                # of a micro-batch's time
+FORWARD_TRIPS = 2               # a layer's gather and scatter, or its all-reduce
 # A product whose smallest size is s runs at s / (s + RAMP) of the rate.
 RAMP = 100
+# Bytes a logit of the loss, forward and backward, with all of the vocabulary and where tensor ranks each have a part
+# (there in FP32, pass by pass). Of a divergence (`training.distillation`) they are those of both models' logits.
+LOSS_BYTES, KL_BYTES = (6, 30), (14, 150)
 # Megatron sends gradients in buckets of so many weights, or so many times the replicas where that is more.
 BUCKET, BUCKET_A_REPLICA = 40e6, 1e6
 
 
 class Layout(NamedTuple):
-    """How a model lies on GPUs; what is not tensor or pipeline parallel is data parallel."""
+    """How a model lies on GPUs; what is not tensor or pipeline parallel is data parallel.
+
+    Attributes:
+        tensor_overlap, fp8_weights: of NVIDIA's setup (`nvidia_setup`), not of this trainer: tensor ranks exchange
+            pieces while products run (user buffers); weights of FP8 layers exist in FP8 alone.
+    """
 
     processes: int = 1
     tensor: int = 1
@@ -77,11 +96,17 @@ class Layout(NamedTuple):
     distributed_optimizer: bool = False
     micro_batch_size: int = 1
     recompute: str = ""
+    tensor_overlap: bool = False
+    fp8_weights: bool = False
 
     @property
     def data(self) -> int:
         """Data-parallel copies."""
         return self.processes // (self.tensor * self.pipeline)
+
+    def changes(self, other: Layout) -> int:
+        """How many settings differ."""
+        return sum(a != b for a, b in zip(self, other, strict=True))
 
     def __str__(self) -> str:
         return (f"tensor {self.tensor}{' + sequence' if self.sequence else ''}, pipeline {self.pipeline}, "
@@ -95,12 +120,13 @@ class TrainingMemory(NamedTuple):
 
     weights: float              # BF16
     fp8_copies: float           # of weights, each in two orders
-    gradients: float            # FP32
+    gradients: float            # FP32, or BF16
     optimizer: float            # master weights and two moments, FP32
     activations: float
     logits: float               # and what the loss keeps of them
     workspace: float            # of the backward: gradients on their way, one layer recomputed
     reserved: float
+    teacher: float = 0.0        # of a distillation: its weights, logits and hidden states on their way
 
     @property
     def allocated(self) -> float:
@@ -122,6 +148,7 @@ class Time(NamedTuple):
     tensor_parallel: float      # what travels within a layer
     pipeline: float             # stages that wait, and what travels between them
     data_parallel: float        # gradients and weights between replicas, as far as they are waited for
+    teacher: float = 0.0        # of a distillation: its forward pass
 
     @property
     def total(self) -> float:
@@ -131,7 +158,7 @@ class Time(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run takes: bytes of a GPU, seconds of a step."""
+    """What a run takes: bytes of a GPU, seconds of a step. With a `teacher` it is a distillation."""
 
     config: ModelConfig
     recipe: PretrainConfig
@@ -140,6 +167,7 @@ class Plan:
     machine: Machine
     memory: TrainingMemory
     time: Time
+    teacher: ModelConfig | None = None
 
     @property
     def fits(self) -> bool:
@@ -168,32 +196,49 @@ class Plan:
         return rate / (self.layout.processes * self.machine.peak)
 
 
-def plan(config: ModelConfig, recipe: PretrainConfig, fp8: bool, layout: Layout, machine: Machine) -> Plan:
-    """Memory and time of `recipe` under `layout`.
+def plan(
+    config: ModelConfig, recipe: PretrainConfig, fp8: bool, layout: Layout, machine: Machine,
+    teacher: ModelConfig | None = None,
+) -> Plan:
+    """Memory and time of `recipe` under `layout`; with a `teacher` of its distillation.
 
     Raises:
         ModelError: sizes that the layout cannot split.
     """
-    _check(config, recipe, layout, machine)
-    return Plan(config, recipe, fp8, layout, machine, memory(config, recipe, fp8, layout, machine),
-                step_time(config, recipe, fp8, layout, machine))
+    for model in filter(None, (config, teacher)):
+        check_layout(model, layout, machine)
+    if recipe.global_batch_size % (layout.micro_batch_size * layout.data):
+        raise ModelError(
+            f"global_batch_size ({recipe.global_batch_size}) is not a multiple of micro_batch_size "
+            f"({layout.micro_batch_size}) x {layout.data} data-parallel replicas.\nChange one of them in "
+            f"{'compress' if teacher else 'pretrain'}, or runtime.launcher."
+        )
+    return Plan(config, recipe, fp8, layout, machine, memory(config, recipe, fp8, layout, machine, teacher),
+                step_time(config, recipe, fp8, layout, machine, teacher), teacher)
+
+
+def nvidia_setup(recipe: PretrainConfig, fp8: bool, layout: Layout) -> tuple[PretrainConfig, bool, Layout]:
+    """The same as NVIDIA's performance recipe of Nemotron-H-56B runs it (Megatron-Bridge, scripts/performance, 25.11):
+    user buffers, `fp8_param_gather`, `grad_reduce_in_fp32` off, no layer in BF16."""
+    changes = {"grad_reduce_in_fp32": False, "bf16_layers_at_start": 0, "bf16_layers_at_end": 0}
+    return recipe.model_copy(update=changes), fp8, layout._replace(tensor_overlap=True, fp8_weights=True)
 
 
 def nearest_that_fits(wanted: Plan) -> Plan | None:
     """Of the layouts of as many GPUs that fit, one with the fewest settings changed; of those, the fastest."""
     found = []
-    for layout in _alternatives(wanted.layout, len(wanted.config.pattern)):
+    for layout in alternatives(wanted.layout, len(wanted.config.pattern)):
         try:
-            other = plan(wanted.config, wanted.recipe, wanted.fp8, layout, wanted.machine)
+            other = plan(wanted.config, wanted.recipe, wanted.fp8, layout, wanted.machine, wanted.teacher)
         except ModelError:
             continue
         if other.fits:
-            changed = sum(a != b for a, b in zip(layout, wanted.layout, strict=True))
-            found.append((changed, other.time.total, other))
+            found.append((wanted.layout.changes(layout), other.time.total, other))
     return min(found, key=lambda entry: entry[:2])[2] if found else None
 
 
-def _alternatives(layout: Layout, layers: int) -> Iterator[Layout]:
+def alternatives(layout: Layout, layers: int) -> Iterator[Layout]:
+    """Layouts of as many GPUs for a model of `layers` layers; not all of them can be."""
     pipelines = [stages for stages in range(1, layers + 1) if layers % stages == 0]
     micro_batches = [size for size in range(1, layout.micro_batch_size + 1) if layout.micro_batch_size % size == 0]
     for tensor, pipeline, size, recompute in product((1, 2, 4, 8), pipelines, micro_batches, ("", "-", "M-", "M*-")):
@@ -203,7 +248,8 @@ def _alternatives(layout: Layout, layers: int) -> Iterator[Layout]:
             yield changed._replace(distributed_optimizer=layout.distributed_optimizer or changed.data > 1)
 
 
-def _check(config: ModelConfig, recipe: PretrainConfig, layout: Layout, machine: Machine) -> None:
+def check_layout(config: ModelConfig, layout: Layout, machine: Machine) -> None:
+    """Raise ModelError where `layout` cannot split the model."""
     from model.megatron.distributed import Parallelism
     from model.megatron.limits import check_split
 
@@ -214,38 +260,37 @@ def _check(config: ModelConfig, recipe: PretrainConfig, layout: Layout, machine:
         raise ModelError(f"tensor parallelism over {layout.tensor} GPUs leaves a node of {machine.gpus_per_node}.\n"
                          "Choose runtime.parallel.tensor within a node.")
     check_split(config, Parallelism(layout.tensor, layout.pipeline, layout.sequence))
-    if recipe.global_batch_size % (layout.micro_batch_size * layout.data):
-        raise ModelError(
-            f"pretrain.global_batch_size ({recipe.global_batch_size}) is not a multiple of micro_batch_size "
-            f"({layout.micro_batch_size}) x {layout.data} data-parallel replicas.\nChange one of them."
-        )
 
 
 # memory
 
-def memory(config: ModelConfig, recipe: PretrainConfig, fp8: bool, layout: Layout, machine: Machine) -> TrainingMemory:
+def memory(
+    config: ModelConfig, recipe: PretrainConfig, fp8: bool, layout: Layout, machine: Machine,
+    teacher: ModelConfig | None = None,
+) -> TrainingMemory:
     """Bytes on the fullest pipeline stage."""
-    return max((_stage_memory(config, recipe, fp8, layout, machine, stage) for stage in {0, layout.pipeline - 1}),
-               key=lambda memory: memory.total)
+    return max((_stage_memory(config, recipe, fp8, layout, machine, teacher, stage)
+                for stage in {0, layout.pipeline - 1}), key=lambda memory: memory.total)
 
 
 def _stage_memory(
-    config: ModelConfig, recipe: PretrainConfig, fp8: bool, layout: Layout, machine: Machine, stage: int
+    config: ModelConfig, recipe: PretrainConfig, fp8: bool, layout: Layout, machine: Machine,
+    teacher: ModelConfig | None, stage: int,
 ) -> TrainingMemory:
     tokens = layout.micro_batch_size * config.sequence_length
     share = layout.tensor if layout.sequence else 1
-    first, last = stage == 0, stage == layout.pipeline - 1
+    last = stage == layout.pipeline - 1
     layers = _stage_layers(config, recipe, fp8, layout, stage)
     table = config.vocab_size * config.hidden_size / layout.tensor
-    held = sum(layer_parameters(config, symbol) for symbol, _ in layers) / layout.tensor
-    held += table * (first + last) + (config.hidden_size if last else 0)
-    quantized = sum(layer_parameters(config, symbol) for symbol, in_fp8 in layers if in_fp8) / layout.tensor
+    held, quantized = held_parameters(config, recipe, fp8, layout, stage)
     kept = [tokens * kept_bytes(config, symbol, in_fp8, layout) for symbol, in_fp8 in layers]
     residual = tokens * config.hidden_size * BF16 / share
     activations = sum(residual if symbol in layout.recompute else size
                       for (symbol, _), size in zip(layers, kept, strict=True))
     steps_ahead = min(layout.pipeline - stage, recipe.global_batch_size // (layout.micro_batch_size * layout.data))
-    logits = tokens * config.vocab_size / layout.tensor * (BF16 if layout.tensor == 1 else BF16 + FP32)
+    # Cross-entropy split over tensor ranks keeps an FP32 softmax; a divergence its gradient, in BF16.
+    logits = tokens * config.vocab_size / layout.tensor * (
+        2 * BF16 if teacher else BF16 if layout.tensor == 1 else BF16 + FP32)
     recomputed = max((size for (symbol, _), size in zip(layers, kept, strict=True) if symbol in layout.recompute),
                      default=0)
     # The backward of the head, while logits are there; or that of a layer, when they are gone.
@@ -253,15 +298,51 @@ def _stage_memory(
     of_layers = max(tokens * backward_bytes(config, symbol, layout) + layer_parameters(config, symbol) / layout.tensor
                     * BF16 for symbol in {symbol for symbol, _ in layers}) + recomputed
     return TrainingMemory(
-        weights=held * BF16,
+        weights=(held - quantized * layout.fp8_weights) * BF16,
         fp8_copies=quantized * 2 * FP8,
-        gradients=held * FP32,
+        gradients=held * (FP32 if recipe.grad_reduce_in_fp32 else BF16),
         optimizer=held * 3 * FP32 / (layout.data if layout.distributed_optimizer else 1),
         activations=activations * steps_ahead + (2 * residual if last else 0),     # the final norm's
         logits=logits if last else 0,
         workspace=max(of_head, of_layers) - (logits if last else 0),
         reserved=machine.reserved if layout.processes > 1 else machine.reserved / 2,
+        teacher=_teacher_memory(config, teacher, recipe, fp8, layout, stage, steps_ahead) if teacher else 0.0,
     )
+
+
+def _teacher_memory(
+    student: ModelConfig, teacher: ModelConfig, recipe: PretrainConfig, fp8: bool, layout: Layout, stage: int,
+    steps_ahead: int,
+) -> float:
+    """BF16 weights, FP8 copies in one order (no backward needs the other), logits; between pipeline stages what came
+    in, both models' hidden states in one tensor, stays until the backward beside the student's own copy."""
+    tokens = layout.micro_batch_size * teacher.sequence_length
+    held, quantized = held_parameters(teacher, recipe, fp8, layout, stage)
+    size = held * BF16 + quantized * FP8
+    if stage == layout.pipeline - 1:
+        size += tokens * teacher.vocab_size / layout.tensor * BF16
+    if stage > 0:
+        size += steps_ahead * tokens * (student.hidden_size + teacher.hidden_size) * BF16 / (
+            layout.tensor if layout.sequence else 1)
+    return size + forward_bytes(teacher, layout)
+
+
+def held_parameters(
+    config: ModelConfig, recipe: PretrainConfig, fp8: bool, layout: Layout, stage: int
+) -> tuple[float, float]:
+    """Parameters that a GPU of a pipeline stage holds, and how many of them are of layers in FP8."""
+    first, last = stage == 0, stage == layout.pipeline - 1
+    layers = _stage_layers(config, recipe, fp8, layout, stage)
+    sizes = [(layer_parameters(config, symbol) / layout.tensor, in_fp8) for symbol, in_fp8 in layers]
+    ends = config.vocab_size * config.hidden_size / layout.tensor * (first + last)
+    return (sum(size for size, _ in sizes) + ends + (config.hidden_size if last else 0),
+            sum(size for size, in_fp8 in sizes if in_fp8))
+
+
+def forward_bytes(config: ModelConfig, layout: Layout) -> float:
+    """What the largest layer makes of a micro-batch without gradients, at most: what it would keep for them."""
+    tokens = layout.micro_batch_size * config.sequence_length
+    return max(tokens * kept_bytes(config, symbol, False, layout) for symbol in set(config.pattern))
 
 
 def _stage_layers(
@@ -312,34 +393,41 @@ def backward_bytes(config: ModelConfig, symbol: str, layout: Layout) -> float:
 
 # time
 
-def step_time(config: ModelConfig, recipe: PretrainConfig, fp8: bool, layout: Layout, machine: Machine) -> Time:
+def step_time(
+    config: ModelConfig, recipe: PretrainConfig, fp8: bool, layout: Layout, machine: Machine,
+    teacher: ModelConfig | None = None,
+) -> Time:
     """Seconds of a step. Between replicas gradients travel while the last micro-batch's backward goes on, but for the
     last bucket, and weights while the first's forward does, but for the first; nothing else overlaps: that is how the
     trainer runs."""
     tokens = layout.micro_batch_size * config.sequence_length
     micro_batches = recipe.global_batch_size // (layout.micro_batch_size * layout.data)
     held = parameters(config) / layout.tensor / layout.pipeline
-    stages = [_stage_layers(config, recipe, fp8, layout, stage) for stage in range(layout.pipeline)]
-    layers = max(sum(_layer_seconds(config, symbol, in_fp8, tokens, layout, machine) for symbol, in_fp8 in stage)
-                 for stage in stages)
-    if not recipe.cuda_graph:
-        layers = max(layers, machine.launch_seconds * len(stages[0]))
+    layers = _layers_seconds(config, recipe, fp8, layout, machine)
     head = _product_seconds(tokens, config.hidden_size, config.vocab_size / layout.tensor, False, machine)
-    head += _stream_seconds(tokens * config.vocab_size / layout.tensor * (6 if layout.tensor == 1 else 30), machine)
-    accumulate = _stream_seconds(12 * held, machine)        # a BF16 gradient written, read, added to FP32
+    loss = (KL_BYTES if teacher else LOSS_BYTES)[layout.tensor > 1]
+    head += stream_seconds(tokens * config.vocab_size / layout.tensor * loss, machine)
+    gradient = FP32 if recipe.grad_reduce_in_fp32 else BF16
+    accumulate = stream_seconds((2 * BF16 + 2 * gradient) * held, machine)     # written, read, added up
     optimizer = held / (layout.data if layout.distributed_optimizer else 1)
-    update = _stream_seconds(4 * held + 46 * optimizer, machine)
-    travels = tokens * config.hidden_size * BF16 * (layout.tensor - 1) / layout.tensor
+    update = stream_seconds(gradient * held + 46 * optimizer, machine)
     trips = 5 if layout.sequence else 4                     # gathers and scatters of a layer, forward and backward
-    tensor_parallel = trips * travels * len(stages[0]) / machine.link
-    one = layers + head / layout.pipeline + accumulate + tensor_parallel
+    tensor_parallel = _tensor_seconds(config, trips, layout, machine)
+    if layout.tensor_overlap:       # a ring in as many pieces as ranks: one piece has no product beside it
+        tensor_parallel = max(tensor_parallel - layers, tensor_parallel / layout.tensor)
+    watching = 0.0
+    if teacher:
+        watching = forward_seconds(teacher, recipe, fp8, layout, machine)
+        watching += head_seconds(teacher, layout, machine) / layout.pipeline
+    one = layers + head / layout.pipeline + accumulate + tensor_parallel + watching
     inside = layout.processes <= machine.gpus_per_node
     wire = machine.link if inside else machine.network
-    between = 2 * tokens * config.hidden_size * BF16 / (layout.tensor if layout.sequence else 1) / wire
+    width = config.hidden_size + (teacher.hidden_size if teacher else 0)
+    between = 2 * tokens * width * BF16 / (layout.tensor if layout.sequence else 1) / wire
     waiting = (layout.pipeline - 1) * (one + between) + (micro_batches * between if layout.pipeline > 1 else 0)
     replica = (layout.data - 1) / layout.data * held
-    gradients = replica * (FP32 if layout.distributed_optimizer else 2 * FP32) / wire
-    weights = replica * (BF16 if layout.distributed_optimizer else 0) / wire
+    gradients = replica * gradient * (1 if layout.distributed_optimizer else 2) / wire
+    weights = replica * (FP8 if layout.fp8_weights else BF16) * layout.distributed_optimizer / wire
     if recipe.overlaps_gradients(layout.data):
         bucket = min(1.0, max(BUCKET, BUCKET_A_REPLICA * layout.data) / held)
         micro_batch = layers + head / layout.pipeline + tensor_parallel
@@ -348,8 +436,66 @@ def step_time(config: ModelConfig, recipe: PretrainConfig, fp8: bool, layout: La
     return Time(
         layers=micro_batches * layers, head=micro_batches * head / layout.pipeline,
         update=micro_batches * accumulate + update, tensor_parallel=micro_batches * tensor_parallel, pipeline=waiting,
-        data_parallel=gradients + weights,
+        data_parallel=gradients + weights, teacher=micro_batches * watching,
     )
+
+
+def forward_seconds(
+    config: ModelConfig, recipe: PretrainConfig, fp8: bool, layout: Layout, machine: Machine
+) -> float:
+    """Of a micro-batch's forward pass through the slowest pipeline stage, what travels within its layers included."""
+    layers = _layers_seconds(config, recipe, fp8, layout._replace(recompute=""), machine)
+    return (1 - BACKWARD) * layers + _tensor_seconds(config, FORWARD_TRIPS, layout, machine)
+
+
+def head_seconds(config: ModelConfig, layout: Layout, machine: Machine) -> float:
+    """Of a micro-batch's logits."""
+    tokens = layout.micro_batch_size * config.sequence_length
+    return _product_seconds(tokens, config.hidden_size, config.vocab_size / layout.tensor, False, machine) / 3
+
+
+def inference_seconds(config: ModelConfig, tokens: float, machine: Machine) -> float:
+    """Of forward passes in BF16 over `tokens` tokens on one GPU, in full sequences, logits of all of them."""
+    alone = PretrainConfig.model_construct(bf16_layers_at_start=0, bf16_layers_at_end=0, cuda_graph=False)
+    one = forward_seconds(config, alone, False, Layout(), machine) + head_seconds(config, Layout(), machine)
+    return tokens / config.sequence_length * one
+
+
+def check_inference(config: ModelConfig) -> None:
+    """Raise ModelError where the model does not fit this process's GPU; without one nothing is known."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return
+    machine, needed = machine_here(), inference_memory(config, machine_here())
+    if needed > machine.memory:
+        raise ModelError(
+            f"{parameters(config) / 1e9:.1f} billion parameters in BF16 take {needed / GIB:.1f} GiB, this "
+            f"{machine.name} has {machine.memory / GIB:.1f}.\nTake a larger GPU, or leave the model out of `models`."
+        )
+
+
+def inference_memory(config: ModelConfig, machine: Machine) -> float:
+    """Bytes of a model in BF16 on one GPU that reads a sequence; logits are made only where they are asked for."""
+    return parameters(config) * BF16 + forward_bytes(config, Layout()) + machine.reserved / 2
+
+
+def _layers_seconds(
+    config: ModelConfig, recipe: PretrainConfig, fp8: bool, layout: Layout, machine: Machine
+) -> float:
+    """Forward and backward of a micro-batch through the slowest pipeline stage."""
+    tokens = layout.micro_batch_size * config.sequence_length
+    stages = [_stage_layers(config, recipe, fp8, layout, stage) for stage in range(layout.pipeline)]
+    seconds = max(sum(_layer_seconds(config, symbol, in_fp8, tokens, layout, machine) for symbol, in_fp8 in stage)
+                  for stage in stages)
+    return seconds if recipe.cuda_graph else max(seconds, machine.launch_seconds * len(stages[0]))
+
+
+def _tensor_seconds(config: ModelConfig, trips: int, layout: Layout, machine: Machine) -> float:
+    """What travels `trips` times within every layer of a stage."""
+    tokens = layout.micro_batch_size * config.sequence_length
+    travels = tokens * config.hidden_size * BF16 * (layout.tensor - 1) / layout.tensor
+    return trips * travels * len(config.pattern) / layout.pipeline / machine.link
 
 
 def _layer_seconds(
@@ -359,13 +505,13 @@ def _layer_seconds(
     split, hidden = layout.tensor, config.hidden_size
     share = layout.tensor if layout.sequence else 1
     # norm 10 bytes an element, residual additions 12
-    seconds = _stream_seconds(22 * tokens * hidden / share, machine)
+    seconds = stream_seconds(22 * tokens * hidden / share, machine)
     if symbol == "M":
         inner = config.mamba_inner_size / split
         seconds += _product_seconds(tokens, hidden, config.in_proj_size / split, fp8, machine)
         seconds += _product_seconds(tokens, inner, hidden, fp8, machine)
         seconds += 10 * tokens * config.conv_channels / split / (CONVOLUTION * machine.copy)
-        seconds += _stream_seconds(16 * tokens * inner, machine)                        # gated norm
+        seconds += stream_seconds(16 * tokens * inner, machine)                        # gated norm
         width = 0.5 + 0.5 * config.mamba_state_dim / SCAN_STATE
         seconds += SCAN_SECONDS * tokens * inner * width * SCAN_COPY / machine.copy
     elif symbol == "*":
@@ -377,13 +523,13 @@ def _layer_seconds(
         seconds += 7 * tokens * config.sequence_length * attention / rate
         # queries, keys and values are split, transposed, joined again; RoPE is some ten elementwise operations
         heads = attention + config.kv_size / split
-        seconds += _stream_seconds(tokens * (24 * (heads + config.kv_size / split)
+        seconds += stream_seconds(tokens * (24 * (heads + config.kv_size / split)
                                              + (50 * heads if config.position_embedding == "rope" else 0)), machine)
     else:
         ffn = config.ffn_hidden_size / split
         seconds += _product_seconds(tokens, hidden, ffn, fp8, machine)
         seconds += _product_seconds(tokens, ffn, hidden, fp8, machine)
-        seconds += _stream_seconds((4 if fp8 else 10) * tokens * ffn, machine)         # activation
+        seconds += stream_seconds((4 if fp8 else 10) * tokens * ffn, machine)         # activation
     return seconds * (4 / 3 if symbol in layout.recompute else 1)
 
 
@@ -393,9 +539,10 @@ def _product_seconds(rows: float, inner: float, columns: float, fp8: bool, machi
     rate = (machine.fp8 if fp8 else machine.bf16) * smallest / (smallest + RAMP)
     seconds = 6 * rows * inner * columns / rate
     if fp8:         # each tensor read twice, for its maximum and to be cast, and written in two orders
-        seconds += _stream_seconds(6 * (rows * inner + rows * columns + inner * columns), machine)
+        seconds += stream_seconds(6 * (rows * inner + rows * columns + inner * columns), machine)
     return seconds
 
 
-def _stream_seconds(size: float, machine: Machine) -> float:
+def stream_seconds(size: float, machine: Machine) -> float:
+    """Of `size` bytes read and written by a kernel that does little else."""
     return size / (STREAMING * machine.copy)

@@ -186,6 +186,18 @@ def test_weights_travel_while_the_forward_goes_on(tokens, tmp_path):
     assert losses(spread) == pytest.approx(losses(whole), rel=1e-6)
 
 
+@pytest.mark.parametrize("spread", [False, True])
+def test_gradients_in_bf16_train_alike(tokens, tmp_path, spread):
+    """Added up over two micro-batches and two replicas: not to the bit."""
+    jobs = [{"tokens": str(tokens), "out": str(tmp_path / f"out-{exact}"), "parallelism": {}, "precision": "bf16",
+             "scratch": str(tmp_path / f"scratch-{exact}"), "micro_batch_size": 1, "grad_reduce_in_fp32": exact,
+             "distributed_optimizer": spread} for exact in (True, False)]
+    exact, rounded = run_processes(2, jobs, tmp_path)
+    norms = [[row["grad_norm"] for row in result["training"]] for result in (exact, rounded)]
+    assert norms[1] != norms[0] and norms[1] == pytest.approx(norms[0], rel=0.05)
+    assert losses(rounded) == pytest.approx(losses(exact), rel=1e-2)
+
+
 def test_a_state_of_the_other_optimizer_is_refused(tokens, unbroken, tmp_path):
     """Its master weights stand under other names: Megatron would end with all of them in a KeyError."""
     shutil.copytree(unbroken["directory"] / "scratch", tmp_path / "scratch")
