@@ -1,8 +1,8 @@
 """Megatron's token files: `.bin` holds the ids of all documents end to end, `.idx` their lengths and places.
 
 The bytes are those of megatron.core.datasets.indexed_dataset (megatron-core 0.16.1), one sequence a document, written
-while the ids arrive and renamed when complete, the index last: where an index is, the file is whole. Files written
-apart become one by `merge`, which copies bytes and never holds the ids.
+while the ids arrive and renamed when complete, with their digests beside them. Files written apart become one by
+`merge`, which copies bytes and never holds the ids.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import BinaryIO
 import numpy as np
 
 from data_pipeline.config import DataError
+from durable import seal, sync
 
 MAGIC, VERSION = b"MMIDIDX\x00\x00", 1
 HEADER = struct.Struct("<9sQBQQ")       # magic, version, dtype code, sequences, documents + 1
@@ -73,8 +74,7 @@ class IndexedDatasetWriter:
         lengths = np.asarray(self.lengths, dtype=np.int32)
         with _partial(self.prefix, "idx").open("wb") as index:
             _write_index(index, self.dtype, lambda: iter([lengths]))
-        for suffix in ("bin", "idx"):
-            _partial(self.prefix, suffix).rename(_path(self.prefix, suffix))
+        _finish(self.prefix)
 
 
 def merge(parts: Sequence[Path], prefix: Path) -> int:
@@ -94,8 +94,7 @@ def merge(parts: Sequence[Path], prefix: Path) -> int:
                 shutil.copyfileobj(source, target, 1 << 24)
     with _partial(prefix, "idx").open("wb") as index:
         tokens = _write_index(index, dtype, lambda: (read_lengths(part)[1] for part in parts))
-    for suffix in ("bin", "idx"):
-        _partial(prefix, suffix).rename(_path(prefix, suffix))
+    _finish(prefix)
     return tokens
 
 
@@ -147,6 +146,18 @@ def read_lengths(prefix: Path) -> tuple[np.dtype, np.ndarray]:
                 return codes[code], lengths
             raise DataError(f"{ids}: its size is not what {index.name} says.\nRun the `tokenize` stage again.")
     raise DataError(f"{index}: not a Megatron index of uint16 or int32 ids.\nRun the `tokenize` stage again.")
+
+
+def is_there(prefix: Path) -> bool:
+    """Whether both files are."""
+    return all(_path(prefix, suffix).exists() for suffix in ("bin", "idx"))
+
+
+def _finish(prefix: Path) -> None:
+    for suffix in ("bin", "idx"):
+        sync(_partial(prefix, suffix))
+        _partial(prefix, suffix).rename(_path(prefix, suffix))
+        seal(_path(prefix, suffix))
 
 
 def _path(prefix: Path, suffix: str) -> Path:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from model.integrity import read_checked, write_checked
+from durable import read_checked, write_checked
 
 Value = TypeVar("Value")
 
