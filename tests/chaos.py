@@ -39,6 +39,7 @@ import psutil
 
 from flows.dvc_graph import DVC, ENVIRONMENT
 from stages import outputs
+from stages.common import DEPENDS
 from tests.archive import COMMAND, command_environment, reproduce, results, unpack
 
 AT_REST = 30                    # faults a round, before the command
@@ -46,7 +47,6 @@ ATTEMPTS = 5                    # at the same command; the first may be disturbe
 KILLED_MAY_LEAVE = 15.0         # seconds until processes that end by themselves have
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 BALLAST = "ballast"             # what fills a disk
-KEEPS = ("annotate", "curate", "tokenize", "pretrain@", "compress", "evaluate@")      # something to go on from
 PLACES: dict[str, tuple[str, ...]] = {          # where a file can be damaged: patterns below the archive
     "data": ("data/**/*",),
     "record": ("runs/**/*",),
@@ -57,10 +57,11 @@ PLACES: dict[str, tuple[str, ...]] = {          # where a file can be damaged: p
     "copy of dvc.lock": (".dvc/tmp/dvc.lock.whole",),
     "rwlock": (".dvc/tmp/rwlock",),
 }
-SCRATCH: dict[str, tuple[str, ...]] = {         # the same, of what a stage goes on from
+KEEPS = {"resume state": ("pretrain@", "compress", "evaluate@"), "scratch piece": ("annotate", "curate", "tokenize")}
+SCRATCH: dict[str, tuple[str, ...]] = {         # the same, of what these stages go on from
     "resume state": (".scratch/pretrain-*/resume/**/*", ".scratch/pretrain-*/*.csv", ".scratch/pretrain-*/index/*",
                      ".scratch/compress-*/*.pt", ".scratch/evaluate-*/*.json"),
-    "scratch piece": tuple(f".scratch/{stage}-*/**/*" for stage in ("annotate", "curate", "tokenize")),
+    "scratch piece": tuple(f".scratch/{stage}-*/**/*" for stage in KEEPS["scratch piece"]),
 }
 ROLES: dict[str, Callable[[str], bool]] = {
     "stage": lambda command: "-m stages." in command and "/bin/sh" not in command,
@@ -121,8 +122,12 @@ def write_over(path: Path, content: bytes, status: os.stat_result) -> None:
 
 
 def files(archive: Path, place: str) -> list[Path]:
-    found = [path for pattern in (PLACES | SCRATCH)[place] for path in archive.glob(pattern)]
-    return sorted(path for path in found if path.is_file() and path.stat().st_size and path.name != ".gitignore")
+    found = []
+    with contextlib.suppress(FileNotFoundError):            # a stage removes it meanwhile
+        for path in (path for pattern in (PLACES | SCRATCH)[place] for path in archive.glob(pattern)):
+            if path.is_file() and path.stat().st_size and path.name not in (".gitignore", DEPENDS):
+                found.append(path)
+    return sorted(found)
 
 
 def damage(archive: Path, random_: random.Random, place: str) -> Fault | None:
@@ -135,11 +140,11 @@ def damage(archive: Path, random_: random.Random, place: str) -> Fault | None:
     return Fault(f"{place}: {harm}", f"{path.relative_to(archive)} {how}")
 
 
-def forget(archive: Path, random_: random.Random) -> Fault | None:
-    """An output and DVC's copies of it are gone or damaged alike: its stage must run again."""
+def forget(archive: Path, random_: random.Random, place: str) -> Fault | None:
+    """An output and DVC's copies of it are gone: its stage, one that keeps something in `place`, must run again."""
     with contextlib.chdir(archive):
         outputs._cache.cache_clear()
-        stages = sorted({output.stage for output in outputs.recorded() if output.stage.startswith(KEEPS)})
+        stages = sorted({output.stage for output in outputs.recorded() if output.stage.startswith(KEEPS[place])})
         stage = random_.choice(stages or [""])
         output = random_.choice(outputs.of_stage(stage) if stage else [None])
         if output is None:
@@ -224,11 +229,11 @@ def strike(archive: Path, random_: random.Random, command: subprocess.Popen[byte
     return None
 
 
-def spoil(archive: Path, random_: random.Random, command: subprocess.Popen[bytes]) -> list[Fault]:
-    """Kill everything, in whatever way, soon after a stage has something to go on from, and damage that; nothing where
-    none ever has."""
+def spoil(archive: Path, random_: random.Random, command: subprocess.Popen[bytes], aim: str) -> list[Fault]:
+    """Kill everything, in whatever way, soon after a stage keeps something in the place `aim`, and damage what there is
+    to go on from; nothing where none ever does."""
     while command.poll() is None:
-        if any(files(archive, place) for place in SCRATCH):
+        if files(archive, aim):
             time.sleep(random_.choice((0, 0.1, 1, 3)))
             number, victims = random_.choice(SIGNALS), processes(archive)
             for process in victims:
@@ -237,7 +242,7 @@ def spoil(archive: Path, random_: random.Random, command: subprocess.Popen[bytes
             command.wait(60)
             psutil.wait_procs(victims, 60)
             found = [damage(archive, random_, place) for place in SCRATCH for _ in range(random_.choice((1, 2, 3)))]
-            return [Fault(f"{number.name} of all", "once there is something to go on from"), *filter(None, found)]
+            return [Fault(f"{number.name} of all", f"once there is a {aim}"), *filter(None, found)]
         time.sleep(0.003)
     return []
 
@@ -270,14 +275,15 @@ class Round(NamedTuple):
 
 def one_round(archive: Path, expected: dict[str, object], random_: random.Random, command_line: list[str]) -> Round:
     started, log = time.monotonic(), archive / "chaos.log"
-    chosen = [forget(archive, random_)]
+    aim = random_.choice(list(SCRATCH))
+    chosen = [forget(archive, random_, aim)]
     chosen += [damage(archive, random_, random_.choice(list(PLACES))) for _ in range(AT_REST)]
     faults = [fault for fault in chosen if fault]
     status, said = -1, ""
     for attempt in range(ATTEMPTS):
         command = run(archive, log, command_line)
         if attempt == 0:
-            faults += spoil(archive, random_, command)
+            faults += spoil(archive, random_, command, aim)
         elif attempt == 1 and random_.random() < 0.7 and (fault := strike(archive, random_, command)):
             faults.append(fault)
         if (archive.parent / BALLAST).exists() and command.poll() is None:
