@@ -587,7 +587,11 @@ def _follow(log: Path, on_line: Callable[[str], None], ended: threading.Event) -
 
 
 def _last_words(log: str) -> str:
-    """What a failed stage said at the end, without the frames of a traceback; DVC's own line where it said nothing."""
-    lines = [line for line in log.splitlines() if line.strip()]
+    """What a failed stage said at the end, without progress and the frames of a traceback; or the signal that ended it;
+    or DVC's own line."""
+    if signalled := re.search(r"^ERROR: failed to reproduce .*, exited with -(\d+)$", log, re.MULTILINE):
+        number = signal.Signals(int(signalled[1]))
+        return f"ended by {number.name}" + (", most likely for want of memory." * (number == signal.SIGKILL) or ".")
+    lines = [line for line in log.splitlines() if line.strip() and not Progress.parse(line)]
     said = [line for line in lines if not line.startswith((" ", "Traceback (", "ERROR: failed to reproduce"))]
     return " ".join((said or lines)[-2:]) or "no output"
