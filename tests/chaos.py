@@ -32,6 +32,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -239,9 +240,11 @@ def spoil(archive: Path, random_: random.Random, command: subprocess.Popen[bytes
             for process in victims:
                 with contextlib.suppress(psutil.Error):
                     process.send_signal(number)
-            command.wait(60)
-            psutil.wait_procs(victims, 60)
-            found = [damage(archive, random_, place) for place in SCRATCH for _ in range(random_.choice((1, 2, 3)))]
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                command.wait(60)
+            _, alive = psutil.wait_procs([process for process in victims if process.pid != command.pid], 60)
+            found = [] if alive or command.poll() is None else [
+                damage(archive, random_, place) for place in SCRATCH for _ in range(random_.choice((1, 2, 3)))]
             return [Fault(f"{number.name} of all", f"once there is a {aim}"), *filter(None, found)]
         time.sleep(0.003)
     return []
@@ -263,7 +266,7 @@ PLAIN = ["/bin/sh", "-c", f"{sys.executable} -m flows.mend && {' '.join(DVC)} re
 def run(archive: Path, log: Path, command: list[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, cwd=archive, env=command_environment(archive) | ENVIRONMENT,
                             stdin=subprocess.DEVNULL, stdout=log.open("wb"), stderr=subprocess.STDOUT,
-                            start_new_session=True)
+                            start_new_session=True, preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))
 
 
 class Round(NamedTuple):

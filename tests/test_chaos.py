@@ -30,7 +30,7 @@ def test_what_a_stage_goes_on_from_is_damaged_when_nothing_runs(tmp_path: Path, 
     script = f"mkdir -p {piece.parent}; sleep 0.2; echo '{{\"loss\": 4.265}}' > {piece}; sleep 60"
     command = subprocess.Popen(["/bin/sh", "-c", script], cwd=tmp_path, start_new_session=True)
     killed, *damaged = chaos.spoil(tmp_path, random.Random(3), command, place)
-    assert killed.kind.endswith("of all") and command.poll() is not None and not chaos.processes(tmp_path)
+    assert killed.kind.endswith("of all") and command.poll() and not chaos.processes(tmp_path)
     assert damaged and all(fault.kind.startswith(f"{place}: ") for fault in damaged)
     assert not piece.exists() or piece.read_text() != '{"loss": 4.265}\n'
 
