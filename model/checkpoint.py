@@ -23,6 +23,7 @@ import torch.distributed.checkpoint as distributed_checkpoint
 from pydantic import ValidationError
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from model.config import ModelConfig, ModelError
@@ -77,7 +78,12 @@ def load_weights(directory: Path) -> tuple[ModelConfig, State, dict[str, Any]]:
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        distributed_checkpoint.load(stored, storage_reader=reader, no_dist=True)
+        try:
+            distributed_checkpoint.load(stored, storage_reader=reader, no_dist=True)
+        except CheckpointException as error:
+            why = next((failure for failure, _ in error.failures.values()), error)
+            raise ModelError(f"{directory}: its weights cannot be read ({type(why).__name__}: {str(why)[:200]}).\n"
+                             "Take a checkpoint that this project or Megatron wrote, whole.") from None
     for name, tensor in stored.items():
         check_finite(tensor, name, directory)
     state = to_hub(config, {name: tensor.float() for name, tensor in stored.items()})

@@ -225,6 +225,19 @@ def test_an_interrupted_cut_ends_the_same(annotated, curated, tmp_path):
     assert (tmp_path / "scratch" / "resumed").exists() and finished.stat().st_mtime_ns == written
 
 
+@pytest.mark.parametrize("harm", [
+    lambda content: content[: len(content) // 2], lambda content: b"",
+    lambda content: content[:200] + bytes(byte ^ 1 for byte in content[200:400]) + content[400:],
+])
+def test_a_damaged_annotated_shard_is_named(annotated, tmp_path, harm):
+    shutil.copytree(annotated, tmp_path / "annotated")
+    shard = sorted((tmp_path / "annotated").glob("part-*.parquet"))[-1]
+    shard.write_bytes(harm(shard.read_bytes()))
+    with pytest.raises(DataError, match=f"^annotated shard {shard.name}: .+\n.+ are kept") as error:
+        run(tmp_path / "annotated", curate_config(), tmp_path)
+    assert str(error.value).count("\n") == 1
+
+
 @pytest.mark.parametrize("file", ["cut-00000.json", "cut-00000-train.parquet", "cut-00000-heldout.parquet"])
 def test_a_damaged_cut_is_made_again(annotated, curated, tmp_path, capsys, file):
     run(annotated, curate_config(), tmp_path / "first")
