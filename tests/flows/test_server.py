@@ -156,7 +156,7 @@ def test_a_second_run_waits_and_a_cancelled_one_goes_on_when_it_is_tried_again(
                 ask(f"{url}/api/flow_runs/{first}/set_state", {"state": retry})
             wait_for(has_state(following, "Running"))
         history = repository / "history"
-        wait_for(lambda: re.search(r"second-left from [1-9]", history.read_text()))         # where the first had come to
+        wait_for(lambda: re.search(r"second-left from [1-9]", history.read_text()))     # where the first had come to
 
 
 def test_pages_that_end_before_their_server_answers_leave_none(repository: Path, environment: dict[str, str]) -> None:
