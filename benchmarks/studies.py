@@ -34,7 +34,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import shutil
 import sys
 import time
 import traceback
@@ -55,6 +54,7 @@ from torch import Tensor
 from benchmarks import data_quality, recall_study
 from benchmarks.data_quality import Blend, prepare, write
 from data_pipeline.tokenize.indexed_dataset import IndexedDatasetWriter
+from durable import new_directory
 from model import costs
 from model.checkpoint import load_weights
 from model.compression import funnel
@@ -274,11 +274,8 @@ def parents(scale: Scale, tokens: Path, scratch: Path) -> dict[str, Training]:
 
 
 def train_parent(task: Task) -> Figures:
-    partial = task.parent.with_name(f".{task.parent.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    figures = held_out_losses(task, trained(task, task.work, partial))
-    partial.rename(task.parent)
-    return figures
+    with new_directory(task.parent) as partial:
+        return held_out_losses(task, trained(task, task.work, partial))
 
 
 def positions(scale: Scale, tokens: Path, scratch: Path) -> dict[str, Training]:

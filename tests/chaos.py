@@ -60,8 +60,8 @@ PLACES: dict[str, tuple[str, ...]] = {          # where a file can be damaged: p
 }
 KEEPS = {"resume state": ("pretrain@", "compress", "evaluate@"), "scratch piece": ("annotate", "curate", "tokenize")}
 SCRATCH: dict[str, tuple[str, ...]] = {         # the same, of what these stages go on from
-    "resume state": (".scratch/pretrain-*/resume/**/*", ".scratch/pretrain-*/*.csv", ".scratch/pretrain-*/index/*",
-                     ".scratch/compress-*/*.pt", ".scratch/evaluate-*/*.json"),
+    "resume state": (".scratch/pretrain-*/resume/**/*", ".scratch/compress-*/*.pt", ".scratch/evaluate-*/*.json"),
+    "training's files": (".scratch/pretrain-*/*.csv", ".scratch/pretrain-*/index/*"),
     "scratch piece": tuple(f".scratch/{stage}-*/**/*" for stage in KEEPS["scratch piece"]),
 }
 ROLES: dict[str, Callable[[str], bool]] = {
@@ -235,7 +235,7 @@ def spoil(archive: Path, random_: random.Random, command: subprocess.Popen[bytes
     to go on from; nothing where none ever does."""
     while command.poll() is None:
         if files(archive, aim):
-            time.sleep(random_.choice((0, 0.1, 1, 3)))
+            time.sleep(random_.choice((0, 0.1, 1, 3, 8)))
             number, victims = random_.choice(SIGNALS), processes(archive)
             for process in victims:
                 with contextlib.suppress(psutil.Error):
@@ -278,7 +278,7 @@ class Round(NamedTuple):
 
 def one_round(archive: Path, expected: dict[str, object], random_: random.Random, command_line: list[str]) -> Round:
     started, log = time.monotonic(), archive / "chaos.log"
-    aim = random_.choice(list(SCRATCH))
+    aim = random_.choice(list(KEEPS))
     chosen = [forget(archive, random_, aim)]
     chosen += [damage(archive, random_, random_.choice(list(PLACES))) for _ in range(AT_REST)]
     faults = [fault for fault in chosen if fault]
