@@ -32,7 +32,7 @@ def test_what_a_stage_goes_on_from_is_damaged_when_nothing_runs(tmp_path: Path, 
     killed, *damaged = chaos.spoil(tmp_path, random.Random(3), command, place)
     assert killed.kind.endswith("of all") and command.poll() and not chaos.processes(tmp_path)
     assert damaged and all(fault.kind.startswith(f"{place}: ") for fault in damaged)
-    assert not piece.exists() or piece.read_text() != '{"loss": 4.265}\n'
+    assert not piece.exists() or piece.read_bytes() != b'{"loss": 4.265}\n'
 
 
 def test_nothing_is_damaged_where_a_stage_keeps_nothing(tmp_path: Path) -> None:
