@@ -58,7 +58,7 @@ PLACES: dict[str, tuple[str, ...]] = {          # where a file can be damaged: p
     "copy of dvc.lock": (".dvc/tmp/dvc.lock.whole",),
     "rwlock": (".dvc/tmp/rwlock",),
 }
-KEEPS = {"resume state": ("pretrain@", "compress", "evaluate@"), "scratch piece": ("annotate", "curate", "tokenize")}
+KEEPS = {"resume state": ("pretrain", "compress", "evaluate"), "scratch piece": ("annotate", "curate", "tokenize")}
 SCRATCH: dict[str, tuple[str, ...]] = {         # the same, of what these stages go on from
     "resume state": (".scratch/pretrain-*/resume/**/*", ".scratch/compress-*/*.pt", ".scratch/evaluate-*/*.json"),
     "training's files": (".scratch/pretrain-*/*.csv", ".scratch/pretrain-*/index/*"),
@@ -145,7 +145,8 @@ def forget(archive: Path, random_: random.Random, place: str) -> Fault | None:
     """An output and DVC's copies of it are gone: its stage, one that keeps something in `place`, must run again."""
     with contextlib.chdir(archive):
         outputs._cache.cache_clear()
-        stages = sorted({output.stage for output in outputs.recorded() if output.stage.startswith(KEEPS[place])})
+        stages = sorted({output.stage for output in outputs.recorded()
+                         if output.stage.partition("@")[0] in KEEPS[place]})
         stage = random_.choice(stages or [""])
         output = random_.choice(outputs.of_stage(stage) if stage else [None])
         if output is None:
