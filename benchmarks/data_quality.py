@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 from data_pipeline.config import Phase, TokenizeConfig
 from data_pipeline.tokenize.blend import blend
 from model.config import ModelConfig, PretrainConfig
-from stages.common import code_digest
+from stages.common import code_digest, write
 from stages.params import Params, load_params
 
 COMPARISONS = {"labels": ("top", "bottom"), "order": ("phased", "random")}      # the first should have fewer bits
@@ -122,12 +122,6 @@ def run(job: Job) -> Job:
     for directory in (scratch, out):
         shutil.rmtree(directory)
     return job
-
-
-def write(path: Path, content: Any) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.rename(path)
 
 
 def jobs(params: Params, tokens: Path, arms: Mapping[str, Blend], drawn: int, seeds: int) -> list[Job]:

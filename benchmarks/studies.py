@@ -35,7 +35,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import shutil
 import sys
 import time
 import traceback
@@ -56,6 +55,7 @@ from torch import Tensor
 from benchmarks import data_quality, recall_study
 from benchmarks.data_quality import Blend, prepare, write
 from data_pipeline.tokenize.indexed_dataset import IndexedDatasetWriter
+from durable import new_directory
 from model import costs
 from model.checkpoint import load_weights, read_description, save_weights
 from model.compression.comparison import Closeness, compare
@@ -275,11 +275,8 @@ def parents(scale: Scale, tokens: Path, scratch: Path) -> dict[str, Training]:
 
 
 def train_parent(task: Task) -> Figures:
-    partial = task.parent.with_name(f".{task.parent.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    figures = held_out_losses(task, trained(task, task.work, partial))
-    partial.rename(task.parent)
-    return figures
+    with new_directory(task.parent) as partial:
+        return held_out_losses(task, trained(task, task.work, partial))
 
 
 def positions(scale: Scale, tokens: Path, scratch: Path) -> dict[str, Training]:

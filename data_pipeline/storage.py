@@ -1,37 +1,39 @@
-"""Tables and arrays on disk between two passes over the shards, each written whole or not at all."""
+"""Tables and arrays on disk between two passes over the shards, each written whole, with its digest beside it."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from durable import replacing, seal, write
+
 
 def write_table(table: pa.Table, target: Path) -> None:
-    """Write `table` to the Parquet file `target`, whole or not at all."""
-    partial = target.with_suffix(".partial")
-    pq.write_table(table.replace_schema_metadata(), partial, compression="zstd")
-    partial.rename(target)
+    """Write `table` to the Parquet file `target`."""
+    with replacing(target) as partial:
+        pq.write_table(table.replace_schema_metadata(), partial, compression="zstd")
+    seal(target)
 
 
-def write_text(text: str, target: Path) -> None:
-    """Write `text` to `target`, whole or not at all."""
-    partial = target.with_suffix(".partial")
-    partial.write_text(text)
-    partial.rename(target)
+def write_json(value: Any, target: Path) -> None:
+    """Write plain values to `target`."""
+    write(target, json.dumps(value))
+    seal(target)
 
 
 def write_arrays(arrays: Mapping[str, np.ndarray], target: Path) -> None:
-    """Write `arrays` to the .npz file `target`, whole or not at all."""
-    partial = target.with_suffix(".partial")
-    with partial.open("wb") as stream:          # given a name, NumPy would add its own suffix
+    """Write `arrays` to the .npz file `target`."""
+    with replacing(target) as partial, partial.open("wb") as stream:    # given a name, NumPy would add its own suffix
         np.savez(stream, allow_pickle=False, **arrays)
-    partial.rename(target)
+    seal(target)
 
 
 def place(file: Path, target: Path) -> None:

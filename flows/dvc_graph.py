@@ -42,6 +42,7 @@ import psutil
 import yaml
 from ruamel.yaml import YAML
 
+import durable
 from flows import PREFECT_HOME, SOCKS
 from stages import outputs
 from stages.common import die_with_parent, gpu_names
@@ -141,17 +142,7 @@ def keep_lock() -> None:
     """Copy dvc.lock aside, if it is whole: another stage may be writing it."""
     content = LOCK.read_bytes() if LOCK.exists() else b""
     if _is_whole(content):
-        _replace(LOCK_COPY, content)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file whole, to the disk, or not at all."""
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+        durable.write(LOCK_COPY, content)
 
 
 def mend_lock() -> str | None:
@@ -165,7 +156,7 @@ def mend_lock() -> str | None:
     if not _is_whole(kept):
         LOCK.unlink()
         return "dvc.lock was cut short and no copy is kept: removed, every stage is looked at anew."
-    _replace(LOCK, kept)
+    durable.write(LOCK, kept)
     return "dvc.lock was cut short: put back as after the last stage that ended before."
 
 
@@ -341,7 +332,7 @@ def busy() -> dict[int, str]:
     live = {"write": write, "read": {path: holders for path, holders in read.items() if holders}}
     live = {kind: entries for kind, entries in live.items() if entries}
     if live != lock:
-        _replace(RWLOCK, json.dumps(live).encode())
+        durable.write(RWLOCK, json.dumps(live).encode())
     return holders
 
 
@@ -596,7 +587,11 @@ def _follow(log: Path, on_line: Callable[[str], None], ended: threading.Event) -
 
 
 def _last_words(log: str) -> str:
-    """What a failed stage said at the end, without the frames of a traceback; DVC's own line where it said nothing."""
-    lines = [line for line in log.splitlines() if line.strip()]
+    """What a failed stage said at the end, without progress and the frames of a traceback; or the signal that ended it;
+    or DVC's own line."""
+    if signalled := re.search(r"^ERROR: failed to reproduce .*, exited with -(\d+)$", log, re.MULTILINE):
+        number = signal.Signals(int(signalled[1]))
+        return f"ended by {number.name}" + (", most likely for want of memory." * (number == signal.SIGKILL) or ".")
+    lines = [line for line in log.splitlines() if line.strip() and not Progress.parse(line)]
     said = [line for line in lines if not line.startswith((" ", "Traceback (", "ERROR: failed to reproduce"))]
     return " ".join((said or lines)[-2:]) or "no output"

@@ -20,6 +20,7 @@ from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import RoundTripRepresenter
 
+from durable import replacing
 from stages.params import ParamsError, load_params
 
 PROFILES = Path("profiles")
@@ -87,14 +88,12 @@ def apply(name: str, target: Path = Path("params.yaml")) -> None:
     text = resolve(name)
     if target.exists() and target.read_text() == text:
         return
-    partial = target.with_name(f".{target.name}.partial")
-    partial.write_text(text)
-    try:
-        load_params(partial)
-    except ParamsError as error:
-        partial.unlink()
-        raise ParamsError(str(error).replace(str(partial), f"profiles/{name}.yaml")) from None
-    partial.replace(target)
+    with replacing(target) as partial:
+        partial.write_text(text)
+        try:
+            load_params(partial)
+        except ParamsError as error:
+            raise ParamsError(str(error).replace(str(partial), f"profiles/{name}.yaml")) from None
 
 
 def main() -> None:

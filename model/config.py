@@ -6,13 +6,16 @@ Figure 2). The Transformer baseline is the same thing with the pattern `*-*-...`
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class ModelError(ValueError):
     """A model, checkpoint or recipe that cannot be used here. Its text is two lines: what is wrong, what to do."""
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -150,7 +153,7 @@ class PretrainConfig(Section):
     decay_style: Literal["cosine", "minus_sqrt"]
     decay_fraction: float | None = Field(default=None, gt=0, le=1)
     weight_decay: float = Field(ge=0)
-    adam_betas: tuple[float, float]
+    adam_betas: tuple[Beta, Beta]
     clip_grad: float = Field(gt=0)
     bf16_layers_at_start: int = Field(ge=0)
     bf16_layers_at_end: int = Field(ge=0)

@@ -5,24 +5,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
+from durable import sha256, sync, write
 from model.config import ModelError
 
 SUMS = "SHA256SUMS"
 WEIGHTS = (".distcp", ".safetensors")       # which must be listed
-
-
-def sha256(path: Path) -> str:
-    """The hexadecimal digest of a file, which by then is on the disk and not in the system's memory alone."""
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_sums(directory: Path, known: Mapping[str, str] | None = None, files: str = "*") -> None:
@@ -35,8 +27,9 @@ def write_sums(directory: Path, known: Mapping[str, str] | None = None, files: s
     paths = sorted(path for path in directory.rglob(files) if path.is_file() and path.name != SUMS)
     digests = {name: (known or {}).get(name) or sha256(path)
                for path in paths for name in [path.relative_to(directory).as_posix()]}
-    (directory / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in digests.items()))
-    sha256(directory / SUMS)
+    for path in paths:
+        sync(path)
+    write(directory / SUMS, "".join(f"{digest}  {name}\n" for name, digest in digests.items()))
 
 
 def check_sums(directory: Path, part: slice = slice(None)) -> None:
@@ -78,25 +71,6 @@ def check_finite(tensor: Tensor, name: str, where: Path) -> None:
     parts = tensor.detach().flatten().split(2**24) if tensor.is_floating_point() else ()     # copied in float32
     if not all(bool(part.float().isfinite().all()) for part in parts):
         raise ModelError(f"{where}: {name} holds values that are not finite.\n{_CURE}")
-
-
-def write_checked(path: Path, content: bytes) -> None:
-    """Write `content` after its digest, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
-    partial.rename(path)
-
-
-def read_checked(path: Path) -> bytes | None:
-    """What `write_checked` wrote; None where there is nothing, or where it is damaged, which is said and removed."""
-    if not path.exists():
-        return None
-    digest, _, content = path.read_bytes().partition(b"\n")
-    if digest != hashlib.sha256(content).hexdigest().encode():
-        print(f"{path}: damaged; made again.", flush=True)
-        path.unlink()
-        return None
-    return content
 
 
 _CURE = "Restore the file, or make the directory again: by the stage that writes it, or by a new download."

@@ -34,12 +34,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import durable
+
 if TYPE_CHECKING:
     from stages.params import Params
     from stages.schema import Provenance
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("data_pipeline", "model", "kernels", "stages")
+PACKAGES = ("data_pipeline", "model", "kernels", "stages", "durable")
 DEPENDS = "depends.json"      # in a scratch directory: what its state depends on
 LIBRARIES = "requirements.lock"
 # Directory under data/PROFILE/ -> the DVC stage that writes it: what to run when it is missing.
@@ -114,8 +116,8 @@ class Stage:
 
     @contextlib.contextmanager
     def output(self, *parts: str) -> Iterator[Path]:
-        """data/PROFILE/PARTS, as `new_directory` makes it."""
-        with new_directory(self.out_data.joinpath(*parts)) as directory:
+        """data/PROFILE/PARTS, as `durable.new_directory` makes it."""
+        with durable.new_directory(self.out_data.joinpath(*parts)) as directory:
             yield directory
 
     def run_job(self, job: dict[str, Any]) -> dict[str, Any]:
@@ -264,20 +266,7 @@ def write(path: Path, content: Any) -> None:
     text = content if isinstance(content, str) else json.dumps(
         content, indent=1, ensure_ascii=False, default=lambda model: model.model_dump()) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.rename(path)
-
-
-@contextlib.contextmanager
-def new_directory(final: Path) -> Iterator[Path]:
-    """A directory that becomes `final`, in place of what is there, when the block ends well; never half-written."""
-    partial = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
+    durable.write(path, text)
 
 
 class Progress:
@@ -475,8 +464,7 @@ def provenance(stage: Stage, started: float, resumed: bool) -> Provenance:
 def _digest(path: Path) -> str:
     """SHA-256 of a file; of a directory, its names, sizes, JSON contents and digests (manifests carry the rest)."""
     if path.is_file():
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return durable.sha256(path)
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*")):
         if file.is_file():

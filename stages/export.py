@@ -28,7 +28,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from stages.common import Stage, StageError, new_directory, plain_errors, run_stage
+from durable import new_directory
+from stages.common import Stage, StageError, plain_errors, run_stage
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

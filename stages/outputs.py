@@ -19,6 +19,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from durable import replacing
+
 LOCK = Path("dvc.lock")
 READ_ONLY = 0o444           # as DVC leaves what is in its cache
 
@@ -183,10 +185,9 @@ def _cache() -> Path:
 
 def _replace(copy: Path, content: Path | bytes) -> None:
     copy.parent.mkdir(parents=True, exist_ok=True)
-    partial = copy.with_name(f"{copy.name}.{os.getpid()}.partial")
-    if isinstance(content, bytes):
-        partial.write_bytes(content)
-    else:
-        shutil.copyfile(content, partial)
-    partial.chmod(READ_ONLY)
-    partial.replace(copy)
+    with replacing(copy, f".{os.getpid()}") as partial:
+        if isinstance(content, bytes):
+            partial.write_bytes(content)
+        else:
+            shutil.copyfile(content, partial)
+        partial.chmod(READ_ONLY)

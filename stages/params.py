@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -18,6 +18,8 @@ from data_pipeline.config import AnnotateConfig, CurateConfig, ExecutorConfig, T
 from model.compression.config import CompressConfig
 from model.config import Geometry, ModelConfig, PretrainConfig, Section
 from stages.launch import LauncherConfig
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]        # NumPy takes no other
 
 
 class ParamsError(SystemExit):
@@ -33,7 +35,7 @@ class Variant(Section):
 
     architecture: str
     precision: Literal["bf16", "fp8"]
-    seed: int
+    seed: Seed
     fp8_recipe: Literal["current", "unscaled"] | None = None
 
     @model_validator(mode="after")
@@ -134,7 +136,7 @@ class Params(Section):
     """All of params.yaml."""
 
     profile: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
-    seed: int
+    seed: Seed
     annotate: AnnotateConfig
     curate: CurateConfig
     tokenizer: TokenizerConfig
@@ -198,6 +200,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values = YAML(typ="safe").load(path.read_text())
     except FileNotFoundError:
         raise ParamsError(f"{path}: not found.\nRun from the repository's root, or restore the file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ParamsError(f"{path}: cannot be read ({error}).\nRestore the file.") from None
     except YAMLError as error:
         raise ParamsError(f"{path}: not valid YAML: {' '.join(str(error).split())}\nCorrect that line.") from None
     if not isinstance(values, dict):

@@ -22,8 +22,8 @@ from numba.core.caching import UserProvidedCacheLocator
 import data_pipeline.text  # noqa: F401    # says where compiled code is kept
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("data_pipeline", "docs/results/studies", "flows", "kernels", "model", "profiles", "stages", "dvc.yaml",
-           "params.yaml", "pyproject.toml", "requirements.lock", ".dvcignore")
+SOURCES = ("data_pipeline", "docs/results/studies", "durable", "flows", "kernels", "model", "profiles", "stages",
+           "dvc.yaml", "params.yaml", "pyproject.toml", "requirements.lock", ".dvcignore")
 COMMAND = [sys.executable, "-m", "flows.reproduce"]
 TIMES = {"tokens_per_second", "train_seconds", "peak_memory_gib"}
 

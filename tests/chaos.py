@@ -2,9 +2,11 @@
 
     python -m tests.chaos [--faults 200] [--seed 1] [--minutes 30] [--archive DIR] [--page FILE] [--plain]
 
-A round damages files of a finished run, starts `python -m flows.reproduce`, kills what it started or cuts what it
-writes, damages what that leaves, and gives the same command until it ends well. Then every result must be that of the
-undisturbed run, byte for byte, every output and DVC's copy of it the one in dvc.lock, and no process may be left.
+A round damages files of a finished run, removes an output of a stage that keeps something to go on from, and starts
+`python -m flows.reproduce`. It kills that as soon as there is such a state or piece, damages it, starts the command
+again, kills what that started or cuts what it writes, and gives the same command until it ends well. Then every result
+must be that of the undisturbed run, byte for byte, every output and DVC's copy of it the one in dvc.lock, and no
+process may be left.
 
 With `--filesystem MB` the archive lies in a tmpfs of that size (which takes root), and some strikes fill it to the last
 byte until the command has ended.
@@ -30,6 +32,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +40,7 @@ import psutil
 
 from flows.dvc_graph import DVC, ENVIRONMENT
 from stages import outputs
+from stages.common import DEPENDS
 from tests.archive import COMMAND, command_environment, reproduce, results, unpack
 
 AT_REST = 30                    # faults a round, before the command
@@ -44,7 +48,6 @@ ATTEMPTS = 5                    # at the same command; the first may be disturbe
 KILLED_MAY_LEAVE = 15.0         # seconds until processes that end by themselves have
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 BALLAST = "ballast"             # what fills a disk
-CHEAP = ("curate", "tokenizer", "tokenize", "items", "pretrain@", "compress", "export@", "evaluate@")
 PLACES: dict[str, tuple[str, ...]] = {          # where a file can be damaged: patterns below the archive
     "data": ("data/**/*",),
     "record": ("runs/**/*",),
@@ -54,8 +57,12 @@ PLACES: dict[str, tuple[str, ...]] = {          # where a file can be damaged: p
     "dvc.lock": ("dvc.lock",),
     "copy of dvc.lock": (".dvc/tmp/dvc.lock.whole",),
     "rwlock": (".dvc/tmp/rwlock",),
-    "resume state": (".scratch/pretrain-*/resume/**/*", ".scratch/pretrain-*/*.csv", ".scratch/compress-*/*.pt",
-                     ".scratch/evaluate-*/*.json"),
+}
+KEEPS = {"resume state": ("pretrain", "compress", "evaluate"), "scratch piece": ("annotate", "curate", "tokenize")}
+SCRATCH: dict[str, tuple[str, ...]] = {         # the same, of what these stages go on from
+    "resume state": (".scratch/pretrain-*/resume/**/*", ".scratch/compress-*/*.pt", ".scratch/evaluate-*/*.json"),
+    "training's files": (".scratch/pretrain-*/*.csv", ".scratch/pretrain-*/index/*"),
+    "scratch piece": tuple(f".scratch/{stage}-*/**/*" for stage in KEEPS["scratch piece"]),
 }
 ROLES: dict[str, Callable[[str], bool]] = {
     "stage": lambda command: "-m stages." in command and "/bin/sh" not in command,
@@ -116,8 +123,12 @@ def write_over(path: Path, content: bytes, status: os.stat_result) -> None:
 
 
 def files(archive: Path, place: str) -> list[Path]:
-    found = [path for pattern in PLACES[place] for path in archive.glob(pattern)]
-    return sorted(path for path in found if path.is_file() and path.stat().st_size and path.name != ".gitignore")
+    found = []
+    with contextlib.suppress(FileNotFoundError):            # a stage removes it meanwhile
+        for path in (path for pattern in (PLACES | SCRATCH)[place] for path in archive.glob(pattern)):
+            if path.is_file() and path.stat().st_size and path.name not in (".gitignore", DEPENDS):
+                found.append(path)
+    return sorted(found)
 
 
 def damage(archive: Path, random_: random.Random, place: str) -> Fault | None:
@@ -130,11 +141,14 @@ def damage(archive: Path, random_: random.Random, place: str) -> Fault | None:
     return Fault(f"{place}: {harm}", f"{path.relative_to(archive)} {how}")
 
 
-def forget(archive: Path, random_: random.Random) -> Fault | None:
-    """An output and DVC's copies of it are gone or damaged alike: its stage must run again."""
+def forget(archive: Path, random_: random.Random, place: str) -> Fault | None:
+    """An output and DVC's copies of it are gone: its stage, one that keeps something in `place`, must run again."""
     with contextlib.chdir(archive):
         outputs._cache.cache_clear()
-        output = random_.choice([output for output in outputs.recorded() if output.stage.startswith(CHEAP)] or [None])
+        stages = sorted({output.stage for output in outputs.recorded()
+                         if output.stage.partition("@")[0] in KEEPS[place]})
+        stage = random_.choice(stages or [""])
+        output = random_.choice(outputs.of_stage(stage) if stage else [None])
         if output is None:
             return None
         for path in (output.path, outputs._copy(output.md5)):
@@ -177,7 +191,7 @@ def moments(archive: Path, random_: random.Random) -> tuple[str, Callable[[], bo
         "as dvc.lock is written": lambda: shrinks(archive / "dvc.lock"),
         "as the rwlock is written": lambda: shrinks(archive / ".dvc/tmp/rwlock"),
         "as a stage runs": lambda: bool(of_role(archive, "stage")),
-        "once there is a resume state": lambda: bool(files(archive, "resume state")),
+        "once there is something to go on from": lambda: any(files(archive, place) for place in SCRATCH),
     }
     name = random_.choice(list(choices))
     return name, choices[name]
@@ -217,6 +231,26 @@ def strike(archive: Path, random_: random.Random, command: subprocess.Popen[byte
     return None
 
 
+def spoil(archive: Path, random_: random.Random, command: subprocess.Popen[bytes], aim: str) -> list[Fault]:
+    """Kill everything, in whatever way, soon after a stage keeps something in the place `aim`, and damage what there is
+    to go on from; nothing where none ever does."""
+    while command.poll() is None:
+        if files(archive, aim):
+            time.sleep(random_.choice((0, 0.1, 1, 3, 8)))
+            number, victims = random_.choice(SIGNALS), processes(archive)
+            for process in victims:
+                with contextlib.suppress(psutil.Error):
+                    process.send_signal(number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                command.wait(60)
+            _, alive = psutil.wait_procs([process for process in victims if process.pid != command.pid], 60)
+            found = [] if alive or command.poll() is None else [
+                damage(archive, random_, place) for place in SCRATCH for _ in range(random_.choice((1, 2, 3)))]
+            return [Fault(f"{number.name} of all", f"once there is a {aim}"), *filter(None, found)]
+        time.sleep(0.003)
+    return []
+
+
 def fill(ballast: Path) -> None:
     """Write until nothing more fits."""
     with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
@@ -233,7 +267,7 @@ PLAIN = ["/bin/sh", "-c", f"{sys.executable} -m flows.mend && {' '.join(DVC)} re
 def run(archive: Path, log: Path, command: list[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, cwd=archive, env=command_environment(archive) | ENVIRONMENT,
                             stdin=subprocess.DEVNULL, stdout=log.open("wb"), stderr=subprocess.STDOUT,
-                            start_new_session=True)
+                            start_new_session=True, preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))
 
 
 class Round(NamedTuple):
@@ -245,19 +279,17 @@ class Round(NamedTuple):
 
 def one_round(archive: Path, expected: dict[str, object], random_: random.Random, command_line: list[str]) -> Round:
     started, log = time.monotonic(), archive / "chaos.log"
-    chosen = [forget(archive, random_)] if random_.random() < 0.7 else []
+    aim = random_.choice(list(KEEPS))
+    chosen = [forget(archive, random_, aim)]
     chosen += [damage(archive, random_, random_.choice(list(PLACES))) for _ in range(AT_REST)]
     faults = [fault for fault in chosen if fault]
     status, said = -1, ""
     for attempt in range(ATTEMPTS):
         command = run(archive, log, command_line)
-        if attempt < 2 and random_.random() < 0.7 and (fault := strike(archive, random_, command)):
+        if attempt == 0:
+            faults += spoil(archive, random_, command, aim)
+        elif attempt == 1 and random_.random() < 0.7 and (fault := strike(archive, random_, command)):
             faults.append(fault)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                command.wait(60 if random_.random() < 0.5 else 1)
-            for _ in range(random_.randrange(3)):
-                left = damage(archive, random_, "resume state")
-                faults += [left] if left and command.poll() is not None else []
         if (archive.parent / BALLAST).exists() and command.poll() is None:
             os.killpg(command.pid, signal.SIGTERM)          # it waits for room
         (archive.parent / BALLAST).unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,22 @@ def test_harm_is_done_and_a_flipped_bit_keeps_the_times(tmp_path: Path, harm: st
     chaos.HARMS[harm](path, random.Random(3))
     assert path.read_bytes() != b'{"loss": 4.265}\n'
     assert (path.stat().st_mtime == 1) is (harm == "bit flipped")
+
+
+@pytest.mark.parametrize(("place", "name"), [("resume state", "compress-0123456789ab/importance.pt"),
+                                             ("scratch piece", "annotate-0123456789ab/read/000-000000.json")])
+def test_what_a_stage_goes_on_from_is_damaged_when_nothing_runs(tmp_path: Path, place: str, name: str) -> None:
+    piece = tmp_path / ".scratch" / name
+    script = f"mkdir -p {piece.parent}; sleep 0.2; echo '{{\"loss\": 4.265}}' > {piece}; sleep 60"
+    command = subprocess.Popen(["/bin/sh", "-c", script], cwd=tmp_path, start_new_session=True)
+    killed, *damaged = chaos.spoil(tmp_path, random.Random(3), command, place)
+    assert killed.kind.endswith("of all") and command.poll() and not chaos.processes(tmp_path)
+    assert damaged and all(fault.kind.startswith(f"{place}: ") for fault in damaged)
+    assert not piece.exists() or piece.read_bytes() != b'{"loss": 4.265}\n'
+
+
+def test_nothing_is_damaged_where_a_stage_keeps_nothing(tmp_path: Path) -> None:
+    assert chaos.spoil(tmp_path, random.Random(3), subprocess.Popen(["true"], cwd=tmp_path), "resume state") == []
 
 
 @pytest.mark.slow

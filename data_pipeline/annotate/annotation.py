@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -35,9 +36,10 @@ from data_pipeline.config import AnnotateConfig, ExecutorConfig
 from data_pipeline.sources import Piece, digest, pieces
 from data_pipeline.sources.identity import identity, pinned
 from data_pipeline.sources.readers import strings
-from data_pipeline.storage import StoredArrays, Surveys, place, shared_arrays, write_arrays, write_table, write_text
+from data_pipeline.storage import StoredArrays, Surveys, place, shared_arrays, write_arrays, write_json, write_table
 from data_pipeline.workers.executor import Workers, workers
 from data_pipeline.workers.meter import Meter, Progress
+from durable import drop_damaged, write
 
 Round = list[Step | GlobalStep]
 Decided = tuple[Step | GlobalStep, Path | None, Path | None]        # and the arrays decided for all shards and for one
@@ -72,16 +74,22 @@ def annotate(
     directory = (scratch / _digest(config, seed, cut)).absolute()
     if directory.exists():
         (scratch / "resumed").touch()
+        drop_damaged(directory)
     directory.mkdir(parents=True, exist_ok=True)
     meter = Meter(progress, WORK)
-    with workers(executor) as pool:
-        found = _read(config, cut, directory, pool, meter)
-        for number in range(len(plan)):
-            _run(number, plan, directory, found, pool, meter)
+    try:
+        with workers(executor) as pool:
+            found = _read(config, cut, directory, pool, meter)
+            for number in range(len(plan)):
+                _run(number, plan, directory, found, pool, meter)
+    except GoneError:
+        print(f"{directory}: what was damaged is made of what is kept no longer; annotated anew.", flush=True)
+        shutil.rmtree(directory)
+        return annotate(config, seed, out, scratch, executor, progress)
     manifest = _manifest(config, found, directory, len(plan))
     for index, shard in enumerate(_files(directory, len(plan), found)):
         place(shard, out / f"part-{index:05d}.parquet")
-    write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", out / "manifest.json")
+    write(out / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
     return manifest
 
 
@@ -97,7 +105,7 @@ def _read(config: AnnotateConfig, cut: list[list[Piece]], directory: Path, pool:
         (directory / "read").mkdir(exist_ok=True)
         meter("read", 0.0, 0)
         found = read(config, cut, directory / "read", pool, lambda share, new: meter("read", share, new))
-        write_text(json.dumps(found._asdict()), record)
+        write_json(found._asdict(), record)
     stored = json.loads(record.read_text())
     return Read([[Part(*part) for part in shard] for shard in stored["shards"]], stored["refusals"],
                 stored["passed_over"])
@@ -108,6 +116,10 @@ def _files(directory: Path, number: int, found: Read) -> list[Path]:
     return [directory / f"round{number}-{index:05d}.parquet" for index in range(len(found.shards))]
 
 
+class GoneError(Exception):
+    """A piece is to be made again, and what it is made of was removed when its round had ended."""
+
+
 class Job(NamedTuple):
     """One shard of one round."""
 
@@ -115,6 +127,11 @@ class Job(NamedTuple):
     target: Path
     steps: list[Decided]
     surveys: list[tuple[GlobalStep, Path]]          # to make, and where
+
+    @property
+    def files(self) -> list[Path]:
+        """Those of `source`."""
+        return [self.source] if isinstance(self.source, Path) else [Path(part.file) for part in self.source]
 
 
 def _run(number: int, plan: Sequence[Round], directory: Path, found: Read, pool: Workers, meter: Meter) -> None:
@@ -125,6 +142,9 @@ def _run(number: int, plan: Sequence[Round], directory: Path, found: Read, pool:
         return                                          # a round after this one had begun
     work = list(WORK)[number + 1]
     jobs = list(_jobs(number, plan[number], following, directory, found))
+    decided = (_is_decided(step, directory, len(targets)) for step in plan[number] if isinstance(step, GlobalStep))
+    if not (all(decided) and all(file.exists() for job in jobs for file in job.files)):
+        raise GoneError
     done = len(targets) - len(jobs)
     meter(work, 0.9 * done / len(targets), 0)
     for job, documents in pool.all(run_job, jobs, lambda job: f"{work}, shard {job.target.stem[-5:]}"):
@@ -147,13 +167,15 @@ def _jobs(
     number: int, steps: Round, following: list[GlobalStep], directory: Path, found: Read
 ) -> Iterator[Job]:
     sources: Sequence[list[Part] | Path] = found.shards if number == 0 else _files(directory, number, found)
+    undecided = [step for step in following if not _is_decided(step, directory, len(found.shards))]
     for index, (source, target) in enumerate(zip(sources, _files(directory, number + 1, found), strict=True)):
-        if not target.exists():
+        surveys = [(step, _survey(step, directory, index)) for step in undecided]
+        if not target.exists() or not all(survey.exists() for _, survey in surveys):
             decided: list[Decided] = [
                 (step, *_decision(step, directory, index)) if isinstance(step, GlobalStep) else (step, None, None)
                 for step in steps
             ]
-            yield Job(source, target, decided, [(step, _survey(step, directory, index)) for step in following])
+            yield Job(source, target, decided, surveys)
 
 
 def _survey(step: GlobalStep, directory: Path, index: int) -> Path:
@@ -165,15 +187,18 @@ def _decision(step: GlobalStep, directory: Path, index: int) -> tuple[Path, Path
     return directory / f"decision-{step.name}.npz", directory / f"decision-{step.name}-{index:05d}.npz"
 
 
+def _is_decided(step: GlobalStep, directory: Path, shards: int) -> bool:
+    return all(file.exists() for index in range(shards) for file in _decision(step, directory, index))
+
+
 def _decide(step: GlobalStep, directory: Path, shards: int) -> None:
-    """Let `step` decide, unless it did; the shared arrays are written last."""
-    shared, _ = _decision(step, directory, 0)
-    if shared.exists():
+    """Let `step` decide, unless it did."""
+    if _is_decided(step, directory, shards):
         return
     decision = step.decide(Surveys([_survey(step, directory, index) for index in range(shards)]))
     for index, own in enumerate(decision.shards):
         write_arrays(own, _decision(step, directory, index)[1])
-    write_arrays(decision.shared, shared)
+    write_arrays(decision.shared, _decision(step, directory, 0)[0])
 
 
 def run_job(job: Job) -> int:

@@ -21,7 +21,7 @@ from data_pipeline.annotate.step import SCHEMA
 from data_pipeline.config import AnnotateConfig, DataError, InstalledSource, Source
 from data_pipeline.sources import Document, PassedOver, Piece, Refusal, read_piece
 from data_pipeline.sources.streams import shown
-from data_pipeline.storage import write_table, write_text
+from data_pipeline.storage import write_json, write_table
 from data_pipeline.workers.executor import Workers, refuse
 
 LARGEST_DOCUMENT = 0.1      # of a domain's cap: a sample of one file is none
@@ -169,7 +169,9 @@ def _name(source: Source) -> Callable[[Reading], str]:
 def read_one(reading: Reading) -> int:
     """Write the documents of a piece and what was found in it; the number of documents. In a worker."""
     if reading.receipt.exists():
-        return int(json.loads(reading.receipt.read_text())["documents"])
+        kept = json.loads(reading.receipt.read_text())
+        if all(reading.target.with_name(file).exists() for file in kept["files"]):
+            return int(kept["documents"])
     quota, files = Quota(reading.limits), _Files(reading.target, reading.file_bytes)
     # In order: [domain, bytes, file or -1], [domain, reason, where], or what was passed over: [None, unit, what, where]
     items: list[list[Any]] = []
@@ -191,7 +193,7 @@ def read_one(reading: Reading) -> int:
     files.close()
     documents = sum(isinstance(item[1], int) for item in items)
     receipt = {"documents": documents, "files": [file.name for file in files.written], "items": items}
-    write_text(json.dumps(receipt), reading.receipt)
+    write_json(receipt, reading.receipt)
     return documents
 
 

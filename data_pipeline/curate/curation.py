@@ -26,9 +26,10 @@ from data_pipeline.curate.cut import EXAMPLES, SHORTENED, STEPS, Cut, Survey, ap
 from data_pipeline.curate.cut import Example as CutExample
 from data_pipeline.curate.synthesis import Parent, Synthesis, annotate, synthesize
 from data_pipeline.schema import Dropped, Example, FunnelStep, Histogram
-from data_pipeline.storage import place, write_table, write_text
+from data_pipeline.storage import place, write_json, write_table
 from data_pipeline.workers.executor import Workers, workers
 from data_pipeline.workers.meter import Meter, Progress
+from durable import drop_damaged, write
 
 LICENSE = "license"             # the reason of a refusal that has a row of its own in the funnel
 WORK = {"survey": 30, "cut": 70}
@@ -62,6 +63,7 @@ def curate(
     directory = (scratch / hashlib.sha256(key.encode()).hexdigest()[:12]).absolute()
     if directory.exists():
         (scratch / "resumed").touch()
+        drop_damaged(directory)
     directory.mkdir(parents=True, exist_ok=True)
     meter = Meter(progress, WORK)
     with workers(executor) as pool:
@@ -100,7 +102,7 @@ def survey_shard(shard: Path, cut: Cut) -> Survey:
 
 
 class Piece(NamedTuple):
-    """A shard after the cut: PREFIX-train.parquet, PREFIX-heldout.parquet, and PREFIX.json, which is written last."""
+    """A shard after the cut: PREFIX-train.parquet, PREFIX-heldout.parquet, and PREFIX.json."""
 
     prefix: Path
 
@@ -118,10 +120,15 @@ class Piece(NamedTuple):
         """How many documents went at each step, and the rest of `cut.Report`."""
         return dict(json.loads(self.record.read_text()))
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all its files are there."""
+        return all(file.exists() for file in (self.record, self.file("train"), self.file("heldout")))
+
 
 def _cut(cut: Cut, shards: list[Path], directory: Path, pool: Workers, meter: Meter) -> list[Piece]:
     pieces = [Piece(directory / f"cut-{index:05d}") for index in range(len(shards))]
-    missing = [(shard, piece) for shard, piece in zip(shards, pieces, strict=True) if not piece.record.exists()]
+    missing = [(shard, piece) for shard, piece in zip(shards, pieces, strict=True) if not piece.is_whole]
     meter("cut", 1 - len(missing) / len(shards), 0)
     jobs = pool.all(partial(cut_shard, cut=cut), missing, lambda job: f"annotated shard {job[0].name}")
     for done, (_, documents) in enumerate(jobs, start=len(shards) - len(missing) + 1):
@@ -142,7 +149,7 @@ def cut_shard(job: tuple[Path, Piece], cut: Cut, best: list[int] | None = None) 
         "left": report.left, "reasons": report.reasons, "shortened": report.shortened, "examples": report.examples,
         "histograms": histograms, "train": _contents(result.train), "heldout": _contents(result.heldout),
     }
-    write_text(json.dumps(record), piece.record)
+    write_json(record, piece.record)
     return int(table.num_rows)
 
 
@@ -255,7 +262,7 @@ def _write(pieces: list[Piece], out: Path, annotated: dict[str, Any]) -> None:
                 found[domain]["sources"].update(contents["sources"])
         manifest[split] = {domain: {**entry, "sources": sorted(entry["sources"])} for domain, entry in found.items()}
     manifest["corpus_digest"] = digest.hexdigest()
-    write_text(json.dumps(manifest, indent=1) + "\n", out / "manifest.json")
+    write(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
 
 def _histograms(cut: Cut, reports: list[dict[str, Any]]) -> dict[str, dict[str, Histogram]]:

@@ -1,8 +1,8 @@
 """Megatron's token files: `.bin` holds the ids of all documents end to end, `.idx` their lengths and places.
 
 The bytes are those of megatron.core.datasets.indexed_dataset (megatron-core 0.16.1), one sequence a document, written
-while the ids arrive and renamed when complete, the index last: where an index is, the file is whole. Files written
-apart become one by `merge`, which copies bytes and never holds the ids.
+while the ids arrive and renamed when complete, with their digests beside them. Files written apart become one by
+`merge`, which copies bytes and never holds the ids.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import shutil
 import struct
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -19,6 +19,7 @@ from typing import BinaryIO
 import numpy as np
 
 from data_pipeline.config import DataError
+from durable import replacing, seal
 
 MAGIC, VERSION = b"MMIDIDX\x00\x00", 1
 HEADER = struct.Struct("<9sQBQQ")       # magic, version, dtype code, sequences, documents + 1
@@ -46,7 +47,9 @@ class IndexedDatasetWriter:
 
     def __enter__(self) -> IndexedDatasetWriter:
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._bin = _partial(self.prefix, "bin").open("wb")
+        self._files = ExitStack()
+        partial = self._files.enter_context(replacing(_path(self.prefix, "bin")))
+        self._bin = self._files.enter_context(partial.open("wb"))
         return self
 
     def add(self, ids: Sequence[int] | np.ndarray) -> None:
@@ -65,16 +68,10 @@ class IndexedDatasetWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bin.close()
-        if kind is not None:
-            with suppress(FileNotFoundError):
-                _partial(self.prefix, "bin").unlink()
-            return
-        lengths = np.asarray(self.lengths, dtype=np.int32)
-        with _partial(self.prefix, "idx").open("wb") as index:
-            _write_index(index, self.dtype, lambda: iter([lengths]))
-        for suffix in ("bin", "idx"):
-            _partial(self.prefix, suffix).rename(_path(self.prefix, suffix))
+        self._files.__exit__(kind, error, trace)
+        if kind is None:
+            lengths = np.asarray(self.lengths, dtype=np.int32)
+            _write_index(self.prefix, self.dtype, lambda: iter([lengths]))
 
 
 def merge(parts: Sequence[Path], prefix: Path) -> int:
@@ -88,19 +85,24 @@ def merge(parts: Sequence[Path], prefix: Path) -> int:
     if len(dtypes) != 1:
         raise DataError(f"{prefix}: parts with ids of {len(dtypes)} types.\nRun the `tokenize` stage again.")
     dtype = dtypes.pop()
-    with _partial(prefix, "bin").open("wb") as target:
+    with replacing(_path(prefix, "bin")) as partial, partial.open("wb") as target:
         for part in parts:
             with _path(part, "bin").open("rb") as source:
                 shutil.copyfileobj(source, target, 1 << 24)
-    with _partial(prefix, "idx").open("wb") as index:
-        tokens = _write_index(index, dtype, lambda: (read_lengths(part)[1] for part in parts))
+    return _write_index(prefix, dtype, lambda: (read_lengths(part)[1] for part in parts))
+
+
+def _write_index(prefix: Path, dtype: np.dtype, parts: Callable[[], Iterator[np.ndarray]]) -> int:
+    """Write `prefix`.idx, of documents whose lengths (int32) `parts` gives, some at a time, which completes the file.
+    Returns the tokens."""
+    with replacing(_path(prefix, "idx")) as partial, partial.open("wb") as index:
+        tokens = _index(index, dtype, parts)
     for suffix in ("bin", "idx"):
-        _partial(prefix, suffix).rename(_path(prefix, suffix))
+        seal(_path(prefix, suffix))
     return tokens
 
 
-def _write_index(index: BinaryIO, dtype: np.dtype, parts: Callable[[], Iterator[np.ndarray]]) -> int:
-    """The index of documents whose lengths (int32) `parts` gives, some at a time. Returns the tokens."""
+def _index(index: BinaryIO, dtype: np.dtype, parts: Callable[[], Iterator[np.ndarray]]) -> int:
     index.write(bytes(HEADER.size))
     documents = 0
     for lengths in parts():
@@ -149,9 +151,11 @@ def read_lengths(prefix: Path) -> tuple[np.dtype, np.ndarray]:
     raise DataError(f"{index}: not a Megatron index of uint16 or int32 ids.\nRun the `tokenize` stage again.")
 
 
+def is_there(prefix: Path) -> bool:
+    """Whether both files are."""
+    return all(_path(prefix, suffix).exists() for suffix in ("bin", "idx"))
+
+
 def _path(prefix: Path, suffix: str) -> Path:
     return prefix.with_name(f"{prefix.name}.{suffix}")
 
-
-def _partial(prefix: Path, suffix: str) -> Path:
-    return prefix.with_name(f".{prefix.name}.{suffix}.partial")

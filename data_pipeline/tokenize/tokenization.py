@@ -16,12 +16,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data_pipeline.storage import write_json
 from data_pipeline.text.words import texts_of
 from data_pipeline.tokenize.curated import batches, sample
-from data_pipeline.tokenize.indexed_dataset import IndexedDatasetWriter, merge
+from data_pipeline.tokenize.indexed_dataset import IndexedDatasetWriter, is_there, merge
 from data_pipeline.tokenize.segment_encoder import Int32, Int64, SegmentEncoder
 from data_pipeline.tokenize.tokenizer import BYTE_IDS, SPACE, UNK_ID, Tokenizer
 from data_pipeline.workers.executor import Workers
+from durable import drop_damaged
 
 COUNTS_FILE = "counts.json"
 
@@ -56,7 +58,9 @@ def tokenize_shards(
     Raises:
         DataError: a shard is damaged; it is named.
     """
-    finished = {shard for shard in shards if (_part(scratch, shard) / COUNTS_FILE).exists()}
+    drop_damaged(scratch / "shards")
+    drop_damaged(scratch / "train")
+    finished = {shard for shard in shards if _finished(shard, scratch) is not None}
     if finished:
         (scratch / "resumed").touch()
     totals: dict[str, Counts] = {}
@@ -96,11 +100,9 @@ def _most_tokens(shard: Path) -> dict[str, int]:
 
 def encode_shard(shard: Path, model: Path, scratch: Path) -> dict[str, Counts]:
     """Encode one shard into a directory of its own under `scratch`, unless that was done; what each file holds."""
-    directory = _part(scratch, shard)
-    if (directory / COUNTS_FILE).exists():
-        stored = json.loads((directory / COUNTS_FILE).read_text())
-        return {name: Counts(*count) for name, count in stored.items()}
-    encoder, counts = _encoder(model), dict[str, Counts]()
+    if (finished := _finished(shard, scratch)) is not None:
+        return finished
+    directory, encoder, counts = _part(scratch, shard), _encoder(model), dict[str, Counts]()
     with ExitStack() as files:
         writers: dict[str, IndexedDatasetWriter] = {}
         for batch in batches(shard, ("text", "domain", "label")):
@@ -112,10 +114,18 @@ def encode_shard(shard: Path, model: Path, scratch: Path) -> dict[str, Counts]:
                 writers[name].extend(ids, lengths)
                 counts[name] = counts.get(name, Counts()).plus(count)
     directory.mkdir(parents=True, exist_ok=True)
-    partial_file = directory / f".{COUNTS_FILE}.partial"
-    partial_file.write_text(json.dumps(counts))
-    partial_file.rename(directory / COUNTS_FILE)
+    write_json(counts, directory / COUNTS_FILE)
     return counts
+
+
+def _finished(shard: Path, scratch: Path) -> dict[str, Counts] | None:
+    """What each file holds of a shard that was encoded, if all of that is there, by itself or merged."""
+    directory = _part(scratch, shard)
+    if not (directory / COUNTS_FILE).exists():
+        return None
+    stored = json.loads((directory / COUNTS_FILE).read_text())
+    whole = all(is_there(directory / name) or is_there(scratch / name) for name in stored)
+    return {name: Counts(*count) for name, count in stored.items()} if whole else None
 
 
 def tokenize_sample(
@@ -173,7 +183,7 @@ def _part(scratch: Path, shard: Path) -> Path:
 def _merge(task: tuple[list[Path], Path]) -> None:
     """Make one file of parts, and remove them, unless that was done."""
     parts, prefix = task
-    if not prefix.with_name(f"{prefix.name}.idx").exists():
+    if not is_there(prefix):
         merge(parts, prefix)
     for part in parts:
         for suffix in ("bin", "idx"):

@@ -70,7 +70,7 @@ def cut(
         correct_norms: whether norms that lose channels are corrected; else their weights are only sliced.
 
     Raises:
-        ValueError: indices not ascending, or layers of one type with different widths.
+        ValueError: indices not ascending, none or not of the model, or layers of one type with different widths.
     """
     smaller_config = _config(config, selection)
     position = {old: new for new, old in enumerate(selection.layers)}
@@ -141,13 +141,16 @@ def _ratio(config: ModelConfig, smaller: ModelConfig, width: str) -> float:
 
 def _config(config: ModelConfig, selection: Selection) -> ModelConfig:
     """The geometry of what is kept, which every layer of a type must share."""
-    if list(selection.layers) != sorted(set(selection.layers)):
-        raise ValueError("indices of kept layers must ascend")
+    symbols = dict(enumerate(config.pattern))
+    if not selection.layers or list(selection.layers) != sorted(symbols.keys() & set(selection.layers)):
+        raise ValueError(f"kept layers must be one or more of {len(symbols)}, ascending")
     pattern = "".join(config.pattern[index] for index in selection.layers)
     changes: dict[str, int | str] = {"pattern": pattern}
     axes = {"ffn_hidden_size": ("-", selection.neurons), "num_attention_heads": ("*", selection.query_heads),
             "mamba_num_heads": ("M", selection.mamba_heads), "mamba_head_dim": ("M", selection.mamba_channels)}
     for width, (symbol, kept) in axes.items():
+        if other := [index for index in kept if symbols.get(index) != symbol]:
+            raise ValueError(f"{width}: layer {other[0]} has none")
         layers = [index for index in selection.layers if config.pattern[index] == symbol]
         changes[width] = _shared(width, getattr(config, width), [kept.get(index) for index in layers])
     groups = {index: _evenly_of(heads, config.num_attention_heads, config.num_query_groups)
@@ -162,8 +165,10 @@ def _config(config: ModelConfig, selection: Selection) -> ModelConfig:
 
 def _shared(width: str, whole: int, kept: Sequence[Tensor | None]) -> int:
     """The number of indices that all of `kept` hold; `whole` where one is not given."""
-    if any(indices is not None and (indices.diff() <= 0).any() for indices in kept):
-        raise ValueError(f"{width}: kept indices must ascend")
+    for indices in kept:
+        given = [] if indices is None else indices.tolist()
+        if indices is not None and (not given or given != sorted({*range(whole)} & {*given})):
+            raise ValueError(f"{width}: kept indices must be one or more of {whole}, ascending")
     sizes = {whole if indices is None else len(indices) for indices in kept} or {whole}
     if len(sizes) > 1:
         raise ValueError(f"{width}: every layer must keep as many; got {sorted(sizes)}")

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from model.integrity import read_checked, write_checked
+from durable import read_checked, write_checked
 from model.megatron.distributed import is_main_process
 
 Value = TypeVar("Value")

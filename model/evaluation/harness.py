@@ -32,12 +32,12 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from durable import read_checked, write_checked
 from model import hub
 from model.config import ModelError
 from model.evaluation.schema import ChoiceSample, Samples, TextSample
 from model.hybrid_lm import HybridLM
 from model.inference.caches import PrefixReader
-from model.integrity import read_checked, write_checked
 from model.model_card import CardScore
 
 if TYPE_CHECKING:

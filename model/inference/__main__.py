@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -58,6 +59,8 @@ def generate_text(
     sampling.check()
     if tokens < 1:
         raise ModelError(f"max_new_tokens is {tokens}.\nAsk for one token or more.")
+    if not 0 <= seed < 2**63:
+        raise ModelError(f"seed is {seed}.\nMake it 0 or more, and less than 2^63.")
     config = hub.read_config(directory)
     hub.check_files(directory, config)
     vocabulary = read_vocabulary(directory, config)
@@ -141,6 +144,16 @@ def free_bytes(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     return int(psutil.virtual_memory().available)
 
+
+def read_prompt(argument: str) -> str:
+    """`argument`, or standard input where that is `-`. Raises ModelError for what is not UTF-8."""
+    content = sys.stdin.buffer.read() if argument == "-" else os.fsencode(argument)
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ModelError(f"prompt: byte {error.start} is not UTF-8.\nGive the text in UTF-8.") from None
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command; 0, or 1 after two lines of what is wrong."""
     parser = argparse.ArgumentParser(prog="python -m model.inference", description="Text that a model writes.")
@@ -155,11 +168,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=list(DTYPES), help="of the weights (default: bfloat16, on a CPU float32)")
     options = parser.parse_args(arguments)
     dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     try:
-        text = generate_text(options.checkpoint, prompt, options.max_new_tokens, sampling, options.seed, dtype,
-                             torch.device(options.device))
+        text = generate_text(options.checkpoint, read_prompt(options.prompt), options.max_new_tokens, sampling,
+                             options.seed, dtype, torch.device(options.device))
     except ModelError as error:
         print(error, file=sys.stderr)
         return 1
@@ -172,7 +184,6 @@ def main(arguments: list[str] | None = None) -> int:
     if first:
         print(f"first piece after {first:.2f} s, {time.perf_counter() - started:.2f} s in all", file=sys.stderr)
     return 0
-
 
 
 if __name__ == "__main__":

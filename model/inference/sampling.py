@@ -9,6 +9,8 @@ from torch import Tensor
 
 from model.config import ModelError
 
+SMALLEST = 1e-30        # temperature: below it logits / temperature overflow, and all probability is the likeliest's
+
 
 class Sampling(NamedTuple):
     """Draw from softmax(logits / temperature) among the likeliest tokens.
@@ -37,7 +39,7 @@ class Sampling(NamedTuple):
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
     """Token ids (batch,) from logits (batch, vocab)."""
-    if sampling.temperature == 0:
+    if sampling.temperature < SMALLEST:
         return logits.argmax(-1)
     scaled = logits.float() / sampling.temperature
     if not sampling.top_k and sampling.top_p == 1:

@@ -45,7 +45,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.utils._device import _device_constructors
 
-from model.integrity import sha256
+from durable import sha256
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer

@@ -26,6 +26,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
+from durable import write
 from model.checkpoint import read_index
 from model.config import ModelError
 from model.integrity import check_sums, write_sums
@@ -115,9 +116,7 @@ class ResumeState:
             name = f"step-{self._step:08d}"
             shutil.rmtree(self.directory / name, ignore_errors=True)
             writing.directory.rename(self.directory / name)
-            pointer = self.directory / ".latest"
-            pointer.write_text(name + "\n")
-            pointer.rename(self.directory / "latest")
+            write(self.directory / "latest", name + "\n")
             for older in sorted(self.directory.glob("step-*"))[:-self.kept]:
                 shutil.rmtree(older)
         dist.barrier()

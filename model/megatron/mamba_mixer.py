@@ -148,8 +148,8 @@ class MambaMixer(MegatronModule):
         )
         epsilon = self.config.layernorm_epsilon
         y = mix(projected, weights, self.groups, self.state_dim, self.chunk_size, epsilon, seq_idx)
-        # Of one sequence `contiguous` would keep the strides, with which PyTorch's matmul without gradients takes a batch
-        # of products: twenty times as long.
+        # Of one sequence `contiguous` would keep the strides, with which PyTorch's matmul without gradients takes a
+        # batch of products: twenty times as long.
         return self.out_proj(y.view(-1, 1, y.shape[-1]) if len(y) == 1 else y.transpose(0, 1).contiguous())
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:

@@ -29,8 +29,10 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
+from durable import new_directory
 from model.config import ModelError
-from model.megatron.distributed import device, main_process_first
+from model.integrity import check_sums, write_sums
+from model.megatron.distributed import device, is_main_process, main_process_first
 
 
 @dataclass(frozen=True)
@@ -259,16 +261,20 @@ class Prefetcher:
 
 @contextlib.contextmanager
 def _whole(cache: Path) -> Iterator[Path]:
-    """`cache` where it exists, else a directory that becomes it when the block ends well: Megatron would take an index
-    file that a killed process left half-written for whole."""
+    """`cache` where it exists and is whole, else a directory that becomes it when the block ends well: Megatron would
+    take an index file that is damaged, or that a killed process left half-written, for whole."""
+    if cache.exists() and is_main_process():
+        try:
+            check_sums(cache)
+        except ModelError as error:
+            print(f"{str(error).partition(chr(10))[0]} The index is made again.", flush=True)
+            shutil.rmtree(cache)
     if cache.exists():
         yield cache
         return
-    partial = cache.with_name(f".{cache.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    yield partial
-    partial.mkdir(parents=True, exist_ok=True)
-    partial.rename(cache)
+    with new_directory(cache) as partial:
+        yield partial
+        write_sums(partial)
 
 
 def _contents(tokens: Path) -> dict[str, Any]:

@@ -61,17 +61,18 @@ stages:
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory for the test: no git, no Prefect home of its own yet."""
-    (tmp_path / ".dvc").mkdir()
-    shutil.copy(ROOT / ".dvc/config", tmp_path / ".dvc/config")
-    (tmp_path / "work.py").write_text(WORK)
-    (tmp_path / "dvc.yaml").write_text(STAGES)
+    """The working directory for the test, with a blank and an é in its path: no git, no Prefect home of its own yet."""
+    here = tmp_path / "my déjà-vu"
+    (here / ".dvc").mkdir(parents=True)
+    shutil.copy(ROOT / ".dvc/config", here / ".dvc/config")
+    (here / "work.py").write_text(WORK)
+    (here / "dvc.yaml").write_text(STAGES)
     params = YAML(typ="safe").load(ROOT / "params.yaml")
     params["runtime"]["slots"] = 2
-    YAML().dump(params, tmp_path / "params.yaml")
-    monkeypatch.chdir(tmp_path)
+    YAML().dump(params, here / "params.yaml")
+    monkeypatch.chdir(here)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    return tmp_path
+    return here
 
 
 def without_prefect() -> dict[str, str]:

@@ -56,8 +56,9 @@ def test_a_lock_cut_anywhere_can_be_read_again(here: Path, cut: int, kept: bool)
     assert set(stages) <= set(whole)            # a stage less runs again; none is made up
 
 
-@pytest.mark.parametrize("damage", [("hash: md5", "hash: mD5"), ("md5: a0", "md5: i0"), ("md5: a0", "md4: a0")])
-def test_a_lock_with_a_flipped_bit_is_no_lock(here: Path, damage: tuple[str, str]) -> None:
+@pytest.mark.parametrize("damage", [("hash: md5", "hash: mD5"), ("md5: a0", "md5: i0"), ("md5: a0", "md4: a0"),
+                                    ("stages:", "<<<<<<< ours\nstages:")])
+def test_a_lock_with_a_flipped_bit_or_a_conflict_is_no_lock(here: Path, damage: tuple[str, str]) -> None:
     """DVC reads the first, and ends with `unexpected error`."""
     dvc_graph.LOCK.write_text(WHOLE.replace(*damage, 1))
     assert dvc_graph.mend_lock() and not dvc_graph.LOCK.exists()

@@ -16,6 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from flows.reproduce import SECONDS_TO_STOP
+
 Reproduce = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -35,12 +37,14 @@ def states(repository: Path, table: str = "task_run") -> dict[str, list[str]]:
     return found
 
 
-def start(stage: str, repository: Path, environment: dict[str, str]) -> tuple[psutil.Popen, list[psutil.Process]]:
+def start(
+    stage: str, repository: Path, environment: dict[str, str], interrupt: signal.Handlers = signal.SIG_DFL
+) -> tuple[psutil.Popen, list[psutil.Process]]:
     """The flow in a process group of its own, as a shell starts it, as `stage` has come to its second step; and all
     that it started."""
     command = [sys.executable, "-m", "flows.reproduce"]
     flow = psutil.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                        process_group=0, preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))
+                        process_group=0, preexec_fn=partial(signal.signal, signal.SIGINT, interrupt))
     log = repository / f"logs/{stage}.log"
     log.unlink(missing_ok=True)
     deadline = time.monotonic() + 180
@@ -55,9 +59,10 @@ def start(stage: str, repository: Path, environment: dict[str, str]) -> tuple[ps
 def stop_in(stage: str, repository: Path, environment: dict[str, str]) -> None:
     """Start the flow, interrupt its process group, as Ctrl-C does, and see that nothing is left."""
     flow, tree = start(stage, repository, environment)
+    interrupted = time.monotonic()
     os.killpg(flow.pid, signal.SIGINT)
     output, _ = flow.communicate(timeout=60)
-    assert flow.returncode == 130, output
+    assert flow.returncode == 130 and time.monotonic() - interrupted < SECONDS_TO_STOP + 5, output
     assert "Run the same command again" in output and "Traceback" not in output
     _, alive = psutil.wait_procs(tree, timeout=10)         # stages, DVC and the temporary server
     assert alive == []
@@ -94,6 +99,24 @@ def test_a_run_that_fails_is_stopped_and_ends_well(
     with sqlite3.connect(repository / ".prefect/prefect.db") as database:
         keys = {key for (key,) in database.execute("select key from artifact")}
     assert {"plan", "progress-first", "progress-second-left"} <= keys
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_flow_stops_all(number: signal.Signals, repository: Path, environment: dict[str, str]) -> None:
+    flow, tree = start("second@right", repository, environment)
+    flow.send_signal(number)
+    output, _ = flow.communicate(timeout=60)
+    assert flow.returncode == 130 and "Run the same command again" in output and "Traceback" not in output, output
+    _, alive = psutil.wait_procs(tree, timeout=10)
+    assert alive == []
+
+
+def test_a_run_that_ignores_ctrl_c_goes_on(repository: Path, environment: dict[str, str]) -> None:
+    """As under nohup, or in the background of a shell: none of what it started hears it."""
+    flow, _ = start("second@right", repository, environment, signal.SIG_IGN)
+    os.killpg(flow.pid, signal.SIGINT)
+    output, _ = flow.communicate(timeout=120)
+    assert flow.returncode == 0 and set(results(output).values()) == {"ran"} and "Traceback" not in output, output
 
 
 @pytest.mark.parametrize("victim", ["flow", "repro", "uvicorn"])

@@ -113,6 +113,9 @@ def test_start_cancel_and_report_to_the_pages(repository: Path, pages: str, repr
     assert not is_refused(pages, Origin=pages) and not is_refused(pages, Origin=f"http://localhost:{port}")
 
     run = start_run(pages, repository)
+    listening = [place.laddr.ip for process in psutil.Process().children(recursive=True)
+                 for place in process.net_connections() if place.status == psutil.CONN_LISTEN]
+    assert set(listening) == {"127.0.0.1"}
     stages = [process for process in psutil.Process().children(recursive=True) if "work.py" in process.cmdline()]
     assert stages
     ask(f"{pages}/api/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
@@ -127,6 +130,46 @@ def test_start_cancel_and_report_to_the_pages(repository: Path, pages: str, repr
     runs = ask(f"{pages}/api/flow_runs/filter", {})
     assert sorted(run["state_name"] for run in runs) == ["Cancelled", "Completed"]
     assert all(re.fullmatch(r"cpu(-[0-9a-f]{7}(-changes)?)?", run["name"]) for run in runs)
+
+
+def test_a_second_run_waits_and_a_cancelled_one_goes_on_when_it_is_tried_again(
+    repository: Path, environment: dict[str, str]
+) -> None:
+    graph = repository / "dvc.yaml"
+    graph.write_text(graph.read_text().replace(" 1.5 ", " 40 "))
+    environment["PREFECT_RUNNER_POLL_FREQUENCY"] = "1"
+
+    def has_state(run: str, name: str) -> Callable[[], bool]:
+        return lambda: bool(ask(f"{url}/api/flow_runs/{run}")["state_name"] == name)
+
+    with serve(environment, signal.SIGTERM) as url:         # which ends the last run too
+        first = start_run(url, repository)
+        deployment = ask(f"{url}/api/flow_runs/{first}")["deployment_id"]
+        second = ask(f"{url}/api/deployments/{deployment}/create_flow_run", {})["id"]
+        time.sleep(5)                                       # in which it is asked for several times
+        assert has_state(first, "Running")() and not has_state(second, "Running")()
+        for cancelled, following in ((first, second), (second, first)):
+            ask(f"{url}/api/flow_runs/{cancelled}/set_state", {"state": {"type": "CANCELLING"}})
+            wait_for(has_state(cancelled, "Cancelled"))
+            if following == first:                          # as its page's Retry does
+                retry = {"type": "SCHEDULED", "name": "AwaitingRetry"}
+                ask(f"{url}/api/flow_runs/{first}/set_state", {"state": retry})
+            wait_for(has_state(following, "Running"))
+        history = repository / "history"
+        wait_for(lambda: re.search(r"second-left from [1-9]", history.read_text()))     # where the first had come to
+
+
+def test_pages_that_end_before_their_server_answers_leave_none(repository: Path, environment: dict[str, str]) -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "flows.server", "--port", str(port)]
+    ui = psutil.Popen(command, env=environment, stdout=subprocess.PIPE)
+    tree = wait_for(lambda: ui.children(recursive=True))
+    ui.terminate()
+    ui.wait(30)
+    _, alive = psutil.wait_procs(tree, timeout=20)
+    assert alive == []
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", port))
 
 
 def test_pages_that_are_killed_take_their_run_along_and_can_be_served_again(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -341,6 +342,55 @@ def test_a_failure_says_what_the_stage_said_and_where_to_look(repository: Path, 
         "first: values.csv: column `loss` is missing. Run `dvc repro first` again.",
         "Log: logs/first.log. Run the same command again: it resumes.",
     ]
+
+
+@pytest.mark.parametrize(("number", "words"), [
+    (signal.SIGSEGV, "ended by SIGSEGV."), (signal.SIGINT, "ended by SIGINT."),
+    (signal.SIGKILL, "ended by SIGKILL, most likely for want of memory."),
+])
+def test_a_stage_that_a_signal_ends_says_so_and_goes_on(
+    repository: Path, nodes: dict[str, Node], number: signal.Signals, words: str
+) -> None:
+    def strike(line: str) -> None:
+        if line.startswith("step 3/"):
+            for process in psutil.Process().children(recursive=True):
+                if "work.py" in process.cmdline():
+                    process.send_signal(number)
+
+    runner = StageRunner(2, 5)
+    runner.run(nodes["first"], ignore, ignore)
+    with pytest.raises(StageFailed) as failed:
+        runner.run(nodes["second@left"], ignore, strike)
+    assert str(failed.value).splitlines()[0] == f"second@left: {words}"
+    assert runner.run(nodes["second@left"], ignore, ignore) == "ran"
+    began = re.findall(r"second-left from (\d+)", Path("history").read_text())
+    assert began[0] == "0" and int(began[1]) >= 2
+
+
+FULL_CACHE = """
+import sys
+from flows import dvc_graph
+dvc_graph.allow_no_git()
+try:
+    print(dvc_graph.StageRunner(1, 5).run(dvc_graph.graph()["first"], print, print))
+except dvc_graph.StageFailed as failure:
+    sys.exit(str(failure))
+"""
+
+
+def test_a_cache_that_is_full_is_told_and_nothing_is_lost(repository: Path) -> None:
+    """DVC's cache on a disk of its own, which is full before the first output is committed."""
+    apart = ("unshare", "--user", "--map-root-user", "--mount")
+    if subprocess.run([*apart, "true"], capture_output=True).returncode:
+        pytest.skip("this kernel gives users no namespaces")
+    Path(".dvc/cache").mkdir()
+    mount = 'mount -t tmpfs -o size=8k cache .dvc/cache; cat /dev/zero > .dvc/cache/ballast; exec "$0" -c "$1"'
+    full = subprocess.run([*apart, "sh", "-c", mount, sys.executable, FULL_CACHE], capture_output=True, text=True)
+    assert full.returncode == 1 and "No space left on device" in full.stderr, full
+    assert full.stderr.splitlines()[-1] == "Log: logs/first.log. Run the same command again: it resumes."
+    dvc_graph.mend(1e9)
+    assert StageRunner(1, 5).run(dvc_graph.graph()["first"], ignore, ignore) == "ran"
+    assert dvc_graph.stale({"first": dvc_graph.graph()["first"]}) == set()
 
 
 def test_stop_ends_processes_frees_locks_and_the_stage_resumes(repository: Path, nodes: dict[str, Node]) -> None:

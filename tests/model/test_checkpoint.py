@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import pickle
 import shutil
 from pathlib import Path
@@ -213,6 +214,26 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, value):
 class Trap:
     def __reduce__(self):
         return Path.touch, (Path("sprung"),)
+
+
+def test_no_weight_is_unpickled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_weights(tmp_path, HYBRID, random_state(HYBRID), {})
+    place = min(read_index(tmp_path).storage_data.values(), key=lambda piece: piece.offset)
+    for trap in (pickle.dumps(Trap()), torch_saved(Trap())):
+        content = bytearray((tmp_path / "__0_0.distcp").read_bytes())
+        content[: place.length] = trap[: place.length].ljust(place.length, b"\0")
+        (tmp_path / "__0_0.distcp").write_bytes(content)
+        write_sums(tmp_path)                                # whoever wrote it sealed it as well
+        with pytest.raises(ModelError, match=r": its weights cannot be read \(.+\)\.\n"):
+            load_weights(tmp_path)
+    assert not Path("sprung").exists()
+
+
+def torch_saved(value: object) -> bytes:
+    content = io.BytesIO()
+    torch.save(value, content)
+    return content.getvalue()
 
 
 @pytest.mark.parametrize("index", [Trap(), {"no": "index"}])

@@ -147,6 +147,23 @@ def test_metrics_are_finite_or_there_are_none(stage, monkeypatch, value):
     assert str(error.value).count("\n") == 1 and not (stage.records / "metrics.json").exists()
 
 
+def test_a_shallow_clone_knows_its_commit(tmp_path, monkeypatch):
+    def git(*arguments) -> str:
+        command = ["git", "-c", "user.name=x", "-c", "user.email=x@x", *map(str, arguments)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "-q", tmp_path / "whole")
+    for content in "ab":
+        (tmp_path / "whole/file").write_text(content)
+        git("-C", tmp_path / "whole", "add", "file")
+        git("-C", tmp_path / "whole", "commit", "-qm", content)
+    git("clone", "-q", "--depth", "1", f"file://{tmp_path / 'whole'}", tmp_path / "shallow")
+    monkeypatch.setattr(common, "ROOT", tmp_path / "shallow")
+    assert common._commit() == git("-C", tmp_path / "whole", "rev-parse", "HEAD")
+    (tmp_path / "shallow/file").write_text("c")
+    assert common._commit().endswith("+changes")
+
+
 def test_full_disk_is_two_lines():
     with pytest.raises(StageError) as error, plain_errors():
         raise OSError(errno.ENOSPC, "No space left on device", "data/x.bin")

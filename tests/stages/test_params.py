@@ -92,6 +92,13 @@ def test_not_a_mapping(text, tmp_path):
     assert len(refused(text, tmp_path)) == 2
 
 
+def test_a_file_that_cannot_be_read(tmp_path):
+    (tmp_path / "latin.yaml").write_bytes(b"profile: caf\xe9\n")
+    for path in (tmp_path / "latin.yaml", tmp_path):
+        with pytest.raises(ParamsError, match=rf"^{path}: cannot be read \(.+\)\.\n.+$"):
+            load_params(path)
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(ParamsError, match="not found"):
         load_params(tmp_path / "params.yaml")
@@ -113,6 +120,11 @@ def test_an_override_reaches_a_field_of_a_list():
 @pytest.mark.parametrize(("assignment", "expected"), [
     ("annotate.sources.1.domain=web", "`1` is a value"), ("annotate.sources.x.domain=web", "`x` is a value"),
     ("annotate.sources.0=web", "as a whole"), ("annotate.sources=[1,", "not valid YAML"),
+    ("seed=-1", "`seed`"), (f"seed={10**23}", "`seed`"), ("variants.hybrid-fp8.seed=-1", "`variants.hybrid-fp8.seed`"),
+    ("pretrain.adam_betas=[0.9,1]", r"`pretrain\.adam_betas\.1`"),
+    ("annotate.x=!!python/object/apply:os.mkdir [sprung]", "not valid YAML"),
+    *((f"annotate.sources=[{{kind: files, paths: [x], domain: '{domain}'}}]", "`annotate.sources.0.files.domain`")
+      for domain in ('"><script>', "../../esc", "web; x", "")),
     ("annotate.mask=[all]", r"^--set annotate\.mask: `annotate\.mask\.0`"),
     ("annotate.held_out={fraction: 2, unit: source}", r"^--set annotate\.held_out: `annotate\.held_out\.fraction`"),
 ])

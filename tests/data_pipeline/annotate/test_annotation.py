@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -192,6 +194,38 @@ def test_an_interrupted_run_ends_the_same(corpus, annotated, in_shards, tmp_path
     assert ("read" in works) == (work == "read"), "what was read is not read again"
     assert files(out) == files(in_shards)
     assert_frame_equal(rows(out), rows(annotated))
+
+
+@pytest.mark.parametrize(("work", "anew"), [("read", 0), ("deduplicate", 3), ("score", 7)])
+def test_a_damaged_piece_is_made_again(corpus, in_shards, tmp_path, capsys, work, anew):
+    """The last of each kind of piece that a stop in the middle of `work` leaves, each in turn. What decisions and the
+    shards before this round were made of is kept no longer."""
+    config = annotate_config(corpus, shard_megabytes=0.1)
+    calls = []
+
+    def stop(step: int, total: int, **figures: object) -> None:
+        calls.append(figures["work"])
+        if calls.count(work) == 4:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(config, tmp_path / "broken", progress=stop)
+    kinds = {re.sub(r"[0-9]{4,}", "#", file.name): file.relative_to(tmp_path / "broken/scratch")
+             for file in sorted((tmp_path / "broken/scratch").rglob("[!.]*")) if file.is_file()}
+    begun_anew = 0
+    for kind, piece in kinds.items():
+        scratch, out = tmp_path / kind / "scratch", tmp_path / kind / "out"
+        shutil.copytree(tmp_path / "broken/scratch", scratch)
+        out.mkdir()
+        content = bytearray((scratch / piece).read_bytes())
+        content[len(content) // 2] ^= 1
+        (scratch / piece).write_bytes(content)
+        annotate(config, 1, out, scratch, HERE, silent)
+        said = capsys.readouterr().out
+        assert said.count(f"{scratch / piece}: damaged; made again.") == 1, kind
+        begun_anew += "annotated anew" in said
+        assert files(out) == files(in_shards), kind
+    assert kinds and begun_anew == anew, list(kinds)
 
 
 def test_a_killed_run_resumes(corpus, in_shards, tmp_path):

@@ -225,6 +225,31 @@ def test_an_interrupted_cut_ends_the_same(annotated, curated, tmp_path):
     assert (tmp_path / "scratch" / "resumed").exists() and finished.stat().st_mtime_ns == written
 
 
+@pytest.mark.parametrize("harm", [
+    lambda content: content[: len(content) // 2], lambda content: b"",
+    lambda content: content[:200] + bytes(byte ^ 1 for byte in content[200:400]) + content[400:],
+])
+def test_a_damaged_annotated_shard_is_named(annotated, tmp_path, harm):
+    shutil.copytree(annotated, tmp_path / "annotated")
+    shard = sorted((tmp_path / "annotated").glob("part-*.parquet"))[-1]
+    shard.write_bytes(harm(shard.read_bytes()))
+    with pytest.raises(DataError, match=f"^annotated shard {shard.name}: .+\n.+ are kept") as error:
+        run(tmp_path / "annotated", curate_config(), tmp_path)
+    assert str(error.value).count("\n") == 1
+
+
+@pytest.mark.parametrize("file", ["cut-00000.json", "cut-00000-train.parquet", "cut-00000-heldout.parquet"])
+def test_a_damaged_cut_is_made_again(annotated, curated, tmp_path, capsys, file):
+    run(annotated, curate_config(), tmp_path / "first")
+    (directory,) = (path for path in (tmp_path / "first/scratch").iterdir() if path.is_dir())
+    shutil.copytree(tmp_path / "first/scratch", tmp_path / "scratch")
+    piece = tmp_path / "scratch" / directory.name / file
+    content = piece.read_bytes()
+    piece.write_bytes(content.replace(b"1", b"2") if file.endswith("json") else content[:-9])
+    assert run(annotated, curate_config(), tmp_path) == curated[1]
+    assert capsys.readouterr().out.count(f"{piece}: damaged; made again.") == 1 and piece.read_bytes() == content
+
+
 @pytest.mark.parametrize(("split", "part"), [("train", "to train on"), ("heldout", "held out")])
 def test_a_domain_left_empty_is_named_with_what_took_it(annotated, tmp_path, split, part):
     rules = {"docs": {"set": "prose", "labels": LABELS, "thresholds": {"words": (10_000, None)}}}

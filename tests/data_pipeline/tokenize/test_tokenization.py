@@ -49,7 +49,7 @@ def run(shards: list[Path], model: Path, scratch: Path, count: int = 1) -> dict[
 
 
 def contents(scratch: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(scratch)): path.read_bytes() for path in sorted(scratch.glob("train/*"))}
+    return {str(path.relative_to(scratch)): path.read_bytes() for path in sorted(scratch.glob("train/[!.]*"))}
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +120,37 @@ def test_an_interrupted_run_goes_on(whole, model, tmp_path, monkeypatch, victim)
     files[0].unlink()                                                   # done before: not needed again
     run(files, model, tmp_path / "scratch")
     assert (tmp_path / "scratch/resumed").exists()
+    assert contents(tmp_path / "scratch") == contents(whole)
+
+
+@pytest.mark.parametrize("piece", [
+    "shards/part-00001/counts.json", "shards/part-00001/train/code-high.bin", "shards/part-00001/train/code-low.idx",
+    "train/code-high.bin", "train/code-high.idx"])
+def test_a_damaged_piece_is_made_again(whole, model, tmp_path, monkeypatch, capsys, piece):
+    """Parts lie there while one file is merged and the others are not."""
+    files, merge = write(tmp_path / "shards", 3), tokenization.merge
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tokenization, "merge", lambda parts, prefix: merge(parts, prefix) if prefix.name == "code-high"
+                      and piece.startswith("train/") else interrupt())
+        run(files, model, tmp_path / "scratch")
+    path = tmp_path / "scratch" / piece
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    run(files, model, tmp_path / "scratch")
+    assert capsys.readouterr().out.count(f"{path}: damaged; made again.") == 1
+    assert contents(tmp_path / "scratch") == contents(whole)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_files_moved_before_a_kill_are_made_again(whole, model, tmp_path):
+    files = write(tmp_path / "shards", 2)
+    run(files, model, tmp_path / "scratch")
+    for suffix in ("bin", "idx"):
+        (tmp_path / f"scratch/train/code-low.{suffix}").unlink()
+    run(files, model, tmp_path / "scratch")
     assert contents(tmp_path / "scratch") == contents(whole)
 
 

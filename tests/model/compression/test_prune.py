@@ -196,8 +196,10 @@ def test_heads_go_evenly_from_every_group(parent, axes):
 @pytest.mark.parametrize(("layers", "neurons"), [
     ([1, 0], {1: torch.arange(8)}), ([0, 0, 1], {1: torch.arange(8)}), ([1], {1: torch.tensor([3, 2])}),
     ([1], {1: torch.tensor([3, 3])}), ([1, 4], {1: torch.arange(8), 4: torch.arange(9)}),
+    ([], {}), ([-1, 1], {}), ([1, 7], {}), ([1], {1: torch.tensor([], dtype=torch.int64)}),
+    ([1], {1: torch.tensor([-1, 3])}), ([1], {1: torch.tensor([10**6])}), ([0, 1], {0: torch.arange(8)}),
 ])
-def test_indices_must_ascend_and_widths_agree(parent, layers, neurons):
+def test_indices_are_the_models_and_ascend_and_widths_agree(parent, layers, neurons):
     with pytest.raises(ValueError):
         cut(*parent, Selection(layers, neurons))
 

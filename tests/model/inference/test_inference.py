@@ -140,7 +140,14 @@ def test_only_the_likeliest_tokens_are_drawn():
     assert frequencies(logits, Sampling(0.5)) == pytest.approx([1 / 22, 16 / 22, 1 / 22, 4 / 22], abs=0.02)
 
 
+@pytest.mark.parametrize("temperature", [-0.0, 1e-300, 1e-46, 1e-38, 1e-31, 1e-29])
+def test_hardly_any_temperature_takes_the_likeliest(temperature):
+    for options in ((), (2,), (0, 0.9)):
+        assert frequencies([100.0, 130.0, -100.0], Sampling(temperature, *options)) == [0, 1, 0]
+
+
 @pytest.mark.parametrize(("sampling", "message"), [
+    (Sampling(math.nan), "temperature is nan"), (Sampling(1.0, 0, math.nan), "top_p is nan"),
     (Sampling(-1.0), "temperature is -1"), (Sampling(1.0, -2), "top_k is -2"), (Sampling(1.0, 0, 1.5), "top_p is 1.5"),
     (Sampling(1.0, 0, 0.0), "top_p is 0"),
 ])

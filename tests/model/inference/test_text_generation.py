@@ -85,6 +85,13 @@ def test_from_a_shell(directory):
     assert (found.returncode, found.stdout) == (0, greedy(directory, 12) + "\n"), found.stderr
 
 
+def test_a_prompt_that_is_not_utf_8(directory):
+    command = [sys.executable, "-m", "model.inference", "--checkpoint", str(directory), "--prompt", "-"]
+    found = subprocess.run(command, input=b"caf\xe9", capture_output=True, timeout=240)
+    assert found.returncode == 1 and not found.stdout
+    assert found.stderr.decode().splitlines() == ["prompt: byte 3 is not UTF-8.", "Give the text in UTF-8."]
+
+
 def test_a_seed_repeats_its_text(directory, capsys):
     texts = []
     for seed in ("1", "1", "2"):
@@ -170,7 +177,8 @@ def test_a_prompt_longer_than_memory_allows(directory, capsys, monkeypatch):
 
 @pytest.mark.parametrize(("options", "message"), [
     (("--temperature", "-1"), "temperature is -1"), (("--top-p", "0"), "top_p is 0"),
-    (("--max-new-tokens", "0"), "max_new_tokens is 0"),
+    (("--max-new-tokens", "0"), "max_new_tokens is 0"), (("--seed", str(10**20)), "seed is 1000"),
+    (("--prompt", "caf\udce9"), "prompt: byte 3 is not UTF-8"),
 ])
 def test_options_without_a_meaning(directory, options, message, capsys, monkeypatch):
     refuse(directory, message, capsys, monkeypatch, *options)

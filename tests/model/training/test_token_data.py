@@ -39,6 +39,17 @@ def test_phases_draw_by_their_weights(tokens, tmp_path):
     assert files_of(data, range(300, 500)) == pytest.approx([0.4, 0.0, 0.6], abs=0.01)
 
 
+def test_a_damaged_index_is_made_again(tokens, tmp_path, capsys):
+    cache = tmp_path / "cache"
+    before = [TrainingData(tokens, 16, 500, 1, cache)[sample].tolist() for sample in range(500)]
+    for path in sorted(cache.glob("*.npy")):
+        content = path.read_bytes()
+        path.write_bytes(content[:-8] + bytes([content[-8] ^ 1]) + content[-7:])
+        data = TrainingData(tokens, 16, 500, 1, cache)
+        assert [data[sample].tolist() for sample in range(500)] == before
+        assert path.read_bytes() == content and f"{path}: damaged or replaced" in capsys.readouterr().out
+
+
 def test_samples_are_stretches_of_their_file_and_none_comes_twice_within_an_epoch(tokens, tmp_path):
     """60 samples of 16 take less than one epoch of any file: over both phases each is another stretch."""
     data = TrainingData(tokens, 16, 60, 1, tmp_path / "cache")

@@ -21,6 +21,9 @@ from tiny_engine import HYBRID, RECIPE, ROOT, optimizer_state, train_job
 
 from model.config import ModelError
 from model.megatron.distributed import ONE_COPY, process_groups
+from model.megatron.engine_checkpoint import save_model
+from model.megatron.precision import Precision
+from model.megatron.spec import build_model
 from model.training.trainer import Trainer
 
 
@@ -134,6 +137,14 @@ def test_a_disk_that_fills_during_a_checkpoint_leaves_the_last_one_whole(tokens,
     assert resumed["resumed_from"] == 4
     assert resumed["training"] == unbroken["training"]
     assert_same_files(tmp_path / "out", unbroken["directory"] / "out")
+
+
+def test_final_weights_that_a_full_disk_cut_short_leave_nothing(tmp_path):
+    with process_groups():
+        model = build_model(HYBRID, Precision("float32"), ONE_COPY, seed=1)
+        with files_no_larger_than(100_000), pytest.raises(ModelError, match="could not be written") as error:
+            save_model(tmp_path / "weights", model)
+    assert str(error.value).count("\n") == 1 and not (tmp_path / "weights").exists()
 
 
 def test_a_state_written_in_the_background_is_of_its_step(tokens, unbroken, tmp_path, monkeypatch):
