@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_engine import HYBRID, TRANSFORMER
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import checkpoint, costs
 from model.hybrid_lm import HybridLM
@@ -65,3 +66,22 @@ def test_attention_is_megatrons():
         later = torch.ones(7, 7, dtype=torch.bool).triu(1)[None, None]
         expected = megatron(query, key, value, later)
         torch.testing.assert_close(CausalAttention(config)(query, key, value, None), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("config", [HYBRID, TRANSFORMER], ids=["hybrid", "transformer"])
+def test_without_gradients_every_linear_layer_is_one_matrix_product(config, batch):
+    """PyTorch's matmul takes an input of other than plain strides as a batch of products, here and on a GPU, where a
+    forward pass of one sequence took several times as long."""
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            called.append(operation._schema.name)
+            return operation(*args, **(kwargs or {}))
+
+    called: list[str] = []
+    ids = torch.randint(0, config.vocab_size, (batch, 16))
+    with process_groups():
+        model = build_model(config, FLOAT32, ONE_COPY, seed=1).requires_grad_(False)
+        with torch.no_grad(), Products():
+            model(ids, None, None)
+    assert called.count("aten::mm") == 2 * len(config.pattern) + 1
