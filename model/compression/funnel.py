@@ -233,9 +233,10 @@ class Funnel:
         return budgets
 
     def candidates(self) -> list[Candidate]:
-        """Every maximal candidate under the budgets."""
+        """Every maximal candidate under the budgets whose layers the pipeline can split."""
         parent, config = self.config_of_parent, self.config
-        cells = maximal_cells(parent, config.ffn_widths, config.min_attention_layers, self.budgets)
+        cells = [cell for cell in maximal_cells(parent, config.ffn_widths, config.min_attention_layers, self.budgets)
+                 if sum(cell.counts.values()) % self.parallelism.pipeline == 0]
         return [make_candidate(parent, cell, self.layers, self.widths, config.memory, self.order) for cell in cells]
 
     def mask(self, selection: Selection) -> Mask:

@@ -45,8 +45,8 @@ NEURON_KEPT, NEURON_MOVED = 16, 50
 # Bytes read and written a logit of a ranked model (`comparison`, in float32): log-softmax, its maximum, the divergence.
 RANKED_MOVED = 66
 # Bytes a weight of a resume state (BF16, and master weight and two moments in FP32: docs/results/two-gpus.md, 112 GB
-# for 8.1 billion), of a checkpoint (BF16), of a cut one at most (FP32).
-STATE, CHECKPOINT, CUT = BF16 + 3 * FP32, BF16, FP32
+# for 8.1 billion), of a checkpoint (BF16, also of a cut one).
+STATE, CHECKPOINT = BF16 + 3 * FP32, BF16
 
 
 class Step(NamedTuple):
@@ -157,7 +157,7 @@ def steps(
     short, final = (distillation(parent, config, pretrain, size, layout, machine, grid.student)
                     for size in (config.short_distillation_tokens, config.distillation_tokens))
     size = costs.parameters(grid.student)
-    kept = size * (CUT + CHECKPOINT)
+    kept = size * 2 * CHECKPOINT
     state = size * STATE * (pretrain.checkpoints_kept + 1)          # the newest while it is written
     beside = max(held_parameters(grid.student, pretrain, False, layout, stage)[0]
                  for stage in (0, layout.pipeline - 1))
