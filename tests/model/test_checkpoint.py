@@ -225,7 +225,7 @@ def test_no_weight_is_unpickled(tmp_path, monkeypatch):
         content[: place.length] = trap[: place.length].ljust(place.length, b"\0")
         (tmp_path / "__0_0.distcp").write_bytes(content)
         write_sums(tmp_path)                                # whoever wrote it sealed it as well
-        with pytest.raises(ModelError, match=r": its weights cannot be read \(.+\)\.\n"):
+        with pytest.raises(ModelError, match=r" cannot be read from __0_0\.distcp \(.+\)\.\n"):
             load_weights(tmp_path)
     assert not Path("sprung").exists()
 
