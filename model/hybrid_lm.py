@@ -1,8 +1,8 @@
 """The hybrid language model in plain PyTorch: Mamba-2, attention and feed-forward layers in the order of a pattern.
 
 Parameters are named as on the Hub (`backbone.layers.0.mixer.in_proj.weight`, transformers' `NemotronH`), so a state is
-a checkpoint. The Transformer baseline is the same model with another pattern and rotary positions. Compression,
-evaluation and inference use it; pretraining builds the same model from megatron-core (`model.megatron.spec`).
+a checkpoint. The Transformer baseline is the same model with another pattern and rotary positions. Evaluation and
+inference use it; training and compression build the same model from megatron-core (`model.megatron.spec`).
 
     x += mixer(RMSNorm(x)) for every layer, then RMSNorm, then the untied head; no bias but the convolution's and dt's.
 """
