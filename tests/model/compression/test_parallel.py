@@ -1,5 +1,6 @@
 """Compression on several processes: scores, comparisons, distillation and the whole funnel are those of one."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -112,17 +113,26 @@ def test_a_mask_computes_what_the_cut_model_does(parent):
         torch.testing.assert_close(next(states), smaller.backbone(ids), rtol=1e-6, atol=1e-6, msg=name)
 
 
-def distil_job(directory: str, scratch: str, parallelism: dict, config: dict, tokens: int) -> list:
-    """The curve of `other` distilled from the parent, in one of several processes."""
+class Stopped(Exception):
+    pass
+
+
+def distil_job(directory: str, scratch: str, parallelism: dict, config: dict, tokens: int, until: int = 0) -> list:
+    """The curve of `other` distilled from the parent, in one of several processes; nothing where it is stopped after
+    step `until`."""
     from model.compression.config import CompressConfig
     from model.compression.distill import School
     from model.compression.resume import ResultCache
     from model.megatron.distributed import Parallelism, process_groups
 
+    def progress(step: int, *_: object, **__: object) -> None:
+        if step == until:
+            raise Stopped
+
     root, layout, settings = Path(directory), Parallelism(**parallelism), CompressConfig(**config)
-    with process_groups(layout):
+    with process_groups(layout), suppress(Stopped):
         school = School(root / "parent", markov(96, 1), root / "tokens", settings, RECIPE, "float32", 1,
-                        ResultCache(Path(scratch)), layout, silent)
+                        ResultCache(Path(scratch)), layout, progress)
         return [list(row) for row in school.distil(root / "other", tokens, f"run-{tokens}").curve]
 
 
@@ -137,6 +147,22 @@ def test_distillation_in_every_layout_is_that_of_one_process(other, directory, c
     for found in run_processes(processes, jobs, tmp_path):
         assert [row[2] for row in found] == pytest.approx([row[2] for row in expected], rel=1e-3)
     assert expected[-1][2] < 0.8 * expected[0][2]
+
+
+def test_a_stopped_distillation_goes_on_in_another_layout(other, directory, config, tmp_path):
+    """Tensor parallel, then in a pipeline, then data parallel: the losses of an unbroken run on one process."""
+    settings = config.model_copy(update={"micro_batch_size": 1}).model_dump(mode="json")
+    job = {"function": f"{HERE}.distil_job", "directory": str(directory), "config": settings, "tokens": 20 * 128,
+           "parallelism": {}, "scratch": str(tmp_path / "alone")}
+    (expected,) = run_processes(1, [job], tmp_path)
+    moved = job | {"scratch": str(tmp_path / "moved")}
+    *stopped, found = run_processes(2, [
+        moved | {"parallelism": LAYOUTS["sequence"], "until": 6},
+        moved | {"parallelism": LAYOUTS["pipeline"], "until": 13},
+        moved | {"parallelism": LAYOUTS["data"]},
+    ], tmp_path)
+    assert stopped == [None, None] and (tmp_path / "moved" / f"run-{20 * 128}" / "resumed").exists()
+    assert [row[2] for row in found] == pytest.approx([row[2] for row in expected], rel=1e-3)
 
 
 def funnel_job(directory: str, scratch: str, parallelism: dict, config: dict) -> dict:
