@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.common import Stage, run_stage
-from stages.pretrain import RUN_ONLY
+from stages.worker import RUN_ONLY
 
 DIRECTORIES = {"compressed": "compressed", "random": "compressed-random"}
 

@@ -37,13 +37,11 @@ def evaluate(stage: Stage) -> dict[str, Any]:
     from model.costs import parameters
     from model.evaluation import harness
     from model.model_card import Measured, model_card
-    from model.training.plan import check_inference
 
     items, controls = evaluation_items.read(asked)
     geometry = hub.read_config(directory)
     longest = config.context_tokens * max(config.context_multiples)
     stage.take_gpus()
-    check_inference(geometry)
     model = harness.load(
         directory, config.context_tokens, choice_length=longest, scratch=stage.scratch, progress=Progress()
     )

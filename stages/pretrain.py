@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.common import Stage, StageError, run_stage
-
-RUN_ONLY = {"pretrain.checkpoint_every", "pretrain.checkpoints_kept", "pretrain.check_kernels"}     # say how, not what
+from stages.worker import RUN_ONLY
 
 
 def pretrain(stage: Stage) -> dict[str, Any]:

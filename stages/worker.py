@@ -50,6 +50,8 @@ def compress(job: dict[str, Any], progress: Callable[..., None]) -> Any:
                         parallelism)
 
 
+# Settings that say how it is run, not what comes out.
+RUN_ONLY = {"pretrain.checkpoint_every", "pretrain.checkpoints_kept", "pretrain.check_kernels"}
 TASKS = {"pretrain": pretrain, "compress": compress}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,9 @@ from stages.params import Params
 ROOT = Path(__file__).resolve().parents[1]
 FIRST_PARTY = ("stages", "data_pipeline", "model", "kernels")
 # The frame around every stage: it checks parameters, words errors and keeps compiled code, and changes no result.
+WORKER = ROOT / "stages/worker.py"
 FRAME = {
+    WORKER,
     ROOT / "data_pipeline/text/__init__.py",
     ROOT / "stages/common.py",
     ROOT / "stages/params.py",
@@ -72,6 +75,17 @@ def closure(file: Path) -> set[Path]:
     return {file for file in found if not only_a_docstring(file)}
 
 
+def job_of(stage: str) -> set[Path]:
+    """What a stage that runs a job executes there: of `stages.worker` the function of its task."""
+    if "stage.run_job(" not in stage_file(stage).read_text():
+        return set()
+    tasks = [node for node in ast.parse(WORKER.read_text()).body
+             if isinstance(node, ast.FunctionDef) and node.name == stage]
+    assert len(tasks) == 1
+    return {file for name in imports(tasks[0]) if name.split(".")[0] in FIRST_PARTY for path in files_of(name)
+            for file in closure(path)}
+
+
 def only_a_docstring(file: Path) -> bool:
     body = ast.parse(file.read_text()).body
     return all(isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant) for statement in body)
@@ -90,7 +104,7 @@ def stage_file(stage: str) -> Path:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_code_dependencies_are_the_files_the_stage_imports(stage: str) -> None:
-    used = closure(stage_file(stage))
+    used = closure(stage_file(stage)) | job_of(stage)
     declared = code_dependencies(stage)
 
     def show(files: set[Path]) -> list[str]:
@@ -129,7 +143,7 @@ def test_parameters_are_the_sections_the_stage_declares_and_reads(stage: str) ->
 
 def test_stages_that_compute_on_a_gpu_take_it() -> None:
     """And no others: `meta` in dvc.yaml is what the flow counts on."""
-    taking = {name for name in STAGES if "stage.take_gpus()" in stage_file(name).read_text()}
+    taking = {name for name in STAGES if re.search(r"stage\.(take_gpus|run_job)\(", stage_file(name).read_text())}
     metas = {name: stage.get("meta", {}) for name, stage in STAGES.items()}
     assert taking == {name for name, meta in metas.items() if meta.get("gpus") or meta.get("exclusive")}
 

@@ -33,7 +33,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from durable import read_checked, write_checked
-from model import hub
+from model import costs, hub
 from model.config import ModelError
 from model.evaluation.schema import ChoiceSample, Samples, TextSample
 from model.hybrid_lm import HybridLM
@@ -284,10 +284,20 @@ def _padded(rows: Sequence[list[int]], length: int) -> Tensor:
 
 
 def load(directory: Path, max_length: int, **options: Any) -> HarnessLM:
-    """The model and tokenizer of an exported Hub directory, on the GPU if there is one. Raises ModelError."""
-    config, state = hub.load(directory)
+    """The model and tokenizer of an exported Hub directory, on the GPU if there is one.
+
+    Raises:
+        ModelError: the directory's are not a model and tokenizer, or the GPU is too small for the weights.
+    """
+    config, state = hub.open_weights(directory)
     tokenizer = hub.read_tokenizer(directory)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        weights, there = costs.parameters(config) * DTYPES[device].itemsize, torch.cuda.mem_get_info()[1]
+        if weights > there:
+            raise ModelError(
+                f"{directory}: weights of {weights / 2**30:.1f} GiB, and this GPU has {there / 2**30:.1f}.\n"
+                "Take a larger GPU, or leave the model out of `models`.")
     model = HybridLM.from_state(config, state, DTYPES[device]).to(device)
     return HarnessLM(model, tokenizer, hub.end_ids(directory), max_length, **options)
 

@@ -461,20 +461,6 @@ def inference_seconds(config: ModelConfig, tokens: float, machine: Machine) -> f
     return tokens / config.sequence_length * one
 
 
-def check_inference(config: ModelConfig) -> None:
-    """Raise ModelError where the model does not fit this process's GPU; without one nothing is known."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return
-    machine, needed = machine_here(), inference_memory(config, machine_here())
-    if needed > machine.memory:
-        raise ModelError(
-            f"{parameters(config) / 1e9:.1f} billion parameters in BF16 take {needed / GIB:.1f} GiB, this "
-            f"{machine.name} has {machine.memory / GIB:.1f}.\nTake a larger GPU, or leave the model out of `models`."
-        )
-
-
 def inference_memory(config: ModelConfig, machine: Machine) -> float:
     """Bytes of a model in BF16 on one GPU that reads a sequence; logits are made only where they are asked for."""
     return parameters(config) * BF16 + forward_bytes(config, Layout()) + machine.reserved / 2
