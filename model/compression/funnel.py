@@ -38,7 +38,7 @@ from model.compression.records import candidate_records, importance_record, rank
 from model.compression.resume import ResultCache
 from model.compression.schema import Controls, Costs
 from model.compression.width_importance import WidthImportance, width_importance
-from model.config import ModelConfig, PretrainConfig
+from model.config import ModelConfig, ModelError, PretrainConfig
 from model.hybrid_lm import HybridLM
 from model.inference.decoder import Decoder
 from model.integrity import is_whole
@@ -233,10 +233,20 @@ class Funnel:
         return budgets
 
     def candidates(self) -> list[Candidate]:
-        """Every maximal candidate under the budgets whose layers the pipeline can split."""
-        parent, config = self.config_of_parent, self.config
-        cells = [cell for cell in maximal_cells(parent, config.ffn_widths, config.min_attention_layers, self.budgets)
-                 if sum(cell.counts.values()) % self.parallelism.pipeline == 0]
+        """Every maximal candidate under the budgets that the layout can hold.
+
+        Raises:
+            ModelError: there is none, or a width does not divide among the tensor-parallel processes.
+        """
+        parent, config, layout = self.config_of_parent, self.config, self.parallelism
+        if wrong := [width for width in config.ffn_widths if width % layout.tensor]:
+            raise ModelError(f"compress.ffn_widths: {wrong[0]} cannot be split over {layout.tensor} tensor-parallel "
+                             f"processes.\nGive multiples of {layout.tensor}, or lower runtime.parallel.tensor.")
+        maximal = maximal_cells(parent, config.ffn_widths, config.min_attention_layers, self.budgets)
+        cells = [cell for cell in maximal if sum(cell.counts.values()) % layout.pipeline == 0]
+        if not cells:
+            raise ModelError(f"compress: none of {len(maximal)} candidates has layers for {layout.pipeline} pipeline "
+                             "stages.\nLower runtime.parallel.pipeline, or change the budgets.")
         return [make_candidate(parent, cell, self.layers, self.widths, config.memory, self.order) for cell in cells]
 
     def mask(self, selection: Selection) -> Mask:

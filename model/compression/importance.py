@@ -36,12 +36,13 @@ def layer_importance(model: Layerwise, sequences: Tensor, batch_size: int, progr
     scores = torch.zeros(len(pattern), len(sequences), dtype=torch.float64, device=model.device)
     mine = model.share(sequences)
     for samples in mine.split(batch_size):
+        rows = samples.to(model.device)
         states = model.hidden(sequences[samples], masks)
         whole = next(states)
         for layer, hidden in enumerate(states):
             if hidden is not None and whole is not None:
                 squares = _square(hidden - whole).mean(1)
-                scores[layer, samples.to(model.device)] = squares / hidden.shape[-1]
+                scores[layer, rows] = squares / hidden.shape[-1]
         progress(int(samples[-1]) + 1, len(sequences))
     scores = model.total(scores).cpu()
     _check_finite(scores, pattern)

@@ -11,9 +11,10 @@ from model.compression.controls import random_selection
 from model.compression.funnel import evenly
 from model.compression.layerwise import Mask, PlainLayerwise
 from model.compression.prune import cut
+from model.compression.resume import ResultCache
 from model.config import ModelError
 from model.hybrid_lm import HybridLM
-from model.megatron.distributed import ONE_COPY, process_groups
+from model.megatron.distributed import ONE_COPY, Parallelism, process_groups
 from model.megatron.precision import Precision
 from model.megatron.spec import build_model
 from tests.model.compression.markov import Weights, silent
@@ -162,6 +163,19 @@ def test_importance_beats_chance(compress, parent, data, config):
     mean = sum(value.kl for value in close.values()) / len(close)
     assert result.metrics["kl_parent_cut"] < 0.6 * mean
     assert result.metrics["kl_parent_compressed"] < result.metrics["kl_parent_cut"]
+
+
+@pytest.mark.parametrize(("layout", "what"), [
+    (Parallelism(tensor=7), "ffn_widths: 16 cannot be split over 7"), (Parallelism(pipeline=97), "none of")])
+def test_a_layout_that_holds_no_candidate_is_refused_before_distillation(parent, tokens, data, config, tmp_path, layout,
+                                                                         what):
+    with process_groups():
+        run = funnel.Funnel(parent.save(tmp_path), tokens, data, config, RECIPE, 1, ResultCache(tmp_path / "cache"),
+                            silent)
+        run.parallelism = layout
+        with pytest.raises(ModelError, match=what) as error:
+            run.candidates()
+    assert len(str(error.value).splitlines()) == 2
 
 
 @pytest.mark.parametrize("changes", [{"pattern": "M-M*M--"}, {"ffn_hidden_size": 32}])
