@@ -16,8 +16,8 @@ from model.compression.config import CompressConfig
 from model.compression.resume import ResultCache, from_main_process
 from model.config import PretrainConfig
 from model.integrity import is_whole
-from model.megatron.distributed import Parallelism, is_main_process, release_memory
-from model.megatron.precision import PrecisionName
+from model.megatron.distributed import Parallelism, device, is_main_process, release_memory
+from model.megatron.precision import Precision, PrecisionName, choose_precision
 from model.training.distillation import Lesson
 from model.training.trainer import Trainer
 
@@ -68,6 +68,12 @@ class School:
         self.parent, self.samples, self.tokens, self.config, self.pretrain = parent, samples, tokens, config, pretrain
         self.precision, self.seed, self.cache = precision, seed, cache
         self.parallelism, self.progress = parallelism, progress
+
+    @property
+    def number_format(self) -> Precision:
+        """Of teacher and student, as this device computes it."""
+        recipe = self.pretrain
+        return choose_precision(self.precision, device(), recipe.bf16_layers_at_start, recipe.bf16_layers_at_end)
 
     def distil(self, start: Path, tokens: int, name: str, objective: Objective = "kl") -> Distilled:
         """The student `start` after `tokens` tokens, under `name`. A killed run goes on from its last resume state."""

@@ -44,6 +44,7 @@ from model.inference.decoder import Decoder
 from model.integrity import is_whole
 from model.megatron.distributed import ONE_COPY, Parallelism, device, is_main_process, release_memory
 from model.megatron.layerwise import MegatronLayerwise
+from model.megatron.limits import check_model
 from model.megatron.precision import Precision, PrecisionName
 from model.megatron.spec import build_model
 
@@ -236,12 +237,11 @@ class Funnel:
         """Every maximal candidate under the budgets that the layout can hold.
 
         Raises:
-            ModelError: there is none, or a width does not divide among the tensor-parallel processes.
+            ModelError: there is none, or a width suits neither the layout nor FP8.
         """
         parent, config, layout = self.config_of_parent, self.config, self.parallelism
-        if wrong := [width for width in config.ffn_widths if width % layout.tensor]:
-            raise ModelError(f"compress.ffn_widths: {wrong[0]} cannot be split over {layout.tensor} tensor-parallel "
-                             f"processes.\nGive multiples of {layout.tensor}, or lower runtime.parallel.tensor.")
+        for width in config.ffn_widths:
+            check_model(parent.model_copy(update={"ffn_hidden_size": width}), self.school.number_format, layout)
         maximal = maximal_cells(parent, config.ffn_widths, config.min_attention_layers, self.budgets)
         cells = [cell for cell in maximal if sum(cell.counts.values()) % layout.pipeline == 0]
         if not cells:

@@ -166,7 +166,8 @@ def test_importance_beats_chance(compress, parent, data, config):
 
 
 @pytest.mark.parametrize(("layout", "what"), [
-    (Parallelism(tensor=7), "ffn_widths: 16 cannot be split over 7"), (Parallelism(pipeline=97), "none of")])
+    (Parallelism(tensor=2), r"num_query_groups \(1\) cannot be split over 2"),
+    (Parallelism(pipeline=7), "none of")])
 def test_a_layout_that_holds_no_candidate_is_refused_before_distillation(parent, tokens, data, config, tmp_path, layout,
                                                                          what):
     with process_groups():
