@@ -177,7 +177,10 @@ def funnel_job(directory: str, scratch: str, parallelism: dict, config: dict) ->
 
 
 def test_the_funnel_in_every_layout_chooses_and_distils_the_same(directory, config, tmp_path):
-    settings = config.model_copy(update={"micro_batch_size": 2, "ffn_widths": [32, 40, 48]}).model_dump(mode="json")
+    settings = config.model_copy(update={
+        "micro_batch_size": 2, "ffn_widths": [32, 40, 48], "finalists": 1, "distillation_tokens": 6 * 128,
+        "short_distillation_tokens": 2 * 128, "checkpoint_every": 100,
+    }).model_dump(mode="json")
     alone = {"function": f"{HERE}.funnel_job", "directory": str(directory), "config": settings,
              "parallelism": {}, "scratch": str(tmp_path / "alone")}
     (expected,) = run_processes(1, [alone], tmp_path)
