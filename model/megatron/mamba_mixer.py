@@ -149,7 +149,7 @@ class MambaMixer(MegatronModule):
         epsilon = self.config.layernorm_epsilon
         y = mix(projected, weights, self.groups, self.state_dim, self.chunk_size, epsilon, seq_idx)
         # Of one sequence `contiguous` would keep the strides, with which PyTorch's matmul without gradients takes a
-        # batch of products: twenty times as long.
+        # batch of products: 66 ms on an H200 where its neighbours take 1 or 2.
         return self.out_proj(y.view(-1, 1, y.shape[-1]) if len(y) == 1 else y.transpose(0, 1).contiguous())
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
