@@ -38,7 +38,7 @@ class ScanTiles(NamedTuple):
 
     warps: int
     stages: int
-    size: int = 0           # columns of head_dim a program of a walk holds; rows of a chunk one of the others holds
+    size: int = 0           # elements of a state a program of a walk holds; tokens or heads one of the others
 
 
 @triton.jit
@@ -115,16 +115,15 @@ def _decays_kernel(
 def _state_walk_kernel(
     x, B, step, decay, initial, documents, states, final, x_batch, x_time, B_batch, B_time,
     length, heads, ratio, chunks, padded, HAS_INITIAL: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
-    Q: tl.constexpr, N: tl.constexpr, N_TILE: tl.constexpr, P: tl.constexpr, P_TILE: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    Q: tl.constexpr, N: tl.constexpr, N_TILE: tl.constexpr, P: tl.constexpr, P_TILE: tl.constexpr, ROWS: tl.constexpr,
 ):
     """States (batch, chunks, heads, n, p) before each chunk, in x's type, and the last one in float32."""
     b, h, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    n, p, q = tl.arange(0, N_TILE), part * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, Q)
+    n, p, q = part * ROWS + tl.arange(0, ROWS), tl.arange(0, P_TILE), tl.arange(0, Q)
     if HAS_INITIAL:
         state = _load_state(initial + (b * heads + h).to(tl.int64) * (N * P), n, p, N, N_TILE, P, P_TILE)
     else:
-        state = tl.zeros((N_TILE, COLUMNS), tl.float32)
+        state = tl.zeros((ROWS, P_TILE), tl.float32)
     B += b.to(tl.int64) * B_batch + (h // ratio) * N
     x += b.to(tl.int64) * x_batch + h * P
     row = (b * heads + h).to(tl.int64) * padded
@@ -196,22 +195,21 @@ def _outputs_kernel(
 def _gradient_walk_kernel(
     dy, C, decay, documents, states, dfinal, dstates, dinitial, through, dy_batch, dy_time, C_batch, C_time,
     length, heads, ratio, chunks, padded, HAS_FINAL: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
-    Q: tl.constexpr, N: tl.constexpr, N_TILE: tl.constexpr, P: tl.constexpr, P_TILE: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    Q: tl.constexpr, N: tl.constexpr, N_TILE: tl.constexpr, P: tl.constexpr, P_TILE: tl.constexpr, ROWS: tl.constexpr,
 ):
     """Gradients (batch, chunks, heads, n, p) of the state after each chunk, and that of the initial state. `through`
-    (batch, chunks, heads, parts, n), to be summed: the start's state in the end's times its gradient."""
+    (batch, chunks, heads, n), to be summed: the start's state in the end's times its gradient."""
     b, h, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    n, p, q = tl.arange(0, N_TILE), part * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, Q)
+    n, p, q = part * ROWS + tl.arange(0, ROWS), tl.arange(0, P_TILE), tl.arange(0, Q)
     if HAS_FINAL:
         gradient = _load_state(dfinal + (b * heads + h).to(tl.int64) * (N * P), n, p, N, N_TILE, P, P_TILE)
     else:
-        gradient = tl.zeros((N_TILE, COLUMNS), tl.float32)
+        gradient = tl.zeros((ROWS, P_TILE), tl.float32)
     C += b.to(tl.int64) * C_batch + (h // ratio) * N
     dy += b.to(tl.int64) * dy_batch + h * P
     row = (b * heads + h).to(tl.int64) * padded
     at = (((b + 1) * chunks - 1) * heads + h).to(tl.int64) * (N * P)
-    sums = through + ((((b + 1) * chunks - 1) * heads + h) * (P_TILE // COLUMNS) + part).to(tl.int64) * N + n
+    sums = through + (((b + 1) * chunks - 1) * heads + h).to(tl.int64) * N + n
     for backwards in range(chunks):
         c = chunks - 1 - backwards
         t = c * Q + q
@@ -230,7 +228,7 @@ def _gradient_walk_kernel(
         else:
             tl.store(sums, passed)
         at -= heads * (N * P)
-        sums -= heads * N * (P_TILE // COLUMNS)
+        sums -= heads * N
         start = tl.cast(c, tl.int64) * Q
         dys = tl.load(dy + start * dy_time + (q[:, None] * dy_time + p[None, :]), _columns(inside, p, P, P_TILE), 0.0)
         Cs = tl.load(C + start * C_time + (q[:, None] * C_time + n[None, :]), _columns(inside, n, N, N_TILE), 0.0)
@@ -431,9 +429,9 @@ def _step_gradients_kernel(
 # Fastest on an H200 at 8B shapes; more registers than these spill.
 CHUNK = 128
 DECAYS = ScanTiles(warps=4, stages=1, size=16)
-STATE_WALK = ScanTiles(warps=4, stages=4, size=64)
+STATE_WALK = ScanTiles(warps=4, stages=4, size=128 * 64)
 OUTPUTS = ScanTiles(warps=8, stages=3, size=128)
-GRADIENT_WALK = ScanTiles(warps=8, stages=3, size=64)
+GRADIENT_WALK = ScanTiles(warps=4, stages=3, size=64 * 64)
 INPUT_GRADIENTS = ScanTiles(warps=4, stages=1)
 SHARED_GRADIENTS = ScanTiles(warps=8, stages=3, size=64)
 STEP_GRADIENTS = ScanTiles(warps=4, stages=1, size=4)
@@ -485,6 +483,11 @@ def _state_tiles(n: int, p: int) -> dict[str, int]:
     return {"N": n, "N_TILE": _tile(n), "P": p, "P_TILE": _tile(p)}
 
 
+def _walked_rows(tiles: ScanTiles, n: int, p: int) -> int:
+    """Rows of a state that one program of a walk holds."""
+    return min(_tile(n), _tile(tiles.size // _tile(p)))
+
+
 def _launched(tiles: ScanTiles, n: int, p: int) -> dict[str, int]:
     """Warps and stages: a larger state leaves no shared memory for a pipeline."""
     stages = tiles.stages if _tile(n) * _tile(p) <= TUNED_STATE else 1
@@ -505,12 +508,12 @@ def run_forward(
         dt, dt_bias, A, step, decay, *_strides(dt), t, h, chunks, chunks * CHUNK,
         REVERSED=is_reversed, Q=CHUNK, BLOCK=DECAYS.size, num_warps=DECAYS.warps, num_stages=DECAYS.stages,
     )
-    columns, has_documents = min(_tile(p), STATE_WALK.size), documents is not None
+    rows, has_documents = _walked_rows(STATE_WALK, n, p), documents is not None
     documents = step if documents is None else documents
-    _state_walk_kernel[(b, h, _tile(p) // columns)](
+    _state_walk_kernel[(b, h, _tile(n) // rows)](
         x, B, step, decay, final if initial is None else initial, documents, states, final, *_strides(x, B), t, h,
         h // g, chunks, chunks * CHUNK, HAS_INITIAL=initial is not None, HAS_DOCUMENTS=has_documents, Q=CHUNK,
-        **_state_tiles(n, p), COLUMNS=columns, **_launched(STATE_WALK, n, columns),
+        **_state_tiles(n, p), ROWS=rows, **_launched(STATE_WALK, rows, p),
     )
     programs, is_reversed = grid(b, g, chunks * (CHUNK // OUTPUTS.size))
     _outputs_kernel[programs](
@@ -530,14 +533,14 @@ def run_backward(
     b, t, h, p = x.shape
     g, n = B.shape[2:]
     chunks, padded = states.shape[1], step.shape[2]
-    columns, has_documents = min(_tile(p), GRADIENT_WALK.size), documents is not None
+    rows, has_documents = _walked_rows(GRADIENT_WALK, n, p), documents is not None
     documents = step if documents is None else documents
     dstates, dinitial = torch.empty_like(states), x.new_empty(b, h, n, p, dtype=torch.float32)
-    through = x.new_empty(b, chunks, h, _tile(p) // columns * n, dtype=torch.float32)
-    _gradient_walk_kernel[(b, h, _tile(p) // columns)](
+    through = x.new_empty(b, chunks, h, n, dtype=torch.float32)
+    _gradient_walk_kernel[(b, h, _tile(n) // rows)](
         dy, C, decay, documents, states, dinitial if dfinal is None else dfinal, dstates, dinitial, through,
         *_strides(dy, C), t, h, h // g, chunks, padded, HAS_FINAL=dfinal is not None, HAS_DOCUMENTS=has_documents,
-        Q=CHUNK, **_state_tiles(n, p), COLUMNS=columns, **_launched(GRADIENT_WALK, n, columns),
+        Q=CHUNK, **_state_tiles(n, p), ROWS=rows, **_launched(GRADIENT_WALK, rows, p),
     )
     sums, from_start = x.new_empty(5, b, h, padded, dtype=torch.float32), torch.empty_like(step)
     own_scores = x.new_empty(b, g, padded, dtype=torch.float32)
@@ -559,7 +562,7 @@ def run_backward(
     programs, is_reversed = grid(b, cdiv(h, STEP_GRADIENTS.size), chunks)
     _step_gradients_kernel[programs](
         sums, own_scores, from_start, through, step, A, ddt, partial, *_strides(ddt), t, h, h // g, chunks, padded,
-        step.numel(), REVERSED=is_reversed, Q=CHUNK, BLOCK=STEP_GRADIENTS.size, THROUGH=through.shape[3],
+        step.numel(), REVERSED=is_reversed, Q=CHUNK, BLOCK=STEP_GRADIENTS.size, THROUGH=n,
         num_warps=STEP_GRADIENTS.warps, num_stages=STEP_GRADIENTS.stages,
     )
     dA, dD, ddt_bias = partial.sum(0)
