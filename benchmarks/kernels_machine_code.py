@@ -61,7 +61,7 @@ def compile_scan(ratio: int, head_dim: int, state_dim: int) -> dict[str, Any]:
     launch = JITFunction.run
 
     def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool = False, **options: Any) -> None:
-        name = self.fn.__name__ + (f", part {options['PART']}" if "PART" in options else "")
+        name = self.fn.__name__ + "".join(f", {k} {options[k]}" for k in ("PART", "OF_C") if k in options)
         compiled[name] = launch(self, *arguments, grid=grid, warmup=True, **options)
 
     JITFunction.run = compile_only          # type: ignore[method-assign]

@@ -4,7 +4,8 @@ Only what is sequential is done in sequence. A first kernel a head walks the chu
 a chunk; it writes the state before each chunk in the inputs' type. A second one takes a chunk and a group, with C B^T
 formed once for all heads of the group, and needs no order. The backward is the same, mirrored: a walk from the end for
 the gradient of the states, then everything else a chunk and a group at a time, so that the gradients of B and C are
-summed over the group's heads in registers and no atomics are needed.
+summed over the group's heads in registers and no atomics are needed. What needs no order reads its tiles by TMA: no
+registers hold them or their addresses on the way, and 8 to 15 % of the time goes. The walks are slower by it.
 
 A gradient of a decay sums what the decay lets pass. Its largest part, a whole chunk's, is taken in the walk from the
 end, where the states' gradient is still float32: rounding both factors would lose what mamba_ssm keeps.
@@ -12,7 +13,7 @@ end, where the states' gradient is still float32: rounding both factors would lo
 Documents: with their numbers a token sees only its own. A state, and what becomes of it, is zero across a boundary.
 
 Bytes a token, h heads of p, g groups of n, chunks of q (elements of 2 bytes): forward 3 h p + 2 h p n / q + 2 g n,
-backward 6 h p + 5 h p n / q + 6 g n. Products of an accumulator's transpose, which Triton 3.6 miscompiles on Hopper
+backward 8 h p + 5 h p n / q + 6 g n. Products of an accumulator's transpose, which Triton 3.6 miscompiles on Hopper
 (flash-linear-attention issue 640), do not occur: transposed factors are computed as such or read back transposed.
 """
 
@@ -24,6 +25,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.launch import cdiv, grid, program
 from kernels.operation import operation
@@ -38,7 +40,7 @@ class ScanTiles(NamedTuple):
 
     warps: int
     stages: int
-    size: int = 0           # elements of a state a program of a walk holds; tokens or heads one of the others
+    size: int = 0           # elements of a state a program of a walk holds; heads or rows of a chunk one of the others
 
 
 @triton.jit
@@ -149,46 +151,34 @@ def _state_walk_kernel(
 
 @triton.jit
 def _outputs_kernel(
-    x, B, C, D, step, decay, documents, states, y, x_batch, x_time, B_batch, B_time, C_batch, C_time, y_batch, y_time,
-    length, heads, groups, chunks, padded, HAS_DOCUMENTS: tl.constexpr, REVERSED: tl.constexpr,
-    R: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr, N_TILE: tl.constexpr, P: tl.constexpr,
-    P_TILE: tl.constexpr,
+    x, B, C, D, step, decay, documents, states, y, length, heads, groups, chunks, padded,
+    HAS_DOCUMENTS: tl.constexpr, REVERSED: tl.constexpr,
+    R: tl.constexpr, Q: tl.constexpr, N_TILE: tl.constexpr, P_TILE: tl.constexpr,
 ):
-    """y = (C B^T * decay) (step x) + decay from the start * C state + D x, some rows of a chunk and a group."""
-    b, g, stretch = program(REVERSED)
-    c, part = stretch // (Q // ROWS), stretch % (Q // ROWS)
-    n, p, j, i = tl.arange(0, N_TILE), tl.arange(0, P_TILE), tl.arange(0, Q), part * ROWS + tl.arange(0, ROWS)
-    tj, ti = c * Q + j, c * Q + i
-    inside_j, inside_i = (tj < length)[:, None], (ti < length)[:, None]
-    B, C = _rows(B, b, c, Q, B_batch, B_time) + g * N, _rows(C, b, c, Q, C_batch, C_time) + g * N
-    x, y = _rows(x, b, c, Q, x_batch, x_time), _rows(y, b, c, Q, y_batch, y_time)
-    Bs = tl.load(B + (j[:, None] * B_time + n[None, :]), _columns(inside_j, n, N, N_TILE), 0.0)
-    Cs = tl.load(C + (i[:, None] * C_time + n[None, :]), _columns(inside_i, n, N, N_TILE), 0.0)
-    seen = i[:, None] >= j[None, :]
+    """y = (C B^T * decay) (step x) + decay from the start * C state + D x, a chunk and a group."""
+    b, g, c = program(REVERSED)
+    first, q = c * Q, tl.arange(0, Q)
+    t = first + q
+    Bs, Cs = B.load([b, first, g, 0]).reshape(Q, N_TILE), C.load([b, first, g, 0]).reshape(Q, N_TILE)
+    seen = q[:, None] >= q[None, :]
     if HAS_DOCUMENTS:
-        own = _document(documents, b, ti, length)
-        seen = seen & (own[:, None] == _document(documents, b, tj, length)[None, :])
-        goes_on = own == _document(documents, b, c * Q - 1, length)
+        own = _document(documents, b, t, length)
+        seen = seen & (own[:, None] == own[None, :])
+        goes_on = own == _document(documents, b, first - 1, length)
     scores = tl.where(seen, tl.dot(Cs, tl.trans(Bs)), 0.0)
-    inside_j, inside_i = _columns(inside_j, p, P, P_TILE), _columns(inside_i, p, P, P_TILE)
     for r in range(R):
         h = g * R + r
         row = (b * heads + h).to(tl.int64) * padded
-        decays = tl.load(decay + row + ti)
+        decays, steps = tl.load(decay + row + t), tl.load(step + row + t)
         from_start = tl.exp2(decays)
         if HAS_DOCUMENTS:
             from_start = tl.where(goes_on, from_start, 0.0)
-        xs = tl.load(x + h * P + (j[:, None] * x_time + p[None, :]), inside_j, 0.0)
-        x_rows = tl.load(x + h * P + (i[:, None] * x_time + p[None, :]), inside_i, 0.0)
-        at = ((b * chunks + c) * heads + h).to(tl.int64) * (N * P)
-        before = _load_state(states + at, n, p, N, N_TILE, P, P_TILE)
-        decay_factor = tl.exp2(tl.minimum(decays[:, None] - tl.load(decay + row + tj)[None, :], 0.0))
-        mask = scores * decay_factor * tl.load(step + row + tj)[None, :]
+        xs = x.load([b, first, h, 0]).reshape(Q, P_TILE)
+        before = states.load([(b * chunks + c) * heads + h, 0, 0]).reshape(N_TILE, P_TILE)
+        mask = scores * tl.exp2(tl.minimum(decays[:, None] - decays[None, :], 0.0)) * steps[None, :]
         ys = tl.dot(Cs, before) * from_start[:, None]
-        ys = tl.dot(mask.to(xs.dtype), xs, ys)
-        ys += tl.load(D + h) * x_rows
-        out = y + h * P + (i[:, None] * y_time + p[None, :])
-        tl.store(out, ys.to(y.dtype.element_ty), inside_i)
+        ys = tl.dot(mask.to(xs.dtype), xs, ys) + tl.load(D + h) * xs
+        y.store([b, first, h, 0], ys.to(y.dtype).reshape(1, Q, 1, P_TILE))
 
 
 @triton.jit
@@ -237,45 +227,37 @@ def _gradient_walk_kernel(
 
 
 @triton.jit
-def _pair_gradients(xs, dys, scores, seen, j_decays, i_decays, steps, dinput):
-    """One block of inputs (rows j) and one of outputs (columns i) of a head: the gradient of scores, dinput with the
-    block's part added, and the sums of G = dM * M over either axis."""
-    decay_factor = tl.where(seen, tl.exp2(tl.minimum(i_decays[None, :] - j_decays[:, None], 0.0)), 0.0)
-    dscores = tl.dot(xs, tl.trans(dys)) * (decay_factor * steps[:, None])
-    dinput = tl.dot((scores * decay_factor).to(dys.dtype), dys, dinput)
+def _pair_gradients(xs, dys, scores, seen, j_decays, i_decays, steps, dxs):
+    """One block of inputs (rows j) and one of outputs (columns i) of a head: the gradient of scores, dx with its part
+    added, and the sums of G = dM * M over either axis."""
+    factor = tl.where(seen, tl.exp2(tl.minimum(i_decays[None, :] - j_decays[:, None], 0.0)), 0.0) * steps[:, None]
+    dscores = tl.dot(xs, tl.trans(dys)) * factor
+    dxs = tl.dot((scores * factor).to(dys.dtype), dys, dxs)
     G = dscores * scores
-    return dscores, dinput, tl.sum(G, 1), tl.sum(G, 0)
+    return dscores, dxs, tl.sum(G, 1), tl.sum(G, 0)
 
 
 @triton.jit
 def _input_gradients_kernel(
-    x, dy, B, C, D, step, decay, documents, dstates, dscores, dx, sums, own_scores, x_batch, x_time, dy_batch, dy_time,
-    B_batch, B_time, C_batch, C_time, dx_batch, dx_time, length, heads, groups, chunks, padded, plane,
-    HAS_DOCUMENTS: tl.constexpr, REVERSED: tl.constexpr, PART: tl.constexpr,
-    R: tl.constexpr, Q: tl.constexpr, N: tl.constexpr, N_TILE: tl.constexpr, P: tl.constexpr, P_TILE: tl.constexpr,
+    x, dy, B, C, D, step, decay, documents, dstates, dscores, dx, sums, own_scores, length, heads, groups, chunks,
+    padded, plane, HAS_DOCUMENTS: tl.constexpr, REVERSED: tl.constexpr,
+    R: tl.constexpr, Q: tl.constexpr, N_TILE: tl.constexpr, P_TILE: tl.constexpr,
 ):
-    """dx, the gradient of C B^T summed over the group's heads (transposed), and sums a token; inputs of half a chunk.
+    """dx from the same half of a chunk and from the state at its end, the gradient of C B^T summed over the group's
+    heads (transposed), and sums a token.
 
-    Inputs of the first half also reach the outputs of the second: two compilations, since registers that only the first
-    half needs would be taken from the second too. `sums` are planes (batch, heads, padded): with
-    G = dM * M of a token's input and a later token's output, G summed over i; what the input adds to the end's state
-    times its gradient; x dy; G summed over j of the own half; and, for the second half's tokens, over j of the first.
+    `sums` are planes (batch, heads, padded): with G = dM * M of a token's input and a later token's output, G summed
+    over i; what the input adds to the end's state times its gradient; x dy; and G summed over j. A fifth is
+    `_across_gradients_kernel`'s: pairs from half to half, apart, for else their squares would be in registers too.
     Pairs of a token with itself stay out: they pass no decay, and where decays are strong they would drown all that
     does. `own_scores` (batch, groups, padded), C B of a token, gives their part of dx here and of ddt later.
     """
     HALF: tl.constexpr = Q // 2
-    b, g, c = program(REVERSED)
-    n, p, j = tl.arange(0, N_TILE), tl.arange(0, P_TILE), tl.arange(0, HALF)
-    k = PART * HALF + j
-    t = c * Q + k
-    later = c * Q + HALF + j
-    inside, inside_later = (t < length)[:, None], (later < length)[:, None]
-    B, C = _rows(B, b, c, Q, B_batch, B_time) + g * N, _rows(C, b, c, Q, C_batch, C_time) + g * N
-    x, dx = _rows(x, b, c, Q, x_batch, x_time), _rows(dx, b, c, Q, dx_batch, dx_time)
-    dy = _rows(dy, b, c, Q, dy_batch, dy_time)
-    inside_n = _columns(inside, n, N, N_TILE)
-    Bs = tl.load(B + (k[:, None] * B_time + n[None, :]), inside_n, 0.0)
-    Cs = tl.load(C + (k[:, None] * C_time + n[None, :]), inside_n, 0.0)
+    b, g, stretch = program(REVERSED)
+    c, first = stretch // 2, stretch * HALF
+    j = tl.arange(0, HALF)
+    t = first + j
+    Bs, Cs = B.load([b, first, g, 0]).reshape(HALF, N_TILE), C.load([b, first, g, 0]).reshape(HALF, N_TILE)
     seen = j[:, None] <= j[None, :]
     if HAS_DOCUMENTS:
         own = _document(documents, b, t, length)
@@ -284,105 +266,119 @@ def _input_gradients_kernel(
     scores = tl.dot(Bs, tl.trans(Cs))
     own_score = tl.sum(tl.where(j[:, None] == j[None, :], scores, 0.0), 1)
     scores = tl.where(seen & (j[:, None] < j[None, :]), scores, 0.0)
-    if PART == 0:
-        Cs_later = tl.load(C + ((HALF + j)[:, None] * C_time + n[None, :]), _columns(inside_later, n, N, N_TILE), 0.0)
-        seen_later = j[:, None] >= 0
-        if HAS_DOCUMENTS:
-            seen_later = own[:, None] == _document(documents, b, later, length)[None, :]
-        scores_later = tl.where(seen_later, tl.dot(Bs, tl.trans(Cs_later)), 0.0)
-        sum_later = tl.zeros((HALF, HALF), tl.float32)
     tl.store(own_scores + (b * groups + g).to(tl.int64) * padded + t, own_score)
-    sum_own = tl.zeros((HALF, HALF), tl.float32)
-    inside, inside_later = _columns(inside, p, P, P_TILE), _columns(inside_later, p, P, P_TILE)
+    dscores_sum = tl.zeros((HALF, HALF), tl.float32)
     plane = tl.cast(plane, tl.int64)
     for r in range(R):
         h = g * R + r
         row = (b * heads + h).to(tl.int64) * padded
         decays, steps = tl.load(decay + row + t), tl.load(step + row + t)
-        xs = tl.load(x + h * P + (k[:, None] * x_time + p[None, :]), inside, 0.0)
-        dys = tl.load(dy + h * P + (k[:, None] * dy_time + p[None, :]), inside, 0.0)
-        at = ((b * chunks + c) * heads + h).to(tl.int64) * (N * P)
-        dafter = _load_state(dstates + at, n, p, N, N_TILE, P, P_TILE)
-        into_end = tl.exp2(tl.load(decay + row + c * Q + Q - 1) - decays)
+        xs = x.load([b, first, h, 0]).reshape(HALF, P_TILE)
+        dys = dy.load([b, first, h, 0]).reshape(HALF, P_TILE)
+        dafter = dstates.load([(b * chunks + c) * heads + h, 0, 0]).reshape(N_TILE, P_TILE)
+        weight = tl.exp2(tl.load(decay + row + c * Q + Q - 1) - decays) * steps
         if HAS_DOCUMENTS:
-            into_end = tl.where(in_last, into_end, 0.0)
-        dinput = tl.dot(Bs, dafter) * into_end[:, None]
-        tl.store(sums + plane + row + t, tl.sum(dinput * xs, 1) * steps)
+            weight = tl.where(in_last, weight, 0.0)
+        dxs = tl.dot(Bs, dafter) * weight[:, None]
+        tl.store(sums + plane + row + t, tl.sum(dxs * xs, 1))
         tl.store(sums + 2 * plane + row + t, tl.sum(xs.to(tl.float32) * dys.to(tl.float32), 1))
-        dmask, dinput, over_i, over_j = _pair_gradients(xs, dys, scores, seen, decays, decays, steps, dinput)
-        tl.store(sums + 3 * plane + row + t, over_j)
-        sum_own += dmask
-        if PART == 0:
-            dys_later = tl.load(dy + h * P + ((HALF + j)[:, None] * dy_time + p[None, :]), inside_later, 0.0)
-            dmask, dinput, more_over_i, over_j = _pair_gradients(
-                xs, dys_later, scores_later, seen_later, decays, tl.load(decay + row + later), steps, dinput
-            )
-            tl.store(sums + 4 * plane + row + later, over_j)
-            sum_later += dmask
-            over_i += more_over_i
+        dmask, dxs, over_i, over_j = _pair_gradients(xs, dys, scores, seen, decays, decays, steps, dxs)
         tl.store(sums + row + t, over_i)
-        out = dx + h * P + (k[:, None] * dx_time + p[None, :])
+        tl.store(sums + 3 * plane + row + t, over_j)
+        dscores_sum += dmask
         # Read again: kept until here, it would be spilled.
-        dys = tl.load(dy + h * P + (k[:, None] * dy_time + p[None, :]), inside, 0.0)
-        skip = (tl.load(D + h) + own_score * steps)[:, None] * dys
-        tl.store(out, (dinput * steps[:, None] + skip).to(dx.dtype.element_ty), inside)
-    dscores += ((b * chunks + c) * groups + g).to(tl.int64) * (Q * Q) + j[:, None] * Q + j[None, :]
-    tl.store(dscores + PART * (HALF * Q + HALF), sum_own.to(dscores.dtype.element_ty))
-    if PART == 0:
-        tl.store(dscores + HALF, sum_later.to(dscores.dtype.element_ty))
+        dys = dy.load([b, first, h, 0]).reshape(HALF, P_TILE)
+        dxs += (tl.load(D + h) + own_score * steps)[:, None] * dys
+        dx.store([b, first, h, 0], dxs.to(dx.dtype).reshape(1, HALF, 1, P_TILE))
+    dscores += ((b * chunks + c) * groups + g).to(tl.int64) * (Q * Q) + stretch % 2 * (HALF * Q + HALF)
+    tl.store(dscores + (j[:, None] * Q + j[None, :]), dscores_sum.to(dscores.dtype.element_ty))
+
+
+@triton.jit
+def _across_gradients_kernel(
+    x, dy, B, C, step, decay, documents, dscores, dx, dx_rows, sums, dx_batch, dx_time, length, heads, groups, chunks,
+    padded, plane, HAS_DOCUMENTS: tl.constexpr, REVERSED: tl.constexpr,
+    R: tl.constexpr, Q: tl.constexpr, N_TILE: tl.constexpr, P: tl.constexpr, P_TILE: tl.constexpr,
+):
+    """Pairs of a chunk's first half and its second: added to dx, the gradient of C B^T summed over the group's heads
+    (transposed), and the fifth of `sums`: G summed over i for inputs of the first half, over j for outputs of the
+    second. `dx_rows` is dx, whose tile no product waits for."""
+    HALF: tl.constexpr = Q // 2
+    b, g, c = program(REVERSED)
+    j, p = tl.arange(0, HALF), tl.arange(0, P_TILE)
+    t, later = c * Q + j, c * Q + HALF + j
+    Bs = B.load([b, c * Q, g, 0]).reshape(HALF, N_TILE)
+    Cs = C.load([b, c * Q + HALF, g, 0]).reshape(HALF, N_TILE)
+    seen = j[:, None] >= 0
+    if HAS_DOCUMENTS:
+        seen = _document(documents, b, t, length)[:, None] == _document(documents, b, later, length)[None, :]
+    scores = tl.where(seen, tl.dot(Bs, tl.trans(Cs)), 0.0)
+    dscores_sum = tl.zeros((HALF, HALF), tl.float32)
+    sums += 4 * tl.cast(plane, tl.int64)
+    dx_rows, inside = _rows(dx_rows, b, c, Q, dx_batch, dx_time), _columns((t < length)[:, None], p, P, P_TILE)
+    for r in range(R):
+        h = g * R + r
+        dxs = tl.load(dx_rows + (j[:, None] * dx_time + h * P + p[None, :]), inside, 0.0)
+        row = (b * heads + h).to(tl.int64) * padded
+        decays, steps = tl.load(decay + row + t), tl.load(step + row + t)
+        xs = x.load([b, c * Q, h, 0]).reshape(HALF, P_TILE)
+        dys = dy.load([b, c * Q + HALF, h, 0]).reshape(HALF, P_TILE)
+        dmask, dxs, over_i, over_j = _pair_gradients(
+            xs, dys, scores, seen, decays, tl.load(decay + row + later), steps, dxs.to(tl.float32)
+        )
+        tl.store(sums + row + t, over_i)
+        tl.store(sums + row + later, over_j)
+        dscores_sum += dmask
+        dx.store([b, c * Q, h, 0], dxs.to(dx.dtype).reshape(1, HALF, 1, P_TILE))
+    dscores += ((b * chunks + c) * groups + g).to(tl.int64) * (Q * Q) + (j[:, None] * Q + HALF + j[None, :])
+    tl.store(dscores, dscores_sum.to(dscores.dtype.element_ty))
 
 
 @triton.jit
 def _shared_gradients_kernel(
-    x, dy, B, C, step, decay, documents, states, dstates, dscores, dB, dC, from_start, x_batch, x_time, dy_batch,
-    dy_time, B_batch, B_time, C_batch, C_time, dB_batch, dB_time, dC_batch, dC_time, length, heads, groups, chunks,
-    padded, HAS_DOCUMENTS: tl.constexpr, REVERSED: tl.constexpr,
-    R: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr, N_TILE: tl.constexpr, P: tl.constexpr,
-    P_TILE: tl.constexpr,
+    values, own, others, states, step, decay, documents, dscores, gradient, from_start, length, heads, groups, chunks,
+    padded, OF_C: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, REVERSED: tl.constexpr,
+    R: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr, N_TILE: tl.constexpr, P_TILE: tl.constexpr,
 ):
-    """dB and dC, some rows of a chunk and a group; `from_start` (batch, heads, padded), what the start's state gives
-    each output times its gradient."""
+    """dB from x, C and the gradients of the states after chunks, or dC from dy, B and the states before: some rows of a
+    chunk and a group. With dC, `from_start` (batch, heads, padded): what the start's state gives each output times its
+    gradient. Apart, for then the registers are enough for two programs beside each other. `own` is C."""
     b, g, stretch = program(REVERSED)
-    c, part = stretch // (Q // ROWS), stretch % (Q // ROWS)
-    n, p, k, q = tl.arange(0, N_TILE), tl.arange(0, P_TILE), tl.arange(0, Q), part * ROWS + tl.arange(0, ROWS)
-    tk, t = c * Q + k, c * Q + q
-    inside_k, inside = (tk < length)[:, None], (t < length)[:, None]
-    inside_n, inside = _columns(inside, n, N, N_TILE), _columns(inside, p, P, P_TILE)
-    B, C = _rows(B, b, c, Q, B_batch, B_time) + g * N, _rows(C, b, c, Q, C_batch, C_time) + g * N
-    dB, dC = _rows(dB, b, c, Q, dB_batch, dB_time) + g * N, _rows(dC, b, c, Q, dC_batch, dC_time) + g * N
-    x, dy = _rows(x, b, c, Q, x_batch, x_time), _rows(dy, b, c, Q, dy_batch, dy_time)
-    C_rows = tl.load(C + (q[:, None] * C_time + n[None, :]), inside_n, 0.0)
+    c, first = stretch // (Q // ROWS), stretch * ROWS
+    q, k = stretch % (Q // ROWS) * ROWS + tl.arange(0, ROWS), tl.arange(0, Q)
+    t = c * Q + q
     if HAS_DOCUMENTS:
-        own = _document(documents, b, t, length)
-        in_last = own == _document(documents, b, c * Q + Q - 1, length)
-        goes_on = own == _document(documents, b, c * Q - 1, length)
-    sum_dB, sum_dC = tl.zeros((ROWS, N_TILE), tl.float32), tl.zeros((ROWS, N_TILE), tl.float32)
+        state_at = c * Q - 1 if OF_C else c * Q + Q - 1
+        passes = _document(documents, b, t, length) == _document(documents, b, state_at, length)
+    if OF_C:
+        Cs = own.load([b, first, g, 0]).reshape(ROWS, N_TILE)
+    sums = tl.zeros((ROWS, N_TILE), tl.float32)
     for r in range(R):
         h = g * R + r
         row = (b * heads + h).to(tl.int64) * padded
         decays = tl.load(decay + row + t)
-        weight = tl.exp2(tl.load(decay + row + c * Q + Q - 1) - decays) * tl.load(step + row + t)
-        decay_factor = tl.exp2(decays)
+        if OF_C:
+            weight = tl.exp2(decays)
+        else:
+            weight = tl.exp2(tl.load(decay + row + c * Q + Q - 1) - decays) * tl.load(step + row + t)
         if HAS_DOCUMENTS:
-            weight, decay_factor = tl.where(in_last, weight, 0.0), tl.where(goes_on, decay_factor, 0.0)
-        xs = tl.load(x + h * P + (q[:, None] * x_time + p[None, :]), inside, 0.0)
-        dys = tl.load(dy + h * P + (q[:, None] * dy_time + p[None, :]), inside, 0.0)
-        at = ((b * chunks + c) * heads + h).to(tl.int64) * (N * P)
-        dafter = _load_state(dstates + at, n, p, N, N_TILE, P, P_TILE)
-        sum_dB = tl.dot((xs * weight[:, None]).to(xs.dtype), tl.trans(dafter), sum_dB)
-        before = _load_state(states + at, n, p, N, N_TILE, P, P_TILE)
-        dstart = tl.dot(dys, tl.trans(before)) * decay_factor[:, None]
-        sum_dC += dstart
-        tl.store(from_start + row + t, tl.sum(dstart * C_rows, 1))
+            weight = tl.where(passes, weight, 0.0)
+        rows = values.load([b, first, h, 0]).reshape(ROWS, P_TILE)
+        state = states.load([(b * chunks + c) * heads + h, 0, 0]).reshape(N_TILE, P_TILE)
+        if OF_C:
+            dstart = tl.dot(rows, tl.trans(state)) * weight[:, None]
+            tl.store(from_start + row + t, tl.sum(dstart * Cs, 1))
+            sums += dstart
+        else:
+            sums = tl.dot((rows * weight[:, None]).to(rows.dtype), tl.trans(state), sums)
     # Last, so that these tiles need not lie in shared memory beside the loop's.
     dscores += ((b * chunks + c) * groups + g).to(tl.int64) * (Q * Q)
-    inside_k = _columns(inside_k, n, N, N_TILE)
-    Cs = tl.load(C + (k[:, None] * C_time + n[None, :]), inside_k, 0.0)
-    sum_dB = tl.dot(tl.load(dscores + q[:, None] * Q + k[None, :], q[:, None] <= k[None, :], 0.0), Cs, sum_dB)
-    Bs = tl.load(B + (k[:, None] * B_time + n[None, :]), inside_k, 0.0)
-    sum_dC = tl.dot(tl.load(dscores + k[None, :] * Q + q[:, None], k[None, :] <= q[:, None], 0.0), Bs, sum_dC)
-    tl.store(dB + (q[:, None] * dB_time + n[None, :]), sum_dB.to(dB.dtype.element_ty), inside_n)
-    tl.store(dC + (q[:, None] * dC_time + n[None, :]), sum_dC.to(dC.dtype.element_ty), inside_n)
+    if OF_C:
+        pairs = tl.load(dscores + k[None, :] * Q + q[:, None], k[None, :] <= q[:, None], 0.0)
+    else:
+        pairs = tl.load(dscores + q[:, None] * Q + k[None, :], q[:, None] <= k[None, :], 0.0)
+    sums = tl.dot(pairs, others.load([b, c * Q, g, 0]).reshape(Q, N_TILE), sums)
+    gradient.store([b, first, g, 0], sums.to(gradient.dtype).reshape(1, ROWS, 1, N_TILE))
 
 
 @triton.jit
@@ -405,7 +401,8 @@ def _step_gradients_kernel(
     inputs, into_end = tl.load(sums + at, there, 0.0), tl.load(sums + plane + at, there, 0.0)
     diagonal, outputs = tl.load(sums + 2 * plane + at, there, 0.0), tl.load(from_start + at, there, 0.0)
     outputs += tl.load(sums + 3 * plane + at, there, 0.0)
-    outputs += tl.load(sums + 4 * plane + at, there & (q >= Q // 2)[None, :], 0.0)
+    across, is_later = tl.load(sums + 4 * plane + at, there, 0.0), (q >= Q // 2)[None, :]
+    inputs, outputs = inputs + tl.where(is_later, 0.0, across), outputs + tl.where(is_later, across, 0.0)
     steps = tl.load(step + at, there, 0.0)
     groups = (b * (heads // ratio) + h // ratio).to(tl.int64)
     scores = tl.load(own_scores + groups[:, None] * padded + t[None, :], there, 0.0)
@@ -430,10 +427,11 @@ def _step_gradients_kernel(
 CHUNK = 128
 DECAYS = ScanTiles(warps=4, stages=1, size=16)
 STATE_WALK = ScanTiles(warps=4, stages=4, size=128 * 64)
-OUTPUTS = ScanTiles(warps=8, stages=3, size=128)
+OUTPUTS = ScanTiles(warps=8, stages=4)
 GRADIENT_WALK = ScanTiles(warps=4, stages=3, size=64 * 64)
-INPUT_GRADIENTS = ScanTiles(warps=4, stages=1)
-SHARED_GRADIENTS = ScanTiles(warps=8, stages=3, size=64)
+ACROSS_GRADIENTS = ScanTiles(warps=4, stages=3)
+INPUT_GRADIENTS = ScanTiles(warps=4, stages=3)
+SHARED_GRADIENTS = ScanTiles(warps=4, stages=3, size=64)
 STEP_GRADIENTS = ScanTiles(warps=4, stages=1, size=4)
 # Elements a matrix product's tiles have along their rows, at least: 128 bytes. For narrower ones ptxas 12.8, which
 # Triton 3.6 brings, adds offsets to a uniform register that nothing wrote, and products read whatever lies there.
@@ -459,15 +457,21 @@ def prepared(
     documents: Tensor | None,
 ) -> tuple[Any, ...]:
     """The arguments of `scan` from those of `chunk_scan`, copied where they do not lie as the kernels read them."""
-    x, B, C = (tensor if _heads_together(tensor) else tensor.contiguous() for tensor in (x, B, C))
+    x, B, C = map(_laid_out, (x, B, C))
     dt = dt if dt.stride(2) == 1 and _is_near(dt) else dt.contiguous()
     A, D, dt_bias = (tensor.float().contiguous() for tensor in (A, D, dt_bias))
     initial = None if initial is None else initial.float().transpose(2, 3).contiguous()
     return x, dt, A, B, C, D, dt_bias, initial, None if documents is None else documents.to(torch.int32).contiguous()
 
 
-def _heads_together(tensor: Tensor) -> bool:
-    return tensor.stride()[2:] == (tensor.shape[3], 1) and _is_near(tensor)
+def _laid_out(tensor: Tensor) -> Tensor:
+    """(b, t, heads, elements) with heads side by side and, as TMA wants it, all else in steps of 16 bytes: itself or a
+    copy."""
+    *steps, head, element = tensor.stride()
+    in_16_bytes = all(step and step % 8 == 0 for step in steps) and tensor.storage_offset() % 8 == 0
+    if (head, element) == (tensor.shape[3], 1) and in_16_bytes and _is_near(tensor):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _is_near(tensor: Tensor) -> bool:
@@ -479,8 +483,18 @@ def _tile(size: int) -> int:
     return max(size, LEAST_WIDTH)
 
 
-def _state_tiles(n: int, p: int) -> dict[str, int]:
-    return {"N": n, "N_TILE": _tile(n), "P": p, "P_TILE": _tile(p)}
+def _tiles(n: int, p: int) -> dict[str, int]:
+    return {"N_TILE": _tile(n), "P_TILE": _tile(p)}
+
+
+def _tokens(tensor: Tensor, rows: int) -> TensorDescriptor:
+    """For tiles (rows, elements) of a head or group of (b, t, heads, elements), zeros beyond its sizes."""
+    return TensorDescriptor.from_tensor(tensor, [1, rows, 1, _tile(tensor.shape[3])])
+
+
+def _states(states: Tensor) -> TensorDescriptor:
+    """For tiles (n, p) of (b, chunks, heads, n, p)."""
+    return TensorDescriptor.from_tensor(states.flatten(0, 2), [1, *map(_tile, states.shape[3:])])
 
 
 def _walked_rows(tiles: ScanTiles, n: int, p: int) -> int:
@@ -513,13 +527,13 @@ def run_forward(
     _state_walk_kernel[(b, h, _tile(n) // rows)](
         x, B, step, decay, final if initial is None else initial, documents, states, final, *_strides(x, B), t, h,
         h // g, chunks, chunks * CHUNK, HAS_INITIAL=initial is not None, HAS_DOCUMENTS=has_documents, Q=CHUNK,
-        **_state_tiles(n, p), ROWS=rows, **_launched(STATE_WALK, rows, p),
+        N=n, P=p, **_tiles(n, p), ROWS=rows, **_launched(STATE_WALK, rows, p),
     )
-    programs, is_reversed = grid(b, g, chunks * (CHUNK // OUTPUTS.size))
+    programs, is_reversed = grid(b, g, chunks)
     _outputs_kernel[programs](
-        x, B, C, D, step, decay, documents, states, y, *_strides(x, B, C, y), t, h, g, chunks, chunks * CHUNK,
-        HAS_DOCUMENTS=has_documents, REVERSED=is_reversed, R=h // g, Q=CHUNK, ROWS=OUTPUTS.size, **_state_tiles(n, p),
-        **_launched(OUTPUTS, n, p),
+        _tokens(x, CHUNK), _tokens(B, CHUNK), _tokens(C, CHUNK), D, step, decay, documents, _states(states),
+        _tokens(y, CHUNK), t, h, g, chunks, chunks * CHUNK, HAS_DOCUMENTS=has_documents, REVERSED=is_reversed,
+        R=h // g, Q=CHUNK, **_tiles(n, p), **_launched(OUTPUTS, n, p),
     )
     return final, step, decay, states
 
@@ -540,24 +554,31 @@ def run_backward(
     _gradient_walk_kernel[(b, h, _tile(n) // rows)](
         dy, C, decay, documents, states, dinitial if dfinal is None else dfinal, dstates, dinitial, through,
         *_strides(dy, C), t, h, h // g, chunks, padded, HAS_FINAL=dfinal is not None, HAS_DOCUMENTS=has_documents,
-        Q=CHUNK, **_state_tiles(n, p), ROWS=rows, **_launched(GRADIENT_WALK, rows, p),
+        Q=CHUNK, N=n, P=p, **_tiles(n, p), ROWS=rows, **_launched(GRADIENT_WALK, rows, p),
     )
     sums, from_start = x.new_empty(5, b, h, padded, dtype=torch.float32), torch.empty_like(step)
     own_scores = x.new_empty(b, g, padded, dtype=torch.float32)
     dscores = x.new_empty(b, chunks, g, CHUNK, CHUNK)
-    programs, is_reversed = grid(b, g, chunks)
-    for part in (0, 1):
-        _input_gradients_kernel[programs](
-            x, dy, B, C, D, step, decay, documents, dstates, dscores, dx, sums, own_scores, *_strides(x, dy, B, C, dx),
-            t, h, g, chunks, padded, step.numel(), HAS_DOCUMENTS=has_documents, REVERSED=is_reversed, PART=part,
-            R=h // g, Q=CHUNK, **_state_tiles(n, p), **_launched(INPUT_GRADIENTS, n, p),
-        )
-    programs, is_reversed = grid(b, g, chunks * (CHUNK // SHARED_GRADIENTS.size))
-    _shared_gradients_kernel[programs](
-        x, dy, B, C, step, decay, documents, states, dstates, dscores, dB, dC, from_start,
-        *_strides(x, dy, B, C, dB, dC), t, h, g, chunks, padded, HAS_DOCUMENTS=has_documents, REVERSED=is_reversed,
-        R=h // g, Q=CHUNK, ROWS=SHARED_GRADIENTS.size, **_state_tiles(n, p), **_launched(SHARED_GRADIENTS, n, p),
+    rest = {"HAS_DOCUMENTS": has_documents, "R": h // g, "Q": CHUNK, **_tiles(n, p)}
+    *halves, dx_half = (_tokens(tensor, CHUNK // 2) for tensor in (x, dy, B, C, dx))
+    programs, is_reversed = grid(b, g, 2 * chunks)
+    _input_gradients_kernel[programs](
+        *halves, D, step, decay, documents, _states(dstates), dscores, dx_half, sums, own_scores, t, h, g, chunks,
+        padded, step.numel(), REVERSED=is_reversed, **rest, **_launched(INPUT_GRADIENTS, n, p),
     )
+    programs, is_reversed = grid(b, g, chunks)
+    _across_gradients_kernel[programs](
+        *halves, step, decay, documents, dscores, dx_half, dx, sums, *_strides(dx), t, h, g, chunks, padded,
+        step.numel(), REVERSED=is_reversed, P=p, **rest, **_launched(ACROSS_GRADIENTS, n, p),
+    )
+    some = SHARED_GRADIENTS.size
+    programs, is_reversed = grid(b, g, chunks * (CHUNK // some))
+    for values, others, given, gradient in ((x, C, dstates, dB), (dy, B, states, dC)):
+        _shared_gradients_kernel[programs](
+            _tokens(values, some), _tokens(C, some), _tokens(others, CHUNK), _states(given), step, decay, documents,
+            dscores, _tokens(gradient, some), from_start, t, h, g, chunks, padded, OF_C=gradient is dC,
+            REVERSED=is_reversed, ROWS=some, **rest, **_launched(SHARED_GRADIENTS, n, p),
+        )
     partial = x.new_empty(b * chunks, 3, h, dtype=torch.float32)
     programs, is_reversed = grid(b, cdiv(h, STEP_GRADIENTS.size), chunks)
     _step_gradients_kernel[programs](
@@ -627,10 +648,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _differentiate(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     x, dt, A, B, C, D, step, decay, states, documents = ctx.saved_tensors
-    if dy is None:
-        dy = torch.zeros_like(x)
-    elif not _heads_together(dy):
-        dy = dy.contiguous()
+    dy = torch.zeros_like(x) if dy is None else _laid_out(dy)
     if dfinal is not None:
         dfinal = dfinal.contiguous()
     *gradients, dinitial = scan_backward(dy, dfinal, x, dt, A, B, C, D, step, decay, states, documents)

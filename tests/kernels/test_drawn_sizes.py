@@ -52,7 +52,7 @@ def small_tiles() -> Iterator[None]:
         yield
         return
     with patch.multiple(
-        ssd_triton, CHUNK=16, LEAST_WIDTH=16, OUTPUTS=ssd_triton.OUTPUTS._replace(size=16),
+        ssd_triton, CHUNK=16, LEAST_WIDTH=16,
         SHARED_GRADIENTS=ssd_triton.SHARED_GRADIENTS._replace(size=16),
         STATE_WALK=ssd_triton.STATE_WALK._replace(size=16), GRADIENT_WALK=ssd_triton.GRADIENT_WALK._replace(size=16),
     ), patch.multiple(

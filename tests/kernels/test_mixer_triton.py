@@ -19,7 +19,7 @@ INNER, CHANNELS = HEADS * HEAD_DIM, HEADS * HEAD_DIM + 2 * GROUPS * STATE
 def small_tiles(monkeypatch):
     """Tiles that a short sequence fills several of."""
     monkeypatch.setattr(ssd_triton, "CHUNK", 32)
-    for name, size in {"OUTPUTS": 32, "SHARED_GRADIENTS": 16, "STATE_WALK": 16, "GRADIENT_WALK": 16}.items():
+    for name, size in {"SHARED_GRADIENTS": 16, "STATE_WALK": 16, "GRADIENT_WALK": 16}.items():
         monkeypatch.setattr(ssd_triton, name, getattr(ssd_triton, name)._replace(size=size))
     for name in ("FORWARD", "BACKWARD"):
         tiles = getattr(causal_conv1d_triton, name)._replace(channels=32, tokens=16)

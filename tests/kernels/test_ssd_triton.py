@@ -10,7 +10,7 @@ from test_ssd import NAMES, gradients, inputs, recurrence, relative_error
 from kernels import launch
 from kernels.ssd import triton as ssd_triton
 
-SMALL = {"OUTPUTS": 32, "SHARED_GRADIENTS": 16, "STATE_WALK": 16, "GRADIENT_WALK": 16}
+SMALL = {"SHARED_GRADIENTS": 16, "STATE_WALK": 16, "GRADIENT_WALK": 16}
 
 
 @pytest.fixture
