@@ -82,8 +82,9 @@ def compare(
     """Values and gradients of every input, each laid out as drawn, against those in float64."""
     results = []
     for run, convert in ((ours, lambda tensor: tensor.to(DEVICE)), (exact, convert_exact)):
-        leaves = [convert(tensor).detach().requires_grad_() for tensor in inputs]
-        values = run(*(lay_out(leaf, layout) for leaf, layout in zip(leaves, layouts, strict=True)))
+        leaves = [lay_out(convert(tensor).detach(), layout).requires_grad_()
+                  for tensor, layout in zip(inputs, layouts, strict=True)]
+        values = run(*leaves)
         generator = torch.Generator().manual_seed(1)
         gradients = [
             lay_out(torch.randn(value.shape, generator=generator).to(DTYPE).to(value), dy_layout) for value in values
