@@ -134,13 +134,18 @@ def _uniform(name: str, operands: str) -> tuple[set[int], set[int]]:
         written = set(range(int(result.group(1)), int(result.group(1)) + width))
         parts = parts[1:]
     read: set[int] = set()
-    for part in parts:
+    tile = re.match(r"UTMA(LDG|STG)\.(\d)D", name)      # the tile's place: memory, a load's barrier, coordinates
+    for k, part in enumerate(parts):
         for register in re.findall(r"UR(\d+)", part):
             start = int(register)
             if "gdesc" in part:             # two descriptors; their second half where the first operand is in registers
                 read |= {start + 2, start + 3} if re.match(r"R\d", parts[1]) else set(range(start, start + 4))
+            elif tile and k == 0:
+                read |= set(range(start, start + 1 + (tile.group(1) == "LDG") + int(tile.group(2))))
+            elif "desc[" in part or tile or (".64" in part + name[6:] and not part.startswith("[")):
+                read |= {start, start + 1}
             else:
-                read |= {start, start + 1} if "desc[" in part or ".64" in part + name[6:] else {start}
+                read |= {start}
     return written, read
 
 

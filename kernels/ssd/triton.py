@@ -503,9 +503,10 @@ def _walked_rows(tiles: ScanTiles, n: int, p: int) -> int:
 
 
 def _launched(tiles: ScanTiles, n: int, p: int) -> dict[str, int]:
-    """Warps and stages: a larger state leaves no shared memory for a pipeline."""
-    stages = tiles.stages if _tile(n) * _tile(p) <= TUNED_STATE else 1
-    return {"num_warps": tiles.warps, "num_stages": stages}
+    """Warps and stages: a larger state leaves no shared memory for a pipeline, and fills a warp group's registers."""
+    if _tile(n) * _tile(p) <= TUNED_STATE:
+        return {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    return {"num_warps": 8, "num_stages": 1}
 
 
 def run_forward(
