@@ -14,6 +14,7 @@ import pytest
 
 from data_pipeline.annotate.decontaminate import Decontaminate
 from data_pipeline.annotate.normalise import normalise_text
+from data_pipeline.annotate.passes import Here
 from data_pipeline.annotate.step import SCHEMA, text_id
 from data_pipeline.config import DataError, DecontaminationConfig
 from data_pipeline.sources.readers import strings
@@ -33,7 +34,7 @@ def contamination(rows: list[tuple[str, bool]], n: int, against: list[str] | Non
              "held_out": held_out} for text, held_out in rows[len(rows) * i // shards : len(rows) * (i + 1) // shards]
         ], SCHEMA) for i in range(shards)
     ]
-    decision = step.decide([step.survey(table) for table in tables])
+    decision = step.decide([step.survey(table) for table in tables], Here())
     return [count for table, own in zip(tables, decision.shards, strict=True)
             for count in step.apply(table, decision.shared, own)["contamination"].to_pylist()]
 
