@@ -32,20 +32,17 @@ import pyarrow as pa
 
 from benchmarks.curation_memory import ROOT, peaks
 from data_pipeline.annotate.decontaminate import Decontaminate
-from data_pipeline.annotate.dedup.deduplicate import Deduplicate
+from data_pipeline.annotate.dedup.deduplicate import BANDS_AT_ONCE, Deduplicate
 from data_pipeline.annotate.dedup.substring import Substring
 from data_pipeline.annotate.passes import Arrays, Made, OnDisk
 from data_pipeline.annotate.step import SCHEMA, GlobalStep, text_id
-from data_pipeline.config import DecontaminationConfig, ExecutorConfig, SubstringConfig
+from data_pipeline.config import DecontaminationConfig, ExecutorConfig, MinHashConfig, SubstringConfig
 from data_pipeline.storage import Surveys, write_arrays
 from data_pipeline.text.words import UInt64, mix
 from data_pipeline.workers.executor import Workers, workers
-from stages.params import load_params
 
 SHARD = 1 << 16                 # documents, or n-grams, of a survey
 CLUSTERED, COPIES, SHARED = 0.3, 1 / 3, 0.6
-ASKED_FOR: dict[str, dict[str, int]] = {      # arrays of a survey, and how often
-    "deduplicate": {"ids": 5, "held_out": 5, "band0": 20}, "decontaminate": {"hashes": 1}, "substring": {}}
 SPAN, SPANS, DOCUMENT = 400, 1000, 4000
 
 
@@ -122,13 +119,14 @@ def write_text(step: Substring, surveys: Surveys, documents: int, shard: int) ->
     write_arrays(step.survey(table), surveys.file(shard))
 
 
-def step_and_surveys(name: str, size: int, directory: Path, pool: Workers) -> tuple[GlobalStep, Sequence[Arrays]]:
+def step_and_surveys(
+    name: str, size: int, bands: int, directory: Path, pool: Workers
+) -> tuple[GlobalStep, Sequence[Arrays]]:
     if name == "deduplicate":
-        params = load_params()
-        return Deduplicate(params.annotate.minhash, 1), SyntheticSurveys(partial(of_documents, size), size)
+        config = MinHashConfig(shingle_characters=24, bands=bands, rows=13)
+        return Deduplicate(config, 1), SyntheticSurveys(partial(of_documents, size), size)
     if name == "decontaminate":
-        config = DecontaminationConfig(ngram=13, against=[])
-        return Decontaminate(config), SyntheticSurveys(of_ngrams, size)
+        return Decontaminate(DecontaminationConfig(ngram=13, against=[])), SyntheticSurveys(of_ngrams, size)
     step = Substring(SubstringConfig(bytes=200, domains=["docs"]))
     surveys = Surveys(directory, "survey", -(-size // 10_000))
     for _ in pool.all(partial(write_text, step, surveys, min(size, 10_000)), range(len(surveys)), str):
@@ -147,14 +145,15 @@ class Weighed(OnDisk):
         return made
 
 
-def decide(name: str, size: int, count: int, directory: Path) -> dict[str, object]:
+def decide(name: str, size: int, count: int, bands: int, directory: Path) -> dict[str, object]:
     """What `main` shows of a decision, in a process of its own."""
     with workers(ExecutorConfig(executor="local", workers=count)) as pool:
-        step, surveys = step_and_surveys(name, size, directory, pool)
+        step, surveys = step_and_surveys(name, size, bands, directory, pool)
         started = time.perf_counter()
-        for array, times in ASKED_FOR[name].items():
-            for _ in range(times):
-                surveys[0][array]
+        asked_for = {"substring": [], "decontaminate": ["hashes"], "deduplicate": [
+            *["ids", "held_out"] * (1 + -(-bands // BANDS_AT_ONCE)), *(f"band{band}" for band in range(bands))]}
+        for array in asked_for[name]:
+            surveys[0][array]
         making = (time.perf_counter() - started) * len(surveys)
         passes = Weighed(directory / "decide", pool)
         started = time.perf_counter()
@@ -180,11 +179,12 @@ def main() -> None:
     parser.add_argument("step", choices=["deduplicate", "decontaminate", "substring"])
     parser.add_argument("sizes", nargs="+", type=float, help="documents, or n-grams")
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--bands", type=int, default=20, help="of deduplication's recipe")
     parser.add_argument("--scratch", type=Path, default=Path(".scratch"), help="where what passes make is kept")
     parser.add_argument("--inner", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inner:
-        record = decide(options.step, int(options.sizes[0]), options.workers[0], options.inner)
+        record = decide(options.step, int(options.sizes[0]), options.workers[0], options.bands, options.inner)
         (options.inner / "record.json").write_text(json.dumps(record))
         return
     options.scratch.mkdir(exist_ok=True)
@@ -193,7 +193,7 @@ def main() -> None:
         for count in options.workers:
             with tempfile.TemporaryDirectory(dir=options.scratch) as name:
                 command = [sys.executable, "-m", "benchmarks.curation_decisions", options.step, str(size), "--workers",
-                           str(count), "--inner", name]
+                           str(count), "--bands", str(options.bands), "--inner", name]
                 process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
                 main_peak, worker_peak = peaks(process)
                 if process.returncode:

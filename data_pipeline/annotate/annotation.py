@@ -6,7 +6,7 @@ steps of the next round, write. Between two rounds the global steps decide. Noth
 that, in seconds, as often as thresholds change.
 
 Shards, surveys and decisions lie in the scratch directory until the end, so that a killed run goes on where it was.
-What a worker holds is bounded by a shard, what this process holds by what `GlobalStep.decide` says of itself.
+What a worker holds is bounded by a shard, and by a part of a decision (`passes`).
 """
 
 from __future__ import annotations

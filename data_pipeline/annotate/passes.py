@@ -96,7 +96,8 @@ class Here(Passes):
 
 
 class OnDisk(Passes):
-    """Passes of `pool`, kept in `directory`: after an interruption those made are there."""
+    """Passes of `pool`, or of this process where a pass is one part, kept in `directory`: those made before an
+    interruption are there."""
 
     def __init__(self, directory: Path, pool: Workers):
         super().__init__(pool.backend.slots)
@@ -106,6 +107,9 @@ class OnDisk(Passes):
     def run(self, name: str, function: Callable[[int], Arrays], count: int) -> Made:
         made = Surveys(self.directory, name, count)
         missing = [item for item in range(count) if not made.file(item).exists()]
+        if missing and count == 1:              # not worth a worker, which on a cluster has to be waited for
+            _make(function, made, 0)
+            return made
         for _ in self.pool.all(partial(_make, function, made), missing,
                                lambda item: f"{self.directory.name}, {name}, part {item}"):
             pass
