@@ -6,8 +6,8 @@
 
 Surveys are synthetic. Those of deduplication and decontamination are made when they are asked for, which is timed alone
 and part of the time that is shown: nothing of them is on disk. Of the documents, 30 % are in clusters of all sizes from
-two to many thousands, a third of those copies, the others with 60 % of their bands in common. A substring survey is
-real, of random text in which one document of ten holds one of 1,000 strings of 400 bytes.
+one to many thousands, a third of those with the cluster's text, the others with 60 % of its bands. A substring survey
+is real, of random text in which one document of ten holds one of 1,000 strings of 400 bytes.
 
 The digest is of all decisions: it is the same for any number of workers and parts. Memory is what a process holds for
 itself (USS), looked at every 20 ms; with one worker it is the main process's, with more the largest worker's.
