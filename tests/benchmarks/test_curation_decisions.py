@@ -22,6 +22,7 @@ def test_copies_have_the_bands_of_their_text():
 @pytest.mark.parametrize("name", ["deduplicate", "decontaminate", "substring"])
 def test_parts_change_nothing(name, tmp_path, monkeypatch):
     monkeypatch.setattr(curation_decisions, "SHARD", 500)
+    monkeypatch.setattr(curation_decisions, "SPANS", 5)
     found = []
     for part in (1 << 23, 700):
         monkeypatch.setattr(deduplicate, "PART_DOCUMENTS", part)
