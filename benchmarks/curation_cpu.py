@@ -40,8 +40,9 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 from loguru import logger
 
 from data_pipeline.annotate.annotation import Decided, Job, Round, rounds, run_job
+from data_pipeline.annotate.passes import Arrays, Here
 from data_pipeline.annotate.reading import Quota
-from data_pipeline.annotate.step import SCHEMA, Arrays, Decision, GlobalStep, text_id
+from data_pipeline.annotate.step import SCHEMA, Decision, GlobalStep, text_id
 from data_pipeline.config import AnnotateConfig, FilesSource, InstalledSource
 from data_pipeline.curate.heuristics import first_broken, rules_of
 from data_pipeline.sources import Document, pieces, read_piece
@@ -128,7 +129,7 @@ class Ours:
 
     def _decide(self, step: GlobalStep, surveys: dict[str, list[Arrays]]) -> Decision:
         with timed(self.clock, step.name), timed(self.deciding, step.name):
-            return step.decide(surveys[step.name])
+            return step.decide(surveys[step.name], Here())
 
     def _apply(self, table: pa.Table, steps: Round, decisions: dict[str, Decision], index: int) -> pa.Table:
         for step in steps:

@@ -19,6 +19,7 @@ import sysconfig
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -57,6 +58,14 @@ def measure(stage: str, out: Path, settings: list[str]) -> tuple[float, float, f
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     started = time.monotonic()
     process = subprocess.Popen(command, cwd=out, env=environment, stdout=subprocess.DEVNULL)
+    main, worker = peaks(process)
+    if process.returncode:
+        raise SystemExit(f"{stage} failed; it says why above.")
+    return time.monotonic() - started, main, worker
+
+
+def peaks(process: subprocess.Popen[Any]) -> tuple[float, float]:
+    """MiB that a process, to its end, and the largest of its workers hold for themselves at most."""
     watched = psutil.Process(process.pid)
     main = worker = 0
     while process.poll() is None:
@@ -67,9 +76,7 @@ def measure(stage: str, out: Path, settings: list[str]) -> tuple[float, float, f
         except psutil.Error:
             continue
         time.sleep(0.02)
-    if process.returncode:
-        raise SystemExit(f"{stage} failed; it says why above.")
-    return time.monotonic() - started, main / 2**20, worker / 2**20
+    return main / 2**20, worker / 2**20
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ steps of the next round, write. Between two rounds the global steps decide. Noth
 that, in seconds, as often as thresholds change.
 
 Shards, surveys and decisions lie in the scratch directory until the end, so that a killed run goes on where it was.
-What a worker holds is bounded by a shard, what this process holds by what `GlobalStep.decide` says of itself.
+What a worker holds is bounded by a shard, and by a part of a decision (`passes`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from data_pipeline.annotate.hold_out import HoldOut
 from data_pipeline.annotate.language import Language
 from data_pipeline.annotate.mask import Mask
 from data_pipeline.annotate.normalise import Normalise
+from data_pipeline.annotate.passes import Arrays, OnDisk
 from data_pipeline.annotate.quality.quality import Quality
 from data_pipeline.annotate.reading import PIECES_PER_SHARD, Part, Read, load, read
 from data_pipeline.annotate.step import SCHEMA, GlobalStep, Step
@@ -151,7 +153,7 @@ def _run(number: int, plan: Sequence[Round], directory: Path, found: Read, pool:
         done += job.target.exists()
         meter(work, 0.9 * done / len(targets), documents)
     for step in following:
-        _decide(step, directory, len(targets))
+        _decide(step, directory, len(targets), pool)
     for survey in directory.glob("survey-*.npz"):
         survey.unlink()
     for earlier in [*_files(directory, number, found), *(directory / "read").glob("*.parquet")]:
@@ -179,7 +181,7 @@ def _jobs(
 
 
 def _survey(step: GlobalStep, directory: Path, index: int) -> Path:
-    return directory / f"survey-{step.name}-{index:05d}.npz"
+    return Surveys(directory, f"survey-{step.name}", index + 1).file(index)
 
 
 def _decision(step: GlobalStep, directory: Path, index: int) -> tuple[Path, Path]:
@@ -191,14 +193,22 @@ def _is_decided(step: GlobalStep, directory: Path, shards: int) -> bool:
     return all(file.exists() for index in range(shards) for file in _decision(step, directory, index))
 
 
-def _decide(step: GlobalStep, directory: Path, shards: int) -> None:
-    """Let `step` decide, unless it did."""
+def _decide(step: GlobalStep, directory: Path, shards: int, pool: Workers) -> None:
+    """Let `step` decide, unless it did. What its passes make is kept until then."""
     if _is_decided(step, directory, shards):
         return
-    decision = step.decide(Surveys([_survey(step, directory, index) for index in range(shards)]))
-    for index, own in enumerate(decision.shards):
-        write_arrays(own, _decision(step, directory, index)[1])
+    passes = OnDisk(directory / f"decide-{step.name}-{pool.backend.slots}", pool)       # parts follow from the workers
+    decision = step.decide(Surveys(directory, f"survey-{step.name}", shards), passes)
+    for _ in pool.all(partial(_write_own, step, directory), enumerate(decision.shards),
+                      lambda own: f"{step.name}, decision on shard {own[0]:05d}"):
+        pass
     write_arrays(decision.shared, _decision(step, directory, 0)[0])
+    for made in directory.glob(f"decide-{step.name}-*"):
+        shutil.rmtree(made)
+
+
+def _write_own(step: GlobalStep, directory: Path, own: tuple[int, Arrays]) -> None:
+    write_arrays(own[1], _decision(step, directory, own[0])[1])
 
 
 def run_job(job: Job) -> int:

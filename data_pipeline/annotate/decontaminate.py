@@ -13,13 +13,15 @@ ones are found in text that never saw them and are passed over, with a count.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from data_pipeline.annotate.step import Arrays, Decision, GlobalStep, with_column
+from data_pipeline.annotate.passes import Arrays, Groups, Made, Passes, part_of, parted, taken, total
+from data_pipeline.annotate.step import Decision, GlobalStep, with_column
 from data_pipeline.config import DataError, DecontaminationConfig
 from data_pipeline.text.ngrams import hash_set, is_in, ngrams_in, readings
 from data_pipeline.text.words import WORD, Int64, UInt64, Words, passages_of
@@ -27,12 +29,14 @@ from data_pipeline.text.words import WORD, Int64, UInt64, Words, passages_of
 Strings = Callable[[str], Iterator[str]]        # of a file, by its name
 
 FEWEST_WORDS = 8
+PART_NGRAMS = 1 << 25           # of a part of the decision: 0.5 to 1 GiB of hash set
 
 
 class Decontaminate(GlobalStep):
     """Fills `contamination`: the places in a training document where a shared n-gram begins; 0 where held out.
 
-    The decision is a hash set of 16 to 32 bytes an n-gram of held-out and evaluation text; `decide` holds 16 more.
+    The decision is a hash set of 16 to 32 bytes an n-gram of held-out and evaluation text, in parts by the hashes'
+    prefix: a worker holds all of it up to 2 GiB, else a part at a time, which it reads anew for every shard.
     Two different n-grams have the same hash with probability 2^-64: 10^9 of them in 10^12 words of training text meet
     by chance some 50 times.
 
@@ -53,15 +57,16 @@ class Decontaminate(GlobalStep):
 
     def survey(self, table: pa.Table) -> Arrays:
         held_out = table.filter(pa.array(table["held_out"].to_pylist(), pa.bool_()))
-        return {"hashes": np.concatenate([ngrams_in(words, self.config.ngram) for words in readings(held_out)])}
+        hashes = np.concatenate([ngrams_in(words, self.config.ngram) for words in readings(held_out)])
+        return {"size": np.array([len(hashes)]), "hashes": hashes}
 
-    def decide(self, surveys: Sequence[Arrays]) -> Decision:
+    def decide(self, surveys: Sequence[Arrays], passes: Passes) -> Decision:
         """`known` holds n-grams of `lengths` words; `texts`: how many of evaluation are looked for by them, whole, not.
 
         Says on stderr how many are whole and how many not, where there are such.
         """
         n, least = self.config.ngram, min(FEWEST_WORDS, self.config.ngram)
-        known, texts = [survey["hashes"] for survey in surveys], np.zeros(3, np.int64)
+        known, texts = [np.empty(0, np.uint64)], np.zeros(3, np.int64)
         for name in self.config.against:
             found = pa.table({"text": pa.array(list(self._strings(name)), pa.string())})
             for number, words in enumerate(readings(found)):
@@ -76,8 +81,12 @@ class Decontaminate(GlobalStep):
             print(f"annotate.decontamination.against: of {texts.sum()} texts {texts[0]} are looked for by runs of {n} "
                   f"words, {texts[1]} of {least} to {n - 1} words as a whole, {texts[2]} shorter ones not at all.",
                   file=sys.stderr, flush=True)
-        return Decision({"known": hash_set(np.concatenate(known)), "texts": texts,
-                         "lengths": np.arange(least if texts[1] else n, n + 1)}, [{}] * len(surveys))
+        evaluation = np.concatenate(known)
+        parts = passes.parts(total(surveys) + len(evaluation), PART_NGRAMS)
+        groups = Groups(surveys, min(parts, len(surveys)))
+        made = passes.exchange("sets", partial(_hashes, groups, parts, evaluation), groups.number, _set, parts)
+        own = {"texts": texts, "lengths": np.arange(least if texts[1] else n, n + 1)}
+        return Decision(Known(made, own), [{}] * len(surveys))
 
     def _strings(self, name: str) -> Iterator[str]:
         assert self.strings is not None
@@ -87,18 +96,48 @@ class Decontaminate(GlobalStep):
             raise _unreadable(name, str(error).replace("\n", " ")) from error
 
     def apply(self, table: pa.Table, shared: Arrays, own: Arrays) -> pa.Table:
-        known, lengths = np.asarray(shared["known"]), np.asarray(shared["lengths"]).tolist()
+        lengths = np.asarray(shared["lengths"]).tolist()
         training = ~np.array(table["held_out"].to_pylist(), dtype=bool)
-        counts = np.max([_hits(words, known, lengths) for words in readings(table)], axis=0)
+        counts = np.max([_hits(words, shared, lengths) for words in readings(table)], axis=0)
         return with_column(table, "contamination", pa.array(counts * training, pa.int32()))
 
 
-def _hits(words: Words, known: UInt64, lengths: Sequence[int]) -> Int64:
+class Known(Mapping[str, np.ndarray]):
+    """The arrays that all shards share: `own`, and `known0`, `known1` ..., the hash sets, read when asked for."""
+
+    def __init__(self, sets: Made, own: Arrays):
+        self.sets, self.own = sets, own
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.own[name] if name in self.own else self.sets[int(name.removeprefix("known"))]["known"]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self.own, *(f"known{part}" for part in range(len(self.sets)))])
+
+    def __len__(self) -> int:
+        return len(self.own) + len(self.sets)
+
+
+def _hashes(groups: Groups, parts: int, evaluation: UInt64, group: int) -> Arrays:
+    """The n-grams of a group of shards by the prefix of their hash; the first brings those of evaluation text."""
+    hashes = np.concatenate([evaluation[: 0 if group else None], *(survey["hashes"] for survey in groups.own(group))])
+    return parted(part_of(hashes, parts), parts, {"hashes": hashes})
+
+
+def _set(given: Made, part: int) -> Arrays:
+    return {"known": hash_set(*taken(given, part, ["hashes"]))}
+
+
+def _hits(words: Words, shared: Arrays, lengths: Sequence[int]) -> Int64:
     """Words of each document at which a known n-gram of one of these lengths begins: (documents,)."""
     hit = np.zeros(len(words.hashes), bool)
-    for length in lengths:
-        hashes = passages_of(words, length)
-        hit |= is_in(hashes, known) & (hashes != 0)
+    parts = sum(name.startswith("known") for name in shared)
+    asked = [passages_of(words, length) for length in lengths]
+    for part in range(parts):
+        known = shared[f"known{part}"]
+        for hashes in asked:
+            own = np.flatnonzero((hashes != 0) & (part_of(hashes, parts) == part))
+            hit[own] |= is_in(hashes[own], known)
     return np.diff(np.concatenate([[0], np.cumsum(hit)])[words.first])
 
 

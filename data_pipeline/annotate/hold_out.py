@@ -14,7 +14,8 @@ import polars as pl
 import pyarrow as pa
 import xxhash
 
-from data_pipeline.annotate.step import Arrays, Decision, GlobalStep, with_column
+from data_pipeline.annotate.passes import Arrays, Passes
+from data_pipeline.annotate.step import Decision, GlobalStep, with_column
 from data_pipeline.config import DataError, HeldOutConfig
 
 # Of a domain's target: what one source may bring, so that several are held out, and where they may end together.
@@ -54,7 +55,7 @@ class HoldOut(GlobalStep):
             "bytes": sizes["text"].to_numpy().astype(np.int64),
         }
 
-    def decide(self, surveys: Sequence[Arrays]) -> Decision:
+    def decide(self, surveys: Sequence[Arrays], passes: Passes) -> Decision:
         chosen: list[str] = []
         if self.by_source:
             total: Counter[tuple[str, str]] = Counter()

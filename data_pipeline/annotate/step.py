@@ -8,14 +8,14 @@ without any step running again. Held-out documents go through every step like th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import xxhash
 
 from data_pipeline.annotate.features.measures import FEATURES
+from data_pipeline.annotate.passes import Arrays, Passes
 
 SCHEMA = pa.schema([
     ("id", pa.string()),                    # hex xxh3-128 of `text`
@@ -35,7 +35,6 @@ SCHEMA = pa.schema([
     ("scores", pa.list_(pa.float32())),     # one a quality scorer; null where held out or duplicate
     ("perplexity", pa.float32()),           # a word, under the fluency model; null as `scores`
 ])
-Arrays = Mapping[str, np.ndarray]
 
 
 class Step(ABC):
@@ -49,7 +48,7 @@ class Step(ABC):
 
 
 class Decision(NamedTuple):
-    """What a global step found out: arrays for all shards, and arrays for each."""
+    """What a global step found out: arrays for all shards, and arrays for each, perhaps read when asked for."""
 
     shared: Arrays
     shards: Sequence[Arrays]
@@ -69,8 +68,11 @@ class GlobalStep(ABC):
         """The little that must be known of one shard, in a worker."""
 
     @abstractmethod
-    def decide(self, surveys: Sequence[Arrays]) -> Decision:
-        """From the surveys of all shards, in order. Reading `surveys[i][name]` loads that array from disk."""
+    def decide(self, surveys: Sequence[Arrays], passes: Passes) -> Decision:
+        """From the surveys of all shards, in order. Reading `surveys[i][name]` loads that array from disk.
+
+        What would not fit into one process, or keep one busy for long, is done in `passes`.
+        """
 
     @abstractmethod
     def apply(self, table: pa.Table, shared: Arrays, own: Arrays) -> pa.Table:

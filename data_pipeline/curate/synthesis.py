@@ -24,6 +24,7 @@ import heapq
 import json
 import random
 import re
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ from data_pipeline.annotate.features.features import Features
 from data_pipeline.annotate.language import Language
 from data_pipeline.annotate.mask import Mask
 from data_pipeline.annotate.normalise import Normalise
+from data_pipeline.annotate.passes import OnDisk
 from data_pipeline.annotate.step import SCHEMA, GlobalStep, text_id, with_column, with_text
 from data_pipeline.config import AnnotateConfig, Domain, Label, SynthesisConfig
 from data_pipeline.curate.chat import Progress, Question, Reply, answer
@@ -316,9 +318,9 @@ def annotate(
     missing = [job for job in jobs if not all(job.target(step).exists() for step in job.steps)]
     for _ in pool.all(_survey_shard, missing, lambda job: f"survey of {job.shard.name}"):
         pass
-    reasons = _decided(deduplicate, written, jobs)["duplicate"]
+    reasons = _decided(deduplicate, written, jobs, pool)["duplicate"]
     reasons = pc.replace_substring(reasons, "held-out", "corpus").combine_chunks()
-    return with_column(_decided(decontaminate, table, jobs), "duplicate", reasons)
+    return with_column(_decided(decontaminate, table, jobs, pool), "duplicate", reasons)
 
 
 class Survey(NamedTuple):
@@ -337,7 +339,7 @@ class Survey(NamedTuple):
 
     def target(self, step: GlobalStep) -> Path:
         """Where the shard's survey for `step` is kept."""
-        return self.scratch / f"earlier-{step.name}-{self.number:05d}.npz"
+        return Surveys(self.scratch, f"earlier-{step.name}", self.number + 1).file(self.number)
 
 
 def _survey_shard(job: Survey) -> None:
@@ -348,8 +350,14 @@ def _survey_shard(job: Survey) -> None:
     write_arrays(job.deduplicate.survey(earlier), job.target(job.deduplicate))
 
 
-def _decided(step: GlobalStep, table: pa.Table, jobs: Sequence[Survey]) -> pa.Table:
-    own = jobs[0].scratch / f"synthetic-{step.name}.npz"
-    write_arrays(step.survey(table), own)
-    decision = step.decide(Surveys([*(job.target(step) for job in jobs), own]))
-    return step.apply(table, decision.shared, decision.shards[-1])
+def _decided(step: GlobalStep, table: pa.Table, jobs: Sequence[Survey], pool: Workers) -> pa.Table:
+    """`table` as the shard after all others."""
+    scratch = jobs[0].scratch
+    surveys = Surveys(scratch, f"earlier-{step.name}", len(jobs) + 1)
+    write_arrays(step.survey(table), surveys.file(len(jobs)))
+    shutil.rmtree(scratch / f"decide-{step.name}", ignore_errors=True)  # replies may be others than before
+    passes = OnDisk(scratch / f"decide-{step.name}", pool)
+    decision = step.decide(surveys, passes)
+    table = step.apply(table, decision.shared, decision.shards[-1])
+    shutil.rmtree(passes.directory)
+    return table

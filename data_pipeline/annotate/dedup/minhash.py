@@ -1,4 +1,4 @@
-"""MinHash band hashes of documents, and the components of documents that share a band.
+"""MinHash band hashes of documents.
 
 The public Nemotron-CC recipe: shingles of 24 characters, 20 bands of 13 rows (paper 2412.02595; NVIDIA-NeMo/Nemotron,
 recipes/data/curation/nemotron-cc, step 2b). Two documents whose sets of shingles have Jaccard similarity J share a band
@@ -131,31 +131,4 @@ def _band_hashes(
             for row in range(band * rows, (band + 1) * rows):
                 value = mix64(value ^ uint64(least[row]))
             result[band, document] = value
-    return result
-
-
-@njit(cache=True, nogil=True)
-def join_equal(parent: Int64, band: UInt64, order: Int64) -> None:
-    """Join the trees of documents with equal hashes in a band, `order` being one that sorts it.
-
-    `parent` is a forest, at first `arange(documents)`, in which the root of a tree is its lowest document.
-    """
-    for index in range(1, len(order)):
-        a, b = order[index - 1], order[index]
-        if band[a] == band[b]:
-            while parent[a] != a:
-                parent[a] = parent[parent[a]]
-                a = parent[a]
-            while parent[b] != b:
-                parent[b] = parent[parent[b]]
-                b = parent[b]
-            parent[max(a, b)] = min(a, b)
-
-
-@njit(cache=True, nogil=True)
-def roots(parent: Int64) -> Int64:
-    """Lowest document of each one's tree."""
-    result = parent.copy()
-    for document in range(len(parent)):         # a parent is lower than its child, so its root is known by now
-        result[document] = result[parent[document]]
     return result

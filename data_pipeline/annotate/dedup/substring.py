@@ -13,7 +13,8 @@ byte, so that no collision of hashes can pass for a repeat.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -22,17 +23,29 @@ from numba import int64, njit, uint64
 from numpy.typing import NDArray
 
 from data_pipeline.annotate.dedup.deduplicate import id_numbers
-from data_pipeline.annotate.step import Arrays, Decision, GlobalStep, with_column
+from data_pipeline.annotate.passes import (
+    Arrays,
+    Groups,
+    Made,
+    OfShards,
+    Passes,
+    order_of,
+    part_of,
+    parted,
+    taken,
+    total,
+)
+from data_pipeline.annotate.step import Decision, GlobalStep, with_column
 from data_pipeline.config import SubstringConfig
 from data_pipeline.text.words import BASE, Int64, UInt8, UInt64, mix, mix64, texts_of
 
-PARTITIONS = 32                 # of the anchors, by hash: `decide` reads one at a time
-CONTEXT_BYTES = 1 << 29         # text that `decide` compares at a time, unless one partition alone has more
+PART_BYTES = 1 << 30            # of text, that a part of the decision is about
 
 # Windows in a row with one anchor: its hash, where in the survey's text the first begins, how many.
 ANCHOR = np.dtype([("hash", "<u8"), ("first", "<u4"), ("windows", "<u4")])
-# The same for anchors that occur again, with the shard and the document's place among all in the order of ids.
-MEMBER = np.dtype([*ANCHOR.descr, ("shard", "<i4"), ("rank", "<i8")])
+# The same for anchors that occur again, with the shard and the first 64 bits of the document's id.
+MEMBER = np.dtype([*ANCHOR.descr, ("shard", "<u8"), ("id", "<u8")])
+RUN = ("shard", "begin", "end")     # of repeated windows, in bytes of the survey's text
 BYTE = mix(np.arange(1, 257, dtype=np.uint64))
 
 
@@ -40,9 +53,9 @@ class Substring(GlobalStep):
     """Fills `repeats`: merged spans of bytes in the text, cut back to whole characters; empty where nothing repeats.
 
     A survey holds the text it is about (less than 4 GiB) and 64 / (N + 4) bytes of anchors for each of its bytes: 1.6
-    times the text at N = 100. `decide` holds 40 bytes a document, 1/32 of the anchors, the text of one shard, and what
-    it found (16 bytes a run); beyond that 1.6 times CONTEXT_BYTES, and reads the texts once for as many bytes. There
-    are five to compare for each window whose anchor occurs again.
+    times the text at N = 100. For the decision anchors' hashes go to parts by their prefix, which say whether they
+    occur again; those that do go there once more with the text of their windows, five bytes for each window, and are
+    compared. A worker holds the anchors of a group of shards or of a part, 40 bytes each, then twice the text compared.
     """
 
     name = "substring"
@@ -63,19 +76,17 @@ class Substring(GlobalStep):
         starts = np.cumsum([0, *map(len, pieces)])
         anchors = np.empty(len((parts := _anchors(text, starts, length))[0]), ANCHOR)
         anchors["hash"], anchors["first"], anchors["windows"] = parts
-        partition = (mix(anchors["hash"]) % np.uint64(PARTITIONS)).astype(np.uint8)
-        ends = np.cumsum(np.bincount(partition, minlength=PARTITIONS))
-        parted = np.split(anchors[np.argsort(partition, kind="stable")], ends[:-1])
-        own = {"ids": id_numbers(table)[rows], "rows": rows, "starts": starts, "text": text}
-        return own | {f"anchors{number}": part for number, part in enumerate(parted)}
+        return {"size": starts[-1:], "ids": id_numbers(table)[rows], "rows": rows, "starts": starts, "text": text,
+                "anchors": anchors}
 
-    def decide(self, surveys: Sequence[Arrays]) -> Decision:
-        found = [_repeats(surveys, members, self.config.bytes) for members in _batches(surveys, self.config.bytes)]
-        return Decision({}, [
-            _merged(survey, *(np.concatenate([np.empty(0, np.int64), *(batch[shard][side] for batch in found)])
-                              for side in (0, 1)))
-            for shard, survey in enumerate(surveys)
-        ])
+    def decide(self, surveys: Sequence[Arrays], passes: Passes) -> Decision:
+        length, parts = self.config.bytes, passes.parts(total(surveys), PART_BYTES)
+        groups = Groups(surveys, min(parts, len(surveys)))
+        again = passes.exchange("anchors", partial(_hashes, groups, parts), groups.number, _occur_again, parts)
+        runs = passes.exchange("windows", partial(_contexts, groups, again, length, parts), groups.number,
+                               partial(_repeats, groups, length), parts)
+        made = passes.run("shards", partial(_spans, groups, runs), groups.number)
+        return Decision({}, OfShards(made, ["row", "start", "end"], groups))
 
     def apply(self, table: pa.Table, shared: Arrays, own: Arrays) -> pa.Table:
         texts, row = texts_of(table), own["row"]
@@ -103,55 +114,83 @@ def _inside(buffer: UInt8, positions: Int64) -> NDArray[np.bool_]:
     return (buffer[positions] & 0xC0) == 0x80
 
 
-def _batches(surveys: Sequence[Arrays], length: int) -> Iterator[np.ndarray]:
-    """The anchors that occur more than once, as MEMBER, with those of one hash in one batch."""
-    ids = np.concatenate([survey["ids"] for survey in surveys])
-    rank = np.empty(len(ids), np.int64)
-    rank[np.lexsort((ids[:, 1], ids[:, 0]))] = np.arange(len(ids))
-    starts = [survey["starts"] for survey in surveys]
-    ranks = np.split(rank, np.cumsum([len(own) - 1 for own in starts])[:-1])
-    waiting: list[np.ndarray] = []
-    size = 0
-    for partition in range(PARTITIONS):
-        parts = [survey[f"anchors{partition}"] for survey in surveys]
-        again = np.split(_occurs_again(np.concatenate([part["hash"] for part in parts])),
-                         np.cumsum([len(part) for part in parts])[:-1])
-        for shard, (part, chosen) in enumerate(zip(parts, again, strict=True)):
-            members = np.empty(np.count_nonzero(chosen), MEMBER)
-            for name in ("hash", "first", "windows"):
-                members[name] = part[name][chosen]
-            members["shard"] = shard
-            members["rank"] = ranks[shard][np.searchsorted(starts[shard], members["first"], side="right") - 1]
-            waiting.append(members)
-            size += int(members["windows"].sum()) + len(members) * (length - 1)
-        if size >= CONTEXT_BYTES:
-            yield np.concatenate(waiting)
-            waiting, size = [], 0
-    yield np.concatenate([np.empty(0, MEMBER), *waiting])
+def _part(anchors: np.ndarray, parts: int) -> UInt64:
+    """The least hash of several is small: its prefix says little before it is mixed."""
+    return part_of(mix(anchors["hash"]), parts)
 
 
-def _occurs_again(hashes: UInt64) -> NDArray[np.bool_]:
-    """Which hashes stand more than once among them."""
-    order = np.argsort(hashes)
-    same = hashes[order[1:]] == hashes[order[:-1]]
-    result = np.zeros(len(hashes), dtype=bool)
-    result[order[1:][same]] = True
-    result[order[:-1][same]] = True
-    return result
+def _hashes(groups: Groups, parts: int, group: int) -> Arrays:
+    """The anchors of a group of shards, by part."""
+    anchors = np.concatenate([survey["anchors"] for survey in groups.own(group)])
+    return parted(_part(anchors, parts), parts, {"hash": np.ascontiguousarray(anchors["hash"])})
 
 
-def _repeats(surveys: Sequence[Arrays], members: np.ndarray, length: int) -> list[tuple[Int64, Int64]]:
-    """For each shard, where in its survey's text runs of repeated windows begin and end, in bytes."""
-    members = members[np.lexsort((members["rank"], members["hash"]))]       # of a document, in its own order
-    first, shard = members["first"].astype(np.int64), members["shard"]
-    offsets = np.zeros(len(members) + 1, np.int64)
-    np.cumsum(members["windows"] + np.int64(length - 1), out=offsets[1:])
+def _occur_again(given: Made, part: int) -> Arrays:
+    """Of each anchor in a part whether its hash stands there more than once, by the group it came from."""
+    hashes = [giver.piece(part, ["hash"], "bounds")[0] for giver in given]
+    order = np.argsort(joined := np.concatenate(hashes))
+    same = joined[order[1:]] == joined[order[:-1]]
+    again = np.zeros(len(joined), dtype=bool)
+    again[order[1:][same]] = True
+    again[order[:-1][same]] = True
+    return {"again": again, "bounds": np.cumsum([0, *map(len, hashes)])}
+
+
+def _contexts(groups: Groups, again: Made, length: int, parts: int, group: int) -> Arrays:
+    """The anchors of a group of shards that occur again, as MEMBER, and the text of their windows, by part."""
+    own, shards = groups.own(group), groups.shards(group)
+    anchors = [survey["anchors"] for survey in own]
+    part = np.concatenate([_part(survey, parts) for survey in anchors])
+    chosen = np.empty(len(part), bool)
+    chosen[order_of(part, parts)] = taken(again, group, ["again"])[0]
+    members = np.zeros(np.count_nonzero(chosen), MEMBER)
+    ends = np.cumsum([len(survey) for survey in anchors])[:-1]
+    starts = np.cumsum([0, *map(np.count_nonzero, np.split(chosen, ends))])
+    for shard, survey, found, some, (start, stop) in zip(
+        shards, own, anchors, np.split(chosen, ends), pairwise(starts), strict=True
+    ):
+        document = np.searchsorted(survey["starts"], found["first"][some], side="right") - 1
+        for name in ANCHOR.names or ():
+            members[name][start:stop] = found[name][some]
+        members["shard"][start:stop], members["id"][start:stop] = shard, survey["ids"][document, 0]
+    sorted_ = parted(part[chosen], parts, {"members": members})
+    members = sorted_["members"]
+    offsets = _offsets(members, length)
     contexts = np.empty(offsets[-1], np.uint8)
-    for number, survey in enumerate(surveys):
-        _gather(survey["text"], first, np.flatnonzero(shard == number), contexts, offsets)
-    hashes, ranks = np.ascontiguousarray(members["hash"]), np.ascontiguousarray(members["rank"])
-    member, begins, ends = _compare(contexts, offsets, hashes, ranks, first, length)
-    return [(begins[own], ends[own]) for own in (shard[member] == number for number in range(len(surveys)))]
+    first = members["first"].astype(np.int64)
+    for shard, survey in zip(shards, own, strict=True):
+        _gather(survey["text"], first, np.flatnonzero(members["shard"] == shard), contexts, offsets)
+    return {**sorted_, "contexts": contexts, "context_bounds": offsets[sorted_["bounds"]]}
+
+
+def _offsets(members: np.ndarray, length: int) -> Int64:
+    """Where the context of each begins, and the last ends."""
+    return np.concatenate([[0], np.cumsum(members["windows"] + np.int64(length - 1))])
+
+
+def _repeats(groups: Groups, length: int, given: Made, part: int) -> Arrays:
+    """Where runs of repeated windows begin and end, by group of shards."""
+    (members,) = taken(given, part, ["members"])
+    (text,) = taken(given, part, ["contexts"], "context_bounds")
+    order = np.lexsort((members["id"], members["hash"]))        # of a document, in its own order
+    source = _offsets(members, length)[:-1][order]
+    members = members[order]
+    offsets = _offsets(members, length)
+    contexts = np.empty_like(text)
+    _gather(text, source, np.arange(len(members)), contexts, offsets)
+    hashes, ids = (np.ascontiguousarray(members[name]) for name in ("hash", "id"))
+    member, begin, end = _compare(contexts, offsets, hashes, ids, members["first"].astype(np.int64), length)
+    shard = members["shard"][member].astype(np.int64)
+    runs = dict(zip(RUN, (shard, begin, end), strict=True))
+    return parted(groups.group_of(shard), groups.number, runs)
+
+
+def _spans(groups: Groups, runs: Made, group: int) -> Arrays:
+    """What is decided of each shard of a group."""
+    shard, begin, end = taken(runs, group, RUN)
+    return {f"{name}{number}": values
+            for number, survey in zip(groups.shards(group), groups.own(group), strict=True)
+            for name, values in _merged(survey, begin[shard == number], end[shard == number]).items()}
 
 
 def _merged(survey: Arrays, begins: Int64, ends: Int64) -> Arrays:
@@ -237,11 +276,11 @@ def _same(contexts: UInt8, one: int, other: int, size: int) -> bool:
 
 @njit(cache=True, nogil=True)
 def _compare(
-    contexts: UInt8, offsets: Int64, hashes: UInt64, ranks: Int64, first: Int64, length: int
+    contexts: UInt8, offsets: Int64, hashes: UInt64, ids: UInt64, first: Int64, length: int
 ) -> tuple[Int64, Int64, Int64]:
     """Runs of windows that stood before in a context with the same anchor hash: context, first byte, byte past the end.
 
-    Contexts are in order of hash, rank and place. The table of windows is open-addressed; a place is 1 + the byte in
+    Contexts are in order of hash, id and place. The table of windows is open-addressed; a place is 1 + the byte in
     `contexts`, so that those of earlier groups are known by being no larger than the group's first byte.
     """
     found, spans = np.empty((3, 1024), np.int64), 0
@@ -251,9 +290,9 @@ def _compare(
     for _ in range(length):
         highest *= uint64(BASE)
     group = 0
-    while group < len(ranks):
+    while group < len(ids):
         stop = group
-        while stop < len(ranks) and hashes[stop] == hashes[group]:
+        while stop < len(ids) and hashes[stop] == hashes[group]:
             stop += 1
         base, mask = offsets[group], 1
         while mask < 2 * (offsets[stop] - base - (stop - group) * (length - 1)):
@@ -286,7 +325,7 @@ def _compare(
                     continue
                 following = places[slot]
                 owner, here = owners[slot], first[member] + at - begin
-                if ranks[owner] == ranks[member] and first[owner] + following - 1 - offsets[owner] + length > here:
+                if ids[owner] == ids[member] and first[owner] + following - 1 - offsets[owner] + length > here:
                     continue
                 if spans > 0 and found[0, spans - 1] == member and found[2, spans - 1] == here + length - 1:
                     found[2, spans - 1] += 1

@@ -12,8 +12,8 @@ import numpy as np
 from numba import njit, uint64
 from numpy.typing import NDArray
 
+from data_pipeline.annotate.passes import Arrays
 from data_pipeline.annotate.quality.training_text import Bool, TrainingText
-from data_pipeline.annotate.step import Arrays
 from data_pipeline.text.words import Int64, UInt64, Words, ngrams_of
 
 SMOOTHING = 20.0        # k, the pseudo-counts of the unigram behind each bigram

@@ -17,10 +17,11 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
+from data_pipeline.annotate.passes import Arrays, Passes
 from data_pipeline.annotate.quality import classifier, fluency, reference, training_text
 from data_pipeline.annotate.quality.quality_labels import keys_of
 from data_pipeline.annotate.quality.structure import structure
-from data_pipeline.annotate.step import Arrays, Decision, GlobalStep, with_column
+from data_pipeline.annotate.step import Decision, GlobalStep, with_column
 from data_pipeline.config import ClassifierConfig
 from data_pipeline.text.words import ngrams_of, texts_of, words_of
 
@@ -51,7 +52,7 @@ class Quality(GlobalStep):
     def survey(self, table: pa.Table) -> Arrays:
         return training_text.survey(table)
 
-    def decide(self, surveys: Sequence[Arrays]) -> Decision:
+    def decide(self, surveys: Sequence[Arrays], passes: Passes) -> Decision:
         """Trains the scorers. Raises DataError where the corpus holds no text of two words but reference text."""
         text = training_text.collect(surveys, "reference")
         counted = text.keys[-1:]                    # reference documents up to this key are in the counts

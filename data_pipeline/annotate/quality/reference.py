@@ -18,8 +18,8 @@ import numpy as np
 from numba import njit, uint64
 from numpy.typing import NDArray
 
+from data_pipeline.annotate.passes import Arrays
 from data_pipeline.annotate.quality.training_text import Bool, Int8, TrainingText
-from data_pipeline.annotate.step import Arrays
 from data_pipeline.config import DataError
 from data_pipeline.text.words import Int64, UInt64, Words, ngrams_of
 

@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from data_pipeline.annotate.passes import Arrays
 from data_pipeline.annotate.quality.quality_labels import keys_of
-from data_pipeline.annotate.step import Arrays, text_id
+from data_pipeline.annotate.step import text_id
 from data_pipeline.sources import installed
 from data_pipeline.text.words import Int64, UInt64, Words, words_of
 

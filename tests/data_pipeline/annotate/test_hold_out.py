@@ -5,6 +5,7 @@ import pyarrow as pa
 import pytest
 
 from data_pipeline.annotate.hold_out import HoldOut, choose_held_out
+from data_pipeline.annotate.passes import Here
 from data_pipeline.annotate.step import SCHEMA, text_id
 from data_pipeline.config import DataError, HeldOutConfig
 
@@ -15,7 +16,7 @@ def table(rows: list[dict[str, object]]) -> pa.Table:
 
 
 def marked(step: HoldOut, shards: list[pa.Table]) -> list[dict[str, object]]:
-    decision = step.decide([step.survey(shard) for shard in shards])
+    decision = step.decide([step.survey(shard) for shard in shards], Here())
     return [row for shard, own in zip(shards, decision.shards, strict=True)
             for row in step.apply(shard, decision.shared, own).to_pylist()]
 

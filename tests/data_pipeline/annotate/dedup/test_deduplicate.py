@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 
 from data_pipeline.annotate.dedup.deduplicate import Deduplicate, id_numbers
+from data_pipeline.annotate.passes import Here
 from data_pipeline.annotate.step import SCHEMA, text_id
 from data_pipeline.config import MinHashConfig
 
@@ -24,7 +25,7 @@ def table(rows: list[tuple[str, bool]]) -> pa.Table:
 def deduplicate(shards: list[list[tuple[str, bool]]]) -> list[str | None]:
     """The column `duplicate` of all shards."""
     step, tables = Deduplicate(RECIPE, seed=1), [table(rows) for rows in shards]
-    decision = step.decide([step.survey(shard) for shard in tables])
+    decision = step.decide([step.survey(shard) for shard in tables], Here())
     assert decision.shared == {}
     return [reason for shard, own in zip(tables, decision.shards, strict=True)
             for reason in step.apply(shard, decision.shared, own)["duplicate"].to_pylist()]

@@ -1,4 +1,4 @@
-"""MinHash against exact Jaccard similarity, the banding formula and brute-force components."""
+"""MinHash against exact Jaccard similarity, the banding formula."""
 
 import unicodedata
 
@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 from scipy.stats import binomtest
 
-from data_pipeline.annotate.dedup.minhash import band_hashes, join_equal, roots
+from data_pipeline.annotate.dedup.minhash import band_hashes
 from data_pipeline.config import MinHashConfig
 from data_pipeline.text.words import BASE, UInt64, mix, texts_of
 
@@ -125,22 +125,3 @@ def test_bands_are_the_formula(length):
     alone = [bands_of([document], seed=5) for document in (others[0], text, *others[1:])]
     assert np.array_equal(found, np.concatenate(alone, axis=1))
     assert not (bands_of([text], seed=4)[:, 0] == value).any()
-
-
-def test_trees_are_the_components_of_a_walk():
-    random = np.random.default_rng(4)
-    bands = random.integers(0, 60, (3, 80)).astype(np.uint64)
-    expected = np.full(80, -1)
-    for start in range(80):
-        waiting = [start] if expected[start] < 0 else []
-        while waiting:
-            current = waiting.pop()
-            expected[current] = start
-            meet = (bands == bands[:, [current]]).any(axis=0)
-            waiting += np.flatnonzero(meet & (expected < 0)).tolist()
-    assert 1 < len(set(expected)) < 80
-    parent = np.arange(80)
-    for band in bands:
-        shuffled = random.permutation(80)       # equal hashes in any order
-        join_equal(parent, band, shuffled[np.argsort(band[shuffled])])
-    assert np.array_equal(roots(parent), expected)

@@ -11,6 +11,7 @@ import pytest
 
 from data_pipeline.annotate.dedup import substring
 from data_pipeline.annotate.dedup.substring import Substring, without
+from data_pipeline.annotate.passes import Here
 from data_pipeline.annotate.step import SCHEMA, text_id
 from data_pipeline.config import SubstringConfig
 
@@ -27,7 +28,7 @@ def repeats(rows: list[Row], length: int, shards: int = 1) -> list[list[int]]:
     step = Substring(SubstringConfig(bytes=length, domains=["web"]))
     tables = [pa.Table.from_pylist(rows[len(rows) * i // shards : len(rows) * (i + 1) // shards], SCHEMA)
               for i in range(shards)]
-    decision = step.decide([step.survey(table) for table in tables])
+    decision = step.decide([step.survey(table) for table in tables], Here())
     assert decision.shared == {}
     return [spans for table, own in zip(tables, decision.shards, strict=True)
             for spans in step.apply(table, decision.shared, own)["repeats"].to_pylist()]
@@ -93,7 +94,8 @@ def random_texts(random: np.random.Generator) -> list[str]:
 
 
 @pytest.mark.parametrize("shards", [1, 3, 9])
-def test_random_texts(shards):
+def test_random_texts(shards, monkeypatch):
+    monkeypatch.setattr(substring, "PART_BYTES", {1: 1 << 30, 3: 200, 9: 20}[shards])      # up to 30 parts
     random = np.random.default_rng(shards)
     found = 0
     for _ in range(150):
@@ -114,7 +116,7 @@ def test_real_text(length, monkeypatch):
     assert sum(map(len, expected)) > (20 if length <= 100 else 0)
     rows = [row(text) for text in texts]
     assert repeats(rows, length, 2) == expected
-    monkeypatch.setattr(substring, "CONTEXT_BYTES", 1)      # every partition a batch of its own
+    monkeypatch.setattr(substring, "PART_BYTES", 20_000)    # a dozen parts
     assert repeats(rows, length, 3) == expected
 
 

@@ -16,6 +16,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
+from data_pipeline.annotate.passes import Here
 from data_pipeline.annotate.quality import classifier, fluency, reference, structure, training_text
 from data_pipeline.annotate.quality.quality import Quality
 from data_pipeline.annotate.quality.quality_labels import keys_of
@@ -68,7 +69,7 @@ def corpus() -> pa.Table:
 
 
 def run(step: Quality, shards: list[pa.Table]) -> list[pa.Table]:
-    decision = step.decide([step.survey(shard) for shard in shards])
+    decision = step.decide([step.survey(shard) for shard in shards], Here())
     return [step.apply(shard, decision.shared, own) for shard, own in zip(shards, decision.shards, strict=True)]
 
 

@@ -1,0 +1,32 @@
+"""What the benchmark of decisions decides about is what it says, and workers do not change it."""
+
+import numpy as np
+import pytest
+
+from benchmarks import curation_decisions
+from benchmarks.curation_decisions import CLUSTERED, COPIES, decide, of_documents
+from data_pipeline.annotate.dedup import deduplicate
+
+
+def test_copies_have_the_bands_of_their_text():
+    own = range(100_000)
+    ids, bands = of_documents(len(own), "ids", own)[:, 0], of_documents(len(own), "band0", own)
+    _, first, text = np.unique(ids, return_index=True, return_inverse=True)
+    assert 0.3 * CLUSTERED * COPIES < 1 - len(first) / len(own) < CLUSTERED * COPIES
+    assert (bands == bands[first][text]).all()
+    assert len(np.unique(bands)) < 0.95 * len(first)
+    part = range(5_000, 6_000)
+    assert (of_documents(len(own), "band0", part) == bands[part.start : part.stop]).all()
+
+
+@pytest.mark.parametrize("name", ["deduplicate", "decontaminate", "substring"])
+def test_parts_change_nothing(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(curation_decisions, "SHARD", 500)
+    monkeypatch.setattr(curation_decisions, "SPANS", 5)
+    found = []
+    for part in (1 << 23, 700):
+        monkeypatch.setattr(deduplicate, "PART_DOCUMENTS", part)
+        (tmp_path / str(part)).mkdir()
+        record = decide(name, 200 if name == "substring" else 4000, 1, 20, tmp_path / str(part))
+        found.append((record["digest"], record["found"]))
+    assert found[0] == found[1] and record["found"]
