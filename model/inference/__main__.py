@@ -22,7 +22,7 @@ from model.config import ModelConfig, ModelError
 from model.costs import sequence_bytes, weights_bytes
 from model.hybrid_lm import HybridLM
 from model.inference.decoder import Decoder, piece_tokens
-from model.inference.fp8_weights import quantize_weights
+from model.inference.fp8_weights import LEAST_WIDTH, quantize_weights
 from model.inference.sampling import Sampling
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.bfloat16}     # fp8: weights alone
@@ -54,7 +54,7 @@ def generate_text(
 
     Raises:
         ModelError: before anything is computed, for a directory whose weights, configuration and tokenizer do not fit
-            together, or a prompt that does not fit the device's memory.
+            together, a prompt that does not fit the device's memory, or FP8 weights of a model they only slow down.
     """
     sampling.check()
     if tokens < 1:
@@ -62,6 +62,9 @@ def generate_text(
     if not 0 <= seed < 2**63:
         raise ModelError(f"seed is {seed}.\nMake it 0 or more, and less than 2^63.")
     config = hub.read_config(directory)
+    if dtype == "fp8" and config.hidden_size < LEAST_WIDTH:
+        raise ModelError(f"dtype: FP8 weights are known to be faster than BF16 from width {LEAST_WIDTH} on; this model's is "
+                         f"{config.hidden_size}.\nTake --dtype bfloat16.")
     hub.check_files(directory, config)
     vocabulary = read_vocabulary(directory, config)
     ids = vocabulary.encode(prompt)

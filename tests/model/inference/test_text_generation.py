@@ -100,10 +100,13 @@ def test_a_seed_repeats_its_text(directory, capsys):
     assert texts[0] == texts[1] != texts[2]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "fp8"])
-def test_smaller_weights(directory, dtype, capsys):
-    assert run(directory, "--dtype", dtype, "--max-new-tokens", "5") == 0
-    assert len(capsys.readouterr().out) > 1
+def test_smaller_weights(directory, capsys, monkeypatch):
+    assert run(directory, "--dtype", "fp8", "--max-new-tokens", "5") == 1
+    assert "Take --dtype bfloat16" in capsys.readouterr().err
+    monkeypatch.setattr("model.inference.__main__.LEAST_WIDTH", 1)
+    for dtype in ("bfloat16", "fp8"):
+        assert run(directory, "--dtype", dtype, "--max-new-tokens", "5") == 0
+        assert len(capsys.readouterr().out) > 1
 
 
 def test_the_guides_example_runs(directory):
