@@ -20,66 +20,85 @@ import numpy as np
 import pyarrow as pa
 
 from data_pipeline.annotate.step import Arrays, Decision, GlobalStep, with_column
-from data_pipeline.config import DataError, DecontaminationConfig
+from data_pipeline.config import PAPER_TASKS, DataError, DecontaminationConfig
+from data_pipeline.sources import evaluation_sets
 from data_pipeline.text.ngrams import hash_set, is_in, ngrams_in, readings
 from data_pipeline.text.words import WORD, Int64, UInt64, Words, passages_of
 
 Strings = Callable[[str], Iterator[str]]        # of a file, by its name
 
 FEWEST_WORDS = 8
+HELD_OUT = "held-out text"
 
 
 class Decontaminate(GlobalStep):
-    """Fills `contamination`: the places in a training document where a shared n-gram begins; 0 where held out.
+    """Fills `contamination`: the places in a training document where a shared n-gram begins; 0 where held out. And
+    `contaminated_by`: the evaluation set at most of these places, or "held-out text".
 
-    The decision is a hash set of 16 to 32 bytes an n-gram of held-out and evaluation text; `decide` holds 16 more.
+    The decision is a hash set of 16 to 32 bytes an n-gram of held-out and evaluation text, and as much again for each
+    evaluation set, read for documents that share something; `decide` holds 16 more.
     Two different n-grams have the same hash with probability 2^-64: 10^9 of them in 10^12 words of training text meet
     by chance some 50 times.
 
     Args:
         strings: reads the files of `against` (`data_pipeline.sources.readers.strings`).
 
-    Raises DataError where a file of `against` is missing, damaged, or not of a kind that sources are read from.
+    Raises DataError where a file of `against` is missing, damaged, or not of a kind that sources are read from, and
+    where the paper's sets are not installed.
     """
 
     name = "decontaminate"
 
     def __init__(self, config: DecontaminationConfig, strings: Strings | None = None):
         self.config, self.strings = config, strings
-        assert strings or not config.against
-        for name in config.against:
+        assert strings or not config.files
+        for name in config.files:
             if not Path(name).is_file():
                 raise _unreadable(name, "no such file")
+        if PAPER_TASKS in config.against:
+            evaluation_sets.root()
+
+    @property
+    def sets(self) -> list[str]:
+        """Names of the evaluation sets, by which their texts are read: the paper's, files."""
+        return [name for one in self.config.against for name in (evaluation_sets.SETS if one == PAPER_TASKS else [one])]
 
     def survey(self, table: pa.Table) -> Arrays:
         held_out = table.filter(pa.array(table["held_out"].to_pylist(), pa.bool_()))
         return {"hashes": np.concatenate([ngrams_in(words, self.config.ngram) for words in readings(held_out)])}
 
     def decide(self, surveys: Sequence[Arrays]) -> Decision:
-        """`known` holds n-grams of `lengths` words; `texts`: how many of evaluation are looked for by them, whole, not.
+        """`known` holds n-grams of `lengths` words, `set0` ... those of each of `sets`; `texts`: how many of evaluation
+        are looked for by them, whole, not.
 
         Says on stderr how many are whole and how many not, where there are such.
         """
         n, least = self.config.ngram, min(FEWEST_WORDS, self.config.ngram)
         known, texts = [survey["hashes"] for survey in surveys], np.zeros(3, np.int64)
-        for name in self.config.against:
-            found = pa.table({"text": pa.array(list(self._strings(name)), pa.string())})
+        of_sets: dict[str, UInt64] = {}
+        for place, name in enumerate(self.sets):
+            found, own = pa.table({"text": pa.array(list(self._strings(name)), pa.string())}), []
             for number, words in enumerate(readings(found)):
                 lengths = np.minimum(np.diff(np.concatenate([[0], np.cumsum(words.sizes)])[words.first]) // WORD, n)
                 of_word = np.repeat(lengths, np.diff(words.first))
                 for length in range(least, n + 1):
                     hashes = passages_of(words, length)
-                    known.append(hashes[(hashes != 0) & (of_word == length)])
+                    own.append(hashes[(hashes != 0) & (of_word == length)])
                 if not number:
                     texts += [np.sum(lengths == n), np.sum((lengths >= least) & (lengths < n)), np.sum(lengths < least)]
+            known += own
+            of_sets[f"set{place}"] = hash_set(np.concatenate(own))
         if texts[1:].any():
             print(f"annotate.decontamination.against: of {texts.sum()} texts {texts[0]} are looked for by runs of {n} "
                   f"words, {texts[1]} of {least} to {n - 1} words as a whole, {texts[2]} shorter ones not at all.",
                   file=sys.stderr, flush=True)
         return Decision({"known": hash_set(np.concatenate(known)), "texts": texts,
-                         "lengths": np.arange(least if texts[1] else n, n + 1)}, [{}] * len(surveys))
+                         "lengths": np.arange(least if texts[1] else n, n + 1)} | of_sets, [{}] * len(surveys))
 
     def _strings(self, name: str) -> Iterator[str]:
+        if name in evaluation_sets.SETS:
+            yield from evaluation_sets.strings(name)
+            return
         assert self.strings is not None
         try:
             yield from self.strings(name)
@@ -89,12 +108,29 @@ class Decontaminate(GlobalStep):
     def apply(self, table: pa.Table, shared: Arrays, own: Arrays) -> pa.Table:
         known, lengths = np.asarray(shared["known"]), np.asarray(shared["lengths"]).tolist()
         training = ~np.array(table["held_out"].to_pylist(), dtype=bool)
-        counts = np.max([_hits(words, known, lengths) for words in readings(table)], axis=0)
-        return with_column(table, "contamination", pa.array(counts * training, pa.int32()))
+        counts = training * _hits(table, known, lengths)
+        found = np.flatnonzero(counts)
+        names = np.full(len(table), None, object)
+        names[found] = self._most_shared(table.take(pa.array(found)), shared, lengths)
+        table = with_column(table, "contaminated_by", pa.array(names.tolist(), pa.string()))
+        return with_column(table, "contamination", pa.array(counts, pa.int32()))
+
+    def _most_shared(self, table: pa.Table, shared: Arrays, lengths: Sequence[int]) -> list[str]:
+        """For each document the evaluation set that shares most with it, the first of equals; held-out text if none."""
+        best, names = np.zeros(len(table), np.int64), np.full(len(table), HELD_OUT, object)
+        for place, name in enumerate(self.sets if len(table) else []):
+            counts = _hits(table, np.asarray(shared[f"set{place}"]), lengths)
+            names[counts > best] = name
+            best = np.maximum(best, counts)
+        return names.tolist()
 
 
-def _hits(words: Words, known: UInt64, lengths: Sequence[int]) -> Int64:
+def _hits(table: pa.Table, known: UInt64, lengths: Sequence[int]) -> Int64:
     """Words of each document at which a known n-gram of one of these lengths begins: (documents,)."""
+    return np.asarray(np.max([_hits_of(words, known, lengths) for words in readings(table)], axis=0))
+
+
+def _hits_of(words: Words, known: UInt64, lengths: Sequence[int]) -> Int64:
     hit = np.zeros(len(words.hashes), bool)
     for length in lengths:
         hashes = passages_of(words, length)

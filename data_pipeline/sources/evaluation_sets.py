@@ -103,7 +103,8 @@ def load(hub: str, part: str | None = None, **_: Any) -> DatasetDict:
         splits = {file.parent.name: _split(file) for file in _files(folder, f"*/{ARROW_FILE}")}
     if found.requests:
         splits["test"] = Dataset.from_list(list(_documents(found, part)))
-    splits.setdefault("train", splits.get("validation", splits["test"]))
+    if "validation" in splits:
+        splits["train"] = splits["validation"]
     return DatasetDict(splits)
 
 
