@@ -25,7 +25,7 @@ from data_pipeline.config import (
     InstalledSource,
     Source,
 )
-from data_pipeline.sources.evaluation_sets import PACKAGE, VERSION
+from data_pipeline.evaluation_sets import PACKAGE, VERSION
 from data_pipeline.sources.locations import locate, nothing
 from data_pipeline.sources.streams import is_url
 

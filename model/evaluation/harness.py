@@ -291,15 +291,23 @@ class HarnessLM(TemplateLM):
         longest = max(map(len, rows))
         if len(rows) == len(stems):
             padded = longest + -longest % LENGTH_MULTIPLE[self._device.type]
-            return self.model.backbone(_padded(rows, padded).to(self._device))
+            return self._backbone(_padded(rows, padded).to(self._device))
         shared = len(stems[-1].tokens)
         of_stem = torch.repeat_interleave(torch.tensor([len(stem.rows) for stem in stems]))
-        reader = PrefixReader(self.model, longest, len(rows))
+        reader = self._reader(longest, len(rows))
         begun = reader.read(_padded([stem.tokens[:shared] for stem in stems], shared))[of_stem]
         if longest == shared:
             return begun
         reader.fork(of_stem)
         return torch.cat([begun, reader.read(_padded([row[shared:] for row in rows], longest - shared))], 1)
+
+
+    def _backbone(self, ids: Tensor) -> Tensor:
+        """(rows, tokens) -> (rows, tokens, hidden), before the head."""
+        return self.model.backbone(ids)
+
+    def _reader(self, max_length: int, batch: int) -> PrefixReader:
+        return PrefixReader(self.model, max_length, batch)
 
 
 def _padded(rows: Sequence[list[int]], length: int) -> Tensor:

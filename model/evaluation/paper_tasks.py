@@ -15,13 +15,14 @@ Shots and the 8B model's results are those of NVIDIA's model card of Nemotron-H-
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 from unittest import mock
 
 import datasets
-import lm_eval
+import lm_eval.utils
 from lm_eval.api.metrics import bits_per_byte, mean_stderr
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate as harness_evaluate
@@ -87,7 +88,7 @@ PAPER_TASKS = (
 
 
 class EvaluationSets(Protocol):
-    """Where the data is: `data_pipeline.sources.evaluation_sets`."""
+    """Where the data is: `data_pipeline.evaluation_sets`."""
 
     def load(self, path: str, name: str | None = None, **_: Any) -> datasets.DatasetDict:
         """What `datasets.load_dataset` would give."""
@@ -103,7 +104,9 @@ def run_paper_tasks(
 
     Raises what `sets` raises for a set that is missing or another version's.
     """
-    with mock.patch.object(datasets, "load_dataset", sets.load):
+    with (mock.patch.object(datasets, "load_dataset", sets.load),
+          mock.patch.object(lm_eval.utils.env, "from_string", functools.cache(lm_eval.utils.env.from_string))):
+        # the harness compiles a template anew for every item
         parts = {task.name: _draw(_parts(task), items) for task in tasks if task.kind == "choice"}
         parts |= {task.name: _draw(_ready(task, sets), items) for task in tasks if task.requests}
         rows = _ask(model, parts)
