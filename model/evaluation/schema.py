@@ -10,6 +10,8 @@ from pydantic.dataclasses import dataclass
 
 from model.config import Record
 
+REFERENCE = "SmolLM2-135M-Instruct"
+REFERENCE_IS = "4-bit, instruct-tuned, 2 trillion tokens"
 Scores = dict[str, list[int] | list[tuple[float, int]]]     # scores.json by task: 1 or 0, or (nats, bytes), an item
 
 
@@ -72,6 +74,7 @@ class PaperScore:
     """paper_tasks.json: a task's result, or in `left_out` why there is no `score`.
 
     Attributes:
+        right: by item, 1 where the model was; `score` is their mean.
         bits_per_byte: of the right answer, over all items; its standard error by bootstrap over them.
         cut: items whose prompt lost its beginning, as the model's context is shorter.
     """
@@ -79,6 +82,7 @@ class PaperScore:
     task: PaperTask
     score: float | None = None
     stderr: float | None = None
+    right: list[int] = field(default_factory=list)
     items: int = 0
     bits_per_byte: float | None = None
     bits_per_byte_stderr: float | None = None
