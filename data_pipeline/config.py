@@ -145,7 +145,7 @@ class SubstringConfig(Section):
 class DecontaminationConfig(Section):
     """Runs of `ngram` words shared with held-out text, or with evaluation sets.
 
-    `against` names files of them; `paper-tasks` stands for those of the paper's tasks (`data_pipeline.evaluation_sets`).
+    `against` names files of them; `paper-tasks` stands for those of the paper's tasks, `data_pipeline.evaluation_sets`.
     """
 
     ngram: int = Field(ge=2)

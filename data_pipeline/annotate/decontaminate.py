@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from data_pipeline import evaluation_sets
 from data_pipeline.annotate.step import Arrays, Decision, GlobalStep, with_column
 from data_pipeline.config import PAPER_TASKS, DataError, DecontaminationConfig
-from data_pipeline import evaluation_sets
 from data_pipeline.text.ngrams import hash_set, is_in, ngrams_in, readings
 from data_pipeline.text.words import WORD, Int64, UInt64, Words, passages_of
 

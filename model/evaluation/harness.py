@@ -184,14 +184,14 @@ class HarnessLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[Score]:
-        """A continuation longer than `choice_length` is scored in pieces of half of it, each after what stands before."""
+        """A continuation longer than `choice_length` is scored in pieces of half of it, after what stands before."""
         self.cut |= {text for text, *ids in requests if sum(map(len, ids)) > self.choice_length + 1}
         pairs: list[Pair] = []
         owners: list[int] = []
         for number, (_, context, continuation) in enumerate(requests):
             size = len(continuation)
             piece = size if size <= self.choice_length else self.choice_length // 2
-            for start in range(0, size, piece or 1):
+            for start in range(0, size or 1, piece or 1):
                 pairs.append((context + continuation[:start], continuation[start : start + piece]))
                 owners.append(number)
         totals = [(0.0, True)] * len(requests)
@@ -201,11 +201,8 @@ class HarnessLM(TemplateLM):
 
     def _scores(self, kind: str, pairs: Sequence[Pair], window: int) -> list[Score]:
         """Score of each pair in `window` tokens. Batches finished by an interrupted run are read from `scratch`."""
-        if any(not context or not 0 < len(continuation) <= window for context, continuation in pairs):
-            raise ModelError(
-                f"A request has no context, nothing to score, or more to score than {window} tokens.\n"
-                "Raise `evaluate.context_tokens`, or mend the task."
-            )
+        if not all(context and continuation for context, continuation in pairs):
+            raise ModelError("A request has no context or nothing to score.\nMend the task.")
         inputs = [(context + continuation)[-(window + 1) : -1] for context, continuation in pairs]
         stems = self._stems(inputs, [len(continuation) for _, continuation in pairs])
         scores: dict[int, Score] = {}

@@ -117,7 +117,7 @@ def run_paper_tasks(
         for name, of in _ask(model, {task.name: parts[task.name] for task in lettered}).items():
             answers[name] = [_answer(part, row) for part, row in of]
         written = {task.name: _written(model, task, items) for task in tasks
-                   if task.kind == "text" and generation != "none" or task.kind == "code" and generation == "code"}
+                   if (task.kind == "text" and generation != "none") or (task.kind == "code" and generation == "code")}
     return [_score(task, model, [row for _, row in rows.get(task.name, [])], answers.get(task.name, []),
                    written.get(task.name, [])) for task in tasks]
 

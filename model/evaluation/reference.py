@@ -64,7 +64,7 @@ class ReferenceLM(HarnessLM):
 def load(max_length: int, **options: Any) -> ReferenceLM:
     """The reference, on the GPU if there is one; `options` as of HarnessLM.
 
-    It runs in bfloat16 on a GPU and on CPUs that multiply matrices in it, elsewhere in float32, up to four times slower.
+    It runs in bfloat16 on a GPU and on CPUs that multiply matrices in it, elsewhere in float32, which is slower.
     Raises ModelError where the package is missing, another version's, or damaged.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -81,6 +81,7 @@ def load(max_length: int, **options: Any) -> ReferenceLM:
             quantization_config=GgufConfig(dequantize=True))
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     except (ValueError, OSError, IndexError, KeyError) as error:
-        raise ModelError(f"{file}: cannot be read: {' '.join(str(error).split())[:200]}.\nInstall it: {INSTALL}") from error
+        words = " ".join(str(error).split())[:200]
+        raise ModelError(f"{file}: cannot be read: {words}.\nInstall it: {INSTALL}") from error
     encoder = cast(Tokenizer, tokenizer.backend_tokenizer)
     return ReferenceLM(model.to(device), encoder, [tokenizer.bos_token_id], max_length, **options)
