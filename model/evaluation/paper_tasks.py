@@ -125,7 +125,7 @@ def run_paper_tasks(
 def _parts(task: PaperTask) -> Parts:
     folders = [str(REGISTRY / name) for name in FOLDERS.get(task.task, [task.task])]
     manager = TaskManager(include_defaults=False, include_path=folders)
-    parts: Parts = manager.load([task.task])["tasks"]  # type: ignore[assignment]
+    parts: Parts = manager.load([task.task])["tasks"]
     _change(parts, {**task.changes, "num_fewshot": task.shots})
     return parts
 

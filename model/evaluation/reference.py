@@ -84,4 +84,4 @@ def load(max_length: int, **options: Any) -> ReferenceLM:
         words = " ".join(str(error).split())[:200]
         raise ModelError(f"{file}: cannot be read: {words}.\nInstall it: {INSTALL}") from error
     encoder = cast(Tokenizer, tokenizer.backend_tokenizer)
-    return ReferenceLM(model.to(device), encoder, [tokenizer.bos_token_id], max_length, **options)
+    return ReferenceLM(cast(Any, model).to(device), encoder, [tokenizer.bos_token_id], max_length, **options)
