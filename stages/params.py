@@ -59,7 +59,7 @@ class EvaluateConfig(Section):
 
     Attributes:
         context_multiples: lengths of the copy, recall and needle items, in `context_tokens`.
-        paper_items: of each of the paper's tasks (model.evaluation.paper_tasks); null for all.
+        paper_items: of each of the paper's tasks (model.evaluation.paper_tasks), at most.
         generation: what a model writes itself: nothing, answers to mathematics, or programs too, run in a sandbox.
         reference_share: of all that is asked, the share that the reference is asked; 0 leaves it out.
     """
@@ -70,7 +70,7 @@ class EvaluateConfig(Section):
     context_tokens: int = Field(ge=64)
     context_multiples: list[int] = Field(min_length=1)
     items_per_context: int = Field(ge=4)
-    paper_items: int | None = Field(ge=1)
+    paper_items: int = Field(ge=1)
     generation: Literal["none", "text", "code"]
     reference_share: float = Field(ge=0, le=1)
 

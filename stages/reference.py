@@ -43,7 +43,7 @@ def reference(stage: Stage) -> dict[str, Any]:
     result = harness.evaluate(model, *items.rows)
     paper = run_paper_tasks(
         model.within(config.context_tokens), PAPER_TASKS, evaluation_sets,
-        config.paper_items and max(2, round(share * config.paper_items)), "none")
+        max(2, round(share * config.paper_items)), "none")
     stage.write_record("paper_tasks.json", [asdict(outcome) for outcome in paper])
     return {**result.metrics, "items_digest": items.digest()}
 

@@ -98,7 +98,7 @@ class EvaluationSets(Protocol):
 
 
 def run_paper_tasks(
-    model: HarnessLM, tasks: Sequence[PaperTask], sets: EvaluationSets, items: int | None, generation: Generation
+    model: HarnessLM, tasks: Sequence[PaperTask], sets: EvaluationSets, items: int, generation: Generation
 ) -> list[PaperScore]:
     """Ask `model` each of `tasks`, at most `items` items of each, drawn evenly over its parts.
 
@@ -146,10 +146,10 @@ def _change(parts: Parts, changes: Mapping[str, Any]) -> None:
                 setattr(part.fewshot_cfg, key, value)
 
 
-def _draw(parts: Parts, items: int | None) -> Parts:
+def _draw(parts: Parts, items: int) -> Parts:
     """The parts with `items` items among them, evenly drawn; those left with none are left out."""
     total = sum(len(part.task_docs) for part in parts.values())
-    wanted = min(items or total, total)
+    wanted = min(items, total)
     places = [place * total // wanted for place in range(wanted)]
     chosen, start = {}, 0
     for name, part in parts.items():
@@ -184,7 +184,7 @@ def _answer(part: ConfigurableTask, row: Row) -> tuple[float, int]:
     return row["filtered_resps"][place][0], len(row["arguments"][place][1].encode())
 
 
-def _written(model: HarnessLM, task: PaperTask, items: int | None) -> list[Row] | str:
+def _written(model: HarnessLM, task: PaperTask, items: int) -> list[Row] | str:
     """Items with the answers that the model wrote, graded; or why there are none."""
     with code_eval_in_sandbox() if task.kind == "code" else contextlib.nullcontext():
         try:
