@@ -136,7 +136,7 @@ class HarnessLM(TemplateLM):
                 raise ModelError(
                     f"A request wants {'samples' if options['do_sample'] else str(options['max_gen_toks']) + ' tokens'}"
                     f"; this adapter generates the likeliest text in {self.choice_length} tokens, prompt included.\n"
-                    "Raise `evaluate.context_tokens` or `evaluate.context_multiples`, or leave the task out."
+                    "Raise `evaluate.context_tokens`, or set `evaluate.generation` to none."
                 )
             ids = (self.tok_encode(prompt) or [self.prefix_token_id])[-room:]
             answers.append(self._likeliest(ids, options["max_gen_toks"], options["until"]))

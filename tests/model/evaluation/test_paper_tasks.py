@@ -249,7 +249,7 @@ def test_what_grades_mathematics_may_be_missing_and_programs_run_apart(
     tasks = [OF["gsm8k_cot"], OF["humaneval"], OF["minerva_math500"]]
     gsm8k, humaneval, math500 = run_paper_tasks(model, tasks, Few(), 2, "text")
     assert gsm8k.right == [0, 0] and gsm8k.score == 0 and gsm8k.left_out == ""
-    assert all(prompt.startswith("Q: There are 15 trees") and prompt.count("\nA:") == 9 for prompt in written)
+    assert all(prompt.startswith("Q: ") and prompt.count("\nA:") == 9 for prompt in written)
     assert humaneval.score is None and "`evaluate.generation`" in humaneval.left_out
     assert math500.right == [0, 0] or math500.left_out.startswith("not written: ")
     [humaneval] = run_paper_tasks(model, [OF["humaneval"]], Few(), 2, "code")
