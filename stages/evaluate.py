@@ -22,10 +22,10 @@ from stages.common import Progress, Stage, go_offline, run_stage
 
 def evaluate(stage: Stage) -> dict[str, Any]:
     """Score one exported model on its items and the paper's; metrics."""
+    go_offline()
     config = stage.params.evaluate
     asked, curated = stage.input("items", "items.json"), stage.input("curated", "manifest.json")
     directory = stage.input("hub", stage.variant or "")
-    go_offline()
     from data_pipeline import evaluation_sets
     from data_pipeline.items import evaluation_items
     from model import hub

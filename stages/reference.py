@@ -19,9 +19,9 @@ from stages.common import Progress, Stage, go_offline, run_stage
 
 def reference(stage: Stage) -> dict[str, Any]:
     """Score the reference on its share of the items and of the paper's; metrics."""
+    go_offline()
     config = stage.params.evaluate
     asked, share = stage.input("items", "items.json"), config.reference_share
-    go_offline()
     from model.evaluation import reference
     from model.evaluation.schema import REFERENCE
 
