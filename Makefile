@@ -14,7 +14,7 @@ TORCH := $(shell sed -n 's/.*"torch==\([^"]*\)".*/\1/p' pyproject.toml)
 TRITON := 3.6.0
 GPU := $(shell nvidia-smi -L 2>/dev/null | grep -m 1 -o GPU)
 READY := $(VENV)/.setup-complete $(if $(GPU),$(VENV)/.gpu-complete) .dvc/config.local
-STAGES := sources annotate curate tokenizer tokenize pretrain compress export items evaluate benchmark report
+STAGES := sources annotate curate tokenizer tokenize pretrain compress export items evaluate reference benchmark report
 # Of what is installed only the profile's name is read from params.yaml; PROFILE=NAME wins.
 CURRENT_PROFILE = $(or $(PROFILE),$(shell sed -n 's/^profile: *\([a-z0-9-]*\).*/\1/p' params.yaml))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

@@ -10,6 +10,9 @@ Label = Literal["high", "medium-high", "medium", "medium-low", "low"]
 Domain = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]
 
 
+PAPER_TASKS = "paper-tasks"
+
+
 class DataError(ValueError):
     """Input the data stages cannot use. Its text is two lines: what is wrong (file, field), what to do.
 
@@ -140,10 +143,18 @@ class SubstringConfig(Section):
 
 
 class DecontaminationConfig(Section):
-    """Runs of `ngram` words shared with held-out text, or with the evaluation sets in these files."""
+    """Runs of `ngram` words shared with held-out text, or with evaluation sets.
+
+    `against` names files of them; `paper-tasks` stands for those of the paper's tasks, `data_pipeline.evaluation_sets`.
+    """
 
     ngram: int = Field(ge=2)
     against: list[str] = []
+
+    @property
+    def files(self) -> list[str]:
+        """Of `against`, the files."""
+        return [name for name in self.against if name != PAPER_TASKS]
 
 
 class ClassifierConfig(Section):

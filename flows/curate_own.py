@@ -28,6 +28,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.config import PAPER_TASKS
 from flows import SOCKS
 from flows.console import table
 from stages.params import read_yaml
@@ -102,7 +103,7 @@ def settings(
         "curate.language.domains": prose,
         "curate.rules": {domain: RULES.get(domain, WEB_RULES) | ({"labels": labels} if labels else {})},
     } | ({"curate.language.keep": languages} if languages else {}) | (
-        {"annotate.decontamination.against": [_absolute(path) for path in against]} if against else {})
+        {"annotate.decontamination.against": [PAPER_TASKS, *map(_absolute, against)]} if against else {})
 
 
 def run(stage: str, out: Path, params: Path, assignments: list[str]) -> int:

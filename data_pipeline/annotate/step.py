@@ -32,6 +32,7 @@ SCHEMA = pa.schema([
     ("duplicate", pa.string()),             # why the document is one too many, else null
     ("repeats", pa.list_(pa.int32())),      # starts and ends, in bytes, of strings that stood before: s0, e0, s1 ...
     ("contamination", pa.int32()),          # n-grams of words shared with evaluation text
+    ("contaminated_by", pa.string()),       # the set that shares most of them; null where none is shared
     ("scores", pa.list_(pa.float32())),     # one a quality scorer; null where held out or duplicate
     ("perplexity", pa.float32()),           # a word, under the fluency model; null as `scores`
 ])

@@ -301,9 +301,9 @@ def _perplexity(rows: Rows) -> dict[int, tuple[str, str]]:
 
 def _contaminated(rows: Rows) -> dict[int, tuple[str, str]]:
     limit, ngram = rows.cut.config.contamination, rows.cut.ngram
-    why = f"shares {ngram} words in a row with evaluation text"
-    return {row: (why, f"{count} runs of {ngram} words > {limit}")
-            for row, count in enumerate(rows.table["contamination"].to_pylist()) if (count or 0) > limit}
+    counts, sets = rows.table["contamination"].to_pylist(), rows.table["contaminated_by"].to_pylist()
+    return {row: (f"shares {ngram} words in a row with {name}", f"{count} runs of {ngram} words > {limit}")
+            for row, (count, name) in enumerate(zip(counts, sets, strict=True)) if (count or 0) > limit}
 
 
 def _without_repeats(rows: Rows) -> dict[int, tuple[str, str]]:

@@ -74,6 +74,22 @@ class EvaluationItems:
     tasks: dict[str, list[ChoiceItem]]
     refused: int
 
+    @property
+    def rows(self) -> tuple[dict[str, list[dict[str, Any]]], dict[str, list[dict[str, Any]]]]:
+        """Texts and tasks as plain values."""
+        return ({domain: [asdict(item) for item in items] for domain, items in self.texts.items()},
+                {task: [asdict(item) for item in items] for task, items in self.tasks.items()})
+
+    def part(self, share: float) -> EvaluationItems:
+        """The first items of every domain and task, at least two: they stand in no order of any meaning. Not of those
+        whose length is measured in the training length of our models."""
+        def first(items: list[Any]) -> list[Any]:
+            return items[: max(2, round(share * len(items)))]
+
+        return EvaluationItems({domain: first(items) for domain, items in self.texts.items()},
+                               {task: first(items) for task, items in self.tasks.items() if "_at_" not in task},
+                               self.refused)
+
     def digest(self) -> str:
         """SHA-256 over every item in order: equal digests mean that two models were asked the same."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()

@@ -16,7 +16,16 @@ from typing import Any
 
 from packaging.version import Version
 
-from data_pipeline.config import AnnotateConfig, ClassifierConfig, DataError, HubSource, InstalledSource, Source
+from data_pipeline.config import (
+    PAPER_TASKS,
+    AnnotateConfig,
+    ClassifierConfig,
+    DataError,
+    HubSource,
+    InstalledSource,
+    Source,
+)
+from data_pipeline.evaluation_sets import PACKAGE, VERSION
 from data_pipeline.sources.locations import locate, nothing
 from data_pipeline.sources.streams import is_url
 
@@ -39,7 +48,8 @@ def identity(config: AnnotateConfig) -> dict[str, Any]:
     models = [scorer.model for scorer in config.scorers if isinstance(scorer, ClassifierConfig)]
     return {
         "sources": [_of_source(source) for source in config.sources],
-        "against": {name: stamp([name]) for name in config.decontamination.against},
+        "against": {name: f"{PACKAGE} {VERSION}" if name == PAPER_TASKS else stamp([name])
+                    for name in config.decontamination.against},
         "scorers": {name: stamp([name]) for name in models if Path(name).exists()},
     }
 

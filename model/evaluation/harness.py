@@ -9,6 +9,7 @@ bfloat16, as they were trained, on a GPU; logits are float32.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import hashlib
 import io
@@ -75,6 +76,9 @@ class HarnessLM(TemplateLM):
         choice_length: the same for choices and generation, where these may see more; otherwise `max_length`.
         scratch: directory for scores of finished batches; a later run with the same requests goes on from them.
         progress: `progress(step, total)`, counted in scored continuations or windows.
+
+    Attributes:
+        cut: (context, continuation) of the requests for choices that were longer.
     """
 
     def __init__(
@@ -94,7 +98,15 @@ class HarnessLM(TemplateLM):
         self.encoder.encode_special_tokens = True
         self.max_length, self.choice_length = max_length, choice_length or max_length
         self.scratch, self.progress = scratch, progress
+        self.cut: set[tuple[str, str]] = set()
         self._ends = end_ids
+
+    def within(self, tokens: int) -> HarnessLM:
+        """The same model, whose choices and generation see at most `tokens` tokens of context."""
+        other = copy.copy(self)
+        other.choice_length, other.cut = tokens, set()
+        other.__dict__.pop("decoder", None)
+        return other
 
     @property
     def eot_token_id(self) -> int:
@@ -124,7 +136,7 @@ class HarnessLM(TemplateLM):
                 raise ModelError(
                     f"A request wants {'samples' if options['do_sample'] else str(options['max_gen_toks']) + ' tokens'}"
                     f"; this adapter generates the likeliest text in {self.choice_length} tokens, prompt included.\n"
-                    "Raise `evaluate.context_tokens` or `evaluate.context_multiples`, or leave the task out."
+                    "Raise `evaluate.context_tokens`, or set `evaluate.generation` to none."
                 )
             ids = (self.tok_encode(prompt) or [self.prefix_token_id])[-room:]
             answers.append(self._likeliest(ids, options["max_gen_toks"], options["until"]))
@@ -172,16 +184,25 @@ class HarnessLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[Score]:
-        pairs = [(context, continuation) for _, context, continuation in requests]
-        return self._scores("choices", pairs, self.choice_length)
+        """A continuation longer than `choice_length` is scored in pieces of half of it, after what stands before."""
+        self.cut |= {text for text, *ids in requests if sum(map(len, ids)) > self.choice_length + 1}
+        pairs: list[Pair] = []
+        owners: list[int] = []
+        for number, (_, context, continuation) in enumerate(requests):
+            size = len(continuation)
+            piece = size if size <= self.choice_length else self.choice_length // 2
+            for start in range(0, size or 1, piece or 1):
+                pairs.append((context + continuation[:start], continuation[start : start + piece]))
+                owners.append(number)
+        totals = [(0.0, True)] * len(requests)
+        for owner, (score, greedy) in zip(owners, self._scores("choices", pairs, self.choice_length), strict=True):
+            totals[owner] = (totals[owner][0] + score, totals[owner][1] and greedy)
+        return totals
 
     def _scores(self, kind: str, pairs: Sequence[Pair], window: int) -> list[Score]:
         """Score of each pair in `window` tokens. Batches finished by an interrupted run are read from `scratch`."""
-        if any(not context or not 0 < len(continuation) <= window for context, continuation in pairs):
-            raise ModelError(
-                f"A request has no context, nothing to score, or more to score than {window} tokens.\n"
-                "Raise `evaluate.context_tokens`, or mend the task."
-            )
+        if not all(context and continuation for context, continuation in pairs):
+            raise ModelError("A request has no context or nothing to score.\nMend the task.")
         inputs = [(context + continuation)[-(window + 1) : -1] for context, continuation in pairs]
         stems = self._stems(inputs, [len(continuation) for _, continuation in pairs])
         scores: dict[int, Score] = {}
@@ -267,15 +288,23 @@ class HarnessLM(TemplateLM):
         longest = max(map(len, rows))
         if len(rows) == len(stems):
             padded = longest + -longest % LENGTH_MULTIPLE[self._device.type]
-            return self.model.backbone(_padded(rows, padded).to(self._device))
+            return self._backbone(_padded(rows, padded).to(self._device))
         shared = len(stems[-1].tokens)
         of_stem = torch.repeat_interleave(torch.tensor([len(stem.rows) for stem in stems]))
-        reader = PrefixReader(self.model, longest, len(rows))
+        reader = self._reader(longest, len(rows))
         begun = reader.read(_padded([stem.tokens[:shared] for stem in stems], shared))[of_stem]
         if longest == shared:
             return begun
         reader.fork(of_stem)
         return torch.cat([begun, reader.read(_padded([row[shared:] for row in rows], longest - shared))], 1)
+
+
+    def _backbone(self, ids: Tensor) -> Tensor:
+        """(rows, tokens) -> (rows, tokens, hidden), before the head."""
+        return self.model.backbone(ids)
+
+    def _reader(self, max_length: int, batch: int) -> PrefixReader:
+        return PrefixReader(self.model, max_length, batch)
 
 
 def _padded(rows: Sequence[list[int]], length: int) -> Tensor:
@@ -380,7 +409,7 @@ def evaluate(
     for name in domains:
         scored = [sample["bits_per_byte"] for sample in samples[name]]
         metrics[name] = float(results[name]["bits_per_byte,none"])
-        metrics[f"{name}_stderr"] = _bootstrap_stderr(scored)
+        metrics[f"{name}_stderr"] = bits_per_byte_stderr(scored)
         everything += scored
     metrics["bits_per_byte"] = bits_per_byte(everything)
     for name in choices:
@@ -410,8 +439,8 @@ def card_scores(metrics: Mapping[str, Any]) -> list[CardScore]:
     return scores
 
 
-def _bootstrap_stderr(scored: list[tuple[float, int]]) -> float:
-    """The harness has a bootstrap but does not apply it to bits per byte."""
+def bits_per_byte_stderr(scored: list[tuple[float, int]]) -> float:
+    """By bootstrap over (log-likelihood in nats, bytes); the harness has one but does not apply it to bits per byte."""
     os.environ["DISABLE_MULTIPROC"] = "1"               # it would fork a pool for a millisecond's work
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         return float(bootstrap_stderr(bits_per_byte, scored, iters=BOOTSTRAP_SAMPLES))

@@ -123,7 +123,7 @@ def run(program: str, seconds: float = 10.0, memory_bytes: int = 2 * GIBIBYTE) -
 def _refusal(why: str) -> ModelError:
     return ModelError(
         f"Programs of a model cannot be run apart here: {' '.join(why.split()) or 'unshare failed'}.\n"
-        "Set evaluate.code_execution to false, or let users make namespaces (unshare of util-linux, Linux 5.12 or "
+        "Set evaluate.generation to text, or let users make namespaces (unshare of util-linux, Linux 5.12 or "
         "later; in a container, its seccomp profile)."
     )
 

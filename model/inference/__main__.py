@@ -63,8 +63,8 @@ def generate_text(
         raise ModelError(f"seed is {seed}.\nMake it 0 or more, and less than 2^63.")
     config = hub.read_config(directory)
     if dtype == "fp8" and config.hidden_size < LEAST_WIDTH:
-        raise ModelError(f"dtype: FP8 weights are known to be faster than BF16 from width {LEAST_WIDTH} on; this model's is "
-                         f"{config.hidden_size}.\nTake --dtype bfloat16.")
+        raise ModelError(f"dtype: FP8 weights are known to be faster than BF16 from width {LEAST_WIDTH} on, this model "
+                         f"is {config.hidden_size} wide.\nTake --dtype bfloat16.")
     hub.check_files(directory, config)
     vocabulary = read_vocabulary(directory, config)
     ids = vocabulary.encode(prompt)

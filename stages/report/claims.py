@@ -157,11 +157,26 @@ def evaluated(records: Records, candidate: Sequence[str], reference: Sequence[st
     known = [pair for pair in pairs(records.params, candidate, reference) if set(pair) <= set(records.params.models)]
     for pair in known:
         learned(records, pair[1])
-        ours, theirs = ({task: len(items) for task, items in records.scores(model).items()} for model in pair)
+        ours, theirs = ({task: len(items) for task, items in (records.scores(model) | graded(records, model)).items()}
+                        for model in pair)
         if ours != theirs:
             files = " and ".join(f"evaluate/{model}/scores.json" for model in pair)
             raise RecordError(f"{files}: not the same items.\nRun the stage `evaluate` again for them.")
     return known
+
+
+def graded(records: Records, model: str) -> dict[str, list[int]]:
+    """By task 1 or 0 an item: those of this corpus, without lengthened contexts, and the paper's."""
+    ours: dict[str, Any] = {task: items for task, items in records.scores(model).items()
+                            if not (task.startswith("bits_per_byte_") or "_at_" in task)}
+    return ours | {of.task.task: of.right for of in records.paper_tasks(model) if of.right}
+
+
+def chances(records: Records, model: str) -> dict[str, float]:
+    """What a guess reaches at the tasks of `graded`."""
+    metrics, paper = records.metrics("evaluate", model), {of.task.task: of.task for of in records.paper_tasks(model)}
+    return {task: paper[task].chance if task in paper else metrics[f"{task}_accuracy_chance"]
+            for task in graded(records, model)}
 
 
 def learned(records: Records, model: str) -> None:
@@ -241,13 +256,11 @@ def tasks(records: Records, candidate: Sequence[str], reference: Sequence[str], 
     """Equivalence of the mean over tasks; `training`: over seeds too, and not of one given pair of models alone."""
     if not (known := evaluated(records, candidate, reference)):
         return Answer.UNDECIDED, "this profile does not evaluate both", []
-    failing, metrics = evaluated(records, broken, reference), records.metrics("evaluate", known[0][0])
+    failing, guesses = evaluated(records, broken, reference), chances(records, known[0][0])
     counted, rows = [], []
-    for task in (task for task in records.scores(known[0][0])
-                 if not (task.startswith("bits_per_byte_") or "_at_" in task)):     # texts, and lengthened contexts
-        answers = [records.scores(model)[task] for model in known[0]]
-        beaten = any(statistics.beats_chance(int(np.sum(each)), len(each), metrics[f"{task}_accuracy_chance"])
-                     for each in answers)
+    for task, guess in guesses.items():
+        answers = [graded(records, model)[task] for model in known[0]]
+        beaten = any(statistics.beats_chance(int(np.sum(each)), len(each), guess, len(guesses)) for each in answers)
         counted += [task] if beaten else []
         name = f"{task.replace('_', ' ')}, {' / '.join(known[0])}" + ("" if beaten else " (a guess: not counted)")
         rows.append(Evidence(name, " / ".join(f"{np.mean(each):.3f}" for each in answers), f"{len(answers[0])} items"))
@@ -256,7 +269,7 @@ def tasks(records: Records, candidate: Sequence[str], reference: Sequence[str], 
 
     def right(of: Sequence[Pair]) -> list[Any]:
         """By task: pairs, sides, items."""
-        return [np.array([[records.scores(model)[task] for model in pair] for pair in of], float) for task in counted]
+        return [np.array([[graded(records, model)[task] for model in pair] for pair in of], float) for task in counted]
 
     def judged(of: Sequence[Pair]) -> tuple[str, Decision]:
         """By what: the mean or, where one task by itself fails, that."""

@@ -10,10 +10,12 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
+from model.evaluation.schema import REFERENCE, REFERENCE_IS
 from stages.common import write
 from stages.report import figures
 from stages.report.claims import Claim, counts, plain
 from stages.report.records import LABELS, DataRecords, RecordError, Records
+from stages.report.statistics import beats_chance
 from stages.schema import Machine, Provenance
 from stages.study_schema import Study
 
@@ -39,7 +41,8 @@ class Page:
             undefined=jinja2.StrictUndefined, extensions=["jinja2.ext.do"])
         environment.filters |= {"code": code, "commit": commit, "number": number, "seen": seen}
         environment.globals |= {"show": self.show, "draw": self.draw, "areas": figures.panel, "histogram": histogram,
-                                "labels": LABELS}
+                                "labels": LABELS, "beats_chance": beats_chance, "reference_name": REFERENCE,
+                                "reference_is": REFERENCE_IS}
         self.text = environment.get_template("page.html.jinja").render(
             style=Markup((HERE / "style.css").read_text()), unread=self.unread, **values)
 

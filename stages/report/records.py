@@ -24,7 +24,7 @@ from stages.study_schema import FOLDER, Study
 
 LABELS: tuple[Label, ...] = get_args(Label)         # of quality, the best first
 STAGES = ("annotate", "curate", "tokenizer", "tokenize", "pretrain", "compress", "export", "items", "evaluate",
-          "benchmark")                              # in the graph's order
+          "reference", "benchmark")                              # in the graph's order
 FOREACH = ("pretrain", "export", "evaluate")        # those with a member a model
 Curve = dict[float, float]                          # by tokens
 Pair = tuple[str, str]                              # models: candidate, reference
@@ -135,6 +135,15 @@ class DataRecords:
         """By domain."""
         return _by("domain", self.funnel)
 
+    @property
+    def shared(self) -> dict[str, dict[str, int]]:
+        """Training documents that went for words they share, by evaluation set and domain."""
+        found: dict[str, dict[str, int]] = {}
+        for row in (row for row in self.funnel if row.step == "decontaminate"):
+            for reason, count in row.reasons.items():
+                found.setdefault(reason.partition(" in a row with ")[2], {})[row.domain] = count
+        return dict(sorted(found.items()))
+
     def reasons(self, domain: str) -> Counter[str]:
         """Documents that went, by reason, in all steps."""
         return sum((Counter(row.reasons) for row in self.steps[domain]), Counter())
@@ -179,6 +188,16 @@ class Records(DataRecords):
     def paper_tasks(self, model: str) -> list[PaperScore]:
         """paper_tasks.json of a model."""
         return self.reader.read(list[PaperScore], "evaluate", model, "paper_tasks.json")
+
+    @property
+    def reference(self) -> dict[str, Any]:
+        """Metrics of the stage `reference`; `left_out` where the model was not asked."""
+        return self.reader.read(dict[str, Any], "reference", "metrics.json")
+
+    @property
+    def reference_tasks(self) -> list[PaperScore]:
+        """Its paper_tasks.json."""
+        return self.reader.read(list[PaperScore], "reference", "paper_tasks.json")
 
     def validation(self, variant: str) -> Curve:
         """Bits per byte over all domains."""

@@ -153,9 +153,9 @@ def over_seeds(seeds: Estimate, items: Estimate) -> Estimate:
     return Estimate(seeds.value, (*seeds.sources, *items.sources))
 
 
-def beats_chance(right: int, items: int, chance: float) -> bool:
-    """Whether the exact 95 % interval of an accuracy lies above a guess."""
-    return bool(stats.binomtest(right, items).proportion_ci(1 - ALPHA).low > chance)
+def beats_chance(right: int, items: int, chance: float, comparisons: int = 1) -> bool:
+    """Whether the exact interval of an accuracy, at 95 % over all `comparisons`, lies above a guess."""
+    return bool(stats.binomtest(right, items).proportion_ci(1 - ALPHA / comparisons).low > chance)
 
 
 def equivalence(estimate: Estimate, margin: float, or_better: bool = False, comparisons: int = 1) -> Decision:

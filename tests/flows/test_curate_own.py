@@ -165,4 +165,5 @@ def test_settings_are_valid_for_text_and_for_code() -> None:
         assert params.curate.language.domains == ([] if domain == "code" else [domain])
     values = settings([], "web", ["de"], ["bench.jsonl"], ["low"])
     assert values["curate.language.keep"] == ["de"] and values["curate.rules"]["web"]["labels"] == ["low"]
-    assert values["annotate.decontamination.against"] == [str(Path("bench.jsonl").absolute())]
+    assert values["annotate.decontamination.against"] == [
+        "paper-tasks", str(Path("bench.jsonl").absolute())]

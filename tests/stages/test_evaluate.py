@@ -32,6 +32,8 @@ SIZES = {
     "evaluate.context_tokens": 96,
     "evaluate.recall_pairs": 4,
     "evaluate.items_per_context": 4,
+    "evaluate.paper_items": 2,
+    "evaluate.reference_share": 0,
     "evaluate.context_multiples": [1, 2, 4],
     "pretrain.bf16_layers_at_start": 1,
     "pretrain.bf16_layers_at_end": 1,
@@ -103,7 +105,9 @@ def test_records_of_two_models(prepared: Path) -> None:
             assert len(right) == metrics[f"{name}_items"]
             assert sum(right) / len(right) == pytest.approx(metrics[f"{name}_accuracy"], rel=1e-5)
     assert len(scores) == 2 + 4 + 9
-    assert json.loads((there / "paper_tasks.json").read_text()) == []
+    paper = {row["task"]["task"]: row for row in json.loads((there / "paper_tasks.json").read_text())}
+    assert len(paper) == 19 and paper["mmlu"]["items"] == paper["mmlu"]["cut"] == len(paper["mmlu"]["right"]) == 2
+    assert 1 < paper["gsm8k_cot"]["bits_per_byte"] < 15 and paper["gsm8k_cot"]["score"] is None
     card = (there / "README.md").read_text()
     _, front, text = card.split("---\n", 2)
     index = YAML(typ="safe").load(front)["model-index"][0]["results"]
@@ -133,6 +137,14 @@ def test_killed_run_goes_on_with_the_same_results(prepared: Path) -> None:
     assert provenance["resumed"]
     assert metrics == unbroken
     assert resumed_samples == samples
+
+
+def test_the_reference_is_left_out_with_a_reason(prepared: Path) -> None:
+    done = run(prepared, "-m", "stages.reference")
+    assert "SmolLM2-135M-Instruct is left out: evaluate.reference_share is 0." in done.stdout and not done.stderr
+    there = prepared / "runs/tiny/reference"
+    assert json.loads((there / "metrics.json").read_text()) == {"left_out": "evaluate.reference_share is 0"}
+    assert json.loads((there / "paper_tasks.json").read_text()) == []
 
 
 def test_what_is_missing_is_named(prepared: Path) -> None:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_pipeline import evaluation_sets
 from data_pipeline.annotate import decontaminate
 from data_pipeline.annotate.decontaminate import Decontaminate
 from data_pipeline.annotate.normalise import normalise_text
@@ -38,6 +39,36 @@ def contamination(rows: list[tuple[str, bool]], n: int, against: list[str] | Non
     decision = step.decide([step.survey(table) for table in tables], Here())
     return [count for table, own in zip(tables, decision.shards, strict=True)
             for count in step.apply(table, decision.shared, own)["contamination"].to_pylist()]
+
+
+def test_the_papers_sets_are_known_by_name():
+    items, clean = evaluation_sets.load("Rowan/hellaswag")["validation"], CLEAN["en"][0]
+    question = next(row["ctx"] for row in items if len(row["ctx"].split()) > 40)
+    solution = evaluation_sets.load("openai/openai_humaneval")["test"][1]["prompt"]
+    rows = [(clean, False), (f"{clean} {question}", False), (solution, False), (question, True),
+            (f"{question} {solution}", False)]
+    table = pa.Table.from_pylist([
+        {"id": text_id(text), "text": text, "source": "s", "path": "p", "domain": "d", "license": "MIT",
+         "held_out": held_out} for text, held_out in rows], SCHEMA)
+    for against, names in (
+        (["paper-tasks"], [None, "HellaSwag", "HumanEval", None, "HumanEval"]),
+        ([], [None, "held-out text", None, None, "held-out text"]),
+    ):
+        step = Decontaminate(DecontaminationConfig(ngram=13, against=against), strings)
+        decision = step.decide([step.survey(table)], Here())
+        filled = step.apply(table, decision.shared, decision.shards[0])
+        assert filled["contaminated_by"].to_pylist() == names
+        assert [count > 0 for count in filled["contamination"].to_pylist()] == [name is not None for name in names]
+
+
+def test_a_file_is_named_by_the_documents_it_shares_words_with(tmp_path):
+    text = " ".join(f"word{number}" for number in range(40))
+    (tmp_path / "bench.jsonl").write_text(json.dumps({"question": text}))
+    step = Decontaminate(DecontaminationConfig(ngram=13, against=[str(tmp_path / "bench.jsonl")]), strings)
+    table = pa.Table.from_pylist([{"text": f"before {text}", "held_out": False}], SCHEMA)
+    decision = step.decide([step.survey(table)], Here())
+    assert step.apply(table, decision.shared, decision.shards[0])["contaminated_by"].to_pylist() == [
+        str(tmp_path / "bench.jsonl")]
 
 
 def expected(rows: list[tuple[str, bool]], n: int) -> list[int]:

@@ -84,7 +84,7 @@ def test_without_namespaces_nothing_is_run(
     namespaces: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sandbox, "NAMESPACES", namespaces)
-    refused = pytest.raises(ModelError, match=r"cannot be run apart here: .+\nSet evaluate\.code_execution to false")
+    refused = pytest.raises(ModelError, match=r"cannot be run apart here: .+\nSet evaluate\.generation to text")
     with refused, sandbox.code_eval_in_sandbox():
         run(f"open({str(tmp_path / 'ran')!r}, 'w')")
     assert not (tmp_path / "ran").exists()

