@@ -529,6 +529,10 @@ class StageRunner:
             limit = f"{self.timeout_minutes:g} minutes (runtime.stage_timeout_minutes in params.yaml)"
             raise StageFailed(f"{node.name}: took longer than {limit} and was ended.\n{where}")
         if status:
+            try:
+                check_places()
+            except GraphError as error:                         # a log on a full disk does not say so
+                where = str(error)
             raise StageFailed(f"{node.name}: {_last_words(text)}\n{where}")
         with self.turn:
             keep_lock()
