@@ -17,6 +17,7 @@ import pytest
 from flows import dvc_graph, server
 from flows.console import Console
 from flows.dvc_graph import GraphError
+from tests.archive import oddly_surrounded
 from tests.namespaces import MOUNTS, ORDINARY, unshare
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,6 +32,15 @@ def toy(stage):
 
 run_stage(toy, "A stage.", ())
 """
+
+
+def test_a_run_in_odd_surroundings(repository: Path, environment: dict[str, str]) -> None:
+    with oddly_surrounded(environment) as odd:
+        done = subprocess.run([sys.executable, "-m", "flows.reproduce"], env=odd, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0 and "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
+    assert Path("last.txt").read_text() == "lastsecond-leftfirst"
+    assert {Path(name).stat().st_mode & 0o077 for name in ("last.txt", "dvc.lock", "logs/last.log")} == {0}
+    assert not list(repository.rglob("*.pyc"))
 
 
 def run_toy(*before: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
