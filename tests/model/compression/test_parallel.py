@@ -77,7 +77,7 @@ def score_job(directory: str, parallelism: dict) -> dict:
 
 
 def divergence_job(vocab: int) -> list[float]:
-    """Loss and gradient of each half of the vocabulary, a process each, where the teacher gives some tokens no chance."""
+    """Loss and gradient, each process having half of the vocabulary, where the teacher gives some tokens no chance."""
     from model.megatron.distributed import Parallelism, process_groups
     from model.training.distillation import divergence
 
