@@ -412,8 +412,8 @@ def plain_errors() -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno == errno.EACCES and error.filename:
-            raise StageError(f"{error.filename}: Permission denied.\nLet user {os.geteuid()} read and write there (`chmod`, "
-                             "`chown`), and run the same command again.") from error
+            cure = f"Let user {os.geteuid()} read and write there (`chmod`, `chown`), and run the same command again."
+            raise StageError(f"{error.filename}: Permission denied.\n{cure}") from error
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = error.filename or "the output"
