@@ -123,6 +123,8 @@ def test_start_cancel_and_report_to_the_pages(repository: Path, pages: str, repr
     wait_for(lambda: ask(f"{pages}/api/flow_runs/{run}")["state_type"] == "CANCELLED")
     _, alive = psutil.wait_procs(stages, timeout=30)
     assert alive == []
+    wait_for(lambda: {task["state_name"] for task in ask(f"{pages}/api/task_runs/filter", {})}
+             <= {"Completed", "Cancelled", "NotReady"})
 
     done = reproduce()
     assert done.returncode == 0, done.stdout + done.stderr
