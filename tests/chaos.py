@@ -205,7 +205,7 @@ def moments(archive: Path, random_: random.Random, aim: str | None) -> tuple[str
     """When to strike, in words and as a question asked often: at a time, or aimed at a write."""
     at, sizes = time.monotonic() + random_.uniform(2, 45), {}
     if aim:
-        known, left = dict[Path, int](), random_.randint(1, 20)
+        known, left = dict[Path, int](), random_.randint(1, 9)
 
         def is_written() -> bool:
             """Another file of it is there, or one has grown: the so many'th time."""
@@ -241,7 +241,7 @@ def strike(
     """Wait for a moment and kill, or let no file of DVC and its stage grow beyond some size, or fill a disk of its own;
     None if the moment never came."""
     when, now = moments(archive, random_, aim)
-    if archive.parent.is_mount() and random_.random() < 0.6:
+    if archive.parent.is_mount() and (aim or random_.random() < 0.6):
         while command.poll() is None:
             if now():
                 fill(archive.parent / BALLAST)
@@ -276,7 +276,7 @@ def spoil(archive: Path, random_: random.Random, command: subprocess.Popen[bytes
     to go on from; nothing where none ever does."""
     while command.poll() is None:
         if files(archive, aim):
-            time.sleep(random_.choice((0, 0.1, 1, 3, 8)))
+            time.sleep(random_.choice((0, 0.1, 0.5, 1, 2)))        # a few seconds later it is gone
             number, victims = random_.choice(SIGNALS), processes(archive)
             for process in victims:
                 with contextlib.suppress(psutil.Error):
@@ -331,7 +331,7 @@ def one_round(
         command = run(archive, log, command_line)
         if attempt == 0:
             faults += spoil(archive, random_, command, place)
-        elif attempt == 1 and random_.random() < 0.7 and (fault := strike(archive, random_, command, aim)):
+        elif attempt == 1 and (aim or random_.random() < 0.7) and (fault := strike(archive, random_, command, aim)):
             faults.append(fault)
         if (archive.parent / BALLAST).exists() and command.poll() is None:
             os.killpg(command.pid, signal.SIGTERM)          # it waits for room
