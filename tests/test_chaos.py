@@ -69,7 +69,7 @@ def test_the_aim_is_what_is_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_two_dozen_faults(tmp_path: Path) -> None:
     archive = tmp_path / "archive"
     archive.mkdir()

@@ -33,7 +33,7 @@ def kill_in(archive: Path, environment: dict[str, str], stage: str, seconds: flo
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_killed_in_every_stage(tmp_path: Path) -> None:
     archive = tmp_path / "my déjà-vu"
     archive.mkdir()
