@@ -323,9 +323,8 @@ def busy() -> dict[int, str]:
     except FileNotFoundError:
         return {}
     except (ValueError, AttributeError, KeyError, TypeError):       # half of it, which DVC would refuse for ever
-        here = Path.cwd()
-        living = {one.pid: " ".join(one.info["cmdline"]) for one in psutil.process_iter(["cwd", "cmdline"])
-                  if one.info["cwd"] == str(here) and _is_repro(one.pid)}
+        living = {one.pid: " ".join(one.info["cmdline"] or ()) for one in psutil.process_iter(["cmdline"])
+                  if _is_repro(one.pid)}
         if not living:
             RWLOCK.unlink(missing_ok=True)
         return living
@@ -337,11 +336,17 @@ def busy() -> dict[int, str]:
 
 
 def _is_repro(pid: int) -> bool:
+    """Whether the process is a `dvc repro` of this checkout: a copy of one names the processes of the other."""
     try:
-        command = psutil.Process(pid).cmdline()
+        process = psutil.Process(pid)
+        command = process.cmdline()
+        if not any("dvc" in word for word in command) or "repro" not in command:
+            return False
+        with contextlib.suppress(psutil.AccessDenied):              # another user's; it may be here
+            return Path(process.cwd()).is_relative_to(Path.cwd())
     except psutil.Error:
         return False
-    return any("dvc" in word for word in command) and "repro" in command
+    return True
 
 
 @dataclass(frozen=True)
@@ -529,6 +534,10 @@ class StageRunner:
             limit = f"{self.timeout_minutes:g} minutes (runtime.stage_timeout_minutes in params.yaml)"
             raise StageFailed(f"{node.name}: took longer than {limit} and was ended.\n{where}")
         if status:
+            try:
+                check_places()
+            except GraphError as error:                         # a log on a full disk does not say so
+                where = str(error)
             raise StageFailed(f"{node.name}: {_last_words(text)}\n{where}")
         with self.turn:
             keep_lock()

@@ -29,7 +29,7 @@ from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Completed, Crashed
+from prefect.states import Cancelled, Completed, Crashed
 
 from flows import artifacts, dvc_graph, server
 from flows.console import Console, clock, table
@@ -109,7 +109,8 @@ RUNS: list[Run] = []      # those of this process; `main` reads its verdict here
 
 @task(cache_policy=NO_CACHE, persist_result=False)
 def run_stage(run: Run, node: Node) -> State:
-    """Bring one stage up to date; its state is Cached when there was nothing to do."""
+    """Bring one stage up to date; its state is Cached when there was nothing to do, Cancelled when the run was
+    stopped."""
     if node.name not in run.stale:
         run.finish(node.name, "cached")
         return Completed(name="Cached", message="Code, parameters, inputs and outputs are unchanged.")
@@ -139,6 +140,8 @@ def run_stage(run: Run, node: Node) -> State:
         run.finish(node.name, outcome, time.monotonic() - started)
         run.failures.append(failure)
         run.console.end(node.name, f"{outcome}; log: {node.log}")
+        if outcome == "stopped":
+            return Cancelled(message=str(failure))
         raise
     seconds = time.monotonic() - started
     run.finish(node.name, outcome, seconds)

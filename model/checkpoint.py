@@ -64,7 +64,8 @@ def save_weights(
             place = _StorageInfo(_FILE, start, stream.tell() - start)
             written.append(WriteResult(item.index, tensor.nbytes, place))
     FileSystemWriter(directory).finish(index, [written])
-    torch.save({}, directory / "common.pt")                 # Megatron's unsharded state: there is none
+    with (directory / "common.pt").open("wb") as stream:    # Megatron's unsharded state: there is none
+        torch.save({}, stream)                              # by its path, bytes would depend on that being ASCII
     (directory / "metadata.json").write_text(json.dumps(_FORMAT))
     describe(directory, config, training)
 

@@ -419,6 +419,9 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno == errno.EACCES and error.filename:
+            cure = f"Let user {os.geteuid()} read and write there (`chmod`, `chown`), and run the same command again."
+            raise StageError(f"{error.filename}: Permission denied.\n{cure}") from error
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = error.filename or "the output"

@@ -8,12 +8,15 @@ habit is torchtitan's). It names the files that differ or are missing and exits 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +61,36 @@ def command_environment(archive: Path) -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1", "NUMBA_CACHE_DIR": str(archive / ".compiled")}
 
 
-def start(archive: Path, *arguments: str) -> subprocess.Popen[str]:
+@contextlib.contextmanager
+def oddly_surrounded(environment: dict[str, str]) -> Iterator[dict[str, str]]:
+    """An environment without a home, git and compiled bytecode, with a locale that is not UTF-8 and a blank in the
+    temporary directory; and, for all that this process starts, files that nobody else may read."""
+    mask = os.umask(0o077)
+    try:
+        with tempfile.TemporaryDirectory(prefix="a blank ") as temporary:
+            programs = Path(temporary, "bin")
+            programs.mkdir()
+            for directory in reversed(environment["PATH"].split(os.pathsep)):
+                for program in Path(directory).glob("*"):
+                    if not program.name.startswith("git"):
+                        (programs / program.name).unlink(missing_ok=True)
+                        (programs / program.name).symlink_to(program)
+            kept = {key: value for key, value in environment.items() if key != "HOME"}
+            yield kept | {"PATH": str(programs), "TMPDIR": temporary, "PYTHONDONTWRITEBYTECODE": "1",
+                          "LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    finally:
+        os.umask(mask)
+
+
+def start(archive: Path, *arguments: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
     """Start the flow."""
-    return subprocess.Popen([*COMMAND, *arguments], cwd=archive, env=command_environment(archive),
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([*COMMAND, *arguments], cwd=archive, env=environment or command_environment(archive),
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
 
 
-def reproduce(archive: Path, *arguments: str) -> dict[str, str]:
+def reproduce(archive: Path, *arguments: str, environment: dict[str, str] | None = None) -> dict[str, str]:
     """Run the flow to its end; stage -> result. Fails with what it printed."""
-    flow = start(archive, *arguments)
+    flow = start(archive, *arguments, environment=environment)
     printed, _ = flow.communicate()
     assert flow.returncode == 0, printed
     table = printed.split("\n\n")[1].splitlines()[2:]

@@ -1,6 +1,6 @@
 """Faults injected into the smoke profile, each followed by the same command: is the result that of an undisturbed run?
 
-    python -m tests.chaos [--faults 200] [--seed 1] [--minutes 30] [--archive DIR] [--page FILE] [--plain]
+    python -m tests.chaos [--faults 200] [--seed 1] [--minutes 30] [--archive DIR] [--page FILE] [--aim PLACE] [--plain]
 
 A round damages files of a finished run, removes an output of a stage that keeps something to go on from, and starts
 `python -m flows.reproduce`. It kills that as soon as there is such a state or piece, damages it, starts the command
@@ -11,8 +11,10 @@ process may be left.
 With `--filesystem MB` the archive lies in a tmpfs of that size (which takes root), and some strikes fill it to the last
 byte until the command has ended.
 
-A fault is *survived* then; *refused* where the command does not end well but says what to do; *wrong* otherwise. The
-archive (made where DIR has none) is put back after a round that is not survived. `--plain` gives another command,
+A fault is *survived* then; *refused* where the command does not end well but says what to do; *wrong* otherwise. A
+command that does not end is wrong too, by the processor time it took or did not take, not by the clock: another program
+may have the processors. The archive (made where DIR has none) is put back after a round that is not survived.
+`--aim` strikes one kind of what stages go on from, each time as some of it is written. `--plain` gives another command,
 `python -m flows.mend && dvc repro`, which is several times quicker. Exits 1 when anything was wrong.
 """
 
@@ -45,7 +47,9 @@ from tests.archive import COMMAND, command_environment, reproduce, results, unpa
 
 AT_REST = 30                    # faults a round, before the command
 ATTEMPTS = 5                    # at the same command; the first may be disturbed
-KILLED_MAY_LEAVE = 15.0         # seconds until processes that end by themselves have
+KILLED_MAY_LEAVE = 120.0        # seconds until processes that end by themselves have, on a busy machine too
+CPU_SECONDS = 2000.0            # that a command may take, the server apart
+IDLE_SECONDS, SOME_CPU_SECONDS = 600.0, 12.0        # of those, a command that does not hang takes so many in that time
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 BALLAST = "ballast"             # what fills a disk
 PLACES: dict[str, tuple[str, ...]] = {          # where a file can be damaged: patterns below the archive
@@ -176,9 +180,43 @@ def of_role(archive: Path, role: str) -> list[psutil.Process]:
     return found
 
 
-def moments(archive: Path, random_: random.Random) -> tuple[str, Callable[[], bool]]:
+def outlast(archive: Path, command: subprocess.Popen[bytes]) -> str:
+    """Wait for the command to end, however long; or say why it never will."""
+    spent: dict[int, float] = {}            # processor seconds by process; the server polls, and is no sign of life
+    before, since = 0.0, time.monotonic()
+    while command.poll() is None:
+        for process in processes(archive):
+            with contextlib.suppress(psutil.Error):
+                if not ROLES["server"](" ".join(process.cmdline())):
+                    spent[process.pid] = sum(process.cpu_times()[:2])
+        total = sum(spent.values())
+        if total > CPU_SECONDS:
+            return f"the command did not end in {CPU_SECONDS:.0f} seconds of processor time"
+        if total > before + SOME_CPU_SECONDS:
+            before, since = total, time.monotonic()
+        if time.monotonic() > since + IDLE_SECONDS:
+            return f"the command hung: hardly any processor time in {IDLE_SECONDS:.0f} seconds"
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            command.wait(1)
+    return ""
+
+
+def moments(archive: Path, random_: random.Random, aim: str | None) -> tuple[str, Callable[[], bool]]:
     """When to strike, in words and as a question asked often: at a time, or aimed at a write."""
     at, sizes = time.monotonic() + random_.uniform(2, 45), {}
+    if aim:
+        known, left = dict[Path, int](), random_.randint(1, 9)
+
+        def is_written() -> bool:
+            """Another file of it is there, or one has grown: the so many'th time."""
+            nonlocal known, left
+            with contextlib.suppress(FileNotFoundError):
+                now = {path: path.stat().st_size for path in files(archive, aim)}
+                left -= any(known.get(path) != size for path, size in now.items())
+                known = now
+            return left <= 0
+
+        return f"as a {aim} is written", is_written
 
     def shrinks(path: Path) -> bool:
         """Just now: it is written in place."""
@@ -197,11 +235,13 @@ def moments(archive: Path, random_: random.Random) -> tuple[str, Callable[[], bo
     return name, choices[name]
 
 
-def strike(archive: Path, random_: random.Random, command: subprocess.Popen[bytes]) -> Fault | None:
+def strike(
+    archive: Path, random_: random.Random, command: subprocess.Popen[bytes], aim: str | None = None
+) -> Fault | None:
     """Wait for a moment and kill, or let no file of DVC and its stage grow beyond some size, or fill a disk of its own;
     None if the moment never came."""
-    when, now = moments(archive, random_)
-    if archive.parent.is_mount() and random_.random() < 0.6:
+    when, now = moments(archive, random_, aim)
+    if archive.parent.is_mount() and (aim or random_.random() < 0.6):
         while command.poll() is None:
             if now():
                 fill(archive.parent / BALLAST)
@@ -236,7 +276,7 @@ def spoil(archive: Path, random_: random.Random, command: subprocess.Popen[bytes
     to go on from; nothing where none ever does."""
     while command.poll() is None:
         if files(archive, aim):
-            time.sleep(random_.choice((0, 0.1, 1, 3, 8)))
+            time.sleep(random_.choice((0, 0.1, 0.5, 1, 2)))        # a few seconds later it is gone
             number, victims = random_.choice(SIGNALS), processes(archive)
             for process in victims:
                 with contextlib.suppress(psutil.Error):
@@ -277,27 +317,28 @@ class Round(NamedTuple):
     seconds: float
 
 
-def one_round(archive: Path, expected: dict[str, object], random_: random.Random, command_line: list[str]) -> Round:
+def one_round(
+    archive: Path, expected: dict[str, object], random_: random.Random, command_line: list[str],
+    aim: str | None = None,
+) -> Round:
     started, log = time.monotonic(), archive / "chaos.log"
-    aim = random_.choice(list(KEEPS))
-    chosen = [forget(archive, random_, aim)]
+    place = aim or random_.choice(list(KEEPS))
+    chosen = [forget(archive, random_, place)]
     chosen += [damage(archive, random_, random_.choice(list(PLACES))) for _ in range(AT_REST)]
     faults = [fault for fault in chosen if fault]
     status, said = -1, ""
     for attempt in range(ATTEMPTS):
         command = run(archive, log, command_line)
         if attempt == 0:
-            faults += spoil(archive, random_, command, aim)
-        elif attempt == 1 and random_.random() < 0.7 and (fault := strike(archive, random_, command)):
+            faults += spoil(archive, random_, command, place)
+        elif attempt == 1 and (aim or random_.random() < 0.7) and (fault := strike(archive, random_, command, aim)):
             faults.append(fault)
         if (archive.parent / BALLAST).exists() and command.poll() is None:
             os.killpg(command.pid, signal.SIGTERM)          # it waits for room
         (archive.parent / BALLAST).unlink(missing_ok=True)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            command.wait(600)
-        if command.poll() is None:
+        if because := outlast(archive, command):
             os.killpg(command.pid, signal.SIGKILL)
-            return Round(faults, "wrong", "the command did not end in ten minutes", time.monotonic() - started)
+            return Round(faults, "wrong", because, time.monotonic() - started)
         status, said = command.returncode, log.read_text(errors="replace")
         if status == 0:
             break
@@ -325,13 +366,14 @@ def verdict(archive: Path, expected: dict[str, object], status: int, said: str) 
 
 
 def chaos(
-    archive: Path, pristine: Path, seed: int, wanted: int, seconds: float, command: list[str] = COMMAND
+    archive: Path, pristine: Path, seed: int, wanted: int, seconds: float, command: list[str] = COMMAND,
+    aim: str | None = None,
 ) -> Iterator[Round]:
     """Rounds until so many faults, or so much time."""
     expected, started, done, number = results(archive), time.monotonic(), 0, seed
     while done < wanted and time.monotonic() - started < seconds:
         print(f"seed {number}:", end=" ", flush=True)
-        outcome = one_round(archive, expected, random.Random(number), command)
+        outcome = one_round(archive, expected, random.Random(number), command, aim)
         print(outcome.verdict, f"{len(outcome.faults)} faults in {outcome.seconds:.0f} s {outcome.because}", flush=True)
         for fault in outcome.faults:
             print(f"    {fault.kind}: {fault.detail}", flush=True)
@@ -379,6 +421,7 @@ def main() -> None:
     parser.add_argument("--archive", type=Path, help="a finished run to damage, made if absent (default: temporary)")
     parser.add_argument("--page", type=Path, help="where the table goes too")
     parser.add_argument("--filesystem", type=int, metavar="MB", help="a disk of its own, that fills")
+    parser.add_argument("--aim", choices=list(KEEPS), help="strike as some of this is written")
     parser.add_argument("--plain", action="store_true", help="by DVC alone, as `make repro-plain`")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as ended:
@@ -398,7 +441,7 @@ def main() -> None:
         rounds: list[Round] = []
         try:
             for outcome in chaos(archive, pristine, options.seed, options.faults, 60 * options.minutes,
-                                 PLAIN if options.plain else COMMAND):
+                                 PLAIN if options.plain else COMMAND, options.aim):
                 rounds.append(outcome)
         finally:
             table = page(rounds, options.seed)

@@ -39,8 +39,37 @@ def test_nothing_is_damaged_where_a_stage_keeps_nothing(tmp_path: Path) -> None:
     assert chaos.spoil(tmp_path, random.Random(3), subprocess.Popen(["true"], cwd=tmp_path), "resume state") == []
 
 
+@pytest.mark.parametrize(("script", "because"), [
+    ("sleep 1", ""), ("sleep 60", "hung"), ("while :; do :; done", "did not end in 1 seconds of processor time"),
+])
+def test_a_command_ends_by_itself_or_never_whatever_the_clock_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, because: str
+) -> None:
+    monkeypatch.setattr(chaos, "IDLE_SECONDS", 3.0)
+    monkeypatch.setattr(chaos, "SOME_CPU_SECONDS", 0.1)
+    monkeypatch.setattr(chaos, "CPU_SECONDS", 1.0)
+    command = subprocess.Popen(["/bin/sh", "-c", script], cwd=tmp_path)
+    try:
+        found = chaos.outlast(tmp_path, command)
+    finally:
+        command.kill()
+        command.wait()
+    assert because in found if because else found == ""
+
+
+def test_the_aim_is_what_is_written(tmp_path: Path) -> None:
+    _, now = chaos.moments(tmp_path, random.Random(3), "scratch piece")
+    piece = tmp_path / ".scratch/annotate-0123456789ab/000-000000.json"
+    piece.parent.mkdir(parents=True)
+    assert not any(now() for _ in range(30)), "nothing is written"
+    for size in range(1, 10):
+        piece.write_bytes(bytes(size))
+        struck = now()
+    assert struck
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_two_dozen_faults(tmp_path: Path) -> None:
     archive = tmp_path / "archive"
     archive.mkdir()

@@ -1,4 +1,5 @@
-"""SIGKILL in every stage in turn: the pipeline goes on and ends with the results of an unbroken run."""
+"""SIGKILL in every stage in turn, in odd surroundings: the pipeline goes on and ends with the results of an unbroken
+run."""
 
 from __future__ import annotations
 
@@ -11,15 +12,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.archive import reproduce, results, start, unpack
+from tests.archive import command_environment, oddly_surrounded, reproduce, results, start, unpack
 
 VICTIMS = ["annotate", "curate", "tokenizer", "tokenize", "pretrain@hybrid-fp8", "pretrain@transformer-bf16",
            "compress", "export@compressed", "items", "evaluate@hybrid-fp8", "benchmark", "report"]
 
 
-def kill_in(archive: Path, stage: str, seconds: float) -> bool:
+def kill_in(archive: Path, environment: dict[str, str], stage: str, seconds: float) -> bool:
     """Run the flow up to `stage` and kill all its processes `seconds` into that. Whether the stage had started."""
-    flow = start(archive, "--stages", stage)
+    flow = start(archive, "--stages", stage, environment=environment)
     assert flow.stdout is not None
     started = any(line.split()[1:3] == [stage, "started"] for line in flow.stdout)
     if started:
@@ -32,10 +33,11 @@ def kill_in(archive: Path, stage: str, seconds: float) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_killed_in_every_stage(tmp_path: Path) -> None:
-    archive = unpack(tmp_path)
-    reproduce(archive, "--profile", "smoke")
+    archive = tmp_path / "my déjà-vu"
+    archive.mkdir()
+    reproduce(unpack(archive), "--profile", "smoke")
     expected, seconds = results(archive), {}
     for record in archive.glob("runs/smoke/**/provenance.json"):
         values = json.loads(record.read_text())
@@ -45,8 +47,9 @@ def test_killed_in_every_stage(tmp_path: Path) -> None:
         path = archive / leftover
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    for stage in VICTIMS:
-        assert kill_in(archive, stage, 1.0 + 0.6 * seconds[stage]), f"{stage} had nothing left to do"
-    resumed = reproduce(archive)
+    with oddly_surrounded(command_environment(archive)) as environment:
+        for stage in VICTIMS:
+            assert kill_in(archive, environment, stage, 1.0 + 0.6 * seconds[stage]), f"{stage} had nothing left to do"
+        resumed = reproduce(archive, environment=environment)
     assert set(resumed.values()) <= {"ran", "cached", "restored"}
     assert results(archive) == expected

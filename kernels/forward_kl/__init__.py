@@ -16,7 +16,8 @@ _ROWS = 64                  # of logits at a time on a CPU: their float32 copies
 def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
     """KL(softmax(teacher) || softmax(student)) in nats at temperature 1, the mean over rows; differentiable once.
 
-    No gradient goes to the teacher. The sums run in float32 or better, a stretch of the vocabulary at a time on a GPU
+    No gradient goes to the teacher. A token to which the teacher gives no chance (a logit of -inf) contributes nothing
+    whatever the student's logit is. The sums run in float32 or better, a stretch of the vocabulary at a time on a GPU
     and some rows at a time on a CPU, so that neither distribution ever exists in float32 as a whole. Floor: two reads
     of both logits and one write of the gradient, which is made on the way.
 
@@ -33,6 +34,18 @@ def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
     check_dtypes("forward_kl", student=student, teacher=teacher)
     check_any("forward_kl", student=student)
     return _ForwardKL.apply(student, teacher)
+
+
+def row_sums(chance: Tensor, target: Tensor, logs: Tensor) -> Tensor:
+    """Sums over the vocabulary of chance * (target - logs), the limit 0 where there is no chance.
+
+    Args:
+        chance, target, logs: (rows, vocab): the teacher's probabilities and their logarithms, the student's logarithms.
+
+    Returns:
+        (rows,), nats; of their dtype.
+    """
+    return torch.linalg.vecdot(chance, (target - logs).masked_fill_(chance == 0, 0))
 
 
 class _ForwardKL(torch.autograd.Function):
@@ -56,7 +69,7 @@ class _ForwardKL(torch.autograd.Function):
         ):
             logs, target = part.to(exact).log_softmax(dim=-1), expected.to(exact).log_softmax(dim=-1)
             chance = target.exp()
-            total += torch.linalg.vecdot(chance, target - logs).double().sum()
+            total += row_sums(chance, target, logs).double().sum()
             out.copy_((logs.exp_() - chance) / len(student))
         ctx.save_for_backward(gradient)
         return (total / len(student)).to(exact)

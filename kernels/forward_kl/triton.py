@@ -34,7 +34,8 @@ def _kernel(student, teacher, divergences, gradient, vocab, scale, LANES: tl.con
         logs = tl.load(student + at, inside, 0.0).to(tl.float32) - of_student
         target = tl.load(teacher + at, inside, 0.0).to(tl.float32) - of_teacher
         chance = tl.exp(target)
-        total += tl.sum(tl.where(inside, chance * (target - logs), 0.0), 1)
+        # Not `> 0`: a chance that is not a number is to be seen.
+        total += tl.sum(tl.where(inside & (chance != 0), chance * (target - logs), 0.0), 1)
         tl.store(gradient + at, (scale * (tl.exp(logs) - chance)).to(gradient.dtype.element_ty), inside)
     tl.store(divergences + r, tl.sum(total, 0))
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.forward_kl import row_sums
 from model.compression.layerwise import Layerwise, Mask
 
 ROWS = {"cpu": 256, "cuda": 8192}       # tokens whose distributions are in float32 at one time
@@ -67,7 +68,7 @@ def _sums(
             model's.
         certain, targets: (tokens,), the parent's most certain token and the true one.
     """
-    divergence = parent.over_tensor_ranks(torch.linalg.vecdot(chance, truth - logs))
+    divergence = parent.over_tensor_ranks(row_sums(chance, truth, logs))
     greedy = parent.likeliest(logs)
     parts = (divergence, certain == greedy, greedy == targets, -parent.at(logs, targets))
     return torch.stack([part.double().sum() for part in parts])

@@ -11,6 +11,7 @@
     save_parameters_by_place    the same from a second bucket on: NVIDIA/Megatron-LM#5077, with which it may go
     optimizer_shards            the optimizer with FP32 masters takes every parameter to be BF16 when it is saved
     ThreadedSave                checkpoints are written by forked processes, which may hang
+    save_common                 torch.save names its records after a path if that is ASCII: other bytes elsewhere
     keep_quantized_inputs       with FP8 of a custom recipe Megatron asks for inputs that its quantisers do not keep
     forget_quantized_weights    Transformer Engine's FP8 weights outlive a CUDA graph's capture
 
@@ -222,7 +223,9 @@ class ThreadedSave:
     def __init__(self, contents: dict[str, Any], directory: Path):
         from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing.strategies import filesystem_async
+        from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 
+        TorchCommonSaveStrategy.save_common = save_common
         filesystem_async._results_queue = queue.Queue()         # in place of one in a process of its own
         self.digests: dict[str, str] = {}
         self.request = dist_checkpointing.save(contents, str(directory), async_sharded_save=True)
@@ -274,6 +277,13 @@ class ThreadedSave:
                 return
             self.digests[Path(file[0]).name] = sha256(Path(file[0]))
         results.put(written)
+
+
+def save_common(strategy: Any, common_state_dict: dict[str, Any], checkpoint_dir: Path | str) -> None:
+    """TorchCommonSaveStrategy.save_common, by a stream: its records are named alike whatever the path."""
+    if torch.distributed.get_rank() == 0:
+        with Path(checkpoint_dir, "common.pt").open("wb") as stream:
+            torch.save(common_state_dict, stream)
 
 
 # --- Transformer Engine -----------------------------------------------------------------------------------------------

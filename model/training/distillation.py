@@ -23,7 +23,7 @@ from model.megatron import compat  # noqa: F401    # before Megatron
 from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 
-from kernels.forward_kl import forward_kl
+from kernels.forward_kl import forward_kl, row_sums
 from model.megatron.spec import HybridModel
 
 ROWS = 2048                 # of logits whose float32 copies exist at one time, where a process holds part of a row
@@ -118,7 +118,7 @@ class _VocabularyParallelKL(torch.autograd.Function):
             dist.all_reduce(sums, group=group)
             logs, target = pair - sums.log()
             chance = target.exp()
-            total += torch.linalg.vecdot(chance, target - logs).double().sum()
+            total += row_sums(chance, target, logs).double().sum()
             out.copy_((logs.exp() - chance) / len(student))
         dist.all_reduce(total, group=group)
         ctx.save_for_backward(gradient)

@@ -119,6 +119,24 @@ def test_a_run_that_ignores_ctrl_c_goes_on(repository: Path, environment: dict[s
     assert flow.returncode == 0 and set(results(output).values()) == {"ran"} and "Traceback" not in output, output
 
 
+def test_dvc_beside_a_flow_is_refused_what_runs_and_given_the_rest(
+    repository: Path, environment: dict[str, str]
+) -> None:
+    flow, tree = start("second@right", repository, environment)
+    [stage] = [process for process in tree if process.cmdline()[1:3] == ["work.py", "second-right"]]
+    stage.suspend()
+    with Path("dvc.yaml").open("a") as graph:
+        graph.write("  other: {cmd: echo other > other.txt, outs: [other.txt]}\n")
+    running, other = (subprocess.run([sys.executable, "-m", "dvc", "repro", name], env=environment,
+                                     capture_output=True, text=True) for name in ("second@right", "other"))
+    stage.resume()
+    output, _ = flow.communicate(timeout=120)
+    assert running.returncode and "is busy" in running.stderr, running.stderr
+    assert any(f"(PID {process.pid})" in running.stderr for process in tree), running.stderr
+    assert other.returncode == 0 and Path("other.txt").read_text() == "other\n", other.stdout + other.stderr
+    assert flow.returncode == 0 and set(results(output).values()) == {"ran"}, output
+
+
 @pytest.mark.parametrize("victim", ["flow", "repro", "uvicorn"])
 def test_whichever_process_is_killed_nothing_is_left_and_the_run_goes_on(
     victim: str, repository: Path, environment: dict[str, str], reproduce: Reproduce

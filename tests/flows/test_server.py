@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -122,6 +123,8 @@ def test_start_cancel_and_report_to_the_pages(repository: Path, pages: str, repr
     wait_for(lambda: ask(f"{pages}/api/flow_runs/{run}")["state_type"] == "CANCELLED")
     _, alive = psutil.wait_procs(stages, timeout=30)
     assert alive == []
+    wait_for(lambda: {task["state_name"] for task in ask(f"{pages}/api/task_runs/filter", {})}
+             <= {"Completed", "Cancelled", "NotReady"})
 
     done = reproduce()
     assert done.returncode == 0, done.stdout + done.stderr
@@ -157,6 +160,23 @@ def test_a_second_run_waits_and_a_cancelled_one_goes_on_when_it_is_tried_again(
             wait_for(has_state(following, "Running"))
         history = repository / "history"
         wait_for(lambda: re.search(r"second-left from [1-9]", history.read_text()))     # where the first had come to
+
+
+def test_checkouts_are_apart(repository: Path, environment: dict[str, str], tmp_path: Path) -> None:
+    """A copy of one whose pages are served, and run a stage, has all but its pages."""
+    with serve(environment, signal.SIGTERM) as url:
+        run = start_run(url, repository)
+        other = shutil.copytree(repository, tmp_path / "other")
+        assert (other / ".prefect/server.json").exists()
+        assert "dvc" in (other / ".dvc/tmp/rwlock").read_text()     # and its locks name processes of the other
+        command = [sys.executable, "-m", "flows.reproduce"]
+        done = subprocess.run(command, cwd=other, env=environment | {"PREFECT_HOME": str(other / ".prefect")},
+                              capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.startswith("Starting a temporary"), done.stdout + done.stderr
+        assert "Waiting" not in done.stdout
+        wait_for(lambda: ask(f"{url}/api/flow_runs/{run}")["state_type"] == "COMPLETED")
+        assert [found["id"] for found in ask(f"{url}/api/flow_runs/filter", {})] == [run]
+    assert (other / "last.txt").read_text() == (repository / "last.txt").read_text()
 
 
 def test_pages_that_end_before_their_server_answers_leave_none(repository: Path, environment: dict[str, str]) -> None:

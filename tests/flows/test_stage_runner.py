@@ -17,6 +17,7 @@ import pytest
 
 from flows import dvc_graph
 from flows.dvc_graph import GraphError, Node, Progress, StageFailed, StageRunner
+from tests.namespaces import on_full
 
 
 def ignore(*_: object) -> None:
@@ -380,12 +381,9 @@ except dvc_graph.StageFailed as failure:
 
 def test_a_cache_that_is_full_is_told_and_nothing_is_lost(repository: Path) -> None:
     """DVC's cache on a disk of its own, which is full before the first output is committed."""
-    apart = ("unshare", "--user", "--map-root-user", "--mount")
-    if subprocess.run([*apart, "true"], capture_output=True).returncode:
-        pytest.skip("this kernel gives users no namespaces")
     Path(".dvc/cache").mkdir()
-    mount = 'mount -t tmpfs -o size=8k cache .dvc/cache; cat /dev/zero > .dvc/cache/ballast; exec "$0" -c "$1"'
-    full = subprocess.run([*apart, "sh", "-c", mount, sys.executable, FULL_CACHE], capture_output=True, text=True)
+    full = subprocess.run([*on_full(".dvc/cache", "8k"), sys.executable, "-c", FULL_CACHE], capture_output=True,
+                          text=True)
     assert full.returncode == 1 and "No space left on device" in full.stderr, full
     assert full.stderr.splitlines()[-1] == "Log: logs/first.log. Run the same command again: it resumes."
     dvc_graph.mend(1e9)

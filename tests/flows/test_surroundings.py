@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -16,6 +17,8 @@ import pytest
 from flows import dvc_graph, server
 from flows.console import Console
 from flows.dvc_graph import GraphError
+from tests.archive import oddly_surrounded
+from tests.namespaces import MOUNTS, ORDINARY, unshare
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGE = """
@@ -29,6 +32,15 @@ def toy(stage):
 
 run_stage(toy, "A stage.", ())
 """
+
+
+def test_a_run_in_odd_surroundings(repository: Path, environment: dict[str, str]) -> None:
+    with oddly_surrounded(environment) as odd:
+        done = subprocess.run([sys.executable, "-m", "flows.reproduce"], env=odd, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0 and "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
+    assert Path("last.txt").read_text() == "lastsecond-leftfirst"
+    assert {Path(name).stat().st_mode & 0o077 for name in ("last.txt", "dvc.lock", "logs/last.log")} == {0}
+    assert not list(repository.rglob("*.pyc"))
 
 
 def run_toy(*before: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
@@ -46,10 +58,7 @@ def test_files_and_output_are_utf8_whatever_the_locale(repository: Path) -> None
 
 
 def test_a_user_without_a_name_runs_stages(repository: Path) -> None:
-    as_nobody = ("unshare", "--user", "--map-user=54321", "--map-group=54321")
-    if subprocess.run([*as_nobody, "true"], capture_output=True).returncode:
-        pytest.skip("this kernel gives users no namespaces")
-    done = run_toy(*as_nobody)
+    done = run_toy(*unshare(*ORDINARY))
     assert done.returncode == 0, done.stderr
     assert done.stdout.decode().strip().split(" ", 2)[1:] == ["54321", str(repository / ".cache")]
 
@@ -113,6 +122,70 @@ def test_a_full_disk_is_named_before_anything_starts(repository: Path, monkeypat
     monkeypatch.setattr(dvc_graph, "BYTES_TO_START", shutil.disk_usage(repository).total)
     with pytest.raises(GraphError, match=r"^\.prefect: cannot be written \(No space left on device\)\.\nFree some"):
         dvc_graph.check_places()
+
+
+@pytest.mark.parametrize("name", ["logs", ".scratch", ".dvc/tmp", ".prefect"])
+def test_directories_that_may_not_be_written_are_named_and_their_files_left(
+    name: str, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an archive is unpacked, or another user leaves a checkout: for root they are as others."""
+    monkeypatch.setattr(dvc_graph, "PREFECT_HOME", Path(".prefect"))
+    dvc_graph.check_places()
+    Path(name, "kept").write_text("kept")
+    Path(name).chmod(0o555)
+    program = ("from pathlib import Path\nfrom flows import dvc_graph\ndvc_graph.PREFECT_HOME = Path('.prefect')\n"
+               "dvc_graph.check_places()")
+    done = subprocess.run([*unshare(*ORDINARY), sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stderr.splitlines()[-2:] == [
+        f"flows.dvc_graph.GraphError: {name}: cannot be written (Permission denied).",
+        "Make it a directory in which this user may write, and run the same command again; finished work is kept.",
+    ]
+    if os.geteuid() == 0:
+        dvc_graph.check_places()
+    Path(name).chmod(0o755)
+    assert Path(name, "kept").read_text() == "kept"
+
+
+# From the end of the first stage's work on all room is taken, that of a file which is written in place too: DVC can
+# neither commit nor rewrite its locks, and the flow not log.
+FILLER = """
+import os, pathlib, time
+while not pathlib.Path("scratch-first").exists():
+    time.sleep(0.001)
+while pathlib.Path("scratch-first").exists():
+    time.sleep(0.001)
+ballast = os.open("ballast", os.O_CREAT | os.O_WRONLY)
+while pathlib.Path("fill").exists():
+    try:
+        os.write(ballast, bytes(4096))
+    except OSError:
+        pass
+os.unlink("ballast")
+"""
+ON_A_DISK = """
+mount -t tmpfs -o size=24m disk "$1"
+cp -a . "$1" && cd "$1" && touch fill
+"$0" -c "$2" &
+"$0" -m flows.reproduce; echo "status $?"
+rm fill; wait; "$0" -m flows.reproduce; echo "status $?"
+cat last.txt
+"""
+
+
+def test_a_disk_that_fills_ends_the_run_and_with_room_the_same_command_goes_on(
+    repository: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """All of a checkout on it: outputs, DVC's cache and locks, logs, Prefect's database."""
+    (tmp_path / "disk").mkdir()
+    environment["PREFECT_HOME"] = str(tmp_path / "disk/.prefect")
+    command = ["sh", "-c", ON_A_DISK, sys.executable, str(tmp_path / "disk"), FILLER]
+    done = subprocess.run([*unshare(*MOUNTS), *command], env=environment, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True)
+    full, freed, last = re.split(r"^status (?=\d$)", done.stdout, flags=re.MULTILINE)
+    assert full.splitlines()[-2].endswith("cannot be written (No space left on device)."), full
+    assert full.splitlines()[-1] == "Free some space and run the same command again; finished work is kept."
+    assert freed.startswith("1") and last == "0\nlastsecond-leftfirst", done.stdout
+    assert re.findall(r"^(first|last) .* (?:ran|restored)", freed, flags=re.MULTILINE) == ["first", "last"]
 
 
 def test_a_log_that_may_not_be_written_is_made_anew(repository: Path) -> None:

@@ -52,6 +52,58 @@ def test_it_is_the_forward_divergence():
     torch.testing.assert_close(forward_kl(sharp + 5, flat - 7), missing)
 
 
+def without_chances(dtype):
+    """Tokens the teacher gives no chance, tokens neither gives any, rows of a single one, and plain rows.
+
+    Returns logits of student and teacher, loss and gradient of the student in float64, 0 log 0 being 0."""
+    student, teacher = random_logits(6, 37, dtype)
+    teacher[0, 3:20] = teacher[1, 0] = teacher[3, :36] = -torch.inf
+    student[0, 3:9] = student[3, :36] = -torch.inf
+    student[2, 5] = -80                                                 # a chance of 0 is not a small one
+    logs, target = student.double().log_softmax(-1), teacher.double().log_softmax(-1)
+    chance = target.exp()
+    loss = torch.where(chance > 0, chance * (target - logs), 0).sum() / 6
+    return student, teacher, loss, (logs.exp() - chance) / 6
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [
+    (torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 4e-3),
+])
+def test_a_token_without_a_chance_adds_nothing(dtype, tolerance):
+    student, teacher, expected, gradient = without_chances(dtype)
+    assert expected.isfinite() and gradient.isfinite().all()
+    loss = forward_kl(student.requires_grad_(), teacher)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert (student.grad.double() - gradient).norm() < tolerance * gradient.norm()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("whose", [0, 1])
+def test_what_is_no_logit_is_seen(value, whose):
+    """A student that gives no chance to what the teacher may say is infinitely far; NaN and infinity are errors."""
+    logits = random_logits(2, 5)
+    logits[whose][1, 2] = value
+    assert forward_kl(*logits).isnan()
+    logits = random_logits(2, 5)
+    logits[0][1, 2] = -torch.inf
+    assert forward_kl(*logits) == torch.inf
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_the_kernel_adds_nothing_without_a_chance(monkeypatch, dtype, tolerance):
+    monkeypatch.setattr(forward_kl_triton, "ROW", forward_kl_triton.RowTiles(bytes=64, warps=1))
+    student, teacher, expected, exact = without_chances(dtype)
+    gradient = torch.empty_like(student.to(DEVICE))
+    found = forward_kl_triton.divergences(student.to(DEVICE), teacher.to(DEVICE), gradient).mean().cpu()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert (gradient.cpu().double() - exact).norm() < tolerance * exact.norm()
+    for whose in range(2):
+        broken = [logits.to(DEVICE, copy=True) for logits in (student, teacher)]
+        broken[whose][4, 7] = torch.nan
+        assert forward_kl_triton.divergences(*broken, gradient)[4].isnan()
+
+
 @pytest.mark.parametrize("vocab", [500, 24, 37])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_the_kernel_gives_the_same(monkeypatch, vocab, dtype, tolerance):

@@ -133,6 +133,18 @@ def test_extreme_steps_stay_finite(shift):
     assert relative_error(y, y_exact) < 1e-5 and relative_error(state, state_exact) < 1e-5
 
 
+@pytest.mark.parametrize("step, tolerance", [(10.0, 1e-5), (2000.0, 2e-3)])
+def test_what_follows_a_step_that_erases_the_state(step, tolerance):
+    """Decays within a chunk are differences of prefix sums: after a step beyond any real one they keep three digits."""
+    values = inputs(1, 64, 2, 4, 1, 8, torch.float32)
+    values["dt"].fill_(-7)              # steps of 1e-3
+    values["dt"][:, 10] = step
+    values |= {"A": torch.tensor([-16.0, -1.0]), "dt_bias": torch.zeros(2)}
+    y, state = chunk_scan(*(values[name] for name in NAMES[:7]), 32, values["initial_state"])
+    y_exact, state_exact = recurrence(**{name: value.double() for name, value in values.items()})
+    assert relative_error(y, y_exact) < tolerance and relative_error(state, state_exact) < tolerance
+
+
 def test_state_update_follows_the_scan():
     values = inputs(2, 30, 4, 8, 2, 16, torch.float32)
     state = values.pop("initial_state")

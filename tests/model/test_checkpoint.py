@@ -59,7 +59,9 @@ def test_megatron_reads_ours_and_we_read_megatrons(precision, tmp_path):
         model = build_model(HYBRID, Precision(precision), ONE_COPY, seed=1)
         load_model(tmp_path / "ours", model)
         assert torch.equal(model.output_layer.weight, state["lm_head.weight"].to(model.output_layer.weight.dtype))
-        save_model(tmp_path / "megatrons", model)
+        for name in ("megatrons", "déjà vu"):
+            save_model(tmp_path / name, model)
+    assert (tmp_path / "megatrons/common.pt").read_bytes() == (tmp_path / "déjà vu/common.pt").read_bytes()
     describe(tmp_path / "megatrons", HYBRID, {})
     loaded = load_weights(tmp_path / "megatrons")[1]
     assert loaded.keys() == state.keys()
@@ -69,13 +71,13 @@ def test_megatron_reads_ours_and_we_read_megatrons(precision, tmp_path):
 
 
 def test_the_same_weights_are_the_same_files(tmp_path):
-    for name in "ab":
+    for name in ("a", "é"):
         (tmp_path / name).mkdir()
         save_weights(tmp_path / name, HYBRID, random_state(HYBRID), {"seed": 1})
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert {".metadata", "common.pt", "metadata.json", "model.json"} < set(files)
     for name in files:
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "é" / name).read_bytes(), name
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from model.checkpoint import load_weights
 from model.training.trainer import train
 from stages.params import load_params
 from stages.schema import csv_text
+from tests.namespaces import ORDINARY, on_full, unshare
 
 ROOT = Path(__file__).resolve().parents[2]
 GEOMETRY = {"pattern": "M-*M", "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4,
@@ -38,9 +40,10 @@ def workplace(tmp_path, token_files):
     return tmp_path
 
 
-def pretrain(workplace: Path, *arguments: str) -> subprocess.Popen:
+def pretrain(workplace: Path, *arguments: str, before: Sequence[str] = ()) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "stages.pretrain", "--set", "tokenizer.vocab_size=512", "--out", ".", *arguments],
+        [*before, sys.executable, "-m", "stages.pretrain", "--set", "tokenizer.vocab_size=512", "--out", ".",
+         *arguments],
         cwd=workplace, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )
@@ -121,6 +124,28 @@ def test_a_variant_trains_with_its_own_fp8_recipe(workplace):
         )
         written = (workplace / "runs" / "pretrain" / "control" / "training.csv").read_text()
         assert (written == csv_text(run.training)) is same
+
+
+def test_full_shared_memory_is_not_needed(workplace):
+    full = pretrain(workplace, "--variant", "hybrid-fp8", before=on_full("/dev/shm", "4k"))
+    _, errors = full.communicate()
+    assert full.returncode == 0, errors
+    params = load_params(workplace / "params.yaml", ("tokenizer.vocab_size=512",))
+    run = train(
+        params.model_of("hybrid-fp8"), params.pretrain, "hybrid", "fp8", 1, workplace / "data/toy/tokens",
+        workplace / "whole", workplace / "scratch", lambda *_, **__: None,
+    )
+    assert (workplace / "runs/pretrain/hybrid-fp8/training.csv").read_text() == csv_text(run.training)
+
+
+def test_tokens_that_this_user_may_not_read_are_named(workplace):
+    tokens = workplace / "data/toy/tokens/tokens.json"
+    tokens.chmod(0)
+    process = pretrain(workplace, "--variant", "hybrid-fp8", before=unshare(*ORDINARY))
+    _, errors = process.communicate()
+    assert process.returncode == 1
+    assert errors.startswith("data/toy/tokens/tokens.json: Permission denied.\nLet user 54321 "), errors
+    assert errors.count("\n") == 2
 
 
 def test_tokens_of_another_tokenizer_are_an_error(workplace):

@@ -76,6 +76,30 @@ def score_job(directory: str, parallelism: dict) -> dict:
         return scores(loader.load(Path(directory) / "parent"), loader.load(Path(directory) / "other"))
 
 
+def divergence_job(vocab: int) -> list[float]:
+    """Loss and gradient, each process having half of the vocabulary, where the teacher gives some tokens no chance."""
+    from model.megatron.distributed import Parallelism, process_groups
+    from model.training.distillation import divergence
+
+    with process_groups(Parallelism(tensor=2)):
+        rank = torch.distributed.get_rank()
+        student, teacher = (logits.chunk(2, -1)[rank].contiguous() for logits in logits_without_chances(vocab))
+        loss = divergence(student.requires_grad_(), teacher)
+        loss.backward()
+        gradients = [torch.empty_like(student.grad) for _ in range(2)]
+        torch.distributed.all_gather(gradients, student.grad)
+    return [loss.item(), *torch.cat(gradients, -1).flatten().tolist()]
+
+
+def logits_without_chances(vocab: int) -> list[torch.Tensor]:
+    """Of student and teacher: one process has no chance in a row at all, in another row neither model gives any."""
+    generator = torch.Generator().manual_seed(7)
+    student, teacher = (3 * torch.randn(5, vocab, generator=generator) for _ in range(2))
+    teacher[0, : vocab // 2] = teacher[1, vocab // 2 :] = teacher[2, ::3] = -torch.inf
+    student[1, vocab // 2 :] = student[2, ::6] = -torch.inf
+    return [student, teacher]
+
+
 def flat(value) -> list[float]:
     if isinstance(value, dict):
         return [number for key in sorted(value, key=str) for number in flat(value[key])]
@@ -87,6 +111,15 @@ def other(parent, directory) -> Weights:
     other = Weights(*cut(*parent, Selection([0, 1, 3, 4])))
     save_weights((directory / "other").mkdir() or directory / "other", *other, {})
     return other
+
+
+def test_a_token_without_a_chance_adds_nothing_to_a_split_divergence(tmp_path):
+    (found,) = run_processes(2, [{"function": f"{HERE}.divergence_job", "vocab": 24}], tmp_path)
+    logs, target = (logits.double().log_softmax(-1) for logits in logits_without_chances(24))
+    chance = target.exp()
+    loss = torch.where(chance > 0, chance * (target - logs), 0).sum(-1).mean()
+    gradient = (logs.exp() - chance) / len(chance)
+    assert found == pytest.approx([loss.item(), *gradient.flatten().tolist()], rel=1e-5, abs=1e-8)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
