@@ -241,11 +241,43 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def special_tokens(directory: Path) -> dict[str, Any]:
+    """Content of generation_config.json; without it, the special ids of config.json.
+
+    Raises:
+        ModelError: an id is none, as `end_ids` says, or a file is not JSON.
+    """
+    own = directory / "generation_config.json"
+    path = own if own.exists() else directory / "config.json"
+    values = read_json(path)
+    for name in SPECIAL_TOKENS:
+        _ids(path, name, values.get(name))
+    return values if own.exists() else {name: values.get(name) for name in SPECIAL_TOKENS}
+
+
+def begin_id(directory: Path) -> int | None:
+    """Id that begins a text, if any, by config.json. Raises ModelError where it is none."""
+    path = directory / "config.json"
+    return next(iter(_ids(path, "bos_token_id", read_json(path).get("bos_token_id"))), None)
+
+
 def end_ids(directory: Path) -> list[int]:
-    """Ids any of which ends a text: those of generation_config.json, as in transformers, else of config.json."""
-    own, values = directory / "generation_config.json", read_json(directory / "config.json")
-    found = (values | (read_json(own) if own.exists() else {})).get("eos_token_id")
-    return found if isinstance(found, list) else [] if found is None else [found]
+    """Ids any of which ends a text: those of generation_config.json, as in transformers, else of config.json.
+
+    Raises ModelError where one is no id (transformers would stop at none of them and say nothing).
+    """
+    for path in (directory / "generation_config.json", directory / "config.json"):
+        if path.exists() and "eos_token_id" in (values := read_json(path)):
+            return _ids(path, "eos_token_id", values["eos_token_id"])
+    return []
+
+
+def _ids(path: Path, name: str, found: Any) -> list[int]:
+    ids = found if isinstance(found, list) and name == "eos_token_id" else [] if found is None else [found]
+    if wrong := [each for each in ids if type(each) is not int]:
+        several = " or a list of them" if name == "eos_token_id" else ""
+        raise ModelError(f"{path}: {name} holds {wrong[0]!r}, which is no id.\nWrite a number{several} there.")
+    return ids
 
 
 def read_tokenizer(directory: Path) -> Tokenizer:

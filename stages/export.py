@@ -11,8 +11,12 @@ By hand, outside the pipeline (DIR must not exist yet):
 
     python -m stages.export --from-hub DOWNLOADED --out DIR
         a Nemotron-H in Hugging Face form becomes a training checkpoint, for compression; its tokenizer goes with it
+    python -m stages.export --from-megatron SAVED --out DIR [--tokenizer HUB_DIR]
+        so does a hybrid that Megatron-LM or Megatron-Bridge saved (torch_dist), with the tokenizer of a Hub directory
     python -m stages.export --from-checkpoint CHECKPOINT --out DIR [--tokenizer tokenizer.model] [--dtype bfloat16]
         and back: the same weights, tokenizer and training record give the same bytes
+    python -m stages.export --from-checkpoint CHECKPOINT --to megatron --out DIR
+        or back to Megatron-LM: a release with args, in the checkpoint's dtypes
 """
 
 from __future__ import annotations
@@ -104,22 +108,60 @@ def from_hub(source: Path, out: Path) -> dict[str, Any]:
 
     hub.check_files(source, config := hub.read_config(source))
     check_vocabulary(source, config.vocab_size)
-    values = hub.read_json(source / "config.json")
+    special_tokens = hub.special_tokens(source)
     if (source / "training.json").exists():
         training = hub.read_json(source / "training.json")
     else:
-        training = {"imported_from": values.get("_name_or_path") or _name_of(source.resolve())}
+        training = {"imported_from": _name_of(source)}
     config, state = hub.open_weights(source)
     checkpoint.save_weights(out, config, state, training)
-    own = out / OWN_TOKENIZER
+    keep_tokenizer(source, out / OWN_TOKENIZER, special_tokens)
+    return {"pattern": config.pattern, "parameters": sum(tensor.numel() for tensor in state.skeleton.values())}
+
+
+def from_megatron(source: Path, tokenizer: Path | None, out: Path) -> dict[str, Any]:
+    """Write the training checkpoint of a Megatron-LM or Megatron-Bridge checkpoint to the directory `out`; what was
+    read.
+
+    Args:
+        tokenizer: a Hub directory whose tokenizer the model was trained with; without one `export` must be given it.
+
+    Names, shapes and vocabulary are checked before any tensor is read. Raises ModelError.
+    """
+    from model import checkpoint, hub
+    from model.megatron_lm import open_megatron
+
+    imported = open_megatron(source)
+    if tokenizer:
+        check_vocabulary(tokenizer, imported.config.vocab_size)
+        special_tokens = hub.special_tokens(tokenizer)
+    checkpoint.save_weights(out, imported.config, imported.state, {"imported_from": imported.origin})
+    if tokenizer:
+        keep_tokenizer(tokenizer, out / OWN_TOKENIZER, special_tokens)
+    return {
+        "pattern": imported.config.pattern,
+        "parameters": sum(tensor.numel() for tensor in imported.state.skeleton.values()),
+        "padding_rows_left_out": imported.padding_rows,
+        "tied_embeddings_untied": imported.tied,
+        "entries_left_out": imported.left_out,
+    }
+
+
+def to_megatron(weights: Path, out: Path) -> dict[str, Any]:
+    """Write the Megatron-LM release of a training checkpoint to the directory `out`; what was written."""
+    from model import checkpoint
+    from model.megatron_lm import save_megatron
+
+    config, state, training = checkpoint.open_weights(weights)
+    save_megatron(out, config, state, training)
+    return {"pattern": config.pattern, "parameters": sum(tensor.numel() for tensor in state.skeleton.values())}
+
+
+def keep_tokenizer(source: Path, own: Path, special_tokens: dict[str, Any]) -> None:
+    """Make the directory `own` of the tokenizer files of a Hub directory and of its special ids."""
     own.mkdir()
     copy_tokenizer(source, own)
-    if (source / "generation_config.json").exists():
-        shutil.copy(source / "generation_config.json", own)
-    else:
-        special_tokens = {name: values.get(name) for name in hub.SPECIAL_TOKENS}
-        (own / "generation_config.json").write_text(json.dumps(special_tokens, indent=2) + "\n")
-    return {"pattern": config.pattern, "parameters": sum(tensor.numel() for tensor in state.skeleton.values())}
+    (own / "generation_config.json").write_text(json.dumps(special_tokens, indent=2) + "\n")
 
 
 def _name_of(directory: Path) -> str:
@@ -269,15 +311,18 @@ def without_packages(*names: str) -> Iterator[None]:
 
 
 def convert(arguments: list[str]) -> None:
-    """`--from-hub` and `--from-checkpoint`."""
+    """`--from-hub`, `--from-megatron` and `--from-checkpoint`."""
     parser = argparse.ArgumentParser(prog="python -m stages.export", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--from-hub", type=Path, metavar="DIR", help="a Hugging Face directory")
+    source.add_argument("--from-megatron", type=Path, metavar="DIR",
+                        help="a torch_dist checkpoint of Megatron-LM or Megatron-Bridge")
     source.add_argument("--from-checkpoint", type=Path, metavar="DIR", help="a training checkpoint")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write")
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE",
-                        help="tokenizer.model, for a checkpoint that did not come from the Hub")
+    parser.add_argument("--to", choices=("hub", "megatron"), default="hub", help="form of a training checkpoint")
+    parser.add_argument("--tokenizer", type=Path, metavar="PATH",
+                        help="tokenizer.model, for a checkpoint without one; of --from-megatron, a Hub directory")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the exported weights")
     options = parser.parse_args(arguments)
     if options.out.exists():
@@ -285,6 +330,10 @@ def convert(arguments: list[str]) -> None:
     with plain_errors(), new_directory(options.out) as out:
         if options.from_hub:
             facts = from_hub(options.from_hub, out)
+        elif options.from_megatron:
+            facts = from_megatron(options.from_megatron, options.tokenizer, out)
+        elif options.to == "megatron":
+            facts = to_megatron(options.from_checkpoint, out)
         else:
             from model.hub import SHARD_GIGABYTES
 
