@@ -8,11 +8,18 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 
 class ModelError(ValueError):
     """A model, checkpoint or recipe that cannot be used here. Its text is two lines: what is wrong, what to do."""
+
+
+def first_problem(error: ValidationError) -> str:
+    """Of values that are no configuration, the first field that is wrong, and why, in one line."""
+    item = error.errors()[0]
+    where = ".".join(map(str, item["loc"])) or "geometry"
+    return f"{where}: {item['msg'].removeprefix('Value error, ').partition(chr(10))[0].rstrip('.')}"
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from model.config import ModelConfig, ModelError
+from model.config import ModelConfig, ModelError, first_problem
 from model.hybrid_lm import FLOAT32_PARAMETERS, Shape, check_shapes
 from model.integrity import SUMS, check_finite, check_sums
 from model.lazy_state import LazyState, Recipe, State, derive, skeleton
@@ -196,9 +196,7 @@ def read_config(directory: Path) -> ModelConfig:
     except KeyError as error:
         raise ModelError(f"{path}: {error} is missing.\nExport or download the model again.") from None
     except ValidationError as error:
-        item = error.errors()[0]
-        where = ".".join(map(str, item["loc"])) or "geometry"
-        raise ModelError(f"{path}: {where}: {item['msg']}.\nExport or download the model again.") from None
+        raise ModelError(f"{path}: {first_problem(error)}.\nExport or download the model again.") from None
 
 
 def check_files(directory: Path, config: ModelConfig) -> list[str]:

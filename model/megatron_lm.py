@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from model.checkpoint import INDEX, CheckpointReader, read_index, save_weights, to_engine, to_hub
-from model.config import ModelConfig, ModelError
+from model.config import ModelConfig, ModelError, first_problem
 from model.hybrid_lm import HybridLM, Shape
 from model.lazy_state import LazyState, Recipe, derive
 
@@ -214,6 +214,7 @@ class _Nothing:
     """Stands for an object of any class but Namespace: takes what a pickle gives it, and keeps none of it."""
 
     def __init__(self, *_: Any, **__: Any): ...
+    def __call__(self, *_: Any, **__: Any) -> _Nothing: return self
     def __setstate__(self, _: Any) -> None: ...
     def __setitem__(self, _: Any, __: Any) -> None: ...
     def append(self, _: Any) -> None: ...
@@ -324,9 +325,7 @@ def _config(source: Path, options: Mapping[str, Any], pattern: str, shapes: Mapp
     except KeyError as error:
         raise ModelError(f"{source}: {error} is missing.\nGive a checkpoint with all its args.") from None
     except ValidationError as error:
-        item = error.errors()[0]
-        where = ".".join(map(str, item["loc"])) or "geometry"
-        raise ModelError(f"{source}: {where}: {item['msg']}.\nGive a checkpoint with all its args.") from None
+        raise ModelError(f"{source}: {first_problem(error)}.\nGive a checkpoint with all its args.") from None
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise ModelError(f"{source}: not the sizes of a hybrid ({error}).\nGive a checkpoint with all its args.") \
             from None

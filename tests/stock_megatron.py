@@ -102,15 +102,16 @@ def _cuda_packages() -> Iterator[type]:
     modules[names[4]].mamba_split_conv1d_scan_combined = _scan
     modules["einops"].rearrange, modules["einops"].repeat = _rearrange, None
     mixers = ("megatron.core.ssm.mamba_mixer", "megatron.core.ssm.mamba_context_parallel")
-    for name in mixers:
-        sys.modules.pop(name, None)
+    before = {name: sys.modules.pop(name, None) for name in (*modules, *mixers)}
+    sys.modules.update(modules)
     try:
-        with patch.dict(sys.modules, modules):
-            from megatron.core.ssm.mamba_mixer import MambaMixer
-            yield MambaMixer
+        from megatron.core.ssm.mamba_mixer import MambaMixer
+        yield MambaMixer
     finally:
-        for name in mixers:
+        for name, module in before.items():
             sys.modules.pop(name, None)
+            if module is not None:
+                sys.modules[name] = module
 
 
 def spec(mixer: type, fused_names: bool) -> ModuleSpec:
