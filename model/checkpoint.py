@@ -174,6 +174,7 @@ class CheckpointReader(FileSystemReader):
         self.directory, self.index = directory, read_index(directory)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The index, as it was read."""
         return self.index
 
     def read(self, name: str) -> Tensor:

@@ -26,7 +26,7 @@ from ruamel.yaml import YAML, YAMLError
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from model.checkpoint import INDEX, CheckpointReader, read_index, save_weights, to_engine, to_hub
+from model.checkpoint import INDEX, CheckpointReader, save_weights, to_engine, to_hub
 from model.config import ModelConfig, ModelError, first_problem
 from model.hybrid_lm import HybridLM, Shape
 from model.lazy_state import LazyState, Recipe, derive
@@ -302,7 +302,7 @@ def _config(source: Path, options: Mapping[str, Any], pattern: str, shapes: Mapp
     try:
         hidden, heads, head_dim = (options[name] for name in ("hidden_size", "num_attention_heads", "mamba_head_dim"))
         groups = options.get("num_query_groups") if options.get("group_query_attention", True) else None
-        vocabulary = options.get("vocab_size") or shapes.get(_EMBEDDING, (None,))[0]
+        vocabulary = options.get("vocab_size") or shapes.get(_EMBEDDING, (0,))[0]
         [kernel] = {shape[-1] for name, shape in shapes.items() if name.endswith("mixer.conv1d.weight.x")}
         return ModelConfig(
             pattern=pattern,

@@ -193,12 +193,12 @@ def rewritten(directory: Path, out: Path, **changes: torch.Tensor | None) -> Pat
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(("changes", "message"), [
     ({"output_layer.weight": None}, r"missing output_layer\.weight\."),
-    ({"decoder.layers.0.mixer.in_proj.weight.dt": None}, r"missing decoder\.layers\.0\.mixer\.in_proj\.weight\.dt"),
-    ({"decoder.layers.1.mlp.linear_fc1.bias": torch.zeros(80)}, r"unexpected decoder\.layers\.1\.mlp\.linear_fc1\.bias"),
+    ({"decoder.layers.0.mixer.in_proj.weight.dt": None}, r"missing decoder\.layers\.0\.mixer\.in_proj\.weight\.d"),
+    ({"decoder.layers.1.mlp.linear_fc1.bias": torch.zeros(80)}, r"unexpected .*\.layers\.1\.mlp\.linear_fc1\.bias"),
     ({"mtp.layers.0.eh_proj.weight": torch.zeros(2, 2)}, r"unexpected mtp\.layers\.0\.eh_proj\.weight"),
     ({"decoder.layers.3.pre_mlp_layernorm.weight": torch.zeros(48)},
      r"unexpected decoder\.layers\.3\.mlp\.linear_fc1\.layer_norm_weight"),
-    ({"decoder.layers.0.norm.weight": torch.zeros(48)}, r"decoder\.layers\.0\.norm\.weight is there twice|is there twice"),
+    ({"decoder.layers.0.norm.weight": torch.zeros(48)}, r"decoder\.layers\.0\..*norm_?\.?weight is there twice"),
     ({"decoder.layers.3.mlp.linear_fc1.weight": torch.zeros(80, 48)}, "layer 3 is of more than one kind"),
     ({"decoder.layers.0.mixer.D": torch.full((6,), float("nan"))}, r"mixer\.D holds values that are not finite"),
 ])
