@@ -42,9 +42,6 @@ LOGITS_TOLERANCE = 1e-5      # of the largest logit; the claim of the report (cl
 COMPARED_TOKENS = 256
 WHOLE_BYTES = 10             # a parameter takes while two float32 models are loaded: one, its copy and what is read
 OWN_TOKENIZER = "tokenizer"  # folder of an imported checkpoint: the files of its tokenizer, generation_config.json
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                   "chat_template.jinja")
-PADDING = 1024               # ids a model may have beyond its tokenizer's: vocabularies are rounded up
 
 
 def export(stage: Stage) -> dict[str, Any]:
@@ -76,7 +73,7 @@ def to_hub(
 
     config, state, training = checkpoint.open_weights(weights)
     if tokenizer.is_dir():
-        check_vocabulary(tokenizer, config.vocab_size)
+        hub.check_vocabulary(tokenizer, config.vocab_size)
         special_tokens = hub.read_json(tokenizer / "generation_config.json")
         hub.save(out, config, state, training, dtype, special_tokens=special_tokens, shard_gigabytes=shard_gigabytes)
         copy_tokenizer(tokenizer, out)
@@ -84,7 +81,7 @@ def to_hub(
     else:
         pieces = Tokenizer(tokenizer)
         if pieces.vocab_size != config.vocab_size:
-            raise other_vocabulary(str(tokenizer), pieces.vocab_size, config.vocab_size)
+            raise hub.other_vocabulary(str(tokenizer), pieces.vocab_size, config.vocab_size)
         hub.save(out, config, state, training, dtype, shard_gigabytes=shard_gigabytes)
         fast_tokenizer.export(tokenizer, out)
         ids = check_tokenizer(out, pieces, config.vocab_size)
@@ -107,8 +104,8 @@ def from_hub(source: Path, out: Path) -> dict[str, Any]:
     from model import checkpoint, hub
 
     hub.check_files(source, config := hub.read_config(source))
-    check_vocabulary(source, config.vocab_size)
-    special_tokens = hub.special_tokens(source)
+    hub.check_vocabulary(source, config.vocab_size)
+    special_tokens = hub.special_tokens(source, config.vocab_size)
     if (source / "training.json").exists():
         training = hub.read_json(source / "training.json")
     else:
@@ -133,8 +130,8 @@ def from_megatron(source: Path, tokenizer: Path | None, out: Path) -> dict[str, 
 
     imported = open_megatron(source)
     if tokenizer:
-        check_vocabulary(tokenizer, imported.config.vocab_size)
-        special_tokens = hub.special_tokens(tokenizer)
+        hub.check_vocabulary(tokenizer, imported.config.vocab_size)
+        special_tokens = hub.special_tokens(tokenizer, imported.config.vocab_size)
     checkpoint.save_weights(out, imported.config, imported.state, {"imported_from": imported.origin})
     if tokenizer:
         keep_tokenizer(tokenizer, out / OWN_TOKENIZER, special_tokens)
@@ -165,35 +162,28 @@ def keep_tokenizer(source: Path, own: Path, special_tokens: dict[str, Any]) -> N
 
 
 def _name_of(directory: Path) -> str:
-    """Whose weights they are: `owner/model` where it is a commit in the Hub's cache."""
-    cached = re.search(r"/models--([^/]+)/snapshots/[^/]+$", directory.as_posix())
-    return cached[1].replace("--", "/") if cached else directory.name
+    """Whose weights they are: `owner/model` in the Hub's cache, or as config.json says, else the directory's name.
+
+    No commit, and no path of whoever trained it (`/lustre/...`), is a model's name.
+    """
+    from model.hub import read_json
+
+    if cached := re.search(r"/models--([^/]+)/snapshots/", f"{directory.resolve().as_posix()}/"):
+        return cached[1].replace("--", "/")
+    said = read_json(directory / "config.json").get("_name_or_path")
+    if isinstance(said, str) and re.fullmatch(r"[\w.-]*\w/[\w.-]+", said):
+        return said
+    parts = [part for part in directory.absolute().parts[1:] if not re.fullmatch(r"[0-9a-f]{7,64}|snapshots", part)]
+    return parts[-1] if parts else directory.name
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:
-    """Copy those of TOKENIZER_FILES that there are: a chat template only where the model came with one."""
+    """Copy those of the tokenizer's files that there are: a chat template only where the model came with one."""
+    from model.hub import TOKENIZER_FILES
+
     for name in TOKENIZER_FILES:
         if (source / name).exists():
             shutil.copy(source / name, out)
-
-
-def check_vocabulary(directory: Path, vocab_size: int) -> None:
-    """Raise ModelError unless the tokenizer in `directory` is one for a model of `vocab_size` ids."""
-    from model.hub import read_tokenizer
-
-    size = read_tokenizer(directory).get_vocab_size()
-    if not vocab_size - PADDING < size <= vocab_size:
-        raise other_vocabulary(str(directory / "tokenizer.json"), size, vocab_size)
-
-
-def other_vocabulary(what: str, size: int, vocab_size: int) -> Exception:
-    """The ModelError of a tokenizer `what` of `size` ids for a model of another number."""
-    from model.config import ModelError
-
-    return ModelError(
-        f"{what}: a tokenizer of {size:,} ids, the model has {vocab_size:,}.\n"
-        "Give the tokenizer that the model was trained with."
-    )
 
 
 def encoded_card(directory: Path) -> list[int]:
@@ -210,6 +200,7 @@ def check_tokenizer(directory: Path, tokenizer: Any, vocab_size: int) -> list[in
     from transformers import AutoTokenizer
 
     from model.config import ModelError
+    from model.hub import other_vocabulary
 
     exported: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     if len(exported) != vocab_size:
