@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from durable import new_directory
-from stages.common import Stage, StageError, plain_errors, run_stage
+from stages.common import OWN_TOKENIZER, Stage, StageError, plain_errors, run_stage
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 LOGITS_TOLERANCE = 1e-5      # of the largest logit; the claim of the report (claims.toml) asks the same
 COMPARED_TOKENS = 256
 WHOLE_BYTES = 10             # a parameter takes while two float32 models are loaded: one, its copy and what is read
-OWN_TOKENIZER = "tokenizer"  # folder of an imported checkpoint: the files of its tokenizer, generation_config.json
 
 
 def export(stage: Stage) -> dict[str, Any]:
