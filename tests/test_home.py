@@ -22,8 +22,8 @@ ROOT = Path(__file__).parent.parent
 SIZES = {
     "evaluate.items_per_task": 8, "evaluate.bits_per_byte_kilobytes": 4, "evaluate.context_tokens": 64,
     "evaluate.recall_pairs": 4, "evaluate.items_per_context": 4, "evaluate.paper_items": 1,
-    "evaluate.reference_share": 0, "evaluate.context_multiples": [1, 2], "tokenizer.vocab_size": 512, "pretrain.tokens": 64_000,
-    "tokenize.validation_kilobytes_per_domain": 8,
+    "evaluate.reference_share": 0, "evaluate.context_multiples": [1, 2], "tokenizer.vocab_size": 512,
+    "pretrain.tokens": 64_000, "tokenize.validation_kilobytes_per_domain": 8,
     "compress.importance_samples": 4, "compress.ffn_importance_samples": 8, "compress.ffn_widths": [48, 64, 80],
     "compress.validation_samples": 8, "compress.ranking_samples": 4, "compress.ranked_by_agreement": 3,
     "compress.ranked_by_task": 2, "compress.task_items": 8, "compress.short_distillation_tokens": 256,
