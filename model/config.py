@@ -10,7 +10,6 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-
 PADDING = 1024              # ids a model may have beyond its tokenizer's: vocabularies are rounded up
 
 

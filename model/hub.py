@@ -202,7 +202,8 @@ def read_config(directory: Path) -> ModelConfig:
     except ValidationError as error:
         raise ModelError(f"{path}: {first_problem(error)}.\nExport or download the model again.") from None
     except (TypeError, AttributeError) as error:
-        raise ModelError(f"{path}: holds a value of another kind ({error}).\nExport or download the model again.") from None
+        raise ModelError(
+            f"{path}: holds a value of another kind ({error}).\nExport or download the model again.") from None
 
 
 def check_files(directory: Path, config: ModelConfig) -> list[str]:
@@ -258,8 +259,8 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text())
     except FileNotFoundError:
         raise ModelError(
-            f"{path}: not found.\nGive a directory that `export` wrote or that was downloaded whole; in the Hub's cache "
-            "it is snapshots/COMMIT."
+            f"{path}: not found.\nGive a directory that `export` wrote or that was downloaded whole; in the Hub's "
+            "cache it is snapshots/COMMIT."
         ) from None
     except (OSError, ValueError, RecursionError) as error:      # UnicodeDecodeError too
         raise ModelError(f"{path}: not JSON ({_why(path, error)}).\nExport or download the model again.") from None
