@@ -40,11 +40,15 @@ _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "commo
 
 
 def save_weights(
-    directory: Path, config: ModelConfig, state: Mapping[str, Tensor], training: Mapping[str, Any]
+    directory: Path, config: ModelConfig, state: Mapping[str, Tensor], training: Mapping[str, Any],
+    common: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `state` (Hub names, any float dtype, kept) and model.json to the existing `directory`.
 
     One tensor after the other: of a lazy `state` a few are in memory at a time.
+
+    Args:
+        common: Megatron's unsharded state, which others than this project read.
 
     Raises:
         ModelError: `state` is not that of `config`; nothing is written.
@@ -64,8 +68,8 @@ def save_weights(
             place = _StorageInfo(_FILE, start, stream.tell() - start)
             written.append(WriteResult(item.index, tensor.nbytes, place))
     FileSystemWriter(directory).finish(index, [written])
-    with (directory / "common.pt").open("wb") as stream:    # Megatron's unsharded state: there is none
-        torch.save({}, stream)                              # by its path, bytes would depend on that being ASCII
+    with (directory / "common.pt").open("wb") as stream:
+        torch.save(dict(common or {}), stream)              # by its path, bytes would depend on that being ASCII
     (directory / "metadata.json").write_text(json.dumps(_FORMAT))
     describe(directory, config, training)
 
@@ -89,7 +93,7 @@ def open_weights(directory: Path) -> tuple[ModelConfig, LazyState, dict[str, Any
     """
     config, training = read_description(directory)
     check_sums(directory)
-    reader = _Reader(directory)
+    reader = CheckpointReader(directory)
     stored = LazyState(
         {name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
          for name, entry in reader.index.state_dict_metadata.items()
@@ -162,7 +166,7 @@ def read_index(directory: Path) -> Metadata:
         ) from None
 
 
-class _Reader(FileSystemReader):
+class CheckpointReader(FileSystemReader):
     """One tensor after the other. PyTorch's own would unpickle whatever the index names, for every load again."""
 
     def __init__(self, directory: Path):
@@ -170,6 +174,7 @@ class _Reader(FileSystemReader):
         self.directory, self.index = directory, read_index(directory)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The index, as it was read."""
         return self.index
 
     def read(self, name: str) -> Tensor:

@@ -8,11 +8,20 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+PADDING = 1024              # ids a model may have beyond its tokenizer's: vocabularies are rounded up
 
 
 class ModelError(ValueError):
     """A model, checkpoint or recipe that cannot be used here. Its text is two lines: what is wrong, what to do."""
+
+
+def first_problem(error: ValidationError) -> str:
+    """Of values that are no configuration, the first field that is wrong, and why, in one line."""
+    item = error.errors()[0]
+    where = ".".join(map(str, item["loc"])) or "geometry"
+    return f"{where}: {item['msg'].removeprefix('Value error, ').partition(chr(10))[0].rstrip('.')}"
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -34,16 +43,16 @@ class Geometry(Section):
     """Widths of a model without its vocabulary. All sizes are counts of channels, heads or tokens."""
 
     pattern: str
-    hidden_size: int = Field(ge=1)
-    ffn_hidden_size: int = Field(ge=1)
-    num_attention_heads: int = Field(ge=1)
+    hidden_size: int = Field(ge=1, le=2**20)        # so that no product of them overflows
+    ffn_hidden_size: int = Field(ge=1, le=2**24)
+    num_attention_heads: int = Field(ge=1, le=2**16)
     num_query_groups: int = Field(ge=1)
-    head_dim: int = Field(ge=1)
-    mamba_num_heads: int = Field(default=0, ge=0)
-    mamba_head_dim: int = Field(default=0, ge=0)
-    mamba_state_dim: int = Field(default=0, ge=0)
+    head_dim: int = Field(ge=1, le=2**16)
+    mamba_num_heads: int = Field(default=0, ge=0, le=2**16)
+    mamba_head_dim: int = Field(default=0, ge=0, le=2**16)
+    mamba_state_dim: int = Field(default=0, ge=0, le=2**16)
     mamba_num_groups: int = Field(default=1, ge=1)
-    conv_kernel: int = Field(default=4, ge=2)
+    conv_kernel: int = Field(default=4, ge=2, le=2**10)
     chunk_size: int = Field(default=128, ge=1)
     position_embedding: Literal["none", "rope"] = "none"
     rope_theta: float = 10_000.0
@@ -93,7 +102,7 @@ class Geometry(Section):
 class ModelConfig(Geometry):
     """A whole model: geometry and vocabulary."""
 
-    vocab_size: int = Field(ge=1)
+    vocab_size: int = Field(ge=1, le=2**31 - 1)
 
     @property
     def mamba_inner_size(self) -> int:

@@ -12,6 +12,7 @@ checkpoint says of its training, which no loader reads: an export that is import
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -26,7 +27,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from model.config import ModelConfig, ModelError
+from model.config import PADDING, ModelConfig, ModelError, first_problem
 from model.hybrid_lm import FLOAT32_PARAMETERS, Shape, check_shapes
 from model.integrity import SUMS, check_finite, check_sums
 from model.lazy_state import LazyState, Recipe, State, derive, skeleton
@@ -34,6 +35,9 @@ from model.model_card import model_card
 
 EOD_ID, PAD_ID = 2, 3       # `</s>`, which begins and ends documents, and `<pad>`: the tokenizer's ids
 SPECIAL_TOKENS: dict[str, Any] = {"bos_token_id": EOD_ID, "eos_token_id": EOD_ID, "pad_token_id": PAD_ID}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                   "chat_template.jinja")
+POINTER = b"version https://git-lfs"
 FORMAT = {"format": "pt"}   # said in every file and in the index
 INDEX = "model.safetensors.index.json"
 SHARD_GIGABYTES = 5.0       # transformers' own
@@ -196,36 +200,57 @@ def read_config(directory: Path) -> ModelConfig:
     except KeyError as error:
         raise ModelError(f"{path}: {error} is missing.\nExport or download the model again.") from None
     except ValidationError as error:
-        item = error.errors()[0]
-        where = ".".join(map(str, item["loc"])) or "geometry"
-        raise ModelError(f"{path}: {where}: {item['msg']}.\nExport or download the model again.") from None
+        raise ModelError(f"{path}: {first_problem(error)}.\nExport or download the model again.") from None
+    except (TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{path}: holds a value of another kind ({error}).\nExport or download the model again.") from None
 
 
 def check_files(directory: Path, config: ModelConfig) -> list[str]:
     """Names of the directory's weight files, whose headers have been compared with `config`. Raises ModelError."""
     index = directory / INDEX
-    placed: dict[str, str] = read_json(index).get("weight_map", []) if index.exists() else {}
-    if not isinstance(placed, dict):
-        raise ModelError(f"{index}: has no weight_map.\nExport or download the model again.")
+    placed = _places(index) if index.exists() else {}
     files = sorted(set(placed.values())) or ["model.safetensors"]
     names = names_there(config)
     shapes: dict[str, Shape] = {}
+    held: set[str] = set()
     for file in files:
         try:
             with safe_open(directory / file, framework="pt") as tensors:
                 found = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-        except (FileNotFoundError, SafetensorError) as error:
+        except (OSError, SafetensorError) as error:
             raise ModelError(
-                f"{directory / file}: cannot be read: {error}.\nExport or download the model again."
+                f"{directory / file}: cannot be read: {_why(directory / file, error)}.\n"
+                "Export or download the model again."
             ) from None
         if placed and (misplaced := [name for name in found if placed.get(name) != file]):
             raise ModelError(
                 f"{directory / file}: holds {misplaced[0]}, which {index.name} places elsewhere.\n"
                 "Export or download the model again; two versions may be mixed."
             )
+        held |= set(found)
         shapes |= {names(name): shape for name, shape in found.items()}
+    if lacking := [name for name in placed if name not in held]:
+        raise ModelError(
+            f"{index}: places {lacking[0]} in {placed[lacking[0]]}, which does not hold it.\n"
+            "Export or download the model again; two versions may be mixed."
+        )
     check_shapes(config, shapes, str(directory))
     return files
+
+
+def _places(index: Path) -> dict[str, str]:
+    """File names by tensor. Raises ModelError unless they are names of files beside `index`."""
+    placed = read_json(index).get("weight_map")
+    if not isinstance(placed, dict) or not placed:
+        raise ModelError(f"{index}: has no weight_map.\nExport or download the model again.")
+    for name, file in placed.items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ModelError(
+                f"{index}: weight_map places {name} in {file!r}, which is no .safetensors file beside it.\n"
+                "Export or download the model again."
+            )
+    return placed
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -233,19 +258,67 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text())
     except FileNotFoundError:
-        raise ModelError(f"{path}: not found.\nGive a directory that the `export` stage wrote.") from None
-    except ValueError as error:                     # UnicodeDecodeError too
-        raise ModelError(f"{path}: not JSON ({error}).\nExport or download the model again.") from None
+        raise ModelError(
+            f"{path}: not found.\nGive a directory that `export` wrote or that was downloaded whole; in the Hub's "
+            "cache it is snapshots/COMMIT."
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:      # UnicodeDecodeError too
+        raise ModelError(f"{path}: not JSON ({_why(path, error)}).\nExport or download the model again.") from None
     if not isinstance(values, dict):
         raise ModelError(f"{path}: no JSON object.\nExport or download the model again.")
     return values
 
 
+def _why(path: Path, error: Exception) -> str:
+    """Why `path` cannot be read, in a line."""
+    with contextlib.suppress(OSError), path.open("rb") as stream:
+        if stream.read(len(POINTER)) == POINTER:
+            return "it is a pointer of Git LFS: the file itself was not fetched"
+    return " ".join(str(error).split())[:200]
+
+
+def special_tokens(directory: Path, vocab_size: int) -> dict[str, Any]:
+    """Content of generation_config.json; without it, the special ids of config.json.
+
+    Raises:
+        ModelError: an id is none, or one of the ends is not below `vocab_size`; a file is not JSON.
+    """
+    own = directory / "generation_config.json"
+    path = own if own.exists() else directory / "config.json"
+    values = read_json(path)
+    for name in SPECIAL_TOKENS:
+        ids = _ids(path, name, values.get(name))
+        if name == "eos_token_id" and (outside := [each for each in ids if not 0 <= each < vocab_size]):
+            raise ModelError(
+                f"{path}: eos_token_id holds {outside[0]}, and the model has ids below {vocab_size}.\n"
+                "Write the id there that ends a text, by the tokenizer."
+            )
+    return values if own.exists() else {name: values.get(name) for name in SPECIAL_TOKENS}
+
+
+def begin_id(directory: Path) -> int | None:
+    """Id that begins a text, if any, by config.json. Raises ModelError where it is none."""
+    path = directory / "config.json"
+    return next(iter(_ids(path, "bos_token_id", read_json(path).get("bos_token_id"))), None)
+
+
 def end_ids(directory: Path) -> list[int]:
-    """Ids any of which ends a text: those of generation_config.json, as in transformers, else of config.json."""
-    own, values = directory / "generation_config.json", read_json(directory / "config.json")
-    found = (values | (read_json(own) if own.exists() else {})).get("eos_token_id")
-    return found if isinstance(found, list) else [] if found is None else [found]
+    """Ids any of which ends a text: those of generation_config.json, as in transformers, else of config.json.
+
+    Raises ModelError where one is no id (transformers would stop at none of them and say nothing).
+    """
+    for path in (directory / "generation_config.json", directory / "config.json"):
+        if path.exists() and "eos_token_id" in (values := read_json(path)):
+            return _ids(path, "eos_token_id", values["eos_token_id"])
+    return []
+
+
+def _ids(path: Path, name: str, found: Any) -> list[int]:
+    ids = found if isinstance(found, list) and name == "eos_token_id" else [] if found is None else [found]
+    if wrong := [each for each in ids if type(each) is not int]:
+        several = " or a list of them" if name == "eos_token_id" else ""
+        raise ModelError(f"{path}: {name} holds {wrong[0]!r}, which is no id.\nWrite a number{several} there.")
+    return ids
 
 
 def read_tokenizer(directory: Path) -> Tokenizer:
@@ -256,7 +329,33 @@ def read_tokenizer(directory: Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:      # the library raises no other class
-        raise ModelError(f"{path}: not a tokenizer ({error}).\nExport or download the model again.") from None
+        raise ModelError(
+            f"{path}: not a tokenizer ({_why(path, error)}).\nExport or download the model again.") from None
+
+
+def check_vocabulary(directory: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer in `directory`. Raises ModelError unless it is one for a model of `vocab_size` ids, of which up to
+    PADDING may be no token's, and a file that goes with it can be read."""
+    tokenizer, path = read_tokenizer(directory), directory / "tokenizer.json"
+    if not vocab_size - PADDING < (size := tokenizer.get_vocab_size()) <= vocab_size:
+        raise other_vocabulary(str(path), size, vocab_size)
+    for name in TOKENIZER_FILES[1:]:
+        if (file := directory / name).exists() and file.suffix == ".json":
+            read_json(file)
+        elif file.exists():
+            try:
+                file.read_text()
+            except (OSError, ValueError) as error:
+                raise ModelError(f"{file}: not text ({error}).\nExport or download the model again.") from None
+    return tokenizer
+
+
+def other_vocabulary(what: str, size: int, vocab_size: int) -> ModelError:
+    """The error of a tokenizer `what` of `size` ids for a model of another number."""
+    return ModelError(
+        f"{what}: a tokenizer of {size:,} ids, the model has {vocab_size:,}.\n"
+        "Give the tokenizer that the model was trained with."
+    )
 
 
 def _check_homogeneous(config: ModelConfig, shapes: Mapping[str, Shape]) -> None:

@@ -44,6 +44,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("data_pipeline", "model", "kernels", "stages", "durable")
 DEPENDS = "depends.json"      # in a scratch directory: what its state depends on
 LIBRARIES = "requirements.lock"
+OWN_TOKENIZER = "tokenizer"   # folder of an imported checkpoint: the files of its tokenizer, generation_config.json
 # Directory under data/PROFILE/ -> the DVC stage that writes it: what to run when it is missing.
 MAKER = {"annotated": "annotate", "curated": "curate", "tokenizer": "tokenizer", "tokens": "tokenize",
          "items": "items", "hub": "export@{name}"}

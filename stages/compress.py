@@ -17,7 +17,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from stages.common import Stage, run_stage
+from stages.common import OWN_TOKENIZER, Stage, run_stage
 from stages.worker import RUN_ONLY
 
 DIRECTORIES = {"compressed": "compressed", "random": "compressed-random"}
@@ -51,6 +51,8 @@ def compress(stage: Stage) -> dict[str, Any]:
         with stage.output("checkpoints", DIRECTORIES[name]) as out:
             shutil.copytree(directory, out, dirs_exist_ok=True)
             describe(out, read_description(out)[0], facts)
+            if (parent / OWN_TOKENIZER).exists():
+                shutil.copytree(parent / OWN_TOKENIZER, out / OWN_TOKENIZER)
     for name, content in result["records"].items():
         stage.write_record(f"{name}.json", content)
     model = read_description(Path(result["models"]["compressed"]))[0]

@@ -11,8 +11,12 @@ By hand, outside the pipeline (DIR must not exist yet):
 
     python -m stages.export --from-hub DOWNLOADED --out DIR
         a Nemotron-H in Hugging Face form becomes a training checkpoint, for compression; its tokenizer goes with it
+    python -m stages.export --from-megatron SAVED --out DIR [--tokenizer HUB_DIR]
+        so does a hybrid that Megatron-LM or Megatron-Bridge saved (torch_dist), with the tokenizer of a Hub directory
     python -m stages.export --from-checkpoint CHECKPOINT --out DIR [--tokenizer tokenizer.model] [--dtype bfloat16]
         and back: the same weights, tokenizer and training record give the same bytes
+    python -m stages.export --from-checkpoint CHECKPOINT --to megatron --out DIR
+        or back to Megatron-LM: a release with args, in the checkpoint's dtypes
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from durable import new_directory
-from stages.common import Stage, StageError, plain_errors, run_stage
+from stages.common import OWN_TOKENIZER, Stage, StageError, plain_errors, run_stage
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -37,10 +41,6 @@ if TYPE_CHECKING:
 LOGITS_TOLERANCE = 1e-5      # of the largest logit; the claim of the report (claims.toml) asks the same
 COMPARED_TOKENS = 256
 WHOLE_BYTES = 10             # a parameter takes while two float32 models are loaded: one, its copy and what is read
-OWN_TOKENIZER = "tokenizer"  # folder of an imported checkpoint: the files of its tokenizer, generation_config.json
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                   "chat_template.jinja")
-PADDING = 1024               # ids a model may have beyond its tokenizer's: vocabularies are rounded up
 
 
 def export(stage: Stage) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def to_hub(
 
     config, state, training = checkpoint.open_weights(weights)
     if tokenizer.is_dir():
-        check_vocabulary(tokenizer, config.vocab_size)
+        hub.check_vocabulary(tokenizer, config.vocab_size)
         special_tokens = hub.read_json(tokenizer / "generation_config.json")
         hub.save(out, config, state, training, dtype, special_tokens=special_tokens, shard_gigabytes=shard_gigabytes)
         copy_tokenizer(tokenizer, out)
@@ -80,7 +80,7 @@ def to_hub(
     else:
         pieces = Tokenizer(tokenizer)
         if pieces.vocab_size != config.vocab_size:
-            raise other_vocabulary(str(tokenizer), pieces.vocab_size, config.vocab_size)
+            raise hub.other_vocabulary(str(tokenizer), pieces.vocab_size, config.vocab_size)
         hub.save(out, config, state, training, dtype, shard_gigabytes=shard_gigabytes)
         fast_tokenizer.export(tokenizer, out)
         ids = check_tokenizer(out, pieces, config.vocab_size)
@@ -103,55 +103,86 @@ def from_hub(source: Path, out: Path) -> dict[str, Any]:
     from model import checkpoint, hub
 
     hub.check_files(source, config := hub.read_config(source))
-    check_vocabulary(source, config.vocab_size)
-    values = hub.read_json(source / "config.json")
+    hub.check_vocabulary(source, config.vocab_size)
+    special_tokens = hub.special_tokens(source, config.vocab_size)
     if (source / "training.json").exists():
         training = hub.read_json(source / "training.json")
     else:
-        training = {"imported_from": values.get("_name_or_path") or _name_of(source.resolve())}
+        training = {"imported_from": _name_of(source)}
     config, state = hub.open_weights(source)
     checkpoint.save_weights(out, config, state, training)
-    own = out / OWN_TOKENIZER
-    own.mkdir()
-    copy_tokenizer(source, own)
-    if (source / "generation_config.json").exists():
-        shutil.copy(source / "generation_config.json", own)
-    else:
-        special_tokens = {name: values.get(name) for name in hub.SPECIAL_TOKENS}
-        (own / "generation_config.json").write_text(json.dumps(special_tokens, indent=2) + "\n")
+    keep_tokenizer(source, out / OWN_TOKENIZER, special_tokens)
     return {"pattern": config.pattern, "parameters": sum(tensor.numel() for tensor in state.skeleton.values())}
 
 
+def from_megatron(source: Path, tokenizer: Path | None, out: Path) -> dict[str, Any]:
+    """Write the training checkpoint of a Megatron-LM or Megatron-Bridge checkpoint to the directory `out`; what was
+    read.
+
+    Args:
+        tokenizer: a Hub directory whose tokenizer the model was trained with; without one `export` must be given it.
+
+    Names, shapes and vocabulary are checked before any tensor is read. Raises ModelError.
+    """
+    from model import checkpoint, hub
+    from model.megatron_lm import open_megatron
+
+    imported = open_megatron(source)
+    if tokenizer:
+        hub.check_vocabulary(tokenizer, imported.config.vocab_size)
+        special_tokens = hub.special_tokens(tokenizer, imported.config.vocab_size)
+    checkpoint.save_weights(out, imported.config, imported.state, {"imported_from": imported.origin})
+    if tokenizer:
+        keep_tokenizer(tokenizer, out / OWN_TOKENIZER, special_tokens)
+    return {
+        "pattern": imported.config.pattern,
+        "parameters": sum(tensor.numel() for tensor in imported.state.skeleton.values()),
+        "padding_rows_left_out": imported.padding_rows,
+        "tied_embeddings_untied": imported.tied,
+        "entries_left_out": imported.left_out,
+    }
+
+
+def to_megatron(weights: Path, out: Path) -> dict[str, Any]:
+    """Write the Megatron-LM release of a training checkpoint to the directory `out`; what was written."""
+    from model import checkpoint
+    from model.megatron_lm import save_megatron
+
+    config, state, training = checkpoint.open_weights(weights)
+    save_megatron(out, config, state, training)
+    return {"pattern": config.pattern, "parameters": sum(tensor.numel() for tensor in state.skeleton.values())}
+
+
+def keep_tokenizer(source: Path, own: Path, special_tokens: dict[str, Any]) -> None:
+    """Make the directory `own` of the tokenizer files of a Hub directory and of its special ids."""
+    own.mkdir()
+    copy_tokenizer(source, own)
+    (own / "generation_config.json").write_text(json.dumps(special_tokens, indent=2) + "\n")
+
+
 def _name_of(directory: Path) -> str:
-    """Whose weights they are: `owner/model` where it is a commit in the Hub's cache."""
-    cached = re.search(r"/models--([^/]+)/snapshots/[^/]+$", directory.as_posix())
-    return cached[1].replace("--", "/") if cached else directory.name
+    """Whose weights they are: `owner/model` in the Hub's cache, or as config.json says, else the directory's name.
+
+    No commit, and no path of whoever trained it (`/lustre/...`), is a model's name.
+    """
+    from model.hub import read_json
+
+    if cached := re.search(r"/models--([^/]+)/snapshots/", f"{directory.resolve().as_posix()}/"):
+        return cached[1].replace("--", "/")
+    said = read_json(directory / "config.json").get("_name_or_path")
+    if isinstance(said, str) and re.fullmatch(r"[\w.-]*\w/[\w.-]+", said):
+        return said
+    parts = [part for part in directory.absolute().parts[1:] if not re.fullmatch(r"[0-9a-f]{7,64}|snapshots", part)]
+    return parts[-1] if parts else directory.name
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:
-    """Copy those of TOKENIZER_FILES that there are: a chat template only where the model came with one."""
+    """Copy those of the tokenizer's files that there are: a chat template only where the model came with one."""
+    from model.hub import TOKENIZER_FILES
+
     for name in TOKENIZER_FILES:
         if (source / name).exists():
             shutil.copy(source / name, out)
-
-
-def check_vocabulary(directory: Path, vocab_size: int) -> None:
-    """Raise ModelError unless the tokenizer in `directory` is one for a model of `vocab_size` ids."""
-    from model.hub import read_tokenizer
-
-    size = read_tokenizer(directory).get_vocab_size()
-    if not vocab_size - PADDING < size <= vocab_size:
-        raise other_vocabulary(str(directory / "tokenizer.json"), size, vocab_size)
-
-
-def other_vocabulary(what: str, size: int, vocab_size: int) -> Exception:
-    """The ModelError of a tokenizer `what` of `size` ids for a model of another number."""
-    from model.config import ModelError
-
-    return ModelError(
-        f"{what}: a tokenizer of {size:,} ids, the model has {vocab_size:,}.\n"
-        "Give the tokenizer that the model was trained with."
-    )
 
 
 def encoded_card(directory: Path) -> list[int]:
@@ -168,6 +199,7 @@ def check_tokenizer(directory: Path, tokenizer: Any, vocab_size: int) -> list[in
     from transformers import AutoTokenizer
 
     from model.config import ModelError
+    from model.hub import other_vocabulary
 
     exported: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     if len(exported) != vocab_size:
@@ -269,15 +301,18 @@ def without_packages(*names: str) -> Iterator[None]:
 
 
 def convert(arguments: list[str]) -> None:
-    """`--from-hub` and `--from-checkpoint`."""
+    """`--from-hub`, `--from-megatron` and `--from-checkpoint`."""
     parser = argparse.ArgumentParser(prog="python -m stages.export", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--from-hub", type=Path, metavar="DIR", help="a Hugging Face directory")
+    source.add_argument("--from-megatron", type=Path, metavar="DIR",
+                        help="a torch_dist checkpoint of Megatron-LM or Megatron-Bridge")
     source.add_argument("--from-checkpoint", type=Path, metavar="DIR", help="a training checkpoint")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write")
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE",
-                        help="tokenizer.model, for a checkpoint that did not come from the Hub")
+    parser.add_argument("--to", choices=("hub", "megatron"), default="hub", help="form of a training checkpoint")
+    parser.add_argument("--tokenizer", type=Path, metavar="PATH",
+                        help="tokenizer.model, for a checkpoint without one; of --from-megatron, a Hub directory")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the exported weights")
     options = parser.parse_args(arguments)
     if options.out.exists():
@@ -285,6 +320,10 @@ def convert(arguments: list[str]) -> None:
     with plain_errors(), new_directory(options.out) as out:
         if options.from_hub:
             facts = from_hub(options.from_hub, out)
+        elif options.from_megatron:
+            facts = from_megatron(options.from_megatron, options.tokenizer, out)
+        elif options.to == "megatron":
+            facts = to_megatron(options.from_checkpoint, out)
         else:
             from model.hub import SHARD_GIGABYTES
 

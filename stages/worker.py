@@ -40,10 +40,12 @@ def compress(job: dict[str, Any], progress: Callable[..., None]) -> Any:
     from model.compression.funnel import compress
     from model.config import PretrainConfig
     from model.megatron.distributed import Parallelism, process_groups
+    from model.training.token_data import check
 
     config, parallelism, parent = CompressConfig(**job["compress"]), Parallelism(**job["parallelism"]), job["parent"]
     tokens, scratch, seed = Path(job["tokens"]), Path(job["scratch"]), job["seed"]
     geometry, _ = read_description(Path(parent))
+    check(tokens, geometry.vocab_size)          # a parent from elsewhere may have another tokenizer
     with process_groups(parallelism):
         data = read_data(tokens, geometry.sequence_length, config, seed, scratch / "index")
         return compress(Path(parent), tokens, data, config, PretrainConfig(**job["recipe"]), seed, scratch, progress,

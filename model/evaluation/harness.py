@@ -319,7 +319,7 @@ def load(directory: Path, max_length: int, **options: Any) -> HarnessLM:
         ModelError: the directory's are not a model and tokenizer, or the GPU is too small for the weights.
     """
     config, state = hub.open_weights(directory)
-    tokenizer = hub.read_tokenizer(directory)
+    tokenizer = hub.check_vocabulary(directory, config.vocab_size)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         weights, there = costs.parameters(config) * DTYPES[device].itemsize, torch.cuda.mem_get_info()[1]

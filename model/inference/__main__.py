@@ -98,15 +98,9 @@ def pieces(vocabulary: Vocabulary, ids: Iterable[int]) -> Iterator[str]:
 
 def read_vocabulary(directory: Path, config: ModelConfig) -> Vocabulary:
     """The tokenizer of `directory`. Raises ModelError unless every id it gives is one of the model's."""
-    tokenizer, path = hub.read_tokenizer(directory), directory / "tokenizer.json"
-    size = tokenizer.get_vocab_size()
-    if size != config.vocab_size:
-        raise ModelError(
-            f"{path}: has {size} tokens, the model of config.json {config.vocab_size}.\n"
-            "Put the tokenizer there that the model was trained with."
-        )
+    tokenizer = hub.check_vocabulary(directory, config.vocab_size)
     tokenizer.encode_special_tokens = True          # text that spells a control token stays text
-    return Vocabulary(tokenizer, hub.read_json(directory / "config.json").get("bos_token_id"), hub.end_ids(directory))
+    return Vocabulary(tokenizer, hub.begin_id(directory), hub.end_ids(directory))
 
 
 def check_memory(config: ModelConfig, prompt: int, tokens: int, dtype: str, device: torch.device) -> None:

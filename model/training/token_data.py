@@ -30,7 +30,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from durable import new_directory
-from model.config import ModelError
+from model.config import PADDING, ModelError
 from model.integrity import check_sums, write_sums
 from model.megatron.distributed import device, is_main_process, main_process_first
 
@@ -114,10 +114,10 @@ def check(tokens: Path, vocab_size: int) -> None:
 
     Raises:
         ModelError: tokens.json cannot be read, a file is missing or is not of the size tokens.json says,
-            token_bytes.npy is not a number for each id, or the vocabulary is larger than the model's.
+            token_bytes.npy is not a number for each id, or the vocabulary is another than the model's.
     """
     contents = _contents(tokens)
-    if contents["vocab_size"] > vocab_size:
+    if not vocab_size - PADDING < contents["vocab_size"] <= vocab_size:
         raise ModelError(
             f"{tokens / 'tokens.json'}: a vocabulary of {contents['vocab_size']} ids, and the model has {vocab_size}.\n"
             "Set tokenizer.vocab_size to what the tokens were made with, or run `dvc repro tokenize` again."

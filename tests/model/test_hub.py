@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from data_pipeline.tokenize import tokenizer
 from model import hub
 from model.checkpoint import open_weights, save_weights
-from model.config import ModelConfig, ModelError
+from model.config import PADDING, ModelConfig, ModelError
 from model.hybrid_lm import HybridLM
 from model.integrity import write_sums
 
@@ -342,13 +343,104 @@ def test_card_of_imported_weights_names_their_origin(tmp_path):
 @pytest.mark.parametrize(("name", "content"), [
     ("config.json", "[]"), ("config.json", '"x"'), ("config.json", '{"a'), ("config.json", b"\xff\xfe"),
     ("model.safetensors.index.json", "{}"), ("model.safetensors.index.json", "[]"),
-    ("model.safetensors.index.json", '{"weight_map": ["a"]}'),
+    ("model.safetensors.index.json", '{"weight_map": ["a"]}'), ("model.safetensors.index.json", "[" * 100_000),
+    ("config.json", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"),
 ])
 def test_json_of_another_form_is_two_lines(tmp_path, name, content):
     hub.save(tmp_path, HYBRID, random_state(HYBRID), {}, "float32")
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ModelError, match=re.escape(str(tmp_path / name))) as error:
         hub.load(tmp_path)
+    assert str(error.value).count("\n") == 1
+
+
+@pytest.mark.parametrize("place", [3, None, ["a"], "../other.safetensors", "/etc/passwd", ".", "model.bin"])
+def test_an_index_names_files_beside_it(tmp_path, place):
+    hub.save(tmp_path, HYBRID, random_state(HYBRID), {}, "float32", shard_gigabytes=1e-4)
+    index = json.loads((tmp_path / hub.INDEX).read_text())
+    index["weight_map"]["lm_head.weight"] = place
+    (tmp_path / hub.INDEX).write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=r"index\.json: weight_map places lm_head\.weight in .*beside it\.\n") as error:
+        hub.load(tmp_path)
+    assert repr(place) in str(error.value) and str(error.value).count("\n") == 1
+
+
+def test_what_an_index_places_must_be_there(tmp_path):
+    hub.save(tmp_path, HYBRID, random_state(HYBRID), {}, "float32", shard_gigabytes=1e-4)
+    index = json.loads((tmp_path / hub.INDEX).read_text())
+    file = index["weight_map"]["mtp.weight"] = index["weight_map"]["lm_head.weight"]
+    (tmp_path / hub.INDEX).write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=rf"index\.json: places mtp\.weight in {file}, which does not hold it"):
+        hub.load(tmp_path)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"layers_block_type": [1, None], "hybrid_override_pattern": ...}, "holds a value of another kind"),
+    ({"model_type": ["nemotron_h"]}, "holds a value of another kind"),
+    ({"vocab_size": 10**30}, "vocab_size: Input should be less"),
+    ({"hidden_size": 2**40}, "hidden_size: Input should be less"),
+    ({"hybrid_override_pattern": "M-M*|M-"}, r"pattern: layer 4 of the pattern is '\|', which is no kind of layer\.\n"),
+    ({"num_key_value_heads": 3}, "geometry: num_attention_heads"),
+])
+def test_values_that_are_no_geometry_are_two_lines(tmp_path, changes, message):
+    hub.save(tmp_path, HYBRID, random_state(HYBRID), {}, "float32")
+    values = json.loads((tmp_path / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in values.items() if v is not ...}))
+    with pytest.raises(ModelError, match=message) as error:
+        hub.load(tmp_path)
+    assert str(error.value).count("\n") == 1
+
+
+def test_a_pointer_of_git_lfs_is_called_one(tmp_path):
+    hub.save(tmp_path, HYBRID, random_state(HYBRID), {}, "float32")
+    for name in ("model.safetensors", "tokenizer.json"):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    with pytest.raises(ModelError, match=r"model\.safetensors: cannot be read: it is a pointer of Git LFS"):
+        hub.load(tmp_path)
+    with pytest.raises(ModelError, match=r"tokenizer\.json: not a tokenizer \(it is a pointer of Git LFS"):
+        hub.read_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(("ids", "ends"), [(2, [2]), ([2, 11], [2, 11]), (None, []), ([], [])])
+def test_ends_of_text_are_one_id_or_several(tmp_path, ids, ends):
+    hub.save(tmp_path, HYBRID, random_state(HYBRID), {}, "float32")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids, "temperature": 0.6}))
+    assert hub.end_ids(tmp_path) == ends
+    assert hub.special_tokens(tmp_path, 320)["temperature"] == 0.6
+    (tmp_path / "generation_config.json").unlink()
+    assert hub.end_ids(tmp_path) == [2] and hub.special_tokens(tmp_path, 320) == hub.SPECIAL_TOKENS
+
+
+@pytest.mark.parametrize("ids", ["</s>", [[2]], [2, None], 2.0, True, [2, "11"]])
+def test_what_is_no_id_does_not_end_texts(tmp_path, ids):
+    hub.save(tmp_path, HYBRID, random_state(HYBRID), {}, "float32")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    for read in (hub.end_ids, lambda directory: hub.special_tokens(directory, 320)):
+        with pytest.raises(ModelError, match=r"generation_config\.json: eos_token_id holds .* no id\.\nWrite"):
+            read(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 320]}))
+    with pytest.raises(ModelError, match=r"eos_token_id holds 320, and the model has ids below 320\.\n"):
+        hub.special_tokens(tmp_path, 320)
+    damage_config(tmp_path, bos_token_id=[1, 2])
+    with pytest.raises(ModelError, match=r"config\.json: bos_token_id holds \[1, 2\], which is no id"):
+        hub.begin_id(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("tokenizer.json", '{"version":"1.0"'), ("tokenizer.json", "[]"), ("tokenizer.json", b"\xff\xfe{"),
+    ("tokenizer_config.json", "[]"), ("tokenizer_config.json", '{"a'), ("special_tokens_map.json", b"\xff"),
+    ("added_tokens.json", "3"), ("chat_template.jinja", b"\xff\xfe"),
+])
+def test_a_damaged_tokenizer_is_named(tmp_path, name, content):
+    words = tokenizers.models.WordLevel({f"w{number}": number for number in range(300)}, unk_token="w0")
+    tokenizers.Tokenizer(words).save(str(tmp_path / "tokenizer.json"))
+    assert hub.check_vocabulary(tmp_path, 320).get_vocab_size() == 300          # the others are padding
+    for vocab_size in (299, 300 + PADDING):
+        with pytest.raises(ModelError, match=rf"tokenizer\.json: a tokenizer of 300 ids, the model has {vocab_size:,}"):
+            hub.check_vocabulary(tmp_path, vocab_size)
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ModelError, match=re.escape(f"{tmp_path / name}: no")) as error:
+        hub.check_vocabulary(tmp_path, 320)
     assert str(error.value).count("\n") == 1
 
 

@@ -158,6 +158,27 @@ def test_an_imported_model_keeps_its_tokenizer(done, tmp_path, monkeypatch):
     assert "The weights of `owner/some-model`" in (again / "README.md").read_text()
 
 
+@pytest.mark.parametrize(("place", "said", "name"), [
+    ("models--owner--some-model/snapshots/0123abcd", "elsewhere/other", "owner/some-model"),
+    ("some-model", None, "some-model"), ("some-model", "owner/model-8B", "owner/model-8B"),
+    ("some-model", "/lustre/users/me/iter_100", "some-model"), ("some-model", "./checkpoints", "some-model"),
+    ("some-model/snapshots/0123456789abcdef0123456789abcdef01234567", None, "some-model"),
+    ("some-model/0123abcdef", "0123abcdef", "some-model"),
+])
+def test_no_commit_and_no_path_is_a_models_name(done, tmp_path, place, said, name):
+    source = tmp_path / place
+    shutil.copytree(done / f"data/tiny/hub/{NAMES[0]}", source)
+    (source / "training.json").unlink()
+    damage(source, _name_or_path=said)
+    link = tmp_path / "link"
+    link.symlink_to(source)
+    convert(["--from-hub", str(source), "--out", str(tmp_path / "out")])
+    assert checkpoint.read_description(tmp_path / "out")[1] == {"imported_from": name}
+    with contextlib.chdir(source):
+        assert stages.export._name_of(Path()) == name
+    assert stages.export._name_of(link) == (name if "/" in name else "link")
+
+
 def test_what_cannot_be_converted_is_named_before_any_work(done, tmp_path, monkeypatch):
     source = tmp_path / "source"
     shutil.copytree(done / f"data/tiny/hub/{NAMES[0]}", source)

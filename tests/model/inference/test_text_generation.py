@@ -162,7 +162,7 @@ def test_weights_that_do_not_fit(directory, change, message, capsys, monkeypatch
 
 def test_a_tokenizer_of_another_vocabulary(directory, capsys, monkeypatch):
     byte_tokenizer([*WORDS, "more"]).save(str(directory / "tokenizer.json"))
-    refuse(directory, "tokenizer.json: has 266 tokens, the model of config.json 265", capsys, monkeypatch)
+    refuse(directory, "tokenizer.json: a tokenizer of 266 ids, the model has 265", capsys, monkeypatch)
 
 
 @pytest.mark.parametrize(("content", "message"), [(None, "not found"), ("{", "not a tokenizer")])
