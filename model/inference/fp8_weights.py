@@ -10,7 +10,7 @@ from model.config import ModelError
 
 MULTIPLE = 16               # of FP8 matrix products' sizes
 # Hidden size from which FP8 weights are known to pay: an H200 decodes the 47B and the 56B at 0.89 and 0.85 of their
-# bytes' floor. At 1,024 they are slower than BF16, a step by a third and a prompt by 38 %. Nothing between was measured.
+# bytes' floor. At 1,024 they are slower than BF16, a step by a third, a prompt by 38 %. Nothing between was measured.
 LEAST_WIDTH = 8192
 
 
