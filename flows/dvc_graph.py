@@ -60,6 +60,7 @@ RWLOCK = Path(".dvc/tmp/rwlock")
 LOCK, LOCK_COPY = Path("dvc.lock"), Path(".dvc/tmp/dvc.lock.whole")
 FLOW_LOCK = Path(".dvc/tmp/flow.lock")
 LOGS = Path("logs")
+RESUMES = "Run the same command again: it resumes."
 SECONDS_TO_UNWIND = 4.0           # of a stage that is told to end, before it is killed
 SECONDS_TO_UNLOCK = 3.0           # of DVC after that
 BYTES_TO_START = 2**22            # that the directories of a run must have room for
@@ -527,18 +528,14 @@ class StageRunner:
                 os.killpg(process.pid, signal.SIGKILL)
         watcher.join(5)
         text = node.log.read_text(errors="replace")
-        where = f"Log: {node.log}. Run the same command again: it resumes."
+        where = f"Log: {node.log}. {RESUMES}"
         if self.stopped and status != 0:
             raise StageFailed(f"{node.name}: stopped.\n{where}")
         if status is None:
             limit = f"{self.timeout_minutes:g} minutes (runtime.stage_timeout_minutes in params.yaml)"
             raise StageFailed(f"{node.name}: took longer than {limit} and was ended.\n{where}")
         if status:
-            try:
-                check_places()
-            except GraphError as error:                         # a log on a full disk does not say so
-                where = str(error)
-            raise StageFailed(f"{node.name}: {_last_words(text)}\n{where}")
+            raise failure(node, _last_words(text))
         with self.turn:
             keep_lock()
         if "didn't change, skipping" in text:
@@ -556,6 +553,17 @@ class StageRunner:
             ender.start()
         for ender in enders:
             ender.join()
+
+
+def failure(node: Node, cause: str) -> StageFailed:
+    """Of a stage that ended by the cause, or by what keeps any run from going on: a log on a full disk does not say
+    so."""
+    how = f"Log: {node.log}. {RESUMES}"
+    try:
+        check_places()
+    except GraphError as error:
+        how = str(error)
+    return StageFailed(f"{node.name}: {cause}\n{how}")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -135,14 +135,16 @@ def run_stage(run: Run, node: Node) -> State:
 
     try:
         outcome = run.runner.run(node, on_start, on_line)
-    except StageFailed as failure:
+    except Exception as error:
+        failure = (error if isinstance(error, StageFailed)
+                   else dvc_graph.failure(node, f"{type(error).__name__}: {error}"))
         outcome = "stopped" if run.runner.stopped else "failed"
         run.finish(node.name, outcome, time.monotonic() - started)
         run.failures.append(failure)
         run.console.end(node.name, f"{outcome}; log: {node.log}")
         if outcome == "stopped":
             return Cancelled(message=str(failure))
-        raise
+        raise failure from error
     seconds = time.monotonic() - started
     run.finish(node.name, outcome, seconds)
     run.console.end(node.name, f"{outcome} in {clock(seconds)}")
@@ -184,8 +186,11 @@ def reproduce(profile: str | None = None, stages: list[str] | None = None) -> No
                 named = run_stage.with_options(name=name, task_run_name=name)
                 needs = [futures[other] for other in node.needs & futures.keys()]
                 futures[name] = named.submit(run, node, wait_for=needs, return_state=False)
-            for future in futures.values():
+            for name, future in futures.items():
                 future.wait()
+                if name not in run.outcomes and (future.state.is_failed() or future.state.is_crashed()):
+                    # ended by Prefect, outside of the stage: it could not record it, where a disk is full
+                    run.failures.append(dvc_graph.failure(run.nodes[name], f"Prefect: {future.state.message}"))
         except BaseException:                     # cancelled: threads do not see the signal, processes must
             run.runner.stop()
             raise

@@ -101,6 +101,31 @@ def test_a_run_that_fails_is_stopped_and_ends_well(
     assert {"plan", "progress-first", "progress-second-left"} <= keys
 
 
+# One branch ends by an error that is no stage's, the other before the stage begins, by Prefect.
+BROKEN = """
+from flows import artifacts, dvc_graph, reproduce
+bar, repro = artifacts.ProgressBar, dvc_graph.StageRunner._repro
+def broken(ours, name, error):
+    def call(*arguments):
+        if name in (arguments[0], getattr(arguments[1] if len(arguments) > 1 else None, "name", None)):
+            raise error
+        return ours(*arguments)
+    return call
+dvc_graph.StageRunner._repro = broken(repro, "second@left", OSError(28, "No space left on device"))
+artifacts.ProgressBar = broken(bar, "second@right", ValueError("no bar"))
+reproduce.main()
+"""
+
+
+def test_no_stage_is_left_without_its_cause(repository: Path, environment: dict[str, str]) -> None:
+    done = subprocess.run([sys.executable, "-c", BROKEN], env=environment, capture_output=True, text=True, timeout=180)
+    stages, left, right = done.stdout.rstrip().split("\n\n")[-3:]
+    assert done.returncode == 1 and results(stages)["first"] == "ran", done.stdout
+    assert left == ("second@left: OSError: [Errno 28] No space left on device\n"
+                    "Log: logs/second@left.log. Run the same command again: it resumes.")
+    assert right.startswith("second@right: Prefect: ") and "no bar" in right.splitlines()[0]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_the_flow_stops_all(number: signal.Signals, repository: Path, environment: dict[str, str]) -> None:
     flow, tree = start("second@right", repository, environment)
