@@ -125,9 +125,9 @@ def strings(name: str) -> Iterator[str]:
     found = SETS[name]
     if found.arrow:
         for file in _files(root() / "hf_datasets" / found.arrow, f"*/{ARROW_FILE}"):
-            yield from _leaves(_split(file).to_list())
+            yield from leaves(_split(file).to_list())
     if found.requests:
-        yield from _leaves(list(_documents(found, None)))
+        yield from leaves(list(_documents(found, None)))
 
 
 def _documents(found: EvaluationSet, part: str | None) -> Iterator[dict[str, Any]]:
@@ -177,12 +177,13 @@ def _split(file: Path) -> Dataset:
         raise _broken(f"holds a damaged {file}: {error}") from error
 
 
-def _leaves(value: Any) -> Iterator[str]:
+def leaves(value: Any) -> Iterator[str]:
+    """The strings in a parsed file, whatever they are nested in; keys are none."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
         for inner in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(inner)
+            yield from leaves(inner)
 
 
 def _broken(what: str) -> DataError:

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipeline.config import DataError, FilesSource
+from data_pipeline.evaluation_sets import leaves
 from data_pipeline.sources.archives import Member, tar_members, zip_members
 from data_pipeline.sources.columns import as_bytes, missing_column, require_text
 from data_pipeline.sources.kinds import How, Kind, kind_of, not_read, suffix
@@ -528,17 +529,17 @@ def strings(file: str) -> Iterator[str]:
     whole = b"".join(_undamaged(item) for item in data)
     kind = kind_of(file, head, "named")
     if kind == "records":
-        yield from _leaves(list(_all_values(whole.decode("utf-8-sig"))))
+        yield from leaves(list(_all_values(whole.decode("utf-8-sig"))))
     elif kind == "parquet":
         with open_parquet(io.BytesIO(whole)) as parquet:
             if parquet is None:
                 raise ValueError("damaged Parquet")
             for batch in parquet.iter_batches():
-                yield from _leaves(batch.to_pylist())
+                yield from leaves(batch.to_pylist())
     elif kind == "table":
         mark = "\t" if suffix(file) == ".tsv" else ","
         text = io.StringIO(whole.decode(encoding_of(whole)), "")
-        yield from _leaves(list(csv.reader(text, delimiter=mark)))
+        yield from leaves(list(csv.reader(text, delimiter=mark)))
     elif kind == "text":
         yield whole.decode(encoding_of(whole))
     else:
@@ -557,14 +558,6 @@ def _undamaged(item: bytes | Damage) -> bytes:
     if isinstance(item, Damage):
         raise ValueError(item.reason)
     return item
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(inner)
 
 
 @contextmanager
