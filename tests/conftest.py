@@ -22,7 +22,7 @@ from data_pipeline.tokenize.indexed_dataset import IndexedDatasetWriter
 VOCABULARY = 64
 # A worker takes whole files: those that take longest start first, lest one be left alone at the end.
 LONGEST = (
-    "test_smoke.py", "test_mixer_triton.py", "test_drawn_sizes.py", "test_executor.py", "test_annotation.py",
+    "test_mixer_triton.py", "test_drawn_sizes.py", "test_executor.py", "test_annotation.py",
     "test_reproduce.py", "test_outputs.py",
     "test_trainer.py", "test_compress.py", "test_stage_runner.py", "test_synthesis.py", "test_funnel.py",
     "test_evaluation_items.py", "test_evaluate.py", "test_trainer_recovery.py", "test_causal_conv1d_triton.py",
@@ -73,6 +73,15 @@ def pytest_configure() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """An archive in which every stage ran once, not to be changed; stage -> what it did."""
+    from tests.archive import reproduce, unpack  # Numba, which a GPU machine may lack
+
+    archive = unpack(tmp_path_factory.mktemp("smoke"))
+    return archive, reproduce(archive, "--profile", "smoke")
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from tests import chaos
-from tests.archive import reproduce, unpack
 
 
 @pytest.mark.parametrize("harm", ["bit flipped", "cut", "edited"])
@@ -70,11 +69,9 @@ def test_the_aim_is_what_is_written(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_two_dozen_faults(tmp_path: Path) -> None:
+def test_two_dozen_faults(tmp_path: Path, smoke_run: tuple[Path, dict[str, str]]) -> None:
+    pristine, _ = smoke_run
     archive = tmp_path / "archive"
-    archive.mkdir()
-    reproduce(unpack(archive), "--profile", "smoke")
-    pristine = tmp_path / "pristine"
-    chaos.keep(archive, pristine)
+    chaos.keep(pristine, archive)
     rounds = list(chaos.chaos(archive, pristine, seed=1, wanted=24, seconds=1200))
     assert {outcome.verdict for outcome in rounds} == {"survived"}, chaos.page(rounds, 1)

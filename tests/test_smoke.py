@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from tests.archive import reproduce, unpack
+from tests.archive import reproduce
 
 
 def metrics(archive: Path, *parts: str) -> dict[str, float]:
     return dict(json.loads(archive.joinpath("runs/smoke", *parts, "metrics.json").read_text()))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)      # 90 s alone on two cores; others may be at work
-def test_every_stage_runs_and_then_none(tmp_path: Path) -> None:
-    archive = unpack(tmp_path)
-    first = reproduce(archive, "--profile", "smoke")
+def test_every_stage_runs_and_then_none(smoke_run: tuple[Path, dict[str, str]]) -> None:
+    archive, first = smoke_run
     assert set(first.values()) == {"ran"}
     params = YAML(typ="safe").load(archive / "params.yaml")
     assert len(first) == 9 + len(params["variants"]) + 2 * len(params["models"])
