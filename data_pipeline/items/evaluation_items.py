@@ -4,16 +4,13 @@ Each kind is one that a model of a few million parameters can say something abou
 
 - bits per byte: held-out documents of each domain;
 - `syntax_pairs`: a line of real Python against the same line made ungrammatical, after the lines before it;
-- `cloze`: the true next word of a passage among words of the same length from other passages;
-- `signature`: after a docstring and a function's name, its parameters, or with one of them renamed;
 - `recall`: `key = value` lines, then a key again: which of the values? (associative recall in context)
 - `copy_at_Nx`, `recall_at_Nx`, `needle_at_Nx`: what stood in a context of N training lengths (`context_items`)
 
 A score means little without what no training at all reaches. `control` gives that: the best of DEFLATE, LZMA and the
-tokenizer, whose fewest tokens a model with random weights prefers. Without care these solve such tasks: naive cloze and
-syntax items gave a compressor 0.57 and 0.96, and the tokenizer still 0.8 where compressors were at chance. So in these
-and in `signature` the wrong choices are ones that take as many bytes by either compressor, and as many tokens, as the
-true one.
+tokenizer, whose fewest tokens a model with random weights prefers. Without care these solve such a task: naive syntax
+pairs gave a compressor 0.96, and the tokenizer still 0.8 where compressors were at chance. So their wrong lines are ones
+that take as many bytes by either compressor, and as many tokens, as the true one.
 Where the answer stood in the context they are left as they are: finding a repeated key is exactly what a compressor
 does; its score says that no knowledge is needed.
 """
@@ -24,12 +21,11 @@ import hashlib
 import json
 import lzma
 import random
-import re
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice, zip_longest
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +33,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from data_pipeline.config import DataError
-from data_pipeline.items import context_items, signatures
+from data_pipeline.items import context_items
 from data_pipeline.items.context_items import Asked, CountTokens
 from data_pipeline.items.syntax_pairs import faulty_lines
 from data_pipeline.text.ngrams import hash_set, is_in, ngram_hashes
@@ -138,10 +134,6 @@ def build(
     tasks = {
         "syntax_pairs": _syntax_pairs(
             by_domain.get("code", []), wanted, context_tokens, costs, random.Random(f"{seed}:syntax_pairs")
-        ),
-        "cloze": _cloze(by_domain, wanted, 2 * context_tokens, costs, random.Random(f"{seed}:cloze")),
-        "signature": _signatures(
-            documents, wanted, context_tokens, costs, random.Random(f"{seed}:signature")
         ),
         "recall": _recall(wanted, recall_pairs, context_tokens, random.Random(f"{seed}:recall")),
     }
@@ -301,73 +293,6 @@ def _last_lines(lines: list[str], size: int) -> str:
     return "".join(reversed(kept))
 
 
-# --- cloze --------------------------------------------------------------------------------------------------------
-
-WORD = re.compile(r"(?<=\S) ([A-Za-z_][A-Za-z0-9_]{2,11})(?![A-Za-z0-9_])")
-TRIED_DISTRACTORS = 160
-LEAST_PLACES = 800              # of a domain, whose words are one another's wrong choices
-
-
-def _cloze(
-    by_domain: dict[str, list[Document]], wanted: int, context_size: int, costs: Costs, rng: random.Random
-) -> list[ChoiceItem]:
-    """Domains take turns. Words of one length and domain are exchangeable: a word's frequency alone tells nothing."""
-    per_domain = -(-wanted // len(by_domain))
-    items = []
-    for documents in by_domain.values():
-        places = _places(documents, max(LEAST_PLACES, 8 * per_domain), context_size, rng)
-        pools: dict[int, list[tuple[str, str]]] = defaultdict(list)
-        for document, match in places:
-            pools[len(match[1])].append((document.id, match[1]))
-        made: list[ChoiceItem] = []
-        for document, match in places:
-            if len(made) == per_domain:
-                break
-            context = document.text[max(0, match.start() - context_size) : match.start()]
-            others = [word for identity, word in pools[len(match[1])] if identity != document.id]
-            tried = rng.sample(others, min(TRIED_DISTRACTORS, len(others)))
-            choices = costs.equally_dear(context, f" {match[1]}", [f" {word}" for word in tried])
-            if len(choices) == 4:
-                made.append(_shuffled(f"cloze/{document.id[:16]}/{match.start()}", context, choices, rng))
-        items.append(made)
-    return [item for group in zip_longest(*items) for item in group if item is not None]
-
-
-def _places(
-    documents: list[Document], wanted: int, context_size: int, rng: random.Random
-) -> list[tuple[Document, re.Match[str]]]:
-    """Words of documents in random order, with at least half a context before each."""
-    places: list[tuple[Document, re.Match[str]]] = []
-    for document in rng.sample(documents, len(documents)):
-        if len(places) >= wanted:
-            break
-        matches = [match for match in WORD.finditer(document.text) if match.start() >= context_size // 2]
-        places += [(document, match) for match in rng.sample(matches, min(ITEMS_PER_DOCUMENT, len(matches)))]
-    return places
-
-
-# --- signatures ---------------------------------------------------------------------------------------------------
-
-
-def _signatures(
-    documents: list[Document], wanted: int, context_size: int, costs: Costs, rng: random.Random
-) -> list[ChoiceItem]:
-    """A function's true signature among ones with a parameter renamed, after its docstring and name."""
-    asked: list[signatures.Function] = []
-    for document in rng.sample(documents, len(documents)):
-        found = signatures.functions(document.id, document.text)
-        asked += rng.sample(found, min(ITEMS_PER_DOCUMENT, len(found)))
-        if len(asked) >= 4 * wanted:
-            break
-    items = []
-    for function, context, choices in islice(
-        signatures.questions(asked, context_size, costs.equally_dear, rng), wanted
-    ):
-        identity = f"signature/{function.document[:16]}/{function.row + 1}"
-        items.append(_shuffled(identity, context, choices, rng))
-    return items
-
-
 # --- recall -------------------------------------------------------------------------------------------------------
 
 
@@ -446,17 +371,6 @@ class Costs:
     def equal(self, text: str, costs: list[int]) -> bool:
         """Whether `text` costs just as much; the quickest measure is asked first."""
         return all(measure(text) == cost for measure, cost in zip(self.measures, costs, strict=True))
-
-    def equally_dear(self, context: str, true: str, others: list[str]) -> tuple[str, ...]:
-        """`true` and up to three of `others` that cost as much after `context`."""
-        costs = self.of(context + true)
-        kept = [true]
-        for other in others:
-            if len(kept) == 4:
-                break
-            if other not in kept and self.equal(context + other, costs):
-                kept.append(other)
-        return tuple(kept)
 
 
 def control(items: EvaluationItems, window_bytes: int, count_tokens: CountTokens) -> dict[str, float]:

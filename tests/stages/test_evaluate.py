@@ -80,7 +80,7 @@ def test_records_of_two_models(prepared: Path) -> None:
     metrics, samples, provenance = records(prepared, NAMES[0])
     other, _, _ = records(prepared, NAMES[1])
     at = [f"{task}_at_{multiple}x" for task in ("copy", "recall", "needle") for multiple in (1, 2, 4)]
-    expected = {f"{task}_{key}" for task in ("syntax_pairs", "cloze", "signature", "recall", *at)
+    expected = {f"{task}_{key}" for task in ("syntax_pairs", "recall", *at)
                 for key in ("accuracy", "accuracy_stderr", "accuracy_control", "accuracy_chance", "items")}
     suffixes = ("", "_stderr", "_compressor")
     expected |= {f"bits_per_byte_{domain}{suffix}" for domain in ("code", "docs") for suffix in suffixes}
@@ -88,10 +88,10 @@ def test_records_of_two_models(prepared: Path) -> None:
     assert set(metrics) == expected
     assert metrics["items_digest"] == other["items_digest"]
     same = {key for key in metrics if metrics[key] == other[key]}
-    assert {"bits_per_byte_compressor", "cloze_accuracy_control", "recall_items"} <= same
+    assert {"bits_per_byte_compressor", "syntax_pairs_accuracy_control", "recall_items"} <= same
     assert metrics["bits_per_byte"] != other["bits_per_byte"]
     assert 2 < metrics["bits_per_byte"] < 12
-    assert metrics["cloze_items"] == 16
+    assert metrics["syntax_pairs_items"] == 16
     assert {len(examples) > 0 for examples in samples.values()} == {True}
     assert set(provenance["inputs"]) == {
         "data/tiny/curated/manifest.json", "data/tiny/items/items.json", f"data/tiny/hub/{NAMES[0]}"}
@@ -104,15 +104,15 @@ def test_records_of_two_models(prepared: Path) -> None:
         else:
             assert len(right) == metrics[f"{name}_items"]
             assert sum(right) / len(right) == pytest.approx(metrics[f"{name}_accuracy"], rel=1e-5)
-    assert len(scores) == 2 + 4 + 9
+    assert len(scores) == 2 + 2 + 9
     paper = {row["task"]["task"]: row for row in json.loads((there / "paper_tasks.json").read_text())}
     assert len(paper) == 19 and paper["mmlu"]["items"] == paper["mmlu"]["cut"] == len(paper["mmlu"]["right"]) == 2
     assert 1 < paper["gsm8k_cot"]["bits_per_byte"] < 15 and paper["gsm8k_cot"]["score"] is None
     card = (there / "README.md").read_text()
     _, front, text = card.split("---\n", 2)
     index = YAML(typ="safe").load(front)["model-index"][0]["results"]
-    assert len(index) == 15, "every measured figure"
-    assert f"| cloze accuracy | {metrics['cloze_accuracy']:.3f} ±" in text
+    assert len(index) == 13, "every measured figure"
+    assert f"| syntax pairs accuracy | {metrics['syntax_pairs_accuracy']:.3f} ±" in text
     assert "python/" in text, "the sources of the training text"
     assert not provenance["resumed"]
     assert not list((prepared / ".scratch").glob("evaluate-*-*/*")), "resume state is gone"

@@ -20,8 +20,6 @@ import pytest
 from data_pipeline.config import DataError
 from data_pipeline.items import evaluation_items
 from data_pipeline.items.evaluation_items import ChoiceItem, EvaluationItems
-from data_pipeline.items.signatures import functions
-from data_pipeline.sources.python_source import docstring_pages
 from tests.data_pipeline.small_corpus import HELD_OUT, TRAIN, count_tokens, write_curated
 
 SIZES = {"items_per_task": 40, "bits_per_byte_kilobytes": 12, "recall_pairs": 8, "context_tokens": 128, "seed": 7,
@@ -47,10 +45,10 @@ def held_out_texts(curated: Path) -> dict[str, str]:
 
 def test_counts_identifiers_and_answers(items: EvaluationItems) -> None:
     counts = {task: len(members) for task, members in items.tasks.items()}
-    assert counts == dict.fromkeys(("syntax_pairs", "cloze", "signature", "recall"), 40) | dict.fromkeys(AT, 6)
+    assert counts == dict.fromkeys(("syntax_pairs", "recall"), 40) | dict.fromkeys(AT, 6)
     everything = [item for members in [*items.texts.values(), *items.tasks.values()] for item in members]
     assert len({item.id for item in everything}) == len(everything)
-    for task, choices in (("syntax_pairs", 2), ("cloze", 4), ("recall", 8)):
+    for task, choices in (("syntax_pairs", 2), ("recall", 8)):
         assert all(len(set(item.choices)) == len(item.choices) == choices for item in items.tasks[task])
         assert {item.answer for item in items.tasks[task]} == set(range(choices)), "answers stand anywhere"
 
@@ -79,9 +77,8 @@ print(evaluation_items.build(Path({str(curated)!r}), count_tokens=count_tokens, 
 
 def test_true_choices_are_what_the_document_says(items: EvaluationItems, curated: Path) -> None:
     documents = held_out_texts(curated)
-    for task in ("syntax_pairs", "cloze"):
-        for item in items.tasks[task]:
-            assert item.context + item.choices[item.answer] in documents[item.id.split("/")[1]], item.id
+    for item in items.tasks["syntax_pairs"]:
+        assert item.context + item.choices[item.answer] in documents[item.id.split("/")[1]], item.id
 
 
 def test_syntax_pairs_are_decided_by_the_parser(items: EvaluationItems, curated: Path) -> None:
@@ -98,54 +95,6 @@ def test_syntax_pairs_are_decided_by_the_parser(items: EvaluationItems, curated:
             lines[int(row) - 1] = wrong.rstrip("\n")
             with pytest.raises(SyntaxError):
                 ast.parse("\n".join(lines))
-
-
-def documented(text: str, name: str, row: int) -> tuple[str, ast.arguments]:
-    """Docstring and parameters of the function `name` at a row (from 1) of a module or of a page of docstrings."""
-    try:
-        tree = ast.parse(text)
-    except SyntaxError:
-        heading, _, rest = "\n".join(text.split("\n")[row - 1 :]).partition("\n\n")
-        path, parameters = heading.split(" -> ")[0].split("(", 1)
-        assert path.rpartition(".")[2] == name
-        [node] = ast.parse(f"def {name}({parameters}: pass").body
-        return rest, node.args
-    [node] = [node for node in ast.walk(tree)
-              if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.lineno == row]
-    assert node.name == name
-    return ast.get_docstring(node), node.args
-
-
-def test_signatures_are_the_functions_own(items: EvaluationItems, curated: Path) -> None:
-    """The true choice is the module's own signature; the others differ from it in one name, as long."""
-    documents = held_out_texts(curated)
-    for item in items.tasks["signature"]:
-        _, identity, row = item.id.split("/")
-        name = item.context.rsplit("def ", 1)[1]
-        docstring, arguments = documented(documents[identity], name, int(row))
-        assert item.choices[item.answer] == f"({ast.unparse(arguments)}):\n"
-        assert item.context.startswith('"""' + docstring[:40])
-        words = [re.findall(r"\w+", choice) for choice in item.choices]
-        for wrong in words:
-            assert sum(a != b for a, b in zip(wrong, words[item.answer], strict=True)) <= 1
-        assert len({len(choice) for choice in item.choices}) == 1 < len(set(item.choices)) == len(item.choices)
-        for choice in item.choices:
-            ast.parse(f"def {name}{choice}    pass")
-
-
-def test_functions_of_a_page_of_docstrings() -> None:
-    """The embedded corpus parts code from docstrings: there a function is a heading of a page."""
-    tree = ast.parse(
-        'class Pool:\n    def submit(self, work, limit=None) -> int:\n'
-        '        """Hand over a piece of work, to be done later.\n\n        At most `limit` at once."""\n\n'
-        'def close():\n    """Close everything there is, and wait for it to end."""\n\n'
-        'def wait(seconds):\n    """Soon."""\n'
-    )
-    [(_, page)] = docstring_pages(tree, "pool", signatures=True)
-    [found] = functions("page", page)
-    assert (found.name, found.signature, found.row) == ("submit", "(self, work, limit=None):\n", 2)
-    assert found.docstring == "Hand over a piece of work, to be done later.\n\nAt most `limit` at once."
-    assert page.split("\n")[found.row].startswith("Pool.submit(")
 
 
 @pytest.mark.parametrize("multiple", [1, 4])
@@ -177,10 +126,10 @@ def test_answers_stand_in_contexts_of_the_asked_length(
 
 
 def test_items_on_disk_are_the_same(items: EvaluationItems, tmp_path: Path) -> None:
-    evaluation_items.write(tmp_path / "items.json", items, {"cloze_accuracy_chance": 0.25})
+    evaluation_items.write(tmp_path / "items.json", items, {"recall_accuracy_chance": 0.25})
     again, controls = evaluation_items.read(tmp_path / "items.json")
     assert again == items and again.digest() == items.digest()
-    assert controls == {"cloze_accuracy_chance": 0.25}
+    assert controls == {"recall_accuracy_chance": 0.25}
     (tmp_path / "items.json").write_text("{}")
     with pytest.raises(DataError, match=r"items\.json: not evaluation items .*\nRun the stage `items`"):
         evaluation_items.read(tmp_path / "items.json")
@@ -208,12 +157,8 @@ def test_recall_has_one_right_value(items: EvaluationItems) -> None:
 
 def test_control_is_at_chance_where_text_is_judged(items: EvaluationItems) -> None:
     metrics = evaluation_items.control(items, 400, count_tokens)
-    assert metrics["cloze_accuracy_control"] == pytest.approx(0.25, abs=1e-9)
     assert metrics["syntax_pairs_accuracy_control"] == pytest.approx(0.5, abs=1e-9)
-    assert metrics["cloze_accuracy_chance"] == 0.25
     assert metrics["syntax_pairs_accuracy_chance"] == 0.5
-    assert metrics["signature_accuracy_control"] == pytest.approx(metrics["signature_accuracy_chance"], abs=1e-9)
-    assert 0.25 <= metrics["signature_accuracy_chance"] < 0.45
     assert {round(metrics[f"{name}_accuracy_chance"], 9) for name in AT} == {0.1, 0.25}
     assert metrics["recall_accuracy_control"] > 0.9, "a compressor finds a repeated key"
     assert 2.5 < metrics["bits_per_byte_compressor"] < 6
@@ -251,7 +196,7 @@ def test_items_that_occur_in_training_text_are_refused(tmp_path: Path, items: Ev
     def asked(of: EvaluationItems) -> set[str]:
         """Documents an item of n-gram length comes from."""
         members = [item for group in of.texts.values() for item in group if len(item.text.split()) > 30]
-        members += [item for task in ("syntax_pairs", "cloze") for item in of.tasks[task] if len(item.context) > 400]
+        members += [item for item in of.tasks["syntax_pairs"] if len(item.context) > 400]
         return {item.id.split("/")[1] for item in members}
 
     assert asked(items) & inside, "without the leak they are asked"

@@ -230,8 +230,8 @@ def rows() -> tuple[dict[str, list[dict[str, Any]]], dict[str, list[dict[str, An
         "docs": [{"id": f"docs/{i}", "text": "naïve " * (i + 1)} for i in range(4)],
     }
     choices = {
-        "cloze": [
-            {"id": f"cloze/{i}", "context": TEXT[90 * i :][:80], "choices": [" a", " of", " xyz"], "answer": i % 3}
+        "next_word": [
+            {"id": f"next_word/{i}", "context": TEXT[90 * i :][:80], "choices": [" a", " of", " xyz"], "answer": i % 3}
             for i in range(12)
         ],
         "recall": [{"id": "recall/0", "context": "12", "choices": ["3", "4"], "answer": 0}] * 4,     # digits stay text
@@ -259,16 +259,16 @@ def test_metrics_against_their_definitions(exported: dict[str, Path]) -> None:
     assert result.metrics["bits_per_byte"] == pytest.approx(overall, rel=1e-6)
 
     hits = []
-    for row in choices["cloze"]:
+    for row in choices["next_word"]:
         scores = model.loglikelihood(requests("loglikelihood", [(row["context"], choice) for choice in row["choices"]]))
         hits.append(max(range(3), key=lambda index, scores=scores: scores[index][0]) == row["answer"])
     share = sum(hits) / 12
-    assert result.metrics["cloze_accuracy"] == pytest.approx(share)
-    assert result.metrics["cloze_accuracy_stderr"] == pytest.approx(math.sqrt(share * (1 - share) / 11))
-    assert result.metrics["cloze_items"] == 12
+    assert result.metrics["next_word_accuracy"] == pytest.approx(share)
+    assert result.metrics["next_word_accuracy_stderr"] == pytest.approx(math.sqrt(share * (1 - share) / 11))
+    assert result.metrics["next_word_items"] == 12
     assert result.metrics["recall_accuracy"] in (0.0, 1.0)
-    assert set(result.samples) == {"bits_per_byte_code", "bits_per_byte_docs", "cloze", "recall"}
-    shown = result.samples["cloze"][0]
+    assert set(result.samples) == {"bits_per_byte_code", "bits_per_byte_docs", "next_word", "recall"}
+    shown = result.samples["next_word"][0]
     assert isinstance(shown, ChoiceSample)
     assert shown.chosen == shown.log_likelihoods.index(max(shown.log_likelihoods))
 

@@ -45,7 +45,7 @@ GSM8K = PaperTask("GSM8K", "gsm8k_cot", 8, "exact_match,flexible-extract", "text
 RACE = PaperTask("RACE", "race", 0, "acc,none", "absent", 0.25, None)
 DOMAINS = ("code", "docs", "reference")
 FACTORS = dict(zip((*DOMAINS, "all"), (0.9, 1.05, 1.1, 1.0), strict=True))
-TASKS = {"syntax_pairs": (0.90, 0.5), "cloze": (0.56, 0.25), "recall": (0.14, 0.125)} | {
+TASKS = {"syntax_pairs": (0.90, 0.5), "next_word": (0.56, 0.25), "recall": (0.14, 0.125)} | {
     f"{task}_at_{multiple}x": (0.3, 0.1) for task in ("copy", "recall", "needle") for multiple in (1, 2, 4)}
 
 
@@ -219,7 +219,7 @@ class Tree:
                         f"{task}_accuracy_stderr": math.sqrt(value * (1 - value) / 200)}
         self.record("evaluate", name, metrics, scores_json=scores, paper_tasks_json=paper(draw), samples_json={
             "bits_per_byte_docs": [TextSample(id="a", text="def f(x):", bits_per_byte=2.1)],
-            "cloze": [ChoiceSample(id="b", context="return", choices=["x", "y"], log_likelihoods=[-1.0, -2.0], answer=1,
+            "next_word": [ChoiceSample(id="b", context="return", choices=["x", "y"], log_likelihoods=[-1.0, -2.0], answer=1,
                                    chosen=0)]})
 
     def benchmark(self) -> None:
@@ -259,7 +259,7 @@ def write_runs(root: Path, params: Params | None = None) -> Path:
     for number, name in enumerate(params.variants):
         tree.pretrain(name, number)
     tree.compress()
-    tree.record("items", None, {"items_refused": 3, "items_digest": "9f" * 32, "cloze_items": 200})
+    tree.record("items", None, {"items_refused": 3, "items_digest": "9f" * 32, "next_word_items": 200})
     for number, name in enumerate(params.models):
         tree.record("export", name, {"logits_max_relative_difference": 2.1e-7 * (1 + number), "parameters": 1_652_736})
         tree.evaluate(name, number)

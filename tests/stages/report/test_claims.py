@@ -15,7 +15,7 @@ from stages.study_schema import STUDIED, WORDS, Study
 
 HOLDS, FAILS, UNDECIDED = Answer
 SEEDS = ("", "-seed2", "-seed3")
-TASKS = {"syntax_pairs": (0.9, 0.5), "cloze": (0.55, 0.25), "recall": (0.12, 0.125)}
+TASKS = {"syntax_pairs": (0.9, 0.5), "next_word": (0.55, 0.25), "recall": (0.12, 0.125)}
 ITEMS = 2000
 
 
@@ -207,15 +207,15 @@ def test_a_candidate_that_learned_nothing_fails(records):
 
 
 def test_one_task_that_fails_alone_is_named(records):
-    records.scores["compressed"]["cloze"] = [0] * ITEMS
+    records.scores["compressed"]["next_word"] = [0] * ITEMS
     records.scores["compressed"]["syntax_pairs"] = [1] * ITEMS
     worse(records, "compressed-random", 0.05)
     found = claim(records, "compressed_tasks")
     assert found.answer is FAILS and found.evidence[0].measure == "mean over 2 counted"
     records.scores["hybrid-fp8"]["syntax_pairs"] = [0] * ITEMS
     found = claim(records, "compressed_tasks")
-    assert found.answer is FAILS and found.evidence[0].measure == "cloze by itself"
-    assert found.because.startswith("cloze by itself: −")
+    assert found.answer is FAILS and found.evidence[0].measure == "next word by itself"
+    assert found.because.startswith("next word by itself: −")
 
 
 def test_tasks_at_a_guess_are_shown_and_not_counted(records):
@@ -229,11 +229,11 @@ def test_tasks_at_a_guess_are_shown_and_not_counted(records):
 
 
 def test_other_items_are_a_record_to_mend(records):
-    records.scores["compressed"]["cloze"] = [1, 0]
+    records.scores["compressed"]["next_word"] = [1, 0]
     found = claim(records, "compressed_tasks")
     assert found.answer is UNDECIDED
     assert found.because.startswith("evaluate/compressed/scores.json and evaluate/hybrid-fp8/scores.json: not the same")
-    records.scores["compressed"]["cloze"] = records.scores["hybrid-fp8"]["cloze"]
+    records.scores["compressed"]["next_word"] = records.scores["hybrid-fp8"]["next_word"]
     records.scores["compressed"]["bits_per_byte_0"] = [(-1.0, 3)] * 60
     assert "60 and 60 items: not the same ones" in claim(records, "compressed_loss").because
 

@@ -89,7 +89,7 @@ def test_first_screen_and_claims_json_and_metrics_say_the_same(tree):
 
 
 def test_tables_hold_the_records_numbers(runs):
-    edit_json(runs / "evaluate/hybrid-fp8/metrics.json", cloze_accuracy=0.4321, cloze_accuracy_stderr=0.0217)
+    edit_json(runs / "evaluate/hybrid-fp8/metrics.json", next_word_accuracy=0.4321, next_word_accuracy_stderr=0.0217)
     edit_json(runs / "compress/metrics.json", kl_parent_random=0.77777)
     edit_json(runs / "tokenize/metrics.json", bytes_per_token_docs=3.98765)
     edit_json(runs / "benchmark/metrics.json", **{f"nemotron_h_8b_served_{key}": 48.5 for key in (
@@ -133,7 +133,7 @@ def test_invisible_characters_are_seen():
     ("annotate/passed_over.json", Path.unlink, "not found"),
     ("benchmark/provenance.json", Path.unlink, "not found"),
     ("evaluate/compressed/metrics.json", Path.unlink, "not found"),
-    ("evaluate/hybrid-fp8/samples.json", lambda path: write_json(path, {"cloze": [{"id": "x"}]}), "`cloze.0."),
+    ("evaluate/hybrid-fp8/samples.json", lambda path: write_json(path, {"next_word": [{"id": "x"}]}), "`next_word.0."),
 ])
 def test_the_page_is_made_for_the_rest(runs, capsys, name, spoil, fault):
     spoil(runs / name)
