@@ -5,10 +5,10 @@ from __future__ import annotations
 import faulthandler
 import importlib
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,33 +35,62 @@ RECIPE = PretrainConfig(
 )
 
 
+# Processes are forked from one that has imported what they need, which takes each of them seconds.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["model.training.trainer", "model.compression.funnel"])
+
+
 def run_processes(count: int, jobs: list[dict[str, Any]], directory: Path) -> list[dict[str, Any]]:
     """Run each of `jobs` on `count` gloo processes: arguments of `train_job`, or of the `function` it names. Results of
     the first process, in order."""
-    jobs_file, results_file = directory / "jobs.json", directory / "results.json"
-    jobs_file.write_text(json.dumps(jobs))
+    results = directory / "results.json"
     stores = [TCPStore("localhost", 0, is_master=True, wait_for_workers=False) for _ in jobs]     # torchrun's part
-    environment = os.environ | {
-        "WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "STORE_PORTS": " ".join(str(store.port) for store in stores), "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
-    }
+    environment = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     logs = [directory / f"rank-{rank}.txt" for rank in range(count)]
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__, str(jobs_file), str(results_file)],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=log.open("w"),
-        )
+        PROCESSES.Process(target=_work, args=(
+            environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, log, jobs, [store.port for store in stores],
+            results))
         for rank, log in enumerate(logs)
     ]
+    for process in processes:
+        process.start()
     try:
-        while None in (codes := [process.poll() for process in processes]) and not any(codes):
+        while None in (codes := [process.exitcode for process in processes]) and not any(codes):
             time.sleep(0.05)                                            # where one fails the others would wait for it
     finally:
         for process in processes:
             process.kill()
-    assert not any(process.wait() for process in processes), [log.read_text() for log in logs]
-    return json.loads(results_file.read_text())
+            process.join()
+    assert not any(process.exitcode for process in processes), [log.read_text() for log in logs]
+    return json.loads(results.read_text())
+
+
+def _work(environment: dict[str, str], log: Path, jobs: list[dict[str, Any]], ports: list[int], results: Path) -> None:
+    """A worker process: does all jobs, the first process writes the results. One that hangs says where.
+
+    Between replicas gradients travel in several buckets, as those of large models do."""
+    os.environ |= environment
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    warnings.simplefilter("ignore")
+    import torch
+
+    from model.megatron import optimizer
+
+    optimizer.DistributedDataParallelConfig = partial(optimizer.DistributedDataParallelConfig, bucket_size=2000)
+    optimizer.uses_distributed_optimizer = lambda recipe: recipe.distributed_optimizer      # CPUs too
+    faulthandler.dump_traceback_later(240, exit=True)
+
+    torch.set_num_threads(1)
+    done = []
+    for port, job in zip(ports, jobs, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        function = job.get("function", f"{__name__}.train_job")
+        module, _, name = function.rpartition(".")
+        arguments = {key: value for key, value in job.items() if key != "function"}
+        done.append(getattr(importlib.import_module(module), name)(**arguments))
+    if environment["RANK"] == "0":
+        results.write_text(json.dumps(done))
 
 
 def train_job(tokens: str, out: str, scratch: str, parallelism: dict[str, Any], precision: str = "float32",
@@ -89,30 +118,3 @@ def optimizer_state(scratch: Path, step: int) -> dict[str, Any]:
         tensors = load_plain_tensors(str(scratch / "resume" / f"step-{step:08d}"))
     prefix = "optimizer.state."
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def main() -> None:
-    """A worker process: train all jobs, the first process writes the results. One that hangs says where.
-
-    Between replicas gradients travel in several buckets, as those of large models do."""
-    import torch
-
-    from model.megatron import optimizer
-
-    optimizer.DistributedDataParallelConfig = partial(optimizer.DistributedDataParallelConfig, bucket_size=2000)
-    optimizer.uses_distributed_optimizer = lambda recipe: recipe.distributed_optimizer      # CPUs too
-    faulthandler.dump_traceback_later(240, exit=True)
-
-    torch.set_num_threads(1)
-    results = []
-    ports = os.environ["STORE_PORTS"].split()
-    for port, job in zip(ports, json.loads(Path(sys.argv[1]).read_text()), strict=True):
-        os.environ["MASTER_PORT"] = port
-        module, _, name = job.pop("function", f"{__name__}.train_job").rpartition(".")
-        results.append(getattr(importlib.import_module(module), name)(**job))
-    if os.environ["RANK"] == "0":
-        Path(sys.argv[2]).write_text(json.dumps(results))
-
-
-if __name__ == "__main__":          # Megatron's checkpoint writer starts processes that import this file
-    main()

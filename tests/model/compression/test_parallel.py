@@ -122,13 +122,13 @@ def test_a_token_without_a_chance_adds_nothing_to_a_split_divergence(tmp_path):
     assert found == pytest.approx([loss.item(), *gradient.flatten().tolist()], rel=1e-5, abs=1e-8)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_scores_on_two_processes_are_the_plain_models_on_one(parent, other, directory, tmp_path, layout):
+def test_scores_on_two_processes_are_the_plain_models_on_one(parent, other, directory, tmp_path):
     expected = scores(*(PlainLayerwise(HybridLM.from_state(*weights)) for weights in (parent, other)))
-    job = {"function": f"{HERE}.score_job", "directory": str(directory), "parallelism": LAYOUTS[layout]}
-    (found,) = run_processes(2, [job], tmp_path)
-    for name, values in expected.items():
-        assert flat(found[name]) == pytest.approx(flat(values), rel=2e-4, abs=1e-6), name
+    jobs = [{"function": f"{HERE}.score_job", "directory": str(directory), "parallelism": layout}
+            for layout in LAYOUTS.values()]
+    for layout, found in zip(LAYOUTS, run_processes(2, jobs, tmp_path), strict=True):
+        for name, values in expected.items():
+            assert flat(found[name]) == pytest.approx(flat(values), rel=2e-4, abs=1e-6), (layout, name)
     assert len(set(flat(expected["continuation"]))) > 1
 
 
@@ -169,25 +169,28 @@ def distil_job(directory: str, scratch: str, parallelism: dict, config: dict, to
         return [list(row) for row in school.distil(root / "other", tokens, f"run-{tokens}").curve]
 
 
+@pytest.fixture(scope="module")
+def alone(other, directory, config, tmp_path_factory) -> tuple[dict, list]:
+    """A distillation on one process, and its curve."""
+    scratch = tmp_path_factory.mktemp("alone")
+    job = {"function": f"{HERE}.distil_job", "directory": str(directory), "tokens": 20 * 128, "parallelism": {},
+           "config": config.model_copy(update={"micro_batch_size": 1}).model_dump(mode="json"), "scratch": str(scratch)}
+    return job, *run_processes(1, [job], scratch)
+
+
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_distillation_in_every_layout_is_that_of_one_process(other, directory, config, tmp_path, processes):
-    settings = config.model_copy(update={"micro_batch_size": 1}).model_dump(mode="json")
+def test_distillation_in_every_layout_is_that_of_one_process(alone, tmp_path, processes):
+    job, expected = alone
     layouts = LAYOUTS if processes == 2 else {"both": {"tensor": 2, "pipeline": 2, "sequence": True}}
-    job = {"function": f"{HERE}.distil_job", "directory": str(directory), "config": settings, "tokens": 20 * 128,
-           "parallelism": {}, "scratch": str(tmp_path / "alone")}
-    (expected,) = run_processes(1, [job], tmp_path)
     jobs = [job | {"parallelism": layout, "scratch": str(tmp_path / name)} for name, layout in layouts.items()]
     for found in run_processes(processes, jobs, tmp_path):
         assert [row[2] for row in found] == pytest.approx([row[2] for row in expected], rel=1e-3)
     assert expected[-1][2] < 0.8 * expected[0][2]
 
 
-def test_a_stopped_distillation_goes_on_in_another_layout(other, directory, config, tmp_path):
+def test_a_stopped_distillation_goes_on_in_another_layout(alone, tmp_path):
     """Tensor parallel, then in a pipeline, then data parallel: the losses of an unbroken run on one process."""
-    settings = config.model_copy(update={"micro_batch_size": 1}).model_dump(mode="json")
-    job = {"function": f"{HERE}.distil_job", "directory": str(directory), "config": settings, "tokens": 20 * 128,
-           "parallelism": {}, "scratch": str(tmp_path / "alone")}
-    (expected,) = run_processes(1, [job], tmp_path)
+    job, expected = alone
     moved = job | {"scratch": str(tmp_path / "moved")}
     *stopped, found = run_processes(2, [
         moved | {"parallelism": LAYOUTS["sequence"], "until": 6},

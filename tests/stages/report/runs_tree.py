@@ -219,8 +219,8 @@ class Tree:
                         f"{task}_accuracy_stderr": math.sqrt(value * (1 - value) / 200)}
         self.record("evaluate", name, metrics, scores_json=scores, paper_tasks_json=paper(draw), samples_json={
             "bits_per_byte_docs": [TextSample(id="a", text="def f(x):", bits_per_byte=2.1)],
-            "next_word": [ChoiceSample(id="b", context="return", choices=["x", "y"], log_likelihoods=[-1.0, -2.0], answer=1,
-                                   chosen=0)]})
+            "next_word": [ChoiceSample(id="b", context="return", choices=["x", "y"], log_likelihoods=[-1.0, -2.0],
+                                       answer=1, chosen=0)]})
 
     def benchmark(self) -> None:
         rows, metrics = [], {}
