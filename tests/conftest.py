@@ -21,13 +21,11 @@ from data_pipeline.tokenize.indexed_dataset import IndexedDatasetWriter
 
 VOCABULARY = 64
 # A worker takes whole files: those that take longest start first, lest one be left alone at the end.
-LONGEST = (
-    "test_server.py", "test_reproduce.py", "test_annotation.py", "test_parallel.py", "test_trainer.py",
-    "test_mixer_triton.py", "test_drawn_sizes.py", "test_executor.py", "test_outputs.py",
-    "test_compress.py", "test_stage_runner.py", "test_synthesis.py", "test_funnel.py", "test_evaluation_items.py", "test_evaluate.py",
-    "test_trainer_recovery.py", "test_causal_conv1d_triton.py", "test_surroundings.py", "test_curate_own.py", "test_small_studies.py", "test_bounds.py",
-    "test_launch.py", "test_pretrain.py", "test_text_generation.py", "test_chat.py",
-)
+LONGEST = [f"test_{name}.py" for name in (
+    "server reproduce annotation parallel trainer mixer_triton drawn_sizes executor outputs compress stage_runner "
+    "synthesis funnel evaluation_items evaluate trainer_recovery causal_conv1d_triton surroundings curate_own "
+    "small_studies bounds launch pretrain text_generation chat"
+).split()]
 
 
 def write_token_files(directory: Path, documents: int = 60) -> Path:
