@@ -21,11 +21,12 @@ from data_pipeline.tokenize.indexed_dataset import IndexedDatasetWriter
 
 VOCABULARY = 64
 # A worker takes whole files: those that take longest start first, lest one be left alone at the end.
-LONGEST = [f"test_{name}.py" for name in (
-    "server reproduce annotation parallel trainer mixer_triton drawn_sizes executor outputs compress stage_runner "
-    "synthesis funnel evaluation_items evaluate trainer_recovery causal_conv1d_triton surroundings curate_own "
-    "small_studies bounds launch pretrain text_generation chat"
-).split()]
+LONGEST = (
+    "server", "reproduce", "annotation", "parallel", "trainer", "mixer_triton", "drawn_sizes", "executor", "outputs",
+    "compress", "stage_runner", "synthesis", "funnel", "evaluation_items", "evaluate", "trainer_recovery",
+    "causal_conv1d_triton", "surroundings", "curate_own", "small_studies", "bounds", "launch", "pretrain",
+    "text_generation", "chat",
+)
 
 
 def write_token_files(directory: Path, documents: int = 60) -> Path:
@@ -70,7 +71,8 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 @pytest.fixture(scope="session")
