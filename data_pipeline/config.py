@@ -247,6 +247,7 @@ class Phase(Section):
 class TokenizeConfig(Section):
     """The validation set, and the phases of training."""
 
+    tokenizer: str | None = None                # a Hugging Face directory, for a model from elsewhere; None: our own
     validation_kilobytes_per_domain: int = Field(ge=1)
     phases: list[Phase] = Field(min_length=1)
     repeats: float = Field(ge=1)                # times a document may be seen in training, at most

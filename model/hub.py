@@ -36,7 +36,7 @@ from model.model_card import model_card
 EOD_ID, PAD_ID = 2, 3       # `</s>`, which begins and ends documents, and `<pad>`: the tokenizer's ids
 SPECIAL_TOKENS: dict[str, Any] = {"bos_token_id": EOD_ID, "eos_token_id": EOD_ID, "pad_token_id": PAD_ID}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                   "chat_template.jinja")
+                   "chat_template.jinja", "tokenizer.model")
 POINTER = b"version https://git-lfs"
 FORMAT = {"format": "pt"}   # said in every file and in the index
 INDEX = "model.safetensors.index.json"
@@ -344,9 +344,13 @@ def check_vocabulary(directory: Path, vocab_size: int) -> Tokenizer:
             read_json(file)
         elif file.exists():
             try:
-                file.read_text()
+                if file.suffix == ".jinja":
+                    file.read_text()
+                elif file.read_bytes().startswith(POINTER):
+                    raise ValueError
             except (OSError, ValueError) as error:
-                raise ModelError(f"{file}: not text ({error}).\nExport or download the model again.") from None
+                raise ModelError(
+                    f"{file}: not readable ({_why(file, error)}).\nExport or download the model again.") from None
     return tokenizer
 
 

@@ -37,7 +37,7 @@ tags:
 {data}{results}
 ## Use
 
-```python
+{versions}```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{placeholder}")
@@ -54,6 +54,12 @@ Mamba-Transformer Models* (arXiv 2504.03624). It is no NVIDIA model and holds no
 ABOUT_IMPORTED = """\
 The weights of `{origin}`{changed}, read and written by an open reproduction of *Nemotron-H* (arXiv 2504.03624). The
 licence and the model card of `{origin}` go on to apply."""
+
+VERSIONS = """\
+With `transformers>=5.15`. Versions 5.6 to 5.14 load this model without a word and, where they have no kernels of
+mamba_ssm, compute other logits from token {chunk_size:,} on.
+
+"""
 
 USAGE = """\
 inputs = tokenizer("</s>def add(a, b):", return_tensors="pt", split_special_tokens=False)"""
@@ -143,6 +149,7 @@ def model_card(
         training=_training_table(training) + ("" if origin else "\n" + DOCUMENTS),
         data=_data_section(measured) if measured else "",
         results=_results_section(measured) if measured else "",
+        versions=VERSIONS.format(chunk_size=config.chunk_size) if hybrid else "",
         usage=USAGE_IMPORTED if origin else USAGE,
         placeholder="path/to/this/directory",
         limits="" if origin else LIMITS.format(context=config.sequence_length),

@@ -1,6 +1,6 @@
 """Encode the curated documents into Megatron token files and weigh them for the phases of training.
 
-Reads   data/PROFILE/curated/, data/PROFILE/tokenizer/
+Reads   data/PROFILE/curated/, data/PROFILE/tokenizer/ (or what tokenize.tokenizer names)
 Writes  data/PROFILE/tokens/train/DOMAIN-LABEL.{bin,idx}     every training document
         data/PROFILE/tokens/validation/DOMAIN.{bin,idx}      held-out documents, some kilobytes a domain
         data/PROFILE/tokens/tokens.json, blend.json, token_bytes.npy (UTF-8 bytes each id stands for)
@@ -17,7 +17,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.common import Progress, Stage, run_stage
+from stages.common import Progress, Stage, StageError, run_stage
 
 if TYPE_CHECKING:
     from data_pipeline.tokenize.tokenization import Counts
@@ -31,20 +31,25 @@ def tokenize(stage: Stage) -> dict[str, Any]:
     from data_pipeline.tokenize import tokenization
     from data_pipeline.tokenize.blend import blend
     from data_pipeline.tokenize.curated import shards
+    from data_pipeline.tokenize.hub_tokenizer import HubTokenizer
     from data_pipeline.tokenize.indexed_dataset import token_dtype
-    from data_pipeline.tokenize.tokenizer import MODEL_FILE, Tokenizer
+    from data_pipeline.tokenize.tokenizer import MODEL_FILE
     from data_pipeline.workers.executor import workers
 
-    curated, model = stage.input("curated"), stage.input("tokenizer", MODEL_FILE)
-    config, budget = stage.params.tokenize, stage.params.pretrain.tokens
-    tokenizer, train = Tokenizer(model), shards(curated, "train")
+    curated, config, budget = stage.input("curated"), stage.params.tokenize, stage.params.pretrain.tokens
+    if config.tokenizer and not Path(config.tokenizer).is_dir():
+        raise StageError(f"tokenize.tokenizer: {config.tokenizer} is no directory.\nName a Hugging Face one, or null.")
+    model = Path(config.tokenizer) if config.tokenizer else stage.input("tokenizer", MODEL_FILE)
+    tokenizer, train = tokenization.encoder_of(model).tokenizer, shards(curated, "train")
+    if isinstance(tokenizer, HubTokenizer):
+        stage.inputs += tokenizer.files
     with workers(stage.params.runtime) as pool:
         most = tokenization.most_tokens(train, pool)
         blend(config.phases, most, budget, config.repeats)                  # what cannot be fails before the work
         files = tokenization.tokenize_shards(train, model, stage.scratch, pool, Progress())
     heldout = shards(curated, "heldout")
     files |= tokenization.tokenize_sample(
-        heldout, config.validation_kilobytes_per_domain * 1000, stage.params.seed, tokenizer, stage.scratch
+        heldout, config.validation_kilobytes_per_domain * 1000, stage.params.seed, model, stage.scratch
     )
     mixture = blend(config.phases, {name: counts.tokens for name, counts in files.items()}, budget, config.repeats)
     contents = {

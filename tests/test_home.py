@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shlex
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from stock_megatron import save, stock_model
 
 from data_pipeline.config import TokenizerConfig
-from data_pipeline.tokenize import fast_tokenizer, tokenizer
+from data_pipeline.tokenize import tokenizer
 from model import hub
 from model.checkpoint import read_description
 from model.megatron_lm import open_megatron
-from tests.data_pipeline.small_corpus import write_curated
+from tests.data_pipeline.small_corpus import byte_level_bpe, write_curated
 from tests.stages.tiny_corpus import run, write_params
 
 ROOT = Path(__file__).parent.parent
@@ -45,14 +47,14 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pieces = directory / "data/tiny/tokenizer"
     pieces.mkdir()
     tokenizer.train(curated, TokenizerConfig(vocab_size=512, training_megabytes=1), 1, pieces)
-    for stage in ("items", "tokenize"):
-        run(directory, "-m", f"stages.{stage}")
+    run(directory, "-m", "stages.items")
     with stock_model(**MODEL) as model:
         save(directory / "saved", model, **MODEL)
     imported = open_megatron(directory / "saved")
     hub.save(directory / "downloaded", imported.config, imported.state, {}, "float32")
     (directory / "downloaded/training.json").unlink()
-    fast_tokenizer.export(pieces / tokenizer.MODEL_FILE, directory / "downloaded")
+    texts = [text for file in curated.rglob("*.parquet") for text in pq.read_table(file)["text"].to_pylist()]
+    byte_level_bpe(texts, MODEL["vocab_size"]).save(str(directory / "downloaded/tokenizer.json"))
     return directory
 
 
@@ -62,7 +64,7 @@ def test_every_command_of_the_page_works(directory: Path) -> None:
     page = (ROOT / "docs/home.md").read_text()
     blocks = re.findall(r"```bash\n(.*?)```", page, re.S)
     commands = [shlex.split(line) for block in blocks for line in block.splitlines()]
-    assert len(commands) == 8
+    assert len(commands) == 9
     for program, *arguments in commands:
         assert program == "python"
         done = run(directory, *arguments, check=False)
@@ -72,6 +74,9 @@ def test_every_command_of_the_page_works(directory: Path) -> None:
     assert config.vocab_size == 512 and training == {"imported_from": "downloaded"}
     metrics = json.loads((directory / "mine/runs/evaluate/hybrid-bf16/metrics.json").read_text())
     assert metrics["bits_per_byte_code"] > 1
+    tokens = json.loads((directory / "mine/data/tokens/tokens.json").read_text())
+    made_by = hashlib.sha256((directory / "downloaded/tokenizer.json").read_bytes()).hexdigest()
+    assert (tokens["tokenizer_digest"], tokens["vocab_size"], tokens["eod_id"]) == (made_by, 512, 2)
     smaller, training = read_description(directory / "mine/data/checkpoints/compressed")
     assert training["parent_training"] == {"imported_from": "downloaded"} and smaller != config
     exported = directory / "mine/data/hub/compressed"

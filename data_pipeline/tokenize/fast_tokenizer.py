@@ -3,22 +3,24 @@
 Exact because of how the tokenizer is trained: no normalisation, no dummy prefix, spaces kept, and no pre-tokenizer on
 either side, so both apply the same merges to the whole text. `PreTrainedTokenizerFast` takes the file as it stands;
 transformers' Llama class would rebuild the pipeline and lose the normalizer. `split_special_tokens` keeps text that
-spells a control token text, as SentencePiece does.
+spells a control token text, as SentencePiece does. The model stands beside it: llama.cpp's converter takes pieces and
+scores from it, and from tokenizer_config.json that nothing is put before a text (it would put a blank and `</s>`).
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-from data_pipeline.tokenize.tokenizer import CONTROL, NORMAL, SPACE, UNKNOWN, read_model
+from data_pipeline.tokenize.tokenizer import CONTROL, MODEL_FILE, NORMAL, SPACE, UNKNOWN, read_model
 
 
 def export(model_path: Path, out: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json for the SentencePiece model into `out`.
+    """Write tokenizer.json and tokenizer_config.json for the SentencePiece model into `out`, and the model itself.
 
     The beginning-of-sequence token is `</s>`: in training a document follows the mark that ends the one before.
 
@@ -29,6 +31,7 @@ def export(model_path: Path, out: Path) -> None:
     tokenizer = build(model)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out / "tokenizer.json"))
+    shutil.copyfile(model_path, out / MODEL_FILE)
     eod = model.pieces[model.trainer_spec.eos_id].piece
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -39,6 +42,8 @@ def export(model_path: Path, out: Path) -> None:
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,
+        "add_prefix_space": False,
+        "add_bos_token": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")

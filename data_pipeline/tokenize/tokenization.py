@@ -19,13 +19,15 @@ import pyarrow.compute as pc
 from data_pipeline.storage import write_json
 from data_pipeline.text.words import texts_of
 from data_pipeline.tokenize.curated import batches, sample
+from data_pipeline.tokenize.hub_tokenizer import HubEncoder, HubTokenizer
 from data_pipeline.tokenize.indexed_dataset import IndexedDatasetWriter, is_there, merge
 from data_pipeline.tokenize.segment_encoder import Int32, Int64, SegmentEncoder
-from data_pipeline.tokenize.tokenizer import BYTE_IDS, SPACE, UNK_ID, Tokenizer
+from data_pipeline.tokenize.tokenizer import Tokenizer
 from data_pipeline.workers.executor import Workers
 from durable import drop_damaged
 
 COUNTS_FILE = "counts.json"
+Encoder = SegmentEncoder | HubEncoder
 
 
 class Counts(NamedTuple):
@@ -33,7 +35,7 @@ class Counts(NamedTuple):
 
     documents: int = 0
     tokens: int = 0
-    bytes: int = 0              # of the UTF-8 text as it is decoded: U+2581 is the one byte of a space
+    bytes: int = 0              # of the UTF-8 text as it is decoded: SentencePiece makes U+2581 the one byte of a space
     unknown: int = 0            # tokens that are <unk>
     single_bytes: int = 0       # tokens that stand for a byte of a character outside the vocabulary
 
@@ -52,7 +54,7 @@ def tokenize_shards(
 
     Args:
         shards: curated Parquet files with columns text, domain, label; their names differ.
-        model: the tokenizer's file.
+        model: the tokenizer: a SentencePiece model, or a Hugging Face directory.
         workers: what encodes the shards, of `data_pipeline.workers.executor`.
 
     Raises:
@@ -102,7 +104,7 @@ def encode_shard(shard: Path, model: Path, scratch: Path) -> dict[str, Counts]:
     """Encode one shard into a directory of its own under `scratch`, unless that was done; what each file holds."""
     if (finished := _finished(shard, scratch)) is not None:
         return finished
-    directory, encoder, counts = _part(scratch, shard), _encoder(model), dict[str, Counts]()
+    directory, encoder, counts = _part(scratch, shard), encoder_of(model), dict[str, Counts]()
     with ExitStack() as files:
         writers: dict[str, IndexedDatasetWriter] = {}
         for batch in batches(shard, ("text", "domain", "label")):
@@ -129,29 +131,26 @@ def _finished(shard: Path, scratch: Path) -> dict[str, Counts] | None:
 
 
 def tokenize_sample(
-    files: Sequence[Path], limit: float, seed: int, tokenizer: Tokenizer, scratch: Path
+    files: Sequence[Path], limit: float, seed: int, model: Path, scratch: Path
 ) -> dict[str, Counts]:
     """Encode up to `limit` bytes of each domain of `files`, whole documents (`curated.sample`), into
     `scratch`/validation/DOMAIN.bin and .idx; what each holds, by name."""
-    encoder, documents, totals = SegmentEncoder(tokenizer), sample(files, limit, seed), {}
+    encoder, documents, totals = encoder_of(model), sample(files, limit, seed), {}
     for domain in sorted(documents["domain"].unique().to_pylist()):
         name = f"validation/{domain}"
-        with IndexedDatasetWriter(scratch / name, tokenizer.vocab_size) as writer:
+        with IndexedDatasetWriter(scratch / name, encoder.tokenizer.vocab_size) as writer:
             ids, lengths, totals[name] = encode_documents(encoder, documents.filter(pc.field("domain") == domain))
             writer.extend(ids, lengths)
     return totals
 
 
-def encode_documents(encoder: SegmentEncoder, documents: pa.Table) -> tuple[Int32, Int64, Counts]:
+def encode_documents(encoder: Encoder, documents: pa.Table) -> tuple[Int32, Int64, Counts]:
     """Ids of the column `text` end to end, each document with its mark; the tokens of each document; the sums."""
-    texts = texts_of(documents)
-    ids = encoder.encode(texts)
-    lengths = np.diff(np.flatnonzero(ids == encoder.tokenizer.eod_id), prepend=-1)
-    single_bytes = np.count_nonzero((ids >= BYTE_IDS.start) & (ids < BYTE_IDS.stop))
-    unknown = np.count_nonzero(ids == UNK_ID)
-    text = texts.buffer[texts.offsets[0] : texts.offsets[-1]].tobytes()
-    size = len(text) - (len(SPACE.encode()) - 1) * text.count(SPACE.encode())
-    return ids, lengths, Counts(len(lengths), len(ids), size, int(unknown), int(single_bytes))
+    tokenizer, ids = encoder.tokenizer, encoder.encode(texts_of(documents))
+    lengths = np.diff(np.flatnonzero(ids == tokenizer.eod_id), prepend=-1)
+    size = tokenizer.token_bytes[ids].sum(dtype=np.int64)
+    unknown, single_bytes = np.count_nonzero(ids == tokenizer.unk_id), np.count_nonzero(tokenizer.is_byte[ids])
+    return ids, lengths, Counts(len(lengths), len(ids), int(size), int(unknown), int(single_bytes))
 
 
 def _by_name(batch: pa.Table) -> Iterator[tuple[str, pa.Table]]:
@@ -167,9 +166,9 @@ def _by_name(batch: pa.Table) -> Iterator[tuple[str, pa.Table]]:
 
 
 @lru_cache(maxsize=1)
-def _encoder(model: Path) -> SegmentEncoder:
-    """One a process: what it remembers serves all its shards."""
-    return SegmentEncoder(Tokenizer(model))
+def encoder_of(model: Path) -> Encoder:
+    """One a process: what it remembers serves all its shards. Raises DataError."""
+    return HubEncoder(HubTokenizer(model)) if model.is_dir() else SegmentEncoder(Tokenizer(model))
 
 
 def _name(shard: Path) -> str:

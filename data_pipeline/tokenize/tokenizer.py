@@ -45,6 +45,7 @@ class Tokenizer:
         pieces: what text is merged into, neither control tokens nor bytes. A space is U+2581 in them.
         token_bytes: (vocab_size,) uint16, UTF-8 bytes that each id adds to the decoded text: none for control tokens,
             the end-of-document mark among them; one for a byte, a part of its character.
+        is_byte: (vocab_size,) bool, ids that stand for a byte of a character outside the vocabulary.
         digest: SHA-256 of the model file, hexadecimal.
 
     Raises:
@@ -56,11 +57,12 @@ class Tokenizer:
         content = Path(path).read_bytes()
         self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
         self.vocab_size = len(model.pieces)
-        self.eod_id = EOD_ID
+        self.eod_id, self.unk_id = EOD_ID, UNK_ID
         self.pieces: list[str] = [piece.piece for piece in model.pieces if piece.type == NORMAL]
         self.token_bytes = np.zeros(self.vocab_size, np.uint16)
         self.token_bytes[BYTE_IDS.start :] = 1
         self.token_bytes[BYTE_IDS.stop :] = [len(piece.replace(SPACE, " ").encode()) for piece in self.pieces]
+        self.is_byte = np.isin(np.arange(self.vocab_size), BYTE_IDS)
         self.digest = hashlib.sha256(content).hexdigest()
 
     def encode(self, text: str) -> list[int]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 TRAIN = ("asyncio", "logging", "email", "concurrent", "html")
 HELD_OUT = ("http", "json", "unittest", "importlib", "xml")
@@ -37,6 +38,16 @@ def write_curated(directory: Path, train: Iterable[str] = TRAIN, held_out: Itera
         }
     (directory / "manifest.json").write_text(json.dumps(manifest))
     return directory
+
+
+def byte_level_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A tokenizer of the kind that Nemotron-H has; 2 is `</s>`."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<unk>", "<s>", "</s>", "<pad>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return made
 
 
 def _documents(package: str) -> list[dict[str, object]]:

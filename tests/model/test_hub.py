@@ -430,6 +430,7 @@ def test_what_is_no_id_does_not_end_texts(tmp_path, ids):
     ("tokenizer.json", '{"version":"1.0"'), ("tokenizer.json", "[]"), ("tokenizer.json", b"\xff\xfe{"),
     ("tokenizer_config.json", "[]"), ("tokenizer_config.json", '{"a'), ("special_tokens_map.json", b"\xff"),
     ("added_tokens.json", "3"), ("chat_template.jinja", b"\xff\xfe"),
+    ("tokenizer.model", hub.POINTER),
 ])
 def test_a_damaged_tokenizer_is_named(tmp_path, name, content):
     words = tokenizers.models.WordLevel({f"w{number}": number for number in range(300)}, unk_token="w0")

@@ -72,6 +72,7 @@ def test_transformers_generates_from_the_directory_alone(done, name):
     directory = done / f"data/tiny/hub/{name}"
     exported = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory)
+    assert ("transformers>=5.15" in (directory / "README.md").read_text()) == ("hybrid" in name)
     inputs = exported("</s>def add(a, b):", return_tensors="pt", split_special_tokens=False)
     assert inputs["input_ids"][0, 0] == model.generation_config.eos_token_id == 2
     longer = model.generate(**inputs, max_new_tokens=5, do_sample=False)

@@ -1,5 +1,6 @@
 """The tokenizer and tokenize stages on a small corpus, run as a user runs them."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tiny_corpus import contents, run, write_curated, write_params
 
+from data_pipeline.tokenize import fast_tokenizer
 from data_pipeline.tokenize.tokenizer import Tokenizer
 
 
@@ -62,6 +64,21 @@ def test_no_held_out_text_stops_the_tokenizer_before_its_work(tmp_path):
     failed = run(tmp_path, "-m", "stages.tokenizer", check=False)
     assert failed.returncode == 1 and "annotate.held_out.fraction" in failed.stderr
     assert len(failed.stderr.strip().splitlines()) == 2 and "training" not in failed.stdout.lower()
+
+
+def test_the_tokenizer_of_a_hub_directory_makes_token_files_elsewhere(done, fresh):
+    """The same tokenizer as tokenizer.json: other files than the names of what made them are the same bytes."""
+    fast_tokenizer.export(done / "data/tiny/tokenizer/tokenizer.model", fresh / "downloaded")
+    (fresh / "downloaded/generation_config.json").write_text('{"eos_token_id": 2}')
+    run(fresh, "-m", "stages.tokenize", "--out", "mine", "--set", "tokenize.tokenizer=downloaded")
+    made, expected = contents(fresh / "mine/data/tokens"), contents(done / "data/tiny/tokens")
+    described = [json.loads(files.pop("tokens.json")) for files in (made, expected)]
+    assert made == expected
+    digest = hashlib.sha256((fresh / "downloaded/tokenizer.json").read_bytes()).hexdigest()
+    assert described[0] == described[1] | {"tokenizer_digest": digest}
+    assert "downloaded/tokenizer.json" in read(fresh / "mine/runs/tokenize/provenance.json")["inputs"]
+    failed = run(fresh, "-m", "stages.tokenize", "--out", "mine", "--set", "tokenize.tokenizer=down", check=False)
+    assert failed.returncode == 1 and "tokenize.tokenizer: down is no directory.\nName a" in failed.stderr
 
 
 def test_every_training_document_is_there_once_in_order_and_ended(done):

@@ -1,6 +1,7 @@
 """Referee: sentencepiece itself. transformers and tokenizers must give its ids for every text."""
 
 import io
+import json
 import random
 import sysconfig
 from pathlib import Path
@@ -47,6 +48,9 @@ def test_loader_takes_the_file_as_it_stands(theirs, trained):
     assert (theirs.unk_token_id, theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (0, 2, 2, 3)
     assert len(theirs) == 2048
     assert theirs.padding_side == "left"
+    assert (trained[1] / "tokenizer.model").read_bytes() == trained[0].read_bytes()      # for llama.cpp's converter
+    described = json.loads((trained[1] / "tokenizer_config.json").read_text())
+    assert described["add_prefix_space"] is described["add_bos_token"] is False
     assert FastTokenizer.from_file(str(trained[1] / "tokenizer.json")).get_vocab_size() == 2048
 
 
