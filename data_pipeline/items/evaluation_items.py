@@ -9,8 +9,8 @@ Each kind is one that a model of a few million parameters can say something abou
 
 A score means little without what no training at all reaches. `control` gives that: the best of DEFLATE, LZMA and the
 tokenizer, whose fewest tokens a model with random weights prefers. Without care these solve such a task: naive syntax
-pairs gave a compressor 0.96, and the tokenizer still 0.8 where compressors were at chance. So their wrong lines are ones
-that take as many bytes by either compressor, and as many tokens, as the true one.
+pairs gave a compressor 0.96, and the tokenizer still 0.8 where compressors were at chance. So their wrong lines take as
+many bytes by either compressor, and as many tokens, as the true ones.
 Where the answer stood in the context they are left as they are: finding a repeated key is exactly what a compressor
 does; its score says that no knowledge is needed.
 """
