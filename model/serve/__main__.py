@@ -126,6 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
         except ModelError as error:
             print(error, file=sys.stderr)
             return 1
+        own.listen()
         port = own.getsockname()[1]
         print(f"http://127.0.0.1:{port}", f"Serves {', '.join(models)}. Ctrl-C ends.", sep="\n", flush=True)
         with contextlib.suppress(KeyboardInterrupt):        # uvicorn raises the signal again when all is closed

@@ -24,7 +24,6 @@ from model.inference.sampling import Sampling, choose
 from model.inference.text import Characters, Vocabulary
 from model.serve.prefix_cache import Piece, PrefixCache
 
-
 COUNTED = ("prompt_tokens", "cached_tokens", "generated_tokens", "finished_stop", "finished_length", "cancelled",
            "failed", "refused")
 
