@@ -281,17 +281,20 @@ def test_the_page_asks_nobody_else(client):
 def test_ctrl_c_ends_it_and_tells_who_waits(directories):
     command = [sys.executable, "-m", "model.serve", "--model", f"base={directories['base']}", "--port", "0",
                "--max-length", str(LONGEST)]
-    serving = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert serving.stdout
-    url = serving.stdout.readline().strip()
-    assert serving.stdout.readline() == "Serves base. Ctrl-C ends.\n"
-    with httpx.Client(base_url=url, timeout=60) as client, under_way(client) as lines:
-        serving.send_signal(signal.SIGINT)
-        sent = time.monotonic()
-        last = [line for line in lines if line][-1]
-        assert json.loads(last.removeprefix("data: "))["error"]["message"] == "The server ends."
-    out, error = serving.communicate(timeout=20)
-    assert (serving.returncode, out, error) == (0, "", "") and time.monotonic() - sent < 10
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as serving:
+        try:
+            assert serving.stdout
+            url = serving.stdout.readline().strip()
+            assert serving.stdout.readline() == "Serves base. Ctrl-C ends.\n"
+            with httpx.Client(base_url=url, timeout=60) as client, under_way(client) as lines:
+                serving.send_signal(signal.SIGINT)
+                sent = time.monotonic()
+                last = [line for line in lines if line][-1]
+            assert json.loads(last.removeprefix("data: "))["error"]["message"] == "The server ends."
+            out, error = serving.communicate(timeout=20)
+            assert (serving.returncode, out, error) == (0, "", "") and time.monotonic() - sent < 10
+        finally:
+            serving.kill()
 
 
 @pytest.mark.parametrize(("options", "message"), [
