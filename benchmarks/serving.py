@@ -1,6 +1,6 @@
 """`python -m model.serve` under load, beside `transformers serve`: the same export, the same requests, in one run.
 
-    pip install openai                                          # what `transformers serve` asks for beside the lock
+    pip install openai                                          # `transformers serve` asks for it
     python -m benchmarks.serving --out serving.json             # about five minutes on two cores
 
 Clients stream greedy texts of 16 tokens after prompts of 16 to 256, one request after another: tokens/s of all clients
@@ -116,9 +116,12 @@ async def ask(client: httpx.AsyncClient, model: str, prompt: str, hang_up: bool 
     return Served(times[0] - started, [b - a for a, b in itertools.pairwise(times)], text)
 
 
-async def load(url: str, model: str, clients: int, requests: int, hang_up: bool = False) -> tuple[float, list[Served]]:
-    """Seconds until all is answered, and what each request got."""
-    draw = random.Random(clients)
+async def load(
+    url: str, model: str, clients: int, requests: int, repeat: int = 0, hang_up: bool = False
+) -> tuple[float, list[Served]]:
+    """Seconds until all is answered, and what each request got; prompts are other ones each `repeat`, or they would be
+    found read."""
+    draw = random.Random(1000 * repeat + clients)
     prompts = [["".join(chr(FIRST + draw.randrange(CONFIG.vocab_size)) for _ in range(draw.randint(16, 256)))
                 for _ in range(requests)] for _ in range(clients)]
 
@@ -168,11 +171,12 @@ def main() -> None:
                 runs[name] = {clients: [] for clients in LOADS if clients <= MOST.get(name, 8)}
             except Exception as error:
                 said[name] = f"{error!r}: {' '.join(logs[name].read_text().split())[-600:]}"
-        for _ in range(options.repeats):
+        for repeat in range(1, options.repeats + 1):
             for name, own in runs.items():
                 for clients in own:
                     try:
-                        answered = asyncio.run(load(urls[name] or "", str(directory), clients, LOADS[clients]))
+                        answered = asyncio.run(load(urls[name] or "", str(directory), clients, LOADS[clients],
+                                                    repeat))
                         own[clients].append(figures(*answered))
                         print(f"{name}, {clients} clients: {own[clients][-1]}", file=sys.stderr, flush=True)
                     except (RuntimeError, httpx.HTTPError) as error:

@@ -38,7 +38,7 @@ def load(name: str, directory: Path, limits: Limits, dtype: str, device: torch.d
     limits = limits._replace(max_length=limits.max_length or config.sequence_length)
     sequence = sequence_bytes(config, limits.max_length, DTYPES[dtype], torch.float32)
     caches = {"rows": (limits.rows + 1) * sequence, "kept prompts": limits.prefix_bytes}
-    check_memory(f"{name}: {limits.rows} texts of {limits.max_length} tokens", caches, config, limits.piece_tokens,
+    check_memory(f"{name}: {limits.rows} texts of {limits.max_length} tokens", caches, config, limits.max_length,
                  dtype, device, "Take fewer --rows, a smaller --max-length or --prefix-cache-mb, or a smaller --dtype.")
     return Served(name, Engine(load_model(directory, config, dtype, device), vocabulary, limits), encode)
 

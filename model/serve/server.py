@@ -88,7 +88,11 @@ class Answer:
         finally:
             gone.cancel()
             collecting.cancel()
-            self._text.cancelled = True
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Nobody waits for the text any more."""
+        self._text.cancelled = True
 
     async def _collect(self) -> dict[str, Any]:
         written = [event async for event in self._written()]
@@ -97,7 +101,7 @@ class Answer:
         return self._object(False, [self._choice(part, written[-1].finish)]) | {"usage": self._usage()}
 
     async def events(self) -> AsyncIterator[str]:
-        """Server-sent events; an error is one of them, and the last. The text ends where nobody takes them."""
+        """Server-sent events; an error is one of them, and the last."""
         base = self._object(True, [])
         try:
             if self.chat:
@@ -110,8 +114,6 @@ class Answer:
             yield event("[DONE]")
         except ApiError as error:
             yield event(error.content)
-        finally:
-            self._text.cancelled = True
 
     def _object(self, part: bool, choices: list[dict[str, Any]]) -> dict[str, Any]:
         kind = ("chat.completion.chunk" if part else "chat.completion") if self.chat else "text_completion"
@@ -128,18 +130,18 @@ class Answer:
 
 
 class Events(StreamingResponse):
-    """Events to a client; they are closed when it goes, wherever it was among them."""
+    """An answer in events to a client, which may go before the first of them or after any."""
 
-    def __init__(self, content: Any):
-        super().__init__(content, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        self.content = content
+    def __init__(self, answer: Answer):
+        super().__init__(answer.events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self.answer = answer
 
     async def __call__(self, *arguments: Any) -> None:
         """As a response's."""
         try:
             await super().__call__(*arguments)
         finally:
-            await self.content.aclose()
+            self.answer.cancel()
 
 
 async def _disconnected(request: Request) -> None:
@@ -158,8 +160,8 @@ def application(models: dict[str, Served], port: int) -> Any:
         return models[body.model]
 
     async def answer(request: Request, body: Body, ids: list[int], tokens: int) -> Response:
-        answer = Answer(served(body).engine, body, ids, tokens)
-        return Events(answer.events()) if body.stream else await answer.whole(request)
+        asked = Answer(served(body).engine, body, ids, tokens)
+        return Events(asked) if body.stream else await asked.whole(request)
 
     async def complete(request: Request) -> Response:
         body = await read(request, CompletionBody)
