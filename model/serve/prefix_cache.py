@@ -2,7 +2,7 @@
 
 A Mamba-2 state cannot be cut back to fewer tokens as keys and values can: it is kept as it was after each piece of a
 prompt, with the piece's own keys and values. Prompts are always cut at the same places (multiples of the piece, and the
-end), and what was kept is what the same kernels made of the same numbers: a text is bit for bit the one without.
+end), and what was kept is what the same kernels made of the same numbers: a prompt leaves the same bits as without.
 """
 
 from __future__ import annotations

@@ -209,7 +209,7 @@ def application(models: dict[str, Served], port: int) -> Any:
     routes = [Route(path, does, methods=[method]) for method, paths in (("GET", get), ("POST", post))
               for path, does in paths.items()]
     handlers = dict.fromkeys((HTTPException, ApiError, Exception), refuse)
-    return own_pages_only(Starlette(routes=routes, exception_handlers=handlers), port)      # type: ignore[arg-type]
+    return own_pages_only(Starlette(routes=routes, exception_handlers=handlers), port)
 
 
 class Server(uvicorn.Server):
