@@ -87,7 +87,7 @@ def test_every_command_of_the_page_works(directory: Path) -> None:
     page = (ROOT / "docs/home.md").read_text()
     blocks = re.findall(r"```bash\n(.*?)```", page, re.S)
     commands = [shlex.split(line) for block in blocks for line in block.splitlines()]
-    assert len(commands) == 9
+    assert len(commands) == 10
     for program, *arguments in commands:
         assert program == "python"
         if "model.serve" in arguments:
