@@ -86,7 +86,7 @@ def token_attention_rows(bandwidth: float, _: float) -> Iterator[Row]:
         q = torch.randn(batch, QUERY_HEADS, ATTENTION_HEAD_DIM, device="cuda", dtype=torch.bfloat16)
         keys, values = (torch.randn(batch, KV_HEADS, CONTEXT, ATTENTION_HEAD_DIM, device="cuda", dtype=torch.bfloat16)
                         for _ in range(2))
-        at = torch.tensor(CONTEXT - 1, device="cuda")
+        at = torch.full((batch,), CONTEXT - 1, device="cuda")
         grouped = q.unflatten(1, (KV_HEADS, -1))
         exact = F.scaled_dot_product_attention(*(tensor[:1].double() for tensor in (grouped, keys, values)))
 

@@ -20,12 +20,12 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 from flows import PREFECT_HOME
 from flows.dvc_graph import LOGS, GraphError, check_places
+from model.serve.loopback import Application, own_pages_only
 from stages.common import die_with_parent
 
 RECORD = PREFECT_HOME / "server.json"             # {"url"} of the pages; locked by the process that serves them
@@ -121,27 +121,12 @@ def check_database() -> None:
                          "record of past runs, no results.") from None
 
 
-Receive = Callable[[], Awaitable[Any]]
-Send = Callable[[Any], Awaitable[None]]
-
-
-def app() -> Callable[[dict[str, Any], Receive, Send], Awaitable[None]]:
-    """Prefect's application, which answers its own pages and programs, not pages of others that a browser has open."""
+def app() -> Application:
+    """Prefect's application, for its own pages."""
     from prefect.server.api.server import create_app
-    from starlette.responses import PlainTextResponse
 
-    prefect = create_app(final=True)
     port = os.environ["PREFECT_API_URL"].removesuffix("/api").rpartition(":")[2]
-    hosts = {f"{host}:{port}".encode() for host in ("127.0.0.1", "localhost")}
-    origins = {None, *(b"http://" + host for host in hosts)}
-
-    async def answer(scope: dict[str, Any], receive: Receive, send: Send) -> None:
-        headers = dict(scope.get("headers", ()))
-        foreign = headers.get(b"host") not in hosts or headers.get(b"origin") not in origins
-        refused = PlainTextResponse(f"Only for pages of 127.0.0.1:{port}.", 403)
-        await (refused if foreign and scope["type"] != "lifespan" else prefect)(scope, receive, send)
-
-    return answer
+    return own_pages_only(create_app(final=True), int(port))
 
 
 @contextlib.contextmanager

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shlex
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import httpx
 import pyarrow.parquet as pq
 import pytest
 from stock_megatron import save, stock_model
@@ -58,15 +63,36 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def serve(directory: Path, arguments: list[str]) -> None:
+    """Both models write, and Ctrl-C ends it."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, *arguments, "--port", "0"], cwd=directory, env=environment, text=True,
+                          stdout=subprocess.PIPE) as serving:
+        try:
+            assert serving.stdout
+            url = serving.stdout.readline().strip()
+            for model in ("parent", "compressed"):
+                body = {"model": model, "prompt": "def main(", "max_tokens": 4, "ignore_eos": True}
+                answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
+                assert answer["usage"]["completion_tokens"] == 4, answer
+            serving.send_signal(signal.SIGINT)
+            assert serving.wait(30) == 0
+        finally:
+            serving.kill()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_every_command_of_the_page_works(directory: Path) -> None:
     page = (ROOT / "docs/home.md").read_text()
     blocks = re.findall(r"```bash\n(.*?)```", page, re.S)
     commands = [shlex.split(line) for block in blocks for line in block.splitlines()]
-    assert len(commands) == 9
+    assert len(commands) == 10
     for program, *arguments in commands:
         assert program == "python"
+        if "model.serve" in arguments:
+            serve(directory, arguments)
+            continue
         done = run(directory, *arguments, check=False)
         assert done.returncode == 0, (arguments, done.stderr[-2000:])
     config, training = read_description(directory / "mine/data/checkpoints/hybrid-bf16")

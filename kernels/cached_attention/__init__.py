@@ -44,16 +44,16 @@ def prompt_attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return torch.lerp(past, own, torch.sigmoid(own_sum - past_sum).to(q.dtype))
 
 
-def token_attention(q: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
-    """Attention of one token a sequence over the cached tokens up to its own, which stands at `position`.
+def token_attention(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+    """Attention of one token a sequence over the cached tokens up to its own, which stands at its `positions`.
 
-    The position is read on the device, so that a captured CUDA graph serves every length. Floor: one read of those
-    keys and values; 4 head_dim operations a head and token.
+    Positions are read on the device, so that a captured CUDA graph serves every length, of each sequence its own.
+    Floor: one read of those keys and values; 4 head_dim operations a head and token.
 
     Args:
         q: (batch, heads, head_dim).
         keys, values: (batch, groups, max_length, head_dim); head i uses group i // (heads / groups).
-        position: () int64, on the device of the others.
+        positions: (batch,) int64, on the device of the others.
 
     Returns:
         (batch, heads, head_dim).
@@ -62,22 +62,24 @@ def token_attention(q: Tensor, keys: Tensor, values: Tensor, position: Tensor) -
         ArgumentError: shapes, devices or dtypes disagree, or heads are no multiple of groups.
     """
     sizes = check_shapes("token_attention", q=(q, "batch heads head_dim"),
-                         keys=(keys, "batch groups tokens head_dim"), values=(values, "batch groups tokens head_dim"))
+                         keys=(keys, "batch groups tokens head_dim"), values=(values, "batch groups tokens head_dim"),
+                         positions=(positions, "batch"))
     check_dtypes("token_attention", q=q, keys=keys, values=values)
     check_multiple("token_attention", "heads", sizes["heads"], "groups", sizes["groups"])
     if q.is_cuda:
         from kernels.cached_attention import triton as cached_attention_triton
 
         if cached_attention_triton.supports(q, keys, values):
-            return cached_attention_triton.attend(q, keys, values, position)
+            return cached_attention_triton.attend(q, keys, values, positions)
         warn_of_slowness("token_attention", cached_attention_triton.TAKES, q.dtype, f"head_dim {q.shape[2]}")
     # the query heads of a group stand as that many queries of one head: its keys are read once, not copied
     grouped = q.unflatten(1, (keys.shape[1], -1))
-    if q.is_cuda:
-        seen = (torch.arange(keys.shape[2], device=q.device) <= position).expand(grouped.shape[2], -1)
-        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=seen).flatten(1, 2)
-    length = int(position) + 1
-    return F.scaled_dot_product_attention(grouped, keys[:, :, :length], values[:, :, :length]).flatten(1, 2)
+    length = keys.shape[2] if q.is_cuda else int(positions.max()) + 1       # a captured step has one for all lengths
+    seen = None
+    if q.is_cuda or int(positions.min()) + 1 < length:
+        reached = torch.arange(length, device=q.device) <= positions[:, None]
+        seen = reached[:, None, None].expand(*grouped.shape[:3], -1)
+    return F.scaled_dot_product_attention(grouped, keys[:, :, :length], values[:, :, :length], seen).flatten(1, 2)
 
 
 def _has_cudnn_kernel(q: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 A program holds all query heads of a group, so that keys and values come from memory once, and walks one split; a second
 kernel weighs the splits' outputs by their sums. The number of splits is fixed by the batch, their length by the
-position read on the device: a captured graph fills the GPU at every length.
+sequence's position, read on the device: a captured graph fills the GPU at every length.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class AttentionTiles(NamedTuple):
 
 @triton.jit
 def _split_kernel(
-    q, keys, values, position, outputs, log_sums, scale, max_length,
+    q, keys, values, positions, outputs, log_sums, scale, max_length, groups,
     HEADS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """One split of the tokens for the `HEADS` query heads of a sequence's group."""
     row, split, splits = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    length = (tl.load(position) + 1).to(tl.int32)
+    length = (tl.load(positions + row // groups) + 1).to(tl.int32)
     share = tl.cdiv(tl.cdiv(length, splits), BLOCK) * BLOCK
     start = split * share
     end = tl.minimum(start + share, length)
@@ -90,7 +90,7 @@ def supports(q: Tensor, keys: Tensor, values: Tensor) -> bool:
 
 
 @torch.library.custom_op("nemotron_h::token_attention", mutates_args=())
-def attend(q: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
+def attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
     """(batch, heads, head_dim), contiguous; shapes as in `kernels.cached_attention`."""
     batch, heads, head_dim = q.shape
     groups, max_length = keys.shape[1:3]
@@ -101,7 +101,8 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
     y = q.new_empty(batch, heads, head_dim)
     per_group = heads // groups
     _split_kernel[(rows, splits)](
-        q.contiguous(), keys, values, position, outputs, log_sums, LOG2_E / math.sqrt(head_dim), max_length,
+        q.contiguous(), keys, values, positions.contiguous(), outputs, log_sums, LOG2_E / math.sqrt(head_dim),
+        max_length, groups,
         HEADS=per_group, ROWS=max(LEAST_ROWS, triton.next_power_of_2(per_group)), D=head_dim, BLOCK=TILES.tokens,
         num_warps=TILES.warps, num_stages=TILES.stages,
     )
@@ -112,5 +113,5 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
 
 
 @attend.register_fake
-def _like(q: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
+def _like(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
     return q.new_empty(q.shape)

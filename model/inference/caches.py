@@ -5,7 +5,7 @@ Caches are allocated once and written in place: a captured CUDA graph goes on re
 
 from __future__ import annotations
 
-from typing import Protocol, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ from kernels.state_update import conv_state_update, ssd_state_update
 from model.hybrid_lm import Attention, FeedForward, HybridLM, Layer, Mamba2
 
 
-class CacheShape(Protocol):
-    """Of a decoder's caches: sequences, tokens, and element types."""
+class CacheShape(NamedTuple):
+    """Of caches: sequences, tokens, element types, and where they are."""
 
     batch: int
     max_length: int
@@ -29,8 +29,8 @@ class CacheShape(Protocol):
 
 
 class CachedMamba2:
-    """Caches: the last inputs of the convolution (batch, kernel - 1, channels), the SSM state (batch, heads, head_dim,
-    state_dim)."""
+    """Of a fixed size: the last inputs of the convolution (batch, kernel - 1, channels), the SSM state (batch, heads,
+    head_dim, state_dim)."""
 
     def __init__(self, mixer: Mamba2, shape: CacheShape):
         config = mixer.config
@@ -39,7 +39,7 @@ class CachedMamba2:
                                 device=shape.device)
         self.state = torch.zeros(shape.batch, config.mamba_num_heads, config.mamba_head_dim, config.mamba_state_dim,
                                  dtype=shape.state_dtype, device=shape.device)
-        self.caches = [self.conv, self.state]
+        self.fixed, self.growing = [self.conv, self.state], list[Tensor]()
         self.A = mixer.decay_rates().detach()
 
     def forget(self, rows: slice) -> None:
@@ -57,17 +57,18 @@ class CachedMamba2:
         self.state[rows] = state
         return self.mixer.finish(y, gate)
 
-    def step(self, x: Tensor, position: Tensor) -> Tensor:
-        """x (batch, hidden), the token at `position` () int64 -> the same shape; caches go on."""
+    def step(self, x: Tensor, positions: Tensor) -> Tensor:
+        """x (rows, hidden), tokens of the first sequences at their `positions` (rows,) int64 -> the same shape; caches
+        go on."""
         gate, xBC, dt = self.mixer.project(x)
-        xBC = conv_state_update(self.conv, xBC, *self.mixer.conv_weights())
+        xBC = conv_state_update(self.conv[: len(x)], xBC, *self.mixer.conv_weights())
         heads, B, C = self.mixer.split_heads(xBC)
-        y = ssd_state_update(self.state, heads, dt, self.A, B, C, self.mixer.D, self.mixer.dt_bias)
+        y = ssd_state_update(self.state[: len(x)], heads, dt, self.A, B, C, self.mixer.D, self.mixer.dt_bias)
         return self.mixer.finish(y, gate)
 
 
 class CachedAttention:
-    """Caches: keys and values (batch, query groups, max_length, head_dim)."""
+    """Growing with the tokens: keys and values (batch, query groups, max_length, head_dim)."""
 
     def __init__(self, mixer: Attention, shape: CacheShape):
         config = mixer.config
@@ -75,7 +76,7 @@ class CachedAttention:
         self.keys = torch.zeros(shape.batch, config.num_query_groups, shape.max_length, config.head_dim,
                                 dtype=shape.dtype, device=shape.device)
         self.values = torch.zeros_like(self.keys)
-        self.caches = [self.keys, self.values]
+        self.fixed, self.growing = list[Tensor](), [self.keys, self.values]
         self.rotation = mixer.rotation(shape.max_length, shape.device)
 
     def forget(self, rows: slice) -> None:
@@ -90,14 +91,14 @@ class CachedAttention:
         y = prompt_attention(q, self.keys[rows, :, :end], self.values[rows, :, :end])
         return self.mixer.o_proj(y.transpose(1, 2).flatten(-2))
 
-    def step(self, x: Tensor, position: Tensor) -> Tensor:
+    def step(self, x: Tensor, positions: Tensor) -> Tensor:
         """As `CachedMamba2.step`."""
-        at = position[None]
-        rotation = None if self.rotation is None else self.rotation.index_select(1, at)
+        rotation = None if self.rotation is None else self.rotation[:, positions, None, None]
         q, k, v = self.mixer.project(x[:, None], rotation)
-        self.keys.index_copy_(2, at, k)
-        self.values.index_copy_(2, at, v)
-        return self.mixer.o_proj(token_attention(q[:, :, 0], self.keys, self.values, position).flatten(1))
+        keys, values, at = self.keys[: len(x)], self.values[: len(x)], positions[:, None, None, None].expand_as(k)
+        keys.scatter_(2, at, k)
+        values.scatter_(2, at, v)
+        return self.mixer.o_proj(token_attention(q[:, :, 0], keys, values, positions).flatten(1))
 
 
 class CachedFeedForward:
@@ -105,7 +106,7 @@ class CachedFeedForward:
 
     def __init__(self, mixer: FeedForward):
         self.mixer = mixer
-        self.caches: list[Tensor] = []
+        self.fixed, self.growing = list[Tensor](), list[Tensor]()
 
     def forget(self, rows: slice) -> None:
         """There is nothing to forget."""
@@ -115,7 +116,7 @@ class CachedFeedForward:
         """As `CachedMamba2.prefill`."""
         return self.mixer.down_proj(squared_relu(self.mixer.up_proj(x)))
 
-    def step(self, x: Tensor, position: Tensor) -> Tensor:
+    def step(self, x: Tensor, positions: Tensor) -> Tensor:
         """As `CachedMamba2.step`."""
         return self.mixer.down_proj(squared_relu(self.mixer.up_proj(x)))
 
@@ -134,29 +135,60 @@ def cached(mixer: Mamba2 | Attention | FeedForward, shape: CacheShape) -> Cached
             return CachedFeedForward(mixer)
 
 
-class PrefixReader:
+class ModelCaches:
+    """A model and its layers' caches of `batch` sequences of at most `max_length` tokens, in the model's dtype."""
+
+    def __init__(self, model: HybridLM, max_length: int, batch: int, state_dtype: torch.dtype):
+        embeddings = model.backbone.embeddings.weight
+        self.model, self.max_length, self.batch = model, max_length, batch
+        self.dtype, self.state_dtype, self.device = embeddings.dtype, state_dtype, embeddings.device
+        shape = CacheShape(batch, max_length, self.dtype, state_dtype, self.device)
+        self._layers = [(layer, cached(layer.mixer, shape)) for layer in cast("list[Layer]", model.backbone.layers)]
+
+    @property
+    def caches(self) -> list[Tensor]:
+        """All keys, values, convolution and SSM states, layer by layer."""
+        return [cache for _, layer in self._layers for cache in layer.fixed + layer.growing]
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of all caches."""
+        return sum(cache.nbytes for cache in self.caches)
+
+    def states(self, row: int) -> list[Tensor]:
+        """Views of what the Mamba-2 layers hold of sequence `row`: all of what they know of its tokens so far."""
+        return [cache[row] for _, layer in self._layers for cache in layer.fixed]
+
+    def keys_values(self, row: int, start: int, end: int) -> list[Tensor]:
+        """Views of the keys and values (query groups, tokens, head_dim) of sequence `row`'s tokens [start, end)."""
+        return [cache[row, :, start:end] for _, layer in self._layers for cache in layer.growing]
+
+
+class PrefixReader(ModelCaches):
     """A model that reads `batch` sequences of at most `max_length` tokens in pieces, and goes on from one in several.
 
     Nothing is decoded, so there is no graph to capture: `model.inference.decoder.Decoder` has that.
     """
 
-    def __init__(self, model: HybridLM, max_length: int, batch: int):
-        embeddings = model.backbone.embeddings.weight
-        self.model, self.batch, self.max_length = model, batch, max_length
-        self.dtype, self.device, self.state_dtype = embeddings.dtype, embeddings.device, torch.float32
-        self._layers = [(layer, cached(layer.mixer, self)) for layer in cast("list[Layer]", model.backbone.layers)]
-        self._position = 0
+    def __init__(self, model: HybridLM, max_length: int, batch: int, state_dtype: torch.dtype = torch.float32):
+        super().__init__(model, max_length, batch, state_dtype)
+        self.position = 0           # tokens read
 
     def read(self, ids: Tensor) -> Tensor:
         """The next tokens (rows, tokens) of the first rows -> (rows, tokens, hidden), before the head."""
         x = self.model.backbone.embeddings(ids)
         for layer, cache in self._layers:
-            x = x + cache.prefill(layer.norm(x), slice(len(ids)), self._position)
-        self._position += ids.shape[1]
+            x = x + cache.prefill(layer.norm(x), slice(len(ids)), self.position)
+        self.position += ids.shape[1]
         return self.model.backbone.norm_f(x)
 
     def fork(self, sources: Tensor) -> None:
         """Row i goes on from what row `sources[i]` has read; sources (batch,) int64."""
+        for tensor in self.caches:
+            tensor.copy_(tensor[sources])
+
+    def forget(self) -> None:
+        """Read new sequences from here on."""
         for _, cache in self._layers:
-            for tensor in cache.caches:
-                tensor.copy_(tensor[sources])
+            cache.forget(slice(None))
+        self.position = 0

@@ -6,15 +6,14 @@ a hybrid's decoding hardly slows with the context (paper section 1, Figure 1).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import cast
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from model.config import ModelError
-from model.hybrid_lm import HybridLM, Layer
-from model.inference.caches import cached
+from model.hybrid_lm import HybridLM
+from model.inference.caches import ModelCaches
 from model.inference.sampling import Sampling, choose
 
 GREEDY = Sampling()
@@ -25,7 +24,7 @@ def piece_tokens(device: torch.device) -> int:
     return 8192 if device.type == "cuda" else 1024
 
 
-class Decoder:
+class Decoder(ModelCaches):
     """A model with the caches of `batch` sequences, allocated once; on a GPU a decoding step is one CUDA graph.
 
     Args:
@@ -46,13 +45,9 @@ class Decoder:
     ):
         if max_length < 1 or batch < 1:
             raise ModelError(f"A decoder of {batch} sequences of {max_length} tokens.\nAsk for one or more of both.")
-        embeddings = model.backbone.embeddings.weight
-        self.model, self.max_length, self.batch = model, max_length, batch
-        self.dtype, self.state_dtype, self.device = embeddings.dtype, state_dtype, embeddings.device
+        super().__init__(model, max_length, batch, state_dtype)
         self.prefill_tokens = prefill_tokens or piece_tokens(self.device)
-        layers = cast("list[Layer]", model.backbone.layers)
-        self._layers = [(layer, cached(layer.mixer, self)) for layer in layers]
-        self._at = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._at = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self._length = 0
         if self.device.type == "cuda":
             self._capture()
@@ -76,16 +71,6 @@ class Decoder:
         """Take the caches, whatever is in them, for those of `position` tokens: for measuring."""
         self._length = position
         self._at.fill_(position)
-
-    @property
-    def caches(self) -> list[Tensor]:
-        """All keys, values, convolution and SSM states, layer by layer."""
-        return [cache for _, layer in self._layers for cache in layer.caches]
-
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes of all caches."""
-        return sum(cache.nbytes for cache in self.caches)
 
     @torch.inference_mode()
     def prefill(self, ids: Tensor) -> Tensor:
@@ -134,11 +119,28 @@ class Decoder:
                              "Give one id a sequence.")
         self._check_room(self._length, 1)
         self._length += 1
-        if self.device.type != "cuda":
-            return self._step(ids)
-        self._ids.copy_(ids)
-        self._graph.replay()
-        return self._next_logits
+        return self._advance(ids)
+
+    @torch.inference_mode()
+    def decode_rows(self, ids: Tensor, positions: Sequence[int]) -> Tensor:
+        """Append `ids` (rows,) to the first sequences, each of its own length; logits (rows, vocab), as of `decode`.
+
+        What the other sequences hold is lost on a GPU, where all are stepped. `position` says nothing of sequences of
+        unlike length; the next `prefill` gives it a meaning again.
+
+        Args:
+            positions: tokens that are in the caches of each of these sequences.
+
+        Raises:
+            ModelError: more ids than sequences, not a position each, or no room.
+        """
+        if not 0 < len(ids) == len(positions) <= self.batch:
+            raise ModelError(f"{len(ids)} tokens at {len(positions)} positions, and the caches are of {self.batch} "
+                             "sequences.\nGive one of both for each of the first sequences.")
+        self._check_room(max(positions), 1)
+        self._at.zero_()
+        self._at[: len(ids)] = torch.tensor(positions)
+        return self._advance(ids)
 
     def stream(
         self, ids: Tensor, tokens: int, sampling: Sampling = GREEDY, generator: torch.Generator | None = None
@@ -159,10 +161,17 @@ class Decoder:
         """`tokens` tokens after the prompts `ids` (batch, sequence) -> (batch, tokens)."""
         return torch.stack(list(self.stream(ids, tokens, sampling, generator)), 1)
 
+    def _advance(self, ids: Tensor) -> Tensor:
+        if self.device.type != "cuda":
+            return self._step(ids)
+        self._ids[: len(ids)] = ids
+        self._graph.replay()
+        return self._next_logits[: len(ids)]
+
     def _step(self, ids: Tensor) -> Tensor:
         x = self.model.backbone.embeddings(ids)
         for layer, layer_cache in self._layers:
-            x += layer_cache.step(layer.norm(x), self._at)
+            x += layer_cache.step(layer.norm(x), self._at[: len(ids)])
         self._at += 1
         return self._logits(x)
 

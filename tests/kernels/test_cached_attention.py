@@ -45,28 +45,33 @@ def test_a_piece_of_a_prompt_on_a_gpu(cut):
     assert relative_error(y.cpu(), exact(q, keys, values)[:, :, cut:]) < 6e-3
 
 
-@pytest.mark.parametrize("position", [0, 1, 30, 36])
-def test_one_token(position):
-    """Keys behind the position are there, and not seen."""
+def at_positions(tensor, positions):
+    """(batch, heads, tokens, head_dim) -> (batch, heads, head_dim), of each sequence the token at its position."""
+    return tensor[torch.arange(len(positions)), :, positions]
+
+
+@pytest.mark.parametrize("positions", [[0, 0], [1, 1], [30, 30], [36, 36], [36, 0], [1, 30]])
+def test_one_token(positions):
+    """Keys behind a sequence's position are there, and not seen."""
     q, keys, values = random_tensors(2, 6, 2, 37, 16)
-    y = token_attention(q[:, :, position], keys, values, torch.tensor(position))
-    assert relative_error(y, exact(q, keys, values)[:, :, position]) < 1e-6
+    y = token_attention(at_positions(q, positions), keys, values, torch.tensor(positions))
+    assert relative_error(y, at_positions(exact(q, keys, values), positions)) < 1e-6
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
 @pytest.mark.parametrize("heads", [2, 6, 40])
-@pytest.mark.parametrize("position", [0, 15, 16, 69, 89])
-def test_splits(dtype, tolerance, heads, position, monkeypatch):
+@pytest.mark.parametrize("positions", [[0, 0], [15, 89], [16, 16], [69, 0], [89, 89]])
+def test_splits(dtype, tolerance, heads, positions, monkeypatch):
     """Splits that are full, ragged and empty; groups of 1, 3 and 20 query heads."""
     monkeypatch.setattr(cached_attention_triton, "TILES",
                         cached_attention_triton.AttentionTiles(tokens=16, warps=4, stages=2, programs=12, splits=64))
     q, keys, values = (tensor.to(dtype) for tensor in random_tensors(2, heads, 2, 90, 32))
-    at = torch.tensor(position, device=DEVICE)
-    y = cached_attention_triton.attend(*(tensor.to(DEVICE) for tensor in (q[:, :, position], keys, values)), at)
-    assert relative_error(y.cpu(), exact(q, keys, values)[:, :, position]) < tolerance
+    token = (at_positions(q, positions), keys, values, torch.tensor(positions))
+    y = cached_attention_triton.attend(*(tensor.to(DEVICE) for tensor in token))
+    assert relative_error(y.cpu(), at_positions(exact(q, keys, values), positions)) < tolerance
 
 
 def test_the_operator_is_well_registered():
     q, keys, values = (tensor.to(DEVICE, PRECISIONS[0][0]) for tensor in random_tensors(2, 4, 2, 20, 32))
-    arguments = (q[:, :, 0].contiguous(), keys, values, torch.tensor(19, device=DEVICE))
+    arguments = (q[:, :, 0].contiguous(), keys, values, torch.tensor([19, 19], device=DEVICE))
     torch.library.opcheck(cached_attention_triton.attend, arguments, test_utils=("test_schema", "test_faketensor"))

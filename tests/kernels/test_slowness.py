@@ -71,7 +71,7 @@ def mixer(taps: int) -> Any:
     (lambda: squared_relu(of(9, 5).t()), r"squared_relu: .* contiguous: False"),
     (lambda: quantize_transpose(of(32, 24), "e4m3"), r"quantize_transpose.*24 channels.*\n.* multiples of 16"),
     (lambda: quantize_rows(of(9, 5).t()), "quantize_rows: "),
-    (lambda: token_attention(of(1, 2, 48), of(1, 1, 5, 48), of(1, 1, 5, 48), of(dtype=torch.int64)),
+    (lambda: token_attention(of(1, 2, 48), of(1, 1, 5, 48), of(1, 1, 5, 48), of(1, dtype=torch.int64)),
      "token_attention: .*head_dim 48"),
 ])
 def test_it_is_told(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any], words: str) -> None:

@@ -200,6 +200,15 @@ def test_ids_beyond_the_vocabulary_and_other_shapes_are_refused(ids, wrong):
             Decoder(random_model(HYBRID), max_length, batch)
 
 
+def test_rows_are_the_first_sequences_and_have_room(ids):
+    decoder = Decoder(random_model(HYBRID), 40, batch=3)
+    for tokens, positions in ((ids[:0, 0], []), (ids[:2, 0], [3]), (ids[[0, 1, 2, 0], 0], [1] * 4)):
+        with pytest.raises(ModelError, match="Give one of both for each of the first sequences"):
+            decoder.decode_rows(tokens, positions)
+    with pytest.raises(ModelError, match=r"40 \+ 1 tokens"):
+        decoder.decode_rows(ids[:2, 0], [3, 40])
+
+
 @pytest.mark.parametrize("shape", [(1, 4), (4, 4), (3, 0), (12,)])
 def test_prompts_are_as_many_as_the_caches_hold(shape):
     decoder = Decoder(random_model(HYBRID), 40, batch=3)

@@ -79,6 +79,26 @@ def test_float32_and_bfloat16_states():
 
 
 @CONFIGS
+def test_sequences_of_unlike_length_take_one_captured_step(config):
+    """Prompts read by themselves, their caches copied into rows of one decoder, beside each alone."""
+    model = random_model(config, torch.float32, "cuda")
+    ids = torch.randint(512, (3, 60), generator=torch.Generator().manual_seed(0)).cuda()
+    together, lengths = Decoder(model, 60, 4), [7, 40, 1]
+    expected = []
+    for row, length in enumerate(lengths):
+        one = Decoder(model, 60, 1)
+        one.prefill(ids[row, None, :length])
+        for to, own in zip(together.states(row) + together.keys_values(row, 0, length),
+                           one.states(0) + one.keys_values(0, 0, length), strict=True):
+            to.copy_(own)
+        expected.append(torch.cat([one.decode(ids[row, length + step, None]).clone() for step in range(5)]))
+    for step in range(5):
+        places = [length + step for length in lengths]
+        logits = together.decode_rows(torch.stack([ids[row, place] for row, place in enumerate(places)]), places)
+        assert relative(logits, torch.stack([each[step] for each in expected])) < 1e-4
+
+
+@CONFIGS
 def test_greedy_text_is_the_same_in_any_batch(config):
     model = random_model(config, torch.float32, "cuda")
     ids = torch.randint(512, (5, 60), generator=torch.Generator().manual_seed(0)).cuda()

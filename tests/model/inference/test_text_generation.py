@@ -14,8 +14,9 @@ from tokenizers import Tokenizer, decoders, models
 from model import hub
 from model.config import ModelConfig
 from model.hybrid_lm import HybridLM
-from model.inference import __main__ as text_generation
-from model.inference.__main__ import Vocabulary, main, pieces
+from model.inference import text as text_generation
+from model.inference.__main__ import main
+from model.inference.text import Vocabulary, pieces
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 WORDS = ["<unk>", "<s>", "</s>", "<pad>", *BYTES, "t", "h", "e", "th", "the"]
@@ -103,7 +104,7 @@ def test_a_seed_repeats_its_text(directory, capsys):
 def test_smaller_weights(directory, capsys, monkeypatch):
     assert run(directory, "--dtype", "fp8", "--max-new-tokens", "5") == 1
     assert "Take --dtype bfloat16" in capsys.readouterr().err
-    monkeypatch.setattr("model.inference.__main__.LEAST_WIDTH", 1)
+    monkeypatch.setattr("model.inference.text.LEAST_WIDTH", 1)
     for dtype in ("bfloat16", "fp8"):
         assert run(directory, "--dtype", dtype, "--max-new-tokens", "5") == 0
         assert len(capsys.readouterr().out) > 1

@@ -1,0 +1,132 @@
+"""What stands between a Hub directory and a decoder that writes text: checks, the weights, the tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import torch
+from tokenizers import Tokenizer
+
+from model import hub
+from model.config import ModelConfig, ModelError
+from model.costs import weights_bytes
+from model.hybrid_lm import HybridLM
+from model.inference.decoder import piece_tokens
+from model.inference.fp8_weights import LEAST_WIDTH, quantize_weights
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.bfloat16}     # fp8: weights alone
+GIB = 2**30
+LONGEST_CHARACTER = 4           # bytes, and so tokens at most
+
+
+class Vocabulary(NamedTuple):
+    """A tokenizer, and the ids that stand before and after a text."""
+
+    tokenizer: Tokenizer
+    start_id: int | None        # before every text
+    end_ids: list[int]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, the start's before them."""
+        start = [] if self.start_id is None else [self.start_id]
+        return start + list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def read_vocabulary(directory: Path, config: ModelConfig) -> Vocabulary:
+    """The tokenizer of `directory`. Raises ModelError unless every id it gives is one of the model's."""
+    tokenizer = hub.check_vocabulary(directory, config.vocab_size)
+    tokenizer.encode_special_tokens = True          # text that spells a control token stays text
+    return Vocabulary(tokenizer, hub.begin_id(directory), hub.end_ids(directory))
+
+
+class Characters:
+    """The text of tokens that come one by one."""
+
+    def __init__(self, vocabulary: Vocabulary):
+        self._tokenizer = vocabulary.tokenizer
+        self._waiting: list[int] = []
+
+    def add(self, token: int) -> str:
+        """What is whole characters with `token`; "" where it, and up to three before it, begin one."""
+        self._waiting.append(token)
+        text = self._tokenizer.decode(self._waiting, skip_special_tokens=False)
+        if text.endswith("\ufffd") and len(self._waiting) < LONGEST_CHARACTER:
+            return ""
+        self._waiting = []
+        return text
+
+    def rest(self) -> str:
+        """The text of the tokens that make no whole character."""
+        text = self._tokenizer.decode(self._waiting, skip_special_tokens=False) if self._waiting else ""
+        self._waiting = []
+        return text
+
+
+def pieces(vocabulary: Vocabulary, ids: Iterable[int]) -> Iterator[str]:
+    """Text of the tokens up to the end of text, as soon as they make whole characters."""
+    characters = Characters(vocabulary)
+    for token in ids:
+        if token in vocabulary.end_ids:
+            break
+        if text := characters.add(token):
+            yield text
+    if text := characters.rest():
+        yield text
+
+
+def check_directory(directory: Path, dtype: str) -> ModelConfig:
+    """The geometry of a directory whose weights' headers fit it. Raises ModelError, also for FP8 weights of a model
+    they only slow down."""
+    config = hub.read_config(directory)
+    if dtype == "fp8" and config.hidden_size < LEAST_WIDTH:
+        raise ModelError(f"dtype: FP8 weights are known to be faster than BF16 from width {LEAST_WIDTH} on, this model "
+                         f"is {config.hidden_size} wide.\nTake --dtype bfloat16.")
+    hub.check_files(directory, config)
+    return config
+
+
+def load_model(directory: Path, config: ModelConfig, dtype: str, device: torch.device) -> HybridLM:
+    """The model in `directory`; dtype is one of DTYPES, of the weights; "fp8" rounds those of the layers."""
+    model = HybridLM.from_state(config, hub.load(directory, dtype=None)[1], DTYPES[dtype]).requires_grad_(False)
+    model.to(device)
+    if dtype == "fp8":
+        quantize_weights(model.backbone.layers)
+    return model
+
+
+def check_memory(
+    asked: str, caches: Mapping[str, int], config: ModelConfig, prompt: int, dtype: str, device: torch.device, cure: str
+) -> None:
+    """Raise ModelError when weights, `caches` (bytes by name) and the activations of reading `prompt` tokens are more
+    than the device has free: two lines, of what was `asked` and of the `cure`."""
+    needed = {"weights": weights_bytes(config, DTYPES[dtype], dtype == "fp8"), **caches,
+              "activations": activation_bytes(config, prompt, DTYPES[dtype], device)}
+    free = free_bytes(device)
+    if sum(needed.values()) > free:
+        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in needed.items())
+        raise ModelError(f"{asked} need {sum(needed.values()) / GIB:.2f} GiB ({parts}), "
+                         f"{device.type} has {free / GIB:.2f} free.\n{cure}")
+
+
+def activation_bytes(config: ModelConfig, prompt: int, dtype: torch.dtype, device: torch.device) -> int:
+    """About what reading a prompt takes beside weights and caches: a piece of it in the widest layer, the logits."""
+    piece = min(prompt, piece_tokens(device))
+    widths = [4 * config.ffn_hidden_size]
+    if "M" in config.pattern:
+        scan = config.mamba_inner_size * (config.mamba_state_dim // min(config.chunk_size, piece) + 1)
+        decay = config.mamba_num_heads * min(config.chunk_size, piece)
+        widths.append(2 * config.in_proj_size + 2 * scan + (0 if device.type == "cuda" else 4 * decay))
+    if "*" in config.pattern:
+        mask = 0 if device.type == "cuda" else prompt
+        widths.append(3 * config.attention_size + mask)
+    return (piece * (max(widths) + 4 * config.hidden_size) + 4 * config.vocab_size) * dtype.itemsize
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes of memory that are free on `device`, or of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,249 @@
+"""Continuous batching against the decoder of one text alone, in float64: another batch rounds otherwise, and no verdict
+may hang on that. The likeliest two tokens of random weights are never 1e-12 apart."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.hybrid_lm import HybridLM
+from model.inference.decoder import Decoder
+from model.inference.sampling import Sampling
+from model.inference.text import Vocabulary
+from model.serve import engine as serving
+from model.serve.engine import Busy, Engine, Event, Limits, Text
+from tests.model.inference.test_inference import HYBRID, TRANSFORMER, random_model
+from tests.model.inference.test_text_generation import WORDS, byte_tokenizer
+
+LONGEST = 48
+VOCABULARY = Vocabulary(byte_tokenizer(WORDS), None, [])
+MODELS = {
+    pattern: HybridLM.from_state(config, random_model(config).state_dict(), torch.float64)
+    for pattern, like in (("M*M-", HYBRID), ("*-", TRANSFORMER))
+    for config in [like.model_copy(update={"pattern": pattern})]
+}
+HYBRID_MODEL = MODELS["M*M-"]
+CONFIGS = pytest.mark.parametrize("model", MODELS.values(), ids=["hybrid", "transformer"])
+
+
+def engine(model: HybridLM, rows: int = 3, piece: int = 8, megabytes: float = 4, queue: int = 99) -> Engine:
+    return Engine(model, VOCABULARY, Limits(LONGEST, rows, queue, piece, int(megabytes * 1e6)), torch.float64)
+
+
+def text(ids: list[int], tokens: int, events: list[Event] | None = None, **options: object) -> Text:
+    asked = {"sampling": Sampling(), "seed": 0, "stops": [], "end_ids": []} | options
+    return Text(ids, tokens, emit=[].append if events is None else events.append, **asked)
+
+
+def alone(model: HybridLM, asked: Text) -> list[int]:
+    generator = torch.Generator().manual_seed(asked.seed)
+    decoder = Decoder(model, LONGEST, 1, torch.float64)
+    return decoder.generate(torch.tensor([asked.ids]), asked.max_tokens, asked.sampling, generator)[0].tolist()
+
+
+def submit(running: Engine, *texts: Text) -> None:
+    for one in texts:
+        running.submit(one)
+
+
+def finish(running: Engine) -> None:
+    while running.waiting or running.reading or running.running:
+        running.turn()
+
+
+# A text that is asked for: the turn before which it comes, what its prompt begins with, its own part, tokens wanted.
+ASKED = st.tuples(st.integers(0, 8), st.sampled_from([0, 8, 13, 16]), st.integers(1, 14), st.integers(1, 9))
+
+
+def arrivals(drawn: list[tuple[int, int, int, int]]) -> list[tuple[int, Text]]:
+    """Prompts begin alike, so that some of their pieces are found."""
+    ids = torch.randint(0, 97, (len(drawn) + 1, 16), generator=torch.Generator().manual_seed(len(drawn))).tolist()
+    return [(turn, text(ids[-1][:shared] + ids[index][:own], tokens))
+            for index, (turn, shared, own, tokens) in enumerate(drawn)]
+
+
+def serve(running: Engine, asked: list[tuple[int, Text]]) -> None:
+    for turn in range(9):
+        for _, one in (arrived for arrived in asked if arrived[0] == turn):
+            running.submit(one)
+        running.turn()
+    finish(running)
+
+
+@CONFIGS
+@settings(max_examples=6, deadline=None)
+@given(drawn=st.lists(ASKED, min_size=1, max_size=7), rows=st.integers(1, 4), piece=st.sampled_from([1, 5, 8, 64]),
+       megabytes=st.sampled_from([0, 0.05, 4]))
+def test_a_text_is_the_one_it_is_alone(model, drawn, rows, piece, megabytes):
+    running, asked = engine(model, rows, piece, megabytes), arrivals(drawn)
+    serve(running, asked)
+    for _, one in asked:
+        assert one.tokens == alone(model, one)
+    assert running.prefixes.nbytes == sum(piece.nbytes for piece in running.prefixes._kept.values()) <= megabytes * 1e6
+
+
+FAULTS = {
+    "positions of the longest": ("decode_rows", lambda original: lambda self, ids, positions: original(
+        self, ids, [max(positions)] * len(positions))),
+    "states of another row": ("states", lambda original: lambda self, row: original(self, 0)),
+    "keys of another row": ("keys_values", lambda original: lambda self, row, *places: original(self, 0, *places)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_batch_that_is_mixed_up_would_be_seen(fault, monkeypatch):
+    """The control: what the test above must find."""
+    name, change = FAULTS[fault]
+    asked = arrivals([(0, 0, 3, 9), (1, 0, 14, 9), (2, 16, 5, 9), (3, 16, 14, 9)])
+    running = engine(HYBRID_MODEL)
+    monkeypatch.setattr(serving.Decoder, name, change(getattr(serving.Decoder, name)))
+    serve(running, asked)
+    monkeypatch.undo()
+    assert any(one.tokens != alone(HYBRID_MODEL, one) for _, one in asked)
+
+
+def test_a_seed_draws_the_tokens_it_draws_alone():
+    running = engine(HYBRID_MODEL)
+    asked = [text([5, 6, 7 + seed], 12, sampling=Sampling(1.5, top_k, 0.9), seed=seed)
+             for seed, top_k in ((1, 0), (2, 20), (3, 0))]
+    submit(running, *asked, text([1, 2], 20))
+    finish(running)
+    assert [one.tokens for one in asked] == [alone(HYBRID_MODEL, one) for one in asked]
+    assert len({tuple(one.tokens) for one in asked}) == 3
+
+
+def held(running: Engine) -> list[torch.Tensor]:
+    return [*running.reader.states(0), *running.reader.keys_values(0, 0, running.reader.position)]
+
+
+@CONFIGS
+def test_a_prompt_that_was_kept_leaves_the_same_bits(model):
+    """Up to its last whole piece, and all of it; a token within a piece makes another prompt."""
+    ids = torch.randint(0, 97, (40,), generator=torch.Generator().manual_seed(2)).tolist()
+    model = model.float()
+    caching, plain = engine(model), engine(model, megabytes=0)
+    other = [*ids[:11], (ids[11] + 1) % 97, *ids[12:]]
+    for prompt, cached in ((ids, 0), (ids, 40), (ids[:30], 24), (ids[:16] + ids[:9], 16), (other, 8), (ids[:24], 24)):
+        found = []
+        for running in (caching, plain):
+            one = text(prompt, 4)
+            submit(running, one)
+            finish(running)
+            found.append((one, [tensor.clone() for tensor in held(running)]))
+        (one, bits), (cold, expected) = found
+        assert (one.cached, cold.cached) == (cached, 0) and one.tokens == cold.tokens
+        assert all(torch.equal(bit, other) for bit, other in zip(bits, expected, strict=True))
+    assert caching.counts["cached_tokens"] == 112 and not plain.prefixes.nbytes
+    model.double()
+
+
+def test_prompts_used_longest_ago_are_forgotten_from_their_ends():
+    running = engine(HYBRID_MODEL)
+    generator = torch.Generator().manual_seed(1)
+
+    def read(ids: list[int]) -> int:
+        one = text(ids, 1)
+        submit(running, one)
+        finish(running)
+        return one.cached
+
+    first, second = torch.randint(0, 97, (2, 24), generator=generator).tolist()
+    read(first)
+    size = running.prefixes.nbytes
+    running.prefixes.most_bytes = int(1.7 * size)               # both have three pieces
+    read(second)
+    assert running.prefixes.nbytes <= running.prefixes.most_bytes
+    assert read(second) == 24 and read(first) == 16             # its last piece went; reading it again takes another's
+    assert read(second) == 16
+    running.prefixes.most_bytes = size // 4                     # less than a piece
+    before = running.prefixes.nbytes
+    assert read(torch.randint(0, 97, (8,), generator=generator).tolist()) == 0 and running.prefixes.nbytes == before
+
+
+def test_a_text_that_nobody_waits_for_leaves_its_row():
+    """While it waits, is read, and runs; the others are what they are alone."""
+    running = engine(HYBRID_MODEL, rows=2)
+    texts = [text([9 + index] * (30 if index == 1 else 4), 12) for index in range(5)]
+    submit(running, *texts)
+    running.turn()
+    assert running.running == [texts[0]] and running.reading is texts[1]
+    texts[1].cancelled = texts[2].cancelled = True
+    running.turn()
+    assert texts[0] in running.running and running.reading is None and texts[3] in running.running
+    texts[0].cancelled = True
+    finish(running)
+    for index, one in enumerate(texts):
+        assert one.tokens == alone(HYBRID_MODEL, one) if index > 2 else len(one.tokens) < 12
+    assert running.counts["cancelled"] == 3 and running.counts["finished_length"] == 2
+
+
+def test_a_long_prompt_holds_the_others_up_by_a_piece():
+    running, events = engine(HYBRID_MODEL), []
+    submit(running, text([1, 2], 20, events), text([3] * 40, 2))
+    running.turn()
+    for turns in range(1, 4):
+        running.turn()
+        assert running.reading and running.reader.position == 8 + 8 * turns
+        assert len(running.running[0].tokens) == 2 + turns
+
+
+def test_no_more_wait_than_may_and_none_after_the_end():
+    running, events = engine(HYBRID_MODEL, queue=3), []
+    submit(running, *(text([1], 1, events) for _ in range(3)))
+    with pytest.raises(Busy, match="3 texts wait, and no more may"):
+        submit(running, text([1], 1))
+    assert len(running.waiting) == 3 and running.counts["refused"] == 1
+    running.close()
+    running.run()
+    assert [event.error for event in events] == ["The server ends."] * 3
+    with pytest.raises(Busy, match="ends"):
+        submit(running, text([1], 1))
+
+
+def test_a_failure_is_told_and_those_that_waited_are_written(monkeypatch, capsys):
+    running, events = engine(HYBRID_MODEL, rows=2), []
+    original, failures = serving.Decoder.decode_rows, iter([RuntimeError("out of memory")])
+
+    def fail_once(*arguments):
+        for failure in failures:
+            raise failure
+        return original(*arguments)
+
+    monkeypatch.setattr(serving.Decoder, "decode_rows", fail_once)
+    waits = text([4, 5], 3)
+    waits.emit = lambda event: running.close() if event.finish else None
+    submit(running, text([1, 2], 5, events), text([3], 5, events), waits)
+    running.run()
+    assert [event.error for event in events if event.error] == ["The model failed: RuntimeError."] * 2
+    assert waits.tokens == alone(HYBRID_MODEL, waits)
+    assert "out of memory" in capsys.readouterr().err and running.counts["failed"] == 2
+
+
+def written(words: list[str], stops: list[str], end_ids: list[int]) -> tuple[list[str], str | None]:
+    events: list[Event] = []
+    one = text([1], len(words), events, stops=stops, end_ids=end_ids)
+    one.start(VOCABULARY, torch.device("cpu"))
+    finish = None
+    for word in words:
+        finish = one.add(WORDS.index(word))
+        if finish:
+            break
+    assert [event.finish for event in events if event.finish] == [finish]
+    return [event.text for event in events], finish
+
+
+@pytest.mark.parametrize(("stops", "expected", "finish"), [
+    ([], "thetheth!", "length"), (["he"], "t", "stop"), (["x", "eth"], "th", "stop"),
+    (["ethz", "!?"], "thetheth!", "length"), (["!"], "thetheth", "stop"), (["eth!", "the!"], "theth", "stop"),
+])
+def test_stops_end_a_text_wherever_tokens_end(stops, expected, finish):
+    texts, ended = written(["the", "the", "th", "<0x21>"], stops, [])
+    assert ("".join(texts), ended) == (expected, finish)
+
+
+def test_what_may_begin_a_stop_waits_and_a_character_is_whole():
+    assert written(["t", "t", "h", "e", "h"], ["th!", "hex"], [])[0] == ["t", "t", "heh"]
+    assert written(["t", "<0xC3>", "<0xA9>", "h"], [], [])[0] == ["t", "é", "h"]
+    assert written(["t", "<0xC3>", "</s>", "h"], ["x"], [2]) == (["t", "\ufffd"], "stop")
