@@ -149,7 +149,7 @@ def steps(
     candidates = min(config.ranked_by_agreement, grid.candidates)
     held = BF16 * weights + (machine.reserved if layout.processes > 1 else machine.reserved / 2)
     scored = held + hidden * (layers / layout.pipeline + 2) + forward_bytes(parent, layout)
-    # The last micro-batch's probabilities and logarithms stay while the parent's next logarithms are made of its logits;
+    # The last micro-batch's probabilities and logarithms stay while the next logarithms are made of the logits;
     # a model's logarithms, of the rows that are looked at, until the next model's. Layers run beside three of these.
     rows = min(1.0, ROWS["cuda"] / tokens)
     judging = max(FP32 * logits * (4 + rows), FP32 * logits * (2 + rows) + forward_bytes(parent, layout))

@@ -280,13 +280,17 @@ class HarnessLM(TemplateLM):
                 lengths.append(len(target))
         number, positions, targets = torch.tensor(asked, device=self._device).unbind(-1)
         hidden = self._hidden(stems, [inputs[row[-1]] for row in rows])[number, positions]
-        head, found = self.model.lm_head.weight.float(), []
-        for some, following in zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True):
-            predicted = self.ranks.normalised(F.linear(some.float(), head))
-            found.append((self.ranks.at(predicted, following), self.ranks.likeliest(predicted) == following))
+        head = self.model.lm_head.weight.float()
+        found = [self._judged(some, head, following)
+                 for some, following in zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True)]
         likelihoods, hits = (torch.cat(part).cpu().split(lengths) for part in zip(*found, strict=True))
         scores = [(part.sum().item(), bool(hit.all())) for part, hit in zip(likelihoods, hits, strict=True)]
         return list(zip([index for row in rows for index in row], scores, strict=True))
+
+    def _judged(self, hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(tokens, hidden) and the tokens that follow -> these' log-likelihoods, and whether each was the likeliest."""
+        predicted = self.ranks.normalised(F.linear(hidden.float(), head))
+        return self.ranks.at(predicted, targets), self.ranks.likeliest(predicted) == targets
 
     def _hidden(self, stems: list[Stem], rows: list[list[int]]) -> Tensor:
         """(rows, tokens, hidden) of all the stems' rows, before the head; what stands after a row's end is anything.
