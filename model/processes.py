@@ -64,8 +64,8 @@ class TensorRanks:
     def of_job(cls) -> TensorRanks:
         """All processes of this job."""
         ranks = cls()
-        if dist.is_initialized():
-            ranks.split_over(dist.group.WORLD)
+        if world := dist.is_initialized() and dist.group.WORLD:
+            ranks.split_over(world)
         return ranks
 
     def over_tensor_ranks(self, value: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:

@@ -90,7 +90,7 @@ class _EmbeddingPart(nn.Embedding):
     """The rows of some of the ids; what others have is added."""
 
     def __init__(self, rows: nn.Embedding, ranks: TensorRanks):
-        super().__init__(*rows.weight.shape, _weight=rows.weight.detach())
+        super().__init__(rows.num_embeddings, rows.embedding_dim, _weight=rows.weight.detach())
         self.requires_grad_(False)
         self.ranks = ranks
 

@@ -50,13 +50,13 @@ def test_a_profile_is_planned_stage_by_stage(run: Run) -> None:
 
 
 def test_an_evaluation_that_does_not_fit_is_refused_with_the_nearest_size(run: Run) -> None:
-    """The 56B fits two GPUs and not one; with a vocabulary that nothing divides it cannot be split."""
+    """The 56B fits two GPUs and not one; with one query group it cannot be split."""
     settings = ("runtime.parallel={tensor: 1}", "runtime.launcher.nodes=96", "models=[hybrid-fp8]")
     one = [part for setting in settings for part in ("--set", setting)]
     _, code = run("nemotron-h-56b", *one)
     assert "evaluation of hybrid-fp8 does not fit: 1" in str(code) and "with tensor 1, a H100 SXM has 79.6" in str(code)
     assert "Nearest that fits: tensor 2 (runtime.parallel, with runtime.launcher)." in str(code)
-    _, code = run("nemotron-h-56b", *one, "--set", "tokenizer.vocab_size=131071")
+    _, code = run("nemotron-h-56b", *one, "--set", "model.hybrid.num_query_groups=1")
     assert "No tensor-parallel size fits: take a larger GPU" in str(code)
 
 

@@ -141,11 +141,10 @@ def test_killed_run_goes_on_with_the_same_results(prepared: Path) -> None:
 
 @pytest.mark.slow
 def test_a_model_over_two_processes_gets_the_figures_of_one(prepared: Path) -> None:
-    """By torchrun: every metric to float32 rounding, among them the paper's tasks, with answers written too."""
+    """By torchrun: every metric to float32 rounding, the paper's tasks among them."""
     split = ["--set", "runtime.launcher={kind: torchrun, processes_per_node: 2}",
              "--set", "runtime.parallel={tensor: 2}"]
-    both = [run(prepared, *COMMAND, NAMES[0], "--set", "evaluate.generation=text", "--out", out, *options)
-            for out, options in (("one", []), ("two", split))]
+    both = [run(prepared, *COMMAND, NAMES[0], "--out", out, *options) for out, options in (("one", []), ("two", split))]
     assert all(done.stdout.count("step ") for done in both)
     one, two = ({name: json.loads((prepared / out / "runs/evaluate" / NAMES[0] / f"{name}.json").read_text())
                  for name in ("metrics", "scores", "paper_tasks")} for out in ("one", "two"))
