@@ -11,10 +11,12 @@ does not fit into a GPU's memory, and names the nearest layout that does.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 from data_pipeline.tokenize.indexed_dataset import token_dtype
 from flows import profile
@@ -22,7 +24,8 @@ from flows.console import table
 from model import costs
 from model.compression import plan as compression
 from model.compression.plan import CHECKPOINT, STATE, Step
-from model.config import ModelError
+from model.config import ModelConfig, ModelError
+from model.evaluation import paper_size
 from model.training.plan import (
     BF16,
     FP32,
@@ -31,11 +34,11 @@ from model.training.plan import (
     Layout,
     Machine,
     Plan,
-    inference_memory,
     inference_seconds,
     nearest_that_fits,
     nvidia_setup,
     plan,
+    writing_seconds,
 )
 from stages.params import Params, load_params
 
@@ -88,6 +91,35 @@ def _kinds(params: Params) -> list[list[str]]:
 
 # Bytes of text a second: curation of a core, tokenization of a worker; bytes of text a token (docs/results/data.md).
 CURATION, TOKENIZATION, TEXT_A_TOKEN = 5.67e6, 52.6e6, 100.1e6 / 27_921_734
+DOCUMENT = 4000                 # bytes of text a document
+
+
+class Decision(NamedTuple):
+    """What workers decide over all documents between the passes over shards (docs/data.md, "At a snapshot's size").
+
+    Attributes:
+        part: documents or bytes of text that one part of it is about.
+        held: bytes of a worker for a full part.
+        disk: bytes a document or byte of text, surveys among them.
+        seconds: of a core, for a document or byte of text, for a shard, and for each pair of parts.
+    """
+
+    part: float
+    held: float
+    disk: float
+    seconds: tuple[float, float, float]
+
+    def step(self, name: str, size: float, shards: float, workers: int) -> Step:
+        """Of `size` documents or bytes of text in so many shards."""
+        parts = math.ceil(size / self.part)
+        each, shard, pair = self.seconds
+        taken = each * size + shard * shards + pair * parts**2
+        return Step(name, taken / min(workers, parts), cores=min(workers, parts), disk=self.disk * size,
+                    host=self.held * min(1.0, size / self.part))
+
+
+NEAR_DUPLICATES = Decision(2**23, 1.1e9, 177 + 120, (8.7e-6, 8e-3, 6e-3))
+REPEATED_STRINGS = Decision(2**30, 1.2e9, 1.3 + 0.17, (9.8e-9, 3e-3, 1e-3))
 
 
 def steps(params: Params, pretraining: Mapping[str, Plan], machine: Machine) -> list[Step]:
@@ -96,7 +128,11 @@ def steps(params: Params, pretraining: Mapping[str, Plan], machine: Machine) -> 
     text, workers, recipe = text_bytes(params), params.runtime.workers, params.pretrain
     ids = text / TEXT_A_TOKEN * token_dtype(params.tokenizer.vocab_size)().itemsize
     # Curation writes all text twice at most, before it is compressed: annotated, and what was kept.
+    shards = text / 1e6 / params.annotate.shard_megabytes
     rows = [Step("curation", text / CURATION / workers, cores=workers, disk=2 * text),
+            NEAR_DUPLICATES.step("its near-duplicates", text / DOCUMENT, shards, workers),
+            *([REPEATED_STRINGS.step("its repeated strings", text, shards, workers)]        # at most: of all domains
+              if params.annotate.substring.domains else []),
             Step("tokenization", text / TOKENIZATION / workers, cores=workers, disk=ids)]
     for names in _kinds(params):
         one = pretraining[names[0]]
@@ -106,15 +142,22 @@ def steps(params: Params, pretraining: Mapping[str, Plan], machine: Machine) -> 
                          disk=len(names) * size * (STATE * (recipe.checkpoints_kept + 1) + CHECKPOINT)))
     rows += compression.steps(parent, params.compress, params.recipe_of(params.compress.parent),
                               compression_layout(params), machine, grid)
-    for name in params.models:
-        config = params.model_of(name) if name in params.variants else grid.student
-        written = costs.parameters(config) * (BF16 if params.export.dtype == "bfloat16" else FP32)
+    tensor, asked = params.runtime.one_model.processes, params.evaluate
+    written = paper_size.written(asked.paper_items, asked.generation)
+    for name, config in evaluated(params, grid).items():
+        size = costs.parameters(config) * (BF16 if params.export.dtype == "bfloat16" else FP32)
         table = config.vocab_size * config.hidden_size * FP32           # the largest tensor
-        shard = min(written, max(1e9 * params.export.shard_gigabytes, table))
-        rows += [Step(f"export {name}", None, disk=written, host=shard),
-                 Step(f"evaluation {name}", inference_seconds(config, evaluated_tokens(params), machine), 1,
-                      memory=inference_memory(config, machine))]
+        shard = min(size, max(1e9 * params.export.shard_gigabytes, table))
+        taken = inference_seconds(config, evaluated_tokens(params), machine, tensor)
+        taken += writing_seconds(config, written, asked.context_tokens, machine, tensor)
+        rows += [Step(f"export {name}", None, disk=size, host=shard),
+                 Step(f"evaluation {name}", taken, tensor, memory=costs.evaluation_bytes(config, tensor))]
     return rows
+
+
+def evaluated(params: Params, grid: compression.Grid) -> dict[str, ModelConfig]:
+    """Geometry of the models that are exported and evaluated."""
+    return {name: params.model_of(name) if name in params.variants else grid.student for name in params.models}
 
 
 def compression_grid(params: Params) -> compression.Grid:
@@ -137,11 +180,11 @@ def text_bytes(params: Params) -> float:
 
 
 def evaluated_tokens(params: Params) -> float:
-    """Of the stages' own text and of the copy, recall and needle items; other items are short, the paper's tasks not
-    counted."""
+    """Of the stages' own text, the copy, recall and needle items, and the paper's tasks; other items are short."""
     config = params.evaluate
     domains = {domain for phase in params.tokenize.phases for domain in phase.weights}
     text = 1e3 * config.bits_per_byte_kilobytes * len(domains) / TEXT_A_TOKEN
+    text += paper_size.read(config.paper_items, config.context_tokens, TEXT_A_TOKEN)
     return text + 3 * config.items_per_context * config.context_tokens * sum(config.context_multiples)
 
 
@@ -190,7 +233,7 @@ def _row(label: str, values: Sequence[float], found: dict[str, Plan], form: str)
     return {"": label} | {name: format(value, form) for name, value in zip(found, values, strict=True)}
 
 
-def refusals(params: Params, found: dict[str, Plan], stages: Sequence[Step], machine: Machine) -> list[str]:
+def refusals(params: Params, found: dict[str, Plan], machine: Machine) -> list[str]:
     """For each stage that does not fit: by how much, and the nearest layout that does."""
     lines = []
     for name, one in found.items():
@@ -204,16 +247,12 @@ def refusals(params: Params, found: dict[str, Plan], stages: Sequence[Step], mac
         else:
             lines.append(f"Nearest that fits: {nearest.layout}: {nearest.memory.total / GIB:.1f} GiB, "
                          f"{nearest.tokens_per_second:,.0f} tokens/s.")
-    wrong = compression.refusal(params.model_of(params.compress.parent), params.compress,
-                                params.recipe_of(params.compress.parent), compression_layout(params), machine,
-                                compression_grid(params))
-    lines += [wrong] if wrong else []
-    for step in stages:
-        if step.name.startswith("evaluation") and step.memory > machine.memory:
-            lines.append(f"{step.name} does not fit: {step.memory / GIB:.1f} GiB, a {machine.name} has "
-                         f"{machine.memory / GIB:.1f}.\nIt is one GPU's work: take a larger one, or leave the model "
-                         "out of `models`.")
-    return lines
+    grid, tensor = compression_grid(params), params.runtime.one_model.processes
+    wrong = [compression.refusal(params.model_of(params.compress.parent), params.compress,
+                                 params.recipe_of(params.compress.parent), compression_layout(params), machine, grid)]
+    wrong += [costs.evaluation_refusal(name, config, tensor, machine.memory, machine.name)
+              for name, config in evaluated(params, grid).items()]
+    return lines + [line for line in wrong if line]
 
 
 def main() -> None:
@@ -243,7 +282,7 @@ def main() -> None:
           f"{layout.processes} x {machine.name}\n{layout}\n\n{describe(found)}")
     if stages:
         print(f"\n{describe_steps(stages)}")
-    if stages and (wrong := refusals(params, found, stages, machine)):
+    if stages and (wrong := refusals(params, found, machine)):
         sys.exit("\n" + "\n".join(wrong))
 
 

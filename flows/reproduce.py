@@ -63,6 +63,8 @@ class Run:
         for name, node in nodes.items():
             if name.startswith(("pretrain@", "compress")):
                 nodes[name] = replace(node, gpus=params.runtime.launcher.gpus_here)
+            elif name.startswith("evaluate@"):              # the benchmark has the machine to itself
+                nodes[name] = replace(node, gpus=params.runtime.one_model.gpus_here)
         self.nodes = dvc_graph.select(nodes, stages) if stages else nodes
         self.stale = dvc_graph.stale(self.nodes)
         gpus = dvc_graph.visible_gpus()

@@ -130,6 +130,23 @@ class ModelConfig(Geometry):
         return self.num_query_groups * self.head_dim
 
 
+def check_tensor_split(config: ModelConfig, tensor: int, sequence: bool = False) -> None:
+    """Raise ModelError where heads, groups, widths or vocabulary do not divide among `tensor` processes; with
+    `sequence` the sequence neither."""
+    split = {"num_attention_heads": config.num_attention_heads, "num_query_groups": config.num_query_groups,
+             "ffn_hidden_size": config.ffn_hidden_size, "vocab_size": config.vocab_size}
+    if "M" in config.pattern:
+        split |= {"mamba_num_heads": config.mamba_num_heads, "mamba_num_groups": config.mamba_num_groups}
+    if sequence:
+        split |= {"sequence_length": config.sequence_length}
+    for name, value in split.items():
+        if value % tensor:
+            raise ModelError(
+                f"model: {name} ({value}) cannot be split over {tensor} tensor-parallel processes.\n"
+                f"Choose a tensor-parallel size that divides it."
+            )
+
+
 class PretrainConfig(Section):
     """The paper's recipe (section 2.3, 2.4): cosine schedule, AdamW, FP8 with BF16 ends.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import Field
 
-from model.config import ModelConfig, Section
+from model.config import ModelConfig, ModelError, Section, check_tensor_split
 
 if TYPE_CHECKING:       # counting needs no torch, and the report, which draws on this, starts without it
     import torch
@@ -208,6 +208,52 @@ def prefill_floor(config: ModelConfig, tokens: int, ceilings: Ceilings) -> float
     head = 2 * config.vocab_size * config.hidden_size
     layers = tokens * (flops_per_token(config, 0) - head)
     return layers / ceilings.layer_flops_per_second + (attention + head) / ceilings.flops_per_second
+
+
+# --- Evaluation on a GPU (`model.evaluation.harness`) -----------------------------------------------------------------
+
+EVALUATION_TOKENS = 32_768      # that pass through the layers together
+EVALUATION_LOGITS = 8192        # of them, with logits at one time
+TENSOR_SIZES = (1, 2, 4, 8)     # GPUs that a layer may be split over, of one node
+GIB = 2**30
+
+
+def evaluation_bytes(config: ModelConfig, tensor: int = 1) -> float:
+    """Bytes of each of the `tensor` GPUs that evaluate a model together, in BF16, at most.
+
+    Weights; what CUDA and, between GPUs, NCCL take for themselves; and of a full batch either the largest layer's
+    tensors beside the residual stream, its norm and what is added to it, or the hidden states of all tokens in BF16 and
+    FP32, the head's weights in FP32, and logits and their logarithms in FP32.
+    """
+    hidden, states = config.hidden_size, config.mamba_inner_size * config.mamba_state_dim // config.chunk_size
+    widths = {"M": config.in_proj_size + config.conv_channels + 2 * config.mamba_inner_size + states,
+              "*": 2 * (config.attention_size + config.kv_size), "-": 2 * config.ffn_hidden_size}
+    widest = max(widths[symbol] for symbol in config.pattern) / tensor
+    layers = 2 * EVALUATION_TOKENS * (3 * hidden + widest)
+    head = 6 * EVALUATION_TOKENS * hidden + 4 * config.vocab_size / tensor * (hidden + 2 * EVALUATION_LOGITS)
+    return 2 * parameters(config) / tensor + max(layers, head) + (GIB if tensor == 1 else 2 * GIB)
+
+
+def evaluation_refusal(name: str, config: ModelConfig, tensor: int, memory: float, machine: str) -> str | None:
+    """None where the evaluation of a model over `tensor` GPUs fits into `memory` bytes of each; else, in two lines, by
+    how much it does not, and the nearest tensor-parallel size with which it does."""
+    needed = evaluation_bytes(config, tensor)
+    if needed <= memory:
+        return None
+    fitting = [size for size in TENSOR_SIZES if size > tensor and _splits(config, size)
+               and evaluation_bytes(config, size) <= memory]
+    cure = (f"Nearest that fits: tensor {fitting[0]} (runtime.parallel, with runtime.launcher)." if fitting
+            else "No tensor-parallel size fits: take a larger GPU, or leave the model out of `models`.")
+    return (f"evaluation of {name} does not fit: {needed / GIB:.1f} GiB with tensor {tensor}, a {machine} has "
+            f"{memory / GIB:.1f}.\n{cure}")
+
+
+def _splits(config: ModelConfig, tensor: int) -> bool:
+    try:
+        check_tensor_split(config, tensor)
+    except ModelError:
+        return False
+    return True
 
 
 def _bytes(elements: int, bits: float) -> int:

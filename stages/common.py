@@ -121,19 +121,24 @@ class Stage:
         with durable.new_directory(self.out_data.joinpath(*parts)) as directory:
             yield directory
 
-    def run_job(self, job: dict[str, Any]) -> dict[str, Any]:
+    def run_job(self, job: dict[str, Any], one_model: bool = False) -> dict[str, Any]:
         """Run `job` (a task of `stages.worker` and its settings) where runtime.launcher says, laid out by
-        runtime.parallel; its result as JSON has it. With several processes its metrics say how many."""
+        runtime.parallel; its result as JSON has it. With several processes its metrics say how many.
+
+        Args:
+            one_model: its processes are the tensor parallel ones of one model (`RuntimeConfig.one_model`).
+        """
         from stages.launch import launch
 
         runtime = self.params.runtime
+        launcher = runtime.one_model if one_model else runtime.launcher
         self.take_gpus()
-        result = launch(runtime.launcher, job | {
+        result = launch(launcher, job | {
             "scratch": str(self.scratch.absolute()), "parallelism": runtime.parallel.model_dump(),
             "threads": runtime.threads,
         }, self.scratch, self.label)
-        if runtime.launcher.kind != "here":
-            result["metrics"]["processes"] = runtime.launcher.processes
+        if launcher.kind != "here":
+            result["metrics"]["processes"] = launcher.processes
         return result
 
     def take_gpus(self) -> None:

@@ -8,51 +8,44 @@ Writes, in runs/PROFILE/evaluate/VARIANT,
   paper_tasks.json  the paper's own tasks, and why one was left out
   README.md         the model card with these results, to be published in place of the directory's
 
-Every model gets the same items: see `items_digest`.
+Every model gets the same items: see `items_digest`. With `runtime.parallel.tensor` a model is split over so many
+processes, on as many GPUs.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from typing import Any
 
-from stages.common import Progress, Stage, go_offline, run_stage
+from stages.common import Stage, go_offline, run_stage
 
 
 def evaluate(stage: Stage) -> dict[str, Any]:
     """Score one exported model on its items and the paper's; metrics."""
     go_offline()
-    config = stage.params.evaluate
     asked, curated = stage.input("items", "items.json"), stage.input("curated", "manifest.json")
     directory = stage.input("hub", stage.variant or "")
-    from data_pipeline import evaluation_sets
     from data_pipeline.items import evaluation_items
     from model import hub
     from model.costs import parameters
-    from model.evaluation import harness
-    from model.evaluation.paper_tasks import PAPER_TASKS, run_paper_tasks
+    from model.evaluation.harness import card_scores
     from model.model_card import Measured, model_card
 
     items, controls = evaluation_items.read(asked)
     geometry = hub.read_config(directory)
-    longest = config.context_tokens * max(config.context_multiples)
-    stage.take_gpus()
-    model = harness.load(
-        directory, config.context_tokens, choice_length=longest, scratch=stage.scratch, progress=Progress()
-    )
-    result = harness.evaluate(model, *items.rows)
-    paper = run_paper_tasks(
-        model.within(config.context_tokens), PAPER_TASKS, evaluation_sets, config.paper_items, config.generation)
-    metrics = {**result.metrics, **controls}
+    result = stage.run_job({
+        "task": "evaluate", "directory": str(directory.absolute()), "items": str(asked.absolute()),
+        "evaluate": stage.params.evaluate.model_dump(),
+    }, one_model=True)
+    metrics: dict[str, Any] = {**result["metrics"], **controls}
     data = json.loads(curated.read_text())["train"]
-    measured = Measured(harness.card_scores(metrics), data, items.digest())
+    measured = Measured(card_scores(metrics), data, items.digest())
     training = hub.read_json(directory / "training.json")
     dtype = hub.read_json(directory / "config.json")["torch_dtype"]
     stage.write_record("README.md", model_card(geometry, parameters(geometry), training, dtype, measured))
-    stage.write_record("samples.json", result.samples)
-    stage.write_record("scores.json", json.dumps(result.scores, separators=(",", ":")) + "\n")
-    stage.write_record("paper_tasks.json", [asdict(outcome) for outcome in paper])
+    stage.write_record("samples.json", result["samples"])
+    stage.write_record("scores.json", json.dumps(result["scores"], separators=(",", ":")) + "\n")
+    stage.write_record("paper_tasks.json", result["paper"])
     return {**metrics, "items_refused": items.refused, "items_digest": items.digest()}
 
 

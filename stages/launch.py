@@ -47,7 +47,7 @@ class SlurmJob(BaseModel):
 
 
 class LauncherConfig(BaseModel):
-    """Processes of pretraining and compression: one GPU each, on one or several nodes.
+    """Processes of pretraining, compression, evaluation and the benchmark: one GPU each, on one or several nodes.
 
     Attributes:
         kind: `here` is this process alone; `torchrun` starts them from here; `slurm` submits a job that does.

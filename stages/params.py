@@ -88,7 +88,8 @@ class BenchmarkConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How pretraining is spread over its processes (`megatron.distributed.Parallelism`); the rest is data parallel."""
+    """How pretraining is spread over its processes (`megatron.distributed.Parallelism`); the rest is data parallel.
+    Evaluation and the benchmark take `tensor` alone."""
 
     tensor: int = Field(default=1, ge=1)
     sequence: bool = False
@@ -126,6 +127,12 @@ class RuntimeConfig(ExecutorConfig):
     def verify_bytes(self) -> int:
         """Size of the largest input that is read again before it is used."""
         return self.verify_megabytes * 2**20
+
+    @property
+    def one_model(self) -> LauncherConfig:
+        """How evaluation and the benchmark are started: one process for each tensor parallel part of the model, all on
+        one node."""
+        return self.launcher.model_copy(update={"nodes": 1, "processes_per_node": self.parallel.tensor})
 
     @property
     def data_parallel(self) -> int:

@@ -52,9 +52,48 @@ def compress(job: dict[str, Any], progress: Callable[..., None]) -> Any:
                         parallelism)
 
 
+def evaluate(job: dict[str, Any], progress: Callable[..., None]) -> dict[str, Any]:
+    """Ask an exported model its items and the paper's tasks: what the stage writes."""
+    from data_pipeline import evaluation_sets
+    from data_pipeline.items import evaluation_items
+    from model.evaluation import harness
+    from model.evaluation.paper_tasks import PAPER_TASKS, run_paper_tasks
+    from model.processes import job_processes
+
+    config = job["evaluate"]
+    items, _ = evaluation_items.read(Path(job["items"]))
+    context = config["context_tokens"]
+    with job_processes():
+        model = harness.load(Path(job["directory"]), context, choice_length=context * max(config["context_multiples"]),
+                             scratch=Path(job["scratch"]), progress=progress)
+        result = harness.evaluate(model, *items.rows)
+        paper = run_paper_tasks(model.within(context), PAPER_TASKS, evaluation_sets, config["paper_items"],
+                                config["generation"])
+    return {"metrics": result.metrics, "samples": result.samples, "scores": result.scores, "paper": paper}
+
+
+def benchmark(job: dict[str, Any], progress: Callable[..., None]) -> dict[str, Any]:
+    """Time models as the stage describes, and the published ones: rows of `model.benchmark.decode.Speed`, metrics."""
+    import torch
+
+    from model.benchmark.decode import measure
+    from model.benchmark.serving import published_pairs
+    from model.config import ModelConfig
+    from model.processes import TensorRanks, job_processes
+
+    config, device = job["benchmark"], torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    models = {name: ModelConfig(**geometry) for name, geometry in job["models"].items()}
+    with job_processes():
+        ranks = TensorRanks.of_job()
+        published = published_pairs(config["published"], device, ranks)
+        rows = list(measure(models, config["contexts"], config["batch"], config["decode_tokens"], config["repeats"],
+                            config["longest_prompt"], job["seed"], torch.bfloat16, device, progress, ranks))
+    return {"metrics": published, "rows": rows}
+
+
 # Settings that say how it is run, not what comes out.
 RUN_ONLY = {"pretrain.checkpoint_every", "pretrain.checkpoints_kept", "pretrain.check_kernels"}
-TASKS = {"pretrain": pretrain, "compress": compress}
+TASKS = {"pretrain": pretrain, "compress": compress, "evaluate": evaluate, "benchmark": benchmark}
 
 
 def run(job: dict[str, Any], progress: Callable[..., None]) -> dict[str, Any]:

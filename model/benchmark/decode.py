@@ -16,6 +16,7 @@ from model.config import ModelConfig, ModelError
 from model.costs import decode_floor, prefill_floor, weights_bytes
 from model.inference.decoder import Decoder
 from model.inference.random_weights import random_model
+from model.processes import ONE_PROCESS, TensorRanks
 
 
 class Speed(NamedTuple):
@@ -55,18 +56,20 @@ class Speed(NamedTuple):
 def measure(
     configs: Mapping[str, ModelConfig], contexts: list[int], batch: int, tokens: int, repeats: int, longest_prompt: int,
     seed: int, dtype: torch.dtype, device: torch.device, progress: Callable[..., None],
+    ranks: TensorRanks = ONE_PROCESS,
 ) -> Iterator[Speed]:
     """Time the reading of a prompt of each context up to `longest_prompt`, after some of it was read untimed, and the
     decoding of the last `tokens` tokens of each context. A GPU reads it three times, the fastest counts: kernels for
     the lengths that only a long prompt comes to may have to be made ready.
 
     Within a repeat every model has its turn, so that noise of the machine meets all alike; one untimed repeat comes
-    first. Raises ModelError for a context shorter than `tokens`.
+    first. Of models split over several `ranks`, each of which must call this, bytes and floors are those of all
+    together. Raises ModelError for a context shorter than `tokens`, or a model that they cannot split.
     """
     if min(contexts) < tokens:
         raise ModelError(f"benchmark.contexts: {min(contexts)} is shorter than decode_tokens ({tokens}).\nRaise it.")
-    ceilings = measure_ceilings(device, dtype)
-    models = {name: random_model(config, dtype, device, seed=seed) for name, config in configs.items()}
+    ceilings = measure_ceilings(device, dtype, devices=ranks.tensor_ranks)
+    models = {name: random_model(config, dtype, device, seed=seed, ranks=ranks) for name, config in configs.items()}
     total = len(contexts) * (repeats + 1)
     readings = 3 if device.type == "cuda" else 1
     for done, context in enumerate(contexts):
@@ -83,7 +86,7 @@ def measure(
                     times[name].append(elapsed / (tokens * batch))
             progress(done * (repeats + 1) + repeat + 1, total, context=context)
         for name, found in times.items():
-            config, caches = configs[name], decoders[name].cache_bytes
+            config, caches = configs[name], decoders[name].cache_bytes * ranks.tensor_ranks
             rate, prompt = 1 / statistics.median(found), prompts[name]
             step_floor = decode_floor(config, batch, context, dtype, torch.float32, False, ceilings)
             yield Speed(

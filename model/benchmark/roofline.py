@@ -14,8 +14,8 @@ from model.costs import Ceilings
 _CALLS, _ROUNDS = 5, 3
 
 
-def measure_ceilings(device: torch.device, dtype: torch.dtype, fp8: bool = False) -> Ceilings:
-    """Fastest of a few copies and square matrix products, large for the device."""
+def measure_ceilings(device: torch.device, dtype: torch.dtype, fp8: bool = False, devices: int = 1) -> Ceilings:
+    """Fastest of a few copies and square matrix products, large for the device; of `devices` like it together."""
     on_gpu = device.type == "cuda"
     source = torch.ones((2**30 if on_gpu else 2**24) // dtype.itemsize, device=device, dtype=dtype)
     copy = 2 * source.nbytes / fastest(partial(torch.empty_like(source).copy_, source), device)
@@ -28,7 +28,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, fp8: bool = False
         a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
         layer_rate = 2 * size**3 / fastest(lambda: torch._scaled_mm(a8, b8, scale_a=one, scale_b=one,
                                                                     out_dtype=torch.bfloat16), device)
-    return Ceilings(copy, rate, layer_rate)
+    return Ceilings(devices * copy, devices * rate, devices * layer_rate)
 
 
 def seconds(run: Callable[[], Any], device: torch.device) -> float:

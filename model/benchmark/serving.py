@@ -13,18 +13,22 @@ ceilings.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch.distributed import ReduceOp
 
 from model.benchmark.decode import fill_caches, prefill_seconds, step_seconds
+from model.benchmark.roofline import measure_ceilings
 from model.config import ModelConfig, ModelError
 from model.costs import Ceilings, decode_floor, prefill_floor, sequence_bytes, weights_bytes
 from model.hybrid_lm import HybridLM
 from model.inference.decoder import Decoder, piece_tokens
 from model.inference.random_weights import random_model
 from model.presets import PRESETS
+from model.processes import ONE_PROCESS, TensorRanks
+from model.tensor_parallel import part_of
 
 DTYPE, STATE_DTYPE = torch.bfloat16, torch.float32
 MARGIN = 2**30                  # bytes left free beside weights, caches and activations
@@ -58,7 +62,7 @@ PAPER = Size(context=65_536, output=1024, steps=64, repeats=3, largest_batch=102
 
 
 class Served(NamedTuple):
-    """One model; `..._of_floor` is the least time possible over the time taken."""
+    """One model; `..._of_floor` is the least time possible over the time taken, `peak_gib` of one GPU."""
 
     model: str
     weights: str
@@ -77,26 +81,52 @@ class Served(NamedTuple):
     output_tokens_per_second: float
 
 
+def published_pairs(
+    names: Sequence[str], device: torch.device, ranks: TensorRanks = ONE_PROCESS,
+    geometries: dict[str, ModelConfig] = PRESETS,
+) -> dict[str, Any]:
+    """Throughput of the pairs with these names, and its ratios; each of several `ranks` must call this.
+
+    Raises ModelError without a GPU, which they need, and where one sequence does not fit.
+    """
+    if names and device.type != "cuda":
+        raise ModelError(f"benchmark.published: {names[0]} needs a GPU, and none was found.\nSet it to [] on a CPU.")
+    figures: dict[str, Any] = {}
+    for name in names:
+        ceilings = measure_ceilings(device, DTYPE, PAIRS[name].fp8, ranks.tensor_ranks)
+        release()
+        first, second = serve_pair(name, PAPER, device, ceilings, geometries, ranks)
+        for row in (first, second):
+            figures |= {f"{row.model}_served_{key}": value for key, value in row._asdict().items() if key != "model"}
+        figures[f"output_ratio_{name}"] = first.output_tokens_per_second / second.output_tokens_per_second
+        figures[f"served_decode_ratio_{name}"] = first.decode_tokens_per_second / second.decode_tokens_per_second
+    return figures
+
+
 def serve_pair(
-    name: str, size: Size, device: torch.device, ceilings: Ceilings, geometries: dict[str, ModelConfig] = PRESETS
+    name: str, size: Size, device: torch.device, ceilings: Ceilings, geometries: dict[str, ModelConfig] = PRESETS,
+    ranks: TensorRanks = ONE_PROCESS,
 ) -> Iterator[Served]:
     """Both models of PAIRS[name], one after the other. Raises ModelError where one sequence does not fit."""
     pair = PAIRS[name]
     for model in pair.models:
-        yield serve(model, geometries[model], pair.fp8, size, device, ceilings)
+        yield serve(model, geometries[model], pair.fp8, size, device, ceilings, ranks)
         release()
 
 
 def serve(
-    name: str, config: ModelConfig, fp8: bool, size: Size, device: torch.device, ceilings: Ceilings
+    name: str, config: ModelConfig, fp8: bool, size: Size, device: torch.device, ceilings: Ceilings,
+    ranks: TensorRanks = ONE_PROCESS,
 ) -> Served:
     """One model with random weights at the largest batch that fits. Raises ModelError where one sequence does not."""
-    model = random_model(config, DTYPE, device, fp8)
+    model = random_model(config, DTYPE, device, fp8, ranks=ranks)
     length = size.context + size.output
     batch = size.largest_batch
     if device.type == "cuda":
         activations = prompt_activations(model, min(2 * piece_tokens(device), size.context))
-        batch = min(batch, fitting_batch(name, config, length, torch.cuda.mem_get_info()[0] - activations - MARGIN))
+        own = part_of(config, ranks).model_copy(update={"vocab_size": config.vocab_size})       # all have all logits
+        batch = min(batch, fitting_batch(name, own, length, torch.cuda.mem_get_info()[0] - activations - MARGIN))
+        batch = int(ranks.over_tensor_ranks(torch.tensor(batch, device=device), ReduceOp.MIN))
         torch.cuda.reset_peak_memory_stats()
     decoder = Decoder(model, length, batch, STATE_DTYPE)
     prompt = prefill_seconds(decoder, size.context, size.repeats - 1)

@@ -17,13 +17,13 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.compression.prune import Selection
 from model.config import ModelConfig
 from model.hybrid_lm import HybridLM, Mamba2
+from model.processes import TensorRanks
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Sites:
     expansion: nn.Module | None = None
 
 
-class Layerwise:
+class Layerwise(TensorRanks):
     """This process's part of a model, to be run layer by layer without gradients.
 
     Attributes:
@@ -95,7 +95,6 @@ class Layerwise:
     # --- What the engines do each in their own way. One process has everything. ---------------------------------------
 
     replica, replicas = 0, 1                # of the data-parallel copies
-    tensor_rank, tensor_ranks = 0, 1        # of the processes a layer is split over
     has_head = True
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -126,17 +125,9 @@ class Layerwise:
         """`sums` (changed) of this process's share of the samples -> of all."""
         return sums
 
-    def over_tensor_ranks(self, value: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
-        """`value` (changed) reduced over the processes a layer is split over."""
-        return value
-
     def from_all_stages(self, found: dict[Any, Tensor]) -> dict[Any, Tensor]:
         """What every pipeline stage found, on each of them."""
         return found
-
-    def whole_units(self, units: Tensor) -> Tensor:
-        """(..., this process's units) -> (..., all units)."""
-        return units
 
     def mean_over_sequence(self, mean: Tensor) -> Tensor:
         """The mean over this process's part of the sequence of hidden states -> over all of it."""
@@ -221,36 +212,9 @@ class Layerwise:
             for hook in hooks:
                 hook.remove()
 
-    # --- Next-token distributions, of which a process may hold a part of the vocabulary -------------------------------
-
     def log_softmax(self, hidden: Tensor) -> Tensor:
         """(tokens, hidden) -> log-probabilities (tokens, this process's vocabulary), float32 or better."""
-        logits = F.linear(hidden, self.head())
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self.tensor_ranks == 1:
-            return logits.log_softmax(-1)
-        logits -= self.over_tensor_ranks(logits.amax(-1, keepdim=True), dist.ReduceOp.MAX)
-        return logits - self.over_tensor_ranks(logits.exp().sum(-1, keepdim=True)).log()
-
-    def likeliest(self, logs: Tensor) -> Tensor:
-        """(tokens,) ids of the largest of `log_softmax`'s; of equals on several processes the first."""
-        values, ids = logs.max(-1)                      # a CPU's argmax takes three times as long
-        if self.tensor_ranks == 1:
-            return ids
-        most = self.over_tensor_ranks(values.clone(), dist.ReduceOp.MAX)
-        ids = torch.where(values == most, ids + self._first_id, self.config.vocab_size)
-        return self.over_tensor_ranks(ids, dist.ReduceOp.MIN)
-
-    def at(self, logs: Tensor, ids: Tensor) -> Tensor:
-        """(tokens,) of `log_softmax`'s at `ids` (tokens,)."""
-        place = ids - self._first_id
-        here = (place >= 0) & (place < logs.shape[-1])
-        found = logs.gather(-1, place.clamp(0, logs.shape[-1] - 1)[:, None]).squeeze(-1)
-        return self.over_tensor_ranks(torch.where(here, found, 0.0))
-
-    @property
-    def _first_id(self) -> int:
-        return self.tensor_rank * (self.config.vocab_size // self.tensor_ranks)
+        return self.normalised(F.linear(hidden, self.head()))
 
 
 def _multiply(factor: Tensor, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -42,8 +42,9 @@ from model.training.plan import (
 # Bytes of a neuron's activation at a position while it is scored by `mean_then_l2`: the two float64 sums it has (kept),
 # and what is read and written to add to them (`width_importance`: to float32, absolute, to float64, index_add_).
 NEURON_KEPT, NEURON_MOVED = 16, 50
-# Bytes read and written a logit of a ranked model (`comparison`, in float32): log-softmax, its maximum, the divergence.
-RANKED_MOVED = 66
+# Bytes read and written a logit of a ranked model (`comparison`, in float32): log-softmax, its maximum, the divergence;
+# with all of the vocabulary, and where tensor ranks each have a part, whose log-softmax goes pass by pass.
+RANKED_MOVED = 66, 86
 # Bytes a weight of a resume state (BF16, and master weight and two moments in FP32: docs/results/two-gpus.md, 112 GB
 # for 8.1 billion), of a checkpoint (BF16, also of a cut one).
 STATE, CHECKPOINT = BF16 + 3 * FP32, BF16
@@ -75,7 +76,8 @@ class Grid(NamedTuple):
     Attributes:
         student: the one with the most parameters, of those that the pipeline can split.
         candidates: how many.
-        kept: share of the parent's layers they have, mean.
+        kept: share of the parent's layers they have, mean. A ranking runs a candidate from its first changed layer on
+            only (`layerwise`); which that is the weights say, so that the plan has the most it can take.
     """
 
     student: ModelConfig
@@ -128,7 +130,8 @@ def steps(
     by_python = pretrain.model_copy(update={"cuda_graph": False})
     one = forward_seconds(parent, by_python, False, layout, machine)                    # of a micro-batch
     logits = tokens * parent.vocab_size / layout.tensor
-    judged = (head_seconds(parent, layout, machine) + stream_seconds(RANKED_MOVED * logits, machine)) / layout.pipeline
+    moved = RANKED_MOVED[layout.tensor > 1] * logits
+    judged = (head_seconds(parent, layout, machine) + stream_seconds(moved, machine)) / layout.pipeline
     compared = one + judged
 
     def turns(samples: int) -> int:
@@ -143,12 +146,15 @@ def steps(
 
     weights = max(held_parameters(parent, pretrain, False, layout, stage)[0] for stage in (0, layout.pipeline - 1))
     hidden = tokens * parent.hidden_size * BF16 / (layout.tensor if layout.sequence else 1)
-    scored = BF16 * weights + hidden * (layers / layout.pipeline + 2) + forward_bytes(parent, layout)
-    scored += machine.reserved if layout.processes > 1 else machine.reserved / 2
-    # The parent's probabilities and logarithms of a micro-batch, and four more of the rows that are looked at.
-    ranked = scored + FP32 * (2 * logits + 4 * min(1.0, ROWS["cuda"] / tokens) * logits)
-
     candidates = min(config.ranked_by_agreement, grid.candidates)
+    held = BF16 * weights + (machine.reserved if layout.processes > 1 else machine.reserved / 2)
+    scored = held + hidden * (layers / layout.pipeline + 2) + forward_bytes(parent, layout)
+    # The last micro-batch's probabilities and logarithms stay while the next logarithms are made of the logits;
+    # a model's logarithms, of the rows that are looked at, until the next model's. Layers run beside three of these.
+    rows = min(1.0, ROWS["cuda"] / tokens)
+    judging = max(FP32 * logits * (4 + rows), FP32 * logits * (2 + rows) + forward_bytes(parent, layout))
+    ranked = held + hidden * (min(candidates, layers / layout.pipeline) + 2) + judging
+
     asked = config.task_items * CHOICES * (CONTEXT + LENGTH) / tokens / layout.data         # micro-batches
     finalists = min(config.finalists, candidates)
     # Parent and finalist; parent and two cuts, parent and student twice, parent and the controls' masks.

@@ -34,18 +34,20 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from durable import read_checked, write_checked
-from model import costs, hub
+from model import costs, hub, tensor_parallel
 from model.config import ModelError
 from model.evaluation.schema import ChoiceSample, Samples, TextSample
 from model.hybrid_lm import HybridLM
 from model.inference.caches import PrefixReader
 from model.model_card import CardScore
+from model.processes import ONE_PROCESS, TensorRanks
 
 if TYPE_CHECKING:
     from model.inference.decoder import Decoder
 
-BATCH_TOKENS = {"cpu": 2048, "cuda": 32_768}        # on a CPU, what stays in its cache is fastest
+BATCH_TOKENS = {"cpu": 2048, "cuda": costs.EVALUATION_TOKENS}   # on a CPU, what stays in its cache is fastest
 LENGTH_MULTIPLE = {"cpu": 1, "cuda": 128}           # on a GPU every other length is compiled or planned for anew
+HEAD_ROWS = costs.EVALUATION_LOGITS                 # predictions whose logits, in float32, are there at one time
 STEM_ROWS = {"cpu": 32, "cuda": 1}                  # rows that may share their context's pass; each has caches
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 STEM_SPREAD = 0.8               # shortest over longest in a batch: what stands behind the shortest is not shared
@@ -76,6 +78,8 @@ class HarnessLM(TemplateLM):
         choice_length: the same for choices and generation, where these may see more; otherwise `max_length`.
         scratch: directory for scores of finished batches; a later run with the same requests goes on from them.
         progress: `progress(step, total)`, counted in scored continuations or windows.
+        ranks: the processes that the model is split over (`model.tensor_parallel`). Each must ask the same of its own
+            adapter, in the same order; all get the same answers.
 
     Attributes:
         cut: (context, continuation) of the requests for choices that were longer.
@@ -90,6 +94,7 @@ class HarnessLM(TemplateLM):
         choice_length: int | None = None,
         scratch: Path | None = None,
         progress: Callable[[int, int], None] = lambda step, total: None,
+        ranks: TensorRanks = ONE_PROCESS,
     ):
         super().__init__()
         self.model = model.eval()
@@ -97,7 +102,8 @@ class HarnessLM(TemplateLM):
         self.encoder = tokenizer
         self.encoder.encode_special_tokens = True
         self.max_length, self.choice_length = max_length, choice_length or max_length
-        self.scratch, self.progress = scratch, progress
+        self.ranks, self.progress = ranks, progress
+        self.scratch = None if ranks.tensor_rank else scratch
         self.cut: set[tuple[str, str]] = set()
         self._ends = end_ids
 
@@ -209,9 +215,10 @@ class HarnessLM(TemplateLM):
         asked = hashlib.sha256(json.dumps([window, pairs]).encode()).hexdigest()[:12] if self.scratch else ""
         for number, batch in enumerate(self._batches(stems, inputs)):
             piece = self.scratch / f"{kind}-{number:06d}-{asked}.json" if self.scratch else None
-            if piece and (kept := read_checked(piece)):
+            if kept := self.ranks.of_first(piece and read_checked(piece)):
                 finished = [(index, (score, greedy)) for index, score, greedy in json.loads(kept)]
-                piece.with_name("resumed").touch()
+                if piece:
+                    piece.with_name("resumed").touch()
             else:
                 finished = self._batch_scores(batch, inputs, pairs)
                 if piece:
@@ -273,11 +280,17 @@ class HarnessLM(TemplateLM):
                 lengths.append(len(target))
         number, positions, targets = torch.tensor(asked, device=self._device).unbind(-1)
         hidden = self._hidden(stems, [inputs[row[-1]] for row in rows])[number, positions]
-        predicted = F.linear(hidden.float(), self.model.lm_head.weight.float()).log_softmax(-1)
-        likelihoods = predicted.gather(-1, targets[:, None])[:, 0].cpu().split(lengths)
-        hits = (predicted.max(-1).indices == targets).cpu().split(lengths)     # a CPU's argmax takes thrice as long
+        head = self.model.lm_head.weight.float()
+        found = [self._judged(some, head, following)
+                 for some, following in zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True)]
+        likelihoods, hits = (torch.cat(part).cpu().split(lengths) for part in zip(*found, strict=True))
         scores = [(part.sum().item(), bool(hit.all())) for part, hit in zip(likelihoods, hits, strict=True)]
         return list(zip([index for row in rows for index in row], scores, strict=True))
+
+    def _judged(self, hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(tokens, hidden) and the tokens that follow -> these' log-likelihoods, and whether each was the likeliest."""
+        predicted = self.ranks.normalised(F.linear(hidden.float(), head))
+        return self.ranks.at(predicted, targets), self.ranks.likeliest(predicted) == targets
 
     def _hidden(self, stems: list[Stem], rows: list[list[int]]) -> Tensor:
         """(rows, tokens, hidden) of all the stems' rows, before the head; what stands after a row's end is anything.
@@ -313,22 +326,22 @@ def _padded(rows: Sequence[list[int]], length: int) -> Tensor:
 
 
 def load(directory: Path, max_length: int, **options: Any) -> HarnessLM:
-    """The model and tokenizer of an exported Hub directory, on the GPU if there is one.
+    """The model and tokenizer of an exported Hub directory, on the GPU if there is one; split over the processes of
+    this job, where there are several.
 
     Raises:
-        ModelError: the directory's are not a model and tokenizer, or the GPU is too small for the weights.
+        ModelError: the directory's are not a model and tokenizer, cannot be split so, or the GPU is too small.
     """
+    ranks, device = TensorRanks.of_job(), "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        gpu, geometry = torch.cuda.get_device_properties(torch.cuda.current_device()), hub.read_config(directory)
+        if wrong := costs.evaluation_refusal(
+                str(directory), geometry, ranks.tensor_ranks, gpu.total_memory, gpu.name):
+            raise ModelError(wrong)
     config, state = hub.open_weights(directory)
     tokenizer = hub.check_vocabulary(directory, config.vocab_size)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        weights, there = costs.parameters(config) * DTYPES[device].itemsize, torch.cuda.mem_get_info()[1]
-        if weights > there:
-            raise ModelError(
-                f"{directory}: weights of {weights / 2**30:.1f} GiB, and this GPU has {there / 2**30:.1f}.\n"
-                "Take a larger GPU, or leave the model out of `models`.")
-    model = HybridLM.from_state(config, state, DTYPES[device]).to(device)
-    return HarnessLM(model, tokenizer, hub.end_ids(directory), max_length, **options)
+    model = tensor_parallel.load(config, state, DTYPES[device], device, ranks)
+    return HarnessLM(model, tokenizer, hub.end_ids(directory), max_length, ranks=ranks, **options)
 
 
 class LocalTask(ConfigurableTask):

@@ -18,7 +18,7 @@ import contextlib
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 from unittest import mock
 
 import datasets
@@ -30,9 +30,8 @@ from lm_eval.tasks import TaskManager
 
 from model.evaluation.harness import HarnessLM, bits_per_byte_stderr, choice_task
 from model.evaluation.sandbox import code_eval_in_sandbox
-from model.evaluation.schema import PaperScore, PaperTask
+from model.evaluation.schema import Generation, PaperScore, PaperTask
 
-Generation = Literal["none", "text", "code"]
 Parts = Mapping[str, ConfigurableTask]              # the harness's tasks by name: MMLU is one a subject
 Row = dict[str, Any]                                # of the harness's samples: an item and the model's answers
 

@@ -12,6 +12,7 @@ from model.config import Record
 
 REFERENCE = "SmolLM2-135M-Instruct"
 REFERENCE_IS = "4-bit, instruct-tuned, 2 trillion tokens"
+Generation = Literal["none", "text", "code"]                # what a model writes itself
 Scores = dict[str, list[int] | list[tuple[float, int]]]     # scores.json by task: 1 or 0, or (nats, bytes), an item
 
 

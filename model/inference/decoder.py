@@ -187,7 +187,8 @@ class Decoder(ModelCaches):
                 self._at.zero_()
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # Other threads, NCCL's watchdog among them, may go on asking the GPU.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._next_logits = self._step(self._ids)
 
     def _logits(self, x: Tensor) -> Tensor:

@@ -45,4 +45,6 @@ def quantize_weights(module: nn.Module) -> None:
                     f"weights: {name}.{child} is {tuple(linear.weight.shape)}, FP8 wants multiples of {MULTIPLE}.\n"
                     "Use bfloat16 weights."
                 )
-            setattr(parent, child, FP8Linear(linear.weight.detach()))
+            quantized = FP8Linear(linear.weight.detach())
+            quantized._forward_hooks = linear._forward_hooks        # what travels between processes
+            setattr(parent, child, quantized)

@@ -10,24 +10,27 @@ from torch import Tensor, nn
 from model.config import ModelConfig
 from model.hybrid_lm import FLOAT32_PARAMETERS, HybridLM, Layer
 from model.inference.fp8_weights import quantize_weights
+from model.processes import ONE_PROCESS, TensorRanks
+from model.tensor_parallel import connect, part_of
 
 
 def random_model(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu", fp8: bool = False, seed: int = 0
+    config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu", fp8: bool = False, seed: int = 0,
+    ranks: TensorRanks = ONE_PROCESS,
 ) -> HybridLM:
-    """Weights in `dtype` on `device`, the layers' projections in FP8 with `fp8`.
+    """Weights in `dtype` on `device`, the layers' projections in FP8 with `fp8`; of several `ranks` this one's part.
 
     Made a layer at a time, so that a model whose FP8 weights nearly fill a GPU can be made there. Step sizes and decays
-    are as of a fresh Mamba-2.
+    are as of a fresh Mamba-2. Raises ModelError where `ranks` cannot split the model.
     """
     generator = torch.Generator(device).manual_seed(seed)
-    model = HybridLM.skeleton(config)
+    model = HybridLM.skeleton(part_of(config, ranks))
     for layer in cast("list[Layer]", model.backbone.layers):
         _fill(layer, config, dtype, generator)
         if fp8:
             quantize_weights(layer)
     _fill(model, config, dtype, generator)
-    return model
+    return connect(model, config, ranks)
 
 
 def _fill(module: nn.Module, config: ModelConfig, dtype: torch.dtype, generator: torch.Generator) -> None:

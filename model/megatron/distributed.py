@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -27,6 +25,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
 from model.config import ModelError
+from model.processes import torch_processes
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,6 @@ class Parallelism:
     sequence: bool = False
 
 
-LONGEST_WAIT = timedelta(hours=1)       # for another process: the first cuts a model of a hundred gigabytes meanwhile
 ONE_COPY = Parallelism()      # every process holds the whole model
 ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"       # PyTorch's
 
@@ -97,28 +95,21 @@ def process_groups(parallelism: Parallelism = ONE_COPY) -> Iterator[None]:
         ModelError: the number of processes is not a multiple of tensor x pipeline.
     """
     on_gpu = torch.cuda.is_available()
-    if "RANK" in os.environ:
-        if on_gpu:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=LONGEST_WAIT)
-    else:
-        dist.init_process_group("nccl" if on_gpu else "gloo", rank=0, world_size=1, store=dist.HashStore())
-    with contextlib.nullcontext() if on_gpu else megatron_on_cpu(), bfloat16_products():
+    with torch_processes(), contextlib.nullcontext() if on_gpu else megatron_on_cpu(), bfloat16_products():
+        size = parallelism.tensor * parallelism.pipeline
+        if dist.get_world_size() % size:
+            raise ModelError(
+                f"{dist.get_world_size()} processes cannot hold tensor {parallelism.tensor} x pipeline "
+                f"{parallelism.pipeline} parallel copies of the model.\n"
+                f"Start a multiple of {size} processes (torchrun --nproc-per-node)."
+            )
         try:
-            size = parallelism.tensor * parallelism.pipeline
-            if dist.get_world_size() % size:
-                raise ModelError(
-                    f"{dist.get_world_size()} processes cannot hold tensor {parallelism.tensor} x pipeline "
-                    f"{parallelism.pipeline} parallel copies of the model.\n"
-                    f"Start a multiple of {size} processes (torchrun --nproc-per-node)."
-                )
             parallel_state.initialize_model_parallel(parallelism.tensor, parallelism.pipeline)
             # The tracker that draws nothing: there is no dropout, and weights are drawn on the CPU.
             initialize_rng_tracker(inference_rng_tracker=True)
             yield
         finally:
             parallel_state.destroy_model_parallel()
-            dist.destroy_process_group()
 
 
 def release_memory() -> None:

@@ -46,9 +46,7 @@ class MegatronLayerwise(Layerwise):
         self.sequence_parallel = model.config.sequence_parallel
         self.replica, self.replicas = (parallel_state.get_data_parallel_rank(),
                                        parallel_state.get_data_parallel_world_size())
-        self.tensor_rank, self.tensor_ranks = (parallel_state.get_tensor_model_parallel_rank(),
-                                               parallel_state.get_tensor_model_parallel_world_size())
-        self.tensor_group = parallel_state.get_tensor_model_parallel_group()
+        self.split_over(parallel_state.get_tensor_model_parallel_group())
         self.stages = parallel_state.get_pipeline_model_parallel_group()
         self.has_head = parallel_state.is_pipeline_last_stage()
         self._length = 0                # of the sequences under way, without what pads them
@@ -90,23 +88,11 @@ class MegatronLayerwise(Layerwise):
         dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
         return sums
 
-    def over_tensor_ranks(self, value: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
-        """As the base class."""
-        if self.tensor_ranks > 1:
-            dist.all_reduce(value, op=operation, group=self.tensor_group)
-        return value
-
     def from_all_stages(self, found: dict[Any, Tensor]) -> dict[Any, Tensor]:
         """As the base class."""
         everything: list[Any] = [None] * self.stages.size()
         dist.all_gather_object(everything, found, group=self.stages)
         return {key: value for part in everything for key, value in part.items()}
-
-    def whole_units(self, units: Tensor) -> Tensor:
-        """As the base class."""
-        parts = [torch.empty_like(units) for _ in range(self.tensor_ranks)]
-        dist.all_gather(parts, units.contiguous(), group=self.tensor_group)
-        return torch.cat(parts, -1)
 
     def mean_over_sequence(self, mean: Tensor) -> Tensor:
         """As the base class."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kernels.ssd import KERNEL_SIZES, LARGEST_STATE
-from model.config import ModelConfig, ModelError, PretrainConfig
+from model.config import ModelConfig, ModelError, PretrainConfig, check_tensor_split
 from model.megatron.distributed import Parallelism, device
 from model.megatron.precision import Precision
 
@@ -77,19 +77,9 @@ def check_kernels(config: ModelConfig) -> None:
 
 
 def check_split(config: ModelConfig, parallelism: Parallelism) -> None:
-    """Raise ModelError where heads, groups, widths or vocabulary do not divide among tensor-parallel processes."""
-    split = {"num_attention_heads": config.num_attention_heads, "num_query_groups": config.num_query_groups,
-             "ffn_hidden_size": config.ffn_hidden_size, "vocab_size": config.vocab_size}
-    if "M" in config.pattern:
-        split |= {"mamba_num_heads": config.mamba_num_heads, "mamba_num_groups": config.mamba_num_groups}
-    if parallelism.sequence:
-        split |= {"sequence_length": config.sequence_length}
-    for name, value in split.items():
-        if value % parallelism.tensor:
-            raise ModelError(
-                f"model: {name} ({value}) cannot be split over {parallelism.tensor} tensor-parallel processes.\n"
-                f"Choose a tensor-parallel size that divides it."
-            )
+    """Raise ModelError where heads, groups, widths or vocabulary do not divide among tensor-parallel processes, or
+    layers among pipeline stages."""
+    check_tensor_split(config, parallelism.tensor, parallelism.sequence)
     if len(config.pattern) % parallelism.pipeline:
         raise ModelError(
             f"model: {len(config.pattern)} layers cannot be split into {parallelism.pipeline} pipeline stages.\n"

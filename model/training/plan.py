@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import NamedTuple
 
+from model import costs
 from model.config import ModelConfig, ModelError, PretrainConfig
 from model.costs import layer_parameters, parameters, training_flops_per_token
 
@@ -454,16 +455,19 @@ def head_seconds(config: ModelConfig, layout: Layout, machine: Machine) -> float
     return _product_seconds(tokens, config.hidden_size, config.vocab_size / layout.tensor, False, machine) / 3
 
 
-def inference_seconds(config: ModelConfig, tokens: float, machine: Machine) -> float:
-    """Of forward passes in BF16 over `tokens` tokens on one GPU, in full sequences, logits of all of them."""
-    alone = PretrainConfig.model_construct(bf16_layers_at_start=0, bf16_layers_at_end=0, cuda_graph=False)
-    one = forward_seconds(config, alone, False, Layout(), machine) + head_seconds(config, Layout(), machine)
+def inference_seconds(config: ModelConfig, tokens: float, machine: Machine, tensor: int = 1) -> float:
+    """Of forward passes in BF16 over `tokens` tokens on `tensor` GPUs, in full sequences, logits of all of them."""
+    alone, layout = PretrainConfig.model_construct(bf16_layers_at_start=0, bf16_layers_at_end=0,
+                                                   cuda_graph=False), Layout(tensor, tensor)
+    one = forward_seconds(config, alone, False, layout, machine) + head_seconds(config, layout, machine)
     return tokens / config.sequence_length * one
 
 
-def inference_memory(config: ModelConfig, machine: Machine) -> float:
-    """Bytes of a model in BF16 on one GPU that reads a sequence; logits are made only where they are asked for."""
-    return parameters(config) * BF16 + forward_bytes(config, Layout()) + machine.reserved / 2
+def writing_seconds(config: ModelConfig, tokens: float, context: int, machine: Machine, tensor: int = 1) -> float:
+    """Of `tokens` tokens that one sequence after another is gone on with at `context` tokens, on `tensor` GPUs: weights
+    and caches are read for each, what travels is not counted."""
+    held = costs.memory(config, costs.Deployment.of(context))
+    return tokens * stream_seconds((held.total + held.ssm_state + held.conv_state) / tensor, machine)
 
 
 def _layers_seconds(

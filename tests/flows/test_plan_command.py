@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,18 +36,42 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 ROWS = ("hybrid-fp8", "activations", "memory of a GPU, GiB", "between replicas", "tokens/s a GPU", "GPU-hours")
 
 
-STAGES = ("curation", "tokenization", "pretraining hybrid-fp8", "layer importance", "neuron importance",
+STAGES = ("curation", "its near-duplicates", "its repeated strings", "tokenization", "pretraining hybrid-fp8",
+          "layer importance", "neuron importance",
           "ranking of 400", "task", "3 short distillations", "2 full distillations", "measures, controls",
           "export compressed", "evaluation compressed-random")
 
 
 def test_a_profile_is_planned_stage_by_stage(run: Run) -> None:
-    """All of the paper's 56B but its evaluation, which is one GPU's."""
+    """All of the paper's 56B, evaluation over its eight tensor parallel GPUs too."""
     printed, code = run("nemotron-h-56b")
     assert all(row in printed for row in ROWS) and all(f"\n{stage} " in printed for stage in STAGES)
-    assert str(code).count("does not fit") == str(code).count("leave the model out of `models`") == 3
-    assert "evaluation compressed does not fit" in str(code)
-    assert run("nemotron-h-56b", "--set", "models=[]")[1] is None
+    assert code is None
+
+
+def test_an_evaluation_that_does_not_fit_is_refused_with_the_nearest_size(run: Run) -> None:
+    """The 56B fits two GPUs and not one; with one query group it cannot be split."""
+    settings = ("runtime.parallel={tensor: 1}", "runtime.launcher.nodes=96", "models=[hybrid-fp8]")
+    one = [part for setting in settings for part in ("--set", setting)]
+    _, code = run("nemotron-h-56b", *one)
+    assert "evaluation of hybrid-fp8 does not fit: 1" in str(code) and "with tensor 1, a H100 SXM has 79.6" in str(code)
+    assert "Nearest that fits: tensor 2 (runtime.parallel, with runtime.launcher)." in str(code)
+    _, code = run("nemotron-h-56b", *one, "--set", "model.hybrid.num_query_groups=1")
+    assert "No tensor-parallel size fits: take a larger GPU" in str(code)
+
+
+def test_what_is_decided_between_the_passes_is_planned_by_its_formula() -> None:
+    """The table of docs/data.md for 10^9 and 10^10 documents of 4,000 bytes in shards of 64 MB, in core-hours."""
+    for documents, hours, parts in ((1e9, 2.6, 120), (1e10, 28, 1193)):
+        step = plan.NEAR_DUPLICATES.step("", documents, documents * 4000 / 64e6, 64)
+        assert (step.seconds or 0) * step.cores / 3600 == pytest.approx(hours, rel=0.02)
+        assert math.ceil(documents / plan.NEAR_DUPLICATES.part) == parts and step.host == 1.1e9
+        assert step.disk == pytest.approx(documents * 297)
+    for text, hours in ((4e12, 15), (40e12, 495)):
+        step = plan.REPEATED_STRINGS.step("", text, text / 64e6, 64)
+        assert (step.seconds or 0) * step.cores / 3600 == pytest.approx(hours, rel=0.02)
+    small = plan.NEAR_DUPLICATES.step("", 1e6, 60, 8)
+    assert small.cores == 1 and small.host == pytest.approx(1.1e9 * 1e6 / 2**23)
 
 
 def test_nvidias_setup_is_planned_beside_ours(run: Run) -> None:

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from model.benchmark import decode as decode_benchmark
-from model.benchmark import roofline
 from model.benchmark import serving as serving_benchmark
 from model.benchmark.decode import decode_seconds, measure, prefill_seconds
+from model.benchmark.serving import published_pairs
 from model.config import ModelConfig, ModelError
+from model.costs import Ceilings
 from model.inference.decoder import Decoder
 from model.inference.random_weights import random_model
-from stages.benchmark import benchmark, published_models, published_pairs
+from stages.benchmark import benchmark, published_models
 from stages.common import Stage
 from stages.params import load_params
 
@@ -139,8 +140,8 @@ def test_published_pairs_become_metrics(monkeypatch):
     serve_pair = serving_benchmark.serve_pair
     monkeypatch.setattr(serving_benchmark, "PAPER", size)
     monkeypatch.setattr(serving_benchmark, "serve_pair",
-                        lambda name, size, _, ceilings: serve_pair(name, size, CPU, ceilings, tiny))
-    monkeypatch.setattr(roofline, "measure_ceilings", lambda *_: roofline.Ceilings(1e9, 1e9, 1e9))
+                        lambda name, size, _, ceilings, __, ranks: serve_pair(name, size, CPU, ceilings, tiny, ranks))
+    monkeypatch.setattr(serving_benchmark, "measure_ceilings", lambda *_: Ceilings(1e9, 1e9, 1e9))
     figures = published_pairs(["47b"], torch.device("cuda"))
     rate = "served_output_tokens_per_second"
     assert figures["output_ratio_47b"] == figures[f"nemotron_h_47b_{rate}"] / figures[f"nemotron_h_56b_{rate}"]

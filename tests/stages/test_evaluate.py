@@ -139,6 +139,26 @@ def test_killed_run_goes_on_with_the_same_results(prepared: Path) -> None:
     assert resumed_samples == samples
 
 
+@pytest.mark.slow
+def test_a_model_over_two_processes_gets_the_figures_of_one(prepared: Path) -> None:
+    """By torchrun: every metric to float32 rounding, the paper's tasks among them."""
+    split = ["--set", "runtime.launcher={kind: torchrun, processes_per_node: 2}",
+             "--set", "runtime.parallel={tensor: 2}"]
+    both = [run(prepared, *COMMAND, NAMES[0], "--out", out, *options) for out, options in (("one", []), ("two", split))]
+    assert all(done.stdout.count("step ") for done in both)
+    one, two = ({name: json.loads((prepared / out / "runs/evaluate" / NAMES[0] / f"{name}.json").read_text())
+                 for name in ("metrics", "scores", "paper_tasks")} for out in ("one", "two"))
+    assert two["metrics"].pop("processes") == 2
+    assert two["metrics"].pop("items_digest") == one["metrics"].pop("items_digest")
+    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-4)
+    for task, rows in one["scores"].items():
+        other = torch.tensor(two["scores"][task])
+        torch.testing.assert_close(other, torch.tensor(rows), rtol=1e-5, atol=1e-2, msg=task)
+    for row, other in zip(one["paper_tasks"], two["paper_tasks"], strict=True):
+        assert other["right"] == row["right"] and other["left_out"] == row["left_out"]
+        assert (other["bits_per_byte"] or 0) == pytest.approx(row["bits_per_byte"] or 0, rel=1e-4)
+
+
 def test_the_reference_is_left_out_with_a_reason(prepared: Path) -> None:
     done = run(prepared, "-m", "stages.reference")
     assert "SmolLM2-135M-Instruct is left out: evaluate.reference_share is 0." in done.stdout and not done.stderr

@@ -7,16 +7,18 @@ from dataclasses import replace
 import pytest
 import torch
 
+from model.compression import comparison
 from model.compression import plan as plan_module
 from model.compression.candidates import closed_budgets
 from model.compression.importance import layer_importance
-from model.compression.layerwise import PlainLayerwise
+from model.compression.layerwise import Mask, PlainLayerwise
 from model.compression.plan import Grid, check, importance_passes, layout_of, refusal, steps
 from model.config import ModelError
 from model.hybrid_lm import HybridLM
 from model.megatron.distributed import ONE_COPY
 from model.presets import PRESETS
-from model.training.plan import GIB, MACHINES, Layout
+from model.training.plan import GIB, MACHINES, Layout, forward_bytes
+from tests.held_bytes import HeldBytes
 from tests.model.compression.markov import CONFIG, markov, silent
 from tests.tiny_engine import RECIPE
 
@@ -80,6 +82,36 @@ def test_steps_answer_to_sizes_and_layout(paper):
     assert by_mean["neuron importance"].memory == found["layer importance"].memory
     wider, _ = planned(PARENT, paper, SPLIT._replace(processes=32))
     assert wider["layer importance"].seconds == pytest.approx(found["layer importance"].seconds / 2)
+
+
+def test_a_comparison_holds_five_times_its_logits(monkeypatch, paper):
+    """With all of the vocabulary, and on one of two processes with a half; what the plan has of a ranking."""
+    wide = CONFIG.model_copy(update={"vocab_size": 8192})
+    model = HybridLM(wide).requires_grad_(False)
+    sequences = torch.randint(0, 4096, (2, 65))
+    monkeypatch.setitem(comparison.ROWS, "cpu", 64)
+    for ranks in (1, 2):
+        judge = PlainLayerwise(model)
+        judge.tensor_ranks = ranks
+        judge.over_tensor_ranks = lambda value, operation=None: value
+        judge.head = lambda ranks=ranks: model.lm_head.weight[: 8192 // ranks]
+        with HeldBytes(model.parameters()) as held:
+            comparison.compare(judge, {"late": Mask(frozenset([5])), "itself": judge}, sequences, 1, silent)
+        assert held.most == pytest.approx(5 * 4 * 64 * 8192 / ranks, rel=0.05)
+    found, grid = planned(PARENT, paper, SPLIT)
+    ranked = found[f"ranking of {min(400, grid.candidates)}"].memory
+    logits = 4 * 8192 * PARENT.vocab_size / 2
+    assert ranked - found["layer importance"].memory == pytest.approx(5 * logits - forward_bytes(PARENT, SPLIT))
+
+
+def test_memory_of_the_8b_on_two_gpus_is_as_measured(paper):
+    """docs/results/minipuzzle.md, two H200s; a plan counts what CUDA and NCCL take besides."""
+    eight = paper.model_copy(update={"ranked_by_agreement": 10, "parameters_fraction": 0.83, "latency": None,
+                                     "importance_samples": 8, "ffn_importance_samples": 8, "ranking_samples": 4})
+    h200 = MACHINES["h200"]
+    found, _ = planned(PARENT, eight, Layout(2, 2, True), h200)
+    for name, measured in (("layer importance", 9.8), ("neuron importance", 40.7), ("ranking of 10", 18.1)):
+        assert (found[name].memory - h200.reserved) / GIB == pytest.approx(measured, rel=0.1), name
 
 
 def test_what_does_not_fit_is_refused_with_the_nearest_layout_that_does(paper):

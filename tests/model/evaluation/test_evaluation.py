@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,13 +17,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_pipeline.config import TokenizerConfig
 from data_pipeline.tokenize import fast_tokenizer, tokenizer
-from model import hub
+from model import costs, hub
 from model.config import ModelConfig, ModelError
 from model.evaluation import harness
 from model.evaluation.schema import ChoiceSample
 from model.hybrid_lm import HybridLM
 from tests.data_pipeline.small_corpus import write_curated
+from tests.held_bytes import HeldBytes
 
+GIB = 2**30
 WINDOW = 48
 CONFIG = {
     "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4, "num_query_groups": 2, "head_dim": 8,
@@ -314,3 +317,35 @@ def test_requests_that_cannot_be_scored(exported: dict[str, Path], tmp_path: Pat
     (tmp_path / "other" / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match=r"tokenizer\.json: not found"):
         harness.load(tmp_path / "other", WINDOW)
+
+
+def test_planned_memory_is_that_of_a_batch(exported: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors in BF16 that live beside the weights while a full batch is scored, logits some rows at a time."""
+    monkeypatch.setattr(costs, "EVALUATION_TOKENS", 512)
+    monkeypatch.setattr(costs, "EVALUATION_LOGITS", 128)
+    monkeypatch.setattr(harness, "HEAD_ROWS", 128)
+    monkeypatch.setitem(harness.BATCH_TOKENS, "cpu", 512)
+    monkeypatch.setitem(harness.DTYPES, "cpu", torch.bfloat16)
+    one_more = 2 * 512 * 2048           # a CPU's squared ReLU makes a tensor between
+    for widths, besides in (({"ffn_hidden_size": 8, "vocab_size": 1024}, 0),
+                            ({"ffn_hidden_size": 2048, "vocab_size": 512}, one_more)):
+        config = CONFIGS["transformer"].model_copy(update=widths | {"pattern": "-", "head_dim": 2})
+        model = HybridLM.from_state(config, HybridLM(config).state_dict(), torch.bfloat16)
+        whole = harness.load(exported["transformer"], 511)
+        judge = harness.HarnessLM(model, whole.encoder, [2], 511)
+        with HeldBytes(model.parameters()) as held:
+            judge._scores("rolling", [([1], [5] * 512)], 511)
+        planned = costs.evaluation_bytes(config) - 2 * costs.parameters(config) - GIB + besides
+        assert 0.8 * planned < held.most < 1.05 * planned, widths
+
+
+def test_a_gpu_that_is_too_small_is_told_before_weights_are_read(
+    exported: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text((exported["hybrid"] / "config.json").read_text())     # and no weights
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties",
+                        lambda _: SimpleNamespace(name="small GPU", total_memory=GIB))
+    with pytest.raises(ModelError, match=r"not fit: 1\.\d GiB with tensor 1, a small GPU has 1\.0\.\n.*larger GPU"):
+        harness.load(tmp_path, WINDOW)

@@ -23,7 +23,8 @@ from data_pipeline.config import DataError, TokenizerConfig
 from data_pipeline.tokenize import fast_tokenizer, tokenizer
 from model import hub
 from model.config import ModelConfig
-from model.evaluation import harness, paper_tasks
+from model.evaluation import harness, paper_size, paper_tasks
+from model.evaluation.paper_size import PAPER_SIZES
 from model.evaluation.paper_tasks import FOLDERS, PAPER_TASKS, REGISTRY, run_paper_tasks
 from model.evaluation.schema import PaperScore, PaperTask
 from model.hybrid_lm import HybridLM
@@ -221,6 +222,36 @@ def test_items_are_drawn_evenly_over_parts() -> None:
     assert drawn([4, 2, 4], 5) == ["0.0", "0.2", "1.0", "2.0", "2.2"]
     assert drawn([3, 1], 2) == ["0.0", "0.2"]
     assert len(drawn([3, 1], 99)) == 4
+
+
+class Reads(harness.HarnessLM):
+    """Counts the tokens of every row it would read."""
+
+    def _batch_scores(self, stems: Any, inputs: Any, pairs: Any) -> list[tuple[int, tuple[float, bool]]]:
+        rows = [row for stem in stems for row in stem.rows]
+        self.lengths = [*getattr(self, "lengths", []), *(len(inputs[row[-1]]) for row in rows)]
+        return [(index, (-1.0, True)) for row in rows for index in row]
+
+
+def test_what_planning_counts_is_what_is_read(model: Keeps, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the tasks that load at once, a few items, each byte a token; sizes of their sets exactly."""
+    monkeypatch.setitem(harness.STEM_ROWS, "cpu", 1)
+    monkeypatch.setattr(Reads, "tok_encode", lambda self, string, *_, **__: list(string.encode()))
+    draw, whole = paper_tasks._draw, []
+    monkeypatch.setattr(paper_tasks, "_draw", lambda parts, items: whole.append(
+        sum(len(part.task_docs) for part in parts.values())) or draw(parts, items))
+    asked = [task for task in PAPER_TASKS if task.kind != "absent"]
+    assert [task.task for task in asked] == list(PAPER_SIZES)
+    for task in [task for task in asked if task.task in ("gsm8k_cot", "mbpp", "winogrande", "openbookqa")]:
+        reads, size, items = Reads(model.model, model.encoder, model._ends, 10**6), PAPER_SIZES[task.task], 40
+        run_paper_tasks(reads, [task], evaluation_sets, items, "none")
+        assert len(reads.lengths) == pytest.approx(items * size.passes, abs=1), task.task
+        assert sum(reads.lengths) / len(reads.lengths) == pytest.approx(size.bytes, rel=0.2), task.task
+        assert whole.pop() == size.items
+    assert paper_size.read(10**6, 10**6, 1.0) == sum(size.items * size.passes * size.bytes
+                                                     for size in PAPER_SIZES.values())
+    assert paper_size.read(2, 10, 1.0) == 20 * sum(size.passes for size in PAPER_SIZES.values())
+    assert [paper_size.written(100, kind) for kind in ("none", "text", "code")] == [0, 25_600, 100 * (256 + 1024 + 256)]
 
 
 def test_a_set_that_is_missing_or_another_version(model: Keeps, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,12 +17,14 @@ from model.training.plan import (
     Layout,
     forward_seconds,
     held_parameters,
+    inference_seconds,
     kept_bytes,
     memory,
     nearest_that_fits,
     nvidia_setup,
     plan,
     step_time,
+    writing_seconds,
 )
 
 RECIPE = PretrainConfig(
@@ -193,3 +195,11 @@ def test_layouts_that_cannot_be(layout: Layout, said: str) -> None:
         plan(PRESETS["nemotron_h_8b"], RECIPE, False, layout, H100)
 
 
+def test_evaluation_over_several_gpus_takes_less_of_each_and_less_time() -> None:
+    config = PRESETS["nemotron_h_56b"]
+    alone, eight = (inference_seconds(config, 1e6, H100, tensor) for tensor in (1, 8))
+    assert alone / 8 < eight < alone / 3                    # what travels between them is waited for
+    whole = writing_seconds(config, 100, 8192, H100)
+    assert writing_seconds(config, 100, 8192, H100, 8) == whole / 8
+    weights = 100 * 2 * parameters(config) / 0.8 / H100.copy
+    assert weights < whole < 1.03 * weights                 # and caches of 8,192 tokens
