@@ -58,7 +58,7 @@ def check_tokenizer(model: Path, tokens: Path) -> None:
     if made_with != digest:
         raise StageError(
             f"{tokens}: made with tokenizer {str(made_with)[:12]}, and {model} is {digest[:12]}.\n"
-            "Run `dvc repro tokenize` again."
+            "Run `dvc repro tokenize` again, with tokenize.tokenizer null."
         )
 
 

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed import TCPStore
 
 from model.config import ModelConfig, PretrainConfig
@@ -35,8 +36,9 @@ RECIPE = PretrainConfig(
 )
 
 
-# Processes are forked from one that has imported what they need, which takes each of them seconds.
-PROCESSES = multiprocessing.get_context("forkserver")
+# Processes are forked from one that has imported what they need, which takes each of them seconds; where an import may
+# have touched a GPU, which no forked process can use then, each is its own.
+PROCESSES = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
 PROCESSES.set_forkserver_preload(["model.training.trainer", "model.compression.funnel"])
 
 
@@ -73,8 +75,6 @@ def _work(environment: dict[str, str], log: Path, jobs: list[dict[str, Any]], po
     os.environ |= environment
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     warnings.simplefilter("ignore")
-    import torch
-
     from model.megatron import optimizer
 
     optimizer.DistributedDataParallelConfig = partial(optimizer.DistributedDataParallelConfig, bucket_size=2000)
