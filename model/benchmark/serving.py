@@ -82,8 +82,7 @@ class Served(NamedTuple):
 
 
 def published_pairs(
-    names: Sequence[str], device: torch.device, ranks: TensorRanks = ONE_PROCESS,
-    geometries: dict[str, ModelConfig] = PRESETS,
+    names: Sequence[str], device: torch.device, ranks: TensorRanks = ONE_PROCESS
 ) -> dict[str, Any]:
     """Throughput of the pairs with these names, and its ratios; each of several `ranks` must call this.
 
@@ -95,7 +94,7 @@ def published_pairs(
     for name in names:
         ceilings = measure_ceilings(device, DTYPE, PAIRS[name].fp8, ranks.tensor_ranks)
         release()
-        first, second = serve_pair(name, PAPER, device, ceilings, geometries, ranks)
+        first, second = serve_pair(name, PAPER, device, ceilings, ranks=ranks)
         for row in (first, second):
             figures |= {f"{row.model}_served_{key}": value for key, value in row._asdict().items() if key != "model"}
         figures[f"output_ratio_{name}"] = first.output_tokens_per_second / second.output_tokens_per_second

@@ -140,7 +140,7 @@ def test_published_pairs_become_metrics(monkeypatch):
     serve_pair = serving_benchmark.serve_pair
     monkeypatch.setattr(serving_benchmark, "PAPER", size)
     monkeypatch.setattr(serving_benchmark, "serve_pair",
-                        lambda name, size, _, ceilings, __, ranks: serve_pair(name, size, CPU, ceilings, tiny, ranks))
+                        lambda name, size, _, ceilings, ranks: serve_pair(name, size, CPU, ceilings, tiny, ranks))
     monkeypatch.setattr(serving_benchmark, "measure_ceilings", lambda *_: Ceilings(1e9, 1e9, 1e9))
     figures = published_pairs(["47b"], torch.device("cuda"))
     rate = "served_output_tokens_per_second"
