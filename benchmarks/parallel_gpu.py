@@ -1,11 +1,12 @@
 """Training steps on several GPUs, ours beside stock megatron-core + Transformer Engine + mamba_ssm, and the plan.
 
-    python -m benchmarks.parallel_gpu [--layouts one,tp2,dp2] [--kernels ours,stock] [--precisions fp8,bf16]
+    python -m benchmarks.parallel_gpu [--layouts one,tp2,dp2] [--kernels ours,captured,stock] [--precisions fp8,bf16]
     python -m benchmarks.parallel_gpu --whole TOKENS --scratch DIR [--layers 52] [--out FILE]
 
 Steps: the widths of Nemotron-H-8B in 19 layers, a micro-batch of 8,192 tokens, one layer at each end in BF16, weights
-at random. A layout's processes run ours and stock one after the other, launched by Python: Megatron's schedule, DDP
-with FP32 gradients, AdamW with FP32 master weights. `tp2` is tensor and sequence parallel; `dp2` spreads the optimizer,
+at random. A layout's processes run ours and stock one after the other, launched by Python, and ours with forward and
+backward captured, as `pretrain.cuda_graph` has them: Megatron's schedule, DDP with FP32 gradients, AdamW with FP32
+master weights. `tp2` is tensor and sequence parallel; `dp2` spreads the optimizer,
 gradients travel during the backward and weights during the forward. Communication is the share of a step in which NCCL
 works, and in brackets that in which nothing else does. tokens/s are a GPU's, the median of ten steps; memory is the
 most that PyTorch held allocated.
@@ -28,6 +29,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +42,7 @@ from benchmarks.step_gpu import GEOMETRIES, KERNELS, RECIPE, STEPS, TINY, WARMUP
 from model.config import ModelConfig, PretrainConfig
 from model.megatron.distributed import Parallelism, device, is_main_process, process_groups
 from model.megatron.optimizer import build_optimizer, data_parallel
+from model.megatron.step_graph import StepGraph
 from model.presets import PRESETS
 from model.training.plan import GIB, MACHINES, Layout, Plan, plan
 
@@ -65,15 +68,25 @@ class Case(NamedTuple):
     tiny: bool
 
 
-def recipe_of(layout: Layout) -> PretrainConfig:
+def recipe_of(layout: Layout, captured: bool) -> PretrainConfig:
     return RECIPE.model_copy(update={"global_batch_size": layout.data, "tokens": layout.data * 8192,
-                                     "distributed_optimizer": layout.distributed_optimizer})
+                                     "distributed_optimizer": layout.distributed_optimizer, "cuda_graph": captured})
 
 
-def whole_step(model: nn.Module, config: ModelConfig, layout: Layout) -> Callable[[], Tensor]:
+@contextmanager
+def whole_step(model: nn.Module, config: ModelConfig, layout: Layout, captured: bool) -> Iterator[Callable[[], Tensor]]:
     """A step of training, as a function that returns the loss."""
-    recipe = recipe_of(layout)
-    ddp = data_parallel(recipe, model, layout.data)
+    recipe = recipe_of(layout, captured)
+
+    def forward_backward(sequences: Tensor) -> list[Tensor]:
+        [result] = get_forward_backward_func()(
+            forward_step_func=forward, data_iterator=iter([sequences]), model=[ddp], num_microbatches=1,
+            seq_length=config.sequence_length, micro_batch_size=1, forward_only=False)
+        return [result["loss"]]
+
+    graph = StepGraph(model, forward_backward) if captured else None
+    with graph.on_stream() if graph else nullcontext():
+        ddp = data_parallel(recipe, model, layout.data)
     optimizer = build_optimizer(recipe, ddp)
     torch.manual_seed(layout.data)
     sequences = torch.randint(config.vocab_size, (1, config.sequence_length + 1)).to(device())
@@ -86,14 +99,13 @@ def whole_step(model: nn.Module, config: ModelConfig, layout: Layout) -> Callabl
     def step() -> Tensor:
         ddp.zero_grad_buffer()
         optimizer.zero_grad()
-        [result] = get_forward_backward_func()(
-            forward_step_func=forward, data_iterator=iter([sequences]), model=[ddp], num_microbatches=1,
-            seq_length=config.sequence_length, micro_batch_size=1, forward_only=False)
+        [loss] = (graph or forward_backward)(sequences)
         optimizer.step()
-        loss: Tensor = result["loss"]
         return loss
 
-    return step
+    yield step
+    if graph:
+        graph.close()
 
 
 def step_seconds(step: Callable[[], Tensor]) -> list[float]:
@@ -141,15 +153,16 @@ def measure(config: ModelConfig, kernels: str, precision: str, layout: Layout) -
     """A row. What fails leaves its error in it."""
     row: dict[str, Any] = {"kernels": kernels, "precision": precision}
     try:
-        model = KERNELS[kernels](config, precision, Parallelism(layout.tensor, 1, layout.sequence))
+        built_as = "ours" if kernels == "captured" else kernels
+        model = KERNELS[built_as](config, precision, Parallelism(layout.tensor, 1, layout.sequence))
         draw(model)
-        step = whole_step(model, config, layout)
-        seconds = step_seconds(step)
-        rates = [layout.data * config.sequence_length / layout.processes / each for each in seconds]
-        row |= {"loss": step().item(), "tokens_per_second": statistics.median(rates), "least": min(rates),
-                "most": max(rates)}
-        if torch.cuda.is_available():
-            row |= {"gib": torch.cuda.max_memory_allocated() / GIB, **communication(step)}
+        with whole_step(model, config, layout, kernels == "captured") as step:
+            seconds = step_seconds(step)
+            rates = [layout.data * config.sequence_length / layout.processes / each for each in seconds]
+            row |= {"loss": step().item(), "tokens_per_second": statistics.median(rates), "least": min(rates),
+                    "most": max(rates)}
+            if torch.cuda.is_available():
+                row |= {"gib": torch.cuda.max_memory_allocated() / GIB, **communication(step)}
     except Exception as error:
         traceback.print_exc()
         row["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -176,13 +189,13 @@ def torchrun(processes: int, *arguments: str, seconds: float) -> None:
                     "-m", *arguments], check=True, timeout=seconds, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def predict(config: ModelConfig, precision: str, layout: Layout) -> Plan:
-    return plan(config, recipe_of(layout), precision == "fp8", layout, MACHINES["h200"])
+def predict(config: ModelConfig, precision: str, layout: Layout, captured: bool) -> Plan:
+    return plan(config, recipe_of(layout, captured), precision == "fp8", layout, MACHINES["h200"])
 
 
 def steps_of_layouts(cases: list[Case], figures: dict[str, Any], report: Callable[[], None]) -> None:
     config, _ = GEOMETRIES["8b"]
-    print(f"{'':22} {'tokens/s a GPU':>14} {'plan':>7} {'least-most':>15} {'GiB':>6} {'plan':>6} "
+    print(f"{'':24} {'tokens/s a GPU':>14} {'plan':>7} {'least-most':>15} {'GiB':>6} {'plan':>6} "
           f"{'NCCL (waited for)':>18} {'loss':>8}")
     for case in cases:
         layout = LAYOUTS[case.layout]
@@ -195,7 +208,7 @@ def steps_of_layouts(cases: list[Case], figures: dict[str, Any], report: Callabl
                 print(f"{case.layout}: {error}", flush=True)
             rows = json.loads(out.read_text()) if out.exists() else []
         for row in rows:
-            predicted = predict(config, row["precision"], layout)
+            predicted = predict(config, row["precision"], layout, row["kernels"] == "captured")
             row |= {"plan_tokens_per_second": predicted.tokens_per_second / layout.processes,
                     "plan_gib": predicted.memory.allocated / GIB}
             print_row(case.layout, row)
@@ -206,11 +219,11 @@ def steps_of_layouts(cases: list[Case], figures: dict[str, Any], report: Callabl
     for (layout, kernels, precision), rate in by.items():
         for label, other in (("one GPU's", ("one", kernels, precision)), ("stock's", (layout, "stock", precision))):
             if other in by and other != (layout, kernels, precision):
-                print(f"{layout:8} {kernels:6} {precision:5} {rate / by[other]:5.2f} times {label} tokens/s a GPU")
+                print(f"{layout:8} {kernels:8} {precision:5} {rate / by[other]:5.2f} times {label} tokens/s a GPU")
 
 
 def print_row(layout: str, row: dict[str, Any]) -> None:
-    name = f"{layout:8} {row['kernels']:6} {row['precision']:5} "
+    name = f"{layout:8} {row['kernels']:8} {row['precision']:5} "
     if "error" in row:
         print(name + row["error"], flush=True)
         return
@@ -276,7 +289,7 @@ def rates(directory: Path) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layouts", default="one,tp2,dp2", help=f"of {', '.join(LAYOUTS)} (default: %(default)s)")
-    parser.add_argument("--kernels", default="ours,stock", help="by comma (default: %(default)s)")
+    parser.add_argument("--kernels", default="ours,captured,stock", help="by comma (default: %(default)s)")
     parser.add_argument("--precisions", default="fp8,bf16", help="by comma (default: %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="small sizes")
     parser.add_argument("--whole", type=Path, metavar="TOKENS", help="train the 8B on these token files instead")

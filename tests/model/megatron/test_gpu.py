@@ -13,11 +13,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_engine import HYBRID, RECIPE
+import yaml
+from tiny_engine import HYBRID, RECIPE, ROOT
 from torch import Tensor
 
 from kernels.fp8_quantize import quantize
 from kernels.squared_relu_fp8 import DTYPES, quantize_transpose
+from model.config import ModelConfig
 from model.megatron.distributed import ONE_COPY, process_groups
 from model.megatron.optimizer import build_optimizer
 from model.megatron.precision import Precision, choose_precision
@@ -50,9 +52,18 @@ def batch(size: int) -> tuple[Tensor, Tensor]:
     return sequences[:, :-1].contiguous(), sequences[:, 1:].contiguous()
 
 
-def train(captured: bool, precision: str, recompute: str) -> tuple[list[float], dict[str, Tensor]]:
+def of_h200(architecture: str) -> ModelConfig:
+    """What the h200 profile trains, each of its steps a captured one."""
+    params, profile = (yaml.safe_load((ROOT / name).read_text()) for name in ("params.yaml", "profiles/h200.yaml"))
+    return ModelConfig(**params["model"][architecture] | profile["model"][architecture],
+                       vocab_size=profile["tokenizer"]["vocab_size"])
+
+
+def train(
+    captured: bool, precision: str, recompute: str = "", config: ModelConfig = WIDE
+) -> tuple[list[float], dict[str, Tensor]]:
     """Losses of some steps of two micro-batches and, without gradients, after each; and the weights at the end."""
-    model = build_model(WIDE, choose_precision(precision, torch.device("cuda"), 1, 1), ONE_COPY, 1, recompute).cuda()
+    model = build_model(config, choose_precision(precision, torch.device("cuda"), 1, 1), ONE_COPY, 1, recompute).cuda()
 
     def step(sequences: Tensor) -> list[Tensor]:
         losses = []
@@ -71,7 +82,7 @@ def train(captured: bool, precision: str, recompute: str) -> tuple[list[float], 
     found = []
     for number in range(EAGER_STEPS + 4):
         generator = torch.Generator().manual_seed(number)
-        sequences = torch.randint(WIDE.vocab_size, (2, 2, WIDE.sequence_length + 1), generator=generator).cuda()
+        sequences = torch.randint(config.vocab_size, (2, 2, config.sequence_length + 1), generator=generator).cuda()
         ddp.zero_grad_buffer()
         optimizer.zero_grad()
         found += [float(loss) for loss in run(sequences)]
@@ -92,6 +103,17 @@ def test_a_captured_step_is_the_eager_one(groups, precision, recompute):
     assert len(set(captured[0])) == len(captured[0])
     for name, value in captured[1].items():
         assert relative(value, eager[1][name]) < 2e-2, name
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("architecture", ["hybrid", "transformer"])
+def test_a_captured_step_is_the_eager_one_at_the_h200_profiles_sizes(groups, architecture, precision):
+    """Sums without a fixed order make two eager runs differ, in large models by more: they are the measure."""
+    config = of_h200(architecture)
+    eager, again, captured = (train(which, precision, config=config) for which in (False, False, True))
+    assert captured[0] == pytest.approx(eager[0], rel=1e-3)
+    for name, value in captured[1].items():
+        assert relative(value, eager[1][name]) < 2e-2 + 3 * relative(again[1][name], eager[1][name]), name
 
 
 @pytest.mark.parametrize("format", ["e4m3", "e5m2"])
