@@ -258,7 +258,7 @@ def run_smallest() -> None:
     leaves = [tensor.requires_grad_() for tensor in inputs]
     mix(leaves[0], MixerWeights(*leaves[1:]), 2, 64, 64, EPSILON, documents).sum().backward()
     convolved = [tensor.requires_grad_() for tensor in (normal(2, 9, 45), normal(45, 4), normal(45), normal(2, 3, 45))]
-    causal_conv1d(*convolved)[0].sum().backward()
+    causal_conv1d(*convolved).sum().backward()
     x, weight = normal(5, 40).requires_grad_(), normal(40).requires_grad_()
     rms_norm(x, weight, EPSILON).sum().backward()
     logits = normal(9, 50).requires_grad_()

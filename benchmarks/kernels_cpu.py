@@ -82,7 +82,7 @@ def comparisons(dtype: torch.dtype, shapes: Shapes) -> list[Comparison]:
         Comparison("SSD scan", f"transformers, chunk {CHUNK}", scan, partial(transformers_scan, chunk=CHUNK),
                    scan_inputs),
         *(mixers(dtype, shapes, chunk, normal(*sequence, hidden).to(dtype)) for chunk in (TRANSFORMERS_CHUNK, CHUNK)),
-        Comparison("convolution + SiLU", "F.conv1d", lambda *values: causal_conv1d(*values)[0], conv1d, conv),
+        Comparison("convolution + SiLU", "F.conv1d", causal_conv1d, conv1d, conv),
         Comparison("gated norm", "PyTorch operations", partial(gated_rms_norm, groups=groups, epsilon=EPSILON),
                    partial(plain_gated_norm, groups=groups), norm),
         Comparison("FP8 rounding, E4M3", "float8_e4m3fn conversion", lambda x: quantize(x, "e4m3")[0],

@@ -14,7 +14,7 @@ from kernels.arguments import check_any, check_shapes, warn_of_slowness
 
 def causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor, initial_state: Tensor | None = None, seq_idx: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """y_t = SiLU(bias + sum_k weight_k x_{t - K + 1 + k}): the last tap meets the current token.
 
     Differentiable once; float32 inside. Floor: one read of x and one write of y; 2 K operations an element.
@@ -28,8 +28,7 @@ def causal_conv1d(
             taps meet zeros where another document stands. `initial_state` is the first document's. One when None.
 
     Returns:
-        y like x, and the last K - 1 inputs (batch, K - 1, channels): the initial state of what follows. With `seq_idx`
-        those of the last document, zeros before it.
+        y like x. What follows has the initial state `final_conv_state`.
 
     Raises:
         ArgumentError: shapes or devices disagree, or there is no token.
@@ -43,21 +42,21 @@ def causal_conv1d(
         from kernels.causal_conv1d import triton as causal_conv1d_triton
 
         if causal_conv1d_triton.supports(x, weight):
-            y = causal_conv1d_triton.convolve(
+            y: Tensor = causal_conv1d_triton.convolve(
                 *causal_conv1d_triton.prepared(x, weight, bias, initial_state, seq_idx)
             )
-            return y, _last_inputs(x, taps - 1, initial_state, seq_idx)
+            return y
         warn_of_slowness("causal_conv1d", causal_conv1d_triton.TAKES, x.dtype, f"{taps} taps")
     if initial_state is None:
         initial_state = x.new_zeros(x.shape[0], taps - 1, x.shape[2])
     if seq_idx is not None:
         return _by_document(x, weight, bias, initial_state.to(x.dtype), seq_idx)
-    return _Convolution.apply(x, initial_state, weight, bias), _last_inputs(x, taps - 1, initial_state, None)
+    return _Convolution.apply(x, initial_state, weight, bias)
 
 
 def _by_document(
     x: Tensor, weight: Tensor, bias: Tensor, initial_state: Tensor, seq_idx: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """All documents of the batch one after another, each behind K - 1 rows of zeros or of its initial state."""
     batch, length, channels = x.shape
     reach = weight.shape[1] - 1
@@ -69,12 +68,15 @@ def _by_document(
     rows = x.new_zeros(batch * length + reach * int(document[-1]), channels)
     rows = rows.index_copy(0, position, x.flatten(0, 1)).index_copy(0, before.flatten(), initial_state.flatten(0, 1))
     y = _Convolution.apply(rows[None, reach:], rows[None, :reach], weight, bias)[0]
-    after = position.view(batch, length)[:, -1:] + torch.arange(1 - reach, 1, device=x.device)
-    return y[position - reach].view_as(x), rows[after]
+    return y[position - reach].view_as(x)
 
 
-def _last_inputs(x: Tensor, count: int, initial_state: Tensor | None, seq_idx: Tensor | None) -> Tensor:
-    """The last `count` inputs of each sequence, those before it included, zero where not of the last document."""
+def final_conv_state(
+    x: Tensor, taps: int, initial_state: Tensor | None = None, seq_idx: Tensor | None = None
+) -> Tensor:
+    """The initial state (batch, taps - 1, channels) of what follows x (batch, sequence, channels): its last inputs,
+    with `initial_state` before them, zeros where they are not of the last document. Arguments: `causal_conv1d`'s."""
+    count = taps - 1
     if seq_idx is None and x.shape[1] >= count:
         return x[:, x.shape[1] - count:].clone()
     before = x.new_zeros(x.shape[0], count, x.shape[2]) if initial_state is None else initial_state.to(x.dtype)

@@ -274,7 +274,8 @@ def run_backward(
         num_warps=BACKWARD.warps,
     )
     total = partial.sum(0)
-    return total[:TAPS].T.contiguous(), total[TAPS], dfirst
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
+    return dweight.copy_(total[:TAPS].T), dbias.copy_(total[TAPS]), dfirst
 
 
 @operation("nemotron_h::causal_conv1d")
@@ -294,10 +295,9 @@ def _like(x: Tensor, *_: Tensor | None) -> Tensor:
 def convolve_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, first: Tensor | None, documents: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias (float32), and the inputs before the first token (float32)."""
+    """Gradients of x, weight and bias, and of the inputs before the first token (float32)."""
     dx = x.new_empty(x.shape)
-    dweight, dbias, dfirst = run_backward(dy, x, weight, bias, first, documents, dx)
-    return dx, dweight, dbias.clone(), dfirst
+    return dx, *run_backward(dy, x, weight, bias, first, documents, dx)
 
 
 @convolve_backward.register_fake
@@ -305,8 +305,7 @@ def _gradients_like(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *_: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dfirst = x.new_empty(x.shape[0], TAPS - 1, x.shape[2], dtype=torch.float32)
-    dweight, dbias = (torch.empty_like(tensor, dtype=torch.float32) for tensor in (weight, bias))
-    return x.new_empty(x.shape), dweight, dbias, dfirst
+    return x.new_empty(x.shape), torch.empty_like(weight), torch.empty_like(bias), dfirst
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -318,7 +317,7 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if dy.stride(2) != 1:
         dy = dy.contiguous()
     dx, dweight, dbias, dfirst = convolve_backward(dy, x, weight, bias, first, documents)
-    return (dx, dweight.to(weight.dtype), dbias.to(bias.dtype), None if first is None else dfirst.to(first.dtype), None)
+    return dx, dweight, dbias, None if first is None else dfirst.to(first.dtype), None
 
 
 convolve.register_autograd(_differentiate, setup_context=_keep)

@@ -73,7 +73,7 @@ def mix(
             prepared = mixer_triton.prepared(projected, weights, seq_idx)
             return mixer_triton.mix(*prepared[:-1], groups, state_dim, epsilon, prepared[-1])[0]
     gate, xBC, dt = projected.split([inner, inner + 2 * states, heads], -1)
-    xBC, _ = causal_conv1d(xBC, weights.conv_weight, weights.conv_bias, seq_idx=seq_idx)
+    xBC = causal_conv1d(xBC, weights.conv_weight, weights.conv_bias, seq_idx=seq_idx)
     x, B, C = xBC.split([inner, states, states], -1)
     y, _ = chunk_scan(
         x.unflatten(-1, (heads, -1)), dt, -torch.exp(weights.A_log), B.unflatten(-1, (groups, -1)),

@@ -67,7 +67,7 @@ def mix_backward(
     norm_weight: Tensor, convolved: Tensor, scanned: Tensor, step: Tensor, decay: Tensor, states: Tensor, groups: int,
     epsilon: float, documents: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of projected, conv_weight, conv_bias, dt_bias, A_log, D and norm_weight (the last six float32)."""
+    """Gradients of projected, conv_weight, conv_bias, dt_bias, A_log, D and norm_weight (the last four float32)."""
     heads, inner, state_dim = len(D), len(norm_weight), states.shape[3]
     widths = [inner, len(conv_bias), heads]
     gate, xBC, _ = projected.split(widths, -1)
@@ -86,7 +86,7 @@ def mix_backward(
     dconv_weight, dconv_bias, _ = causal_conv1d_triton.run_backward(
         dconvolved, xBC, conv_weight, conv_bias, None, documents, dxBC
     )
-    return dprojected, dconv_weight, dconv_bias.clone(), ddt_bias.clone(), dA * A, dD.clone(), dnorm_weight
+    return dprojected, dconv_weight, dconv_bias, ddt_bias.clone(), dA * A, dD.clone(), dnorm_weight
 
 
 @mix_backward.register_fake
@@ -94,9 +94,8 @@ def _gradients_like(
     dy: Tensor, projected: Tensor, conv_weight: Tensor, conv_bias: Tensor, A_log: Tensor, D: Tensor,
     norm_weight: Tensor, *_: Any
 ) -> tuple[Tensor, ...]:
-    parameters = (conv_weight, conv_bias, D, A_log, D, norm_weight)
-    return (_rows_like(projected, projected.shape[2]),
-            *(torch.empty_like(tensor, dtype=torch.float32) for tensor in parameters))
+    return (_rows_like(projected, projected.shape[2]), torch.empty_like(conv_weight), torch.empty_like(conv_bias),
+            *(torch.empty_like(tensor, dtype=torch.float32) for tensor in (D, A_log, D, norm_weight)))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

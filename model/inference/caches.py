@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.cached_attention import prompt_attention, token_attention
-from kernels.causal_conv1d import causal_conv1d
+from kernels.causal_conv1d import causal_conv1d, final_conv_state
 from kernels.squared_relu import squared_relu
 from kernels.ssd import chunk_scan
 from kernels.state_update import conv_state_update, ssd_state_update
@@ -50,8 +50,9 @@ class CachedMamba2:
     def prefill(self, x: Tensor, rows: slice, start: int) -> Tensor:
         """x (rows, tokens, hidden), the tokens from `start` on of sequences `rows` -> the same shape; caches go on."""
         gate, xBC, dt = self.mixer.project(x)
-        xBC, last_inputs = causal_conv1d(xBC, *self.mixer.conv_weights(), self.conv[rows])
-        self.conv[rows] = last_inputs
+        conv_state = final_conv_state(xBC, self.mixer.config.conv_kernel, self.conv[rows])
+        xBC = causal_conv1d(xBC, *self.mixer.conv_weights(), self.conv[rows])
+        self.conv[rows] = conv_state
         scan_inputs = self.mixer.scan_inputs(xBC, dt)
         y, state = chunk_scan(*scan_inputs, self.mixer.config.chunk_size, self.state[rows])
         self.state[rows] = state
