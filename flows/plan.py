@@ -18,6 +18,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+import torch
+
 from data_pipeline.tokenize.indexed_dataset import token_dtype
 from flows import profile
 from flows.console import table
@@ -98,10 +100,10 @@ class Decision(NamedTuple):
     """What workers decide over all documents between the passes over shards (docs/data.md, "At a snapshot's size").
 
     Attributes:
-        part: documents or bytes of text that one part of it is about.
+        part: documents, bytes of text or n-grams that one part of it is about.
         held: bytes of a worker for a full part.
-        disk: bytes a document or byte of text, surveys among them.
-        seconds: of a core, for a document or byte of text, for a shard, and for each pair of parts.
+        disk: bytes for each of them, surveys among them.
+        seconds: of a core, for each of them, for a shard, and for each pair of parts.
     """
 
     part: float
@@ -110,7 +112,7 @@ class Decision(NamedTuple):
     seconds: tuple[float, float, float]
 
     def step(self, name: str, size: float, shards: float, workers: int) -> Step:
-        """Of `size` documents or bytes of text in so many shards."""
+        """Of `size` documents, bytes of text or n-grams in so many shards."""
         parts = math.ceil(size / self.part)
         each, shard, pair = self.seconds
         taken = each * size + shard * shards + pair * parts**2
@@ -120,6 +122,8 @@ class Decision(NamedTuple):
 
 NEAR_DUPLICATES = Decision(2**23, 1.1e9, 177 + 120, (8.7e-6, 8e-3, 6e-3))
 REPEATED_STRINGS = Decision(2**30, 1.2e9, 1.3 + 0.17, (9.8e-9, 3e-3, 1e-3))
+EVALUATION_TEXT = Decision(2**25, 1.9e9, 8 + 24, (0.3e-6, 4e-4, 2e-4))
+TEXT_AN_NGRAM = 8.6             # bytes of Markdown and of Python, 13 words in a row from every word on
 
 
 def steps(params: Params, pretraining: Mapping[str, Plan], machine: Machine) -> list[Step]:
@@ -133,6 +137,8 @@ def steps(params: Params, pretraining: Mapping[str, Plan], machine: Machine) -> 
             NEAR_DUPLICATES.step("its near-duplicates", text / DOCUMENT, shards, workers),
             *([REPEATED_STRINGS.step("its repeated strings", text, shards, workers)]        # at most: of all domains
               if params.annotate.substring.domains else []),
+            EVALUATION_TEXT.step("its evaluation text", params.annotate.held_out.fraction * text / TEXT_AN_NGRAM,
+                                 shards, workers),                      # that of the sets besides is small
             Step("tokenization", text / TOKENIZATION / workers, cores=workers, disk=ids)]
     for names in _kinds(params):
         one = pretraining[names[0]]
@@ -152,7 +158,24 @@ def steps(params: Params, pretraining: Mapping[str, Plan], machine: Machine) -> 
         taken += writing_seconds(config, written, asked.context_tokens, machine, tensor)
         rows += [Step(f"export {name}", None, disk=size, host=shard),
                  Step(f"evaluation {name}", taken, tensor, memory=costs.evaluation_bytes(config, tensor))]
-    return rows
+    return [*rows, benchmark_step(params, grid.student, machine)]
+
+
+def benchmark_step(params: Params, compressed: ModelConfig, machine: Machine) -> Step:
+    """At least: the floors of reading prompts and of decoding, which the benchmark reports itself; weights of all three
+    models beside their caches at the longest context. The published pairs, which take what memory there is, are not
+    counted."""
+    asked, tensor = params.benchmark, params.runtime.one_model.processes
+    models = [*(ModelConfig(**params.model[name].model_dump(), vocab_size=params.tokenizer.vocab_size)
+                for name in ("hybrid", "transformer")), compressed]
+    ceilings = costs.Ceilings(machine.copy * tensor, machine.bf16 * tensor, machine.bf16 * tensor)
+    seconds = sum(
+        (asked.repeats + 1) * asked.decode_tokens * costs.decode_floor(
+            config, asked.batch, context, torch.bfloat16, torch.float32, False, ceilings)
+        + 3 * (context <= asked.longest_prompt) * costs.prefill_floor(config, context, ceilings)
+        for config in models for context in asked.contexts)
+    held = sum(costs.memory(config, costs.Deployment.of(max(asked.contexts), asked.batch)).total for config in models)
+    return Step("benchmark, at least", seconds, tensor, memory=held / tensor + machine.reserved)
 
 
 def evaluated(params: Params, grid: compression.Grid) -> dict[str, ModelConfig]:
@@ -252,6 +275,11 @@ def refusals(params: Params, found: dict[str, Plan], machine: Machine) -> list[s
                                  params.recipe_of(params.compress.parent), compression_layout(params), machine, grid)]
     wrong += [costs.evaluation_refusal(name, config, tensor, machine.memory, machine.name)
               for name, config in evaluated(params, grid).items()]
+    speed = benchmark_step(params, grid.student, machine)
+    if speed.memory > machine.memory:
+        wrong.append(f"benchmark does not fit: {speed.memory / GIB:.1f} GiB with tensor {tensor}, a {machine.name} "
+                     f"has {machine.memory / GIB:.1f}.\n"
+                     "Raise runtime.parallel.tensor, or lower benchmark.contexts or benchmark.batch.")
     return lines + [line for line in wrong if line]
 
 

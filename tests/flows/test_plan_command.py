@@ -56,6 +56,7 @@ def test_an_evaluation_that_does_not_fit_is_refused_with_the_nearest_size(run: R
     _, code = run("nemotron-h-56b", *one)
     assert "evaluation of hybrid-fp8 does not fit: 1" in str(code) and "with tensor 1, a H100 SXM has 79.6" in str(code)
     assert "Nearest that fits: tensor 2 (runtime.parallel, with runtime.launcher)." in str(code)
+    assert "benchmark does not fit: " in str(code) and "Raise runtime.parallel.tensor" in str(code)
     _, code = run("nemotron-h-56b", *one, "--set", "model.hybrid.num_query_groups=1")
     assert "No tensor-parallel size fits: take a larger GPU" in str(code)
 
@@ -70,6 +71,8 @@ def test_what_is_decided_between_the_passes_is_planned_by_its_formula() -> None:
     for text, hours in ((4e12, 15), (40e12, 495)):
         step = plan.REPEATED_STRINGS.step("", text, text / 64e6, 64)
         assert (step.seconds or 0) * step.cores / 3600 == pytest.approx(hours, rel=0.02)
+    step = plan.EVALUATION_TEXT.step("", 1e8, 0, 1)             # measured: 27.5 processor seconds, 2.4 GB beside surveys
+    assert step.seconds == pytest.approx(27.5, rel=0.1) and step.disk - 8e8 == pytest.approx(2.4e9, rel=0.01)
     small = plan.NEAR_DUPLICATES.step("", 1e6, 60, 8)
     assert small.cores == 1 and small.host == pytest.approx(1.1e9 * 1e6 / 2**23)
 
