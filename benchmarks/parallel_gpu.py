@@ -246,7 +246,7 @@ def train_whole(tokens: Path, scratch: Path, layers: int, tiny: bool, figures: d
     for name, recompute in (("tp2", ""), ("dp2", "M*-")):
         layout = LAYOUTS[name]._replace(recompute=recompute)
         part = recipe.model_copy(update={"recompute": recompute, "distributed_optimizer": True})
-        job = {"model": config.model_dump(mode="json"), "recipe": part.model_dump(mode="json"),
+        job = {"task": "pretrain", "model": config.model_dump(mode="json"), "recipe": part.model_dump(mode="json"),
                "architecture": "hybrid", "precision": "fp8", "seed": 1, "tokens": str(tokens.absolute()),
                "out": str(scratch / "out"), "scratch": str(scratch / "run"), "threads": 8,
                "parallelism": {"tensor": layout.tensor, "sequence": layout.sequence}}
@@ -254,7 +254,7 @@ def train_whole(tokens: Path, scratch: Path, layers: int, tiny: bool, figures: d
         scratch.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(job))
         started = time.monotonic()
-        torchrun(2, "stages.pretrain_worker", str(file), seconds=1200)
+        torchrun(2, "stages.worker", str(file), seconds=1200)
         run = json.loads((scratch / f"{name}-result.json").read_text())
         shutil.rmtree(scratch / "out")
         rows = run["training"]
