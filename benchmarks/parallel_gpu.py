@@ -1,7 +1,7 @@
 """Training steps on several GPUs, ours beside stock megatron-core + Transformer Engine + mamba_ssm, and the plan.
 
     python -m benchmarks.parallel_gpu [--layouts one,tp2,dp2] [--kernels ours,captured,stock] [--precisions fp8,bf16]
-    python -m benchmarks.parallel_gpu --whole TOKENS --scratch DIR [--layers 52] [--out FILE]
+    python -m benchmarks.parallel_gpu --whole TOKENS --scratch DIR [--weights DIR] [--layers 52] [--out FILE]
 
 Steps: the widths of Nemotron-H-8B in 19 layers, a micro-batch of 8,192 tokens, one layer at each end in BF16, weights
 at random. A layout's processes run ours and stock one after the other, launched by Python, and ours with forward and
@@ -233,7 +233,9 @@ def print_row(layout: str, row: dict[str, Any]) -> None:
           f"{row.get('gib', 0):6.1f} {row['plan_gib']:6.1f} {nccl:>18} {row['loss']:8.3f}", flush=True)
 
 
-def train_whole(tokens: Path, scratch: Path, layers: int, tiny: bool, figures: dict[str, Any]) -> None:
+def train_whole(
+    tokens: Path, scratch: Path, weights: Path, layers: int, tiny: bool, figures: dict[str, Any]
+) -> None:
     """Train the 8B itself at tp2, then again from its state at dp2. Raises SystemExit where the losses differ."""
     full = PRESETS["nemotron_h_8b"]
     sizes = TINY | {"vocab_size": full.vocab_size} if tiny else {}
@@ -248,7 +250,7 @@ def train_whole(tokens: Path, scratch: Path, layers: int, tiny: bool, figures: d
         part = recipe.model_copy(update={"recompute": recompute, "distributed_optimizer": True})
         job = {"task": "pretrain", "model": config.model_dump(mode="json"), "recipe": part.model_dump(mode="json"),
                "architecture": "hybrid", "precision": "fp8", "seed": 1, "tokens": str(tokens.absolute()),
-               "out": str(scratch / "out"), "scratch": str(scratch / "run"), "threads": 8,
+               "out": str(weights), "scratch": str(scratch / "run"), "threads": 8,
                "parallelism": {"tensor": layout.tensor, "sequence": layout.sequence}}
         file = scratch / f"{name}.json"
         scratch.mkdir(parents=True, exist_ok=True)
@@ -256,7 +258,7 @@ def train_whole(tokens: Path, scratch: Path, layers: int, tiny: bool, figures: d
         started = time.monotonic()
         torchrun(2, "stages.worker", str(file), seconds=1200)
         run = json.loads((scratch / f"{name}-result.json").read_text())
-        shutil.rmtree(scratch / "out")
+        shutil.rmtree(weights)
         rows = run["training"]
         losses[name] = [row["loss"] for row in rows]
         rate = statistics.median(rates(scratch / "run" / "tensorboard")[-8:])
@@ -293,7 +295,8 @@ def main() -> None:
     parser.add_argument("--precisions", default="fp8,bf16", help="by comma (default: %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="small sizes")
     parser.add_argument("--whole", type=Path, metavar="TOKENS", help="train the 8B on these token files instead")
-    parser.add_argument("--scratch", type=Path, help="with --whole: 230 GB for weights and states")
+    parser.add_argument("--scratch", type=Path, help="with --whole: 130 GB for weights and a state")
+    parser.add_argument("--weights", type=Path, help="with --whole: 17 GB of these elsewhere; removed again")
     parser.add_argument("--layers", type=int, default=52, help="with --whole: of its layers (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -301,14 +304,15 @@ def main() -> None:
     if arguments.worker:
         return work(Case(*json.loads(arguments.worker)), arguments.out)
     if bool(arguments.whole) != bool(arguments.scratch):
-        parser.error("--whole and --scratch go together: token files, and a directory with 230 GB free")
+        parser.error("--whole and --scratch go together: token files, and a directory with 130 GB free")
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     figures: dict[str, Any] = {"machine": f"{torch.cuda.device_count()} x {machine}, torch {torch.__version__}, "
                                           f"Python {platform.python_version()}", "steps": {}, "whole": {}}
     print(figures["machine"])
     report = partial(write, arguments.out, figures)
     if arguments.whole:
-        train_whole(arguments.whole, arguments.scratch, arguments.layers, arguments.tiny, figures)
+        train_whole(arguments.whole, arguments.scratch, arguments.weights or arguments.scratch / "out",
+                    arguments.layers, arguments.tiny, figures)
     else:
         steps_of_layouts([Case(layout, arguments.kernels.split(","), arguments.precisions.split(","), arguments.tiny)
                           for layout in arguments.layouts.split(",")], figures, report)
