@@ -111,7 +111,8 @@ def test_a_captured_step_is_the_eager_one_at_the_h200_profiles_sizes(groups, arc
     """Sums without a fixed order make two eager runs differ, in large models by more: they are the measure."""
     config = of_h200(architecture)
     eager, again, captured = (train(which, precision, config=config) for which in (False, False, True))
-    assert captured[0] == pytest.approx(eager[0], rel=1e-3)
+    noise = max(abs(a / b - 1) for a, b in zip(again[0], eager[0], strict=True))
+    assert captured[0] == pytest.approx(eager[0], rel=1e-3 + 3 * noise)
     for name, value in captured[1].items():
         assert relative(value, eager[1][name]) < 2e-2 + 3 * relative(again[1][name], eager[1][name]), name
 
