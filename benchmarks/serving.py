@@ -2,10 +2,13 @@
 
     pip install openai                                          # `transformers serve` asks for it
     python -m benchmarks.serving --out serving.json             # three minutes on two cores
+    python -m benchmarks.serving --device cuda                  # four minutes
 
 Clients stream greedy texts of 32 tokens after prompts of 16 to 256, one request after another: tokens/s of all clients
 together, time to the first token, time between two tokens. Then half of eight clients hang up after five tokens: the
-others' texts must be those they get without. Weights are random; speed does not depend on them.
+others' texts must be those they get without, but for what BF16 rounds otherwise in another batch. Weights are random;
+speed does not depend on them. On a CPU the model is small and in float32, on a GPU it has 222 million parameters in
+BF16. What `--seconds` leave no time for is left out and named. The table comes last.
 """
 
 from __future__ import annotations
@@ -23,10 +26,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import httpx
 import torch
@@ -36,16 +38,27 @@ from model import hub
 from model.config import ModelConfig
 from model.inference.random_weights import random_model
 
-CONFIG = ModelConfig(
-    pattern="M-M*-M-", hidden_size=256, ffn_hidden_size=768, num_attention_heads=4, num_query_groups=2,
-    head_dim=64, mamba_num_heads=8, mamba_head_dim=64, mamba_state_dim=64, mamba_num_groups=2, chunk_size=128,
-    sequence_length=512, vocab_size=8192, init_method_std=0.06,
-)
-FIRST = 0x4E00              # every token is a character of its own, so that every token is an event
+CONFIGS = {
+    "cpu": ModelConfig(
+        pattern="M-M*-M-", hidden_size=256, ffn_hidden_size=768, num_attention_heads=4, num_query_groups=2,
+        head_dim=64, mamba_num_heads=8, mamba_head_dim=64, mamba_state_dim=64, mamba_num_groups=2, chunk_size=128,
+        sequence_length=512, vocab_size=8192, init_method_std=0.06,
+    ),
+    "cuda": ModelConfig(
+        pattern="M-M-M-M*-M-M-M-M-M-", hidden_size=1024, ffn_hidden_size=4096, num_attention_heads=16,
+        num_query_groups=8, head_dim=64, mamba_num_heads=32, mamba_head_dim=64, mamba_state_dim=128,
+        mamba_num_groups=8, sequence_length=4096, vocab_size=32_768,
+    ),
+}
+DTYPES: dict[str, Literal["float32", "bfloat16"]] = {"cpu": "float32", "cuda": "bfloat16"}
+SECONDS = {"cpu": 900, "cuda": 240}
+NAMES = ("ours", "transformers serve", "transformers serve --continuous-batching")
+FIRST, DRAWN = 0x4E00, 8192                 # every token is a character of its own, so that every token is an event
 TOKENS = 32
 LOADS = {1: 4, 8: 2, 64: 1}             # requests a client
+NOT_TIMED = {1: 1, 2: 1, 8: 1}          # before all; then `LOADS` of ours, which compiles for groups of several sizes
 HANG_UP_AFTER = 5
-SECONDS_TO_START = 180
+PATIENCE = 120                          # seconds, to start and to end what is not timed
 
 
 class Served(NamedTuple):
@@ -56,41 +69,50 @@ class Served(NamedTuple):
     text: str
 
 
-def export(directory: Path) -> None:
+Runs = dict[str, dict[int, list[dict[str, float]]]]
+
+
+def export(directory: Path, device: str) -> None:
     """The model, whose texts have no end but the limit."""
-    none = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    hub.save(directory, CONFIG, random_model(CONFIG, torch.float32).state_dict(), {}, "float32", special_tokens=none)
-    tokens = {chr(FIRST + token): token for token in range(CONFIG.vocab_size)}
+    config, none = CONFIGS[device], {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    state = random_model(config, getattr(torch, DTYPES[device])).state_dict()
+    hub.save(directory, config, state, {}, DTYPES[device], special_tokens=none)
+    tokens = {chr(FIRST + token): token for token in range(config.vocab_size)}
     tokenizer = Tokenizer(models.BPE(vocab=tokens, merges=[]))
     tokenizer.decoder = decoders.Fuse()
     tokenizer.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
 
 
-@contextlib.contextmanager
-def serve(name: str, directory: Path, log: Path) -> Iterator[str | None]:
-    """A server's URL, or None where it does not start."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    if name == "ours":
-        command = ["-m", "model.serve", "--model", f"{directory}={directory}", "--rows", "64", "--device", "cpu"]
-    else:
-        command = ["-m", "transformers.cli.transformers", *name.split()[1:], str(directory), "--device", "cpu",
-                   "--dtype", "float32"]
-    with log.open("w") as stream:
-        process = subprocess.Popen([sys.executable, *command, "--port", port], stdout=stream, stderr=stream)
-    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + SECONDS_TO_START
-    try:
-        while process.poll() is None and time.monotonic() < deadline:
+class Server:
+    """A process that serves the model of `directory` at `url`, or tries to; what it says goes to `log`."""
+
+    def __init__(self, name: str, directory: Path, device: str, log: Path):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        self.model, self.url, self.log = str(directory), f"http://127.0.0.1:{port}", log
+        if name == "ours":
+            command = ["-m", "model.serve", "--model", f"{directory}={directory}", "--rows", "64"]
+        else:
+            command = ["-m", "transformers.cli.transformers", *name.split()[1:], str(directory),
+                       "--dtype", DTYPES[device]]
+        with log.open("w") as stream:
+            self.process = subprocess.Popen([sys.executable, *command, "--device", device, "--port", port],
+                                            stdout=stream, stderr=stream)
+
+    def wait(self, deadline: float) -> None:
+        """Until it answers. Raises RuntimeError where it ends, or does not start by `deadline`."""
+        while self.process.poll() is None and time.monotonic() < deadline:
             with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{url}/health").status_code == 200:
-                    break
+                if httpx.get(f"{self.url}/health").status_code == 200:
+                    return
             time.sleep(0.2)
-        yield url if process.poll() is None else None
-    finally:
-        process.kill()
-        process.wait()
+        raise RuntimeError("did not start")
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
 
 
 async def ask(client: httpx.AsyncClient, model: str, prompt: str, hang_up: bool = False) -> Served:
@@ -116,19 +138,20 @@ async def ask(client: httpx.AsyncClient, model: str, prompt: str, hang_up: bool 
 
 
 async def load(
-    url: str, model: str, clients: int, requests: int, repeat: int = 0, hang_up: bool = False
+    server: Server, deadline: float, clients: int, requests: int, repeat: int = 0, hang_up: bool = False
 ) -> tuple[float, list[Served]]:
     """Seconds until all is answered, and what each request got; prompts are other ones each `repeat`, or they would be
-    found read."""
+    found read. Raises TimeoutError at `deadline`."""
     draw = random.Random(1000 * repeat + clients)
-    prompts = [["".join(chr(FIRST + draw.randrange(CONFIG.vocab_size)) for _ in range(draw.randint(16, 256)))
+    prompts = [["".join(chr(FIRST + draw.randrange(DRAWN)) for _ in range(draw.randint(16, 256)))
                 for _ in range(requests)] for _ in range(clients)]
 
     async def one(number: int) -> list[Served]:
-        return [await ask(client, model, prompt, hang_up and number % 2 == 1) for prompt in prompts[number]]
+        return [await ask(client, server.model, prompt, hang_up and number % 2 == 1) for prompt in prompts[number]]
 
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
+    async with (asyncio.timeout(deadline - time.monotonic()),
+                httpx.AsyncClient(base_url=server.url, timeout=300, limits=limits) as client):
         started = time.perf_counter()
         served = await asyncio.gather(*(one(number) for number in range(clients)))
         return time.perf_counter() - started, [each for client_served in served for each in client_served]
@@ -149,54 +172,71 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.0f} ({min(values):.0f} to {max(values):.0f})"
 
 
+def measure(servers: dict[str, Server], deadline: float, repeats: int) -> tuple[Runs, dict[str, str]]:
+    """Figures of every server and number of clients, as many as there is time for; and what is to be said."""
+    runs: Runs = {}
+    said: dict[str, str] = {}
+    for name, server in servers.items():
+        try:
+            server.wait(min(deadline, time.monotonic() + PATIENCE))
+            for clients, requests in [*NOT_TIMED.items(), *(LOADS.items() if name == "ours" else [])]:
+                asyncio.run(load(server, min(deadline, time.monotonic() + PATIENCE), clients, requests))
+            if name == "ours":
+                said["hang up"] = asyncio.run(hang_up(server, deadline))
+            runs[name] = {clients: [] for clients in LOADS}
+        except Exception as error:
+            said[name] = f"{error!r}: {' '.join(server.log.read_text().split())[-600:]}"
+    took: dict[tuple[str, int], float] = {}
+    for repeat, (name, own), clients in itertools.product(range(1, repeats + 1), runs.items(), LOADS):
+        cell = f"{name}, {clients} clients"
+        if time.monotonic() + took.get((name, clients), 0) > deadline:
+            said[cell] = f"no time for more than {len(own[clients])} repeats"
+            continue
+        try:
+            seconds, served = asyncio.run(load(servers[name], deadline, clients, LOADS[clients], repeat))
+            took[name, clients] = seconds
+            own[clients].append(figures(seconds, served))
+            print(f"{cell}: {own[clients][-1]}", file=sys.stderr, flush=True)
+        except (RuntimeError, httpx.HTTPError, TimeoutError) as error:
+            said[cell] = repr(error)
+    return runs, said
+
+
+async def hang_up(server: Server, deadline: float) -> str:
+    _, whole = await load(server, deadline, 8, 1)
+    _, some = await load(server, deadline, 8, 1, hang_up=True)
+    kept = sum(a.text == b.text for a, b in zip(whole[::2], some[::2], strict=True))
+    return f"4 of 8 clients hung up; of the other 4 texts {kept} are as without"
+
+
 def main() -> None:
+    started = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="figures as JSON")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", choices=list(CONFIGS), default="cpu")
+    parser.add_argument("--seconds", type=float, help=f"for all (default: {SECONDS})")
     options = parser.parse_args()
-    runs: dict[str, dict[int, list[dict[str, float]]]] = {}
-    said: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         directory = Path(scratch) / "model"
-        export(directory)
-        names = ("ours", "transformers serve", "transformers serve --continuous-batching")
-        logs = {name: Path(scratch) / f"{number}.log" for number, name in enumerate(names)}
-        urls = {name: stack.enter_context(serve(name, directory, logs[name])) for name in names}
-        for name, url in urls.items():
-            try:
-                if url is None:
-                    raise RuntimeError("did not start")
-                asyncio.run(asyncio.wait_for(load(url, str(directory), 2, 1), 60))        # not timed
-                runs[name] = {clients: [] for clients in LOADS}
-            except Exception as error:
-                said[name] = f"{error!r}: {' '.join(logs[name].read_text().split())[-600:]}"
-        for repeat in range(1, options.repeats + 1):
-            for name, own in runs.items():
-                for clients in own:
-                    try:
-                        answered = asyncio.run(load(urls[name] or "", str(directory), clients, LOADS[clients],
-                                                    repeat))
-                        own[clients].append(figures(*answered))
-                        print(f"{name}, {clients} clients: {own[clients][-1]}", file=sys.stderr, flush=True)
-                    except (RuntimeError, httpx.HTTPError) as error:
-                        said[f"{name}, {clients} clients"] = repr(error)
-        if "ours" in runs:
-            _, whole = asyncio.run(load(urls["ours"] or "", str(directory), 8, 1))
-            _, some = asyncio.run(load(urls["ours"] or "", str(directory), 8, 1, hang_up=True))
-            kept = sum(a.text == b.text for a, b in zip(whole[::2], some[::2], strict=True))
-            said["hang up"] = f"4 of 8 clients hung up; of the other 4 texts {kept} are as without"
-    print(f"torch {version('torch')}, transformers {version('transformers')}, {torch.get_num_threads()} threads; "
-          f"{options.repeats} repeats, median (lowest to highest)\n\n| | clients | tokens/s | first token ms | its p95 "
-          "| between tokens ms | its p95 |\n| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+        export(directory, options.device)
+        servers = {name: stack.enter_context(contextlib.closing(
+            Server(name, directory, options.device, Path(scratch) / f"{number}.log")))
+            for number, name in enumerate(NAMES)}
+        runs, said = measure(servers, started + (options.seconds or SECONDS[options.device]), options.repeats)
+    if options.out:
+        options.out.write_text(json.dumps({"runs": runs, "said": said}, indent=2) + "\n")
+    for name, words in said.items():
+        print(f"{name}: {words}\n")
+    machine = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"torch {version('torch')}, transformers {version('transformers')}, {machine}; median (lowest to highest) of "
+          f"{options.repeats} repeats at most\n\n| | clients | tokens/s | first token ms | its p95 | between tokens ms "
+          "| its p95 |\n| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for name, own in runs.items():
         for clients, found in own.items():
             if found:
                 cells = [spread([run[key] for run in found]) for key in found[0]]
                 print(f"| {name} | {clients} | {' | '.join(cells)} |")
-    for name, words in said.items():
-        print(f"\n{name}: {words}")
-    if options.out:
-        options.out.write_text(json.dumps({"runs": runs, "said": said}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

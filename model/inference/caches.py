@@ -47,11 +47,22 @@ class CachedMamba2:
         self.conv[rows].zero_()
         self.state[rows].zero_()
 
-    def prefill(self, x: Tensor, rows: slice, start: int) -> Tensor:
-        """x (rows, tokens, hidden), the tokens from `start` on of sequences `rows` -> the same shape; caches go on."""
-        gate, xBC, dt = self.mixer.project(x)
-        conv_state = final_conv_state(xBC, self.mixer.config.conv_kernel, self.conv[rows])
-        xBC = causal_conv1d(xBC, *self.mixer.conv_weights(), self.conv[rows])
+    def prefill(self, x: Tensor, rows: slice, start: int, lengths: Tensor | None = None) -> Tensor:
+        """x (rows, tokens, hidden), the tokens from `start` on of sequences `rows` -> the same shape; caches go on.
+
+        With `lengths` (rows,) int64, each at least 1, what stands behind a row's own tokens is padding: the caches go
+        on from the row's last token.
+        """
+        gate, inputs, dt = self.mixer.project(x)
+        before = self.conv[rows]
+        if lengths is None:
+            conv_state = final_conv_state(inputs, self.mixer.config.conv_kernel, before)
+        else:
+            padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
+            dt = dt.masked_fill(padding[..., None], -torch.inf)         # a step of softplus(-inf) = 0: the state stays
+            last = lengths[:, None] + torch.arange(before.shape[1], device=x.device)
+            conv_state = torch.cat([before, inputs], 1).take_along_dim(last[..., None], 1)
+        xBC = causal_conv1d(inputs, *self.mixer.conv_weights(), before)
         self.conv[rows] = conv_state
         scan_inputs = self.mixer.scan_inputs(xBC, dt)
         y, state = chunk_scan(*scan_inputs, self.mixer.config.chunk_size, self.state[rows])
@@ -83,8 +94,8 @@ class CachedAttention:
     def forget(self, rows: slice) -> None:
         """Nothing: a sequence's own keys and values are written before they are read."""
 
-    def prefill(self, x: Tensor, rows: slice, start: int) -> Tensor:
-        """As `CachedMamba2.prefill`."""
+    def prefill(self, x: Tensor, rows: slice, start: int, lengths: Tensor | None = None) -> Tensor:
+        """As `CachedMamba2.prefill`. Attention is causal, and keys of padding are written over before they are seen."""
         end = start + x.shape[1]
         q, k, v = self.mixer.project(x, None if self.rotation is None else self.rotation[:, start:end])
         self.keys[rows, :, start:end] = k
@@ -113,7 +124,7 @@ class CachedFeedForward:
         """There is nothing to forget."""
         pass
 
-    def prefill(self, x: Tensor, rows: slice, start: int) -> Tensor:
+    def prefill(self, x: Tensor, rows: slice, start: int, lengths: Tensor | None = None) -> Tensor:
         """As `CachedMamba2.prefill`."""
         return self.mixer.down_proj(squared_relu(self.mixer.up_proj(x)))
 
@@ -160,6 +171,19 @@ class ModelCaches:
         """Views of what the Mamba-2 layers hold of sequence `row`: all of what they know of its tokens so far."""
         return [cache[row] for _, layer in self._layers for cache in layer.fixed]
 
+    def forget(self, rows: slice) -> None:
+        """Make the caches of sequences `rows` those of no token."""
+        for _, cache in self._layers:
+            cache.forget(rows)
+
+    def read_rows(self, ids: Tensor, rows: slice, start: int, lengths: Tensor | None = None) -> Tensor:
+        """The tokens from `start` on of sequences `rows`, ids (rows, tokens) -> (rows, tokens, hidden), before the last
+        norm; with `lengths` (rows,) int64 padded behind as many of each row's own tokens, one at least."""
+        x = self.model.backbone.embeddings(ids)
+        for layer, cache in self._layers:
+            x = x + cache.prefill(layer.norm(x), rows, start, lengths)
+        return x
+
     def keys_values(self, row: int, start: int, end: int) -> list[Tensor]:
         """Views of the keys and values (query groups, tokens, head_dim) of sequence `row`'s tokens [start, end)."""
         return [cache[row, :, start:end] for _, layer in self._layers for cache in layer.growing]
@@ -177,9 +201,7 @@ class PrefixReader(ModelCaches):
 
     def read(self, ids: Tensor) -> Tensor:
         """The next tokens (rows, tokens) of the first rows -> (rows, tokens, hidden), before the head."""
-        x = self.model.backbone.embeddings(ids)
-        for layer, cache in self._layers:
-            x = x + cache.prefill(layer.norm(x), slice(len(ids)), self.position)
+        x = self.read_rows(ids, slice(len(ids)), self.position)
         self.position += ids.shape[1]
         return self.model.backbone.norm_f(x)
 
@@ -187,9 +209,3 @@ class PrefixReader(ModelCaches):
         """Row i goes on from what row `sources[i]` has read; sources (batch,) int64."""
         for tensor in self.caches:
             tensor.copy_(tensor[sources])
-
-    def forget(self) -> None:
-        """Read new sequences from here on."""
-        for _, cache in self._layers:
-            cache.forget(slice(None))
-        self.position = 0

@@ -102,13 +102,10 @@ class Decoder(ModelCaches):
     @torch.inference_mode()
     def prefill_rows(self, ids: Tensor, rows: slice) -> Tensor:
         """`prefill` for the sequences `rows` alone, ids (rows, sequence); leaves `position` as it is."""
-        for _, layer_cache in self._layers:
-            layer_cache.forget(rows)
+        self.forget(rows)
         for start in range(0, ids.shape[1], self.prefill_tokens):
-            x = self.model.backbone.embeddings(ids[:, start : start + self.prefill_tokens])
-            for layer, layer_cache in self._layers:
-                x += layer_cache.prefill(layer.norm(x), rows, start)
-        return self._logits(x[:, -1])
+            x = self.read_rows(ids[:, start : start + self.prefill_tokens], rows, start)
+        return self.logits(x[:, -1])
 
     @torch.inference_mode()
     def decode(self, ids: Tensor) -> Tensor:
@@ -173,7 +170,7 @@ class Decoder(ModelCaches):
         for layer, layer_cache in self._layers:
             x += layer_cache.step(layer.norm(x), self._at[: len(ids)])
         self._at += 1
-        return self._logits(x)
+        return self.logits(x)
 
     @torch.no_grad()
     def _capture(self) -> None:
@@ -191,7 +188,8 @@ class Decoder(ModelCaches):
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._next_logits = self._step(self._ids)
 
-    def _logits(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor) -> Tensor:
+        """(..., hidden) of the last layer -> (..., vocab)."""
         return self.model.lm_head(self.model.backbone.norm_f(x))
 
     def _check_room(self, position: int, tokens: int) -> None:

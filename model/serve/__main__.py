@@ -98,8 +98,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--queue", type=positive, default=256, metavar="TEXTS",
                         help="may wait for a row; more are refused with 429 (default: %(default)s)")
     parser.add_argument("--piece-tokens", type=positive, metavar="TOKENS",
-                        help="of a prompt read between two steps of the others; where pieces end, prompts are kept "
-                             "(default: 256, on a GPU 2048)")
+                        help="of a long prompt read at once; twice as many, of all prompts, are read between two "
+                             "steps at most; where pieces end, prompts are kept (default: 256, on a GPU 2048)")
     parser.add_argument("--prefix-cache-mb", type=int, default=256, metavar="MB",
                         help="of prompts kept, so that one that begins alike is not read again; 0: none "
                              "(default: %(default)s)")

@@ -1,8 +1,10 @@
 """Continuous batching: texts of unlike length are decoded together, and join and leave between steps (Orca, OSDI 2022).
 
-Running texts have the first rows of one decoder, and a step takes all of them. Prompts are read one after another in a
-row of their own, a piece between two steps, so that a long one holds up the others by a piece at most; what it leaves
-is copied into the next free row. The last row moves into the place of one that is done.
+Running texts have the first rows of one decoder, and a step takes all of them. Prompts that wait are read together in
+the next free rows, padded behind to the longest of a group. One of which more is to be read than a piece fills the
+device alone: it is read in a row of its own, a piece between two steps, and what it leaves is copied into the next free
+row. Not more than two pieces of tokens are read between two steps. The last row moves into the place of one that is
+done.
 """
 
 from __future__ import annotations
@@ -12,13 +14,14 @@ import traceback
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from model.hybrid_lm import HybridLM
-from model.inference.caches import PrefixReader
+from model.inference.caches import ModelCaches
 from model.inference.decoder import Decoder
 from model.inference.sampling import Sampling, choose
 from model.inference.text import Characters, Vocabulary
@@ -27,10 +30,11 @@ from model.serve.prefix_cache import Piece, PrefixCache
 COUNTED = ("prompt_tokens", "cached_tokens", "generated_tokens", "finished_stop", "finished_length", "cancelled",
            "failed", "refused")
 
+GPU_WIDTHS = 128        # tokens
 
 class Limits(NamedTuple):
-    """Of an engine: tokens of a text with its prompt, texts decoded together, texts that wait, tokens of a prompt that
-    are read between two steps, and bytes of prompts that are kept."""
+    """Of an engine: tokens of a text with its prompt, texts decoded together, texts that wait, tokens that are read at
+    once, and bytes of prompts that are kept."""
 
     max_length: int
     rows: int
@@ -101,6 +105,15 @@ class Text:
         return finish
 
 
+class Prompt:
+    """Of a text that waits: the `pieces` that have been read before, and the ids that are `left`."""
+
+    def __init__(self, text: Text, pieces: list[Piece]):
+        self.text, self.pieces = text, pieces
+        self.start = pieces[-1].end if pieces else 0
+        self.left = text.ids[self.start :]
+
+
 class Engine:
     """A model that writes texts. `run` is its thread's; `submit`, `close` and `figures` are for all threads."""
 
@@ -109,14 +122,15 @@ class Engine:
     ):
         self.vocabulary, self.limits = vocabulary, limits
         self.decoder = Decoder(model, limits.max_length, limits.rows, state_dtype)
-        self.reader = PrefixReader(model, limits.max_length, 1, state_dtype)
+        self.reader = ModelCaches(model, limits.max_length, 1, state_dtype)
         self.prefixes = PrefixCache(limits.piece_tokens, limits.prefix_bytes)
         self.counts = Counter(dict.fromkeys(COUNTED, 0))
         self.waiting: deque[Text] = deque()
         self.running: list[Text] = []           # by row
-        self.reading: Text | None = None
-        self._pieces: list[Piece] = []          # of the prompt that is read, as far as they are kept
-        self._hidden = torch.empty(0)           # (hidden,) of the last token read
+        self.reading: Text | None = None        # in the reader
+        self.position = 0                       # tokens of it that have been read
+        self._pieces: list[Piece] = []          # of it, as far as they are kept
+        self._on_gpu = self.decoder.device.type == "cuda"
         self.closing = False
         self._changed = threading.Condition()
 
@@ -158,67 +172,118 @@ class Engine:
 
     @torch.inference_mode()
     def turn(self) -> None:
-        """Read a piece of a prompt, or several short prompts, then take one step of all running texts."""
+        """Read what may be read between two steps, then take one of all running texts."""
         self._drop_cancelled()
-        budget = self.limits.piece_tokens
-        while budget > 0 and (self.reading or self._begin()):
-            budget -= self._read()
+        self._read()
         if self.running:
-            self._step()
+            ids = torch.tensor([text.tokens[-1] for text in self.running], device=self.decoder.device)
+            self._write(0, self.decoder.decode_rows(ids, [_held(text) for text in self.running]))
 
-    def _begin(self) -> bool:
-        """Take the next prompt to read, if there is one and a row for it."""
+    def _read(self) -> None:
+        """A piece of a long prompt, and groups of short ones."""
+        piece = self.limits.piece_tokens
+        if not self.reading and (long := next((one for one in self._next() if len(one.left) > piece), None)):
+            self.reader.forget(slice(1))
+            self._begin(long, self.reader, 0)
+            self.reading, self.position, self._pieces = long.text, long.start, long.pieces
+        left = 2 * piece - (self._read_piece(self.reading) if self.reading else 0)
+        while group := self._alike([one for one in self._next() if len(one.left) <= piece], left):
+            left -= self._read_group(group)
+
+    def _next(self) -> list[Prompt]:
+        """Those that have waited longest, as many as there are rows for."""
         with self._changed:
-            if not self.waiting or len(self.running) == self.limits.rows:
-                return False
-            text = self.reading = self.waiting.popleft()
+            texts = list(islice(self.waiting, self.limits.rows - len(self.running) - bool(self.reading)))
+        return [Prompt(text, self.prefixes.find(text.ids)) for text in texts]
+
+    def _alike(self, prompts: list[Prompt], most: int) -> list[Prompt]:
+        """The first of `prompts` and others that start where it does and are about as long, in `most` tokens.
+
+        A row is padded by an eighth of a piece at most: on a CPU, about what a read costs beside its tokens. Of two
+        that are the same one waits until it can find the other.
+        """
+        group: list[Prompt] = []
+        for prompt in sorted((one for one in prompts if one.start == prompts[0].start),
+                             key=lambda one: abs(len(one.left) - len(prompts[0].left))):
+            sizes = [len(other.left) for other in (*group, prompt)]
+            alike = 8 * (max(sizes) - min(sizes)) <= self.limits.piece_tokens
+            twin = self.prefixes.most_bytes and any(prompt.left == other.left for other in group)
+            if alike and not twin and len(sizes) * self._width(max(sizes), prompt.start) <= most:
+                group.append(prompt)
+        return group[: 1 << len(group).bit_length() - 1] if self._on_gpu and group else group
+
+    def _width(self, longest: int, start: int) -> int:
+        """Tokens to which rows are padded. There, and in rows by powers of 2, a GPU sees few shapes: for each new one
+        cuDNN makes a plan, which takes longer than reading (pytorch PR 155958)."""
+        if not self._on_gpu:
+            return longest
+        return min(-(-longest // GPU_WIDTHS) * GPU_WIDTHS, self.limits.piece_tokens, self.limits.max_length - start)
+
+    def _begin(self, prompt: Prompt, caches: ModelCaches, row: int) -> None:
+        """Take a text from those that wait, and copy what is kept of its prompt into `row`, which holds nothing."""
+        text, start = prompt.text, 0
+        with self._changed:
+            self.waiting.remove(text)
         text.start(self.vocabulary, self.decoder.device)
-        self.reader.forget()
-        self._pieces = self.prefixes.find(text.ids)
-        for piece in self._pieces:
-            start = self.reader.position
-            _copy(self.reader.keys_values(0, start, piece.end), piece.keys_values)
-            self.reader.position = piece.end
-        if self._pieces:
-            _copy(self.reader.states(0), self._pieces[-1].states)
-            self._hidden = self._pieces[-1].hidden
-        text.cached = self.reader.position
+        text.cached = prompt.start
         self.counts["prompt_tokens"] += len(text.ids)
         self.counts["cached_tokens"] += text.cached
-        return True
+        for piece in prompt.pieces:
+            _copy(caches.keys_values(row, start, piece.end), piece.keys_values)
+            start = piece.end
+        if prompt.pieces:
+            _copy(caches.states(row), prompt.pieces[-1].states)
 
-    def _read(self) -> int:
-        """Read the next piece of the prompt, and after its last the text joins; tokens read."""
-        text, start = self.reading, self.reader.position
-        assert text
-        piece = text.ids[start : start + self.limits.piece_tokens]
-        if piece:
-            self._hidden = self.reader.read(torch.tensor([piece], device=self.decoder.device))[0, -1]
-            if (self._pieces[-1].end if self._pieces else 0) == start:
-                kept = self.prefixes.keep(self._pieces, text.ids, self.reader.states(0),
-                                          self.reader.keys_values(0, start, self.reader.position), self._hidden)
-                self._pieces += [kept] if kept else []
-        if self.reader.position == len(text.ids):
-            logits = self.decoder.model.lm_head(self._hidden[None])
-            if self._add(text, int(choose(logits, text.sampling, text.generator))):
-                row = len(self.running)
-                _copy(self.decoder.states(row), self.reader.states(0))
-                _copy(self.decoder.keys_values(row, 0, len(text.ids)), self.reader.keys_values(0, 0, len(text.ids)))
-                self.running.append(text)
+    def _read_group(self, prompts: list[Prompt]) -> int:
+        """Read prompts that start at the same place into the next rows, and their texts join; tokens read, padding too.
+        """
+        first, start, sizes = len(self.running), prompts[0].start, [len(prompt.left) for prompt in prompts]
+        rows, width, device = slice(first, first + len(prompts)), self._width(max(sizes), start), self.decoder.device
+        self.decoder.forget(rows)
+        for row, prompt in enumerate(prompts, first):
+            self.running.append(prompt.text)
+            self._begin(prompt, self.decoder, row)
+        if width:
+            ids = torch.tensor([prompt.left + [0] * (width - len(prompt.left)) for prompt in prompts], device=device)
+            lengths = torch.tensor(sizes, device=device)
+            x = self.decoder.read_rows(ids, rows, start, lengths if min(sizes) < width else None)
+            hidden = x[torch.arange(len(prompts), device=device), lengths - 1]
+            for row, (prompt, last) in enumerate(zip(prompts, hidden, strict=True), first):
+                self.prefixes.keep(prompt.pieces, prompt.text.ids, self.decoder.states(row),
+                                   self.decoder.keys_values(row, start, len(prompt.text.ids)), last)
+        else:
+            hidden = torch.stack([prompt.pieces[-1].hidden for prompt in prompts])
+        self._write(first, self.decoder.logits(hidden))
+        return len(prompts) * width
+
+    def _read_piece(self, text: Text) -> int:
+        """Read the next piece of a long prompt, and after its last the text joins; tokens read."""
+        start = self.position
+        ids = text.ids[start : start + self.limits.piece_tokens]
+        hidden = self.reader.read_rows(torch.tensor([ids], device=self.decoder.device), slice(0, 1), start)[:, -1]
+        self.position += len(ids)
+        if (self._pieces[-1].end if self._pieces else 0) == start:
+            kept = self.prefixes.keep(self._pieces, text.ids, self.reader.states(0),
+                                      self.reader.keys_values(0, start, self.position), hidden[0])
+            self._pieces += [kept] if kept else []
+        if self.position == len(text.ids):
+            row = len(self.running)
+            _copy(self.decoder.states(row), self.reader.states(0))
+            _copy(self.decoder.keys_values(row, 0, self.position), self.reader.keys_values(0, 0, self.position))
+            self.running.append(text)
             self.reading = None
-        return len(piece)
+            self._write(row, self.decoder.logits(hidden))
+        return len(ids)
 
-    def _step(self) -> None:
-        """The next token of all running texts."""
-        ids = torch.tensor([text.tokens[-1] for text in self.running], device=self.decoder.device)
-        logits = self.decoder.decode_rows(ids, [_held(text) for text in self.running])
+    def _write(self, first: int, logits: Tensor) -> None:
+        """The next token of the running texts from row `first` on; logits (texts, vocab)."""
         likeliest: list[int] = logits.argmax(-1).tolist()
         goes_on = [
             self._add(text, int(choose(logits[row, None], text.sampling, text.generator))
                       if text.sampling.temperature else likeliest[row])
-            for row, text in enumerate(self.running)
+            for row, text in enumerate(self.running[first:])
         ]
-        self._leave([row for row, more in enumerate(goes_on) if not more])
+        self._leave([row for row, more in enumerate(goes_on, first) if not more])
 
     def _add(self, text: Text, token: int) -> bool:
         """Give `text` its next token; whether it goes on."""

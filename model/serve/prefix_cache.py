@@ -2,7 +2,8 @@
 
 A Mamba-2 state cannot be cut back to fewer tokens as keys and values can: it is kept as it was after each piece of a
 prompt, with the piece's own keys and values. Prompts are always cut at the same places (multiples of the piece, and the
-end), and what was kept is what the same kernels made of the same numbers: a prompt leaves the same bits as without.
+end), and what was kept is what the same kernels made of the same numbers: a prompt that is read alone leaves the same
+bits as without. Read with others, it may be rounded otherwise.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ Key = tuple[int, tuple[int, ...]]       # number of the piece before, 0 for none
 
 class Piece(NamedTuple):
     """What a model holds after the tokens of a piece: `states` of all tokens up to its `end`, `keys_values` of its own
-    tokens, `hidden` (hidden,) of its last token before the head."""
+    tokens, `hidden` (hidden,) of its last token before the last norm."""
 
     number: int
     key: Key

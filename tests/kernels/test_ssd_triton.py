@@ -55,6 +55,18 @@ def test_tiles_as_tuned_at_8b_width(dtype, tolerance):
 
 
 @pytest.mark.parametrize("dtype, _", PRECISIONS)
+def test_a_step_of_nothing_leaves_the_state(small_tiles, dtype, _):
+    """Padding behind a sequence, which dt of minus infinity marks."""
+    values = inputs(2, 75, 4, 16, 2, 32, dtype)
+    values["dt"][:, 40:] = -torch.inf
+    padded = [values[name].to(DEVICE) for name in NAMES[:7]]
+    whole = [value[:, :40].contiguous() if value.ndim > 1 else value for value in padded]
+    initial = values["initial_state"].transpose(2, 3).contiguous().to(DEVICE)
+    (y, state, *_), (cut, last, *_) = (ssd_triton.scan(*arguments, initial, None) for arguments in (padded, whole))
+    assert torch.equal(state, last) and torch.equal(y[:, :40], cut) and y.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype, _", PRECISIONS)
 def test_inputs_are_read_where_they_lie(small_tiles, dtype, _):
     values = inputs(2, 40, 4, 16, 2, 32, dtype)
     names = ("x", "B", "C")

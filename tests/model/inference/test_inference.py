@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from model.config import ModelConfig, ModelError
 from model.costs import Deployment, memory
@@ -40,6 +42,9 @@ def random_model(config: ModelConfig) -> HybridLM:
     return model
 
 
+MODELS = {config.position_embedding: random_model(config) for config in (HYBRID, TRANSFORMER)}
+
+
 @CONFIGS
 @pytest.mark.parametrize("prompt", [1, 2, 17, 39])      # shorter than the convolution, ragged and over a chunk
 def test_decoding_equals_the_full_forward(config, prompt, ids):
@@ -62,6 +67,43 @@ def test_a_prompt_in_pieces_equals_the_full_forward(config, prefill_tokens, prom
         full = model(ids)
     steps = [decoder.prefill(ids[:, :prompt])] + [decoder.decode(ids[:, i]) for i in range(prompt, 40)]
     torch.testing.assert_close(torch.stack(steps, 1), full[:, prompt - 1 :], rtol=1e-4, atol=1e-4)
+
+
+def read_unlike(model: HybridLM, ids: torch.Tensor, start: int, lengths: list[int], padded: bool) -> torch.Tensor:
+    """Logits (rows, 4, vocab) of the prompts' last tokens and of three that follow; `start` tokens are read before."""
+    decoder, rows = Decoder(model, max_length=40, batch=len(lengths)), range(len(lengths))
+    with torch.no_grad():
+        if start:
+            decoder.read_rows(ids[:, :start], slice(len(lengths)), 0)
+        together = torch.stack([row[start : start + max(lengths)] for row in ids])
+        x = decoder.read_rows(together, slice(len(lengths)), start, torch.tensor(lengths) if padded else None)
+        logits = [decoder.logits(x[rows, [length - 1 for length in lengths]])]
+    for step in range(3):
+        positions = [start + length + step for length in lengths]
+        logits.append(decoder.decode_rows(ids[rows, positions], positions))
+    return torch.stack(logits, 1)
+
+
+@CONFIGS
+@settings(max_examples=10, deadline=None)
+@given(start=st.sampled_from([0, 1, 2, 16, 17]), lengths=st.lists(st.integers(1, 20), min_size=1, max_size=5))
+@example(start=0, lengths=[1, 20, 16, 2, 3])
+def test_prompts_of_unlike_length_read_together_equal_the_full_forward(config, start, lengths):
+    model = MODELS[config.position_embedding]
+    ids = torch.randint(0, 97, (len(lengths), 40), generator=torch.Generator().manual_seed(start))
+    with torch.no_grad():
+        full = torch.stack([row[start + length - 1 : start + length + 3]
+                            for row, length in zip(model(ids), lengths, strict=True)])
+    torch.testing.assert_close(read_unlike(model, ids, start, lengths, padded=True), full, rtol=1e-4, atol=1e-4)
+
+
+def test_padding_that_is_read_would_be_seen(ids):
+    """The control: what the test above must find. A Transformer's padding is written over."""
+    hybrid, transformer = (
+        read_unlike(model, ids, 4, [9, 3, 8], padded=False) - read_unlike(model, ids, 4, [9, 3, 8], padded=True)
+        for model in MODELS.values())
+    assert transformer.abs().max() < 1e-4 and hybrid[0].abs().max() < 1e-4
+    assert hybrid[:, 0].abs().max() < 1e-4 and (hybrid[1:, 1:].abs().amax((1, 2)) > 0.1).all()
 
 
 @CONFIGS

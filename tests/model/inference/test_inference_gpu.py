@@ -99,6 +99,27 @@ def test_sequences_of_unlike_length_take_one_captured_step(config):
 
 
 @CONFIGS
+@pytest.mark.parametrize("start", [0, 128])
+def test_prompts_of_unlike_length_read_together(config, start):
+    """Padded to 256, as a server reads them, and five captured steps, beside the full forward pass."""
+    model = random_model(config, torch.bfloat16, "cuda")
+    ids = torch.randint(512, (4, 512), generator=torch.Generator().manual_seed(0)).cuda()
+    lengths, rows = [7, 256, 1, 130], range(4)
+    with torch.no_grad():
+        own = torch.stack([row[start + length - 1 : start + length + 5]
+                           for row, length in zip(model(ids), lengths, strict=True)])
+        decoder = Decoder(model, 512, 6)
+        if start:
+            decoder.read_rows(ids[:, :start], slice(4), 0)
+        x = decoder.read_rows(ids[:, start : start + 256], slice(4), start, torch.tensor(lengths, device="cuda"))
+        steps = [decoder.logits(x[rows, [length - 1 for length in lengths]])]
+    for step in range(5):
+        places = [start + length + step for length in lengths]
+        steps.append(decoder.decode_rows(ids[rows, places], places).clone())
+    assert relative(torch.stack(steps, 1), own) < 2e-2
+
+
+@CONFIGS
 def test_greedy_text_is_the_same_in_any_batch(config):
     model = random_model(config, torch.float32, "cuda")
     ids = torch.randint(512, (5, 60), generator=torch.Generator().manual_seed(0)).cuda()

@@ -3,9 +3,13 @@ may hang on that. The likeliest two tokens of random weights are never 1e-12 apa
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Iterator
+
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from model.hybrid_lm import HybridLM
@@ -53,6 +57,23 @@ def finish(running: Engine) -> None:
         running.turn()
 
 
+@contextlib.contextmanager
+def reads(running: Engine) -> Iterator[list[list[tuple[int, ...]]]]:
+    """The shapes of what is read in each turn."""
+    turns: list[list[tuple[int, ...]]] = []
+    turn = running.turn
+
+    def recorded(read, ids, *arguments):
+        turns[-1].append(tuple(ids.shape))
+        return read(ids, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "turn", lambda: turns.append([]) or turn())
+        for caches in (running.decoder, running.reader):
+            patch.setattr(caches, "read_rows", functools.partial(recorded, caches.read_rows))
+        yield turns
+
+
 # A text that is asked for: the turn before which it comes, what its prompt begins with, its own part, tokens wanted.
 ASKED = st.tuples(st.integers(0, 8), st.sampled_from([0, 8, 13, 16]), st.integers(1, 14), st.integers(1, 9))
 
@@ -74,11 +95,18 @@ def serve(running: Engine, asked: list[tuple[int, Text]]) -> None:
 
 @CONFIGS
 @settings(max_examples=6, deadline=None)
-@given(drawn=st.lists(ASKED, min_size=1, max_size=7), rows=st.integers(1, 4), piece=st.sampled_from([1, 5, 8, 64]),
-       megabytes=st.sampled_from([0, 0.05, 4]))
-def test_a_text_is_the_one_it_is_alone(model, drawn, rows, piece, megabytes):
+@given(drawn=st.lists(ASKED, min_size=1, max_size=9), rows=st.integers(1, 6), piece=st.sampled_from([1, 5, 8, 64]),
+       megabytes=st.sampled_from([0, 0.05, 4]), rounded=st.booleans())
+@example(drawn=[(0, 8, 9, 9), (5, 8, 5, 9), (5, 0, 5, 9)], rows=4, piece=8, megabytes=4, rounded=False)
+@example(drawn=[(0, 0, own, 9) for own in (14, 3, 9, 5)], rows=4, piece=64, megabytes=0, rounded=True)
+@example(drawn=[(0, 0, 8, 2)] * 8, rows=8, piece=8, megabytes=0, rounded=False)
+def test_a_text_is_the_one_it_is_alone(model, drawn, rows, piece, megabytes, rounded):
+    """Also when groups are rounded as on a GPU; and no more is read between two steps than may be."""
     running, asked = engine(model, rows, piece, megabytes), arrivals(drawn)
-    serve(running, asked)
+    running._on_gpu = rounded
+    with reads(running) as turns:
+        serve(running, asked)
+    assert all(sum(rows * width for rows, width in turn) <= 2 * piece for turn in turns)
     for _, one in asked:
         assert one.tokens == alone(model, one)
     assert running.prefixes.nbytes == sum(piece.nbytes for piece in running.prefixes._kept.values()) <= megabytes * 1e6
@@ -89,6 +117,8 @@ FAULTS = {
         self, ids, [max(positions)] * len(positions))),
     "states of another row": ("states", lambda original: lambda self, row: original(self, 0)),
     "keys of another row": ("keys_values", lambda original: lambda self, row, *places: original(self, 0, *places)),
+    "padding that is read": ("read_rows", lambda original: lambda self, ids, rows, start, lengths: original(
+        self, ids, rows, start)),
 }
 
 
@@ -96,8 +126,8 @@ FAULTS = {
 def test_a_batch_that_is_mixed_up_would_be_seen(fault, monkeypatch):
     """The control: what the test above must find."""
     name, change = FAULTS[fault]
-    asked = arrivals([(0, 0, 3, 9), (1, 0, 14, 9), (2, 16, 5, 9), (3, 16, 14, 9)])
-    running = engine(HYBRID_MODEL)
+    asked = arrivals([(0, 0, 3, 9), (0, 0, 9, 9), (1, 0, 14, 9), (2, 16, 5, 9), (3, 16, 14, 9)])
+    running = engine(HYBRID_MODEL, piece=64 if name == "read_rows" else 8)
     monkeypatch.setattr(serving.Decoder, name, change(getattr(serving.Decoder, name)))
     serve(running, asked)
     monkeypatch.undo()
@@ -114,8 +144,8 @@ def test_a_seed_draws_the_tokens_it_draws_alone():
     assert len({tuple(one.tokens) for one in asked}) == 3
 
 
-def held(running: Engine) -> list[torch.Tensor]:
-    return [*running.reader.states(0), *running.reader.keys_values(0, 0, running.reader.position)]
+def held(running: Engine, tokens: int) -> list[torch.Tensor]:
+    return [*running.decoder.states(0), *running.decoder.keys_values(0, 0, tokens)]
 
 
 @CONFIGS
@@ -131,7 +161,7 @@ def test_a_prompt_that_was_kept_leaves_the_same_bits(model):
             one = text(prompt, 4)
             submit(running, one)
             finish(running)
-            found.append((one, [tensor.clone() for tensor in held(running)]))
+            found.append((one, [tensor.clone() for tensor in held(running, len(prompt))]))
         (one, bits), (cold, expected) = found
         assert (one.cached, cold.cached) == (cached, 0) and one.tokens == cold.tokens
         assert all(torch.equal(bit, other) for bit, other in zip(bits, expected, strict=True))
@@ -185,8 +215,33 @@ def test_a_long_prompt_holds_the_others_up_by_a_piece():
     running.turn()
     for turns in range(1, 4):
         running.turn()
-        assert running.reading and running.reader.position == 8 + 8 * turns
+        assert running.reading and running.position == 8 + 8 * turns
         assert len(running.running[0].tokens) == 2 + turns
+
+
+def test_those_that_wait_are_read_together():
+    """What is alike in length, as far as there are rows; of two that are the same the second finds the first."""
+    running = engine(HYBRID_MODEL, rows=6, piece=64)
+    texts = [text([index + 1] * size, 9) for index, size in enumerate((12, 30, 16, 29, 9, 1, 12))]
+    twin = text(texts[0].ids, 9)
+    submit(running, texts[0], twin, *texts[1:])
+    with reads(running) as turns:
+        finish(running)
+    assert turns[:2] == [[(3, 16), (2, 30)], []] and turns[8] == [(1, 1), (1, 12)]
+    assert twin.cached == 12
+    for one in (twin, *texts):
+        assert one.tokens == alone(HYBRID_MODEL, one)
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one():
+    running = engine(HYBRID_MODEL)
+    long, short = text([3] * 40, 2), text([1, 2], 20)
+    submit(running, long, short, text([4] * 20, 2))
+    running.turn()
+    assert running.reading is long and running.position == 8 and len(short.tokens) == 2
+    for _ in range(4):
+        running.turn()
+    assert running.reading is None and long.tokens == alone(HYBRID_MODEL, long) and len(short.tokens) == 6
 
 
 def test_no_more_wait_than_may_and_none_after_the_end():
