@@ -4,11 +4,11 @@
     python -m benchmarks.serving --out serving.json             # three minutes on two cores
     python -m benchmarks.serving --device cuda                  # four minutes
 
-Clients stream greedy texts of 32 tokens after prompts of 16 to 256, one request after another: tokens/s of all clients
-together, time to the first token, time between two tokens. Then half of eight clients hang up after five tokens: the
-others' texts must be those they get without, but for what BF16 rounds otherwise in another batch. Weights are random;
-speed does not depend on them. On a CPU the model is small and in float32, on a GPU it has 222 million parameters in
-BF16. What `--seconds` leave no time for is left out and named. The table comes last.
+Clients stream greedy texts of 32 tokens after prompts of `--prompts` tokens, one request after another: tokens/s of all
+clients together, time to the first token, time between two tokens. Before that half of eight clients hang up after five
+tokens: the others' texts must be those they get without, but for what BF16 rounds otherwise in another batch. Weights
+are random; speed does not depend on them. On a CPU the model is small and in float32, on a GPU it has 222 million
+parameters in BF16. What `--seconds` leave no time for is left out and named. The table comes last.
 """
 
 from __future__ import annotations
@@ -56,7 +56,6 @@ NAMES = ("ours", "transformers serve", "transformers serve --continuous-batching
 FIRST, DRAWN = 0x4E00, 8192                 # every token is a character of its own, so that every token is an event
 TOKENS = 32
 LOADS = {1: 4, 8: 2, 64: 1}             # requests a client
-NOT_TIMED = {1: 1, 2: 1, 8: 1}          # before all; then `LOADS` of ours, which compiles for groups of several sizes
 HANG_UP_AFTER = 5
 PATIENCE = 120                          # seconds, to start and to end what is not timed
 
@@ -67,6 +66,12 @@ class Served(NamedTuple):
     first: float
     gaps: list[float]
     text: str
+
+
+class Load(NamedTuple):
+    clients: int
+    requests: int           # a client
+    prompts: tuple[int, int]
 
 
 Runs = dict[str, dict[int, list[dict[str, float]]]]
@@ -138,13 +143,13 @@ async def ask(client: httpx.AsyncClient, model: str, prompt: str, hang_up: bool 
 
 
 async def load(
-    server: Server, deadline: float, clients: int, requests: int, repeat: int = 0, hang_up: bool = False
+    server: Server, deadline: float, asked: Load, repeat: int = 0, hang_up: bool = False
 ) -> tuple[float, list[Served]]:
     """Seconds until all is answered, and what each request got; prompts are other ones each `repeat`, or they would be
     found read. Raises TimeoutError at `deadline`."""
-    draw = random.Random(1000 * repeat + clients)
-    prompts = [["".join(chr(FIRST + draw.randrange(DRAWN)) for _ in range(draw.randint(16, 256)))
-                for _ in range(requests)] for _ in range(clients)]
+    draw = random.Random(1000 * repeat + asked.clients)
+    prompts = [["".join(chr(FIRST + draw.randrange(DRAWN)) for _ in range(draw.randint(*asked.prompts)))
+                for _ in range(asked.requests)] for _ in range(asked.clients)]
 
     async def one(number: int) -> list[Served]:
         return [await ask(client, server.model, prompt, hang_up and number % 2 == 1) for prompt in prompts[number]]
@@ -153,7 +158,7 @@ async def load(
     async with (asyncio.timeout(deadline - time.monotonic()),
                 httpx.AsyncClient(base_url=server.url, timeout=300, limits=limits) as client):
         started = time.perf_counter()
-        served = await asyncio.gather(*(one(number) for number in range(clients)))
+        served = await asyncio.gather(*(one(number) for number in range(asked.clients)))
         return time.perf_counter() - started, [each for client_served in served for each in client_served]
 
 
@@ -172,39 +177,43 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.0f} ({min(values):.0f} to {max(values):.0f})"
 
 
-def measure(servers: dict[str, Server], deadline: float, repeats: int) -> tuple[Runs, dict[str, str]]:
-    """Figures of every server and number of clients, as many as there is time for; and what is to be said."""
+def measure(
+    servers: dict[str, Server], deadline: float, repeats: int, loads: list[Load]
+) -> tuple[Runs, dict[str, str]]:
+    """Figures of every server and number of clients, as many as there is time for; and what is to be said.
+
+    Not timed: one, two and eight requests of each, and of ours `loads`, since it compiles for groups of several sizes.
+    """
     runs: Runs = {}
     said: dict[str, str] = {}
     for name, server in servers.items():
         try:
             server.wait(min(deadline, time.monotonic() + PATIENCE))
-            for clients, requests in [*NOT_TIMED.items(), *(LOADS.items() if name == "ours" else [])]:
-                asyncio.run(load(server, min(deadline, time.monotonic() + PATIENCE), clients, requests))
+            for asked in [Load(clients, 1, loads[0].prompts) for clients in (1, 2, 8)] + loads * (name == "ours"):
+                asyncio.run(load(server, min(deadline, time.monotonic() + PATIENCE), asked))
             if name == "ours":
-                said["hang up"] = asyncio.run(hang_up(server, deadline))
-            runs[name] = {clients: [] for clients in LOADS}
+                said["hang up"] = asyncio.run(hang_up(server, deadline, Load(8, 1, loads[0].prompts)))
+            runs[name] = {asked.clients: [] for asked in loads}
         except Exception as error:
             said[name] = f"{error!r}: {' '.join(server.log.read_text().split())[-600:]}"
-    took: dict[tuple[str, int], float] = {}
-    for repeat, (name, own), clients in itertools.product(range(1, repeats + 1), runs.items(), LOADS):
-        cell = f"{name}, {clients} clients"
-        if time.monotonic() + took.get((name, clients), 0) > deadline:
-            said[cell] = f"no time for more than {len(own[clients])} repeats"
+    took: dict[tuple[str, Load], float] = {}
+    for repeat, (name, own), asked in itertools.product(range(1, repeats + 1), runs.items(), loads):
+        cell, found = f"{name}, {asked.clients} clients", own[asked.clients]
+        if time.monotonic() + took.get((name, asked), 0) > deadline:
+            said[cell] = f"no time for more than {len(found)} repeats"
             continue
         try:
-            seconds, served = asyncio.run(load(servers[name], deadline, clients, LOADS[clients], repeat))
-            took[name, clients] = seconds
-            own[clients].append(figures(seconds, served))
-            print(f"{cell}: {own[clients][-1]}", file=sys.stderr, flush=True)
+            took[name, asked], served = asyncio.run(load(servers[name], deadline, asked, repeat))
+            found.append(figures(took[name, asked], served))
+            print(f"{cell}: {found[-1]}", file=sys.stderr, flush=True)
         except (RuntimeError, httpx.HTTPError, TimeoutError) as error:
             said[cell] = repr(error)
     return runs, said
 
 
-async def hang_up(server: Server, deadline: float) -> str:
-    _, whole = await load(server, deadline, 8, 1)
-    _, some = await load(server, deadline, 8, 1, hang_up=True)
+async def hang_up(server: Server, deadline: float, asked: Load) -> str:
+    _, whole = await load(server, deadline, asked)
+    _, some = await load(server, deadline, asked, hang_up=True)
     kept = sum(a.text == b.text for a, b in zip(whole[::2], some[::2], strict=True))
     return f"4 of 8 clients hung up; of the other 4 texts {kept} are as without"
 
@@ -214,6 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="figures as JSON")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--prompts", type=int, nargs=2, default=(16, 256), metavar=("FROM", "TO"), help="their tokens")
     parser.add_argument("--device", choices=list(CONFIGS), default="cpu")
     parser.add_argument("--seconds", type=float, help=f"for all (default: {SECONDS})")
     options = parser.parse_args()
@@ -223,7 +233,8 @@ def main() -> None:
         servers = {name: stack.enter_context(contextlib.closing(
             Server(name, directory, options.device, Path(scratch) / f"{number}.log")))
             for number, name in enumerate(NAMES)}
-        runs, said = measure(servers, started + (options.seconds or SECONDS[options.device]), options.repeats)
+        loads = [Load(clients, requests, tuple(options.prompts)) for clients, requests in LOADS.items()]
+        runs, said = measure(servers, started + (options.seconds or SECONDS[options.device]), options.repeats, loads)
     if options.out:
         options.out.write_text(json.dumps({"runs": runs, "said": said}, indent=2) + "\n")
     for name, words in said.items():

@@ -187,7 +187,7 @@ class Engine:
             self._begin(long, self.reader, 0)
             self.reading, self.position, self._pieces = long.text, long.start, long.pieces
         left = 2 * piece - (self._read_piece(self.reading) if self.reading else 0)
-        while group := self._alike([one for one in self._next() if len(one.left) <= piece], left):
+        while group := self._alike([one for one in self._next() if len(one.left) <= piece], min(piece, left)):
             left -= self._read_group(group)
 
     def _next(self) -> list[Prompt]:
