@@ -38,9 +38,7 @@ def importance_record(
                 width: kept_share(widths.neurons[index], width) for width in config.ffn_widths})
             for index in sorted(widths.neurons)
         ],
-        heads={index: values.tolist() for index, values in widths.heads.items()},
-        mamba_heads={kind: {index: values.tolist() for index, values in widths.mamba_heads(kind).items()}
-                     for kind in widths.mamba},
+        mamba_heads={index: values.tolist() for index, values in widths.mamba_heads().items()},
         reliability=widths.reliability,
     )
 

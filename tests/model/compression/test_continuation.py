@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from model.compression import continuation
-from model.compression.layerwise import PlainLayerwise
 from model.config import ModelError
 from model.hybrid_lm import HybridLM
 from tests.model.compression.markov import CONFIG, silent
+from tests.model.compression.plain import PlainLayerwise
 
 
 def test_items_hold_the_truth_and_three_others(data):

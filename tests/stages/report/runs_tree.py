@@ -191,7 +191,7 @@ class Tree:
                 "random_cut": 2.52}.items()},
         }, model_json={"pattern": "M-M-M-M*-M-M-M-", "ffn_hidden_size": 384, "hidden_size": 128},
             importance_json=Importance(
-                samples={"layers": 64}, layers=layers, heads={}, mamba_heads={},
+                samples={"layers": 64}, layers=layers, mamba_heads={},
                 ffn=[FfnImportance(index=1, kept_share_of_importance={384: 1.0, 256: 0.8})],
                 reliability={"neurons": 0.99}),
             candidates_json=candidates,
