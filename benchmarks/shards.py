@@ -64,7 +64,7 @@ def cut(directory: Path) -> dict[str, Any]:
 
     from model import costs
     from model.checkpoint import open_weights
-    from model.compression.controls import random_selection
+    from model.compression.candidates import random_selection
     from model.compression.prune import cut_checkpoint
 
     config = open_weights(directory / "parent")[0]

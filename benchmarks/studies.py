@@ -59,9 +59,9 @@ from data_pipeline.tokenize.indexed_dataset import IndexedDatasetWriter
 from durable import new_directory
 from model import costs
 from model.checkpoint import load_weights, read_description, save_weights
+from model.compression.candidates import random_selection
 from model.compression.comparison import Closeness, compare
 from model.compression.config import CompressConfig
-from model.compression.controls import random_selection
 from model.compression.data import read_data
 from model.compression.distill import Objective
 from model.compression.funnel import Funnel

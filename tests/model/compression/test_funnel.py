@@ -6,8 +6,8 @@ import torch
 from model import costs
 from model.checkpoint import describe, load_weights, read_description
 from model.compression import funnel
+from model.compression.candidates import random_selection
 from model.compression.comparison import compare
-from model.compression.controls import random_selection
 from model.compression.funnel import evenly
 from model.compression.layerwise import Mask
 from model.compression.prune import cut

@@ -8,8 +8,7 @@ import torch
 from pydantic_core import to_jsonable_python
 
 from model.checkpoint import load_weights, save_weights
-from model.compression import continuation
-from model.compression.comparison import compare
+from model.compression.comparison import compare, task_accuracy, task_items
 from model.compression.importance import layer_importance
 from model.compression.layerwise import Mask
 from model.compression.prune import Selection, cut
@@ -52,7 +51,7 @@ def scores(model, other) -> dict:
     """All that is asked of a model run layer by layer, as JSON."""
     sequences = markov(5, 2)
     widths = width_importance(model, sequences[:, :-1], 2, silent)
-    questions = continuation.items(markov(8, 4), 7, 1)
+    questions = task_items(markov(8, 4), 7, 1)
     models = masks() | {"other": other}
     return to_jsonable_python({
         "layers": layer_importance(model, sequences[:, :-1], 2, silent).tolist(),
@@ -60,7 +59,7 @@ def scores(model, other) -> dict:
         "mamba": {layer: values.tolist() for layer, values in widths.mamba.items()},
         "reliability": widths.reliability,
         "closeness": {name: list(value) for name, value in compare(model, models, sequences, 2, silent).items()},
-        "continuation": continuation.accuracy(model, models, questions, 3, silent),
+        "continuation": task_accuracy(model, models, questions, 3, silent),
     })
 
 

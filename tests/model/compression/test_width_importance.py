@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.compression.candidates import random_selection, reverse_selection
 from model.compression.comparison import compare
-from model.compression.controls import random_selection, reverse_selection
 from model.compression.importance import layer_importance, rank_correlation
 from model.compression.layerwise import Mask
 from model.compression.width_importance import (
