@@ -48,7 +48,7 @@ from data_pipeline.curate.heuristics import first_broken, rules_of
 from data_pipeline.sources import Document, pieces, read_piece
 from data_pipeline.storage import write_arrays, write_table
 from data_pipeline.workers.executor import Processes, Workers
-from stages.params import Params, load_params
+from stages.frame.params import Params, load_params
 
 Clock = defaultdict[str, float]         # seconds of processor time by step
 

@@ -42,9 +42,9 @@ from typing import Any, Literal, NamedTuple
 from benchmarks.fp8_jobs import METRICS, Job, Row, Scheduler, job_of, read_rows, slots_of
 from model.config import ModelConfig, ModelError, PretrainConfig
 from model.presets import hybrid_pattern
-from stages.common import _commit, _machine, _versions
+from stages.frame.common import _commit, _machine, _versions
 from stages.report.statistics import ALPHA, Answer, Estimate, equivalence, mean
-from stages.study_schema import Comparison, Measurement, Study
+from stages.report.study_schema import Comparison, Measurement, Study
 
 MARGIN = 0.001          # of the loss: the paper's "< 0.1 %"
 TAIL = 0.2              # last share of the steps that the training loss is averaged over

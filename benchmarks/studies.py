@@ -2,7 +2,7 @@
 
     python -m benchmarks.studies STUDY ... [--tokens DIR] [--seeds 3] [--jobs 2] [--seconds N] [--out DIR] [--tiny]
 
-writes DIR/STUDY.json, a record for the report (`stages.study_schema`). Those that train
+writes DIR/STUDY.json, a record for the report (`stages.report.study_schema`). Those that train
 
     position         hybrid and Transformer, each without positions and with rotary ones; read at 1, 2 and 4 times
                      the training length too
@@ -73,9 +73,9 @@ from model.config import ModelConfig, PretrainConfig
 from model.hybrid_lm import HybridLM
 from model.megatron.distributed import device, process_groups
 from model.training import token_data
-from stages.common import _commit, _machine, _versions, code_digest, write
-from stages.params import Params, load_params
-from stages.study_schema import FOLDER, Comparison, Measurement, Study
+from stages.frame.common import _commit, _machine, _versions, code_digest, write
+from stages.frame.params import Params, load_params
+from stages.report.study_schema import FOLDER, Comparison, Measurement, Study
 
 # isort: split
 from megatron.core.datasets.indexed_dataset import IndexedDataset

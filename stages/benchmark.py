@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stages.common import Stage, run_stage
+from stages.frame.common import Stage, run_stage
 
 PAPER_CONTEXT = 65_536           # tokens read before the paper's inference figures
 
@@ -23,7 +23,7 @@ def benchmark(stage: Stage) -> dict[str, Any]:
     """Time the models of the profile, and count the published ones; metrics."""
     from model.benchmark.decode import Speed
     from model.config import ModelConfig
-    from stages.schema import DecodeRepeat, DecodeRow, csv_text
+    from stages.frame.schema import DecodeRepeat, DecodeRow, csv_text
 
     params, config = stage.params, stage.params.benchmark
     compressed = stage.record("compress", "model.json").read_text()

@@ -29,9 +29,9 @@ from data_pipeline.config import TokenizeConfig
 from model import costs
 from model.hybrid_lm import HybridLM
 from model.training import token_data
-from stages.params import load_params
+from stages.frame.params import load_params
 from stages.report.records import load_studies, read_study
-from stages.study_schema import FOLDER, WORDS, Study
+from stages.report.study_schema import FOLDER, WORDS, Study
 
 ROOT = Path(__file__).parents[2]
 

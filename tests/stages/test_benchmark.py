@@ -16,8 +16,8 @@ from model.costs import Ceilings
 from model.inference.decoder import Decoder
 from model.inference.random_weights import random_model
 from stages.benchmark import benchmark, published_models
-from stages.common import Stage
-from stages.params import load_params
+from stages.frame.common import Stage
+from stages.frame.params import load_params
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]

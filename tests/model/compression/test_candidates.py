@@ -14,7 +14,7 @@ from model.compression.candidates import Budget, keep_top_layers, make_candidate
 from model.compression.width_importance import WidthImportance
 from model.config import ModelConfig, ModelError
 from model.presets import PRESETS
-from stages.params import load_params
+from stages.frame.params import load_params
 
 
 def budget(**changes) -> costs.Deployment:

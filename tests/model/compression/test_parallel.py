@@ -201,7 +201,7 @@ def test_a_stopped_distillation_goes_on_in_another_layout(alone, tmp_path):
 
 def funnel_job(directory: str, scratch: str, parallelism: dict, config: dict) -> dict:
     """The funnel in one of several processes."""
-    from stages.worker import compress
+    from stages.frame.worker import compress
 
     root = Path(directory)
     return to_jsonable_python(compress({

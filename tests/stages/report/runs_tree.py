@@ -22,9 +22,9 @@ from data_pipeline.schema import (
 )
 from model.compression.schema import CandidateRecord, Controls, Costs, FfnImportance, Importance, LayerImportance
 from model.evaluation.schema import ChoiceSample, PaperScore, PaperTask, TextSample
-from stages.common import Stage
-from stages.params import Params, load_params
-from stages.schema import (
+from stages.frame.common import Stage
+from stages.frame.params import Params, load_params
+from stages.frame.schema import (
     Code,
     DecodeRepeat,
     DecodeRow,

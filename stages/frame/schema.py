@@ -5,7 +5,6 @@ report. A field that is missing or unknown is an error: the record is of another
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from datetime import datetime
 from typing import Any
 
 from model.config import Record
@@ -42,11 +41,6 @@ class Provenance(Record):
     code: Code
     versions: dict[str, str]
     machine: Machine
-
-    @property
-    def started_seconds(self) -> float:
-        """Since 1970."""
-        return datetime.fromisoformat(self.started).timestamp()
 
 
 class TrainingRow(Record):

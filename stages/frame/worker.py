@@ -1,6 +1,6 @@
 """What a stage runs on its GPUs: here in one process, or in each of the processes that torchrun starts.
 
-    torchrun --nproc-per-node=2 -m stages.worker JOB.json
+    torchrun --nproc-per-node=2 -m stages.frame.worker JOB.json
 
 The job file names the task, its settings, layout and directories. The first process writes JOB-result.json; a process
 that fails for a known reason writes it to JOB-error.txt.
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stages.common import Progress, die_with_parent, write
+from stages.frame.common import Progress, die_with_parent, write
 
 
 def pretrain(job: dict[str, Any], progress: Callable[..., None]) -> Any:
@@ -113,7 +113,7 @@ def run(job: dict[str, Any], progress: Callable[..., None]) -> dict[str, Any]:
 def main() -> None:
     """Do what the job file says, as one of torchrun's processes."""
     parser = argparse.ArgumentParser(
-        prog="python -m stages.worker", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m stages.frame.worker", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("job", type=Path, help="job file of a stage")
     file = parser.parse_args().job
