@@ -74,32 +74,6 @@ class DistillationRow(Record):
     kl: float
 
 
-class DecodeRow(Record):
-    """benchmark/decode.csv; what is None was not measured: no prompt so long was read."""
-
-    model: str
-    context: int
-    batch: int
-    tokens_per_second: float
-    seconds_per_token_spread: float
-    decode_of_floor: float
-    time_to_first_token_seconds: float | None
-    prefill_tokens_per_second: float | None
-    prefill_of_floor: float | None
-    output_tokens_per_second: float | None      # prompts included
-    cache_mib: float
-    memory_gib: float
-
-
-class DecodeRepeat(Record):
-    """benchmark/decode_repeats.csv: repeat by repeat, in each of which every model had its turn."""
-
-    model: str
-    context: int
-    repeat: int
-    seconds_per_token: float
-
-
 def csv_text(rows: Iterable[Record | Mapping[str, Any]], digits: int = 8) -> str:
     """Rows, at least one, under a header of their fields; None is empty, floats have `digits` digits."""
     def cell(value: Any) -> str:

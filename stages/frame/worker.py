@@ -73,7 +73,7 @@ def evaluate(job: dict[str, Any], progress: Callable[..., None]) -> dict[str, An
 
 
 def benchmark(job: dict[str, Any], progress: Callable[..., None]) -> dict[str, Any]:
-    """Time models as the stage describes, and the published ones: rows of `model.benchmark.decode.Speed`, metrics."""
+    """Time models as the stage describes, and the published ones: rows of `model.benchmark.decode.measure`, metrics."""
     import torch
 
     from model.benchmark.decode import measure
@@ -87,7 +87,8 @@ def benchmark(job: dict[str, Any], progress: Callable[..., None]) -> dict[str, A
         ranks = TensorRanks.of_job()
         published = published_pairs(config["published"], device, ranks)
         rows = list(measure(models, config["contexts"], config["batch"], config["decode_tokens"], config["repeats"],
-                            config["longest_prompt"], job["seed"], torch.bfloat16, device, progress, ranks))
+                            config["longest_prompt"], config["output_tokens"], job["seed"], torch.bfloat16, device,
+                            progress, ranks))
     return {"metrics": published, "rows": rows}
 
 

@@ -20,14 +20,13 @@ from data_pipeline.schema import (
     Refused,
     TokenFile,
 )
+from model.benchmark.schema import DecodeRepeat, DecodeRow
 from model.compression.schema import CandidateRecord, Controls, Costs, FfnImportance, Importance, LayerImportance
 from model.evaluation.schema import ChoiceSample, PaperScore, PaperTask, TextSample
 from stages.frame.common import Stage
 from stages.frame.params import Params, load_params
 from stages.frame.schema import (
     Code,
-    DecodeRepeat,
-    DecodeRow,
     DistillationRow,
     Machine,
     Provenance,
