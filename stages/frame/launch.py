@@ -31,7 +31,6 @@ RENDEZVOUS_PORT = 29_400
 SECONDS_BETWEEN_LOOKS = 2.0
 # How a Slurm job may end through no fault of its own: it is submitted again and goes on from its resume state.
 RESUBMITTED = ("TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL")
-SHOWN_LINES = 3
 
 
 class SlurmJob(BaseModel):
