@@ -10,7 +10,7 @@ writes DIR/STUDY.json, a record for the report (`stages.report.study_schema`). T
                      phases that end at 60, 80 and 100 %; judged on held-out text of the high label too
     quality_labels   the same domains' text of the two highest labels, or of the two lowest
     schedule         cosine, or WSD (a stable rate, then 1 - sqrt over the last fifth)
-    attention_share  `benchmarks.recall_study`: recall and copying with attention in 0, 8, 25 and 100 % of the mixers
+    attention_share  recall and copying (`benchmarks.recall_study`), attention in 0, 8, 25 and 100 % of the mixers
     long_context     the same tasks at 1, 2 and 4 times the length trained at, then after 100 steps at up to 4 times
                      it, or as many at the old length
 
@@ -434,8 +434,7 @@ def chance(task: str, sizes: recall_study.Sizes) -> float:
 def recall_and_copy(task: Task) -> Figures:
     kind, share = task.work
     pattern = recall_study.patterns(task.scale.recall.layers)[share]
-    found = recall_study.train_and_test(kind, pattern, task.scale.recall, task.seed, device())
-    return {task.arm: (found["accuracy"], ACCURACY)}
+    return {task.arm: (recall_study.train_and_test(kind, pattern, task.scale.recall, task.seed, device()), ACCURACY)}
 
 
 def long_arms(scale: Scale, tokens: Path, scratch: Path) -> dict[str, tuple[str, str]]:
