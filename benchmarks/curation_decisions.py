@@ -34,7 +34,7 @@ import pyarrow as pa
 from data_pipeline.annotate.decontaminate import Decontaminate
 from data_pipeline.annotate.dedup.deduplicate import BANDS_AT_ONCE, Deduplicate
 from data_pipeline.annotate.dedup.substring import Substring
-from data_pipeline.annotate.passes import Arrays, Made, OnDisk
+from data_pipeline.annotate.passes import Arrays, Made, Passes
 from data_pipeline.annotate.step import SCHEMA, GlobalStep, text_id
 from data_pipeline.config import DecontaminationConfig, ExecutorConfig, MinHashConfig, SubstringConfig
 from data_pipeline.storage import Surveys, write_arrays
@@ -141,7 +141,7 @@ def processor_seconds() -> float:
     return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
 
 
-class Weighed(OnDisk):
+class Weighed(Passes):
     """Knows the most that its passes had on disk at once."""
 
     most = 0
