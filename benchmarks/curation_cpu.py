@@ -40,7 +40,7 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 from loguru import logger
 
 from data_pipeline.annotate.annotation import Decided, Job, Round, rounds, run_job
-from data_pipeline.annotate.passes import Arrays, Here
+from data_pipeline.annotate.passes import Arrays
 from data_pipeline.annotate.reading import Quota
 from data_pipeline.annotate.step import SCHEMA, Decision, GlobalStep, text_id
 from data_pipeline.config import AnnotateConfig, FilesSource, InstalledSource
@@ -48,7 +48,8 @@ from data_pipeline.curate.heuristics import first_broken, rules_of
 from data_pipeline.sources import Document, pieces, read_piece
 from data_pipeline.storage import write_arrays, write_table
 from data_pipeline.workers.executor import Processes, Workers
-from stages.params import Params, load_params
+from stages.frame.params import Params, load_params
+from tests.data_pipeline.annotate.here import Here
 
 Clock = defaultdict[str, float]         # seconds of processor time by step
 

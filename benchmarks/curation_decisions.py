@@ -31,17 +31,17 @@ import numpy as np
 import psutil
 import pyarrow as pa
 
-from benchmarks.curation_memory import ROOT, peaks
 from data_pipeline.annotate.decontaminate import Decontaminate
 from data_pipeline.annotate.dedup.deduplicate import BANDS_AT_ONCE, Deduplicate
 from data_pipeline.annotate.dedup.substring import Substring
-from data_pipeline.annotate.passes import Arrays, Made, OnDisk
+from data_pipeline.annotate.passes import Arrays, Made, Passes
 from data_pipeline.annotate.step import SCHEMA, GlobalStep, text_id
 from data_pipeline.config import DecontaminationConfig, ExecutorConfig, MinHashConfig, SubstringConfig
 from data_pipeline.storage import Surveys, write_arrays
 from data_pipeline.text.words import UInt64, mix
 from data_pipeline.workers.executor import Workers, workers
 
+ROOT = Path(__file__).resolve().parent.parent
 SHARD = 1 << 16                 # documents, or n-grams, of a survey
 CLUSTERED, COPIES, SHARED = 0.3, 1 / 3, 0.6
 SPAN, SPANS, DOCUMENT = 400, 1000, 4000
@@ -141,7 +141,7 @@ def processor_seconds() -> float:
     return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
 
 
-class Weighed(OnDisk):
+class Weighed(Passes):
     """Knows the most that its passes had on disk at once."""
 
     most = 0
@@ -178,6 +178,21 @@ def decide(name: str, size: int, count: int, bands: int, directory: Path) -> dic
     return {"wall": wall, "cpu": cpu, "making": making,
             "disk": passes.most / 1e9,
             "found": int(found), "digest": digest.hexdigest()[:12]}
+
+
+def peaks(process: subprocess.Popen[bytes]) -> tuple[float, float]:
+    """MiB that a process, to its end, and the largest of its workers hold for themselves at most."""
+    watched = psutil.Process(process.pid)
+    main = worker = 0
+    while process.poll() is None:
+        try:
+            main = max(main, watched.memory_full_info().uss)
+            for child in watched.children(recursive=True):
+                worker = max(worker, child.memory_full_info().uss)
+        except psutil.Error:
+            continue
+        time.sleep(0.02)
+    return main / 2**20, worker / 2**20
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
 """Does FP8 train like BF16? Many small models in pairs that differ in their number format alone; an interval answers.
 
-    python -m benchmarks.fp8_parity pilot --tokens DIR --out FILE [--seconds 270]
     python -m benchmarks.fp8_parity run --tokens DIR --out FILE [--arms fp8] [--seconds 270]
     python -m benchmarks.fp8_parity table --out FILE [--record MACHINE]
 
@@ -16,11 +15,11 @@ A pair has one seed and one order of the text. What an arm changes of the BF16 r
 it from its first step. Late branches have far less noise and test less: what FP8 does from there on, to a model that
 BF16 brought there, under the decaying rate; the paper saw FP8 fall behind in the last quarter.
 
-`pilot` compares the noise of settings; `run` trains as many pairs as the time allows, of the seeds and in the order
-given; both append a line for each finished model and skip what is there, start nothing that they cannot end in time,
-and print the table. Several models at once share each visible GPU. A model that does not learn is an error, no data;
-only of `unscaled` it is an answer. `--record` writes docs/results/studies/fp8_parity.json and the figure beside
-docs/results/fp8-parity.md; MACHINE is what stands in it. `run --setting tiny` runs on a CPU, in emulated FP8.
+`run` trains as many pairs as the time allows, of the seeds and in the order given, appends a line for each finished
+model and skips what is there, starts nothing that it cannot end in time, and prints the table. Several models at once
+share each visible GPU. A model that does not learn is an error, no data; only of `unscaled` it is an answer. `--record`
+writes docs/results/studies/fp8_parity.json and the figure beside docs/results/fp8-parity.md; MACHINE is what stands in
+it. `run --setting tiny` runs on a CPU, in emulated FP8.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ import statistics
 import sys
 import uuid
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -43,9 +42,9 @@ from typing import Any, Literal, NamedTuple
 from benchmarks.fp8_jobs import METRICS, Job, Row, Scheduler, job_of, read_rows, slots_of
 from model.config import ModelConfig, ModelError, PretrainConfig
 from model.presets import hybrid_pattern
-from stages.common import _commit, _machine, _versions
+from stages.frame.common import _commit, _machine, _versions
 from stages.report.statistics import ALPHA, Answer, Estimate, equivalence, mean
-from stages.study_schema import Comparison, Measurement, Study
+from stages.report.study_schema import Comparison, Measurement, Study
 
 MARGIN = 0.001          # of the loss: the paper's "< 0.1 %"
 TAIL = 0.2              # last share of the steps that the training loss is averaged over
@@ -92,14 +91,9 @@ class Setting(NamedTuple):
 
 SETTINGS = {
     "deep-1e-3": Setting(),
-    "deep-5e-4": Setting(learning_rate=5e-4),
-    "wide-1e-3": Setting(width=384, layers=20, ffn=1152, mamba=(16, 64, 64, 4)),
     "tiny": Setting(width=32, layers=12, ffn=64, mamba=(16, 8, 8, 4), head=16, learning_rate=1e-2, sequences=8,
                     length=32, steps=40),
 }
-# Of the pilot, for every seed: setting, architecture, and where FP8 runs start.
-PILOT = (("deep-1e-3", "transformer", (0.5, 0.75, 0.0)), ("deep-1e-3", "hybrid", (0.5, 0.75)),
-         ("deep-5e-4", "transformer", (0.5, 0.75)), ("wide-1e-3", "transformer", (0.5, 0.75)))
 
 
 # ---------------------------------------------------------------------------------------------------- one model
@@ -368,12 +362,6 @@ def figure(rows: Sequence[Row], setting: str, start: float) -> str:
 # ---------------------------------------------------------------------------------------------------- command line
 
 
-def pilot_jobs(kinds: Iterable[tuple[str, str, tuple[float, ...]]], seeds: Sequence[int]) -> list[Job]:
-    """Seed by seed, so that whatever the time allows compares all settings."""
-    return [Job(setting, architecture, seed, arm, start) for seed in seeds for setting, architecture, starts in kinds
-            for arm, start in (("bf16", 0.0), *(("fp8", start) for start in starts))]
-
-
 def run_jobs(setting: str, architectures: Sequence[str], seeds: Sequence[int], arms: Sequence[str], start: float
              ) -> list[Job]:
     """Seed by seed, so that a BF16 run is soon followed by all that branch from it."""
@@ -384,21 +372,18 @@ def run_jobs(setting: str, architectures: Sequence[str], seeds: Sequence[int], a
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     phases = top.add_subparsers(dest="phase", required=True)
-    for name, words in {"pilot": "how noisy is a pair, by setting", "run": "as many pairs as the time allows",
-                        "table": "the answers so far", "one": "train one model (the others start it)"}.items():
+    for name, words in {"run": "as many pairs as the time allows", "table": "the answers so far",
+                        "one": "train one model (`run` starts it)"}.items():
         phase = phases.add_parser(name, help=words)
         if name != "one":
             phase.add_argument("--out", type=Path, required=True, help="CSV file, a line for each finished model")
         if name != "table":
             phase.add_argument("--tokens", type=Path, required=True, help="tokens directory of a profile")
             phase.add_argument("--scratch", type=Path, default=Path(".scratch/fp8-parity"), help="(%(default)s)")
-        if name in ("pilot", "run"):
+        if name == "run":
             phase.add_argument("--seconds", type=float, help="start nothing that would not end within them")
             phase.add_argument("--at-once", type=int, default=8, help="models on a GPU (default: %(default)s)")
             phase.add_argument("--commit", help="for the rows, where there is no git")
-        if name == "pilot":
-            phase.add_argument("--seeds", type=int, default=4, help="seeds 1 to this (default: %(default)s)")
-        if name == "run":
             phase.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
             phase.add_argument("--arms", nargs="+", choices=list(ARMS)[1:], default=list(ARMS)[1:])
             phase.add_argument("--seeds", type=int, default=16, help="seeds 101 to 100 + this (default: %(default)s)")
@@ -424,18 +409,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise SystemExit(f"{options.out}: no finished model.\nTrain some: `run`.")
         print_table(rows)
         if options.record:
-            mine = [row for row in rows if row["setting"] == options.setting and row["seed"] > 100]    # not the pilot's
+            mine = [row for row in rows if row["setting"] == options.setting]
             FIGURE.write_text(figure(mine, options.setting, options.start))
             print(f"\n{study_of(mine, options.setting, options.start, options.record).save()} and {FIGURE} written")
         return 0
     if not (options.tokens / "tokens.json").exists():
         raise SystemExit(f"{options.tokens}: no tokens.json.\nName a tokens directory that stage `tokenize` wrote.")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))         # its models end with it
-    if options.phase == "pilot":
-        jobs = pilot_jobs(PILOT, range(1, options.seeds + 1))
-    else:
-        jobs = run_jobs(options.setting, options.architectures, range(101, 101 + options.seeds), options.arms,
-                        options.start)
+    jobs = run_jobs(options.setting, options.architectures, range(101, 101 + options.seeds), options.arms,
+                    options.start)
     return schedule(jobs, options)
 
 

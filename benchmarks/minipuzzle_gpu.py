@@ -42,7 +42,7 @@ from model.megatron.engine_checkpoint import save_model
 from model.megatron.precision import Precision
 from model.megatron.spec import build_model
 from model.presets import PRESETS
-from stages.params import load_params
+from stages.frame.params import load_params
 
 GIB = 2**30
 CANDIDATES = 10

@@ -256,7 +256,7 @@ def train_whole(
         scratch.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(job))
         started = time.monotonic()
-        torchrun(2, "stages.worker", str(file), seconds=1200)
+        torchrun(2, "stages.frame.worker", str(file), seconds=1200)
         run = json.loads((scratch / f"{name}-result.json").read_text())
         shutil.rmtree(weights)
         rows = run["training"]

@@ -1,6 +1,5 @@
-"""What attention layers are for: recall tasks that separate Mamba-2 alone, hybrids and a Transformer.
-
-    python -m benchmarks.recall_study [--seeds 1,2] [--tasks recall] [--attention 0 8] [--out FILE.json]
+"""What attention layers are for: recall tasks that separate Mamba-2 alone, hybrids and a Transformer, for the studies
+`attention_share` and `long_context` (`benchmarks.studies`).
 
 Each model is trained on a task itself and asked for what it cannot have learnt by heart:
 
@@ -10,20 +9,13 @@ Each model is trained on a task itself and asked for what it cannot have learnt 
 
 The models differ in how many of their mixers are attention: none, about 8 % and 25 % of the layers by the paper's rules
 (`hybrid_pattern`), and all. Width, depth, batches, learning rates and steps are the same. Both tasks are given at a
-length at which the state of the Mamba-2 layers is too small to hold everything. On a GPU models and tasks are larger.
-docs/results/training-cpu.md has what came out on a CPU.
+length at which the state of the Mamba-2 layers is too small to hold everything.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import platform
-import statistics
-import time
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +42,6 @@ class Sizes(NamedTuple):
 
 
 CPU = Sizes(layers=13, hidden=64, state=4, tokens=16, pairs=8, copied=16, batch=32, steps=1500)
-GPU = Sizes(layers=13, hidden=128, state=16, tokens=256, pairs=64, copied=128, batch=64, steps=1200)
 TINY = Sizes(layers=13, hidden=32, state=8, tokens=8, pairs=4, copied=6, batch=8, steps=8)
 LEARNING_RATE, WARMUP = 2e-3, 0.1
 TEST_BATCHES = 8
@@ -109,23 +100,20 @@ def lengths(task: str, sizes: Sizes) -> list[int]:
     return [max(1, longest // 4), max(1, longest // 2), longest]
 
 
-def train_and_test(task: str, pattern: str, sizes: Sizes, seed: int, device: torch.device) -> dict[str, Any]:
-    """Accuracy at the longest length after training, and its loss; chance is one in the number of tokens."""
+def train_and_test(task: str, pattern: str, sizes: Sizes, seed: int, device: torch.device) -> float:
+    """Accuracy at the longest length after training; chance is one in the number of tokens."""
     torch.manual_seed(seed)
     draw = torch.Generator().manual_seed(seed)
-    model = HybridLM(model_config(pattern, sizes)).to(device)
-    started, shape = time.monotonic(), lengths(task, sizes)
-    loss = fit(model, task, sizes, shape, sizes.steps, LEARNING_RATE, draw, device)
-    return {"accuracy": accuracy(model, task, sizes, shape[-1], seed, device), "loss": loss,
-            "seconds": time.monotonic() - started,
-            "parameters": sum(parameter.numel() for parameter in model.parameters())}
+    model, shape = HybridLM(model_config(pattern, sizes)).to(device), lengths(task, sizes)
+    fit(model, task, sizes, shape, sizes.steps, LEARNING_RATE, draw, device)
+    return accuracy(model, task, sizes, shape[-1], seed, device)
 
 
 def fit(
     model: HybridLM, task: str, sizes: Sizes, shape: list[int], steps: int, rate: float, draw: torch.Generator,
     device: torch.device,
-) -> float:
-    """Train on the lengths of `shape` in turn, at a peak of `rate`. Returns the last loss."""
+) -> None:
+    """Train on the lengths of `shape` in turn, at a peak of `rate`."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, betas=(0.9, 0.95))
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -136,7 +124,6 @@ def fit(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    return loss.item()
 
 
 @torch.no_grad()
@@ -157,49 +144,3 @@ def _shape(progress: float) -> float:
     if progress < WARMUP:
         return max(progress / WARMUP, 0.01)
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (progress - WARMUP) / (1 - WARMUP)))
-
-
-def study(
-    sizes: Sizes, tasks: list[str], shares: list[str], seeds: list[int], device: torch.device, out: Path | None = None
-) -> list[dict[str, Any]]:
-    """A row for every task and share of attention."""
-    rows = []
-    for task in tasks:
-        for share in shares:
-            pattern = patterns(sizes.layers)[share]
-            runs = [train_and_test(task, pattern, sizes, seed, device) for seed in seeds]
-            found = [run["accuracy"] for run in runs]
-            rows.append({"task": task, "attention": share, "pattern": pattern, "accuracies": found, "runs": runs})
-            print(f"{task:7} {share:>4} % {pattern:26} {statistics.fmean(found):6.1%} "
-                  f"({', '.join(f'{value:.1%}' for value in found)})  {sum(run['seconds'] for run in runs):.0f} s",
-                  flush=True)
-            if out:
-                out.write_text(json.dumps({"sizes": sizes._asdict(), "rows": rows}, indent=1) + "\n")
-    return rows
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", default="1", help="by comma (default: %(default)s)")
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="these only")
-    shares = list(patterns(CPU.layers))
-    parser.add_argument("--attention", nargs="+", choices=shares, default=shares, help="these models only, by percent")
-    parser.add_argument("--steps", type=int, help="of training, instead of the default")
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
-    parser.add_argument("--tiny", action="store_true", help="small sizes, to see whether all works")
-    arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_float32_matmul_precision("high")
-    sizes = TINY if arguments.tiny else GPU if device.type == "cuda" else CPU
-    if arguments.steps:
-        sizes = sizes._replace(steps=arguments.steps)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    print(f"{name}, torch {torch.__version__}, Python {platform.python_version()}; {sizes}\n"
-          f"chance: recall {1 / sizes.tokens:.1%}, copy {1 / (2 * sizes.tokens):.1%}")
-    print(f"{'task':7} {'attn':>6} {'pattern':26} accuracy (by seed)")
-    study(sizes, arguments.tasks, arguments.attention, [int(seed) for seed in arguments.seeds.split(",")], device,
-          arguments.out)
-
-
-if __name__ == "__main__":
-    main()

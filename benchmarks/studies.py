@@ -2,15 +2,15 @@
 
     python -m benchmarks.studies STUDY ... [--tokens DIR] [--seeds 3] [--jobs 2] [--seconds N] [--out DIR] [--tiny]
 
-writes DIR/STUDY.json, a record for the report (`stages.study_schema`). Those that train
+writes DIR/STUDY.json, a record for the report (`stages.report.study_schema`). Those that train
 
     position         hybrid and Transformer, each without positions and with rotary ones; read at 1, 2 and 4 times
                      the training length too
     phased_blend     all text in one constant mix, or each domain from its lowest label to its highest, over three
                      phases that end at 60, 80 and 100 %; judged on held-out text of the high label too
-    quality_labels   the same domains' text of the two highest labels, or of the two lowest (`benchmarks.data_quality`)
+    quality_labels   the same domains' text of the two highest labels, or of the two lowest
     schedule         cosine, or WSD (a stable rate, then 1 - sqrt over the last fifth)
-    attention_share  `benchmarks.recall_study`: recall and copying with attention in 0, 8, 25 and 100 % of the mixers
+    attention_share  recall and copying (`benchmarks.recall_study`), attention in 0, 8, 25 and 100 % of the mixers
     long_context     the same tasks at 1, 2 and 4 times the length trained at, then after 100 steps at up to 4 times
                      it, or as many at the old length
 
@@ -52,15 +52,16 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from benchmarks import data_quality, recall_study
-from benchmarks.data_quality import Blend, prepare, write
+from benchmarks import recall_study
+from data_pipeline.config import Phase, TokenizeConfig
+from data_pipeline.tokenize.blend import blend
 from data_pipeline.tokenize.indexed_dataset import IndexedDatasetWriter
 from durable import new_directory
 from model import costs
 from model.checkpoint import load_weights, read_description, save_weights
+from model.compression.candidates import random_selection
 from model.compression.comparison import Closeness, compare
 from model.compression.config import CompressConfig
-from model.compression.controls import random_selection
 from model.compression.data import read_data
 from model.compression.distill import Objective
 from model.compression.funnel import Funnel
@@ -72,9 +73,9 @@ from model.config import ModelConfig, PretrainConfig
 from model.hybrid_lm import HybridLM
 from model.megatron.distributed import device, process_groups
 from model.training import token_data
-from stages.common import _commit, _machine, _versions, code_digest
-from stages.params import Params, load_params
-from stages.study_schema import FOLDER, Comparison, Measurement, Study
+from stages.frame.common import _commit, _machine, _versions, code_digest, write
+from stages.frame.params import Params, load_params
+from stages.report.study_schema import FOLDER, Comparison, Measurement, Study
 
 # isort: split
 from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -83,6 +84,7 @@ NATS, ACCURACY, CORRELATION, SHARE = "nats per token", "accuracy", "rank correla
 BETTER: dict[str, Any] = {NATS: "lower", ACCURACY: "higher", CORRELATION: "higher", SHARE: "higher"}
 MULTIPLES = (1, 2, 4)                                       # of the length trained at
 LABELS = ("low", "medium-low", "medium", "medium-high", "high")
+TOP, BOTTOM = ["high", "medium-high"], ["medium-low", "low"]
 PHASE_ENDS = (0.6, 0.8, 1.0)
 HELD_OUT_EVERY = 10                                         # documents of the high label
 CANDIDATES = 8
@@ -91,6 +93,7 @@ EXTENSION_STEPS = 100
 TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 32_768}              # in an evaluation
 
 Figures = dict[str, tuple[float, str]]                      # measurement -> value, unit
+Blend = list[dict[str, Any]]                                # the phases of blend.json
 
 
 class Scale(NamedTuple):
@@ -305,9 +308,31 @@ def schedules(scale: Scale, tokens: Path, scratch: Path) -> dict[str, Training]:
 def labels(scale: Scale, tokens: Path, scratch: Path) -> dict[str, Training]:
     """Equal tokens of each domain, from the two highest labels or the two lowest."""
     shorter = scale.recipe.model_copy(update={"tokens": scale.recipe.tokens // 4})      # of which there is enough
-    arms = data_quality.blends(load_params().tokenize, training_tokens(tokens), shorter.tokens)
-    named = {"top labels": arms["top"], "bottom labels": arms["bottom"]}
-    return _blended(named, scale._replace(recipe=shorter), tokens, scratch / "labels")
+    blends = label_blends(load_params().tokenize, training_tokens(tokens), shorter.tokens)
+    return _blended(blends, scale._replace(recipe=shorter), tokens, scratch / "labels")
+
+
+def label_blends(config: TokenizeConfig, tokens: Mapping[str, int], budget: int) -> dict[str, Blend]:
+    """Of the two arms: one phase with the profile's mean weight of each domain; `tokens` of each training file."""
+    domains: dict[str, float] = {}
+    for name, weight in mean_weights(blend(config.phases, tokens, budget, config.repeats)["phases"]).items():
+        domain = name.removeprefix("train/").partition("-")[0]
+        domains[domain] = domains.get(domain, 0.0) + weight
+    arms = {}
+    for name, labels in (("top labels", TOP), ("bottom labels", BOTTOM)):
+        phase = Phase.model_validate({"until": 1.0, "weights": domains, "labels": labels})
+        arms[name] = blend([phase], tokens, budget, config.repeats)["phases"]
+    return arms
+
+
+def mean_weights(phases: Blend) -> dict[str, float]:
+    """The weight of each file over the whole of training."""
+    starts = [0.0, *(phase["until"] for phase in phases)]
+    weights: dict[str, float] = {}
+    for (start, end), phase in zip(pairwise(starts), phases, strict=True):
+        for name, weight in phase["weights"].items():
+            weights[name] = weights.get(name, 0.0) + (end - start) * weight
+    return weights
 
 
 def phases(scale: Scale, tokens: Path, scratch: Path) -> dict[str, Training]:
@@ -328,10 +353,15 @@ def training_tokens(tokens: Path) -> dict[str, int]:
 
 
 def _blended(blends: Mapping[str, Blend], scale: Scale, tokens: Path, scratch: Path) -> dict[str, Training]:
+    """An arm a blend, in a tokens directory of its own: the files of `tokens`, another blend.json."""
     arms = {}
-    for name, blend in blends.items():
+    for name, phases in blends.items():
         directory = scratch / name.replace(" ", "-")
-        prepare(directory, tokens, blend)
+        directory.mkdir(parents=True, exist_ok=True)
+        for part in ("train", "validation", "tokens.json", "token_bytes.npy"):
+            if not (directory / part).exists():
+                (directory / part).symlink_to((tokens / part).resolve())
+        write(directory / "blend.json", {"phases": phases})
         arms[name] = Training(scale.hybrid, scale.recipe, directory)
     return arms
 
@@ -404,8 +434,7 @@ def chance(task: str, sizes: recall_study.Sizes) -> float:
 def recall_and_copy(task: Task) -> Figures:
     kind, share = task.work
     pattern = recall_study.patterns(task.scale.recall.layers)[share]
-    found = recall_study.train_and_test(kind, pattern, task.scale.recall, task.seed, device())
-    return {task.arm: (found["accuracy"], ACCURACY)}
+    return {task.arm: (recall_study.train_and_test(kind, pattern, task.scale.recall, task.seed, device()), ACCURACY)}
 
 
 def long_arms(scale: Scale, tokens: Path, scratch: Path) -> dict[str, tuple[str, str]]:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
-from stages.common import settle
+from stages.frame.common import settle
 
 if sys.argv[:1] == ["-m"]:      # `python -m` is looking for one of this package's commands
     settle()

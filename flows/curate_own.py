@@ -31,7 +31,7 @@ from typing import Any
 from data_pipeline.config import PAPER_TASKS
 from flows import SOCKS
 from flows.console import table
-from stages.params import read_yaml
+from stages.frame.params import read_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_UTF8 = re.compile("[\udc80-\udcff]")     # a byte of a name, as Python hands it over

@@ -144,7 +144,7 @@ def pages() -> Iterator[Finding]:
 def repository() -> Iterator[Finding]:
     """git, params.yaml, the graph and its state."""
     from flows import dvc_graph
-    from stages.params import load_params
+    from stages.frame.params import load_params
 
     dvc_graph.allow_no_git()
     yield Finding("git", "ok", _output("git", "log", "-1", "--format=%h %s") or "none: provenance records no commit")

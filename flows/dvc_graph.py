@@ -12,7 +12,7 @@ keeps, each learnt from a wrong result or a hang:
 - DVC rewrites `dvc.lock` and its rwlock in place: a kill or a full disk in that moment leaves half a file, which ends
   every later command. So a copy of the last whole `dvc.lock` is kept, and put back;
 - DVC trusts times, sizes and modes of files: what it restored from its cache is hashed, and made again where it is not
-  what was recorded (`stages.outputs`).
+  what was recorded (`stages.frame.outputs`).
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ from ruamel.yaml import YAML
 
 import durable
 from flows import PREFECT_HOME, SOCKS
-from stages import outputs
-from stages.common import die_with_parent, gpu_names
+from stages.frame import outputs
+from stages.frame.common import die_with_parent, gpu_names
 
 DVC = [sys.executable, "-m", "dvc", "--wait-for-lock"]
 ENVIRONMENT = {
@@ -181,7 +181,7 @@ def mend(largest: float) -> list[str]:
     was found, in words. No stage may run.
 
     Args:
-        largest: bytes of an output that is hashed (`stages.outputs.verify`), and of all copies that are.
+        largest: bytes of an output that is hashed (`stages.frame.outputs.verify`), and of all copies that are.
     """
     lock = mend_lock()
     # What dvc.lock lacks, or no longer says, DVC takes out of its run cache, and a damaged copy for what it is.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 from flows import dvc_graph
-from stages.params import load_params
+from stages.frame.params import load_params
 
 
 def main() -> None:

@@ -42,7 +42,7 @@ from model.training.plan import (
     plan,
     writing_seconds,
 )
-from stages.params import Params, load_params
+from stages.frame.params import Params, load_params
 
 MEMORY_ROWS = {
     "weights": "weights, BF16", "fp8_copies": "weights, FP8 copies", "gradients": "gradients",

@@ -21,7 +21,7 @@ from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import RoundTripRepresenter
 
 from durable import replacing
-from stages.params import ParamsError, load_params
+from stages.frame.params import ParamsError, load_params
 
 PROFILES = Path("profiles")
 BASE = "cpu"

@@ -35,8 +35,8 @@ from flows import artifacts, dvc_graph, server
 from flows.console import Console, clock, table
 from flows.dvc_graph import GpuTaken, GraphError, Node, Progress, StageFailed, StageRunner
 from flows.profile import apply, resolve
-from stages.common import _commit, die_with_parent
-from stages.params import ParamsError, load_params
+from stages.frame.common import _commit, die_with_parent
+from stages.frame.params import ParamsError, load_params
 
 SECONDS_TO_STOP = 9.0     # after which a run that was interrupted ends at once, its stages and its server with it
 

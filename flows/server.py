@@ -26,7 +26,7 @@ from functools import partial
 from flows import PREFECT_HOME
 from flows.dvc_graph import LOGS, GraphError, check_places
 from model.serve.loopback import Application, own_pages_only
-from stages.common import die_with_parent
+from stages.frame.common import die_with_parent
 
 RECORD = PREFECT_HOME / "server.json"             # {"url"} of the pages; locked by the process that serves them
 LOG = LOGS / "prefect-server.log"

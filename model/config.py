@@ -6,7 +6,7 @@ Figure 2). The Transformer baseline is the same thing with the pattern `*-*-...`
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -147,7 +147,33 @@ def check_tensor_split(config: ModelConfig, tensor: int, sequence: bool = False)
             )
 
 
-class PretrainConfig(Section):
+class ScheduleConfig(Section):
+    """Batches and rates of a training run."""
+
+    global_batch_size: int = Field(ge=1)            # sequences a step
+    micro_batch_size: int = Field(ge=1)             # of them at once
+    learning_rate: float = Field(gt=0)
+    min_learning_rate: float = Field(ge=0)
+    warmup_fraction: float = Field(ge=0, lt=1)
+    checkpoint_every: int = Field(ge=1)             # steps
+
+    @model_validator(mode="after")
+    def batches_divide_and_rate_falls(self) -> Self:
+        """Raise ValueError unless a batch is a whole number of micro-batches and the rate falls."""
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate ({self.min_learning_rate}) must not exceed learning_rate ({self.learning_rate})\n"
+                "The rate falls from one to the other: lower the first."
+            )
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size ({self.global_batch_size}) must be a multiple of "
+                f"micro_batch_size ({self.micro_batch_size})\nA batch is a whole number of micro-batches: change one."
+            )
+        return self
+
+
+class PretrainConfig(ScheduleConfig):
     """The paper's recipe (section 2.3, 2.4): cosine schedule, AdamW, FP8 with BF16 ends.
 
     Attributes:
@@ -171,11 +197,6 @@ class PretrainConfig(Section):
     """
 
     tokens: int = Field(ge=1)
-    global_batch_size: int = Field(ge=1)
-    micro_batch_size: int = Field(ge=1)
-    learning_rate: float = Field(gt=0)
-    min_learning_rate: float = Field(ge=0)
-    warmup_fraction: float = Field(ge=0, lt=1)
     decay_style: Literal["cosine", "minus_sqrt"]
     decay_fraction: float | None = Field(default=None, gt=0, le=1)
     weight_decay: float = Field(ge=0)
@@ -184,7 +205,6 @@ class PretrainConfig(Section):
     bf16_layers_at_start: int = Field(ge=0)
     bf16_layers_at_end: int = Field(ge=0)
     evaluations: int = Field(ge=1)
-    checkpoint_every: int = Field(ge=1)
     checkpoints_kept: int = Field(default=2, ge=1)
     validation_micro_batch_size: int | None = Field(default=None, ge=1)
     spike_factor: float = Field(default=10.0, gt=1)
@@ -200,23 +220,8 @@ class PretrainConfig(Section):
     check_kernels: bool = True
 
     @model_validator(mode="after")
-    def batches_divide(self) -> PretrainConfig:
-        """Raise ValueError unless a batch is a whole number of micro-batches."""
-        if self.global_batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"global_batch_size ({self.global_batch_size}) must be a multiple of "
-                f"micro_batch_size ({self.micro_batch_size})\nA batch is a whole number of micro-batches: change one."
-            )
-        return self
-
-    @model_validator(mode="after")
-    def rate_falls(self) -> PretrainConfig:
-        """Raise ValueError where the schedule's rates or fractions contradict one another."""
-        if self.min_learning_rate > self.learning_rate:
-            raise ValueError(
-                f"min_learning_rate ({self.min_learning_rate}) must not exceed learning_rate ({self.learning_rate})\n"
-                "The rate falls from one to the other: lower the first."
-            )
+    def decay_has_its_fraction(self) -> PretrainConfig:
+        """Raise ValueError where the schedule's fractions contradict one another or its style."""
         if self.decay_style == "cosine" and self.decay_fraction is not None:
             raise ValueError(
                 f"decay_fraction ({self.decay_fraction}) with decay_style cosine, which falls over the whole run\n"

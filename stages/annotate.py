@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stages.common import Progress, Stage, run_stage
+from stages.frame.common import Progress, Stage, run_stage
 
 
 def annotate(stage: Stage) -> dict[str, Any]:

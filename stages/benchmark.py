@@ -14,16 +14,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from stages.common import Stage, run_stage
+from stages.frame.common import Stage, run_stage
 
 PAPER_CONTEXT = 65_536           # tokens read before the paper's inference figures
 
 
 def benchmark(stage: Stage) -> dict[str, Any]:
     """Time the models of the profile, and count the published ones; metrics."""
-    from model.benchmark.decode import Speed
+    from model.benchmark.schema import DecodeRepeat, DecodeRow
     from model.config import ModelConfig
-    from stages.schema import DecodeRepeat, DecodeRow, csv_text
+    from stages.frame.schema import csv_text
 
     params, config = stage.params, stage.params.benchmark
     compressed = stage.record("compress", "model.json").read_text()
@@ -34,23 +34,11 @@ def benchmark(stage: Stage) -> dict[str, Any]:
         "task": "benchmark", "models": {name: model.model_dump() for name, model in models.items()},
         "benchmark": config.model_dump(), "seed": params.seed,
     }, one_model=True)
-    rows = [Speed(*row) for row in result["rows"]]
-
-    def record(row: Speed) -> DecodeRow:
-        first = row.prompt_seconds
-        return DecodeRow(
-            model=row.model, context=row.context, batch=row.batch, tokens_per_second=row.tokens_per_second,
-            seconds_per_token_spread=row.seconds_per_token_spread, decode_of_floor=row.decode_of_floor,
-            time_to_first_token_seconds=first, prefill_tokens_per_second=first and row.context / first,
-            prefill_of_floor=row.prefill_of_floor,
-            output_tokens_per_second=row.output_tokens_per_second(config.output_tokens),
-            cache_mib=row.cache_bytes / 2**20, memory_gib=row.held_bytes / 2**30,
-        )
-
-    stage.write_record("decode.csv", csv_text(map(record, rows), digits=6))
+    rows = [DecodeRow(**row) for row, _ in result["rows"]]
+    stage.write_record("decode.csv", csv_text(rows, digits=6))
     stage.write_record("decode_repeats.csv", csv_text((
-        DecodeRepeat(model=row.model, context=row.context, repeat=repeat, seconds_per_token=value)
-        for row in rows for repeat, value in enumerate(row.repeats)), digits=6))
+        DecodeRepeat(model=row["model"], context=row["context"], repeat=repeat, seconds_per_token=value)
+        for row, repeats in result["rows"] for repeat, value in enumerate(repeats)), digits=6))
 
     speed = {(row.model, row.context): row.tokens_per_second for row in rows}
     metrics: dict[str, Any] = result["metrics"]

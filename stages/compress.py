@@ -17,8 +17,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from stages.common import OWN_TOKENIZER, Stage, run_stage
-from stages.worker import RUN_ONLY
+from stages.frame.common import OWN_TOKENIZER, Stage, run_stage
+from stages.frame.worker import RUN_ONLY
 
 DIRECTORIES = {"compressed": "compressed", "random": "compressed-random"}
 
@@ -26,7 +26,7 @@ DIRECTORIES = {"compressed": "compressed", "random": "compressed-random"}
 def compress(stage: Stage) -> dict[str, Any]:
     """Compress the parent, and cut its random control; metrics."""
     from model.checkpoint import describe, read_description
-    from stages.schema import DistillationRow, csv_text
+    from stages.frame.schema import DistillationRow, csv_text
 
     params = stage.params
     config = params.compress

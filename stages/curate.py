@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.common import Progress, Stage, run_stage
+from stages.frame.common import Progress, Stage, run_stage
 
 if TYPE_CHECKING:
     from data_pipeline.schema import FunnelStep

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from stages.common import Stage, go_offline, run_stage
+from stages.frame.common import Stage, go_offline, run_stage
 
 
 def evaluate(stage: Stage) -> dict[str, Any]:

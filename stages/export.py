@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from durable import new_directory
-from stages.common import OWN_TOKENIZER, Stage, StageError, plain_errors, run_stage
+from stages.frame.common import OWN_TOKENIZER, Stage, StageError, plain_errors, run_stage
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

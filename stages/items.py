@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stages.common import Stage, run_stage
+from stages.frame.common import Stage, run_stage
 
 
 def items(stage: Stage) -> dict[str, Any]:

@@ -19,13 +19,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from stages.common import Stage, StageError, run_stage
-from stages.worker import RUN_ONLY
+from stages.frame.common import Stage, StageError, run_stage
+from stages.frame.worker import RUN_ONLY
 
 
 def pretrain(stage: Stage) -> dict[str, Any]:
     """Train one variant, here or by the launcher; metrics."""
-    from stages.schema import TrainingRow, ValidationRow, csv_text
+    from stages.frame.schema import TrainingRow, ValidationRow, csv_text
 
     params = stage.params
     assert stage.variant is not None

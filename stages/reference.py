@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from stages.common import Progress, Stage, go_offline, run_stage
+from stages.frame.common import Progress, Stage, go_offline, run_stage
 
 
 def reference(stage: Stage) -> dict[str, Any]:

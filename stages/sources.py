@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stages.common import Stage, run_stage, write
+from stages.frame.common import Stage, run_stage, write
 
 
 def sources(stage: Stage) -> dict[str, Any]:

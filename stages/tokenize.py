@@ -17,7 +17,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.common import Progress, Stage, StageError, run_stage
+from stages.frame.common import Progress, Stage, StageError, run_stage
 
 if TYPE_CHECKING:
     from data_pipeline.tokenize.tokenization import Counts

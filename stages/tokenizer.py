@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stages.common import Stage, run_stage
+from stages.frame.common import Stage, run_stage
 
 MEASURED_BYTES = 200_000     # held-out text a domain on which bytes a token are measured
 

@@ -41,8 +41,8 @@ from typing import NamedTuple
 import psutil
 
 from flows.dvc_graph import DVC, ENVIRONMENT
-from stages import outputs
-from stages.common import DEPENDS
+from stages.frame import outputs
+from stages.frame.common import DEPENDS
 from tests.archive import COMMAND, command_environment, reproduce, results, unpack
 
 AT_REST = 30                    # faults a round, before the command

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from ruamel.yaml import YAML
 
 from data_pipeline.config import AnnotateConfig, ExecutorConfig, Source
-from stages.params import RuntimeConfig
+from stages.frame.params import RuntimeConfig
 
 ROOT = Path(__file__).parent.parent
 

@@ -15,19 +15,15 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from stages.params import Params
+from stages.frame.params import Params
 
 ROOT = Path(__file__).resolve().parents[1]
 FIRST_PARTY = ("stages", "data_pipeline", "model", "kernels")
 # The frame around every stage: it checks parameters, words errors and keeps compiled code, and changes no result.
-WORKER = ROOT / "stages/worker.py"
+WORKER = ROOT / "stages/frame/worker.py"
 FRAME = {
-    WORKER,
+    *ROOT.glob("stages/frame/*.py"),
     ROOT / "data_pipeline/text/__init__.py",
-    ROOT / "stages/common.py",
-    ROOT / "stages/params.py",
-    ROOT / "stages/schema.py",
-    ROOT / "stages/launch.py",
     ROOT / "data_pipeline/config.py",
     ROOT / "model/compression/config.py",
 }
@@ -76,7 +72,7 @@ def closure(file: Path) -> set[Path]:
 
 
 def job_of(stage: str) -> set[Path]:
-    """What a stage that runs a job executes there: of `stages.worker` the function of its task."""
+    """What a stage that runs a job executes there: of `stages.frame.worker` the function of its task."""
     if "stage.run_job(" not in stage_file(stage).read_text():
         return set()
     tasks = [node for node in ast.parse(WORKER.read_text()).body

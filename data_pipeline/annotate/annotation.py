@@ -30,7 +30,7 @@ from data_pipeline.annotate.hold_out import HoldOut
 from data_pipeline.annotate.language import Language
 from data_pipeline.annotate.mask import Mask
 from data_pipeline.annotate.normalise import Normalise
-from data_pipeline.annotate.passes import Arrays, OnDisk
+from data_pipeline.annotate.passes import Arrays, Passes
 from data_pipeline.annotate.quality.quality import Quality
 from data_pipeline.annotate.reading import PIECES_PER_SHARD, Part, Read, load, read
 from data_pipeline.annotate.step import SCHEMA, GlobalStep, Step
@@ -197,7 +197,7 @@ def _decide(step: GlobalStep, directory: Path, shards: int, pool: Workers) -> No
     """Let `step` decide, unless it did. What its passes make is kept until then."""
     if _is_decided(step, directory, shards):
         return
-    passes = OnDisk(directory / f"decide-{step.name}-{pool.backend.slots}", pool)       # parts follow from the workers
+    passes = Passes(directory / f"decide-{step.name}-{pool.backend.slots}", pool)       # parts follow from the workers
     decision = step.decide(Surveys(directory, f"survey-{step.name}", shards), passes)
     for _ in pool.all(partial(_write_own, step, directory), enumerate(decision.shards),
                       lambda own: f"{step.name}, decision on shard {own[0]:05d}"):

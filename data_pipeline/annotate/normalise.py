@@ -49,11 +49,6 @@ def _in_rust(verbose: str) -> str:
 MAYBE_BAD = _in_rust(BADNESS_RE.pattern)        # a hundred times as fast to look for
 
 
-def normalise_text(text: str) -> str:
-    """`text` repaired by ftfy, then tidied."""
-    return _tidy(_repair(text))
-
-
 def _repair(text: str, maybe_bad: bool = True) -> str:
     """ftfy's repair, where there is anything to repair. `maybe_bad`: whether MAYBE_BAD is found."""
     if not text.isascii():

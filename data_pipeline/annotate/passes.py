@@ -9,7 +9,6 @@ number of workers, and changes no decision: one part is the whole work in one pr
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,27 +26,40 @@ UInt64 = NDArray[np.uint64]
 SMALLEST = 8            # parts are made for workers down to an eighth of a full one
 
 
-class Passes(ABC):
-    """Makes passes.
+class Passes:
+    """Makes passes: in the workers of `pool`, or in this process where a pass is one part. They are kept in
+    `directory`: those made before an interruption are there.
 
-    Args:
+    Attributes:
         workers: parts that are worked on at once.
     """
 
-    def __init__(self, workers: int):
-        self.workers = workers
+    def __init__(self, directory: Path, pool: Workers):
+        self.workers, self.directory, self.pool = pool.backend.slots, directory, pool
+        directory.mkdir(parents=True, exist_ok=True)
 
-    @abstractmethod
     def run(self, name: str, function: Callable[[int], Arrays], count: int) -> Made:
         """function(item) for each item below `count`; `function` is pickled. What was made before is not made again."""
+        made = Surveys(self.directory, name, count)
+        missing = [item for item in range(count) if not made.file(item).exists()]
+        if missing and count == 1:              # not worth a worker, which on a cluster has to be waited for
+            _make(function, made, 0)
+            return made
+        for _ in self.pool.all(partial(_make, function, made), missing,
+                               lambda item: f"{self.directory.name}, {name}, part {item}"):
+            pass
+        return made
 
-    @abstractmethod
     def made(self, name: str, count: int) -> bool:
         """Whether a pass was made before, to its end."""
+        made = Surveys(self.directory, name, count)
+        return all(made.file(item).exists() for item in range(count))
 
-    @abstractmethod
     def drop(self, name: str, count: int) -> None:
         """Forget what a pass made."""
+        made = Surveys(self.directory, name, count)
+        for item in range(count):
+            made.file(item).unlink(missing_ok=True)
 
     def exchange(
         self, name: str, give: Callable[[int], Arrays], givers: int,
@@ -79,52 +91,6 @@ class Held(dict[str, np.ndarray]):
 
 
 Made = Sequence[StoredArrays] | Sequence[Held]
-
-
-class Here(Passes):
-    """Passes in this process, kept in memory."""
-
-    def __init__(self, workers: int = 1):
-        super().__init__(workers)
-
-    def run(self, name: str, function: Callable[[int], Arrays], count: int) -> Made:
-        return [Held(function(item)) for item in range(count)]
-
-    def made(self, name: str, count: int) -> bool:
-        return False
-
-    def drop(self, name: str, count: int) -> None:
-        pass
-
-
-class OnDisk(Passes):
-    """Passes of `pool`, or of this process where a pass is one part, kept in `directory`: those made before an
-    interruption are there."""
-
-    def __init__(self, directory: Path, pool: Workers):
-        super().__init__(pool.backend.slots)
-        self.directory, self.pool = directory, pool
-        directory.mkdir(parents=True, exist_ok=True)
-
-    def run(self, name: str, function: Callable[[int], Arrays], count: int) -> Made:
-        made = Surveys(self.directory, name, count)
-        missing = [item for item in range(count) if not made.file(item).exists()]
-        if missing and count == 1:              # not worth a worker, which on a cluster has to be waited for
-            _make(function, made, 0)
-            return made
-        for _ in self.pool.all(partial(_make, function, made), missing,
-                               lambda item: f"{self.directory.name}, {name}, part {item}"):
-            pass
-        return made
-
-    def made(self, name: str, count: int) -> bool:
-        made = Surveys(self.directory, name, count)
-        return all(made.file(item).exists() for item in range(count))
-
-    def drop(self, name: str, count: int) -> None:
-        made = Surveys(self.directory, name, count)
-        for item in range(count):
-            made.file(item).unlink(missing_ok=True)
 
 
 def _make(function: Callable[[int], Arrays], made: Surveys, item: int) -> None:

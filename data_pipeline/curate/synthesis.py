@@ -44,7 +44,7 @@ from data_pipeline.annotate.features.features import Features
 from data_pipeline.annotate.language import Language
 from data_pipeline.annotate.mask import Mask
 from data_pipeline.annotate.normalise import Normalise
-from data_pipeline.annotate.passes import OnDisk
+from data_pipeline.annotate.passes import Passes
 from data_pipeline.annotate.step import SCHEMA, GlobalStep, text_id, with_column, with_text
 from data_pipeline.config import AnnotateConfig, Domain, Label, SynthesisConfig
 from data_pipeline.curate.chat import Progress, Question, Reply, answer
@@ -356,7 +356,7 @@ def _decided(step: GlobalStep, table: pa.Table, jobs: Sequence[Survey], pool: Wo
     surveys = Surveys(scratch, f"earlier-{step.name}", len(jobs) + 1)
     write_arrays(step.survey(table), surveys.file(len(jobs)))
     shutil.rmtree(scratch / f"decide-{step.name}", ignore_errors=True)  # replies may be others than before
-    passes = OnDisk(scratch / f"decide-{step.name}", pool)
+    passes = Passes(scratch / f"decide-{step.name}", pool)
     decision = step.decide(surveys, passes)
     table = step.apply(table, decision.shared, decision.shards[-1])
     shutil.rmtree(passes.directory)

@@ -297,9 +297,3 @@ def _passages(hashes: UInt64, sizes: UInt8, first: Int64, wanted: int) -> UInt64
             power *= uint64(BASE_INVERSE)
             size -= sizes[start]
     return result
-
-
-def ngrams(word_hashes: UInt64, n: int) -> UInt64:
-    """Hash of every run of n words of one text, in order: shape (max(0, words - n + 1),)."""
-    first = np.array([0, len(word_hashes)])
-    return _roll(word_hashes, first, n, np.array([0, max(0, len(word_hashes) - n + 1)]))

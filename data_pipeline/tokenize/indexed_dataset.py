@@ -119,21 +119,11 @@ def _index(index: BinaryIO, dtype: np.dtype, parts: Callable[[], Iterator[np.nda
     return tokens
 
 
-def read_documents(prefix: Path) -> Iterator[np.ndarray]:
-    """The documents of `prefix`.bin in order: ids with their end-of-document mark, read-only views of the file.
+def read_lengths(prefix: Path) -> tuple[np.dtype, np.ndarray]:
+    """Type of the ids, and tokens of each document (int32).
 
     Raises DataError for a file that is missing, cut short, or no Megatron index.
     """
-    dtype, lengths = read_lengths(prefix)
-    if not lengths.sum():
-        return iter(())
-    tokens = np.memmap(_path(prefix, "bin"), dtype=dtype, mode="r")
-    ends = np.cumsum(lengths, dtype=np.int64)
-    return (tokens[end - length : end] for end, length in zip(ends, lengths, strict=True))
-
-
-def read_lengths(prefix: Path) -> tuple[np.dtype, np.ndarray]:
-    """Type of the ids, and tokens of each document (int32). Raises DataError as `read_documents` does."""
     index, ids = _path(prefix, "idx"), _path(prefix, "bin")
     for path in (index, ids):
         if not path.exists():

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
 
 import torch
 
 from model.benchmark.roofline import measure_ceilings, seconds
+from model.benchmark.schema import DecodeRow
 from model.config import ModelConfig, ModelError
 from model.costs import decode_floor, prefill_floor, weights_bytes
 from model.inference.decoder import Decoder
@@ -19,46 +19,14 @@ from model.inference.random_weights import random_model
 from model.processes import ONE_PROCESS, TensorRanks
 
 
-class Speed(NamedTuple):
-    """One model at one context.
-
-    Attributes:
-        tokens_per_second: decoded, of the whole batch; from the median of the repeats.
-        seconds_per_token_spread: half the distance between the fastest and the slowest repeat.
-        decode_of_floor: the least time a step can take on this machine (`model.costs`) over what it takes.
-        prompt_seconds: time to the first token after one prompt of `context` tokens; None where none was read.
-        prefill_of_floor: as `decode_of_floor`.
-        cache_bytes: of one sequence, in a decoder made for exactly `context` tokens.
-        held_bytes: weights and the caches of the batch.
-        repeats: seconds a token of each repeat; all models' repeats have one order.
-    """
-
-    model: str
-    context: int
-    batch: int
-    tokens_per_second: float
-    seconds_per_token_spread: float
-    decode_of_floor: float
-    prompt_seconds: float | None
-    prefill_of_floor: float | None
-    cache_bytes: int
-    held_bytes: int
-    repeats: tuple[float, ...]
-
-    def output_tokens_per_second(self, output: int) -> float | None:
-        """Of requests that read `context` tokens and write `output`: prompts one after another, then the batch
-        decodes at the speed measured. None where no prompt was read."""
-        if self.prompt_seconds is None:
-            return None
-        return 1 / (self.prompt_seconds / output + 1 / self.tokens_per_second)
-
-
 def measure(
     configs: Mapping[str, ModelConfig], contexts: list[int], batch: int, tokens: int, repeats: int, longest_prompt: int,
-    seed: int, dtype: torch.dtype, device: torch.device, progress: Callable[..., None],
+    output_tokens: int, seed: int, dtype: torch.dtype, device: torch.device, progress: Callable[..., None],
     ranks: TensorRanks = ONE_PROCESS,
-) -> Iterator[Speed]:
-    """Time the reading of a prompt of each context up to `longest_prompt`, after some of it was read untimed, and the
+) -> Iterator[tuple[DecodeRow, list[float]]]:
+    """Rows with the seconds a token of each repeat; all models' repeats have one order.
+
+    Time the reading of a prompt of each context up to `longest_prompt`, after some of it was read untimed, and the
     decoding of the last `tokens` tokens of each context. A GPU reads it three times, the fastest counts: kernels for
     the lengths that only a long prompt comes to may have to be made ready.
 
@@ -87,13 +55,16 @@ def measure(
             progress(done * (repeats + 1) + repeat + 1, total, context=context)
         for name, found in times.items():
             config, caches = configs[name], decoders[name].cache_bytes * ranks.tensor_ranks
-            rate, prompt = 1 / statistics.median(found), prompts[name]
+            rate, first = 1 / statistics.median(found), prompts[name]
             step_floor = decode_floor(config, batch, context, dtype, torch.float32, False, ceilings)
-            yield Speed(
-                name, context, batch, rate, (max(found) - min(found)) / 2, step_floor * rate / batch, prompt,
-                None if prompt is None else prefill_floor(config, context, ceilings) / prompt, caches // batch,
-                weights_bytes(config, dtype, False) + caches, tuple(found),
-            )
+            yield DecodeRow(
+                model=name, context=context, batch=batch, tokens_per_second=rate,
+                seconds_per_token_spread=(max(found) - min(found)) / 2, decode_of_floor=step_floor * rate / batch,
+                time_to_first_token_seconds=first, prefill_tokens_per_second=first and context / first,
+                prefill_of_floor=first and prefill_floor(config, context, ceilings) / first,
+                output_tokens_per_second=first and 1 / (first / output_tokens + 1 / rate),
+                cache_mib=caches / batch / 2**20, memory_gib=(weights_bytes(config, dtype, False) + caches) / 2**30,
+            ), found
 
 
 def decode_seconds(

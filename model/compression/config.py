@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from model.config import Section
+from model.config import ScheduleConfig, Section
 from model.costs import Deployment
 
 
@@ -33,7 +33,7 @@ class LatencyBudget(Workload):
     budget_fraction: float | None = Field(default=None, gt=0, lt=1)
 
 
-class CompressConfig(Section):
+class CompressConfig(ScheduleConfig):
     """MiniPuzzle (paper section 3): what to score, what to search, how long to distil. Samples are sequences.
 
     Attributes:
@@ -63,17 +63,11 @@ class CompressConfig(Section):
     precision: Literal["bf16", "fp8"]
     short_distillation_tokens: int = Field(ge=1)
     distillation_tokens: int = Field(ge=1)
-    learning_rate: float = Field(gt=0)
-    min_learning_rate: float = Field(ge=0)
-    warmup_fraction: float = Field(ge=0, lt=1)
-    global_batch_size: int = Field(ge=1)            # sequences a step
-    micro_batch_size: int = Field(ge=1)             # of them at once
-    checkpoint_every: int = Field(ge=1)             # steps
     recompute: str | None = Field(default=None, pattern=r"^[M*\-]*$")
 
     @model_validator(mode="after")
     def rounds_narrow(self) -> CompressConfig:
-        """Raise ValueError unless every round keeps some of the one before, and rate and batch fit together."""
+        """Raise ValueError unless every round keeps some of the one before."""
         rounds = ("finalists", "ranked_by_task", "ranked_by_agreement")
         for fewer, more in pairwise(rounds):
             if getattr(self, fewer) > getattr(self, more):
@@ -81,14 +75,4 @@ class CompressConfig(Section):
                     f"{fewer} ({getattr(self, fewer)}) must not exceed {more} ({getattr(self, more)})\n"
                     "Every round keeps some of the one before: lower the later one."
                 )
-        if self.min_learning_rate > self.learning_rate:
-            raise ValueError(
-                f"min_learning_rate ({self.min_learning_rate}) must not exceed learning_rate ({self.learning_rate})\n"
-                "The rate falls from one to the other: lower the first."
-            )
-        if self.global_batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"global_batch_size ({self.global_batch_size}) must be a multiple of "
-                f"micro_batch_size ({self.micro_batch_size})\nA batch is a whole number of micro-batches: change one."
-            )
         return self

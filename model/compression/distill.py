@@ -14,7 +14,7 @@ from torch import Tensor
 from model import checkpoint
 from model.compression.config import CompressConfig
 from model.compression.resume import ResultCache, from_main_process
-from model.config import PretrainConfig
+from model.config import PretrainConfig, ScheduleConfig
 from model.integrity import is_whole
 from model.megatron.distributed import Parallelism, device, is_main_process, release_memory
 from model.megatron.precision import Precision, PrecisionName, choose_precision
@@ -39,8 +39,7 @@ def recipe_of(config: CompressConfig, pretrain: PretrainConfig, tokens: int, seq
         "tokens": math.ceil(tokens / batch) * batch, "decay_style": "cosine", "decay_fraction": None,
         "recompute": pretrain.recompute if config.recompute is None else config.recompute,
         "evaluations": 1, "cuda_graph": False, "fp8_statistics": False, "check_kernels": False,
-        **config.model_dump(include={"global_batch_size", "micro_batch_size", "learning_rate", "min_learning_rate",
-                                     "warmup_fraction", "checkpoint_every"}),
+        **config.model_dump(include=set(ScheduleConfig.model_fields)),
     })
 
 

@@ -22,11 +22,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model import checkpoint, costs
-from model.compression import continuation
-from model.compression.candidates import Budget, Candidate, closed_budgets, make_candidate, maximal_cells, share_budget
-from model.compression.comparison import Closeness, compare
+from model.compression.candidates import (
+    Budget,
+    Candidate,
+    closed_budgets,
+    make_candidate,
+    maximal_cells,
+    random_selection,
+    reverse_selection,
+    share_budget,
+)
+from model.compression.comparison import Closeness, compare, task_accuracy, task_items
 from model.compression.config import CompressConfig
-from model.compression.controls import random_selection, reverse_selection
 from model.compression.data import Data
 from model.compression.distill import Distilled, School
 from model.compression.importance import layer_importance, mean_ranks, split_half_correlation
@@ -34,10 +41,9 @@ from model.compression.latency import LatencyTable, measure_table, step_seconds
 from model.compression.layerwise import Layerwise, Mask
 from model.compression.plan import check
 from model.compression.prune import Selection, cut_checkpoint
-from model.compression.records import candidate_records, importance_record, ranking_record
 from model.compression.resume import ResultCache
-from model.compression.schema import Controls, Costs
-from model.compression.width_importance import WidthImportance, width_importance
+from model.compression.schema import CandidateRecord, Controls, Costs, FfnImportance, Importance, LayerImportance
+from model.compression.width_importance import WidthImportance, kept_share, width_importance
 from model.config import ModelConfig, ModelError, PretrainConfig
 from model.hybrid_lm import HybridLM
 from model.inference.decoder import Decoder
@@ -284,10 +290,10 @@ class Funnel:
         asked = compared[: config.ranked_by_task]
 
         def answer() -> dict[str, float]:
-            questions = continuation.items(data.validation, config.task_items, self.seed)
+            questions = task_items(data.validation, config.task_items, self.seed)
             together = max(1, config.micro_batch_size * held_out.shape[1] // questions[0].numel())
             models = {str(index): masks[index] for index in asked}
-            return continuation.accuracy(self.teacher, models, questions, together, self.progress)
+            return task_accuracy(self.teacher, models, questions, together, self.progress)
 
         task = {int(name): value for name, value in self.cache.once("task", answer).items()}
         ranks.append(_ranks(task, lambda value: -value))
@@ -412,3 +418,60 @@ def evenly(sequences: Tensor, count: int) -> Tensor:
     return sequences[torch.arange(count) * len(sequences) // count]
 
 
+# --- The records, as `model.compression.schema` has them (docs/compression.md) ---------------------------------------
+
+def importance_record(
+    parent: ModelConfig, scores: Tensor, widths: WidthImportance, config: CompressConfig
+) -> Importance:
+    """What the scores say of every layer and axis; `scores` (layers, samples) float64."""
+    means = scores.mean(dim=1).tolist()
+    return Importance(
+        samples={"layers": config.importance_samples, "widths": config.ffn_importance_samples},
+        layers=[
+            LayerImportance(index=index, symbol=symbol, importance=means[index],
+                            standard_error=_standard_error(scores[index]))
+            for index, symbol in enumerate(parent.pattern)
+        ],
+        ffn=[
+            FfnImportance(index=index, kept_share_of_importance={
+                width: kept_share(widths.neurons[index], width) for width in config.ffn_widths})
+            for index in sorted(widths.neurons)
+        ],
+        mamba_heads={index: values.tolist() for index, values in widths.mamba_heads().items()},
+        reliability=widths.reliability,
+    )
+
+
+def _standard_error(samples: Tensor) -> float:
+    return float(samples.std() / len(samples) ** 0.5)
+
+
+def candidate_records(
+    candidates: Sequence[Candidate], rounds: Rounds, table: LatencyTable | None
+) -> list[CandidateRecord]:
+    """One record a candidate, best first; null where a later round was not reached or nothing was timed."""
+    records = []
+    for rank, index in enumerate(rounds.order, start=1):
+        candidate, close = candidates[index], rounds.zero_shot.get(index)
+        records.append(CandidateRecord(
+            index=index,
+            pattern=candidate.config.pattern,
+            ffn_hidden_size=candidate.config.ffn_hidden_size,
+            parameters=candidate.parameters,
+            memory_gib=candidate.memory.total / GIB,
+            decode_milliseconds=1e3 * table.seconds(candidate.config) if table else None,
+            importance=candidate.importance,
+            agreement=close.agreement if close else None,
+            accuracy=close.accuracy if close else None,
+            kl_cut=close.kl if close else None,
+            task_accuracy=rounds.task.get(index),
+            kl_short=rounds.short[index].kl if index in rounds.short else None,
+            rank=rank,
+            chosen=rank == 1,
+        ))
+    return records
+
+
+def ranking_record(found: Mapping[int, Closeness]) -> list[dict[str, Any]]:
+    """Closeness by the candidate's index."""
+    return [{"index": index, **value._asdict()} for index, value in found.items()]

@@ -23,7 +23,6 @@ from model.compression.config import Workload
 from model.config import ModelConfig, ModelError
 
 Key = tuple[str, int, int, int]     # type of layer, its widths, the hidden size
-Seconds = Mapping[str, float]
 MORE = 16                           # extra layers of a kind
 
 

@@ -1,8 +1,8 @@
 """A model run layer by layer, whatever layout it is spread over, with layers left out and FFN neurons masked.
 
 That is all MiniPuzzle's scores and rankings ask for: a candidate is a mask on its parent. What is kept computes exactly
-what the cut model would, so hundreds of candidates are compared without one of them in memory. Both engines can be run
-so: Megatron's with tensor, sequence, pipeline and data parallel processes, `HybridLM` on one.
+what the cut model would, so hundreds of candidates are compared without one of them in memory. The pretraining engine
+runs so with tensor, sequence, pipeline and data parallel processes (`model.megatron.layerwise`).
 
 Between pipeline stages each model's hidden states travel by themselves: while a stage runs one candidate, the stage
 before it runs the next.
@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from model.compression.prune import Selection
 from model.config import ModelConfig
-from model.hybrid_lm import HybridLM, Mamba2
 from model.processes import TensorRanks
+
+Progress = Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,8 @@ class Mask:
         Raises:
             ValueError: the selection cuts other widths than FFN neurons: its model must be cut to be run.
         """
-        wholes = ((selection.query_heads, config.num_attention_heads), (selection.mamba_heads, config.mamba_num_heads),
-                  (selection.mamba_channels, config.mamba_head_dim), ({0: selection.hidden}, config.hidden_size))
-        if any(kept is not None and len(kept) < whole for by_layer, whole in wholes for kept in by_layer.values()):
+        wholes = ((selection.mamba_heads, config.mamba_num_heads), (selection.mamba_channels, config.mamba_head_dim))
+        if any(len(kept) < whole for by_layer, whole in wholes for kept in by_layer.values()):
             raise ValueError("a mask leaves out layers and FFN neurons only")
         everything = range(len(config.pattern))
         return cls(frozenset(everything) - frozenset(selection.layers), {
@@ -59,38 +59,22 @@ class Mask:
         return self.left_out | self.neurons.keys()
 
 
-@dataclass(frozen=True)
-class Sites:
-    """Where the activations that are scored pass in one layer, the same in both engines.
-
-    Attributes:
-        symbol: of the layer.
-        norm: module whose output it is.
-        contraction: module whose input it is: o_proj, down_proj or out_proj.
-        expansion: in_proj of a Mamba-2 layer, else None.
-    """
-
-    symbol: str
-    norm: nn.Module
-    contraction: nn.Module
-    expansion: nn.Module | None = None
-
-
 class Layerwise(TensorRanks):
     """This process's part of a model, to be run layer by layer without gradients.
 
     Attributes:
         config: geometry of the whole model.
-        sites: of this process's layers, by their place in the pattern.
+        contractions: of this process's layers, by their place in the pattern, the module whose input is scored and
+            masked: out_proj, o_proj or down_proj.
         batch_first: whether a module's activations are (batch, sequence, channels), else (sequence, batch, channels).
         device, dtype: of hidden states.
     """
 
-    def __init__(self, config: ModelConfig, sites: Mapping[int, Sites], device: torch.device, dtype: torch.dtype,
-                 batch_first: bool):
-        self.config, self.sites, self.batch_first = config, sites, batch_first
+    def __init__(self, config: ModelConfig, contractions: Mapping[int, nn.Module], device: torch.device,
+                 dtype: torch.dtype, batch_first: bool):
+        self.config, self.contractions, self.batch_first = config, contractions, batch_first
         self.device, self.dtype = device, dtype
-        self._first, self._end = min(sites), max(sites) + 1
+        self._first, self._end = min(contractions), max(contractions) + 1
 
     # --- What the engines do each in their own way. One process has everything. ---------------------------------------
 
@@ -109,10 +93,6 @@ class Layerwise(TensorRanks):
         """The final norm's output (batch, sequence, hidden), whole on every tensor-parallel process."""
         raise NotImplementedError
 
-    def final_norm(self) -> nn.Module:
-        """The final norm's module."""
-        raise NotImplementedError
-
     def head(self) -> Tensor:
         """(this process's part of the vocabulary, hidden)."""
         raise NotImplementedError
@@ -128,10 +108,6 @@ class Layerwise(TensorRanks):
     def from_all_stages(self, found: dict[Any, Tensor]) -> dict[Any, Tensor]:
         """What every pipeline stage found, on each of them."""
         return found
-
-    def mean_over_sequence(self, mean: Tensor) -> Tensor:
-        """The mean over this process's part of the sequence of hidden states -> over all of it."""
-        return mean
 
     def _receive(self, ids: Tensor) -> Tensor:
         raise NotImplementedError
@@ -159,7 +135,7 @@ class Layerwise(TensorRanks):
         firsts = {min(mask.changes, default=self._end) for mask in masks}
         inputs: dict[int, Tensor] = {}
         x = self.embed(ids) if self._first == 0 else self._receive(ids)
-        for index in self.sites:
+        for index in self.contractions:
             if index in firsts:
                 inputs[index] = x
             x = self.layer(index, x)
@@ -201,11 +177,11 @@ class Layerwise(TensorRanks):
         size = self.config.ffn_hidden_size // self.tensor_ranks
         hooks = []
         for index, kept in mask.neurons.items():
-            if index in self.sites:
+            if index in self.contractions:
                 whole = torch.zeros(self.config.ffn_hidden_size, device=self.device, dtype=self.dtype)
                 whole[kept.to(self.device)] = 1
                 mine = whole[self.tensor_rank * size :][:size]
-                hooks.append(self.sites[index].contraction.register_forward_pre_hook(partial(_multiply, mine)))
+                hooks.append(self.contractions[index].register_forward_pre_hook(partial(_multiply, mine)))
         try:
             yield
         finally:
@@ -219,43 +195,3 @@ class Layerwise(TensorRanks):
 
 def _multiply(factor: Tensor, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return inputs[0] * factor, *inputs[1:]
-
-
-class PlainLayerwise(Layerwise):
-    """`HybridLM`, on one process."""
-
-    def __init__(self, model: HybridLM):
-        sites = {}
-        for index, layer in enumerate(model.backbone.layers):
-            mixer: Any = layer.mixer
-            if isinstance(mixer, Mamba2):
-                sites[index] = Sites("M", layer.norm, mixer.out_proj, mixer.in_proj)        # type: ignore[arg-type]
-            else:
-                out = mixer.o_proj if layer.symbol == "*" else mixer.down_proj
-                sites[index] = Sites(layer.symbol, layer.norm, out)                         # type: ignore[arg-type]
-        weight = model.lm_head.weight
-        super().__init__(model.config, sites, weight.device, weight.dtype, batch_first=True)
-        self.model = model
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """As the base class."""
-        return self.model.backbone.embeddings(ids)
-
-    def layer(self, index: int, hidden: Tensor) -> Tensor:
-        """As the base class."""
-        return self.model.backbone.layers[index](hidden)
-
-    def finish(self, hidden: Tensor) -> Tensor:
-        """As the base class."""
-        return self.model.backbone.norm_f(hidden)
-
-    def final_norm(self) -> nn.Module:
-        """As the base class."""
-        return self.model.backbone.norm_f
-
-    def head(self) -> Tensor:
-        """As the base class."""
-        return self.model.lm_head.weight
-
-
-Progress = Callable[..., None]

@@ -15,9 +15,8 @@ import torch
 
 from model import costs
 from model.compression.candidates import Cell, closed_budgets, keep_top_layers, maximal_cells
-from model.compression.comparison import ROWS
+from model.compression.comparison import CHOICES, CONTEXT, LENGTH, ROWS
 from model.compression.config import CompressConfig
-from model.compression.continuation import CHOICES, CONTEXT, LENGTH
 from model.compression.distill import recipe_of
 from model.config import ModelConfig, ModelError, PretrainConfig
 from model.megatron.distributed import Parallelism

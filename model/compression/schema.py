@@ -24,13 +24,12 @@ class FfnImportance(Record):
 
 
 class Importance(Record):
-    """importance.json. `heads` and `mamba_heads` by layer; `reliability` by axis, a rank correlation."""
+    """importance.json. `mamba_heads` by layer; `reliability` by axis, a rank correlation."""
 
     samples: dict[str, int]
     layers: list[LayerImportance]
     ffn: list[FfnImportance]
-    heads: dict[int, list[float]]
-    mamba_heads: dict[str, dict[int, list[float]]]
+    mamba_heads: dict[int, list[float]]
     reliability: dict[str, float]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.megatron import compat  # noqa: F401    # before Megatron
 
@@ -15,7 +15,7 @@ from model.megatron import compat  # noqa: F401    # before Megatron
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
-from model.compression.layerwise import Layerwise, Sites
+from model.compression.layerwise import Layerwise
 from model.config import ModelConfig
 from model.megatron.distributed import device
 from model.megatron.spec import HybridModel
@@ -30,18 +30,10 @@ class MegatronLayerwise(Layerwise):
     """
 
     def __init__(self, model: HybridModel, config: ModelConfig):
-        sites, self.layers = {}, {}
-        for layer in model.decoder.layers:
-            index = layer.layer_number - 1
-            symbol = config.pattern[index]
-            if symbol == "M":
-                sites[index] = Sites(symbol, layer.norm, layer.mixer.out_proj, layer.mixer.in_proj)
-            elif symbol == "*":
-                sites[index] = Sites(symbol, layer.input_layernorm, layer.self_attention.linear_proj)
-            else:
-                sites[index] = Sites(symbol, layer.pre_mlp_layernorm, layer.mlp.linear_fc2)
-            self.layers[index] = layer
-        super().__init__(config, sites, device(), model.config.params_dtype, batch_first=False)
+        self.layers = {layer.layer_number - 1: layer for layer in model.decoder.layers}
+        path = {"M": "mixer.out_proj", "*": "self_attention.linear_proj", "-": "mlp.linear_fc2"}
+        contractions = {index: layer.get_submodule(path[config.pattern[index]]) for index, layer in self.layers.items()}
+        super().__init__(config, contractions, device(), model.config.params_dtype, batch_first=False)
         self.model = model.eval()
         self.sequence_parallel = model.config.sequence_parallel
         self.replica, self.replicas = (parallel_state.get_data_parallel_rank(),
@@ -70,10 +62,6 @@ class MegatronLayerwise(Layerwise):
             normed = gather_from_sequence_parallel_region(normed, group=self.tensor_group)
         return normed[: self._length].transpose(0, 1)
 
-    def final_norm(self) -> nn.Module:
-        """As the base class."""
-        return self.model.decoder.final_norm
-
     def head(self) -> Tensor:
         """As the base class."""
         return self.model.output_layer.weight
@@ -93,10 +81,6 @@ class MegatronLayerwise(Layerwise):
         everything: list[Any] = [None] * self.stages.size()
         dist.all_gather_object(everything, found, group=self.stages)
         return {key: value for part in everything for key, value in part.items()}
-
-    def mean_over_sequence(self, mean: Tensor) -> Tensor:
-        """As the base class."""
-        return self.over_tensor_ranks(mean) / self.tensor_ranks if self.sequence_parallel else mean
 
     def _begin(self, ids: Tensor) -> Tensor:
         """`ids` with their length made a multiple of the processes that split it; nothing before them sees it."""

@@ -27,7 +27,6 @@ from megatron.core.tensor_parallel.mappings import (
 
 from model.config import ModelError
 from model.megatron.feed_forward import FusedMLP
-from model.megatron.fp8_unscaled import quantizer_e4m3_gradients, quantizer_e5m2_gradients
 
 PrecisionName = Literal["float32", "bf16", "fp8"]
 ScalingName = Literal["current", "unscaled"]
@@ -204,3 +203,29 @@ def mark_quantized_layers(layers: Iterable[Any], precision: Precision, num_layer
                 module.precision = precision if quantized else None
             marked += quantized
     return marked
+
+
+# FP8 without scales on a GPU, a control: each tensor of a linear layer is cast as it is, values beyond the format's
+# range saturate, small ones are lost. Megatron's TransformerConfig takes the name of one of these functions
+# (`fp8_quantizer_factory`); Transformer Engine's CustomRecipe calls it for every role.
+
+def quantizer_e5m2_gradients(role: str) -> Any:
+    """E4M3 for weights and activations, E5M2 for gradients."""
+    return _unscaled(role, "kFloat8E5M2")
+
+
+def quantizer_e4m3_gradients(role: str) -> Any:
+    """E4M3 for all."""
+    return _unscaled(role, "kFloat8E4M3")
+
+
+def _unscaled(role: str, gradients: str) -> Any:
+    """Transformer Engine's quantiser for a tensor's role (`linear_input`, `linear_grad_output`, ...), its scale 1."""
+    import transformer_engine_torch
+    from transformer_engine.pytorch import Float8Quantizer
+
+    format = gradients if role.startswith("linear_grad") else "kFloat8E4M3"
+    return Float8Quantizer(
+        scale=torch.ones(1, device="cuda"), amax=torch.zeros(1, device="cuda"),
+        fp8_dtype=getattr(transformer_engine_torch.DType, format),
+    )

@@ -6,6 +6,9 @@ squared ReLU. Each is x + layer(RMSNorm(x)); no bias, no dropout, embedding and 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from model.megatron import compat  # before Megatron
 
 # isort: split
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.mamba import MambaModel
 from megatron.core.ssm.mamba_block import MambaStack, MambaStackSubmodules
@@ -45,7 +50,6 @@ from model.megatron.feed_forward import FusedMLP
 from model.megatron.limits import check_model
 from model.megatron.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from model.megatron.precision import Precision, mark_quantized_layers
-from model.megatron.recompute import recompute_layers
 
 # cuDNN's attention takes half of FlashAttention 2's time on Hopper. But its gradients (cuDNN 9.19) came wrong or not
 # finite out of a CUDA graph at 16 and 64 tokens, not at 256, and with a mask are not finite at some lengths that 128
@@ -85,13 +89,40 @@ def build_model(
     mark_quantized_layers(model.decoder.layers, precision, len(config.pattern))
     if precision.scaling == "unscaled":
         compat.keep_quantized_inputs(model)
-    recompute_layers(model.decoder.layers, config.pattern, recompute)
+    _recompute_layers(model.decoder.layers, config.pattern, recompute)
     if start:
         check_sums(start, slice(dist.get_rank(), None, dist.get_world_size()))
         load_model(start, model)
         for name, parameter in model.named_parameters():
             check_finite(parameter, name, start)
     return model
+
+
+def _recompute_layers(layers: Iterable[Any], pattern: str, symbols: str) -> None:
+    """Make those layers recompute whose symbol in `pattern` is one of `symbols`: a layer keeps its input only, and its
+    backward runs the forward again.
+
+    megatron-core 0.16.1's MambaStack does not read `recompute_granularity`. Which layers is said by their symbols,
+    since they differ in what they keep: a feed-forward layer's two wide tensors come back for two matrix products,
+    attention's for more of them.
+    """
+    for layer in layers:
+        if pattern[layer.layer_number - 1] in symbols:
+            forward = partial(_recomputed, layer.forward, layer.config, layer.layer_number - 1)
+            setattr(layer, "forward", forward)  # noqa: B010
+
+
+def _recomputed(forward: Any, config: TransformerConfig, index: int, hidden_states: Tensor, **options: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(hidden_states, **options)
+
+    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        """The stack has set Transformer Engine's number format for the first pass, but is gone by the second."""
+        return nullcontext(), get_fp8_context(config, index)
+
+    # No random state to bring back: there is no dropout.
+    return checkpoint(partial(forward, **options), hidden_states, use_reentrant=False, preserve_rng_state=False,
+                      context_fn=contexts)
 
 
 def transformer_config(

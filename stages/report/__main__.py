@@ -14,7 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from stages.common import Stage, run_stage, write
+from stages.frame.common import Stage, run_stage, write
 
 SAVED = ("validation", "decoding", "fp8-gap", "distillation")   # figures that are files of their own, too
 

@@ -19,7 +19,7 @@ from model.presets import PRESETS
 from stages.report import statistics
 from stages.report.records import Pair, RecordError, Records, pairs
 from stages.report.statistics import Answer, Decision, Estimate, Source, equivalence, mean, over_seeds, superiority
-from stages.study_schema import WORDS, Comparison, Measurement, Study
+from stages.report.study_schema import WORDS, Comparison, Measurement, Study
 
 
 class Evidence(NamedTuple):

@@ -11,13 +11,13 @@ import jinja2
 from markupsafe import Markup, escape
 
 from model.evaluation.schema import REFERENCE, REFERENCE_IS
-from stages.common import write
+from stages.frame.common import write
+from stages.frame.schema import Machine, Provenance
 from stages.report import figures
 from stages.report.claims import Claim, counts, plain
 from stages.report.records import LABELS, DataRecords, RecordError, Records
 from stages.report.statistics import beats_chance
-from stages.schema import Machine, Provenance
-from stages.study_schema import Study
+from stages.report.study_schema import Study
 
 HERE = Path(__file__).parent
 

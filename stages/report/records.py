@@ -16,11 +16,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from data_pipeline.config import DataError, Label
 from data_pipeline.schema import Blend, Dropped, FunnelStep, Histogram, PassedOver, Refused
+from model.benchmark.schema import DecodeRepeat, DecodeRow
 from model.compression.schema import CandidateRecord, Controls, Costs, Importance
 from model.evaluation.schema import PaperScore, Samples, Scores
-from stages.params import Params
-from stages.schema import DecodeRepeat, DecodeRow, DistillationRow, Provenance, ValidationRow
-from stages.study_schema import FOLDER, Study
+from stages.frame.params import Params
+from stages.frame.schema import DistillationRow, Provenance, ValidationRow
+from stages.report.study_schema import FOLDER, Study
 
 LABELS: tuple[Label, ...] = get_args(Label)         # of quality, the best first
 STAGES = ("annotate", "curate", "tokenizer", "tokenize", "pretrain", "compress", "export", "items", "evaluate",

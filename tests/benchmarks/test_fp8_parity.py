@@ -23,7 +23,6 @@ from benchmarks.fp8_parity import (
     gaps,
     judge,
     metrics,
-    pilot_jobs,
     run_jobs,
     study_of,
     train_one,
@@ -199,8 +198,6 @@ def test_means_are_over_the_last_fifth():
 def test_jobs_come_seed_by_seed_and_arms_differ_from_bf16_alone():
     jobs = run_jobs("tiny", ["transformer", "hybrid"], [101, 102], ["fp8", "unscaled"], 0.5)
     assert [job.seed for job in jobs] == [101] * 6 + [102] * 6 and jobs[0] == jobs[1].trunk == jobs[2].trunk
-    starts = {job.start for job in pilot_jobs(fp8_parity.PILOT, [1, 2]) if job.arm == "fp8"}
-    assert starts == {0.0, *fp8_parity.STARTS}
     recipes = {arm: fp8_parity.recipe(SETTINGS["tiny"], ARMS[arm], False).model_dump() for arm in ARMS}
     for arm, recipe in recipes.items():
         assert {name for name, value in recipe.items() if value != recipes["bf16"][name]} == set(ARMS[arm].changes)

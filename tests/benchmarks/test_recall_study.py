@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.recall_study import CPU, GPU, IGNORED, TINY, copy_batch, lengths, model_config, patterns, recall_batch
+from benchmarks.recall_study import CPU, IGNORED, TINY, copy_batch, lengths, model_config, patterns, recall_batch
 
 
 def test_every_key_is_asked_for_the_value_that_stood_after_it() -> None:
@@ -28,7 +28,7 @@ def test_a_copy_asks_for_the_next_token_after_the_mark() -> None:
     assert (ids[:, CPU.copied] == 2 * CPU.tokens).all() and asked[:, CPU.copied].all()
 
 
-@pytest.mark.parametrize("sizes", [CPU, GPU, TINY])
+@pytest.mark.parametrize("sizes", [CPU, TINY])
 def test_models_differ_in_their_share_of_attention(sizes) -> None:
     shares = {name: pattern.count("*") / len(pattern) for name, pattern in patterns(sizes.layers).items()}
     assert shares["0"] == 0 and shares["100"] == 0.5            # the other half is FFN

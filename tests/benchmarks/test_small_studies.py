@@ -12,14 +12,26 @@ import pytest
 import torch
 
 from benchmarks import studies
-from benchmarks.data_quality import mean_weights
-from benchmarks.studies import STUDIES, Task, by_quality, changed_pairs, equal_ffn_cut, hold_out_high, pieces, scale_of
+from benchmarks.studies import (
+    LABELS,
+    STUDIES,
+    Task,
+    by_quality,
+    changed_pairs,
+    equal_ffn_cut,
+    hold_out_high,
+    label_blends,
+    mean_weights,
+    pieces,
+    scale_of,
+)
+from data_pipeline.config import TokenizeConfig
 from model import costs
 from model.hybrid_lm import HybridLM
 from model.training import token_data
-from stages.params import load_params
+from stages.frame.params import load_params
 from stages.report.records import load_studies, read_study
-from stages.study_schema import FOLDER, WORDS, Study
+from stages.report.study_schema import FOLDER, WORDS, Study
 
 ROOT = Path(__file__).parents[2]
 
@@ -94,6 +106,23 @@ def test_phases_by_quality_read_the_same_text_in_order(tokens, tmp_path):
         ["train/code-high", "train/code-medium", "train/docs-medium-low"],
         ["train/code-high", "train/docs-high", "train/docs-medium-low"],
     ]
+
+
+def test_arms_of_the_labels_differ_in_labels_alone():
+    config = TokenizeConfig.model_validate({
+        "validation_kilobytes_per_domain": 1, "repeats": 4,
+        "phases": [{"until": 0.5, "weights": {"code": 1, "docs": 1}, "labels": LABELS},
+                   {"until": 1.0, "weights": {"code": 1, "docs": 3}, "labels": ["high", "medium-high"]}],
+    })
+    tokens = {f"train/{domain}-{label}": 1000 * number for domain in ("code", "docs")
+              for number, label in enumerate(LABELS[::-1], start=1)}
+    arms = label_blends(config, tokens, 2000)
+    for name, labels in (("top labels", ["high", "medium-high"]), ("bottom labels", ["medium-low", "low"])):
+        weights = mean_weights(arms[name])
+        assert len(arms[name]) == 1 and sum(weights.values()) == pytest.approx(1)
+        assert set(weights) == {f"train/{domain}-{label}" for domain in ("code", "docs") for label in labels}
+        code = sum(weight for file, weight in weights.items() if "/code-" in file)
+        assert code == pytest.approx(0.5 * 0.5 + 0.5 * 0.25)
 
 
 def test_the_high_label_is_held_out_and_nothing_else_lost(tokens, tmp_path):

@@ -7,6 +7,11 @@ import sysconfig
 from email import message_from_string
 from pathlib import Path
 
+import pyarrow as pa
+
+from data_pipeline.annotate.normalise import Normalise
+from data_pipeline.annotate.step import SCHEMA
+
 SITE = Path(sysconfig.get_paths()["purelib"])
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 
@@ -45,3 +50,9 @@ def real_texts() -> list[str]:
     return descriptions + [_docstrings(path) for path in modules] + [
         path.read_text(encoding="utf-8") for path in modules[::3]
     ]
+
+
+def normalised(texts: list[str]) -> list[str]:
+    """As every document is, of the web."""
+    table = pa.Table.from_pylist([{"text": text, "domain": "web"} for text in texts], SCHEMA)
+    return Normalise().apply(table)["text"].to_pylist()

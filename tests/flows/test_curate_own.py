@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from flows.curate_own import settings, sources_of, words
-from stages.params import load_params
+from stages.frame.params import load_params
 from tests.data_pipeline.annotate_corpus import STDLIB
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 
 from flows import profile
 from model.megatron.optimizer import build_schedule
-from stages.params import ParamsError, load_params
+from stages.frame.params import ParamsError, load_params
 
 ROOT = Path(__file__).resolve().parents[2]
 REGENERATE = "put the change into profiles/cpu.yaml and run `python -m flows.profile cpu`"

@@ -23,7 +23,7 @@ from tests.namespaces import MOUNTS, ORDINARY, unshare
 ROOT = Path(__file__).resolve().parents[2]
 STAGE = """
 import getpass, pathlib
-from stages.common import run_stage
+from stages.frame.common import run_stage
 
 def toy(stage):
     pathlib.Path("café.txt").write_text("naïve")

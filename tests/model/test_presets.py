@@ -12,7 +12,7 @@ from model.megatron.distributed import ONE_COPY, process_groups
 from model.megatron.precision import Precision
 from model.megatron.spec import build_model
 from model.presets import PEERS, PRESETS, hybrid_pattern, matched_transformer
-from stages.params import load_params
+from stages.frame.params import load_params
 
 PUBLISHED = {
     "nemotron_h_4b": 4_489_223_040, "nemotron_h_8b": 8_100_852_736, "nemotron_h_47b": 46_791_554_816,

@@ -147,11 +147,11 @@ def figures(ranks: TensorRanks) -> list[Any]:
     from model.costs import Ceilings
 
     cpu, ceilings = torch.device("cpu"), Ceilings(1e9, 1e9, 1e9)
-    [row] = measure({"tiny": HYBRID}, [32], 2, 4, 1, 32, 0, torch.bfloat16, cpu, lambda *_, **__: None, ranks)
+    [(row, _)] = measure({"tiny": HYBRID}, [32], 2, 4, 1, 32, 8, 0, torch.bfloat16, cpu, lambda *_, **__: None, ranks)
     wide = HYBRID.model_copy(update={"mamba_num_heads": 64, "ffn_hidden_size": 64, "mamba_num_groups": 2,
                                      "num_query_groups": 4})
     served = serve("tiny", wide, True, Size(32, 8, 2, 2, 2), cpu, ceilings, ranks)
-    return [row._asdict(), served._asdict()]
+    return [row.model_dump(), served._asdict()]
 
 
 def job(directories: dict[str, str], scratch: str) -> dict[str, Any]:
@@ -229,9 +229,10 @@ def test_two_processes_compute_what_one_does(directories: dict[str, str], tmp_pa
     assert 1 < second["batches"] < first["batches"]
     for got, wanted in zip(found["figures"], alone, strict=True):
         assert got.keys() == wanted.keys()
-        for name in ("cache_bytes", "held_bytes", "batch", "weights_gib", "cache_gib_per_sequence"):
+        for name in ("cache_mib", "memory_gib", "batch", "weights_gib", "cache_gib_per_sequence"):
             assert got.get(name) == wanted.get(name)
-        timed = {"tokens_per_second", "prompt_seconds", "step_milliseconds", "time_to_first_token"} & got.keys()
+        timed = got.keys() & {"tokens_per_second", "time_to_first_token_seconds", "step_milliseconds",
+                              "time_to_first_token"}
         assert len(timed) == 2 and all(got[name] > 0 for name in timed)
 
 

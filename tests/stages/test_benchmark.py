@@ -16,8 +16,8 @@ from model.costs import Ceilings
 from model.inference.decoder import Decoder
 from model.inference.random_weights import random_model
 from stages.benchmark import benchmark, published_models
-from stages.common import Stage
-from stages.params import load_params
+from stages.frame.common import Stage
+from stages.frame.params import load_params
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,13 +79,13 @@ def test_median_spread_and_turns(monkeypatch):
 
     monkeypatch.setattr(decode_benchmark, "decode_tokens", scripted)
     wider = TINY.model_copy(update={"ffn_hidden_size": 64})
-    one, two = measure({"one": TINY, "two": wider}, [32], 2, 4, 3, 0, 0, torch.float32, CPU, quiet)
+    (one, ones), (two, twos) = measure({"one": TINY, "two": wider}, [32], 2, 4, 3, 0, 8, 0, torch.float32, CPU, quiet)
     assert (one.model, one.context) == ("one", 32)
     assert one.tokens_per_second == pytest.approx(2 * 4 / 4.0)
     assert one.seconds_per_token_spread == pytest.approx((8.0 - 2.0) / 2 / (2 * 4))
     assert two.tokens_per_second == pytest.approx(2 * 4 / 20.0)
-    assert one.repeats == pytest.approx([2 / 8, 4 / 8, 8 / 8])
-    assert two.repeats == pytest.approx([30 / 8, 10 / 8, 20 / 8])
+    assert ones == pytest.approx([2 / 8, 4 / 8, 8 / 8])
+    assert twos == pytest.approx([30 / 8, 10 / 8, 20 / 8])
     assert turns[0::2] == [turns[0]] * 4 and turns[1::2] == [turns[1]] * 4 and turns[0] is not turns[1]
 
 
@@ -100,7 +100,7 @@ def test_decoding_fills_the_context(monkeypatch):
         return elapsed
 
     monkeypatch.setattr(decode_benchmark, "decode_tokens", watched)
-    (speed,) = measure({"tiny": TINY}, [32], 1, 4, 1, 0, 0, torch.bfloat16, CPU, quiet)
+    [(speed, _)] = measure({"tiny": TINY}, [32], 1, 4, 1, 0, 8, 0, torch.bfloat16, CPU, quiet)
     assert len(decoders) == 2 and speed.tokens_per_second > 0
 
 
@@ -124,7 +124,7 @@ def test_seconds_of_a_prompt_are_the_fastest_repeats(monkeypatch):
 
 def test_context_shorter_than_what_is_decoded():
     with pytest.raises(ModelError, match="contexts: 16 is shorter"):
-        list(measure({"tiny": TINY}, [16, 64], 1, 32, 1, 0, 0, torch.float32, CPU, quiet))
+        list(measure({"tiny": TINY}, [16, 64], 1, 32, 1, 0, 8, 0, torch.float32, CPU, quiet))
 
 
 def test_published_pairs_need_a_gpu():

@@ -16,9 +16,9 @@ import psutil
 import pytest
 
 from flows.dvc_graph import GpuTaken
-from stages import common
-from stages.common import Progress, Stage, StageError, plain_errors, run_stage
-from stages.params import load_params
+from stages.frame import common
+from stages.frame.common import Progress, Stage, StageError, plain_errors, run_stage
+from stages.frame.params import load_params
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ["annotate", "curate", "tokenizer", "tokenize", "pretrain", "compress", "export", "evaluate", "benchmark",
@@ -188,7 +188,7 @@ def test_second_run_of_the_same_stage_is_refused(tmp_path):
 @pytest.mark.parametrize("of_dvc", [True, False])
 def test_a_stage_ends_with_the_dvc_that_started_it_and_not_with_a_shell(of_dvc: bool, tmp_path: Path) -> None:
     (tmp_path / "toy.py").write_text(
-        "import time; from stages.common import run_stage\n"
+        "import time; from stages.frame.common import run_stage\n"
         "def toy(stage): print('begun', flush=True); time.sleep(60)\n"
         "run_stage(toy, 'A stage.', ())\n"
     )

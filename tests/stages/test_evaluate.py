@@ -21,7 +21,7 @@ from data_pipeline.config import TokenizerConfig
 from data_pipeline.tokenize import fast_tokenizer, tokenizer
 from model import hub
 from model.hybrid_lm import HybridLM
-from stages.params import load_params
+from stages.frame.params import load_params
 from tests.data_pipeline.small_corpus import write_curated
 
 NAMES = ("hybrid-bf16", "transformer-bf16")

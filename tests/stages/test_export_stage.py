@@ -16,9 +16,9 @@ from data_pipeline.tokenize import fast_tokenizer, tokenizer
 from model import checkpoint, hub
 from model.config import ModelError
 from model.hybrid_lm import HybridLM
-from stages.common import Stage, StageError
 from stages.export import check_logits, convert, export
-from stages.params import load_params
+from stages.frame.common import Stage, StageError
+from stages.frame.params import load_params
 
 NAMES = ("hybrid-bf16", "transformer-bf16")
 # What a GPU machine has installed, where transformers takes it for a model on the CPU as well.

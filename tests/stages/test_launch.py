@@ -16,9 +16,9 @@ from ruamel.yaml import YAML
 
 from model.config import ModelError
 from model.training.trainer import train
-from stages import launch
-from stages.launch import LauncherConfig, SlurmJob
-from stages.params import ParamsError, load_params
+from stages.frame import launch
+from stages.frame.launch import LauncherConfig, SlurmJob
+from stages.frame.params import ParamsError, load_params
 
 ROOT = Path(__file__).resolve().parents[2]
 GEOMETRY = {"pattern": "M-*M", "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4,
@@ -74,7 +74,7 @@ def test_slurm_script_asks_for_what_the_parameters_say(slurm: Path) -> None:
                  "--exclusive", "--job-name=pretrain-hybrid-fp8", f"--chdir={slurm}"):
         assert f"#SBATCH {line}\n" in script
     assert "--account" not in script and script.index("SITE=x") < script.index("srun")
-    assert '--rdzv-endpoint="$first":29400 --rdzv-id="$SLURM_JOB_ID" -m stages.worker' in script
+    assert '--rdzv-endpoint="$first":29400 --rdzv-id="$SLURM_JOB_ID" -m stages.frame.worker' in script
     assert "--nnodes=2 --nproc-per-node=8" in script
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
 
@@ -111,7 +111,7 @@ def test_a_job_that_failed_says_how_and_is_not_tried_again(slurm: Path, monkeypa
 
 def test_a_stage_that_is_stopped_cancels_its_job(slurm: Path) -> None:
     code = (
-        "from pathlib import Path; from stages import launch; "
+        "from pathlib import Path; from stages.frame import launch; "
         "launch.torchrun_command = lambda *_: ['sleep', '30']; "
         "launch.launch(launch.LauncherConfig(kind='slurm', nodes=2), {}, Path.cwd(), 'toy')"
     )

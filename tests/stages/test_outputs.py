@@ -14,9 +14,9 @@ import yaml
 
 from flows import dvc_graph
 from flows.dvc_graph import StageRunner
-from stages import outputs
-from stages.common import Stage, StageError
-from stages.params import load_params
+from stages.frame import outputs
+from stages.frame.common import Stage, StageError
+from stages.frame.params import load_params
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = """

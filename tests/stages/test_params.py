@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.params import ParamsError, load_params
+from stages.frame.params import ParamsError, load_params
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -15,8 +15,8 @@ from ruamel.yaml import YAML
 
 from model.checkpoint import load_weights
 from model.training.trainer import train
-from stages.params import load_params
-from stages.schema import csv_text
+from stages.frame.params import load_params
+from stages.frame.schema import csv_text
 from tests.namespaces import ORDINARY, on_full, unshare
 
 ROOT = Path(__file__).resolve().parents[2]

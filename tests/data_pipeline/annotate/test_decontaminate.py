@@ -15,14 +15,14 @@ import pytest
 from data_pipeline import evaluation_sets
 from data_pipeline.annotate import decontaminate
 from data_pipeline.annotate.decontaminate import Decontaminate
-from data_pipeline.annotate.normalise import normalise_text
-from data_pipeline.annotate.passes import Here
 from data_pipeline.annotate.step import SCHEMA, text_id
 from data_pipeline.config import DataError, DecontaminationConfig
 from data_pipeline.sources.readers import strings
 from data_pipeline.text.ngrams import hash_set, is_in, ngram_hashes
+from tests.data_pipeline.annotate.here import Here
 from tests.data_pipeline.annotate.questions import CLEAN, QUESTIONS, SETTINGS
 from tests.data_pipeline.plain_words import runs
+from tests.data_pipeline.real_texts import normalised
 
 SITE_PACKAGES = Path(np.__file__).parent.parent
 
@@ -170,8 +170,7 @@ def test_a_planted_question_is_found_however_it_is_set(language, setting, tmp_pa
     """In the middle of a page, after the repairs every document goes through; pages that never saw it stay at 0."""
     questions, clean, typeset = QUESTIONS[language], CLEAN[language], SETTINGS[language][setting]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps({"question": text}) + "\n" for text in questions))
-    pages = [normalise_text(f"{clean[0]}\n\n{typeset(text)}\n\n{clean[1]}") for text in questions]
-    pages += [normalise_text(typeset(text)) for text in clean]
+    pages = normalised([*(f"{clean[0]}\n\n{typeset(text)}\n\n{clean[1]}" for text in questions), *map(typeset, clean)])
     counts = contamination([(page, False) for page in pages], 13, [str(tmp_path / "test.jsonl")])
     assert len(questions) == len(clean) == 40
     assert [count > 0 for count in counts] == [True] * 40 + [False] * 40

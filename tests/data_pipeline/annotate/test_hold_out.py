@@ -5,9 +5,9 @@ import pyarrow as pa
 import pytest
 
 from data_pipeline.annotate.hold_out import HoldOut, choose_held_out
-from data_pipeline.annotate.passes import Here
 from data_pipeline.annotate.step import SCHEMA, text_id
 from data_pipeline.config import DataError, HeldOutConfig
+from tests.data_pipeline.annotate.here import Here
 
 
 def table(rows: list[dict[str, object]]) -> pa.Table:

@@ -9,7 +9,7 @@ import pytest
 from ftfy import fix_text
 from ftfy.badness import BADNESS_RE, is_bad
 
-from data_pipeline.annotate.normalise import MAYBE_BAD, REPAIR, Normalise, normalise_text, without_license_header
+from data_pipeline.annotate.normalise import MAYBE_BAD, REPAIR, Normalise, without_license_header
 from data_pipeline.annotate.step import SCHEMA, text_id
 from tests.data_pipeline.real_texts import HOSTILE, STDLIB, real_texts
 
@@ -63,7 +63,6 @@ def test_the_quick_look_passes_over_nothing_bad():
     ],
 )
 def test_normalise(text, normal):
-    assert normalise_text(text) == normal
     table = apply(text)
     assert table["text"].to_pylist() == [normal] and table["id"].to_pylist() == [text_id(normal)]
 

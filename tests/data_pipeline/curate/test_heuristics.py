@@ -21,7 +21,6 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 from data_pipeline.annotate.features.features import Features
 from data_pipeline.annotate.features.measures import FEATURES, measure
 from data_pipeline.annotate.language import Language
-from data_pipeline.annotate.normalise import normalise_text
 from data_pipeline.annotate.step import SCHEMA
 from data_pipeline.config import DataError, RulesConfig
 from data_pipeline.curate.heuristics import (
@@ -37,7 +36,7 @@ from data_pipeline.curate.heuristics import (
 )
 from data_pipeline.text.words import texts_of
 from tests.data_pipeline.plain_words import counted_words
-from tests.data_pipeline.real_texts import HOSTILE, real_texts
+from tests.data_pipeline.real_texts import HOSTILE, normalised, real_texts
 
 PROSE = (
     "The scheduler keeps a queue of the tasks that wait. When a worker is free, it takes the oldest of them and runs "
@@ -130,8 +129,8 @@ def reasons_of(texts: list[str], rules: list[Rule]) -> list[str | None]:
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
     """Normalised, as the rules see them; less the last line feed and form feeds, at which datatrove ends lines too."""
-    normalised = [normalise_text(text).replace("\f", "").strip("\n") for text in real_texts() + HOSTILE]
-    pages = [text for text in normalised if text.split()]
+    pages = [text.replace("\f", "").strip("\n") for text in normalised(real_texts() + HOSTILE)]
+    pages = [text for text in pages if text.split()]
     assert len(pages) >= 150
     # Half-repeated and cut texts, so that decisions fall on both sides of every threshold.
     return pages + [text + "\n" + text[: len(text) // 5] for text in pages[:60]] + [text[:400] for text in pages[:60]]

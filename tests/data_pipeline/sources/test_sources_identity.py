@@ -14,7 +14,7 @@ from data_pipeline.annotate import annotation
 from data_pipeline.config import AnnotateConfig, DataError
 from data_pipeline.sources import pieces
 from data_pipeline.sources.identity import identity, pinned
-from stages.params import load_params
+from stages.frame.params import load_params
 
 ROOT = Path(__file__).resolve().parents[3]
 COMMIT = "0123456789012345678901234567890123456789"

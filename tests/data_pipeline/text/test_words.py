@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 import data_pipeline.text
-from data_pipeline.text.words import mix, mix64, ngrams, ngrams_of, passages_of, texts_of, words, words_of
+from data_pipeline.text.words import Words, mix, mix64, ngrams_of, passages_of, texts_of, words, words_of
 from tests.data_pipeline.plain_words import folded, runs, words_of_text
 
 SENTENCE = (
@@ -27,6 +27,11 @@ TEXTS = [
     "日本語のテスト。GPT４モデル（ｶﾞｷﾞ）", "ภาษาไทยไม่มีช่องว่าง ครับ", "မြန်မာဘာသာ ភាសាខ្មែរ ພາສາລາວ", "한국어 단어",
     "مـــرحبا می\u200cخواهم",
 ]
+
+
+def ngrams(hashes, n):
+    """Of the words of one text."""
+    return ngrams_of(Words(hashes, hashes, hashes, np.array([0, len(hashes)]), hashes), n)[0]
 
 
 def reference_words(text: str) -> list[str]:

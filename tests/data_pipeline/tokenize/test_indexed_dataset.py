@@ -8,7 +8,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from data_pipeline.config import DataError
-from data_pipeline.tokenize.indexed_dataset import IndexedDatasetWriter, merge, read_documents, token_dtype
+from data_pipeline.tokenize.indexed_dataset import IndexedDatasetWriter, merge, read_lengths, token_dtype
 
 
 def documents(vocab_size: int, count: int = 40) -> list[np.ndarray]:
@@ -36,16 +36,14 @@ def test_same_bytes_as_megatron(tmp_path, vocab_size, count):
 
 
 @pytest.mark.parametrize("vocab_size", [4096, 131_072])
-def test_megatron_and_we_read_the_documents_back(tmp_path, vocab_size):
+def test_megatron_reads_the_documents_back_and_we_their_lengths(tmp_path, vocab_size):
     texts = documents(vocab_size)
     write(tmp_path / "train" / "code-high", vocab_size, texts)
     theirs = IndexedDataset(str(tmp_path / "train" / "code-high"))
-    ours = list(read_documents(tmp_path / "train" / "code-high"))
-    assert len(theirs) == len(ours) == len(texts)
-    for one, other, text in zip(theirs, ours, texts, strict=True):
-        np.testing.assert_array_equal(one, text)
-        np.testing.assert_array_equal(other, text)
-        assert other.dtype == token_dtype(vocab_size)
+    for found, text in zip(theirs, texts, strict=True):
+        np.testing.assert_array_equal(found, text)
+    dtype, lengths = read_lengths(tmp_path / "train" / "code-high")
+    assert dtype == token_dtype(vocab_size) and lengths.tolist() == [len(text) for text in texts]
 
 
 @pytest.mark.parametrize("vocab_size", [4096, 131_072])
@@ -76,7 +74,7 @@ def test_parts_of_two_types_are_refused_and_so_is_a_damaged_one(tmp_path):
 
 def test_an_empty_file_has_no_documents(tmp_path):
     write(tmp_path / "none", 4096, [])
-    assert list(read_documents(tmp_path / "none")) == []
+    assert read_lengths(tmp_path / "none")[1].tolist() == []
 
 
 def test_an_error_leaves_nothing_behind(tmp_path):
@@ -98,15 +96,15 @@ def test_ids_beyond_the_type_are_refused(tmp_path):
 
 def test_damage_is_named(tmp_path):
     with pytest.raises(DataError, match=r"a\.idx: not found"):
-        read_documents(tmp_path / "a")
+        read_lengths(tmp_path / "a")
     write(tmp_path / "a", 4096, documents(4096))
     whole = (tmp_path / "a.bin").read_bytes()
     (tmp_path / "a.bin").write_bytes(whole[:-2])
     with pytest.raises(DataError, match=r"a\.bin: its size"):
-        read_documents(tmp_path / "a")
+        read_lengths(tmp_path / "a")
     (tmp_path / "a.bin").write_bytes(whole)
     index = (tmp_path / "a.idx").read_bytes()
     for broken in (index[:-1], b"X" + index[1:], index[:17] + b"\x07" + index[18:], b""):
         (tmp_path / "a.idx").write_bytes(broken)
         with pytest.raises(DataError, match="not a Megatron index"):
-            read_documents(tmp_path / "a")
+            read_lengths(tmp_path / "a")

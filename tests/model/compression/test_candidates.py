@@ -14,7 +14,7 @@ from model.compression.candidates import Budget, keep_top_layers, make_candidate
 from model.compression.width_importance import WidthImportance
 from model.config import ModelConfig, ModelError
 from model.presets import PRESETS
-from stages.params import load_params
+from stages.frame.params import load_params
 
 
 def budget(**changes) -> costs.Deployment:
@@ -142,11 +142,8 @@ def test_top_layers_are_kept_by_type_in_their_order():
 
 
 def scores(config, neurons) -> WidthImportance:
-    mamba = torch.ones(config.mamba_num_heads, config.mamba_head_dim).double()
-    of = {symbol: [i for i, other in enumerate(config.pattern) if other == symbol] for symbol in "M*"}
-    heads = {index: torch.ones(config.num_attention_heads).double() for index in of["*"]}
-    return WidthImportance(neurons, heads, {kind: dict.fromkeys(of["M"], mamba) for kind in ("input", "output")},
-                           torch.ones(config.hidden_size).double(), {})
+    return WidthImportance(neurons, {index: torch.ones(config.mamba_num_heads, config.mamba_head_dim).double()
+                                     for index, symbol in enumerate(config.pattern) if symbol == "M"}, {})
 
 
 def test_a_candidate_counts_what_is_kept():

@@ -6,9 +6,9 @@ import torch
 from scipy.special import log_softmax, rel_entr, softmax
 
 from model.compression.comparison import compare
-from model.compression.layerwise import PlainLayerwise
 from model.hybrid_lm import HybridLM
 from tests.model.compression.markov import silent
+from tests.model.compression.plain import PlainLayerwise
 
 
 def test_closeness_equals_scipy(parent, data):

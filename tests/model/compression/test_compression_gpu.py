@@ -10,7 +10,6 @@ from model.compression.config import LatencyBudget
 from model.compression.data import Data
 from model.compression.funnel import compress
 from model.compression.importance import layer_importance, rank_correlation
-from model.compression.layerwise import PlainLayerwise
 from model.compression.width_importance import width_importance
 from model.hybrid_lm import HybridLM
 from model.megatron.distributed import ONE_COPY, process_groups
@@ -18,6 +17,7 @@ from model.megatron.layerwise import MegatronLayerwise
 from model.megatron.precision import Precision
 from model.megatron.spec import build_model
 from tests.model.compression.markov import CONFIG, Weights, markov, silent
+from tests.model.compression.plain import PlainLayerwise
 from tests.tiny_engine import RECIPE
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -11,7 +11,7 @@ from model.compression import comparison
 from model.compression import plan as plan_module
 from model.compression.candidates import closed_budgets
 from model.compression.importance import layer_importance
-from model.compression.layerwise import Mask, PlainLayerwise
+from model.compression.layerwise import Mask
 from model.compression.plan import Grid, check, importance_passes, layout_of, refusal, steps
 from model.config import ModelError
 from model.hybrid_lm import HybridLM
@@ -20,6 +20,7 @@ from model.presets import PRESETS
 from model.training.plan import GIB, MACHINES, Layout, forward_bytes
 from tests.held_bytes import HeldBytes
 from tests.model.compression.markov import CONFIG, markov, silent
+from tests.model.compression.plain import PlainLayerwise
 from tests.tiny_engine import RECIPE
 
 H100 = MACHINES["h100"]

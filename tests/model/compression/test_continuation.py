@@ -3,37 +3,37 @@
 import pytest
 import torch
 
-from model.compression import continuation
-from model.compression.layerwise import PlainLayerwise
+from model.compression.comparison import task_accuracy, task_items
 from model.config import ModelError
 from model.hybrid_lm import HybridLM
 from tests.model.compression.markov import CONFIG, silent
+from tests.model.compression.plain import PlainLayerwise
 
 
 def test_items_hold_the_truth_and_three_others(data):
-    asked = continuation.items(data.validation, 12, 1)
+    asked = task_items(data.validation, 12, 1)
     assert asked.shape == (12, 4, 33)                        # 25 tokens of context, 8 to choose
     assert (asked[:, :1, :25] == asked[:, :, :25]).all()
     rows = {tuple(row.tolist()) for row in data.validation}
     assert all(tuple(item[0].tolist()) in rows for item in asked)
     assert not any(torch.equal(item[0], other) for item in asked for other in item[1:])
-    assert torch.equal(asked, continuation.items(data.validation, 12, 1))
-    assert not torch.equal(asked, continuation.items(data.validation, 12, 2))
+    assert torch.equal(asked, task_items(data.validation, 12, 1))
+    assert not torch.equal(asked, task_items(data.validation, 12, 2))
 
 
 def test_long_sequences_hold_several_stretches():
     sequences = torch.arange(3 * 129).view(3, 129)
-    asked = continuation.items(sequences, 6, 1)
+    asked = task_items(sequences, 6, 1)
     assert asked.shape == (6, 4, 64)
     assert sorted(asked[:, 0, 0].tolist()) == [0, 64, 129, 193, 258, 322]
 
 
 def test_accuracy_equals_plain_recomputation_and_a_trained_model_knows_more(parent, data):
-    asked = continuation.items(data.validation, 16, 1)
+    asked = task_items(data.validation, 16, 1)
     torch.manual_seed(1)
     models = {"trained": HybridLM.from_state(*parent), "fresh": HybridLM(CONFIG)}
     layerwise = {name: PlainLayerwise(model) for name, model in models.items()}
-    found = continuation.accuracy(layerwise["trained"], layerwise, asked, 3, silent)
+    found = task_accuracy(layerwise["trained"], layerwise, asked, 3, silent)
     for name, model in models.items():
         right = 0
         with torch.no_grad():
@@ -47,5 +47,5 @@ def test_accuracy_equals_plain_recomputation_and_a_trained_model_knows_more(pare
 
 def test_more_items_than_there_are_is_an_error(data):
     with pytest.raises(ModelError, match="task_items") as error:
-        continuation.items(data.validation, 17, 1)
+        task_items(data.validation, 17, 1)
     assert len(str(error.value).splitlines()) == 2

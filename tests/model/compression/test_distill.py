@@ -8,7 +8,6 @@ import torch
 from model.checkpoint import load_weights
 from model.compression.comparison import compare
 from model.compression.distill import School
-from model.compression.layerwise import PlainLayerwise
 from model.compression.prune import Selection, cut
 from model.compression.resume import ResultCache
 from model.hybrid_lm import HybridLM
@@ -17,6 +16,7 @@ from model.megatron.precision import choose_precision
 from model.megatron.spec import build_model
 from model.training.distillation import Distiller
 from tests.model.compression.markov import CONFIG, Weights, markov, silent
+from tests.model.compression.plain import PlainLayerwise
 from tests.tiny_engine import RECIPE
 
 

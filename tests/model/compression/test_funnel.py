@@ -6,10 +6,10 @@ import torch
 from model import costs
 from model.checkpoint import describe, load_weights, read_description
 from model.compression import funnel
+from model.compression.candidates import random_selection
 from model.compression.comparison import compare
-from model.compression.controls import random_selection
 from model.compression.funnel import evenly
-from model.compression.layerwise import Mask, PlainLayerwise
+from model.compression.layerwise import Mask
 from model.compression.prune import cut
 from model.compression.resume import ResultCache
 from model.config import ModelError
@@ -18,6 +18,7 @@ from model.megatron.distributed import ONE_COPY, Parallelism, process_groups
 from model.megatron.precision import Precision
 from model.megatron.spec import build_model
 from tests.model.compression.markov import Weights, silent
+from tests.model.compression.plain import PlainLayerwise
 from tests.tiny_engine import RECIPE
 
 
@@ -99,14 +100,15 @@ def test_the_records_have_what_the_report_reads(compress, planted, data, config)
 
 
 def test_the_random_control_is_drawn_by_its_seed_alone(planted):
-    changes = {"pattern": "M-*-", "ffn_hidden_size": 32, "mamba_num_heads": 2, "hidden_size": 24}
+    changes = {"pattern": "M-*-", "ffn_hidden_size": 32, "mamba_num_heads": 2}
     shape = planted.config.model_copy(update=changes)
     drawn = [random_selection(planted.config, shape, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2, 3, 4)]
-    assert drawn[0].layers == drawn[1].layers and torch.equal(drawn[0].hidden, drawn[1].hidden)
+    assert drawn[0].layers == drawn[1].layers
+    assert all(torch.equal(drawn[0].neurons[layer], kept) for layer, kept in drawn[1].neurons.items())
     assert len({tuple(selection.layers) for selection in drawn}) > 1
     for selection in drawn:
         config, state = cut(*planted, selection)
-        assert sorted(config.pattern) == sorted("M-*-") and (config.mamba_num_heads, config.hidden_size) == (2, 24)
+        assert sorted(config.pattern) == sorted("M-*-") and (config.mamba_num_heads, config.ffn_hidden_size) == (2, 32)
         HybridLM.from_state(config, state)
 
 

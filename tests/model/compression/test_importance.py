@@ -8,11 +8,12 @@ from scipy.stats import spearmanr
 
 from model.compression.comparison import compare
 from model.compression.importance import layer_importance, mean_ranks, rank_correlation, split_half_correlation
-from model.compression.layerwise import Mask, PlainLayerwise
+from model.compression.layerwise import Mask
 from model.compression.prune import Selection, cut
 from model.config import ModelError
 from model.hybrid_lm import HybridLM
 from tests.model.compression.markov import silent
+from tests.model.compression.plain import PlainLayerwise
 
 
 def test_mean_squared_errors_equal_those_of_models_without_the_layer(parent, data):

@@ -8,14 +8,14 @@ import torch
 from pydantic_core import to_jsonable_python
 
 from model.checkpoint import load_weights, save_weights
-from model.compression import continuation
-from model.compression.comparison import compare
+from model.compression.comparison import compare, task_accuracy, task_items
 from model.compression.importance import layer_importance
-from model.compression.layerwise import Mask, PlainLayerwise
+from model.compression.layerwise import Mask
 from model.compression.prune import Selection, cut
 from model.compression.width_importance import width_importance
 from model.hybrid_lm import HybridLM
 from tests.model.compression.markov import CONFIG, Weights, markov, silent, write_tokens
+from tests.model.compression.plain import PlainLayerwise
 from tests.tiny_engine import RECIPE, run_processes
 
 SPLIT = CONFIG.model_copy(update={"num_query_groups": 2, "pattern": "M-M*-M", "init_method_std": 0.2})
@@ -51,17 +51,15 @@ def scores(model, other) -> dict:
     """All that is asked of a model run layer by layer, as JSON."""
     sequences = markov(5, 2)
     widths = width_importance(model, sequences[:, :-1], 2, silent)
-    questions = continuation.items(markov(8, 4), 7, 1)
+    questions = task_items(markov(8, 4), 7, 1)
     models = masks() | {"other": other}
     return to_jsonable_python({
         "layers": layer_importance(model, sequences[:, :-1], 2, silent).tolist(),
         "neurons": {layer: values.tolist() for layer, values in widths.neurons.items()},
-        "heads": {layer: values.tolist() for layer, values in widths.heads.items()},
-        "mamba": {kind: {layer: values.tolist() for layer, values in found.items()}
-                  for kind, found in widths.mamba.items()},
-        "hidden": widths.hidden.tolist(), "reliability": widths.reliability,
+        "mamba": {layer: values.tolist() for layer, values in widths.mamba.items()},
+        "reliability": widths.reliability,
         "closeness": {name: list(value) for name, value in compare(model, models, sequences, 2, silent).items()},
-        "continuation": continuation.accuracy(model, models, questions, 3, silent),
+        "continuation": task_accuracy(model, models, questions, 3, silent),
     })
 
 
@@ -203,7 +201,7 @@ def test_a_stopped_distillation_goes_on_in_another_layout(alone, tmp_path):
 
 def funnel_job(directory: str, scratch: str, parallelism: dict, config: dict) -> dict:
     """The funnel in one of several processes."""
-    from stages.worker import compress
+    from stages.frame.worker import compress
 
     root = Path(directory)
     return to_jsonable_python(compress({

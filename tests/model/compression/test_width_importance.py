@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.compression.candidates import random_selection, reverse_selection
 from model.compression.comparison import compare
-from model.compression.controls import random_selection, reverse_selection
 from model.compression.importance import layer_importance, rank_correlation
-from model.compression.layerwise import Mask, PlainLayerwise
+from model.compression.layerwise import Mask
 from model.compression.width_importance import (
     kept_share,
     select,
@@ -18,6 +18,7 @@ from model.compression.width_importance import (
 from model.config import ModelError
 from model.hybrid_lm import HybridLM
 from tests.model.compression.markov import silent
+from tests.model.compression.plain import PlainLayerwise
 
 
 def minitron(activation: Tensor) -> Tensor:
@@ -29,35 +30,18 @@ def test_every_axis_is_minitrons_rule(parent, data):
     model, config = HybridLM.from_state(*parent), parent.config
     sequences = data.calibration[:5]
     found = width_importance(PlainLayerwise(model), sequences, 2, silent, "l2_then_mean")
-    assert sorted(found.neurons) == [1, 4, 6] and sorted(found.heads) == [3]
-    assert sorted(found.mamba["input"]) == [0, 2, 5]
-    seen: dict[str, Tensor] = {}
+    assert sorted(found.neurons) == [1, 4, 6] and sorted(found.mamba) == [0, 2, 5]
+    seen: dict[int, Tensor] = {}
     for index, symbol in enumerate(config.pattern):
         name = {"M": "out_proj", "*": "o_proj", "-": "down_proj"}[symbol]
         module = model.get_submodule(f"backbone.layers.{index}.mixer.{name}")
-        module.register_forward_pre_hook(lambda _, inputs, at=index: seen.update({f"{at}": inputs[0]}))
+        module.register_forward_pre_hook(lambda _, inputs, at=index: seen.update({at: inputs[0]}))
     with torch.no_grad():
-        hidden, channels = model.backbone.embeddings(sequences), torch.zeros(config.hidden_size).double()
-        for index, (symbol, layer) in enumerate(zip(config.pattern, model.backbone.layers, strict=True)):
-            normed = layer.norm(hidden)
-            channels += minitron(normed)
-            if symbol == "M":
-                inner = config.mamba_inner_size
-                expected = minitron(layer.mixer.in_proj(normed)[..., inner : 2 * inner]).view(4, 16)
-                torch.testing.assert_close(found.mamba["input"][index], expected, rtol=1e-5, atol=1e-9)
-            hidden = layer(hidden)
-            score = minitron(seen[str(index)])
-            if symbol == "M":
-                torch.testing.assert_close(found.mamba["output"][index], score.view(4, 16), rtol=1e-5, atol=1e-9)
-            elif symbol == "*":
-                torch.testing.assert_close(found.heads[index], score.view(2, 16).norm(dim=1), rtol=1e-5, atol=1e-9)
-            else:
-                torch.testing.assert_close(found.neurons[index], score, rtol=1e-5, atol=1e-9)
-        channels += minitron(model.backbone.norm_f(hidden))
-    torch.testing.assert_close(found.hidden, channels, rtol=1e-5, atol=1e-9)
-    torch.testing.assert_close(found.mamba_heads("input")[0], found.mamba["input"][0].norm(dim=1))
-    torch.testing.assert_close(found.mamba_channels("input")[0], found.mamba["input"][0].norm(dim=0))
-    torch.testing.assert_close(found.groups(config)[3], found.heads[3].norm()[None])
+        model(sequences)
+    for index, score in {**found.neurons, **found.mamba}.items():
+        torch.testing.assert_close(score.flatten(), minitron(seen[index]), rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(found.mamba_heads()[0], found.mamba[0].norm(dim=1))
+    torch.testing.assert_close(found.mamba_channels()[0], found.mamba[0].norm(dim=0))
 
 
 @pytest.mark.parametrize(("order", "score"), [
@@ -79,17 +63,18 @@ def test_both_orders_of_the_neurons_score_are_a_direct_computation_in_float64(pa
     other = width_importance(PlainLayerwise(HybridLM.from_state(*parent)), sequences, 3, silent,
                              next(name for name in ("mean_then_l2", "l2_then_mean") if name != order))
     assert not any(torch.allclose(found.neurons[index], other.neurons[index], rtol=1e-3) for index in found.neurons)
-    assert all(torch.equal(found.heads[index], other.heads[index]) for index in found.heads)
+    assert all(torch.equal(found.mamba[index], other.mamba[index]) for index in found.mamba)
 
 
 def test_reliability_is_the_rank_correlation_of_two_halves(parent, data):
     model = HybridLM.from_state(*parent)
     found = width_importance(PlainLayerwise(model), data.calibration, 3, silent)
     halves = [width_importance(PlainLayerwise(model), data.calibration[half::2], 3, silent) for half in (0, 1)]
-    assert set(found.reliability) == {"neurons", "heads", "mamba input", "mamba output", "hidden"}
+    assert set(found.reliability) == {"neurons", "mamba"}
     neurons = [rank_correlation(halves[0].neurons[i], halves[1].neurons[i]) for i in (1, 4, 6)]
     assert found.reliability["neurons"] == pytest.approx(sum(neurons) / 3, abs=1e-9)
-    assert found.reliability["hidden"] == pytest.approx(rank_correlation(halves[0].hidden, halves[1].hidden), abs=0.02)
+    heads = [rank_correlation(*(half.mamba_heads()[index] for half in halves)) for index in (0, 2, 5)]
+    assert found.reliability["mamba"] == pytest.approx(sum(heads) / 3, abs=1e-9)
     assert found.reliability["neurons"] > 0.9
 
 
@@ -111,7 +96,7 @@ def test_what_is_dead_is_cut_first(parent, data):
     assert set(kept.tolist()) == set(range(48)) - set(dead.tolist()) and (kept.diff() > 0).all()
     assert kept_share(importance.neurons[4], 43) == pytest.approx(1.0, abs=1e-12)
     assert kept_share(importance.neurons[4], 42) < 1
-    assert importance.mamba_heads("output")[0].argmin() == 1 and importance.mamba_heads("output")[0][1] == 0
+    assert importance.mamba_heads()[0].argmin() == 1 and importance.mamba_heads()[0][1] == 0
     smaller = parent.config.model_copy(update={"mamba_num_heads": 2, "ffn_hidden_size": 43})
     selection = select(parent.config, smaller, list(range(7)), importance)
     assert torch.equal(selection.neurons[4], kept)

@@ -105,9 +105,9 @@ def test_fp8_on_a_gpu_without_fp8_products_is_an_error(monkeypatch):
     ("current", "e5m2", {"fp8": "hybrid", "fp8_recipe": "tensorwise", "first_last_layers_bf16": True}),
     ("current", "e4m3", {"fp8": "e4m3", "fp8_recipe": "tensorwise"}),
     ("unscaled", "e4m3", {"fp8": "e4m3", "fp8_recipe": "custom",
-                          "fp8_quantizer_factory": "model.megatron.fp8_unscaled.quantizer_e4m3_gradients"}),
+                          "fp8_quantizer_factory": "model.megatron.precision.quantizer_e4m3_gradients"}),
     ("unscaled", "e5m2", {"fp8": "hybrid", "fp8_recipe": "custom",
-                          "fp8_quantizer_factory": "model.megatron.fp8_unscaled.quantizer_e5m2_gradients"}),
+                          "fp8_quantizer_factory": "model.megatron.precision.quantizer_e5m2_gradients"}),
 ])
 def test_the_alternatives_are_options_of_megatrons(monkeypatch, scaling, gradients, expected):
     monkeypatch.setattr(precision_module, "TRANSFORMER_ENGINE", True)

@@ -20,14 +20,13 @@ from data_pipeline.schema import (
     Refused,
     TokenFile,
 )
+from model.benchmark.schema import DecodeRepeat, DecodeRow
 from model.compression.schema import CandidateRecord, Controls, Costs, FfnImportance, Importance, LayerImportance
 from model.evaluation.schema import ChoiceSample, PaperScore, PaperTask, TextSample
-from stages.common import Stage
-from stages.params import Params, load_params
-from stages.schema import (
+from stages.frame.common import Stage
+from stages.frame.params import Params, load_params
+from stages.frame.schema import (
     Code,
-    DecodeRepeat,
-    DecodeRow,
     DistillationRow,
     Machine,
     Provenance,
@@ -191,7 +190,7 @@ class Tree:
                 "random_cut": 2.52}.items()},
         }, model_json={"pattern": "M-M-M-M*-M-M-M-", "ffn_hidden_size": 384, "hidden_size": 128},
             importance_json=Importance(
-                samples={"layers": 64}, layers=layers, heads={}, mamba_heads={},
+                samples={"layers": 64}, layers=layers, mamba_heads={},
                 ffn=[FfnImportance(index=1, kept_share_of_importance={384: 1.0, 256: 0.8})],
                 reliability={"neurons": 0.99}),
             candidates_json=candidates,

@@ -11,7 +11,7 @@ from model.evaluation.schema import PaperScore, PaperTask
 from stages.report.claims import JUDGES, claims, counts, percent
 from stages.report.records import RecordError
 from stages.report.statistics import Answer
-from stages.study_schema import STUDIED, WORDS, Study
+from stages.report.study_schema import STUDIED, WORDS, Study
 
 HOLDS, FAILS, UNDECIDED = Answer
 SEEDS = ("", "-seed2", "-seed3")

@@ -9,12 +9,12 @@ import pytest
 from pages import Page
 from runs_tree import DOMAINS, ROOT, edit_json, report_stage, write_json, write_runs
 
-from stages.common import Stage
-from stages.params import load_params
+from stages.frame.common import Stage
+from stages.frame.params import load_params
 from stages.report.__main__ import report
 from stages.report.page import seen, write_data_page
 from stages.report.records import RecordError
-from stages.study_schema import FOLDER
+from stages.report.study_schema import FOLDER
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from stages.report.records import RecordError, load_studies, read_study
-from stages.study_schema import Comparison, Measurement, Study
+from stages.report.study_schema import Comparison, Measurement, Study
 
 CONTENT = {
     "version": 1, "study": "position", "command": "python -m benchmarks.position", "machine": "2 cores",

@@ -15,11 +15,12 @@ from scipy.sparse.csgraph import connected_components
 from data_pipeline.annotate.dedup import deduplicate
 from data_pipeline.annotate.dedup.components import Forest, components, part_of_vertex, parted_edges, roots_of
 from data_pipeline.annotate.dedup.deduplicate import COPY, COPY_OF_HELD_OUT, NEAR, NEAR_HELD_OUT, Deduplicate
-from data_pipeline.annotate.passes import Arrays, Groups, Held, Here, OnDisk, Passes
+from data_pipeline.annotate.passes import Arrays, Groups, Held, Passes
 from data_pipeline.config import MinHashConfig
 from data_pipeline.text.words import UInt64
 from data_pipeline.workers.executor import Here as OneWorker
 from data_pipeline.workers.executor import Processes, Workers
+from tests.data_pipeline.annotate.here import Here
 
 BANDS = 7
 
@@ -155,7 +156,7 @@ def test_any_parts_decide_as_the_whole_graph(table, shards, part, workers):
 @settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tables(), st.integers(1, 5), st.sampled_from([4, 1e6]))
 def test_two_workers_decide_as_the_whole_graph(pool, tmp_path_factory, table, shards, part):
-    passes = OnDisk(tmp_path_factory.mktemp("passes"), pool)
+    passes = Passes(tmp_path_factory.mktemp("passes"), pool)
     assert decided(table, shards, part, passes) == by_networkx(table)
 
 
@@ -169,7 +170,7 @@ def test_passes_cut_short_go_on(tmp_path: Path) -> None:
     table = (random.integers(0, 2**64, (60, 2), dtype=np.uint64), np.zeros(60, bool),
              random.choice(random.integers(0, 2**64, 90, dtype=np.uint64), (BANDS, 60)))
 
-    class Stopping(OnDisk):
+    class Stopping(Passes):
         """Makes one piece that was missing, then stops."""
 
         pieces = 0

@@ -7,9 +7,9 @@ import pyarrow as pa
 import pytest
 
 from data_pipeline.annotate.dedup.deduplicate import Deduplicate, id_numbers
-from data_pipeline.annotate.passes import Here
 from data_pipeline.annotate.step import SCHEMA, text_id
 from data_pipeline.config import MinHashConfig
+from tests.data_pipeline.annotate.here import Here
 
 RECIPE = MinHashConfig(shingle_characters=24, bands=20, rows=13)
 SITE_PACKAGES = Path(np.__file__).parent.parent

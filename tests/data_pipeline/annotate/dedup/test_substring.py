@@ -11,9 +11,9 @@ import pytest
 
 from data_pipeline.annotate.dedup import substring
 from data_pipeline.annotate.dedup.substring import Substring, without
-from data_pipeline.annotate.passes import Here
 from data_pipeline.annotate.step import SCHEMA, text_id
 from data_pipeline.config import SubstringConfig
+from tests.data_pipeline.annotate.here import Here
 
 Row = dict[str, object]
 

@@ -16,7 +16,6 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-from data_pipeline.annotate.passes import Here
 from data_pipeline.annotate.quality import classifier, fluency, reference, structure, training_text
 from data_pipeline.annotate.quality.quality import Quality
 from data_pipeline.annotate.quality.quality_labels import keys_of
@@ -24,6 +23,7 @@ from data_pipeline.annotate.quality.training_text import TrainingText
 from data_pipeline.annotate.step import SCHEMA, text_id
 from data_pipeline.config import ClassifierConfig, DataError
 from data_pipeline.text.words import ngrams_of, texts_of, words_of
+from tests.data_pipeline.annotate.here import Here
 from tests.data_pipeline.plain_words import words_of_text
 
 OWN = ["fluency", "reference", "structure"]

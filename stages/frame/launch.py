@@ -1,7 +1,7 @@
 """Run a stage's job on its GPUs: in this process, or in many by torchrun or Slurm, and wait for it.
 
 The stage stays one process that reads parameters and writes outputs; the processes it starts run
-`stages.worker` on a job file, and leave their result beside it. Every node must see the repository, the data
+`stages.frame.worker` on a job file, and leave their result beside it. Every node must see the repository, the data
 and `.scratch` under the same paths.
 """
 
@@ -24,14 +24,13 @@ from typing import Any, Literal, NoReturn
 from pydantic import BaseModel, ConfigDict, Field
 
 from model.config import ModelError
-from stages import worker
-from stages.common import Progress, die_with_parent
+from stages.frame import worker
+from stages.frame.common import Progress, die_with_parent
 
 RENDEZVOUS_PORT = 29_400
 SECONDS_BETWEEN_LOOKS = 2.0
 # How a Slurm job may end through no fault of its own: it is submitted again and goes on from its resume state.
 RESUBMITTED = ("TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL")
-SHOWN_LINES = 3
 
 
 class SlurmJob(BaseModel):
@@ -74,7 +73,7 @@ class LauncherConfig(BaseModel):
 
 
 def launch(launcher: LauncherConfig, job: dict[str, Any], directory: Path, name: str) -> dict[str, Any]:
-    """Run `stages.worker` on `job`, here or in all the launcher's processes; blocks.
+    """Run `stages.frame.worker` on `job`, here or in all the launcher's processes; blocks.
 
     Args:
         launcher: how many processes, where.
@@ -111,7 +110,7 @@ def torchrun_command(launcher: LauncherConfig, job: Path, rendezvous: str | None
         command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={rendezvous}", f"--rdzv-id={identity}"]
     else:
         command += ["--standalone"]
-    return [*command, "-m", "stages.worker", str(job)]
+    return [*command, "-m", "stages.frame.worker", str(job)]
 
 
 def _by_torchrun(launcher: LauncherConfig, job: Path, name: str) -> str:
@@ -150,7 +149,7 @@ def slurm_script(launcher: LauncherConfig, job: Path, name: str) -> str:
         "#!/bin/bash",
         *(f"#SBATCH {directive}" for directive in (*directives, *slurm.directives)),
         "set -euo pipefail",
-        f"export PYTHONPATH={shlex.quote(os.environ.get('PYTHONPATH', str(Path(__file__).resolve().parents[1])))}",
+        f"export PYTHONPATH={shlex.quote(os.environ.get('PYTHONPATH', str(Path(__file__).resolve().parents[2])))}",
         *slurm.setup,
         'nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")',
         "first=${nodes%%$'\\n'*}",

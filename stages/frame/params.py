@@ -17,7 +17,7 @@ from ruamel.yaml.error import YAMLError
 from data_pipeline.config import AnnotateConfig, CurateConfig, ExecutorConfig, TokenizeConfig, TokenizerConfig
 from model.compression.config import CompressConfig
 from model.config import Geometry, ModelConfig, PretrainConfig, Section
-from stages.launch import LauncherConfig
+from stages.frame.launch import LauncherConfig
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]        # NumPy takes no other
 
@@ -100,8 +100,8 @@ class RuntimeConfig(ExecutorConfig):
     """How to run, never what: no stage depends on it.
 
     Attributes:
-        verify_megabytes: outputs up to this size are hashed before every use (`stages.outputs`); larger ones when they
-            change, and when DVC restores them.
+        verify_megabytes: outputs up to this size are hashed before every use (`stages.frame.outputs`); larger ones when
+            they change, and when DVC restores them.
     """
 
     slots: int = Field(ge=1)

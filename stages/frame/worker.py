@@ -1,6 +1,6 @@
 """What a stage runs on its GPUs: here in one process, or in each of the processes that torchrun starts.
 
-    torchrun --nproc-per-node=2 -m stages.worker JOB.json
+    torchrun --nproc-per-node=2 -m stages.frame.worker JOB.json
 
 The job file names the task, its settings, layout and directories. The first process writes JOB-result.json; a process
 that fails for a known reason writes it to JOB-error.txt.
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stages.common import Progress, die_with_parent, write
+from stages.frame.common import Progress, die_with_parent, write
 
 
 def pretrain(job: dict[str, Any], progress: Callable[..., None]) -> Any:
@@ -73,7 +73,7 @@ def evaluate(job: dict[str, Any], progress: Callable[..., None]) -> dict[str, An
 
 
 def benchmark(job: dict[str, Any], progress: Callable[..., None]) -> dict[str, Any]:
-    """Time models as the stage describes, and the published ones: rows of `model.benchmark.decode.Speed`, metrics."""
+    """Time models as the stage describes, and the published ones: rows of `model.benchmark.decode.measure`, metrics."""
     import torch
 
     from model.benchmark.decode import measure
@@ -87,7 +87,8 @@ def benchmark(job: dict[str, Any], progress: Callable[..., None]) -> dict[str, A
         ranks = TensorRanks.of_job()
         published = published_pairs(config["published"], device, ranks)
         rows = list(measure(models, config["contexts"], config["batch"], config["decode_tokens"], config["repeats"],
-                            config["longest_prompt"], job["seed"], torch.bfloat16, device, progress, ranks))
+                            config["longest_prompt"], config["output_tokens"], job["seed"], torch.bfloat16, device,
+                            progress, ranks))
     return {"metrics": published, "rows": rows}
 
 
@@ -113,7 +114,7 @@ def run(job: dict[str, Any], progress: Callable[..., None]) -> dict[str, Any]:
 def main() -> None:
     """Do what the job file says, as one of torchrun's processes."""
     parser = argparse.ArgumentParser(
-        prog="python -m stages.worker", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m stages.frame.worker", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("job", type=Path, help="job file of a stage")
     file = parser.parse_args().job

@@ -37,10 +37,10 @@ from typing import TYPE_CHECKING, Any
 import durable
 
 if TYPE_CHECKING:
-    from stages.params import Params
-    from stages.schema import Provenance
+    from stages.frame.params import Params
+    from stages.frame.schema import Provenance
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("data_pipeline", "model", "kernels", "stages", "durable")
 DEPENDS = "depends.json"      # in a scratch directory: what its state depends on
 LIBRARIES = "requirements.lock"
@@ -108,7 +108,7 @@ class Stage:
 
     def verify(self, path: Path) -> None:
         """Raise StageError where a file of `path` is not the one that DVC recorded when its stage had written it."""
-        from stages.outputs import damaged
+        from stages.frame.outputs import damaged
 
         if found := damaged(path, self.params.runtime.verify_bytes):
             makers = " ".join(dict.fromkeys(damage.output.stage for damage in found))
@@ -122,13 +122,13 @@ class Stage:
             yield directory
 
     def run_job(self, job: dict[str, Any], one_model: bool = False) -> dict[str, Any]:
-        """Run `job` (a task of `stages.worker` and its settings) where runtime.launcher says, laid out by
+        """Run `job` (a task of `stages.frame.worker` and its settings) where runtime.launcher says, laid out by
         runtime.parallel; its result as JSON has it. With several processes its metrics say how many.
 
         Args:
             one_model: its processes are the tensor parallel ones of one model (`RuntimeConfig.one_model`).
         """
-        from stages.launch import launch
+        from stages.frame.launch import launch
 
         runtime = self.params.runtime
         launcher = runtime.one_model if one_model else runtime.launcher
@@ -351,7 +351,7 @@ def run_stage(
     if options.set and not options.out:
         raise StageError("--set without --out would put other results under this profile's name.\nAdd --out DIR.")
     from data_pipeline.config import DataError
-    from stages.params import load_params
+    from stages.frame.params import load_params
 
     params = load_params(options.params, tuple(options.set))
     DataError.settings = options.settings or f"in {options.params}"
@@ -459,7 +459,7 @@ def provenance(stage: Stage, started: float, resumed: bool) -> Provenance:
     """
     import resource
 
-    from stages.schema import Code, Machine, Provenance
+    from stages.frame.schema import Code, Machine, Provenance
 
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return Provenance(

@@ -5,7 +5,6 @@ report. A field that is missing or unknown is an error: the record is of another
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from datetime import datetime
 from typing import Any
 
 from model.config import Record
@@ -43,11 +42,6 @@ class Provenance(Record):
     versions: dict[str, str]
     machine: Machine
 
-    @property
-    def started_seconds(self) -> float:
-        """Since 1970."""
-        return datetime.fromisoformat(self.started).timestamp()
-
 
 class TrainingRow(Record):
     """pretrain/V/training.csv, a row a step."""
@@ -78,32 +72,6 @@ class DistillationRow(Record):
     step: int
     tokens: int
     kl: float
-
-
-class DecodeRow(Record):
-    """benchmark/decode.csv; what is None was not measured: no prompt so long was read."""
-
-    model: str
-    context: int
-    batch: int
-    tokens_per_second: float
-    seconds_per_token_spread: float
-    decode_of_floor: float
-    time_to_first_token_seconds: float | None
-    prefill_tokens_per_second: float | None
-    prefill_of_floor: float | None
-    output_tokens_per_second: float | None      # prompts included
-    cache_mib: float
-    memory_gib: float
-
-
-class DecodeRepeat(Record):
-    """benchmark/decode_repeats.csv: repeat by repeat, in each of which every model had its turn."""
-
-    model: str
-    context: int
-    repeat: int
-    seconds_per_token: float
 
 
 def csv_text(rows: Iterable[Record | Mapping[str, Any]], digits: int = 8) -> str:

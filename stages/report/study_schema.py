@@ -17,10 +17,10 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from model.config import Record
-from stages.common import write
+from stages.frame.common import write
 
 FOLDER = Path("docs/results/studies")
-CLAIMS = Path(__file__).with_name("report") / "claims.toml"
+CLAIMS = Path(__file__).with_name("claims.toml")
 WORDS = tomllib.loads(CLAIMS.read_text())["claim"]                                      # of every claim, in order
 STUDIED = {words["key"]: words["study"] for words in WORDS if "study" in words}         # by which study, if by one
 
