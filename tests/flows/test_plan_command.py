@@ -71,7 +71,7 @@ def test_what_is_decided_between_the_passes_is_planned_by_its_formula() -> None:
     for text, hours in ((4e12, 15), (40e12, 495)):
         step = plan.REPEATED_STRINGS.step("", text, text / 64e6, 64)
         assert (step.seconds or 0) * step.cores / 3600 == pytest.approx(hours, rel=0.02)
-    step = plan.EVALUATION_TEXT.step("", 1e8, 0, 1)             # measured: 27.5 processor seconds, 2.4 GB beside surveys
+    step = plan.EVALUATION_TEXT.step("", 1e8, 0, 1)         # measured: 27.5 processor seconds, 2.4 GB beside surveys
     assert step.seconds == pytest.approx(27.5, rel=0.1) and step.disk - 8e8 == pytest.approx(2.4e9, rel=0.01)
     small = plan.NEAR_DUPLICATES.step("", 1e6, 60, 8)
     assert small.cores == 1 and small.host == pytest.approx(1.1e9 * 1e6 / 2**23)
