@@ -5,6 +5,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tiny_engine import HYBRID, RECIPE
+
+from model.megatron import optimizer
+from model.megatron.compat import optimizer_shards
+from model.megatron.distributed import ONE_COPY, process_groups
+from model.megatron.precision import Precision
+from model.megatron.spec import build_model
+
+# isort: split
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+
 ROOT = Path(__file__).resolve().parents[3]
 PROBE = """
 from model.megatron.compat import TRANSFORMER_ENGINE
@@ -29,3 +42,20 @@ def test_a_transformer_engine_that_cannot_be_imported_does_not_stop_megatron(tmp
         env=environment, capture_output=True, text=True,
     )
     assert "no cuDNN" in unguarded.stderr
+
+
+def test_a_spread_optimizers_state_is_no_view_of_buffers_of_all_parameters(monkeypatch):
+    """Saving clones views, which with the buffers they are of held the state twice in the host's memory."""
+    monkeypatch.setattr(optimizer, "uses_distributed_optimizer", lambda recipe: recipe.distributed_optimizer)
+    recipe = RECIPE.model_copy(update={"distributed_optimizer": True})
+    with process_groups():
+        model = build_model(HYBRID, Precision("float32"), ONE_COPY, seed=1)
+        spread = optimizer.build_optimizer(recipe, optimizer.data_parallel(recipe, model, 1))
+        spread.step()
+        groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+        weights = model.sharded_state_dict(metadata=groups)
+        shards = [value for value in nested_values(optimizer_shards(spread, weights, False, groups))
+                  if isinstance(value, ShardedTensor)]
+    assert sum(shard.data.numel() for shard in shards) == 3 * sum(value.numel() for value in model.parameters())
+    for shard in shards:
+        assert shard.data.untyped_storage().nbytes() == shard.data.nbytes, shard.key
