@@ -101,13 +101,19 @@ def test_sequences_of_unlike_length_take_one_captured_step(config):
 @CONFIGS
 @pytest.mark.parametrize("start", [0, 128])
 def test_prompts_of_unlike_length_read_together(config, start):
-    """Padded to 256, as a server reads them, and five captured steps, beside the full forward pass."""
+    """Padded to 256, as a server reads them, and five captured steps, and the full forward pass, each row beside
+    float32 on a CPU: an early token's error would vanish among those of later ones."""
     model = random_model(config, torch.bfloat16, "cuda")
     ids = torch.randint(512, (4, 512), generator=torch.Generator().manual_seed(0)).cuda()
     lengths, rows = [7, 256, 1, 130], range(4)
+
+    def at_ends(logits):
+        return torch.stack([row[start + length - 1 : start + length + 5]
+                            for row, length in zip(logits, lengths, strict=True)])
+
     with torch.no_grad():
-        own = torch.stack([row[start + length - 1 : start + length + 5]
-                           for row, length in zip(model(ids), lengths, strict=True)])
+        exact = at_ends(HybridLM.from_state(config, model.state_dict()).cpu()(ids.cpu()))
+        own = at_ends(model(ids)).cpu()
         decoder = Decoder(model, 512, 6)
         if start:
             decoder.read_rows(ids[:, :start], slice(4), 0)
@@ -116,7 +122,10 @@ def test_prompts_of_unlike_length_read_together(config, start):
     for step in range(5):
         places = [start + length + step for length in lengths]
         steps.append(decoder.decode_rows(ids[rows, places], places).clone())
-    assert relative(torch.stack(steps, 1), own) < 2e-2
+    found = torch.stack(steps, 1).cpu()
+    apart = {name: [round(relative(logits[row], exact[row]), 4) for row in rows]
+             for name, logits in (("forward pass", own), ("read and decoded", found))}
+    assert max(max(errors) for errors in apart.values()) < 3e-2, apart
 
 
 @CONFIGS
