@@ -19,6 +19,7 @@ from model.training.trainer import train
 from stages.frame import launch
 from stages.frame.launch import LauncherConfig, SlurmJob
 from stages.frame.params import ParamsError, load_params
+from tests.forked import run
 
 ROOT = Path(__file__).resolve().parents[2]
 GEOMETRY = {"pattern": "M-*M", "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4,
@@ -158,16 +159,14 @@ def workplace(tmp_path, token_files):
 
 
 def pretrain(workplace: Path, out: str, *settings: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "stages.pretrain", "--variant", "hybrid-bf16", "--out", out]
-    for setting in ("tokenizer.vocab_size=512", *settings):
-        command += ["--set", setting]
-    return subprocess.run(command, cwd=workplace, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True, timeout=200)
+    settings = ("tokenizer.vocab_size=512", "runtime.launcher.kind=torchrun", *settings)
+    words = [word for setting in settings for word in ("--set", setting)]
+    return run(workplace, "-m", "stages.pretrain", "--variant", "hybrid-bf16", "--out", out, *words, check=False)
 
 
 def test_torchrun_of_two_processes_gives_the_losses_of_one(workplace: Path, tmp_path: Path) -> None:
-    torchrun = ("runtime.launcher.kind=torchrun", "runtime.launcher.processes_per_node=2")
-    split = pretrain(workplace, "split", *torchrun, "runtime.parallel.tensor=2", "runtime.parallel.sequence=true")
+    split = pretrain(workplace, "split", "runtime.launcher.processes_per_node=2", "runtime.parallel.tensor=2",
+                     "runtime.parallel.sequence=true")
     assert split.returncode == 0, split.stderr
     params = load_params(workplace / "params.yaml", ("tokenizer.vocab_size=512",))
     alone = train(params.model_of("hybrid-bf16"), params.pretrain, "hybrid", "bf16", 1, workplace / "data/toy/tokens",
@@ -182,6 +181,6 @@ def test_torchrun_of_two_processes_gives_the_losses_of_one(workplace: Path, tmp_
 
 
 def test_what_a_worker_refuses_is_what_the_stage_says(workplace: Path) -> None:
-    done = pretrain(workplace, "wrong", "runtime.launcher.kind=torchrun", "runtime.launcher.processes_per_node=2")
-    assert done.returncode == 1             # two replicas, and one micro-batch of four sequences a step
-    assert "global_batch_size (4) is not a multiple of micro_batch_size" in done.stderr.splitlines()[-2]
+    done = pretrain(workplace, "wrong", "pretrain.tokens=10")
+    assert done.returncode == 1 and list((workplace / "wrong/.scratch").glob("pretrain-*/job-error.txt"))
+    assert "pretrain.tokens (10)" in done.stderr.splitlines()[-2]
