@@ -96,3 +96,9 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
 @pytest.fixture(scope="session")
 def token_files() -> Callable[..., Path]:
     return write_token_files
+
+
+@pytest.fixture(scope="session")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Token files that are only read."""
+    return write_token_files(tmp_path_factory.mktemp("tokens"))

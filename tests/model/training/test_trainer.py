@@ -34,20 +34,6 @@ def losses(run: dict) -> list[float]:
     return [row["loss"] for row in run["training"]]
 
 
-@pytest.fixture(scope="module")
-def tokens(token_files, tmp_path_factory) -> Path:
-    return token_files(tmp_path_factory.mktemp("tokens"))
-
-
-@pytest.fixture(scope="module")
-def unbroken(tokens, tmp_path_factory) -> dict:
-    """A float32 run of 6 steps on one process that left its resume state after step 4."""
-    directory = tmp_path_factory.mktemp("unbroken")
-    run = train_job(str(tokens), str(directory / "out"), str(directory / "scratch"), {}, checkpoint_every=4)
-    assert (directory / "scratch" / "resume" / "step-00000004").exists()
-    return run | {"directory": directory}
-
-
 def test_losses_are_those_of_a_plain_pytorch_loop(tokens, unbroken, tmp_path):
     with process_groups():
         save_model(tmp_path / "start", Trainer(HYBRID, RECIPE, "float32", 1, tokens, tmp_path, ONE_COPY).model)

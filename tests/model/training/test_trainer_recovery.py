@@ -25,19 +25,6 @@ from model.training.trainer import Trainer
 from tests.forked import run
 
 
-@pytest.fixture(scope="module")
-def tokens(token_files, tmp_path_factory) -> Path:
-    return token_files(tmp_path_factory.mktemp("tokens"))
-
-
-@pytest.fixture(scope="module")
-def unbroken(tokens, tmp_path_factory) -> dict:
-    """A float32 run of 6 steps that left its resume state after step 4."""
-    directory = tmp_path_factory.mktemp("unbroken")
-    run = train_job(str(tokens), str(directory / "out"), str(directory / "scratch"), {}, checkpoint_every=4)
-    return run | {"directory": directory}
-
-
 def assert_same_files(ours: Path, theirs: Path) -> None:
     assert [file.name for file in sorted(ours.iterdir())] == [file.name for file in sorted(theirs.iterdir())]
     for file in ours.iterdir():
