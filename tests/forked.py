@@ -29,7 +29,10 @@ def run(directory: Path, *command: str, check: bool = True) -> subprocess.Comple
     with tempfile.TemporaryDirectory() as outputs:
         said, errors = Path(outputs, "said"), Path(outputs, "errors")
         process = start(directory, *command, said=str(said), errors=str(errors))
-        process.join()
+        try:
+            process.join()
+        finally:
+            process.kill()                          # where the test's time is over
         done = subprocess.CompletedProcess(command, process.exitcode or 0, said.read_text(), errors.read_text())
     assert not check or done.returncode == 0, done.stderr
     return done
