@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from ruamel.yaml import YAML
-from tiny_corpus import write_params
+from tiny_corpus import ROOT, write_params
 
 from data_pipeline.config import TokenizerConfig
 from data_pipeline.tokenize import fast_tokenizer, tokenizer
@@ -71,7 +74,9 @@ def records(directory: Path, name: str) -> tuple[dict[str, Any], dict[str, Any],
 
 def test_records_of_two_models(prepared: Path) -> None:
     for name in NAMES:
-        done = run(prepared, *COMMAND, name)
+        done = subprocess.run(                              # with imports of its own
+            [sys.executable, *COMMAND, name], cwd=prepared, capture_output=True, text=True, check=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
         assert done.stdout.startswith("step "), done.stdout
         assert not done.stderr, "no bars or warnings where nobody looks"
     metrics, samples, provenance = records(prepared, NAMES[0])
