@@ -126,9 +126,9 @@ EVALUATION_TEXT = Decision(2**25, 1.9e9, 8 + 24, (0.3e-6, 4e-4, 2e-4))
 TEXT_AN_NGRAM = 8.6             # bytes of Markdown and of Python, 13 words in a row from every word on
 
 
-def steps(params: Params, pretraining: Mapping[str, Plan], machine: Machine) -> list[Step]:
-    """The stages in their order. Raises ModelError for a layout that cannot be, or budgets that nothing fits."""
-    parent, grid = params.model_of(params.compress.parent), compression_grid(params)
+def steps(params: Params, grid: compression.Grid, pretraining: Mapping[str, Plan], machine: Machine) -> list[Step]:
+    """The stages in their order. Raises ModelError for a layout that cannot be."""
+    parent = params.model_of(params.compress.parent)
     text, workers, recipe = text_bytes(params), params.runtime.workers, params.pretrain
     ids = text / TEXT_A_TOKEN * token_dtype(params.tokenizer.vocab_size)().itemsize
     # Curation writes all text twice at most, before it is compressed: annotated, and what was kept.
@@ -185,7 +185,7 @@ def evaluated(params: Params, grid: compression.Grid) -> dict[str, ModelConfig]:
 
 
 def compression_grid(params: Params) -> compression.Grid:
-    """The candidates of the profile's compression."""
+    """The candidates of the profile's compression; seconds. Raises ModelError for budgets that nothing fits."""
     parent, pipeline = params.model_of(params.compress.parent), params.runtime.parallel.pipeline
     return compression.Grid.of(parent, params.compress, pipeline)
 
@@ -257,7 +257,7 @@ def _row(label: str, values: Sequence[float], found: dict[str, Plan], form: str)
     return {"": label} | {name: format(value, form) for name, value in zip(found, values, strict=True)}
 
 
-def refusals(params: Params, found: dict[str, Plan], machine: Machine) -> list[str]:
+def refusals(params: Params, grid: compression.Grid, found: dict[str, Plan], machine: Machine) -> list[str]:
     """For each stage that does not fit: by how much, and the nearest layout that does."""
     lines = []
     for name, one in found.items():
@@ -271,7 +271,7 @@ def refusals(params: Params, found: dict[str, Plan], machine: Machine) -> list[s
         else:
             lines.append(f"Nearest that fits: {nearest.layout}: {nearest.memory.total / GIB:.1f} GiB, "
                          f"{nearest.tokens_per_second:,.0f} tokens/s.")
-    grid, tensor = compression_grid(params), params.runtime.one_model.processes
+    tensor = params.runtime.one_model.processes
     wrong = [compression.refusal(params.model_of(params.compress.parent), params.compress,
                                  params.recipe_of(params.compress.parent), compression_layout(params), machine, grid)]
     wrong += [costs.evaluation_refusal(name, config, tensor, machine.memory, machine.name)
@@ -301,7 +301,8 @@ def main() -> None:
         params = load_params(file, tuple(options.set))
     try:
         found = plans(params, MACHINES[options.machine], options.nvidia)
-        stages = [] if options.nvidia else steps(params, found, MACHINES[options.machine])
+        grid = None if options.nvidia else compression_grid(params)
+        stages = steps(params, grid, found, MACHINES[options.machine]) if grid else []
     except ModelError as error:
         sys.exit(str(error))
     layout = layout_of(params)
@@ -311,7 +312,7 @@ def main() -> None:
           f"{layout.processes} x {machine.name}\n{layout}\n\n{describe(found)}")
     if stages:
         print(f"\n{describe_steps(stages)}")
-    if stages and (wrong := refusals(params, found, machine)):
+    if grid and (wrong := refusals(params, grid, found, machine)):
         sys.exit("\n" + "\n".join(wrong))
 
 

@@ -23,7 +23,8 @@ from model import hub
 from model.checkpoint import read_description
 from model.megatron_lm import open_megatron
 from tests.data_pipeline.small_corpus import byte_level_bpe, write_curated
-from tests.stages.tiny_corpus import run, write_params
+from tests.forked import run
+from tests.stages.tiny_corpus import write_params
 
 ROOT = Path(__file__).parent.parent
 SIZES = {

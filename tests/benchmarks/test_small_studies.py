@@ -37,11 +37,6 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def tokens(token_files, tmp_path_factory):
-    return token_files(tmp_path_factory.mktemp("tokens"))
-
-
-@pytest.fixture(scope="module")
 def scale(tokens):
     vocab_size = json.loads((tokens / "tokens.json").read_text())["vocab_size"]
     found = scale_of(load_params(ROOT / "params.yaml"), vocab_size, on_gpu=False, tiny=True)

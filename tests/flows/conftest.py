@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from flows import curate_own
+from tests import forked
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # Counts to ten in its scratch file, one count a progress line, and goes on from there when it was killed.
@@ -104,4 +107,34 @@ def reproduce(environment: dict[str, str]) -> Callable[..., subprocess.Completed
         command = [sys.executable, "-m", "flows.reproduce", *arguments]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
 
+    return run
+
+
+@pytest.fixture
+def curate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`python -m flows.curate_own ARGUMENTS` in `tmp_path`: in this process, its stages forked."""
+
+    def stage(name: str, out: Path, params: Path, assignments: list[str]) -> int:
+        settings = [word for assignment in assignments for word in ("--set", assignment)]
+        done = forked.run(tmp_path, "-m", f"stages.{name}", "--params", str(params), "--out", str(out), "--settings",
+                          curate_own.SETTINGS, *settings, check=False)
+        sys.stdout.write(done.stdout)
+        sys.stderr.write(done.stderr)
+        return done.returncode
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["curate_own", *arguments])
+        code: object = 0
+        try:
+            curate_own.main()
+        except SystemExit as ended:
+            code = ended.code
+        said = capsys.readouterr()
+        words = code if isinstance(code, str) else ""
+        return subprocess.CompletedProcess(arguments, 1 if words else int(str(code)), said.out, said.err + words)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(curate_own, "run", stage)
     return run

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from tests.flows.test_curate_own import page, run
+from tests.flows.test_curate_own import Curate, page
 
 # Parts of sentences, to be put together anew for each page.
 GERMAN = (
@@ -64,7 +64,9 @@ def pages(language: str, count: int) -> list[str]:
     return found
 
 
-def test_german_and_chinese_crawls_are_labelled_and_a_planted_question_is_found(tmp_path: Path) -> None:
+def test_german_and_chinese_crawls_are_labelled_and_a_planted_question_is_found(
+    tmp_path: Path, curate: Curate
+) -> None:
     archives = []
     for first, language in ((0, "de"), (100, "zh")):
         found = [page(text, first + number) for number, text in enumerate(pages(language, 14))]
@@ -72,8 +74,8 @@ def test_german_and_chinese_crawls_are_labelled_and_a_planted_question_is_found(
         archives.append(f"{language}.warc")
     lines = [json.dumps({"question": question}, ensure_ascii=False) for question in QUESTIONS.values()]
     (tmp_path / "bench.jsonl").write_text("\n".join(lines) + "\n")
-    done = run(tmp_path, *archives, "--out", "mine", "--languages", "de zh", "--against", "bench.jsonl",
-               "--set", "runtime.workers=1")
+    done = curate(*archives, "--out", "mine", "--languages", "de zh", "--against", "bench.jsonl", "--set",
+                  "runtime.workers=1")
     assert done.returncode == 0, done.stderr
     funnel = {row["step"]: row for row in json.loads((tmp_path / "mine/runs/curate/funnel.json").read_text())}
     assert funnel["read"]["documents"] == funnel["near_duplicates"]["documents"] == 28, funnel

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -16,6 +17,7 @@ from stages.frame.params import load_params
 from tests.data_pipeline.annotate_corpus import STDLIB
 
 ROOT = Path(__file__).resolve().parents[2]
+Curate = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def page(words: str, number: int) -> bytes:
@@ -37,18 +39,15 @@ def write_texts(directory: Path) -> None:
     (directory / "crawl.warc").write_bytes(b"".join(page(text, number) for number, text in enumerate(texts[15:])))
 
 
-def run(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-m", "flows.curate_own", *arguments], cwd=directory, env=environment,
-                          capture_output=True, text=True, timeout=200)
-
-
 def test_files_and_an_archive_are_curated_and_the_funnel_shown(tmp_path: Path) -> None:
     write_texts(tmp_path)
     rules = 'curate.rules={"web": {"set": "prose", "labels": ["medium-low", "low"]}}'
     (tmp_path / "bench.jsonl").write_text(json.dumps({"question": page_text(tmp_path)[500:900]}) + "\n")
-    done = run(tmp_path, "my texts", "crawl.warc", "--out", "my out", "--text-column", "content", "--set", rules,
-               "--set", "runtime.workers=1", "--against", "bench.jsonl", "--languages", "en fr")
+    command = [sys.executable, "-m", "flows.curate_own", "my texts", "crawl.warc", "--out", "my out", "--text-column",
+               "content", "--set", rules, "--set", "runtime.workers=1", "--against", "bench.jsonl", "--languages",
+               "en fr"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr
     mine = tmp_path / "my out"
     funnel = json.loads((mine / "runs/curate/funnel.json").read_text())
@@ -76,29 +75,29 @@ def page_text(directory: Path) -> str:
     return str(json.loads((directory / "my texts/a.jsonl").read_text().splitlines()[2])["content"])
 
 
-def test_one_long_document_has_a_page(tmp_path: Path) -> None:
+def test_one_long_document_has_a_page(tmp_path: Path, curate: Curate) -> None:
     """All histograms have one value: edges rounded to six digits coincided beyond 10,000 characters. A document of more
     than 50,000 words is left out of what scorers learn from, unless it is all there is."""
     rules = 'curate.rules.web.labels=["low"]'
     text = (STDLIB / "pydoc_data" / "topics.py").read_text().replace("\\n'", "").replace("'", "")
     assert len(text.split()) > 50_000
     (tmp_path / "book.txt").write_text(text)
-    done = run(tmp_path, "book.txt", "--out", "mine", "--set", rules, "--set", "curate.perplexity.labels=[]",
-               "--set", "runtime.workers=1")
+    done = curate("book.txt", "--out", "mine", "--set", rules, "--set", "curate.perplexity.labels=[]",
+                  "--set", "runtime.workers=1")
     assert done.returncode == 0, done.stderr
     assert "Of 1 document" in (tmp_path / "mine/report/index.html").read_text()
 
 
-def test_advice_names_the_flags_and_works(tmp_path: Path) -> None:
+def test_advice_names_the_flags_and_works(tmp_path: Path, curate: Curate) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"content": "some text"}) + "\n")
-    done = run(tmp_path, "a.jsonl", "--set", "runtime.workers=1")
+    done = curate("a.jsonl", "--set", "runtime.workers=1")
     assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 2
     assert "`text_column`" in done.stderr and "--text-column" in done.stderr and "params.yaml" not in done.stderr
     for flag, value, said in (
         ("--domain", "My Texts", "--domain My Texts: "), ("--labels", "best", "--set curate.rules: "),
         ("--set", "annotate.mask=[all]", "--set annotate.mask: "),
     ):
-        again = run(tmp_path, "a.jsonl", "--text-column", "content", flag, value)
+        again = curate("a.jsonl", "--text-column", "content", flag, value)
         assert said in again.stderr and len(again.stderr.strip().splitlines()) == 2
 
 
@@ -129,22 +128,22 @@ def test_words_that_are_not_there_say_how_to_quote(tmp_path: Path, monkeypatch: 
     assert str(error.value).count("\n") == 1
 
 
-def test_results_are_not_read_by_the_next_run(tmp_path: Path) -> None:
+def test_results_are_not_read_by_the_next_run(tmp_path: Path, curate: Curate) -> None:
     (tmp_path / "a.txt").write_text("some text")
-    done = run(tmp_path, ".")
+    done = curate(".")
     assert done.returncode == 1 and "curated-own: lies in ." in done.stderr
     assert len(done.stderr.strip().splitlines()) == 2 and not (tmp_path / "curated-own").exists()
 
 
-def test_what_is_not_there_is_two_lines(tmp_path: Path) -> None:
-    done = run(tmp_path, "nowhere.jsonl")
+def test_what_is_not_there_is_two_lines(tmp_path: Path, curate: Curate) -> None:
+    done = curate("nowhere.jsonl")
     assert done.returncode == 1
     assert "nowhere.jsonl" in done.stderr and len(done.stderr.strip().splitlines()) == 2
     assert not (tmp_path / "curated-own/data/annotated").exists()
 
 
-def test_a_name_that_is_not_utf_8_is_two_lines_when_it_is_named(tmp_path: Path) -> None:
-    done = run(tmp_path, os.fsdecode(b"caf\xe9.txt"))
+def test_a_name_that_is_not_utf_8_is_two_lines_when_it_is_named(curate: Curate) -> None:
+    done = curate(os.fsdecode(b"caf\xe9.txt"))
     assert done.returncode == 1 and done.stderr.splitlines()[1] == "Name its directory, or a wildcard: 'caf?.txt'."
     assert len(done.stderr.splitlines()) == 2
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from flows import doctor
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests import forked
 
 
 def test_the_lock_is_read_for_this_platform() -> None:
@@ -62,12 +59,12 @@ def test_a_check_that_breaks_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> No
     ]
 
 
-def test_exit_code_and_cures(tmp_path: Path) -> None:
+def test_exit_code_and_cures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Outside a repository reproduce cannot work; all else that is installed is found."""
     (tmp_path / "requirements.lock").write_text(f"pytest=={version('pytest')}\n")
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "PREFECT_HOME": str(tmp_path / ".prefect")}
-    command = [sys.executable, "-m", "flows.doctor"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path / ".prefect"))
+    done = forked.run(tmp_path, "-m", "flows.doctor", check=False)
     assert done.returncode == 1
     lines = done.stdout.splitlines()
     at = next(number for number, line in enumerate(lines) if "no dvc.yaml here" in line)

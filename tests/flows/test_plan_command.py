@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from flows import plan
+from tests import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 Run = Callable[..., tuple[str, object]]
@@ -92,9 +92,8 @@ def test_distillations_that_do_not_fit_are_refused_with_the_nearest_layout(run: 
 
 
 def test_from_a_shell() -> None:
-    done = subprocess.run([sys.executable, "-m", "flows.plan", "h200"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert all(row in done.stdout for row in ROWS)
+    printed = forked.run(ROOT, "-m", "flows.plan", "h200").stdout
+    assert all(row in printed for row in ROWS)
 
 
 def test_a_layout_that_does_not_fit_is_refused_with_the_nearest_that_does(run: Run) -> None:

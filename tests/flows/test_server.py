@@ -79,13 +79,6 @@ def serve(environment: dict[str, str], ends_by: signal.Signals) -> Iterator[str]
     assert alive == []
 
 
-@pytest.fixture
-def pages(repository: Path, environment: dict[str, str]) -> Iterator[str]:
-    with serve(environment, signal.SIGTERM) as url:
-        yield url
-    assert not (repository / ".prefect/server.json").exists()
-
-
 def start_run(url: str, repository: Path) -> str:
     """Start a run from the pages; its id, once a stage of it is on the way."""
     deployment = wait_for(lambda: ask(f"{url}/api/deployments/filter", {}))[0]
@@ -107,35 +100,7 @@ def is_refused(url: str, **headers: str) -> bool:
     return False
 
 
-def test_start_cancel_and_report_to_the_pages(repository: Path, pages: str, reproduce: Reproduce) -> None:
-    port = pages.rpartition(":")[2]
-    assert is_refused(pages, Origin="https://example.org") and is_refused(pages, Origin="null")
-    assert is_refused(pages, Host=f"example.org:{port}")            # a name that was made to lead here
-    assert not is_refused(pages, Origin=pages) and not is_refused(pages, Origin=f"http://localhost:{port}")
-
-    run = start_run(pages, repository)
-    listening = [place.laddr.ip for process in psutil.Process().children(recursive=True)
-                 for place in process.net_connections() if place.status == psutil.CONN_LISTEN]
-    assert set(listening) == {"127.0.0.1"}
-    stages = [process for process in psutil.Process().children(recursive=True) if "work.py" in process.cmdline()]
-    assert stages
-    ask(f"{pages}/api/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
-    wait_for(lambda: ask(f"{pages}/api/flow_runs/{run}")["state_type"] == "CANCELLED")
-    _, alive = psutil.wait_procs(stages, timeout=30)
-    assert alive == []
-    wait_for(lambda: {task["state_name"] for task in ask(f"{pages}/api/task_runs/filter", {})}
-             <= {"Completed", "Cancelled", "NotReady"})
-
-    done = reproduce()
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.startswith(f"Watch this run at {pages}\n")
-    assert "Starting a temporary" not in done.stdout
-    runs = ask(f"{pages}/api/flow_runs/filter", {})
-    assert sorted(run["state_name"] for run in runs) == ["Cancelled", "Completed"]
-    assert all(re.fullmatch(r"cpu(-[0-9a-f]{7}(-changes)?)?", run["name"]) for run in runs)
-
-
-def test_a_second_run_waits_and_a_cancelled_one_goes_on_when_it_is_tried_again(
+def test_runs_are_started_cancelled_and_tried_again_and_wait_for_one_another(
     repository: Path, environment: dict[str, str]
 ) -> None:
     graph = repository / "dvc.yaml"
@@ -145,24 +110,45 @@ def test_a_second_run_waits_and_a_cancelled_one_goes_on_when_it_is_tried_again(
     def has_state(run: str, name: str) -> Callable[[], bool]:
         return lambda: bool(ask(f"{url}/api/flow_runs/{run}")["state_name"] == name)
 
+    def cancel(run: str) -> None:
+        ask(f"{url}/api/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
+        wait_for(has_state(run, "Cancelled"))
+
     with serve(environment, signal.SIGTERM) as url:         # which ends the last run too
+        port = url.rpartition(":")[2]
+        assert is_refused(url, Origin="https://example.org") and is_refused(url, Origin="null")
+        assert is_refused(url, Host=f"example.org:{port}")              # a name that was made to lead here
+        assert not is_refused(url, Origin=url) and not is_refused(url, Origin=f"http://localhost:{port}")
+
         first = start_run(url, repository)
+        started = psutil.Process().children(recursive=True)
+        assert {place.laddr.ip for process in started for place in process.net_connections()
+                if place.status == psutil.CONN_LISTEN} == {"127.0.0.1"}
+        stages = [process for process in started if "work.py" in process.cmdline()]
+        assert stages
         deployment = ask(f"{url}/api/flow_runs/{first}")["deployment_id"]
         second = ask(f"{url}/api/deployments/{deployment}/create_flow_run", {})["id"]
         time.sleep(5)                                       # in which it is asked for several times
         assert has_state(first, "Running")() and not has_state(second, "Running")()
-        for cancelled, following in ((first, second), (second, first)):
-            ask(f"{url}/api/flow_runs/{cancelled}/set_state", {"state": {"type": "CANCELLING"}})
-            wait_for(has_state(cancelled, "Cancelled"))
-            if following == first:                          # as its page's Retry does
-                retry = {"type": "SCHEDULED", "name": "AwaitingRetry"}
-                ask(f"{url}/api/flow_runs/{first}/set_state", {"state": retry})
-            wait_for(has_state(following, "Running"))
+        cancel(first)
+        _, alive = psutil.wait_procs(stages, timeout=30)
+        assert alive == []
+        ours = {"flow_runs": {"id": {"any_": [first]}}}
+        wait_for(lambda: {task["state_name"] for task in ask(f"{url}/api/task_runs/filter", ours)}
+                 <= {"Completed", "Cancelled", "NotReady"})
+        wait_for(has_state(second, "Running"))
+        cancel(second)
+        retry = {"type": "SCHEDULED", "name": "AwaitingRetry"}          # as its page's Retry does
+        ask(f"{url}/api/flow_runs/{first}/set_state", {"state": retry})
+        wait_for(has_state(first, "Running"))
         history = repository / "history"
         wait_for(lambda: re.search(r"second-left from [1-9]", history.read_text()))     # where the first had come to
+    assert not (repository / ".prefect/server.json").exists()
 
 
-def test_checkouts_are_apart(repository: Path, environment: dict[str, str], tmp_path: Path) -> None:
+def test_reproduce_reports_to_the_pages_of_its_checkout(
+    repository: Path, environment: dict[str, str], reproduce: Reproduce, tmp_path: Path
+) -> None:
     """A copy of one whose pages are served, and run a stage, has all but its pages."""
     with serve(environment, signal.SIGTERM) as url:
         run = start_run(url, repository)
@@ -176,7 +162,14 @@ def test_checkouts_are_apart(repository: Path, environment: dict[str, str], tmp_
         assert "Waiting" not in done.stdout
         wait_for(lambda: ask(f"{url}/api/flow_runs/{run}")["state_type"] == "COMPLETED")
         assert [found["id"] for found in ask(f"{url}/api/flow_runs/filter", {})] == [run]
-    assert (other / "last.txt").read_text() == (repository / "last.txt").read_text()
+        assert (other / "last.txt").read_text() == (repository / "last.txt").read_text()
+
+        done = reproduce()
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.startswith(f"Watch this run at {url}\n") and "Starting a temporary" not in done.stdout
+        runs = ask(f"{url}/api/flow_runs/filter", {})
+        assert [run["state_name"] for run in runs] == ["Completed"] * 2
+        assert all(re.fullmatch(r"cpu(-[0-9a-f]{7}(-changes)?)?", run["name"]) for run in runs)
 
 
 def test_pages_that_end_before_their_server_answers_leave_none(repository: Path, environment: dict[str, str]) -> None:

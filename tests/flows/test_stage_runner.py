@@ -38,6 +38,23 @@ def nodes(repository: Path, found: dict[str, Node]) -> dict[str, Node]:
     return dict(found)
 
 
+@pytest.fixture(scope="module")
+def after_first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For the repository of a test in which the first stage has run; empty until one has."""
+    return tmp_path_factory.mktemp("after-first")
+
+
+@pytest.fixture
+def begun(repository: Path, nodes: dict[str, Node], after_first: Path) -> dict[str, Node]:
+    """Nodes of a repository in which the first stage has run."""
+    if any(after_first.iterdir()):
+        subprocess.run(["cp", "-a", f"{after_first}/.", repository], check=True)
+    else:
+        StageRunner(2, 5).run(nodes["first"], ignore, ignore)
+        subprocess.run(["cp", "-a", f"{repository}/.", after_first], check=True)
+    return nodes
+
+
 def run_all(nodes: dict[str, Node], runner: StageRunner) -> dict[str, str]:
     """Every stage in a thread that first waits for its needs, as the flow does."""
     outcomes: dict[str, str] = {}
@@ -231,11 +248,10 @@ def test_the_line_of_a_stage_that_has_its_gpus(line: str, expected: tuple[str, f
 
 
 def test_time_in_which_another_stage_has_the_gpu_is_not_the_stages(
-    repository: Path, nodes: dict[str, Node], monkeypatch: pytest.MonkeyPatch
+    repository: Path, begun: dict[str, Node], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The limit is shorter than the wait: the stage is ended only once the GPU is its own."""
     monkeypatch.setattr(dvc_graph, "SECONDS_BETWEEN_LOOKS", 0.1)
-    StageRunner(2, 5).run(nodes["first"], ignore, ignore)
     work = repository / "work.py"
     work.write_text("import time\ntime.sleep(30)\n" + work.read_text())
     runner = StageRunner(5, 1.0 / 60, ["0"])
@@ -244,7 +260,7 @@ def test_time_in_which_another_stage_has_the_gpu_is_not_the_stages(
 
     def run() -> None:
         try:
-            runner.run(nodes["second@left"], ignore, ignore)
+            runner.run(begun["second@left"], ignore, ignore)
         except StageFailed as error:
             errors.append(error)
 
@@ -350,7 +366,7 @@ def test_a_failure_says_what_the_stage_said_and_where_to_look(repository: Path, 
     (signal.SIGKILL, "ended by SIGKILL, most likely for want of memory."),
 ])
 def test_a_stage_that_a_signal_ends_says_so_and_goes_on(
-    repository: Path, nodes: dict[str, Node], number: signal.Signals, words: str
+    repository: Path, begun: dict[str, Node], number: signal.Signals, words: str
 ) -> None:
     def strike(line: str) -> None:
         if line.startswith("step 3/"):
@@ -359,11 +375,10 @@ def test_a_stage_that_a_signal_ends_says_so_and_goes_on(
                     process.send_signal(number)
 
     runner = StageRunner(2, 5)
-    runner.run(nodes["first"], ignore, ignore)
     with pytest.raises(StageFailed) as failed:
-        runner.run(nodes["second@left"], ignore, strike)
+        runner.run(begun["second@left"], ignore, strike)
     assert str(failed.value).splitlines()[0] == f"second@left: {words}"
-    assert runner.run(nodes["second@left"], ignore, ignore) == "ran"
+    assert runner.run(begun["second@left"], ignore, ignore) == "ran"
     began = re.findall(r"second-left from (\d+)", Path("history").read_text())
     assert began[0] == "0" and int(began[1]) >= 2
 
@@ -391,16 +406,15 @@ def test_a_cache_that_is_full_is_told_and_nothing_is_lost(repository: Path) -> N
     assert dvc_graph.stale({"first": dvc_graph.graph()["first"]}) == set()
 
 
-def test_stop_ends_processes_frees_locks_and_the_stage_resumes(repository: Path, nodes: dict[str, Node]) -> None:
+def test_stop_ends_processes_frees_locks_and_the_stage_resumes(repository: Path, begun: dict[str, Node]) -> None:
     runner = StageRunner(2, 5)
-    runner.run(nodes["first"], ignore, ignore)
     on_the_way = threading.Event()
     errors: list[StageFailed] = []
     before = set(psutil.Process().children())
 
     def work() -> None:
         try:
-            runner.run(nodes["second@left"], ignore, lambda line: on_the_way.set() if "step 3/" in line else None)
+            runner.run(begun["second@left"], ignore, lambda line: on_the_way.set() if "step 3/" in line else None)
         except StageFailed as error:
             errors.append(error)
 
@@ -416,18 +430,17 @@ def test_stop_ends_processes_frees_locks_and_the_stage_resumes(repository: Path,
     assert "stopped" in str(errors[0])
     assert json.loads(dvc_graph.RWLOCK.read_text() or "{}") == {}
     with pytest.raises(StageFailed, match="not started"):
-        runner.run(nodes["second@right"], ignore, ignore)
+        runner.run(begun["second@right"], ignore, ignore)
 
-    assert StageRunner(2, 5).run(nodes["second@left"], ignore, ignore) == "ran"
+    assert StageRunner(2, 5).run(begun["second@left"], ignore, ignore) == "ran"
     began = re.findall(r"second-left from (\d+)", Path("history").read_text())
     assert began[0] == "0" and int(began[1]) >= 3
 
 
-def test_a_stage_over_its_time_is_ended(repository: Path, nodes: dict[str, Node]) -> None:
-    StageRunner(2, 5).run(nodes["first"], ignore, ignore)
+def test_a_stage_over_its_time_is_ended(begun: dict[str, Node]) -> None:
     before = set(psutil.Process().children())
     with pytest.raises(StageFailed, match=r"took longer than 0\.03 minutes"):
-        StageRunner(2, 0.03).run(nodes["second@left"], ignore, ignore)
+        StageRunner(2, 0.03).run(begun["second@left"], ignore, ignore)
     assert set(psutil.Process().children()) <= before
 
 

@@ -154,10 +154,10 @@ while not pathlib.Path("scratch-first").exists():
     time.sleep(0.001)
 while pathlib.Path("scratch-first").exists():
     time.sleep(0.001)
-ballast = os.open("ballast", os.O_CREAT | os.O_WRONLY)
+ballast, block = os.open("ballast", os.O_CREAT | os.O_WRONLY), bytes(2**20)       # of which is written what fits
 while pathlib.Path("fill").exists():
     try:
-        os.write(ballast, bytes(4096))
+        os.write(ballast, block)
     except OSError:
         pass
 os.unlink("ballast")

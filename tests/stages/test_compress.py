@@ -2,29 +2,27 @@
 
 import csv
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_corpus import ROOT, run, write_params
+from tiny_corpus import write_params
 
 from model import costs
 from model.checkpoint import load_weights, save_weights
 from model.config import ModelConfig
 from model.hybrid_lm import HybridLM
+from tests.forked import run, start
 from tests.model.compression.markov import CONFIG, write_tokens
 
 SMALL = {
     "importance_samples": 4, "ffn_importance_samples": 8, "ffn_widths": [24, 32, 48], "validation_samples": 8,
     "ranking_samples": 4, "ranked_by_agreement": 3, "ranked_by_task": 2, "task_items": 8, "finalists": 2,
     "short_distillation_tokens": 256,
-    "distillation_tokens": 100 * 128, "global_batch_size": 4, "micro_batch_size": 4, "checkpoint_every": 10,
+    "distillation_tokens": 30 * 128, "global_batch_size": 4, "micro_batch_size": 4, "checkpoint_every": 10,
 }
 METRICS = {
     "parent_parameters", "compressed_parameters", "parent_memory_gib", "compressed_memory_gib", "budget_gib",
@@ -65,7 +63,7 @@ def read(directory: Path, name: str):
 
 def test_outputs_and_records(done):
     metrics = read(done, "metrics.json")
-    assert metrics.keys() >= METRICS and metrics["distillation_tokens"] == 100 * 128
+    assert metrics.keys() >= METRICS and metrics["distillation_tokens"] == 30 * 128
     config = ModelConfig(**read(done, "model.json"))
     assert costs.parameters(config) == metrics["compressed_parameters"] < metrics["parent_parameters"]
     for name in ("compressed", "compressed-random"):
@@ -80,21 +78,19 @@ def test_outputs_and_records(done):
     assert all(candidate["memory_gib"] <= metrics["budget_gib"] for candidate in candidates)
     assert len(read(done, "importance.json")["layers"]) == 7
     rows = list(csv.DictReader((done / "runs/tiny/compress/distillation.csv").open()))
-    assert list(rows[0]) == ["model", "step", "tokens", "kl"] and len(rows) == 200
+    assert list(rows[0]) == ["model", "step", "tokens", "kl"] and len(rows) == 60
     assert metrics["kl_parent_compressed"] < metrics["kl_parent_cut"]
     assert not list((done / ".scratch").glob("compress-*/"))
 
 
 def test_a_killed_run_ends_in_the_same_result(ready, done, tmp_path):
     shutil.copytree(ready, tmp_path, dirs_exist_ok=True)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [sys.executable, "-m", "stages.compress"], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL
-    ) as process:
-        while process.poll() is None and not list(tmp_path.glob(".scratch/compress-*/final-compressed/resume/latest")):
-            time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+    process = start(tmp_path, "-m", "stages.compress")
+    while process.is_alive() and not list(tmp_path.glob(".scratch/compress-*/final-compressed/resume/latest")):
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not (tmp_path / "data/tiny/checkpoints/compressed").exists()
     run(tmp_path, "-m", "stages.compress")
     assert read(tmp_path, "provenance.json")["resumed"] and not read(done, "provenance.json")["resumed"]

@@ -1,12 +1,12 @@
 """The stages annotate and curate, run as a user runs them."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOTS = "[numpy, datasets, tokenizers, polars]"
@@ -15,9 +15,8 @@ SMALL = ("runtime.workers=1", "annotate.shard_megabytes=0.4", "annotate.held_out
 
 
 def run(directory: Path, stage: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", f"stages.{stage}", "--params", str(ROOT / "params.yaml"), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=200)
+    return forked.run(directory, "-m", f"stages.{stage}", "--params", str(ROOT / "params.yaml"), *arguments,
+                      check=False)
 
 
 def with_settings(*assignments: str) -> list[str]:

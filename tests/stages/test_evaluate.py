@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from ruamel.yaml import YAML
-from tiny_corpus import ROOT, run, write_params
+from tiny_corpus import ROOT, write_params
 
 from data_pipeline.config import TokenizerConfig
 from data_pipeline.tokenize import fast_tokenizer, tokenizer
@@ -23,6 +22,7 @@ from model import hub
 from model.hybrid_lm import HybridLM
 from stages.frame.params import load_params
 from tests.data_pipeline.small_corpus import write_curated
+from tests.forked import run, start
 
 NAMES = ("hybrid-bf16", "transformer-bf16")
 COMMAND = ("-m", "stages.evaluate", "--variant")
@@ -74,7 +74,9 @@ def records(directory: Path, name: str) -> tuple[dict[str, Any], dict[str, Any],
 
 def test_records_of_two_models(prepared: Path) -> None:
     for name in NAMES:
-        done = run(prepared, *COMMAND, name)
+        done = subprocess.run(                              # with imports of its own
+            [sys.executable, *COMMAND, name], cwd=prepared, capture_output=True, text=True, check=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
         assert done.stdout.startswith("step "), done.stdout
         assert not done.stderr, "no bars or warnings where nobody looks"
     metrics, samples, provenance = records(prepared, NAMES[0])
@@ -121,16 +123,13 @@ def test_records_of_two_models(prepared: Path) -> None:
 def test_killed_run_goes_on_with_the_same_results(prepared: Path) -> None:
     unbroken, samples, _ = records(prepared, NAMES[0])
     (prepared / f"runs/tiny/evaluate/{NAMES[0]}/metrics.json").unlink()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, *COMMAND, NAMES[0]], cwd=prepared, env=environment, stdout=subprocess.DEVNULL
-    )
+    process = start(prepared, *COMMAND, NAMES[0])
     deadline = time.monotonic() + 240
     while not list(prepared.glob(".scratch/evaluate-*/rolling-000001-*.json")):
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.is_alive() and time.monotonic() < deadline
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not (prepared / f"runs/tiny/evaluate/{NAMES[0]}/metrics.json").exists()
     run(prepared, *COMMAND, NAMES[0])
     metrics, resumed_samples, provenance = records(prepared, NAMES[0])

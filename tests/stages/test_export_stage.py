@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_corpus import MODULES, contents, run, write_params
+from tiny_corpus import MODULES, contents, write_params
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import stages.export
@@ -19,6 +19,7 @@ from model.hybrid_lm import HybridLM
 from stages.export import check_logits, convert, export
 from stages.frame.common import Stage, StageError
 from stages.frame.params import load_params
+from tests.forked import run
 
 NAMES = ("hybrid-bf16", "transformer-bf16")
 # What a GPU machine has installed, where transformers takes it for a model on the CPU as well.

@@ -12,20 +12,15 @@ import time
 from pathlib import Path
 
 import pytest
-from ruamel.yaml import YAML
 
 from model.config import ModelError
 from model.training.trainer import train
 from stages.frame import launch
 from stages.frame.launch import LauncherConfig, SlurmJob
 from stages.frame.params import ParamsError, load_params
+from tests.forked import run
 
 ROOT = Path(__file__).resolve().parents[2]
-GEOMETRY = {"pattern": "M-*M", "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4,
-            "num_query_groups": 2, "head_dim": 8, "mamba_num_heads": 4, "mamba_head_dim": 8, "mamba_state_dim": 8,
-            "mamba_num_groups": 2, "chunk_size": 8, "sequence_length": 16}
-TRAINING = {"tokens": 64 * 6, "global_batch_size": 4, "micro_batch_size": 4, "evaluations": 2, "checkpoint_every": 4,
-            "bf16_layers_at_start": 1, "bf16_layers_at_end": 1}
 TWO = LauncherConfig(kind="slurm", nodes=2, processes_per_node=8,
                      slurm=SlurmJob(minutes=30, partition="batch", directives=["--exclusive"], setup=["export SITE=x"]))
 
@@ -144,32 +139,20 @@ def test_a_layout_must_fit_the_processes() -> None:
         load_params(ROOT / "params.yaml", (*changes, "runtime.parallel.pipeline=3"))
 
 
-@pytest.fixture
-def workplace(tmp_path, token_files):
-    """A directory with parameters of a toy size and token files."""
-    values = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
-    values |= {"profile": "toy"}
-    values["model"]["hybrid"] |= GEOMETRY
-    values["pretrain"] |= TRAINING
-    with (tmp_path / "params.yaml").open("w") as file:
-        YAML(typ="safe").dump(values, file)
-    token_files(tmp_path / "data" / "toy" / "tokens")
-    return tmp_path
+SHORT = ("tokenizer.vocab_size=512", "pretrain.tokens=384")
 
 
 def pretrain(workplace: Path, out: str, *settings: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "stages.pretrain", "--variant", "hybrid-bf16", "--out", out]
-    for setting in ("tokenizer.vocab_size=512", *settings):
-        command += ["--set", setting]
-    return subprocess.run(command, cwd=workplace, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True, timeout=200)
+    settings = (*SHORT, "runtime.launcher.kind=torchrun", *settings)
+    words = [word for setting in settings for word in ("--set", setting)]
+    return run(workplace, "-m", "stages.pretrain", "--variant", "hybrid-bf16", "--out", out, *words, check=False)
 
 
 def test_torchrun_of_two_processes_gives_the_losses_of_one(workplace: Path, tmp_path: Path) -> None:
-    torchrun = ("runtime.launcher.kind=torchrun", "runtime.launcher.processes_per_node=2")
-    split = pretrain(workplace, "split", *torchrun, "runtime.parallel.tensor=2", "runtime.parallel.sequence=true")
+    split = pretrain(workplace, "split", "runtime.launcher.processes_per_node=2", "runtime.parallel.tensor=2",
+                     "runtime.parallel.sequence=true")
     assert split.returncode == 0, split.stderr
-    params = load_params(workplace / "params.yaml", ("tokenizer.vocab_size=512",))
+    params = load_params(workplace / "params.yaml", SHORT)
     alone = train(params.model_of("hybrid-bf16"), params.pretrain, "hybrid", "bf16", 1, workplace / "data/toy/tokens",
                   tmp_path / "alone", tmp_path / "scratch", lambda *_, **__: None)
     with (workplace / "split/runs/pretrain/hybrid-bf16/training.csv").open() as file:
@@ -182,6 +165,6 @@ def test_torchrun_of_two_processes_gives_the_losses_of_one(workplace: Path, tmp_
 
 
 def test_what_a_worker_refuses_is_what_the_stage_says(workplace: Path) -> None:
-    done = pretrain(workplace, "wrong", "runtime.launcher.kind=torchrun", "runtime.launcher.processes_per_node=2")
-    assert done.returncode == 1             # two replicas, and one micro-batch of four sequences a step
-    assert "global_batch_size (4) is not a multiple of micro_batch_size" in done.stderr.splitlines()[-2]
+    done = pretrain(workplace, "wrong", "pretrain.tokens=10")
+    assert done.returncode == 1 and list((workplace / "wrong/.scratch").glob("pretrain-*/job-error.txt"))
+    assert "pretrain.tokens (10)" in done.stderr.splitlines()[-2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -80,10 +81,13 @@ def good() -> bool:
     return whole and outputs.verify(outputs.recorded(), 1e9) == []
 
 
+graph = functools.cache(dvc_graph.graph)         # that of one test's repository is that of every other
+
+
 def mend() -> list[str]:
     """What the flow does: look at everything, then run what DVC finds changed. Outcomes."""
     outputs.verify(outputs.recorded(), 1e9)
-    nodes = dvc_graph.graph()
+    nodes = graph()
     stale = dvc_graph.stale(nodes)
     runner = StageRunner(1, 5)
     return [runner.run(node, lambda: None, lambda line: None) for name, node in nodes.items() if name in stale]
@@ -99,7 +103,7 @@ def test_half_a_lock_names_what_it_holds(repository: Path) -> None:
 
 def test_a_finished_run_is_right(repository: Path) -> None:
     assert {str(output.path) for output in outputs.recorded()} == {"data/cpu/tokens", str(RECORD)}
-    assert good() and dvc_graph.stale(dvc_graph.graph()) == set()
+    assert good() and dvc_graph.stale(graph()) == set()
 
 
 def test_an_edited_record_is_put_back_and_leaves_the_cache_alone(repository: Path) -> None:
@@ -156,7 +160,7 @@ def test_the_runner_makes_again_what_was_restored_from_a_damaged_copy(repository
     copy.chmod(0o444)
     runner = StageRunner(1, 5)
     lines: list[str] = []
-    assert runner.run(dvc_graph.graph()["tokenize"], lambda: None, lines.append) == "ran"
+    assert runner.run(graph()["tokenize"], lambda: None, lines.append) == "ran"
     assert any(line.startswith("data/cpu/tokens/a.bin: not the file that stage tokenize wrote") for line in lines)
     assert good()
 

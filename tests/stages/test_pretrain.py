@@ -4,49 +4,28 @@ import csv
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from ruamel.yaml import YAML
 
 from model.checkpoint import load_weights
 from model.training.trainer import train
 from stages.frame.params import load_params
 from stages.frame.schema import csv_text
+from tests.forked import run, start
 from tests.namespaces import ORDINARY, on_full, unshare
 
 ROOT = Path(__file__).resolve().parents[2]
-GEOMETRY = {"pattern": "M-*M", "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4,
-            "num_query_groups": 2, "head_dim": 8, "mamba_num_heads": 4, "mamba_head_dim": 8, "mamba_state_dim": 8,
-            "mamba_num_groups": 2, "chunk_size": 8, "sequence_length": 16}
-TRAINING = {"tokens": 64 * 24, "global_batch_size": 4, "micro_batch_size": 4, "evaluations": 3, "checkpoint_every": 9,
-            "bf16_layers_at_start": 1, "bf16_layers_at_end": 1}
+COMMAND = ("-m", "stages.pretrain", "--set", "tokenizer.vocab_size=512", "--out", ".", "--variant")
 
 
-@pytest.fixture
-def workplace(tmp_path, token_files):
-    """A directory with parameters of a toy size and token files."""
-    values = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
-    values |= {"profile": "toy"}
-    values["model"]["hybrid"] |= GEOMETRY
-    values["pretrain"] |= TRAINING
-    with (tmp_path / "params.yaml").open("w") as file:
-        YAML(typ="safe").dump(values, file)
-    token_files(tmp_path / "data" / "toy" / "tokens")
-    return tmp_path
-
-
-def pretrain(workplace: Path, *arguments: str, before: Sequence[str] = ()) -> subprocess.Popen:
-    return subprocess.Popen(
-        [*before, sys.executable, "-m", "stages.pretrain", "--set", "tokenizer.vocab_size=512", "--out", ".",
-         *arguments],
-        cwd=workplace, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )
+def pretrain_apart(before: Sequence[str], workplace: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*before, sys.executable, *COMMAND, *arguments], cwd=workplace, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -55,19 +34,17 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 def test_a_killed_run_goes_on_to_the_very_same_results(workplace):
     """SIGKILL after a resume state exists; the same command again; the same files as a run left alone."""
-    killed = pretrain(workplace, "--variant", "hybrid-fp8")
+    killed = start(workplace, *COMMAND, "hybrid-fp8")
     resume = workplace / ".scratch"
     while not list(resume.glob("pretrain-hybrid-fp8-*/resume/latest")):
-        assert killed.poll() is None, killed.stderr.read()
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+        assert killed.is_alive()
+    killed.kill()
+    killed.join()
     assert not (workplace / "data" / "toy" / "checkpoints" / "hybrid-fp8").exists()
 
     records = workplace / "runs" / "pretrain" / "hybrid-fp8"
     (workplace / "data/toy/tokens/blend.json").touch()
-    resumed = pretrain(workplace, "--variant", "hybrid-fp8", "--set", "pretrain.checkpoint_every=7")
-    output, errors = resumed.communicate()
-    assert resumed.returncode == 0, errors
+    output = run(workplace, *COMMAND, "hybrid-fp8", "--set", "pretrain.checkpoint_every=7").stdout
     assert "step 24/24 loss " in output and " lr " in output and " tok/s " in output
     assert json.loads((records / "provenance.json").read_text())["resumed"]
     params = load_params(workplace / "params.yaml", ("tokenizer.vocab_size=512",))
@@ -113,64 +90,59 @@ def test_a_variant_trains_with_its_own_fp8_recipe(workplace):
     """The same seed without scales: the first loss is already another, and it is that of the recipe given outright."""
     arm = "variants.control={architecture: hybrid, precision: fp8, seed: 1, fp8_recipe: unscaled}"
     short = ("--set", "pretrain.tokens=256", "--set", "pretrain.evaluations=1")
-    process = pretrain(workplace, "--variant", "control", "--set", arm, *short)
-    assert process.wait() == 0, process.stderr.read()
+    run(workplace, *COMMAND, "control", "--set", arm, *short)
     params = load_params(workplace / "params.yaml", ("tokenizer.vocab_size=512", *short[1::2]))
     for scaling, same in (("unscaled", True), ("current", False)):
         recipe = params.pretrain.model_copy(update={"fp8_recipe": scaling})
-        run = train(
+        trained = train(
             params.model_of("hybrid-fp8"), recipe, "hybrid", "fp8", 1, workplace / "data" / "toy" / "tokens",
             workplace / scaling, workplace / "scratch" / scaling, lambda *_, **__: None,
         )
         written = (workplace / "runs" / "pretrain" / "control" / "training.csv").read_text()
-        assert (written == csv_text(run.training)) is same
+        assert (written == csv_text(trained.training)) is same
 
 
 def test_full_shared_memory_is_not_needed(workplace):
-    full = pretrain(workplace, "--variant", "hybrid-fp8", before=on_full("/dev/shm", "4k"))
-    _, errors = full.communicate()
-    assert full.returncode == 0, errors
+    full = pretrain_apart(on_full("/dev/shm", "4k"), workplace, "hybrid-fp8")
+    assert full.returncode == 0, full.stderr
     params = load_params(workplace / "params.yaml", ("tokenizer.vocab_size=512",))
-    run = train(
+    trained = train(
         params.model_of("hybrid-fp8"), params.pretrain, "hybrid", "fp8", 1, workplace / "data/toy/tokens",
         workplace / "whole", workplace / "scratch", lambda *_, **__: None,
     )
-    assert (workplace / "runs/pretrain/hybrid-fp8/training.csv").read_text() == csv_text(run.training)
+    assert (workplace / "runs/pretrain/hybrid-fp8/training.csv").read_text() == csv_text(trained.training)
 
 
 def test_tokens_that_this_user_may_not_read_are_named(workplace):
     tokens = workplace / "data/toy/tokens/tokens.json"
     tokens.chmod(0)
-    process = pretrain(workplace, "--variant", "hybrid-fp8", before=unshare(*ORDINARY))
-    _, errors = process.communicate()
-    assert process.returncode == 1
-    assert errors.startswith("data/toy/tokens/tokens.json: Permission denied.\nLet user 54321 "), errors
-    assert errors.count("\n") == 2
+    done = pretrain_apart(unshare(*ORDINARY), workplace, "hybrid-fp8")
+    assert done.returncode == 1
+    assert done.stderr.startswith("data/toy/tokens/tokens.json: Permission denied.\nLet user 54321 "), done.stderr
+    assert done.stderr.count("\n") == 2
+
+
+def refused(workplace: Path, variant: str) -> str:
+    """The two lines with which the stage ends."""
+    done = run(workplace, *COMMAND, variant, check=False)
+    assert done.returncode == 1 and done.stderr.count("\n") == 2, done.stderr
+    return done.stderr
 
 
 def test_tokens_of_another_tokenizer_are_an_error(workplace):
     tokenizer = workplace / "data" / "toy" / "tokenizer"
     tokenizer.mkdir()
     (tokenizer / "tokenizer.model").write_bytes(b"another")
-    process = pretrain(workplace, "--variant", "hybrid-fp8")
-    _, errors = process.communicate()
-    assert process.returncode == 1
+    errors = refused(workplace, "hybrid-fp8")
     assert "tokens.json: made with tokenizer aa, and data/toy/tokenizer/tokenizer.model is " in errors
-    assert errors.count("\n") == 2
 
 
 def test_a_truncated_token_file_is_an_error_before_any_work(workplace):
     path = workplace / "data" / "toy" / "tokens" / "train" / "code-high.bin"
     path.write_bytes(path.read_bytes()[:-2])
-    process = pretrain(workplace, "--variant", "hybrid-fp8")
-    _, errors = process.communicate()
-    assert process.returncode == 1
-    assert "train/code-high.bin: " in errors and errors.count("\n") == 2
+    assert "train/code-high.bin: " in refused(workplace, "hybrid-fp8")
     assert not list((workplace / ".scratch").glob("*/index"))
 
 
 def test_an_unknown_variant_is_two_lines(workplace):
-    process = pretrain(workplace, "--variant", "hybrid-fp4")
-    _, errors = process.communicate()
-    assert process.returncode == 1
-    assert errors.startswith("--variant hybrid-fp4: unknown.") and errors.count("\n") == 2
+    assert refused(workplace, "hybrid-fp4").startswith("--variant hybrid-fp4: unknown.")

@@ -3,23 +3,25 @@
 import hashlib
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from tiny_corpus import contents, run, write_curated, write_params
+from tiny_corpus import contents, write_curated, write_params
 
 from data_pipeline.tokenize import fast_tokenizer
 from data_pipeline.tokenize.tokenizer import Tokenizer
+from tests.forked import run
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory) -> Path:
     """A directory in which both stages have run."""
     directory = tmp_path_factory.mktemp("stages")
-    write_params(directory, **{"pretrain.tokens": BUDGET})
+    write_params(directory, **{"pretrain.tokens": BUDGET, "runtime.workers": 2})
     write_curated(directory / "data/tiny/curated")
     run(directory, "-m", "stages.tokenizer")
     run(directory, "-m", "stages.tokenize")
@@ -152,9 +154,9 @@ runpy.run_module("stages.tokenize", run_name="__main__")
 
 
 def test_a_killed_run_goes_on_with_the_same_result(done, fresh):
-    write_params(fresh, **{"pretrain.tokens": BUDGET, "runtime.workers": 1})       # in the stage's own process
-    killed = run(fresh, "-c", KILLED.format(calls=12), check=False)
-    assert killed.returncode == -9
+    write_params(fresh, **{"pretrain.tokens": BUDGET})                          # one worker: the stage's own process
+    (fresh / "killed.py").write_text(KILLED.format(calls=12))
+    assert run(fresh, "-m", "killed", check=False).returncode == -signal.SIGKILL
     assert not (fresh / "data/tiny/tokens").exists()
     assert [path.parent.name for path in fresh.glob(".scratch/tokenize-*/shards/*/counts.json")] == ["part-00000"]
     run(fresh, "-m", "stages.tokenize")

@@ -1,9 +1,6 @@
 """A small curated directory and a working directory in which stages run as a user runs them."""
 
 import json
-import os
-import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 
@@ -43,7 +40,7 @@ def write_params(directory: Path, **changes: object) -> None:
     yaml = YAML()
     values = yaml.load((ROOT / "params.yaml").read_text())
     small = {"profile": "tiny", "tokenizer.vocab_size": 1024, "tokenizer.training_megabytes": 0.3,
-             "tokenize.validation_kilobytes_per_domain": 30}
+             "tokenize.validation_kilobytes_per_domain": 30, "runtime.workers": 1}
     for key, value in (small | changes).items():
         *sections, last = key.split(".")
         section = values
@@ -54,14 +51,6 @@ def write_params(directory: Path, **changes: object) -> None:
         phase["weights"] = {"code": 0.6, "docs": 0.4}
     with (directory / "params.yaml").open("w") as file:
         yaml.dump(values, file)
-
-
-def run(directory: Path, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """`python COMMAND` in `directory` with this repository importable."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *command], cwd=directory, env=environment, capture_output=True, text=True)
-    assert not check or done.returncode == 0, done.stderr
-    return done
 
 
 def contents(directory: Path) -> dict[str, bytes]:

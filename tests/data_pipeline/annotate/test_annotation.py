@@ -15,7 +15,6 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from data_pipeline.annotate.annotation import annotate
-from data_pipeline.annotate.quality import training_text
 from data_pipeline.annotate.reading import Quota
 from data_pipeline.annotate.step import SCHEMA, text_id
 from data_pipeline.config import AnnotateConfig, DataError, ExecutorConfig
@@ -23,7 +22,7 @@ from data_pipeline.curate.curation import curate
 from tests.data_pipeline.annotate_corpus import REPEAT, annotate_config, curate_config, write_corpus
 
 ROOT = Path(__file__).resolve().parents[3]
-LITTLE = 200_000
+pytestmark = pytest.mark.usefixtures("little_reference")
 HERE = ExecutorConfig(executor="local", workers=1)
 
 
@@ -58,29 +57,33 @@ def curated_rows(annotated: Path, directory: Path, executor: ExecutorConfig = HE
     return [*found, records.funnel, records.histograms, records.dropped, (out / "manifest.json").read_text()]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def little_reference():
-    """Where a corpus has no reference text, the scorers read the standard library's: here, little of it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_text, "INSTALLED_BYTES", LITTLE)
-        yield
-
-
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("text") / "corpus")
 
 
 @pytest.fixture(scope="module")
-def annotated(corpus, tmp_path_factory) -> Path:
+def annotated(corpus, little_reference, tmp_path_factory) -> Path:
     """By one worker, in one shard."""
     return run(annotate_config(corpus), tmp_path_factory.mktemp("annotated"))
 
 
 @pytest.fixture(scope="module")
-def in_shards(corpus, tmp_path_factory) -> Path:
+def in_shards(corpus, little_reference, tmp_path_factory) -> Path:
     """By one worker, in many shards, without a break."""
     return run(annotate_config(corpus, shard_megabytes=0.1), tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="module")
+def few_files(corpus, little_reference, tmp_path_factory) -> tuple[AnnotateConfig, dict[str, bytes]]:
+    """A quarter of the corpus in as many shards, and what comes of it without a break."""
+    directory = tmp_path_factory.mktemp("few")
+    for domain in ("code", "docs"):
+        (directory / domain).mkdir()
+        for number in range(2):
+            shutil.copy(corpus / domain / f"{number}.jsonl", directory / domain)
+    config = annotate_config(directory, shard_megabytes=0.025)
+    return config, files(run(config, directory / "whole"))
 
 
 @pytest.fixture(scope="module")
@@ -141,16 +144,16 @@ def test_jobs_of_their_own_change_nothing(corpus, curated, tmp_path, monkeypatch
     assert curated_rows(other, tmp_path, config) == curated
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_caps_take_the_same_documents_whoever_reads(corpus, tmp_path, workers):
+def test_caps_take_the_same_documents_whoever_reads(corpus, tmp_path):
     source = {"kind": "files", "paths": [str(corpus / "docs")], "domain": "docs", "megabytes": 0.12}
     found = []
-    for shard_megabytes in (0.02, 1):
+    for shard_megabytes, workers in ((1, 1), (0.02, 1), (0.02, 2)):
         config = annotate_config(corpus, sources=[source], shard_megabytes=shard_megabytes,
                                  held_out={"fraction": 0.1, "unit": "document"})
         executor = ExecutorConfig(executor="local", workers=workers)
-        found.append(rows(run(config, tmp_path / str(shard_megabytes), executor)))
-    assert_frame_equal(*found)
+        found.append(rows(run(config, tmp_path / f"{shard_megabytes}-{workers}", executor)))
+    for other in found[1:]:
+        assert_frame_equal(found[0], other)
     size = sum(map(len, found[0]["text"].str.encode("hex"))) / 2
     assert 0.9 * 0.12e6 < size <= 0.12e6
 
@@ -197,10 +200,10 @@ def test_an_interrupted_run_ends_the_same(corpus, annotated, in_shards, tmp_path
 
 
 @pytest.mark.parametrize(("work", "anew"), [("read", 0), ("deduplicate", 3), ("score", 7)])
-def test_a_damaged_piece_is_made_again(corpus, in_shards, tmp_path, capsys, work, anew):
+def test_a_damaged_piece_is_made_again(few_files, tmp_path, capsys, work, anew):
     """The last of each kind of piece that a stop in the middle of `work` leaves, each in turn. What decisions and the
     shards before this round were made of is kept no longer."""
-    config = annotate_config(corpus, shard_megabytes=0.1)
+    config, whole = few_files
     calls = []
 
     def stop(step: int, total: int, **figures: object) -> None:
@@ -224,11 +227,11 @@ def test_a_damaged_piece_is_made_again(corpus, in_shards, tmp_path, capsys, work
         said = capsys.readouterr().out
         assert said.count(f"{scratch / piece}: damaged; made again.") == 1, kind
         begun_anew += "annotated anew" in said
-        assert files(out) == files(in_shards), kind
+        assert files(out) == whole, kind
     assert kinds and begun_anew == anew, list(kinds)
 
 
-def test_a_killed_run_resumes(corpus, in_shards, tmp_path):
+def test_a_killed_run_resumes(corpus, in_shards, little_reference, tmp_path):
     """SIGKILL of the whole stage's process, workers and all, somewhere in the middle."""
     config = annotate_config(corpus, shard_megabytes=0.1)
     script = tmp_path / "annotate.py"
@@ -238,7 +241,7 @@ def test_a_killed_run_resumes(corpus, in_shards, tmp_path):
         "from data_pipeline.annotate.annotation import annotate\n"
         "from data_pipeline.config import AnnotateConfig, ExecutorConfig\n"
         "from data_pipeline.annotate.quality import training_text\n"
-        f"training_text.INSTALLED_BYTES = {LITTLE}\n"
+        f"training_text.INSTALLED_BYTES = {little_reference}\n"
         "if __name__ == '__main__':\n"
         "    out = Path(sys.argv[1]) / 'out'\n"
         "    out.mkdir(exist_ok=True)\n"

@@ -11,7 +11,6 @@ import polars as pl
 import pytest
 
 from data_pipeline.annotate.annotation import annotate
-from data_pipeline.annotate.quality import training_text
 from data_pipeline.annotate.quality.quality_labels import weighted_quantiles
 from data_pipeline.annotate.step import text_id
 from data_pipeline.config import CurateConfig, DataError, ExecutorConfig
@@ -40,14 +39,12 @@ def read(directory: Path, split: str) -> pl.DataFrame:
 
 
 @pytest.fixture(scope="module")
-def annotated(tmp_path_factory) -> Path:
+def annotated(tmp_path_factory, little_reference) -> Path:
     directory = tmp_path_factory.mktemp("annotated")
     corpus = write_corpus(directory / "corpus")
     (directory / "out").mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_text, "INSTALLED_BYTES", 200_000)
-        config = annotate_config(corpus, shard_megabytes=0.2)
-        annotate(config, 1, directory / "out", directory / "scratch", HERE, silent)
+    config = annotate_config(corpus, shard_megabytes=0.2)
+    annotate(config, 1, directory / "out", directory / "scratch", HERE, silent)
     return directory / "out"
 
 

@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline.annotate import annotation
-from data_pipeline.annotate.quality import training_text
 from data_pipeline.annotate.step import SCHEMA, text_id
 from data_pipeline.config import AnnotateConfig, CurateConfig, DataError, ExecutorConfig, RulesConfig
 from data_pipeline.curate import curation
@@ -263,9 +262,8 @@ def test_no_synthetic_documents_no_work(tmp_path):
         assert annotate(nothing, [tmp_path / "not there"], ANNOTATE, 1, tmp_path, pool).num_rows == 0
 
 
-def test_synthetic_documents_become_a_shard_of_the_corpus(serve, tmp_path, monkeypatch):
+def test_synthetic_documents_become_a_shard_of_the_corpus(serve, little_reference, tmp_path):
     """Annotate and curate on a little real prose: what is asked is answered, cut and written, and again offline."""
-    monkeypatch.setattr(training_text, "INSTALLED_BYTES", 200_000)
     texts = [text for _, text in sorted(topics.items()) if len(text) > 600]
     (tmp_path / "docs.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     source = {"kind": "files", "paths": [str(tmp_path / "docs.jsonl")], "domain": "docs", "license": "PSF-2.0"}

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import csv
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -33,11 +32,6 @@ def test_without_a_scale_small_values_are_lost_and_large_ones_saturate():
     assert statistics(torch.tensor([1e-5, -1e-5, 1.0, 0.0]), one, "e4m3")[1] == pytest.approx(2 / 3)
     assert statistics(torch.tensor([1e3, 1.0]), one, "e4m3")[2] == 0.5
     assert statistics(torch.tensor([1e3, 1.0]), one, "e5m2")[2] == 0.0
-
-
-@pytest.fixture(scope="module")
-def tokens(token_files, tmp_path_factory) -> Path:
-    return token_files(tmp_path_factory.mktemp("tokens"))
 
 
 @pytest.mark.parametrize(("precision", "changes"), [

@@ -1,6 +1,6 @@
 """Train one run in processes that are killed one after the other, and at last in one that is not.
 
-    python killed_runs.py JOB KILLS RESULT      # a job of tiny_engine.train_job, as JSON
+    python -m tests.model.training.killed_runs JOB KILLS RESULT      # a job of tiny_engine.train_job, as JSON
 
 Children are forked after the imports, so that an attempt is quick. Every other one dies within the writing of a resume
 state: a moment after one of the files there is opened, renamed or removed; the others within a training step.
@@ -55,10 +55,9 @@ def arm_within_a_step(random_: random.Random) -> None:
 def main() -> None:
     job, kills, result_file = json.loads(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     import torch
-    sys.path.insert(0, str(Path(__file__).parents[2]))
-    from tiny_engine import train_job
 
     import model.training.trainer  # noqa: F401    # now, not once a child
+    from tests.tiny_engine import train_job
 
     torch.set_num_threads(1)
     for attempt in range(kills + 1):

@@ -5,6 +5,7 @@ import shutil
 from collections import Counter
 from contextlib import closing
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -32,20 +33,6 @@ BY_DOCUMENT = {"reset_at_documents": True, "recompute": "M*-"}
 
 def losses(run: dict) -> list[float]:
     return [row["loss"] for row in run["training"]]
-
-
-@pytest.fixture(scope="module")
-def tokens(token_files, tmp_path_factory) -> Path:
-    return token_files(tmp_path_factory.mktemp("tokens"))
-
-
-@pytest.fixture(scope="module")
-def unbroken(tokens, tmp_path_factory) -> dict:
-    """A float32 run of 6 steps on one process that left its resume state after step 4."""
-    directory = tmp_path_factory.mktemp("unbroken")
-    run = train_job(str(tokens), str(directory / "out"), str(directory / "scratch"), {}, checkpoint_every=4)
-    assert (directory / "scratch" / "resume" / "step-00000004").exists()
-    return run | {"directory": directory}
 
 
 def test_losses_are_those_of_a_plain_pytorch_loop(tokens, unbroken, tmp_path):
@@ -177,22 +164,28 @@ def test_gradients_leave_while_the_backward_goes_on(tokens, tmp_path, monkeypatc
     assert buckets > 2 and calls[2 * buckets:] == ["start"] * buckets + ["finish"] * buckets
 
 
-def test_weights_travel_while_the_forward_goes_on(tokens, tmp_path):
+@pytest.fixture(scope="module")
+def replicas(tokens, tmp_path_factory) -> dict:
+    """Runs on two replicas by precision, whether the optimizer is distributed, and gradients summed in float32."""
+    directory = tmp_path_factory.mktemp("replicas")
+    kinds = [("float32", False, True), ("float32", True, True), *product(["bf16"], [False, True], [False, True])]
+    jobs = [{"tokens": str(tokens), "out": str(directory / f"out-{number}"), "parallelism": {}, "precision": precision,
+             "scratch": str(directory / f"scratch-{number}"), "distributed_optimizer": spread,
+             "grad_reduce_in_fp32": exact, "micro_batch_size": 1 if precision == "bf16" else 2}
+            for number, (precision, spread, exact) in enumerate(kinds)]
+    return dict(zip(kinds, run_processes(2, jobs, directory), strict=True))
+
+
+def test_weights_travel_while_the_forward_goes_on(replicas):
     """The distributed optimizer's, in many buckets: a layer that did not wait for its own would train on old ones."""
-    jobs = [{"tokens": str(tokens), "out": str(tmp_path / f"out-{spread}"), "parallelism": {},
-             "scratch": str(tmp_path / f"scratch-{spread}"), "distributed_optimizer": spread}
-            for spread in (False, True)]
-    whole, spread = run_processes(2, jobs, tmp_path)
-    assert losses(spread) == pytest.approx(losses(whole), rel=1e-6)
+    whole, spread = (losses(replicas["float32", spread, True]) for spread in (False, True))
+    assert spread == pytest.approx(whole, rel=1e-6)
 
 
 @pytest.mark.parametrize("spread", [False, True])
-def test_gradients_in_bf16_train_alike(tokens, tmp_path, spread):
+def test_gradients_in_bf16_train_alike(replicas, spread):
     """Added up over two micro-batches and two replicas: not to the bit."""
-    jobs = [{"tokens": str(tokens), "out": str(tmp_path / f"out-{exact}"), "parallelism": {}, "precision": "bf16",
-             "scratch": str(tmp_path / f"scratch-{exact}"), "micro_batch_size": 1, "grad_reduce_in_fp32": exact,
-             "distributed_optimizer": spread} for exact in (True, False)]
-    exact, rounded = run_processes(2, jobs, tmp_path)
+    exact, rounded = (replicas["bf16", spread, exact] for exact in (True, False))
     norms = [[row["grad_norm"] for row in result["training"]] for result in (exact, rounded)]
     assert norms[1] != norms[0] and norms[1] == pytest.approx(norms[0], rel=0.05)
     assert losses(rounded) == pytest.approx(losses(exact), rel=1e-2)

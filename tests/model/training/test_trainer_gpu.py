@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import math
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +13,6 @@ from tiny_engine import run_processes, train_job
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 EVERYWHERE = {"bf16_layers_at_start": 0, "bf16_layers_at_end": 0}
-
-
-@pytest.fixture(scope="module")
-def tokens(token_files, tmp_path_factory) -> Path:
-    return token_files(tmp_path_factory.mktemp("tokens"))
 
 
 def losses(run: dict) -> list[float]:

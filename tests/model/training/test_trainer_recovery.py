@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import resource
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from tiny_engine import HYBRID, RECIPE, ROOT, optimizer_state, train_job
+from tiny_engine import HYBRID, RECIPE, optimizer_state, train_job
 
 from model.config import ModelError
 from model.megatron.distributed import ONE_COPY, process_groups
@@ -25,19 +22,7 @@ from model.megatron.engine_checkpoint import save_model
 from model.megatron.precision import Precision
 from model.megatron.spec import build_model
 from model.training.trainer import Trainer
-
-
-@pytest.fixture(scope="module")
-def tokens(token_files, tmp_path_factory) -> Path:
-    return token_files(tmp_path_factory.mktemp("tokens"))
-
-
-@pytest.fixture(scope="module")
-def unbroken(tokens, tmp_path_factory) -> dict:
-    """A float32 run of 6 steps that left its resume state after step 4."""
-    directory = tmp_path_factory.mktemp("unbroken")
-    run = train_job(str(tokens), str(directory / "out"), str(directory / "scratch"), {}, checkpoint_every=4)
-    return run | {"directory": directory}
+from tests.forked import run
 
 
 def assert_same_files(ours: Path, theirs: Path) -> None:
@@ -191,9 +176,7 @@ def test_a_run_killed_at_random_moments_gives_the_very_same_results(tokens, kill
     job["tokens_to_train_on"] = 4 * 16 * 6 * (kills + 1)
     arguments = [json.dumps(job | {"out": str(tmp_path / "a"), "scratch": str(tmp_path / "killed")}), str(kills),
                  str(tmp_path / "result.json")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-W", "ignore", str(Path(__file__).parent / "killed_runs.py"), *arguments],
-                   check=True, env=environment)
+    run(tmp_path, "-m", "tests.model.training.killed_runs", *arguments)
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["resumed_from"]
     whole = train_job(out=str(tmp_path / "b"), scratch=str(tmp_path / "whole"), **job)
