@@ -6,10 +6,10 @@
 Steps: the widths of Nemotron-H-8B in 19 layers, a micro-batch of 8,192 tokens, one layer at each end in BF16, weights
 at random. A layout's processes run ours and stock one after the other, launched by Python, and ours with forward and
 backward captured, as `pretrain.cuda_graph` has them: Megatron's schedule, DDP with FP32 gradients, AdamW with FP32
-master weights. `tp2` is tensor and sequence parallel; `dp2` spreads the optimizer,
-gradients travel during the backward and weights during the forward. Communication is the share of a step in which NCCL
-works, and in brackets that in which nothing else does. tokens/s are a GPU's, the median of ten steps; memory is the
-most that PyTorch held allocated.
+master weights. `tp2` is tensor and sequence parallel; `dp2` spreads the optimizer, gradients travel during the backward
+and weights during the forward, of a captured step after it. Communication is the share of a step in which NCCL works,
+and in brackets that in which nothing else does. tokens/s are a GPU's, the median of ten steps; memory is the most that
+PyTorch held allocated.
 
 --whole: Nemotron-H-8B of 52 layers trained in FP8 on token files by the trainer itself: 30 steps at tp2, a state after
 20, and from that state again at dp2 (every layer recomputed), whose losses must be those of tp2 to rounding.
@@ -57,6 +57,7 @@ LAYOUTS = {
     "tp2 dp2": Layout(processes=4, tensor=2, sequence=True, distributed_optimizer=True),
 }
 STEPS_OF_WHOLE, STATE_AFTER, GLOBAL_BATCH = 30, 20, 8
+ROUNDING = 5e-3                 # of a loss in FP8, as in tests/model/training/test_trainer_gpu.py
 
 
 class Case(NamedTuple):
@@ -274,9 +275,13 @@ def train_whole(
               f"{figure['tokens_per_second']:.0f} tokens/s a GPU (plan "
               f"{figure['plan_tokens_per_second']:.0f}), {figure['gib']:.1f} GiB (plan {figure['plan_gib']:.1f}); "
               f"{figure['seconds']:.0f} s", flush=True)
+    if figures["whole"]["dp2"]["resumed_from"] != STATE_AFTER:
+        raise SystemExit("dp2 did not go on from the state of tp2.")        # or its losses would say nothing
     worst = max(abs(a / b - 1) for a, b in zip(losses["dp2"][STATE_AFTER:], losses["tp2"][STATE_AFTER:], strict=True))
     figures["whole"]["largest_relative_difference"] = worst
     print(f"steps {STATE_AFTER + 1} to {STEPS_OF_WHOLE} at dp2 and at tp2: losses differ by at most {worst:.2e}")
+    if not worst < ROUNDING:
+        raise SystemExit(f"More than rounding, {ROUNDING}.")
 
 
 def rates(directory: Path) -> list[float]:
@@ -310,13 +315,15 @@ def main() -> None:
                                           f"Python {platform.python_version()}", "steps": {}, "whole": {}}
     print(figures["machine"])
     report = partial(write, arguments.out, figures)
-    if arguments.whole:
-        train_whole(arguments.whole, arguments.scratch, arguments.weights or arguments.scratch / "out",
-                    arguments.layers, arguments.tiny, figures)
-    else:
-        steps_of_layouts([Case(layout, arguments.kernels.split(","), arguments.precisions.split(","), arguments.tiny)
-                          for layout in arguments.layouts.split(",")], figures, report)
-    return report()
+    try:
+        if arguments.whole:
+            train_whole(arguments.whole, arguments.scratch, arguments.weights or arguments.scratch / "out",
+                        arguments.layers, arguments.tiny, figures)
+        else:
+            steps_of_layouts([Case(layout, arguments.kernels.split(","), arguments.precisions.split(","),
+                                   arguments.tiny) for layout in arguments.layouts.split(",")], figures, report)
+    finally:
+        report()
 
 
 def write(out: Path | None, figures: dict[str, Any]) -> None:

@@ -111,13 +111,13 @@ def train_job(tokens: str, out: str, scratch: str, parallelism: dict[str, Any], 
             "resumed_from": run.resumed_from}
 
 
-def optimizer_state(scratch: Path, step: int) -> dict[str, Any]:
-    """Adam's moments after `step` in a resume state, whole, whatever layout wrote them: `exp_avg.PARAMETER`, ..."""
+def optimizer_state(scratch: Path, step: int, prefix: str = "optimizer.state.") -> dict[str, Any]:
+    """Adam's moments after `step` in a resume state, whole, whatever layout wrote them: `exp_avg.PARAMETER`, ...; with
+    the prefix "" all tensors, weights by their own names."""
     from megatron.core.dist_checkpointing import load_plain_tensors
 
     from model.megatron.distributed import process_groups
 
     with process_groups():
         tensors = load_plain_tensors(str(scratch / "resume" / f"step-{step:08d}"))
-    prefix = "optimizer.state."
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

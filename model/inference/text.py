@@ -21,7 +21,8 @@ from model.inference.fp8_weights import LEAST_WIDTH, quantize_weights
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.bfloat16}     # fp8: weights alone
 GIB = 2**30
 LONGEST_CHARACTER = 4           # bytes, and so tokens at most
-READ, TOLERANCE = (7, 200), 0.05        # tokens of the prompts `check_reading` reads, and of their logits
+# Tokens of the prompts that `check_reading` reads, and those they are padded to, as by a server; share of their logits.
+READ, PADDED, TOLERANCE = (7, 200), 256, 0.05
 
 
 class Vocabulary(NamedTuple):
@@ -104,14 +105,15 @@ def load_model(directory: Path, config: ModelConfig, dtype: str, device: torch.d
 
 @torch.no_grad()
 def check_reading(model: HybridLM) -> None:
-    """Raise ModelError unless prompts read into caches, a short one padded behind, give the logits of the model's own
+    """Raise ModelError unless prompts read into caches, padded behind, give the logits of the model's own
     forward pass: the two take different kernels, whose faults would otherwise show in no text."""
     embeddings = model.backbone.embeddings.weight
-    ids = torch.arange(len(READ) * max(READ), device=embeddings.device).mul(7919).remainder(len(embeddings))
-    ids, lengths = ids.view(len(READ), -1), torch.tensor(READ, device=embeddings.device)
-    hidden = ModelCaches(model, max(READ), len(READ), torch.float32).read_rows(ids, slice(len(READ)), 0, lengths)
+    ids = torch.arange(len(READ) * PADDED, device=embeddings.device).mul(7919).remainder(len(embeddings))
+    ids, lengths = ids.view(len(READ), PADDED), torch.tensor(READ, device=embeddings.device)
+    hidden = ModelCaches(model, PADDED, len(READ), torch.float32).read_rows(ids, slice(len(READ)), 0, lengths)
+    logits = model(ids)
     for row, length in enumerate(READ):
-        own = model(ids[row : row + 1, :length])[0, -1].float()
+        own = logits[row, length - 1].float()
         read = model.lm_head(model.backbone.norm_f(hidden[row, length - 1])).float()
         if not (apart := float((read - own).norm() / own.norm())) < TOLERANCE:
             raise ModelError(

@@ -30,7 +30,8 @@ from model.serve.prefix_cache import Piece, PrefixCache
 COUNTED = ("prompt_tokens", "cached_tokens", "generated_tokens", "finished_stop", "finished_length", "cancelled",
            "failed", "refused")
 
-GPU_WIDTHS = 128        # tokens
+GPU_WIDTHS = 128        # tokens; `Engine._width`
+
 
 class Limits(NamedTuple):
     """Of an engine: tokens of a text with its prompt, texts decoded together, texts that wait, tokens that are read at

@@ -191,6 +191,21 @@ def test_gradients_in_bf16_train_alike(replicas, spread):
     assert losses(rounded) == pytest.approx(losses(exact), rel=1e-2)
 
 
+def test_a_state_of_a_spread_optimizer_is_the_whole_ones(tokens, tmp_path):
+    """Gathered a parameter at a time from two replicas, each of which holds a part of some."""
+    jobs = [{"tokens": str(tokens), "parallelism": {}, "checkpoint_every": 3, "distributed_optimizer": spread,
+             "out": str(tmp_path / f"out-{spread}"), "scratch": str(tmp_path / f"scratch-{spread}")}
+            for spread in (False, True)]
+    run_processes(2, jobs, tmp_path)
+    whole, spread = (optimizer_state(Path(job["scratch"]), 3) for job in jobs)
+    weights = optimizer_state(Path(jobs[1]["scratch"]), 3, prefix="")
+    expected = whole | {f"param.{name.removeprefix('exp_avg.')}": weights[name.removeprefix("exp_avg.")]
+                        for name in whole if name.startswith("exp_avg.")}
+    assert spread.keys() == expected.keys()
+    for name, value in expected.items():
+        assert value.abs().max() > 0 and (spread[name] - value).norm() <= 1e-5 * value.norm(), name
+
+
 def test_a_state_of_the_other_optimizer_is_refused(tokens, unbroken, tmp_path):
     """Its master weights stand under other names: Megatron would end with all of them in a KeyError."""
     shutil.copytree(unbroken["directory"] / "scratch", tmp_path / "scratch")
