@@ -174,7 +174,7 @@ class Decoder(ModelCaches):
 
     @torch.no_grad()
     def _capture(self) -> None:
-        """Record `_step` on fixed tensors. It runs here before there is anything in the caches to spoil."""
+        """Record `_step` on fixed tensors. What these steps leave in the caches is forgotten."""
         self._ids = torch.zeros(self.batch, dtype=torch.int64, device=self.device)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -187,6 +187,7 @@ class Decoder(ModelCaches):
         # Other threads, NCCL's watchdog among them, may go on asking the GPU.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._next_logits = self._step(self._ids)
+        self.forget(slice(self.batch))
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., hidden) of the last layer -> (..., vocab)."""
