@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from model.config import ModelConfig, ModelError
 from model.costs import Deployment, memory
 from model.hybrid_lm import HybridLM
-from model.inference import caches
 from model.inference.decoder import Decoder
 from model.inference.fp8_weights import quantize_weights
 from model.inference.sampling import Sampling, choose
