@@ -71,18 +71,18 @@ def decode_seconds(
     config: ModelConfig, batch: int, context: int, dtype: torch.dtype = torch.bfloat16, device: str = "cuda",
     fp8: bool = False, state_dtype: torch.dtype = torch.float32, steps: int = 32, repeats: int = 5, seed: int = 0,
 ) -> float:
-    """Seconds of one decoding step of `batch` sequences at `context` tokens, with random weights and caches: the median
-    of `repeats` runs of `steps` steps that end there. On a GPU a step is a CUDA graph."""
+    """Seconds of one decoding step of `batch` sequences at `context` tokens, with random weights and caches:
+    `step_seconds`. On a GPU a step is a CUDA graph."""
     decoder = Decoder(random_model(config, dtype, device, fp8, seed), context, batch, state_dtype)
     fill_caches(decoder, seed)
     return step_seconds(decoder, context, steps, repeats)
 
 
 def step_seconds(decoder: Decoder, context: int, steps: int, repeats: int) -> float:
-    """Seconds of a step of `decoder`, its caches filled: the median of runs of `steps` steps that end at `context`
-    tokens, after one that is not counted."""
+    """Seconds of a step of `decoder`, its caches filled: the fastest of `repeats` runs of `steps` steps that end at
+    `context` tokens, after one that is not counted. What else the device does only adds to it."""
     runs = [decode_tokens(decoder, context - steps, steps) for _ in range(repeats + 1)]
-    return statistics.median(runs[1:]) / steps
+    return min(runs[1:]) / steps
 
 
 def prefill_seconds(decoder: Decoder, tokens: int, repeats: int) -> float:

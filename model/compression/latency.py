@@ -24,6 +24,7 @@ from model.config import ModelConfig, ModelError
 
 Key = tuple[str, int, int, int]     # type of layer, its widths, the hidden size
 MORE = 16                           # extra layers of a kind
+LARGEST_ERROR = 0.1                 # of a whole model's step, where layers add up and nothing else computes beside them
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def measure_table(
         whole: at least five models to fit the overhead by.
 
     Raises:
-        ModelError: fewer than five whole models.
+        ModelError: fewer than five whole models, or a table that misses one of them by more than LARGEST_ERROR.
     """
     if len(whole) < 5:
         raise ModelError(f"latency: an overhead from {len(whole)} models is no fit.\nGive at least 5.")
@@ -88,7 +89,16 @@ def measure_table(
     _make_monotonic(layers)
     measured = step_seconds({str(number): config for number, config in enumerate(whole)}, workload, seed, progress)
     left = [measured[str(number)] - _sum(layers, config) for number, config in enumerate(whole)]
-    return LatencyTable(layers, fmean(left))
+    table = LatencyTable(layers, fmean(left))
+    for number, config in enumerate(whole):
+        step, predicted = measured[str(number)], table.seconds(config)
+        if abs(predicted / step - 1) > LARGEST_ERROR:
+            raise ModelError(
+                f"compress.latency: a step of {config.pattern} takes {1e3 * step:.3g} ms, and {1e3 * predicted:.3g} by the "
+                "table of its layers' times.\nCompress again with nothing beside it on this device; or, if they do not "
+                "add up here, leave latency out."
+            )
+    return table
 
 
 def step_seconds(

@@ -41,6 +41,19 @@ def test_noise_does_not_make_a_wider_layer_cheaper(monkeypatch):
     assert widths == pytest.approx([3e-4, 1e-3, 1e-3])
 
 
+def test_a_step_that_something_else_slowed_down_is_no_measure(monkeypatch):
+    slowed = []
+
+    def disturbed(configs, *_):
+        return {name: machine(config) * (1.5 if name in slowed else 1.0) for name, config in configs.items()}
+
+    monkeypatch.setattr(latency, "step_seconds", disturbed)
+    measure_table(CONFIG, WIDTHS, whole(5), WORKLOAD, 1, silent)
+    slowed.append("3")                                              # one of the whole models
+    with pytest.raises(ModelError, match=r"(?s)compress.latency: a step of .* nothing beside it"):
+        measure_table(CONFIG, WIDTHS, whole(5), WORKLOAD, 1, silent)
+
+
 def test_an_unknown_layer_and_a_fit_to_too_few_models_are_refused(monkeypatch):
     monkeypatch.setattr(latency, "step_seconds", lambda configs, *_: {k: machine(c) for k, c in configs.items()})
     table = measure_table(CONFIG, WIDTHS, whole(5), WORKLOAD, 1, silent)
