@@ -94,9 +94,9 @@ def measure_table(
         step, predicted = measured[str(number)], table.seconds(config)
         if abs(predicted / step - 1) > LARGEST_ERROR:
             raise ModelError(
-                f"compress.latency: a step of {config.pattern} takes {1e3 * step:.3g} ms, and {1e3 * predicted:.3g} by the "
-                "table of its layers' times.\nCompress again with nothing beside it on this device; or, if they do not "
-                "add up here, leave latency out."
+                f"compress.latency: a step of {config.pattern} takes {1e3 * step:.3g} ms, by the table of its layers' "
+                f"times {1e3 * predicted:.3g}.\nCompress again with nothing beside it on this device; or, if they do "
+                "not add up here, leave latency out."
             )
     return table
 
