@@ -30,6 +30,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import logging
 import queue
 import sys
 import threading
@@ -76,9 +77,13 @@ def usable_transformer_engine() -> bool:
 
 
 TRANSFORMER_ENGINE = usable_transformer_engine()
-# That such extensions are absent is the plan here.
+# That such extensions are absent is the plan here. The rest is the libraries' own, once a layer or a load on a GPU.
 warnings.filterwarnings("ignore", r"(Transformer Engine and )?Apex .* not installed", UserWarning)
 warnings.filterwarnings("ignore", "full scope is deprecated", UserWarning)
+warnings.filterwarnings("ignore", r"barrier\(\): using the device under current context", UserWarning)
+warnings.filterwarnings("ignore", "`load_state_dict` is deprecated", FutureWarning)
+logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(
+    lambda record: "Unknown MLP type" not in record.getMessage())
 if not torch.cuda.is_available():
     with patch.object(torch, "compile", lambda function, **_: function):
         importlib.import_module("megatron.core.jit")
