@@ -81,7 +81,9 @@ def _work(environment: dict[str, str], log: Path, jobs: list[dict[str, Any]], po
     from model.megatron import optimizer
 
     optimizer.DistributedDataParallelConfig = partial(optimizer.DistributedDataParallelConfig, bucket_size=2000)
-    optimizer.uses_distributed_optimizer = lambda recipe: recipe.distributed_optimizer      # CPUs too
+    if not torch.cuda.is_available():
+        optimizer.uses_distributed_optimizer = lambda recipe: recipe.distributed_optimizer
+        _let_adamw_be_restored()
     faulthandler.dump_traceback_later(240, exit=True)
 
     torch.set_num_threads(1)
@@ -94,6 +96,28 @@ def _work(environment: dict[str, str], log: Path, jobs: list[dict[str, Any]], po
         done.append(getattr(importlib.import_module(module), name)(**arguments))
     if environment["RANK"] == "0":
         results.write_text(json.dumps(done))
+
+
+def _let_adamw_be_restored() -> None:
+    """Megatron's distributed optimizer takes PyTorch's AdamW up again only once it has made a step, gives all parameters
+    one count of steps, which each then adds to, and looks for counts in the checkpoint. With Transformer Engine's not."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    shards, fill = DistributedOptimizer.sharded_state_dict, DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def sharded_state_dict(self: Any, *arguments: Any, is_loading: bool, **options: Any) -> Any:
+        if is_loading:
+            self._init_optimizer_states_with_dummy_values()
+        return shards(self, *arguments, is_loading=is_loading, **options)
+
+    def set_states(self: Any, parameter: Any, tensors: dict[str, Any]) -> None:
+        group, place = self.model_param_group_index_map[parameter]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][place]]
+        state["step"] = state["step"].clone()
+        fill(self, parameter, tensors | {"step": state["step"]})
+
+    DistributedOptimizer.sharded_state_dict = sharded_state_dict
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states
 
 
 def train_job(tokens: str, out: str, scratch: str, parallelism: dict[str, Any], precision: str = "float32",

@@ -8,8 +8,9 @@
     megatron_on_cpu             "cuda" is written out in trainer, optimizer and checkpoints; 0.19.2 needs stubs of CUDA
                                 streams besides
     parameter_places            DistributedOptimizer saves moments as another parameter's where a group mixes dtypes
-    save_parameters_by_place    the same from a second bucket on: NVIDIA/Megatron-LM#5077, with which it may go
-    optimizer_shards            the optimizer with FP32 masters takes every parameter to be BF16 when it is saved
+    optimizer_shards            the optimizer with FP32 masters takes every parameter to be BF16 when it is saved; the
+                                distributed one's states are gathered and read whole by every process, and from a second
+                                bucket on mixed up (NVIDIA/Megatron-LM#5077)
     ThreadedSave                checkpoints are written by forked processes, which may hang
     save_common                 torch.save names its records after a path if that is ASCII: other bytes elsewhere
     keep_quantized_inputs       with FP8 of a custom recipe Megatron asks for inputs that its quantisers do not keep
@@ -44,14 +45,12 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from torch.utils._device import _device_constructors
 
 from durable import sha256
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 FACTORIES = ("empty", "empty_like", "ones", "tensor", "zeros")      # those that Megatron calls with device="cuda"
 
@@ -136,31 +135,6 @@ def parameter_places(
     }
 
 
-def save_parameters_by_place(optimizer: DistributedOptimizer) -> None:
-    """Let `optimizer` save every parameter's own master weights and moments, in however many buckets gradients travel.
-
-    DistributedOptimizer 0.16.1 drops the padding after each bucket from what it gathers, and then takes a parameter's
-    values from where they are with the padding: from the second bucket on, others' (mended upstream in
-    NVIDIA/Megatron-LM#5077). Here the padding is put back in between, as the format in use expects, `fully_reshardable`
-    (`model.megatron.engine_checkpoint`).
-    """
-    gather = optimizer.get_parameter_state_dp_zero
-
-    def gather_with_padding(**options: Any) -> dict[Any, Any] | None:
-        state = gather(**options)
-        for index, buffer in enumerate(optimizer.buffers if state else []):
-            [tensors] = state[index].values()
-            for name in ("param", "exp_avg", "exp_avg_sq"):
-                parts = tensors[name].split([bucket.numel_unpadded for bucket in buffer.buckets])
-                tensors[name] = torch.cat([
-                    pad(part, (0, bucket.grad_data.numel() - len(part)))
-                    for part, bucket in zip(parts, buffer.buckets, strict=True)
-                ])
-        return state
-
-    optimizer.get_parameter_state_dp_zero = gather_with_padding
-
-
 def optimizer_shards(
     optimizer: MegatronOptimizer, weights: dict[str, Any], loading: bool, groups: dict[str, Any]
 ) -> dict[str, Any]:
@@ -181,15 +155,16 @@ def optimizer_shards(
     if isinstance(inner, DistributedOptimizer):
         # Whole parameters, so that any layout reads them. Of Megatron's other ways one cannot be reshaped over tensor
         # and pipeline parallel processes, and its default raises on flattened ranges in 0.16.1.
-        if not loading:
-            inner.get_parameter_state_dp_zero = lambda **_: _gathered_on_demand(inner)
-        try:
+        states = _states_by_parameter(inner, _Room if loading else _Gathered)
+        with patch.object(inner, "get_parameter_state_dp_zero", lambda **_: states):
             spread = inner.sharded_state_dict(
                 weights, is_loading=loading, metadata=groups | {"distrib_optim_sharding_type": "fully_reshardable"}
             )
-        finally:
-            inner.__dict__.pop("get_parameter_state_dp_zero", None)
-        if not loading:
+        if loading:
+            numbers = (number for number, parameter in enumerate(chain.from_iterable(
+                buffer.param_index_map for buffer in inner.buffers)) if parameter in _parts(inner))
+            spread["param_state"] = {number: spread["param_state"][number] for number in numbers}
+        else:
             _give_storage_of_their_own(spread)
         return spread
     if not isinstance(inner, Float16OptimizerWithFloat16Params):
@@ -218,38 +193,56 @@ def optimizer_shards(
     return state
 
 
-def _gathered_on_demand(inner: Any) -> dict[int, dict[Any, dict[str, _Gathered]]]:
+def _parts(inner: Any) -> dict[Tensor, Any]:
+    """Of which parameters this process holds states, and which of their elements."""
+    return {parameter: ranges["param"]
+            for buffer in inner.gbuf_ranges for buckets in buffer.values() for bucket in buckets
+            for parameter, ranges in bucket["param_map"].items()}
+
+
+def _states_by_parameter(inner: Any, of: type[_States]) -> dict[int, dict[Any, dict[str, _States]]]:
     """In place of DistributedOptimizer.get_parameter_state_dp_zero of megatron-core 0.16.1: master weights and moments
     of each buffer, a parameter at a time.
 
     Megatron's gathers all parameters in one array beside each process's part of it: 36 bytes of the host's memory a
-    parameter, of which 12 are saved. Saving Nemotron-H-8B on two H200s was killed for it, with 256 GiB.
+    parameter, of which 12 are saved. Saving Nemotron-H-8B on two H200s was killed for it, with 256 GiB. To read them it
+    has each process make room for all, of which it then takes its part.
     """
+    parts = _parts(inner)
     return {
-        number: {dtype: {key: _Gathered(inner, buffer, buckets, key) for key in ("param", "exp_avg", "exp_avg_sq")}
-                 for dtype, buckets in ranges.items()}
+        number: {dtype: {key: of(inner, buffer, parts, key) for key in ("param", "exp_avg", "exp_avg_sq")}
+                 for dtype in ranges}
         for number, (buffer, ranges) in enumerate(zip(inner.buffers, inner.gbuf_ranges, strict=True))
     }
 
 
-class _Gathered:
-    """One state of all parameters of a buffer, float32, in the first data parallel process; in others zeros that take
-    no memory."""
+class _States:
+    """One state of all parameters of a buffer, float32; [span] is that of the parameter there, (elements,)."""
 
-    def __init__(self, inner: Any, buffer: Any, buckets: list[Any], key: str):
-        self.inner, self.key, self.group = inner, key, inner.data_parallel_group
+    def __init__(self, inner: Any, buffer: Any, parts: dict[Tensor, Any], key: str):
+        self.inner, self.key, self.parts, self.group = inner, key, parts, inner.data_parallel_group
         self.parameters = {span[:2]: parameter for parameter, span in buffer.param_index_map.items()}
-        self.parts = {parameter: ranges["param"] for bucket in buckets
-                      for parameter, ranges in bucket["param_map"].items()}
 
-    def __getitem__(self, span: slice) -> torch.Tensor:
-        """The state of the parameter at `span` of the buffer, (elements,); all processes ask for it together."""
+
+class _Gathered(_States):
+    """To be saved: in the first data parallel process; in others zeros that take no memory."""
+
+    def __getitem__(self, span: slice) -> Tensor:
+        """All processes ask for it together."""
         parameter = self.parameters[span.start, span.stop]
         whole = torch.zeros(parameter.numel(), device=parameter.device)
         if part := self.parts.get(parameter):
             whole[part.start : part.end] = self.inner._get_main_param_and_optimizer_states(parameter)[self.key]
         torch.distributed.reduce(whole, group=self.group, group_dst=0)
         return whole.cpu() if self.group.rank() == 0 else torch.zeros(1).expand(len(whole))
+
+
+class _Room(_States):
+    """To be read into, of a parameter that this process holds a part of; of others it takes no memory."""
+
+    def __getitem__(self, span: slice) -> Tensor:
+        parameter = self.parameters[span.start, span.stop]
+        return torch.empty(parameter.numel() if parameter in self.parts else 1).expand(parameter.numel())
 
 
 def _give_storage_of_their_own(contents: dict[str, Any]) -> None:

@@ -130,7 +130,8 @@ class ResumeState:
             return None
         self._check_optimizer(latest)
         with torch.no_grad():
-            loaded = dist_checkpointing.load(self._contents(loading=True), str(latest))
+            # Of a spread optimizer's states a process reads those it holds a part of: no replica reads them all.
+            loaded = dist_checkpointing.load(self._contents(loading=True), str(latest), validate_access_integrity=False)
             self.model.load_state_dict(loaded["model"])
             self.optimizer.load_state_dict(loaded["optimizer"])
         self.scheduler.load_state_dict(loaded["scheduler"])

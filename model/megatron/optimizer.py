@@ -14,11 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from model.megatron.compat import (  # before Megatron
-    TRANSFORMER_ENGINE,
-    parameter_places,
-    save_parameters_by_place,
-)
+from model.megatron.compat import TRANSFORMER_ENGINE, parameter_places  # before Megatron
 
 # isort: split
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -79,7 +75,6 @@ def build_optimizer(recipe: PretrainConfig, model: DistributedDataParallel) -> M
     for part in optimizer.chained_optimizers:
         if isinstance(part, DistributedOptimizer):
             part.model_param_group_index_map = parameter_places(part.model_fp32_groups, part.model_float16_groups)
-            save_parameters_by_place(part)
     if not TRANSFORMER_ENGINE:
         for group in optimizer.param_groups:
             group["fused"] = True           # PyTorch's one-pass AdamW; Megatron has no argument for it

@@ -5,11 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import apply_factories
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from tiny_engine import HYBRID, RECIPE
 
 from model.megatron import optimizer as optimizer_module
+from model.megatron.compat import optimizer_shards
 from model.megatron.distributed import ONE_COPY, process_groups
 from model.megatron.optimizer import build_optimizer
 from model.megatron.precision import Precision
@@ -30,13 +34,14 @@ def built(request, monkeypatch):
         )
         ddp = DistributedDataParallel(model.config, distribution, model)
         assert (sum(len(buffer.buckets) for buffer in ddp.buffers) > len(ddp.buffers)) == bool(request.param)
-        [part] = build_optimizer(RECIPE, ddp).chained_optimizers
+        whole = build_optimizer(RECIPE, ddp)
+        [part] = whole.chained_optimizers
         assert isinstance(part, DistributedOptimizer)
-        yield model, part
+        yield model, whole, part
 
 
 def test_each_parameter_is_found_where_its_values_are(built):
-    model, part = built
+    model, whole, part = built
     dtypes = [{parameter.dtype for parameter in [*single, *half]} for single, half in
               zip(part.model_fp32_groups, part.model_float16_groups, strict=True)]
     assert {torch.float32, torch.bfloat16} in dtypes
@@ -48,19 +53,21 @@ def test_each_parameter_is_found_where_its_values_are(built):
 
 def test_each_parameters_values_are_saved_as_its_own(built):
     """Under its name: its master weights, and moments that are multiples of them."""
-    model, part = built
+    model, whole, part = built
     for group in part.optimizer.param_groups:
         for master in group["params"]:
             part.optimizer.state[master] = {
                 "step": torch.tensor(3.0), "exp_avg": 2 * master.detach(), "exp_avg_sq": 3 * master.detach()
             }
-    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-                "distrib_optim_sharding_type": "fully_reshardable"}
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     weights = model.sharded_state_dict(metadata=metadata)
-    saved = part.sharded_state_dict(weights, metadata=metadata)["param_state"]
+    saved = optimizer_shards(whole, weights, False, metadata)["param_state"]
     assert len(saved) == len(list(model.parameters()))
-    values = {shard.key: shard.data for shard in weights.values()}
-    for tensors in saved.values():
-        for kind, multiple in (("param", 1), ("exp_avg", 2), ("exp_avg_sq", 3)):
-            name = tensors[kind].key.removeprefix(f"optimizer.state.{kind}.")
-            assert torch.equal(tensors[kind].data, multiple * values[name].detach().float()), (kind, name)
+    apply_factories(weights)                        # Mamba's input projection is saved in its parts
+    values = {shard.key: shard.data for shard in nested_values(weights) if isinstance(shard, ShardedTensor)}
+    found = list(nested_values(saved))
+    assert len(found) == 3 * len(values)
+    for shard in found:
+        kind, name = shard.key.removeprefix("optimizer.state.").split(".", 1)
+        multiple = {"param": 1, "exp_avg": 2, "exp_avg_sq": 3}[kind]
+        assert torch.equal(shard.data, multiple * values[name].detach().float()), (kind, name)
