@@ -188,7 +188,7 @@ def test_whatever_ends_a_flow_nothing_is_left_and_the_next_goes_on_whatever_happ
     assert alive == []
     runs = states(repository, "flow_run")
     assert all(re.fullmatch(r"cpu(-[0-9a-f]{7}(-changes)?)?", name) for name in runs)   # profile and, in git, commit
-    assert [state for found in runs.values() for state in found] == ["Failed", "Cancelled", "Crashed", "Completed"]
+    assert [state for found in runs.values() for state in found] == ["Failed", "Crashed", "Crashed", "Completed"]
     assert not {"Running", "Pending"} & {state for found in states(repository).values() for state in found}
 
 
