@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from data_pipeline.tokenize.indexed_dataset import IndexedDatasetWriter
 VOCABULARY = 64
 # A worker takes whole files: those that take longest start first, lest one be left alone at the end.
 LONGEST = (
-    "server", "reproduce", "annotation", "parallel", "trainer", "mixer_triton", "drawn_sizes", "executor", "outputs",
+    "server", "annotation", "parallel", "reproduce", "trainer", "mixer_triton", "drawn_sizes", "executor", "outputs",
     "compress", "stage_runner", "synthesis", "funnel", "evaluation_items", "evaluate", "trainer_recovery",
     "causal_conv1d_triton", "surroundings", "curate_own", "small_studies", "bounds", "launch", "pretrain",
     "text_generation", "chat",
@@ -73,6 +74,10 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()         # what was imported stays: the collections that stages ask for look at what a test made, not at it
 
 
 @pytest.fixture(scope="session", autouse=True)

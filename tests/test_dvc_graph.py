@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,13 @@ def files_of(module: str) -> Iterator[Path]:
                 yield file
 
 
+@cache
+def imported_by(file: Path) -> list[Path]:
+    """First-party files that the file's own statements import."""
+    return [path for name in imports(ast.parse(file.read_text())) if name.split(".")[0] in FIRST_PARTY
+            for path in files_of(name)]
+
+
 def closure(file: Path) -> set[Path]:
     """First-party files that running `file` may execute, the frame and empty files left out."""
     found: set[Path] = set()
@@ -65,9 +73,7 @@ def closure(file: Path) -> set[Path]:
         if file in found or file in FRAME:
             continue
         found.add(file)
-        for name in imports(ast.parse(file.read_text())):
-            if name.split(".")[0] in FIRST_PARTY:
-                waiting += files_of(name)
+        waiting += imported_by(file)
     return {file for file in found if not only_a_docstring(file)}
 
 
@@ -82,6 +88,7 @@ def job_of(stage: str) -> set[Path]:
             for file in closure(path)}
 
 
+@cache
 def only_a_docstring(file: Path) -> bool:
     body = ast.parse(file.read_text()).body
     return all(isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant) for statement in body)

@@ -39,10 +39,7 @@ RECIPE = PretrainConfig(
 # Processes are forked from one that has imported what they need, which takes each of them seconds; where an import may
 # have touched a GPU, which no forked process can use then, each is its own.
 PROCESSES = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-PROCESSES.set_forkserver_preload([
-    "model.training.trainer", "model.compression.funnel", "model.evaluation.harness", "data_pipeline.curate.curation",
-    "data_pipeline.tokenize.tokenization",
-])
+PROCESSES.set_forkserver_preload(["tests.preloaded"])
 
 
 def run_processes(count: int, jobs: list[dict[str, Any]], directory: Path) -> list[dict[str, Any]]:

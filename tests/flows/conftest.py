@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -84,10 +85,16 @@ def without_prefect() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prefect's, as its server makes it at the first start, which takes long."""
-    home = tmp_path_factory.mktemp("prefect")
-    subprocess.run([sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"], check=True,
-                   env=without_prefect() | {"PREFECT_HOME": str(home)}, capture_output=True)
+    """Prefect's, as its server makes it at the first start, which takes long: one for all of pytest's workers."""
+    ours = tmp_path_factory.getbasetemp()
+    home = (ours.parent if "PYTEST_XDIST_WORKER" in os.environ else ours) / "prefect"
+    home.mkdir(exist_ok=True)
+    with (home / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (home / "made").exists():
+            subprocess.run([sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"], check=True,
+                           env=without_prefect() | {"PREFECT_HOME": str(home)}, capture_output=True)
+            (home / "made").touch()
     return home / "prefect.db"
 
 

@@ -83,7 +83,7 @@ def test_one_long_document_has_a_page(tmp_path: Path, curate: Curate) -> None:
     assert len(text.split()) > 50_000
     (tmp_path / "book.txt").write_text(text)
     done = curate("book.txt", "--out", "mine", "--set", rules, "--set", "curate.perplexity.labels=[]",
-                  "--set", "runtime.workers=1")
+                  "--set", "annotate.decontamination.against=[]", "--set", "runtime.workers=1")
     assert done.returncode == 0, done.stderr
     assert "Of 1 document" in (tmp_path / "mine/report/index.html").read_text()
 

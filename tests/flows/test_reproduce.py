@@ -16,6 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from flows import reproduce as flows_reproduce
+from flows.dvc_graph import GraphError
 from flows.reproduce import SECONDS_TO_STOP
 
 Reproduce = Callable[..., subprocess.CompletedProcess[str]]
@@ -126,21 +128,45 @@ def test_no_stage_is_left_without_its_cause(repository: Path, environment: dict[
     assert right.startswith("second@right: Prefect: ") and "no bar" in right.splitlines()[0]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_to_the_flow_stops_all(number: signal.Signals, repository: Path, environment: dict[str, str]) -> None:
-    flow, tree = start("second@right", repository, environment)
-    flow.send_signal(number)
-    output, _ = flow.communicate(timeout=60)
-    assert flow.returncode == 130 and "Run the same command again" in output and "Traceback" not in output, output
-    _, alive = psutil.wait_procs(tree, timeout=10)
-    assert alive == []
+def test_every_signal_that_ends_a_flow_is_heard_but_what_nohup_ignores(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    heard: list[object] = []
+
+    def look() -> None:
+        heard.extend(signal.getsignal(number) for number in numbers)
+        raise GraphError("enough")
+
+    monkeypatch.setattr(sys, "argv", ["reproduce"])
+    monkeypatch.setattr(flows_reproduce.dvc_graph, "check_places", look)
+    before = [signal.getsignal(number) for number in numbers]
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        for hangup in (flows_reproduce._interrupt, signal.SIG_IGN):
+            with pytest.raises(SystemExit, match="enough"):
+                flows_reproduce.main()
+            assert heard[-3:] == [flows_reproduce._interrupt] * 2 + [hangup]
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
-def test_a_flow_outlives_ctrl_c_under_nohup_a_dvc_beside_it_and_its_server(
+def test_whatever_ends_a_flow_nothing_is_left_and_the_next_goes_on_whatever_happens_beside_it(
     repository: Path, environment: dict[str, str]
 ) -> None:
-    """None of what it started hears the signal; DVC is refused what runs and given the rest; a server that is killed
-    is started again."""
+    for victim, number, code in (("DVC", signal.SIGKILL, 1), ("flow", signal.SIGTERM, 130), ("flow", signal.SIGKILL, -9)):
+        flow, tree = start("second@right", repository, environment)
+        dvc = next(process for process in tree if {"repro", "second@right"} <= set(process.cmdline()))
+        (dvc if victim == "DVC" else flow).send_signal(number)
+        output, _ = flow.communicate(timeout=120)
+        assert flow.returncode == code and "Traceback" not in output, output
+        assert ("Run the same command again" in output) == (number == signal.SIGTERM or victim == "DVC"), output
+        _, alive = psutil.wait_procs(tree, timeout=10)
+        assert alive == []
+        (repository / "scratch-second-right").unlink()          # lest it soon have no two steps to go
+
+    # None of what a flow under nohup started hears Ctrl-C; DVC is refused what runs and given the rest; a server that
+    # is killed is started again.
     flow, tree = start("second@right", repository, environment, signal.SIG_IGN)
     [stage] = [process for process in tree if process.cmdline()[1:3] == ["work.py", "second-right"]]
     stage.suspend()
@@ -156,26 +182,13 @@ def test_a_flow_outlives_ctrl_c_under_nohup_a_dvc_beside_it_and_its_server(
     assert any(f"(PID {process.pid})" in running.stderr for process in tree), running.stderr
     assert other.returncode == 0 and Path("other.txt").read_text() == "other\n", other.stdout + other.stderr
     assert flow.returncode == 0 and "Traceback" not in output, output
-    assert set(results(output).values()) == {"ran"}, output
+    assert results(output).keys() == {"first", "second@left", "second@right", "last"}
+    assert results(output)["second@right"] == "ran", output
     _, alive = psutil.wait_procs(tree, timeout=10)
     assert alive == []
-
-
-def test_whichever_process_is_killed_nothing_is_left_and_the_run_goes_on(
-    repository: Path, environment: dict[str, str], reproduce: Reproduce
-) -> None:
-    for victim in ("DVC", "flow"):
-        flow, tree = start("second@right", repository, environment)
-        dvc = next(process for process in tree if {"repro", "second@right"} <= set(process.cmdline()))
-        (dvc if victim == "DVC" else flow).kill()
-        flow.communicate(timeout=120)
-        _, alive = psutil.wait_procs(tree, timeout=10)
-        assert alive == []
-    again = reproduce()
-    assert again.returncode == 0, again.stdout + again.stderr
     runs = states(repository, "flow_run")
     assert all(re.fullmatch(r"cpu(-[0-9a-f]{7}(-changes)?)?", name) for name in runs)   # profile and, in git, commit
-    assert [state for found in runs.values() for state in found] == ["Failed", "Crashed", "Completed"]
+    assert [state for found in runs.values() for state in found] == ["Failed", "Crashed", "Crashed", "Completed"]
     assert not {"Running", "Pending"} & {state for found in states(repository).values() for state in found}
 
 

@@ -100,8 +100,8 @@ def is_refused(url: str, **headers: str) -> bool:
     return False
 
 
-def test_runs_are_started_cancelled_and_tried_again_and_wait_for_one_another(
-    repository: Path, environment: dict[str, str]
+def test_runs_wait_for_one_another_are_cancelled_killed_with_the_pages_and_tried_again(
+    repository: Path, environment: dict[str, str], reproduce: Reproduce, tmp_path: Path
 ) -> None:
     graph = repository / "dvc.yaml"
     graph.write_text(graph.read_text().replace(" 1.5 ", " 40 "))
@@ -110,15 +110,17 @@ def test_runs_are_started_cancelled_and_tried_again_and_wait_for_one_another(
     def has_state(run: str, name: str) -> Callable[[], bool]:
         return lambda: bool(ask(f"{url}/api/flow_runs/{run}")["state_name"] == name)
 
-    def cancel(run: str) -> None:
-        ask(f"{url}/api/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
-        wait_for(has_state(run, "Cancelled"))
-
-    with serve(environment, signal.SIGTERM) as url:         # which ends the last run too
+    with serve(environment, signal.SIGKILL) as url:
         port = url.rpartition(":")[2]
         assert is_refused(url, Origin="https://example.org") and is_refused(url, Origin="null")
         assert is_refused(url, Host=f"example.org:{port}")              # a name that was made to lead here
         assert not is_refused(url, Origin=url) and not is_refused(url, Origin=f"http://localhost:{port}")
+
+        done = reproduce("--stages", "first")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.startswith(f"Watch this run at {url}\n") and "Starting a temporary" not in done.stdout
+        [reported] = ask(f"{url}/api/flow_runs/filter", {})
+        assert reported["state_name"] == "Completed"
 
         first = start_run(url, repository)
         started = psutil.Process().children(recursive=True)
@@ -128,48 +130,42 @@ def test_runs_are_started_cancelled_and_tried_again_and_wait_for_one_another(
         assert stages
         deployment = ask(f"{url}/api/flow_runs/{first}")["deployment_id"]
         second = ask(f"{url}/api/deployments/{deployment}/create_flow_run", {})["id"]
-        time.sleep(5)                                       # in which it is asked for several times
-        assert has_state(first, "Running")() and not has_state(second, "Running")()
-        cancel(first)
-        _, alive = psutil.wait_procs(stages, timeout=30)
-        assert alive == []
-        ours = {"flow_runs": {"id": {"any_": [first]}}}
-        wait_for(lambda: {task["state_name"] for task in ask(f"{url}/api/task_runs/filter", ours)}
-                 <= {"Completed", "Cancelled", "NotReady"})
-        wait_for(has_state(second, "Running"))
-        cancel(second)
-        retry = {"type": "SCHEDULED", "name": "AwaitingRetry"}          # as its page's Retry does
-        ask(f"{url}/api/flow_runs/{first}/set_state", {"state": retry})
-        wait_for(has_state(first, "Running"))
-        history = repository / "history"
-        wait_for(lambda: re.search(r"second-left from [1-9]", history.read_text()))     # where the first had come to
-    assert not (repository / ".prefect/server.json").exists()
 
-
-def test_reproduce_reports_to_the_pages_of_its_checkout(
-    repository: Path, environment: dict[str, str], reproduce: Reproduce, tmp_path: Path
-) -> None:
-    """A copy of one whose pages are served, and run a stage, has all but its pages."""
-    with serve(environment, signal.SIGTERM) as url:
-        run = start_run(url, repository)
+        # A copy of this has all but its pages, while the second run is asked for several times.
         other = shutil.copytree(repository, tmp_path / "other")
         assert (other / ".prefect/server.json").exists()
-        assert "dvc" in (other / ".dvc/tmp/rwlock").read_text()     # and its locks name processes of the other
-        command = [sys.executable, "-m", "flows.reproduce"]
+        assert "dvc" in (other / ".dvc/tmp/rwlock").read_text()         # whose locks name processes of the other
+        command = [sys.executable, "-m", "flows.reproduce", "--stages", "first"]
         done = subprocess.run(command, cwd=other, env=environment | {"PREFECT_HOME": str(other / ".prefect")},
                               capture_output=True, text=True)
         assert done.returncode == 0 and done.stdout.startswith("Starting a temporary"), done.stdout + done.stderr
         assert "Waiting" not in done.stdout
-        wait_for(lambda: ask(f"{url}/api/flow_runs/{run}")["state_type"] == "COMPLETED")
-        assert [found["id"] for found in ask(f"{url}/api/flow_runs/filter", {})] == [run]
-        assert (other / "last.txt").read_text() == (repository / "last.txt").read_text()
 
-        done = reproduce()
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert done.stdout.startswith(f"Watch this run at {url}\n") and "Starting a temporary" not in done.stdout
-        runs = ask(f"{url}/api/flow_runs/filter", {})
-        assert [run["state_name"] for run in runs] == ["Completed"] * 2
-        assert all(re.fullmatch(r"cpu(-[0-9a-f]{7}(-changes)?)?", run["name"]) for run in runs)
+        runs = {run["id"]: run["name"] for run in ask(f"{url}/api/flow_runs/filter", {})}
+        assert runs.keys() == {reported["id"], first, second}
+        assert all(re.fullmatch(r"cpu(-[0-9a-f]{7}(-changes)?)?", runs[run]) for run in (reported["id"], first))
+        assert has_state(first, "Running")() and not has_state(second, "Running")()
+        ask(f"{url}/api/flow_runs/{first}/set_state", {"state": {"type": "CANCELLING"}})
+        wait_for(has_state(first, "Cancelled"))
+        _, alive = psutil.wait_procs(stages, timeout=30)
+        assert alive == []
+        ours = {"flow_runs": {"id": {"any_": [first]}}}
+        wait_for(lambda: {task["state_name"] for task in ask(f"{url}/api/task_runs/filter", ours)}
+                 <= {"Cached", "Cancelled", "NotReady"})
+        log = repository / "logs/second@left.log"
+        log.unlink()
+        wait_for(lambda: log.exists() and "step " in log.read_text())   # of the second
+    with serve(environment, signal.SIGHUP) as url:                      # as of a terminal that is closed
+        assert has_state(second, "Crashed")()
+        states = {task["state_name"] for task in ask(f"{url}/api/task_runs/filter", {})}
+        assert "Crashed" in states and not states & {"Running", "Pending"}
+        history = repository / "history"
+        before = history.read_text()
+        retry = {"type": "SCHEDULED", "name": "AwaitingRetry"}          # as its page's Retry does
+        ask(f"{url}/api/flow_runs/{first}/set_state", {"state": retry})
+        wait_for(has_state(first, "Running"))
+        wait_for(lambda: re.search(r"second-left from [1-9]", history.read_text().removeprefix(before)))
+    assert not (repository / ".prefect/server.json").exists()
 
 
 def test_pages_that_end_before_their_server_answers_leave_none(repository: Path, environment: dict[str, str]) -> None:
@@ -183,17 +179,6 @@ def test_pages_that_end_before_their_server_answers_leave_none(repository: Path,
     assert alive == []
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", port))
-
-
-def test_pages_that_are_killed_take_their_run_along_and_can_be_served_again(
-    repository: Path, environment: dict[str, str]
-) -> None:
-    with serve(environment, signal.SIGKILL) as url:
-        run = start_run(url, repository)
-    with serve(environment, signal.SIGHUP) as url:                  # as of a terminal that is closed
-        assert ask(f"{url}/api/flow_runs/{run}")["state_name"] == "Crashed"
-        states = {task["state_name"] for task in ask(f"{url}/api/task_runs/filter", {})}
-        assert "Crashed" in states and not states & {"Running", "Pending"}
 
 
 def test_a_port_in_use_is_named(repository: Path, environment: dict[str, str]) -> None:

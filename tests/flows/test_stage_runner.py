@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -361,26 +360,22 @@ def test_a_failure_says_what_the_stage_said_and_where_to_look(repository: Path, 
     ]
 
 
-@pytest.mark.parametrize(("number", "words"), [
-    (signal.SIGSEGV, "ended by SIGSEGV."), (signal.SIGINT, "ended by SIGINT."),
-    (signal.SIGKILL, "ended by SIGKILL, most likely for want of memory."),
-])
-def test_a_stage_that_a_signal_ends_says_so_and_goes_on(
-    repository: Path, begun: dict[str, Node], number: signal.Signals, words: str
-) -> None:
+def test_a_stage_that_a_signal_ends_says_so_and_goes_on(repository: Path, begun: dict[str, Node]) -> None:
     def strike(line: str) -> None:
         if line.startswith("step 3/"):
             for process in psutil.Process().children(recursive=True):
                 if "work.py" in process.cmdline():
-                    process.send_signal(number)
+                    process.kill()
 
     runner = StageRunner(2, 5)
     with pytest.raises(StageFailed) as failed:
         runner.run(begun["second@left"], ignore, strike)
-    assert str(failed.value).splitlines()[0] == f"second@left: {words}"
+    assert str(failed.value).splitlines()[0] == "second@left: ended by SIGKILL, most likely for want of memory."
     assert runner.run(begun["second@left"], ignore, ignore) == "ran"
     began = re.findall(r"second-left from (\d+)", Path("history").read_text())
     assert began[0] == "0" and int(began[1]) >= 2
+    log = "ERROR: failed to reproduce 'second@left': failed to run: python work.py, exited with -11\n"
+    assert dvc_graph._last_words(log) == "ended by SIGSEGV."
 
 
 FULL_CACHE = """

@@ -63,14 +63,14 @@ def test_a_user_without_a_name_runs_stages(repository: Path) -> None:
     assert done.stdout.decode().strip().split(" ", 2)[1:] == ["54321", str(repository / ".cache")]
 
 
-@pytest.mark.parametrize(("name", "value"), [
-    ("HTTP_PROXY", None), ("http_proxy", None), ("NO_PROXY", "corp.example"), ("no_proxy", "corp.example"),
-    ("no_proxy", "*"), ("no_proxy", ""),
+@pytest.mark.parametrize(("name", "value", "others"), [
+    ("HTTP_PROXY", None, "http"), ("http_proxy", None, "socks5"), ("NO_PROXY", "corp.example", "http"),
+    ("no_proxy", "corp.example", "socks5"), ("no_proxy", "*", "http"), ("no_proxy", "", "http"),
 ])
-@pytest.mark.parametrize("others", ["http://192.0.2.1:9", "socks5://192.0.2.1:9"])
 def test_no_proxy_is_asked_for_this_machine(name: str, value: str | None, others: str) -> None:
     proxy = "http://192.0.2.1:9"
-    environment = {"PATH": os.defpath, "PYTHONPATH": str(ROOT), "HTTP_PROXY": proxy, "ALL_PROXY": others}
+    environment = {"PATH": os.defpath, "PYTHONPATH": str(ROOT), "HTTP_PROXY": proxy,
+                   "ALL_PROXY": f"{others}://192.0.2.1:9"}
     environment |= {name: proxy if value is None else value}
     program = ("import flows.dvc_graph as graph, httpx, os, urllib.request as asked\n"
                "assert (os.environ | graph.ENVIRONMENT)['ALL_PROXY'].endswith('://192.0.2.1:9')\n"

@@ -19,6 +19,7 @@ from tests.forked import run, start
 from tests.namespaces import ORDINARY, on_full, unshare
 
 ROOT = Path(__file__).resolve().parents[2]
+SHORT = ("--set", "pretrain.tokens=256", "--set", "pretrain.evaluations=1")
 COMMAND = ("-m", "stages.pretrain", "--set", "tokenizer.vocab_size=512", "--out", ".", "--variant")
 
 
@@ -89,9 +90,8 @@ def check_records(records: Path, workplace: Path) -> None:
 def test_a_variant_trains_with_its_own_fp8_recipe(workplace):
     """The same seed without scales: the first loss is already another, and it is that of the recipe given outright."""
     arm = "variants.control={architecture: hybrid, precision: fp8, seed: 1, fp8_recipe: unscaled}"
-    short = ("--set", "pretrain.tokens=256", "--set", "pretrain.evaluations=1")
-    run(workplace, *COMMAND, "control", "--set", arm, *short)
-    params = load_params(workplace / "params.yaml", ("tokenizer.vocab_size=512", *short[1::2]))
+    run(workplace, *COMMAND, "control", "--set", arm, *SHORT)
+    params = load_params(workplace / "params.yaml", ("tokenizer.vocab_size=512", *SHORT[1::2]))
     for scaling, same in (("unscaled", True), ("current", False)):
         recipe = params.pretrain.model_copy(update={"fp8_recipe": scaling})
         trained = train(
@@ -103,9 +103,9 @@ def test_a_variant_trains_with_its_own_fp8_recipe(workplace):
 
 
 def test_full_shared_memory_is_not_needed(workplace):
-    full = pretrain_apart(on_full("/dev/shm", "4k"), workplace, "hybrid-fp8")
+    full = pretrain_apart(on_full("/dev/shm", "4k"), workplace, "hybrid-fp8", *SHORT)
     assert full.returncode == 0, full.stderr
-    params = load_params(workplace / "params.yaml", ("tokenizer.vocab_size=512",))
+    params = load_params(workplace / "params.yaml", ("tokenizer.vocab_size=512", *SHORT[1::2]))
     trained = train(
         params.model_of("hybrid-fp8"), params.pretrain, "hybrid", "fp8", 1, workplace / "data/toy/tokens",
         workplace / "whole", workplace / "scratch", lambda *_, **__: None,

@@ -22,13 +22,14 @@ from tests.model.compression.plain import PlainLayerwise
 from tests.tiny_engine import RECIPE
 
 
-@pytest.fixture
-def compress(tokens, data, tmp_path):
-    """The funnel on weights; a second call with the same `scratch` goes on where the first was."""
-    def run(weights, config, scratch="scratch", progress=silent):
+@pytest.fixture(scope="module")
+def compress(tokens, data, tmp_path_factory):
+    """The funnel on weights; a second call in the same directory goes on where the first was."""
+    def run(weights, config, directory=None, progress=silent):
+        directory = directory or tmp_path_factory.mktemp("compress")
         with process_groups():
-            return funnel.compress(weights.save(tmp_path / "parent"), tokens, data, config, RECIPE, 1,
-                                   tmp_path / scratch, progress)
+            return funnel.compress(weights.save(directory / "parent"), tokens, data, config, RECIPE, 1,
+                                   directory / "scratch", progress)
     return run
 
 
@@ -53,6 +54,19 @@ def tight(planted, config):
     return config.model_copy(update={"memory": memory})
 
 
+@pytest.fixture(scope="module")
+def unbroken(compress, planted, config):
+    """A short run, of how many steps."""
+    steps = 0
+
+    def count(*_, **__):
+        nonlocal steps
+        steps += 1
+
+    short = config.model_copy(update={"distillation_tokens": 6 * 128, "checkpoint_every": 2})
+    return compress(planted, short, progress=count), short, steps
+
+
 def test_the_funnel_finds_what_does_not_matter(compress, planted, tight):
     result = compress(planted, tight)
     metrics = result.metrics
@@ -73,8 +87,8 @@ def test_the_funnel_finds_what_does_not_matter(compress, planted, tight):
     assert load_weights(result.models["compressed"])[0].pattern == "M-*M-"
 
 
-def test_the_records_have_what_the_report_reads(compress, planted, data, config):
-    result = compress(planted, config)
+def test_the_records_have_what_the_report_reads(unbroken, planted, data):
+    result, config, _ = unbroken
     importance, candidates = result.records["importance"], result.records["candidates"]
     assert [layer.symbol for layer in importance.layers] == list("M-M*-M-")
     assert [entry.index for entry in importance.ffn] == [1, 4, 6]
@@ -91,7 +105,7 @@ def test_the_records_have_what_the_report_reads(compress, planted, data, config)
     left = [candidate.importance for candidate in candidates if candidate.agreement is None]
     assert left == sorted(left, reverse=True)
     assert {row[0] for row in result.curve} == {"compressed", "random"}
-    assert len(result.curve) == 40 and result.metrics["distillation_tokens"] == result.curve[-1][2] == 20 * 128
+    assert len(result.curve) == 12 and result.metrics["distillation_tokens"] == result.curve[-1][2] == 6 * 128
     # Two bytes a token: bits per byte of the parent are half its loss in bits.
     with torch.no_grad():
         logits = HybridLM.from_state(*planted)(data.validation[:, :-1])
@@ -118,19 +132,12 @@ def test_sequences_are_taken_evenly():
     assert evenly(sequences, 99).flatten().tolist() == list(range(10))
 
 
-def test_a_kill_anywhere_changes_nothing(compress, planted, config, tmp_path):
+def test_a_kill_anywhere_changes_nothing(compress, planted, unbroken, tmp_path):
     class Killed(Exception):
         pass
 
-    calls = 0
-
-    def count(*_, **__):
-        nonlocal calls
-        calls += 1
-
-    short = config.model_copy(update={"distillation_tokens": 6 * 128, "checkpoint_every": 2})
-    unbroken = compress(planted, short, "unbroken", count)
-    total, left = calls, 0
+    whole, short, steps = unbroken
+    left = 0
 
     def kill_after_a_while(*_, **__):
         nonlocal left
@@ -140,16 +147,16 @@ def test_a_kill_anywhere_changes_nothing(compress, planted, config, tmp_path):
 
     kills = 0
     while True:
-        left = total // 4 + kills           # falls into another piece each time
+        left = steps // 4 + kills           # falls into another piece each time
         try:
-            resumed = compress(planted, short, "killed", kill_after_a_while)
+            resumed = compress(planted, short, tmp_path, kill_after_a_while)
             break
         except Killed:
             kills += 1
-    assert kills >= 2 and (tmp_path / "killed" / "resumed").exists()
-    assert resumed.metrics == unbroken.metrics
-    assert resumed.records == unbroken.records and resumed.curve == unbroken.curve
-    for name, directory in unbroken.models.items():
+    assert kills >= 2 and (tmp_path / "scratch" / "resumed").exists()
+    assert resumed.metrics == whole.metrics
+    assert resumed.records == whole.records and resumed.curve == whole.curve
+    for name, directory in whole.models.items():
         (_, one, _), (_, other, _) = load_weights(directory), load_weights(resumed.models[name])
         assert all(torch.equal(one[key], tensor) for key, tensor in other.items())
 

@@ -171,9 +171,11 @@ def replicas(tokens, tmp_path_factory) -> dict:
     kinds = [("float32", False, True), ("float32", True, True), *product(["bf16"], [False, True], [False, True])]
     jobs = [{"tokens": str(tokens), "out": str(directory / f"out-{number}"), "parallelism": {}, "precision": precision,
              "scratch": str(directory / f"scratch-{number}"), "distributed_optimizer": spread,
-             "grad_reduce_in_fp32": exact, "micro_batch_size": 1 if precision == "bf16" else 2}
+             "grad_reduce_in_fp32": exact, "micro_batch_size": 1 if precision == "bf16" else 2,
+             "checkpoint_every": 3}
             for number, (precision, spread, exact) in enumerate(kinds)]
-    return dict(zip(kinds, run_processes(2, jobs, directory), strict=True))
+    runs = run_processes(2, jobs, directory)
+    return {kind: run | {"scratch": Path(job["scratch"])} for kind, run, job in zip(kinds, runs, jobs, strict=True)}
 
 
 def test_weights_travel_while_the_forward_goes_on(replicas):
@@ -191,14 +193,11 @@ def test_gradients_in_bf16_train_alike(replicas, spread):
     assert losses(rounded) == pytest.approx(losses(exact), rel=1e-2)
 
 
-def test_a_state_of_a_spread_optimizer_is_the_whole_ones(tokens, tmp_path):
+def test_a_state_of_a_spread_optimizer_is_the_whole_ones(replicas):
     """Gathered a parameter at a time from two replicas, each of which holds a part of some."""
-    jobs = [{"tokens": str(tokens), "parallelism": {}, "checkpoint_every": 3, "distributed_optimizer": spread,
-             "out": str(tmp_path / f"out-{spread}"), "scratch": str(tmp_path / f"scratch-{spread}")}
-            for spread in (False, True)]
-    run_processes(2, jobs, tmp_path)
-    whole, spread = (optimizer_state(Path(job["scratch"]), 3) for job in jobs)
-    weights = optimizer_state(Path(jobs[1]["scratch"]), 3, prefix="")
+    scratches = [replicas["float32", spread, True]["scratch"] for spread in (False, True)]
+    whole, spread = (optimizer_state(scratch, 3) for scratch in scratches)
+    weights = optimizer_state(scratches[1], 3, prefix="")
     expected = whole | {f"param.{name.removeprefix('exp_avg.')}": weights[name.removeprefix("exp_avg.")]
                         for name in whole if name.startswith("exp_avg.")}
     assert spread.keys() == expected.keys()
