@@ -84,7 +84,7 @@ class Text:
 
     def start(self, vocabulary: Vocabulary, device: torch.device) -> None:
         """Make what choosing tokens needs."""
-        self.characters = Characters(vocabulary)
+        self.characters = Characters(vocabulary, self.ids)
         self.generator = torch.Generator(device).manual_seed(self.seed)
 
     def add(self, token: int) -> str | None:
