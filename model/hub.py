@@ -46,7 +46,7 @@ LAYER_TYPES = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "at
 FIXED = {
     "mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "use_conv_bias": True, "use_bias": False,
     "mamba_proj_bias": False, "mlp_bias": False, "attention_bias": False, "tie_word_embeddings": False,
-    "sliding_window": None, "hidden_act": "relu2",
+    "sliding_window": None, "hidden_act": "relu2", "rope_scaling": None,
 }
 NO_LIMIT = ([0.0, float("inf")], [0.0, {"__float__": "Infinity"}])      # of dt; the second as transformers 5 writes it
 
@@ -196,6 +196,10 @@ def read_config(directory: Path) -> ModelConfig:
                 f"{path}: time_step_limit is {values['time_step_limit']}; the model here puts no limits to dt.\n"
                 "Take a model without it."
             )
+        if (kind := values.get("rope_parameters", {}).get("rope_type", "default")) != "default":
+            raise ModelError(
+                f"{path}: rope_type is {kind!r}; the model here turns by plain frequencies.\nTake a model without it."
+            )
         return readers[values["model_type"]](values)
     except KeyError as error:
         raise ModelError(f"{path}: {error} is missing.\nExport or download the model again.") from None
@@ -229,7 +233,13 @@ def check_files(directory: Path, config: ModelConfig) -> list[str]:
                 "Export or download the model again; two versions may be mixed."
             )
         held |= set(found)
-        shapes |= {names(name): shape for name, shape in found.items()}
+        for name, shape in found.items():
+            if names(name) in shapes:
+                raise ModelError(
+                    f"{directory / file}: {name} is there twice, under another name that means the same.\n"
+                    "Export or download the model again; two versions may be mixed."
+                )
+            shapes[names(name)] = shape
     if lacking := [name for name in placed if name not in held]:
         raise ModelError(
             f"{index}: places {lacking[0]} in {placed[lacking[0]]}, which does not hold it.\n"
@@ -337,7 +347,8 @@ def check_vocabulary(directory: Path, vocab_size: int) -> Tokenizer:
     """The tokenizer in `directory`. Raises ModelError unless it is one for a model of `vocab_size` ids, of which up to
     PADDING may be no token's, and a file that goes with it can be read."""
     tokenizer, path = read_tokenizer(directory), directory / "tokenizer.json"
-    if not vocab_size - PADDING < (size := tokenizer.get_vocab_size()) <= vocab_size:
+    size = 1 + max(tokenizer.get_vocab().values(), default=-1)
+    if not vocab_size - PADDING < size <= vocab_size:
         raise other_vocabulary(str(path), size, vocab_size)
     for name in TOKENIZER_FILES[1:]:
         if (file := directory / name).exists() and file.suffix == ".json":

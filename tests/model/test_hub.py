@@ -315,6 +315,26 @@ def test_models_of_another_kind_are_refused(tmp_path, changes, message):
         hub.load(tmp_path / "there")
 
 
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 777.0, "factor": 20.0}}, "rope_type is 'yarn'"),
+    ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_scaling is {'type': 'linear'"),
+])
+def test_rotary_positions_of_another_kind_are_refused(tmp_path, changes, message):
+    hub.save(tmp_path, TRANSFORMER, random_state(TRANSFORMER), {}, "float32")
+    damage_config(tmp_path, **changes)
+    with pytest.raises(ModelError, match=message):
+        hub.load(tmp_path)
+
+
+def test_a_tensor_under_two_names_is_refused(tmp_path):
+    published(tmp_path / "there", "backbone.")
+    file = tmp_path / "there" / "model.safetensors"
+    state = load_file(file)
+    save_file(state | {"model.norm_f.weight": state["backbone.norm_f.weight"] + 1}, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"safetensors: \w+\.norm_f\.weight is there twice"):
+        hub.load(tmp_path / "there")
+
+
 def test_a_sealed_directory_is_as_it_was_written(tmp_path):
     hub.save(tmp_path, HYBRID, random_state(HYBRID), {}, "float32")
     write_sums(tmp_path, files="*.safetensors")
@@ -439,6 +459,11 @@ def test_a_damaged_tokenizer_is_named(tmp_path, name, content):
     for vocab_size in (299, 300 + PADDING):
         with pytest.raises(ModelError, match=rf"tokenizer\.json: a tokenizer of 300 ids, the model has {vocab_size:,}"):
             hub.check_vocabulary(tmp_path, vocab_size)
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"w": 0, "far": 400}, unk_token="w")).save(
+        str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ModelError, match=r"a tokenizer of 401 ids, the model has 320"):
+        hub.check_vocabulary(tmp_path, 320)
+    tokenizers.Tokenizer(words).save(str(tmp_path / "tokenizer.json"))
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ModelError, match=re.escape(f"{tmp_path / name}: no")) as error:
         hub.check_vocabulary(tmp_path, 320)
