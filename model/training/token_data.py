@@ -29,7 +29,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
-from durable import new_directory
+from durable import new_directory, sha256
 from model.config import PADDING, ModelError
 from model.integrity import check_sums, write_sums
 from model.megatron.distributed import device, is_main_process, main_process_first
@@ -152,6 +152,11 @@ def digests(tokens: Path) -> dict[str, str]:
     return {name: contents[name] for name in ("tokenizer_digest", "corpus_digest")}
 
 
+def text_digests(tokens: Path) -> dict[str, str]:
+    """Digests of what says which text there is and how much of it is read when."""
+    return {name: sha256(tokens / name) for name in ("tokens.json", "blend.json")}
+
+
 class TrainingData:
     """The samples of a whole training run, in order, each (sequence_length + 1,) int64.
 
@@ -187,8 +192,8 @@ class TrainingData:
         with main_process_first(), _whole(cache) as directory:
             config = GPTDatasetConfig(
                 random_seed=seed, sequence_length=sequence_length, split="1,0,0", path_to_cache=str(directory),
-                tokenizer=_Vocabulary(contents), reset_position_ids=False, reset_attention_mask=False,
-                eod_mask_loss=False, create_attention_mask=False,
+                tokenizer=_Vocabulary(contents, sha256(tokens / "tokens.json")), reset_position_ids=False,
+                reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False,
             )
             self.files = [
                 _dataset(str(tokens / name), int(count), config) if count else None
@@ -331,10 +336,10 @@ class _Epochs(GPTDataset):
 
 
 class _Vocabulary:
-    """What Megatron's datasets ask of a tokenizer; the digest keeps index caches of different tokenizers apart."""
+    """What Megatron's datasets ask of a tokenizer; the digest of tokens.json keeps index caches of other text apart."""
 
-    def __init__(self, contents: dict[str, Any]):
+    def __init__(self, contents: dict[str, Any], digest: str):
         self.eod = contents["eod_id"]
         self.pad = -1                       # no token: documents are packed, nothing is padded
         self.vocab_size = contents["vocab_size"]
-        self.unique_identifiers = {"tokenizer": contents["tokenizer_digest"]}
+        self.unique_identifiers = {"tokens.json": digest}

@@ -152,7 +152,7 @@ class Trainer:
             )
         self.identity = (
             config.model_dump(mode="json") | recipe.model_dump(mode="json", exclude=set(FREE_WHEN_RESUMED))
-            | {"precision": precision, "seed": seed} | token_data.digests(tokens)
+            | {"precision": precision, "seed": seed} | token_data.text_digests(tokens)
             | {name: path and sha256(path / SUMS) for name, path in
                ({"start": lesson.start, "teacher": lesson.teacher} if lesson else {}).items()}
         )

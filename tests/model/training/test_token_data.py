@@ -50,6 +50,15 @@ def test_a_damaged_index_is_made_again(tokens, tmp_path, capsys):
         assert path.read_bytes() == content and f"{path}: damaged or replaced" in capsys.readouterr().out
 
 
+def test_the_index_of_other_text_is_not_taken(token_files, tmp_path):
+    """Files made again under their names: here with more documents, of which the old index knows a part."""
+    directory, cache = tmp_path / "tokens", tmp_path / "cache"
+    TrainingData(token_files(directory, documents=30), 16, 60, 1, cache)
+    token_files(directory, documents=60)
+    found, expected = (TrainingData(directory, 16, 60, 1, place) for place in (cache, tmp_path / "new"))
+    assert [found[sample].tolist() for sample in range(60)] == [expected[sample].tolist() for sample in range(60)]
+
+
 def test_samples_are_stretches_of_their_file_and_none_comes_twice_within_an_epoch(tokens, tmp_path):
     """60 samples of 16 take less than one epoch of any file: over both phases each is another stretch."""
     data = TrainingData(tokens, 16, 60, 1, tmp_path / "cache")
