@@ -82,7 +82,7 @@ class HarnessLM(TemplateLM):
             adapter, in the same order; all get the same answers.
 
     Attributes:
-        cut: (context, continuation) of the requests for choices that were longer.
+        cut: texts, (context, continuation) or (prompt,), of the requests for choices and generation that were longer.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class HarnessLM(TemplateLM):
         self.max_length, self.choice_length = max_length, choice_length or max_length
         self.ranks, self.progress = ranks, progress
         self.scratch = None if ranks.tensor_rank else scratch
-        self.cut: set[tuple[str, str]] = set()
+        self.cut: set[tuple[str, ...]] = set()
         self._ends = end_ids
 
     def within(self, tokens: int) -> HarnessLM:
@@ -144,8 +144,10 @@ class HarnessLM(TemplateLM):
                     f"; this adapter generates the likeliest text in {self.choice_length} tokens, prompt included.\n"
                     "Raise `evaluate.context_tokens`, or set `evaluate.generation` to none."
                 )
-            ids = (self.tok_encode(prompt) or [self.prefix_token_id])[-room:]
-            answers.append(self._likeliest(ids, options["max_gen_toks"], options["until"]))
+            ids = self.tok_encode(prompt) or [self.prefix_token_id]
+            if len(ids) > room:
+                self.cut.add((prompt,))
+            answers.append(self._likeliest(ids[-room:], options["max_gen_toks"], options["until"]))
             self.progress(done, len(requests))
         return answers
 
@@ -212,9 +214,10 @@ class HarnessLM(TemplateLM):
         inputs = [(context + continuation)[-(window + 1) : -1] for context, continuation in pairs]
         stems = self._stems(inputs, [len(continuation) for _, continuation in pairs])
         scores: dict[int, Score] = {}
-        asked = hashlib.sha256(json.dumps([window, pairs]).encode()).hexdigest()[:12] if self.scratch else ""
+        asked = hashlib.sha256(json.dumps([window, pairs]).encode() if self.scratch else b"")
         for number, batch in enumerate(self._batches(stems, inputs)):
-            piece = self.scratch / f"{kind}-{number:06d}-{asked}.json" if self.scratch else None
+            asked.update(repr(batch).encode())              # other devices take other batches
+            piece = self.scratch / f"{kind}-{number:06d}-{asked.hexdigest()[:12]}.json" if self.scratch else None
             if kept := self.ranks.of_first(piece and read_checked(piece)):
                 finished = [(index, (score, greedy)) for index, score, greedy in json.loads(kept)]
                 if piece:

@@ -129,7 +129,7 @@ def test_same_text_as_the_harness_adapter_for_transformers(
     expected = theirs.generate_until(requests("generate_until", free), disable_tqdm=True)
     answers = ours.generate_until(requests("generate_until", free))
     assert answers == expected
-    assert all(answers)
+    assert all(answers) and ours.cut == {(TEXT[:900],)}
     stop = answers[0][4:6]
     stopped = requests("generate_until", [(free[0][0], free[0][1] | {"until": [stop, "never"]})])
     assert ours.generate_until(stopped) == [answers[0].split(stop)[0]] == theirs.generate_until(
@@ -304,6 +304,9 @@ def test_resumed_evaluation_equals_an_unbroken_one(
     assert (tmp_path / "resumed").exists()
     assert all(piece.stat().st_mtime_ns == time for piece, time in pieces.items()), "not computed again"
     assert seen[-1] == (44, 44), "12 x 3 + 4 x 2 continuations"
+    monkeypatch.undo()                                              # other batches, as on another device
+    other = harness.evaluate(harness.load(exported["hybrid"], WINDOW, scratch=tmp_path), texts, choices)
+    assert other.metrics == pytest.approx(unbroken.metrics, rel=1e-4)
 
 
 def test_requests_that_cannot_be_scored(exported: dict[str, Path], tmp_path: Path) -> None:
