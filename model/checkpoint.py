@@ -112,7 +112,8 @@ def _check_names(directory: Path, config: ModelConfig, stored: State) -> None:
         if there.get(name) != wanted.get(name):
             found = f"of shape {there[name]}" if name in there else "missing"
             raise ModelError(
-                f"{directory / INDEX}: {name} is {found}; model.json asks for {wanted.get(name, 'none')}.\n"
+                f"{directory / INDEX}: not the weights of this model: {name} is {found}; model.json asks for "
+                f"{wanted.get(name, 'none')}.\n"
                 "Use the weights and the model.json of one and the same checkpoint."
             )
 
