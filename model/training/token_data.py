@@ -35,6 +35,9 @@ from model.integrity import check_sums, write_sums
 from model.megatron.distributed import device, is_main_process, main_process_first
 
 
+FIGURES = {"all", "first"}      # that stand beside those of domains: of all, and of the first evaluation
+
+
 @dataclass(frozen=True)
 class ValidationSet:
     """Held-out text of one domain.
@@ -93,9 +96,15 @@ def validation(tokens: Path, domain: str, sequence_length: int) -> ValidationSet
 
 
 def domains(tokens: Path) -> list[str]:
-    """Domains with validation text, in the order of tokens.json. Raises ModelError where there are none."""
+    """Domains with validation text, in the order of tokens.json. Raises ModelError where there are none, or one has the
+    name of a figure over all."""
     names = [name.partition("/") for name in _contents(tokens)["files"]]
     found = [domain for split, _, domain in names if split == "validation"]
+    if taken := sorted(FIGURES & set(found)):
+        raise ModelError(
+            f"{tokens / 'tokens.json'}: a domain is called {taken[0]}, as the records call a figure over all domains.\n"
+            "Give it another name in annotate.sources."
+        )
     if not found:
         raise ModelError(
             f"{tokens / 'tokens.json'}: no validation/DOMAIN among its files, so that nothing can be measured.\n"

@@ -194,6 +194,12 @@ def test_tokens_without_held_out_text_are_an_error(tokens):
 
 
 def test_errors_name_the_file_and_the_cure(tokens, tmp_path):
+    for name in ("all", "first"):
+        figures = json.loads((tokens / "tokens.json").read_text())["files"]
+        change(tokens, None, files=figures | {f"validation/{name}": figures["validation/code"]})
+        with pytest.raises(ModelError, match=f"a domain is called {name}"):
+            domains(tokens)
+        change(tokens, None, files=figures)
     with pytest.raises(ModelError, match="validation/poems"):
         validation(tokens, "poems", 16)
     with pytest.raises(ModelError, match="fewer than one sequence"):
