@@ -34,7 +34,6 @@ from model.config import PADDING, ModelError
 from model.integrity import check_sums, write_sums
 from model.megatron.distributed import device, is_main_process, main_process_first
 
-
 FIGURES = {"all", "first"}      # that stand beside those of domains: of all, and of the first evaluation
 
 
