@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -194,7 +194,7 @@ class Trainer:
         first, seconds, restored = 0, 0.0, self.resume.restore()
         if restored:
             first, records, _ = restored
-            self._check_identity(records.get("identity", {}))
+            check_identity(self.scratch / "resume", records.get("identity", {}), self.identity)
             seconds, untrained = records["train_seconds"], records["untrained"]
             self.guard.load_state_dict(records["guard"])
             (self.scratch / "resumed").touch()
@@ -282,16 +282,6 @@ class Trainer:
             nats, tokens, size = nats + domain_nats, tokens + domain_tokens, size + data.bytes
         self.ddp.train()
         return [*rows, self._validation_row(step, "all", nats, tokens, size)]
-
-    def _check_identity(self, of_state: dict[str, Any]) -> None:
-        """Refuse the resume state of a run with another model, recipe, seed or text. Raises ModelError."""
-        differ = [name for name, value in self.identity.items() if of_state.get(name) != value]
-        if differ:
-            values = ", ".join(f"{name} {of_state.get(name)} and now {self.identity[name]}" for name in differ)
-            raise ModelError(
-                f"{self.scratch / 'resume'}: the state of another run: {values}.\n"
-                "Give this run a directory of its own, or go on with the values of the state."
-            )
 
     def check_learned(self, untrained: float, trained: float) -> None:
         """Refuse a run that learned nothing, by its validation losses before and after, nats a token.
@@ -457,6 +447,16 @@ class Trainer:
         if self.precision.emulated:
             metrics["fp8_emulated"] = 1
         return metrics
+
+
+def check_identity(state: Path, of_state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise ModelError where what is kept in `state` is of a run that differs in what `own` says of this one."""
+    if differ := [name for name, value in own.items() if of_state.get(name) != value]:
+        values = ", ".join(f"{name} {of_state.get(name)} and now {own[name]}" for name in differ)
+        raise ModelError(
+            f"{state}: the state of another run: {values}.\n"
+            "Give this run a directory of its own, or go on with the values of the state."
+        )
 
 
 def _loss(counted: Tensor | None, nats: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
