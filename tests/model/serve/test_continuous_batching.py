@@ -100,6 +100,7 @@ def serve(running: Engine, asked: list[tuple[int, Text]]) -> None:
        megabytes=st.sampled_from([0, 0.05, 4]), rounded=st.booleans())
 @example(drawn=[(0, 8, 9, 9), (5, 8, 5, 9), (5, 0, 5, 9)], rows=4, piece=8, megabytes=4, rounded=False)
 @example(drawn=[(0, 8, 0, 9), (5, 8, 0, 9), (5, 8, 1, 9), (8, 8, 0, 9)], rows=4, piece=8, megabytes=4, rounded=False)
+@example(drawn=[(0, 16, 13, 5), (0, 16, 0, 5)], rows=4, piece=8, megabytes=4, rounded=False)
 @example(drawn=[(0, 0, own, 9) for own in (14, 3, 9, 5)], rows=4, piece=64, megabytes=0, rounded=True)
 @example(drawn=[(0, 0, 8, 2)] * 8, rows=8, piece=8, megabytes=0, rounded=False)
 def test_a_text_is_the_one_it_is_alone(model, drawn, rows, piece, megabytes, rounded):
