@@ -73,13 +73,14 @@ class HarnessLM(TemplateLM):
     Args:
         model: the weights, on the device that is to run them.
         tokenizer: the exported tokenizer; text that spells a special token is encoded as text.
-        end_ids: any of which ends a document; the first stands before its first token.
+        end_ids: any of which ends a document.
         max_length: tokens of context a prediction may see; longer requests lose their beginning.
         choice_length: the same for choices and generation, where these may see more; otherwise `max_length`.
         scratch: directory for scores of finished batches; a later run with the same requests goes on from them.
         progress: `progress(step, total)`, counted in scored continuations or windows.
         ranks: the processes that the model is split over (`model.tensor_parallel`). Each must ask the same of its own
             adapter, in the same order; all get the same answers.
+        begin_id: stands before a text's first token; None: the first of `end_ids`.
 
     Attributes:
         cut: texts, (context, continuation) or (prompt,), of the requests for choices and generation that were longer.
@@ -95,6 +96,7 @@ class HarnessLM(TemplateLM):
         scratch: Path | None = None,
         progress: Callable[[int, int], None] = lambda step, total: None,
         ranks: TensorRanks = ONE_PROCESS,
+        begin_id: int | None = None,
     ):
         super().__init__()
         self.model = model.eval()
@@ -105,7 +107,7 @@ class HarnessLM(TemplateLM):
         self.ranks, self.progress = ranks, progress
         self.scratch = None if ranks.tensor_rank else scratch
         self.cut: set[tuple[str, ...]] = set()
-        self._ends = end_ids
+        self._ends, self._begin = end_ids, begin_id
 
     def within(self, tokens: int) -> HarnessLM:
         """The same model, whose choices and generation see at most `tokens` tokens of context."""
@@ -118,6 +120,11 @@ class HarnessLM(TemplateLM):
     def eot_token_id(self) -> int:
         """The id that ends a document; the first where there are several."""
         return self._ends[0]
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The id before a text's first token, as of the harness's adapter for transformers."""
+        return self._ends[0] if self._begin is None else self._begin
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Ids of `string`, no special ones among them."""
@@ -344,7 +351,8 @@ def load(directory: Path, max_length: int, **options: Any) -> HarnessLM:
     config, state = hub.open_weights(directory)
     tokenizer = hub.check_vocabulary(directory, config.vocab_size)
     model = tensor_parallel.load(config, state, DTYPES[device], device, ranks)
-    return HarnessLM(model, tokenizer, hub.end_ids(directory), max_length, ranks=ranks, **options)
+    return HarnessLM(model, tokenizer, hub.end_ids(directory), max_length, ranks=ranks,
+                     begin_id=hub.begin_id(directory), **options)
 
 
 class LocalTask(ConfigurableTask):

@@ -136,6 +136,22 @@ def test_same_text_as_the_harness_adapter_for_transformers(
         stopped, disable_tqdm=True)
 
 
+def test_texts_begin_with_the_id_that_begins_them(exported: dict[str, Path], tmp_path: Path) -> None:
+    """Of published models it is another than the one that ends them."""
+    directory = shutil.copytree(exported["hybrid"], tmp_path / "other")
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token_id": 1}))
+    names = json.loads((directory / "tokenizer_config.json").read_text()) | {"bos_token": "<s>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(names))
+    ours = harness.load(directory, WINDOW)
+    theirs = HFLM(pretrained=AutoModelForCausalLM.from_pretrained(directory, local_files_only=True), max_length=WINDOW,
+                  tokenizer=AutoTokenizer.from_pretrained(directory, local_files_only=True), batch_size=1)
+    rolling = requests("loglikelihood_rolling", [(text,) for text in TEXTS])
+    assert ours.prefix_token_id == theirs.prefix_token_id == 1 != ours.eot_token_id
+    assert ours.loglikelihood_rolling(rolling) == pytest.approx(
+        theirs.loglikelihood_rolling(rolling, disable_tqdm=True), rel=1e-6, abs=1e-3)
+
+
 def test_any_of_several_ids_ends_a_text(exported: dict[str, Path], tmp_path: Path) -> None:
     """generation_config.json of a chat model has a list; the first stands before a text."""
     name = next(iter(CONFIGS))
