@@ -332,15 +332,19 @@ def _ids(path: Path, name: str, found: Any) -> list[int]:
 
 
 def read_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer in `directory`. Raises ModelError."""
+    """The tokenizer in `directory`, for texts as they are: what the file says of cutting and filling them is left out,
+    as in transformers. Raises ModelError."""
     path = directory / "tokenizer.json"
     if not path.exists():
         raise ModelError(f"{path}: not found.\nExport the model again, or download the whole directory.")
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:      # the library raises no other class
         raise ModelError(
             f"{path}: not a tokenizer ({_why(path, error)}).\nExport or download the model again.") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def check_vocabulary(directory: Path, vocab_size: int) -> Tokenizer:

@@ -470,6 +470,16 @@ def test_a_damaged_tokenizer_is_named(tmp_path, name, content):
     assert str(error.value).count("\n") == 1
 
 
+def test_a_tokenizer_cuts_and_fills_no_text(tmp_path):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=8)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    for words in (2, 5):
+        assert hub.check_vocabulary(tmp_path, 2).encode("b " * words).ids == [1] * words
+
+
 def test_unusable_directories_are_named(tmp_path):
     with pytest.raises(ModelError, match=r"config\.json: not found"):
         hub.load(tmp_path)
