@@ -73,7 +73,9 @@ class Decoder(ModelCaches):
         self.claim(position)
 
     def claim(self, position: int) -> None:
-        """Take the caches, whatever is in them, for those of `position` tokens: for measuring."""
+        """Take the caches, whatever is in them, for those of `position` tokens: for measuring. Raises ModelError for a
+        position that they do not have."""
+        self._check_room(position, 0)
         self._length = position
         self._at.fill_(position)
 
@@ -140,7 +142,8 @@ class Decoder(ModelCaches):
         if not 0 < len(ids) == len(positions) <= self.batch:
             raise ModelError(f"{len(ids)} tokens at {len(positions)} positions, and the caches are of {self.batch} "
                              "sequences.\nGive one of both for each of the first sequences.")
-        self._check_room(max(positions), 1)
+        for position in (min(positions), max(positions)):
+            self._check_room(position, 1)
         self._length, self._begun = None, object()
         self._at.zero_()
         self._at[: len(ids)] = torch.tensor(positions)
@@ -208,7 +211,7 @@ class Decoder(ModelCaches):
         return self.model.lm_head(self.model.backbone.norm_f(x))
 
     def _check_room(self, position: int, tokens: int) -> None:
-        if position + tokens > self.max_length:
+        if not 0 <= position <= self.max_length - tokens:
             raise ModelError(
                 f"max_length: {position} + {tokens} tokens do not fit a decoder made for {self.max_length}.\n"
                 "Make the Decoder with a larger max_length, or shorten the prompt."

@@ -249,6 +249,11 @@ def test_rows_are_the_first_sequences_and_have_room(ids):
             decoder.decode_rows(tokens, positions)
     with pytest.raises(ModelError, match=r"40 \+ 1 tokens"):
         decoder.decode_rows(ids[:2, 0], [3, 40])
+    with pytest.raises(ModelError, match=r"-1 \+ 1 tokens"):
+        decoder.decode_rows(ids[:2, 0], [-1, 3])
+    for position in (-1, 41):
+        with pytest.raises(ModelError, match=rf"{position} \+ 0 tokens"):
+            decoder.claim(position)
 
 
 def test_a_stream_does_not_go_on_from_other_sequences(ids):
