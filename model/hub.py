@@ -196,7 +196,7 @@ def read_config(directory: Path) -> ModelConfig:
                 f"{path}: time_step_limit is {values['time_step_limit']}; the model here puts no limits to dt.\n"
                 "Take a model without it."
             )
-        if (kind := values.get("rope_parameters", {}).get("rope_type", "default")) != "default":
+        if (kind := (values.get("rope_parameters") or {}).get("rope_type", "default")) != "default":
             raise ModelError(
                 f"{path}: rope_type is {kind!r}; the model here turns by plain frequencies.\nTake a model without it."
             )

@@ -130,7 +130,7 @@ class Trainer:
         check_cuda_graph(recipe, parallelism)
         token_data.check(tokens, config.vocab_size)
         if recipe.check_kernels and device().type == "cuda":
-            check_kernels(config, parallelism.tensor, device())
+            check_kernels(config, parallelism.tensor, device(), recipe.reset_at_documents)
         self.model = build_model(config, self.precision, parallelism, seed, recipe.recompute,
                                  lesson.start if lesson else None).to(device())
         self.trained: Any = self.model
