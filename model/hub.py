@@ -39,7 +39,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
                    "chat_template.jinja", "tokenizer.model")
 POINTER = b"version https://git-lfs"
 FORMAT = {"format": "pt"}   # said in every file and in the index
-INDEX = "model.safetensors.index.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_GIGABYTES = 5.0       # transformers' own
 LAYER_TYPES = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*", "mlp": "-"}
 # What HybridLM computes, whatever the file says of it: another value would be another model. Absent means this value.
@@ -214,7 +214,12 @@ def check_files(directory: Path, config: ModelConfig) -> list[str]:
     """Names of the directory's weight files, whose headers have been compared with `config`. Raises ModelError."""
     index = directory / INDEX
     placed = _places(index) if index.exists() else {}
-    files = sorted(set(placed.values())) or ["model.safetensors"]
+    files = sorted(set(placed.values())) or [WEIGHTS]
+    if WEIGHTS not in files and (directory / WEIGHTS).exists():
+        raise ModelError(
+            f"{directory / WEIGHTS}: stands beside {INDEX}, which does not name it; loaders take either.\n"
+            "Remove the one that is not the model, or download it again."
+        )
     names = names_there(config)
     shapes: dict[str, Shape] = {}
     held: set[str] = set()

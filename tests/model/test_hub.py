@@ -236,6 +236,14 @@ def test_large_weights_are_several_files(tmp_path):
         hub.load(tmp_path)
 
 
+def test_weights_in_one_file_and_in_several_are_refused(tmp_path):
+    hub.save(tmp_path / "one", HYBRID, random_state(HYBRID), {}, "float32")
+    hub.save(tmp_path / "several", HYBRID, random_state(HYBRID), {}, "float32", shard_gigabytes=1e-4)
+    shutil.copy(tmp_path / "one" / "model.safetensors", tmp_path / "several")
+    with pytest.raises(ModelError, match=r"model\.safetensors: stands beside model\.safetensors\.index\.json"):
+        hub.load(tmp_path / "several")
+
+
 @pytest.mark.parametrize("gigabytes", [5.0, 1e-4, 3e-5])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_files_are_those_of_huggingfaces_writer(config, tmp_path, dtype, gigabytes):
