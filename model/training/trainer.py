@@ -194,7 +194,7 @@ class Trainer:
         first, seconds, restored = 0, 0.0, self.resume.restore()
         if restored:
             first, records, _ = restored
-            check_identity(self.scratch / "resume", records.get("identity", {}), self.identity)
+            self._check_identity(records.get("identity", {}))
             seconds, untrained = records["train_seconds"], records["untrained"]
             self.guard.load_state_dict(records["guard"])
             (self.scratch / "resumed").touch()
@@ -282,6 +282,10 @@ class Trainer:
             nats, tokens, size = nats + domain_nats, tokens + domain_tokens, size + data.bytes
         self.ddp.train()
         return [*rows, self._validation_row(step, "all", nats, tokens, size)]
+
+    def _check_identity(self, of_state: dict[str, Any]) -> None:
+        """Refuse the resume state of a run with another model, recipe, seed or text. Raises ModelError."""
+        check_identity(self.scratch / "resume", of_state, self.identity)
 
     def check_learned(self, untrained: float, trained: float) -> None:
         """Refuse a run that learned nothing, by its validation losses before and after, nats a token.
