@@ -58,12 +58,6 @@ def quantize(x: Tensor, format: Format, scale: Tensor | None = None) -> tuple[Te
     return values, scale.reciprocal()
 
 
-def quantize_dequantize(x: Tensor, format: Format) -> Tensor:
-    """What is left of x after FP8: quantise and multiply by the inverse scale, in x's dtype."""
-    values, inverse_scale = quantize(x, format)
-    return (values.float() * inverse_scale).to(x.dtype)
-
-
 def largest_magnitude(x: Tensor) -> Tensor:
     """The largest absolute value, (), float32."""
     low, high = x.aminmax()

@@ -94,20 +94,34 @@ def open_weights(directory: Path) -> tuple[ModelConfig, LazyState, dict[str, Any
     config, training = read_description(directory)
     check_sums(directory)
     reader = CheckpointReader(directory)
-    stored = LazyState(
-        {name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
-         for name, entry in reader.index.state_dict_metadata.items()
-         if isinstance(entry, TensorStorageMetadata)},      # the others are Megatron's empty `_extra_state` objects
-        reader.read,
-    )
-    for name, expected in to_engine(config, HybridLM.skeleton(config).state_dict()).skeleton.items():
-        found = f"of shape {tuple(stored.skeleton[name].shape)}" if name in stored else "missing"
-        if found != f"of shape {tuple(expected.shape)}":
+    stored = LazyState(_tensors(reader.index), reader.read)
+    _check_names(directory, config, stored.skeleton)
+    return config, to_hub(config, stored), training
+
+
+def check_names(directory: Path, config: ModelConfig) -> None:
+    """Raise ModelError unless the checkpoint `directory` holds the tensors of `config` and no others."""
+    _check_names(directory, config, _tensors(read_index(directory)))
+
+
+def _check_names(directory: Path, config: ModelConfig, stored: State) -> None:
+    wanted = {name: tuple(tensor.shape)
+              for name, tensor in to_engine(config, HybridLM.skeleton(config).state_dict()).skeleton.items()}
+    there = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+    for name in [*wanted, *there]:
+        if there.get(name) != wanted.get(name):
+            found = f"of shape {there[name]}" if name in there else "missing"
             raise ModelError(
-                f"{directory / INDEX}: {name} is {found}; model.json asks for {tuple(expected.shape)}.\n"
+                f"{directory / INDEX}: not the weights of this model: {name} is {found}; model.json asks for "
+                f"{wanted.get(name, 'none')}.\n"
                 "Use the weights and the model.json of one and the same checkpoint."
             )
-    return config, to_hub(config, stored), training
+
+
+def _tensors(index: Metadata) -> State:
+    """What a checkpoint holds, on the meta device; its other entries are Megatron's empty `_extra_state` objects."""
+    return {name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+            for name, entry in index.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)}
 
 
 def read_description(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:

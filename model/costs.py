@@ -7,6 +7,7 @@ search (paper section 3) rests on this: it asks for the cost of every combinatio
 from __future__ import annotations
 
 import math
+import re
 from fractions import Fraction
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -157,7 +158,7 @@ def flops_utilization(config: ModelConfig, tokens_per_second: float, devices: in
 
     An FP8 run is measured against the BF16 peak too, so that the two compare.
     """
-    peak = next((peak for part, peak in _BF16_PEAK.items() if part in device_name), None)
+    peak = next((peak for part, peak in _BF16_PEAK.items() if re.search(rf"{part}(?!\d)", device_name)), None)
     return training_flops_per_token(config) * tokens_per_second / (devices * peak) if peak else None
 
 

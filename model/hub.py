@@ -39,14 +39,14 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
                    "chat_template.jinja", "tokenizer.model")
 POINTER = b"version https://git-lfs"
 FORMAT = {"format": "pt"}   # said in every file and in the index
-INDEX = "model.safetensors.index.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_GIGABYTES = 5.0       # transformers' own
 LAYER_TYPES = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*", "mlp": "-"}
 # What HybridLM computes, whatever the file says of it: another value would be another model. Absent means this value.
 FIXED = {
     "mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "use_conv_bias": True, "use_bias": False,
     "mamba_proj_bias": False, "mlp_bias": False, "attention_bias": False, "tie_word_embeddings": False,
-    "sliding_window": None, "hidden_act": "relu2",
+    "sliding_window": None, "hidden_act": "relu2", "rope_scaling": None,
 }
 NO_LIMIT = ([0.0, float("inf")], [0.0, {"__float__": "Infinity"}])      # of dt; the second as transformers 5 writes it
 
@@ -196,6 +196,10 @@ def read_config(directory: Path) -> ModelConfig:
                 f"{path}: time_step_limit is {values['time_step_limit']}; the model here puts no limits to dt.\n"
                 "Take a model without it."
             )
+        if (kind := (values.get("rope_parameters") or {}).get("rope_type", "default")) != "default":
+            raise ModelError(
+                f"{path}: rope_type is {kind!r}; the model here turns by plain frequencies.\nTake a model without it."
+            )
         return readers[values["model_type"]](values)
     except KeyError as error:
         raise ModelError(f"{path}: {error} is missing.\nExport or download the model again.") from None
@@ -210,7 +214,12 @@ def check_files(directory: Path, config: ModelConfig) -> list[str]:
     """Names of the directory's weight files, whose headers have been compared with `config`. Raises ModelError."""
     index = directory / INDEX
     placed = _places(index) if index.exists() else {}
-    files = sorted(set(placed.values())) or ["model.safetensors"]
+    files = sorted(set(placed.values())) or [WEIGHTS]
+    if WEIGHTS not in files and (directory / WEIGHTS).exists():
+        raise ModelError(
+            f"{directory / WEIGHTS}: stands beside {INDEX}, which does not name it; loaders take either.\n"
+            "Remove the one that is not the model, or download it again."
+        )
     names = names_there(config)
     shapes: dict[str, Shape] = {}
     held: set[str] = set()
@@ -229,7 +238,13 @@ def check_files(directory: Path, config: ModelConfig) -> list[str]:
                 "Export or download the model again; two versions may be mixed."
             )
         held |= set(found)
-        shapes |= {names(name): shape for name, shape in found.items()}
+        for name, shape in found.items():
+            if names(name) in shapes:
+                raise ModelError(
+                    f"{directory / file}: {name} is there twice, under another name that means the same.\n"
+                    "Export or download the model again; two versions may be mixed."
+                )
+            shapes[names(name)] = shape
     if lacking := [name for name in placed if name not in held]:
         raise ModelError(
             f"{index}: places {lacking[0]} in {placed[lacking[0]]}, which does not hold it.\n"
@@ -322,22 +337,27 @@ def _ids(path: Path, name: str, found: Any) -> list[int]:
 
 
 def read_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer in `directory`. Raises ModelError."""
+    """The tokenizer in `directory`, for texts as they are: what the file says of cutting and filling them is left out,
+    as in transformers. Raises ModelError."""
     path = directory / "tokenizer.json"
     if not path.exists():
         raise ModelError(f"{path}: not found.\nExport the model again, or download the whole directory.")
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:      # the library raises no other class
         raise ModelError(
             f"{path}: not a tokenizer ({_why(path, error)}).\nExport or download the model again.") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def check_vocabulary(directory: Path, vocab_size: int) -> Tokenizer:
     """The tokenizer in `directory`. Raises ModelError unless it is one for a model of `vocab_size` ids, of which up to
     PADDING may be no token's, and a file that goes with it can be read."""
     tokenizer, path = read_tokenizer(directory), directory / "tokenizer.json"
-    if not vocab_size - PADDING < (size := tokenizer.get_vocab_size()) <= vocab_size:
+    size = 1 + max(tokenizer.get_vocab().values(), default=-1)
+    if not vocab_size - PADDING < size <= vocab_size:
         raise other_vocabulary(str(path), size, vocab_size)
     for name in TOKENIZER_FILES[1:]:
         if (file := directory / name).exists() and file.suffix == ".json":

@@ -32,7 +32,6 @@ from kernels.operation import operation
 from kernels.ssd import KERNEL_SIZES, LARGEST_STATE
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 
 
 class ScanTiles(NamedTuple):

@@ -25,6 +25,14 @@ class Workload(Section):
     decode_tokens: int = Field(ge=1)
     repeats: int = Field(ge=1)
 
+    @model_validator(mode="after")
+    def tokens_end_at_the_context(self) -> Workload:
+        """Raise ValueError where more tokens are decoded than the context has, which is where they end."""
+        if self.decode_tokens > self.context:
+            raise ValueError(f"decode_tokens ({self.decode_tokens}) must not exceed context ({self.context})\n"
+                             "Steps are timed that end at the context: lower the first.")
+        return self
+
 
 class LatencyBudget(Workload):
     """A decode step measured on this machine, and what share of the parent's it may take; none: measured, not limited.

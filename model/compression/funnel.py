@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from durable import sha256
 from model import checkpoint, costs
 from model.compression.candidates import (
     Budget,
@@ -35,7 +36,7 @@ from model.compression.candidates import (
 from model.compression.comparison import Closeness, compare, task_accuracy, task_items
 from model.compression.config import CompressConfig
 from model.compression.data import Data
-from model.compression.distill import Distilled, School
+from model.compression.distill import Distilled, School, recipe_of
 from model.compression.importance import layer_importance, mean_ranks, split_half_correlation
 from model.compression.latency import LatencyTable, measure_table, step_seconds
 from model.compression.layerwise import Layerwise, Mask
@@ -47,12 +48,14 @@ from model.compression.width_importance import WidthImportance, kept_share, widt
 from model.config import ModelConfig, ModelError, PretrainConfig
 from model.hybrid_lm import HybridLM
 from model.inference.decoder import Decoder
-from model.integrity import is_whole
+from model.integrity import SUMS, is_whole
 from model.megatron.distributed import ONE_COPY, Parallelism, device, is_main_process, release_memory
 from model.megatron.layerwise import MegatronLayerwise
 from model.megatron.limits import check_model
 from model.megatron.precision import Precision, PrecisionName
 from model.megatron.spec import build_model
+from model.training.token_data import text_digests
+from model.training.trainer import FREE_WHEN_RESUMED, check_identity
 
 GIB = 2**30
 
@@ -96,9 +99,11 @@ def compress(
 
     Raises:
         ModelError: weights are not those of the geometry, an activation is not finite, a width cannot be cut, no
-            model of the grid fits the budgets, or a candidate does not suit the layout.
+            model of the grid fits the budgets, a candidate does not suit the layout, or `scratch` holds what another
+            compression kept.
     """
     run = Funnel(parent, tokens, data, config, pretrain, seed, ResultCache(scratch), progress, parallelism)
+    run.check_identity()
     candidates = run.candidates()
     rounds = run.rounds(candidates)
     winner = candidates[rounds.order[0]]
@@ -163,6 +168,15 @@ class Funnel:
         self.school = School(parent, data.training, tokens, config, pretrain, self.precision, seed, cache, parallelism,
                              progress)
         self._teacher: Layerwise | None = None
+
+    def check_identity(self) -> None:
+        """Raise ModelError where results are kept of another parent, text, seed or settings."""
+        recipe = recipe_of(self.config, self.school.pretrain, self.config.distillation_tokens,
+                           self.config_of_parent.sequence_length)
+        settings = recipe.model_dump(mode="json") | self.config.model_dump(mode="json")
+        own = {name: value for name, value in settings.items() if name not in FREE_WHEN_RESUMED} | {
+            "seed": self.seed, "parent": sha256(self.parent / SUMS)} | text_digests(self.school.tokens)
+        check_identity(self.cache.directory, self.cache.once("identity", lambda: own), own)
 
     @property
     def teacher(self) -> Layerwise:

@@ -73,16 +73,17 @@ class HarnessLM(TemplateLM):
     Args:
         model: the weights, on the device that is to run them.
         tokenizer: the exported tokenizer; text that spells a special token is encoded as text.
-        end_ids: any of which ends a document; the first stands before its first token.
+        end_ids: any of which ends a document.
         max_length: tokens of context a prediction may see; longer requests lose their beginning.
         choice_length: the same for choices and generation, where these may see more; otherwise `max_length`.
         scratch: directory for scores of finished batches; a later run with the same requests goes on from them.
         progress: `progress(step, total)`, counted in scored continuations or windows.
         ranks: the processes that the model is split over (`model.tensor_parallel`). Each must ask the same of its own
             adapter, in the same order; all get the same answers.
+        begin_id: stands before a text's first token; None: the first of `end_ids`.
 
     Attributes:
-        cut: (context, continuation) of the requests for choices that were longer.
+        cut: texts, (context, continuation) or (prompt,), of the requests for choices and generation that were longer.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class HarnessLM(TemplateLM):
         scratch: Path | None = None,
         progress: Callable[[int, int], None] = lambda step, total: None,
         ranks: TensorRanks = ONE_PROCESS,
+        begin_id: int | None = None,
     ):
         super().__init__()
         self.model = model.eval()
@@ -104,8 +106,8 @@ class HarnessLM(TemplateLM):
         self.max_length, self.choice_length = max_length, choice_length or max_length
         self.ranks, self.progress = ranks, progress
         self.scratch = None if ranks.tensor_rank else scratch
-        self.cut: set[tuple[str, str]] = set()
-        self._ends = end_ids
+        self.cut: set[tuple[str, ...]] = set()
+        self._ends, self._begin = end_ids, begin_id
 
     def within(self, tokens: int) -> HarnessLM:
         """The same model, whose choices and generation see at most `tokens` tokens of context."""
@@ -118,6 +120,11 @@ class HarnessLM(TemplateLM):
     def eot_token_id(self) -> int:
         """The id that ends a document; the first where there are several."""
         return self._ends[0]
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The id before a text's first token, as of the harness's adapter for transformers."""
+        return self._ends[0] if self._begin is None else self._begin
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Ids of `string`, no special ones among them."""
@@ -144,8 +151,10 @@ class HarnessLM(TemplateLM):
                     f"; this adapter generates the likeliest text in {self.choice_length} tokens, prompt included.\n"
                     "Raise `evaluate.context_tokens`, or set `evaluate.generation` to none."
                 )
-            ids = (self.tok_encode(prompt) or [self.prefix_token_id])[-room:]
-            answers.append(self._likeliest(ids, options["max_gen_toks"], options["until"]))
+            ids = self.tok_encode(prompt) or [self.prefix_token_id]
+            if len(ids) > room:
+                self.cut.add((prompt,))
+            answers.append(self._likeliest(ids[-room:], options["max_gen_toks"], options["until"]))
             self.progress(done, len(requests))
         return answers
 
@@ -212,9 +221,10 @@ class HarnessLM(TemplateLM):
         inputs = [(context + continuation)[-(window + 1) : -1] for context, continuation in pairs]
         stems = self._stems(inputs, [len(continuation) for _, continuation in pairs])
         scores: dict[int, Score] = {}
-        asked = hashlib.sha256(json.dumps([window, pairs]).encode()).hexdigest()[:12] if self.scratch else ""
+        asked = hashlib.sha256(json.dumps([window, pairs]).encode() if self.scratch else b"")
         for number, batch in enumerate(self._batches(stems, inputs)):
-            piece = self.scratch / f"{kind}-{number:06d}-{asked}.json" if self.scratch else None
+            asked.update(repr(batch).encode())              # other devices take other batches
+            piece = self.scratch / f"{kind}-{number:06d}-{asked.hexdigest()[:12]}.json" if self.scratch else None
             if kept := self.ranks.of_first(piece and read_checked(piece)):
                 finished = [(index, (score, greedy)) for index, score, greedy in json.loads(kept)]
                 if piece:
@@ -341,7 +351,8 @@ def load(directory: Path, max_length: int, **options: Any) -> HarnessLM:
     config, state = hub.open_weights(directory)
     tokenizer = hub.check_vocabulary(directory, config.vocab_size)
     model = tensor_parallel.load(config, state, DTYPES[device], device, ranks)
-    return HarnessLM(model, tokenizer, hub.end_ids(directory), max_length, ranks=ranks, **options)
+    return HarnessLM(model, tokenizer, hub.end_ids(directory), max_length, ranks=ranks,
+                     begin_id=hub.begin_id(directory), **options)
 
 
 class LocalTask(ConfigurableTask):

@@ -214,6 +214,12 @@ def _score(
         items=len(answers),
         bits_per_byte=bits_per_byte(answers) if answers else None,
         bits_per_byte_stderr=bits_per_byte_stderr(answers) if len(answers) > 1 else None,
-        cut=sum(any(tuple(asked) in model.cut for asked in row["arguments"]) for row in asked),
+        cut=max(_cut(model, asked), 0 if isinstance(written, str) else _cut(model, written)),
         left_out=why,
     )
+
+
+def _cut(model: HarnessLM, rows: Iterable[Row]) -> int:
+    """Items of which a request lost its beginning."""
+    texts = ([tuple(part for part in request if isinstance(part, str)) for request in row["arguments"]] for row in rows)
+    return sum(not model.cut.isdisjoint(requests) for requests in texts)

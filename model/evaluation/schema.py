@@ -77,7 +77,8 @@ class PaperScore:
     Attributes:
         right: by item, 1 where the model was; `score` is their mean.
         bits_per_byte: of the right answer, over all items; its standard error by bootstrap over them.
-        cut: items whose prompt lost its beginning, as the model's context is shorter.
+        cut: items whose prompt lost its beginning, as the model's context is shorter; where the model also writes
+            answers, before which there is less room, those of the prompts for these if they are more.
     """
 
     task: PaperTask

@@ -51,7 +51,7 @@ def generate_text(
     generator = torch.Generator(device).manual_seed(seed)
     decoder = Decoder(model, len(ids) + tokens)
     stream = decoder.stream(torch.tensor([ids], device=device), tokens, sampling, generator)
-    return pieces(vocabulary, (int(chosen) for chosen in stream))
+    return pieces(vocabulary, (int(chosen) for chosen in stream), ids)
 
 
 def read_prompt(argument: str) -> str:

@@ -48,27 +48,34 @@ class Decoder(ModelCaches):
         super().__init__(model, max_length, batch, state_dtype)
         self.prefill_tokens = prefill_tokens or piece_tokens(self.device)
         self._at = torch.zeros(batch, dtype=torch.int64, device=self.device)
-        self._length = 0
+        self._length: int | None = 0
+        self._begun = object()          # changes with the sequences
         if self.device.type == "cuda":
             self._capture()
 
     @property
     def position(self) -> int:
-        """Tokens in the caches; the next token's index."""
+        """Tokens in the caches; the next token's index. Raises ModelError where that is none of all sequences: after
+        `decode_rows`, or a `prefill` that failed."""
+        if self._length is None:
+            raise ModelError("The decoder's sequences are of unlike length.\nBegin new ones with `prefill`.")
         return self._length
 
     @position.setter
     def position(self, position: int) -> None:
         """Forget the tokens from `position` on. Raises ModelError where that cannot be: a Mamba-2 state holds all."""
-        if not 0 <= position <= self._length or (position < self._length and "M" in self.model.config.pattern):
+        held = self.position
+        if not 0 <= position <= held or (position < held and "M" in self.model.config.pattern):
             raise ModelError(
-                f"position {position} after {self._length} tokens: the caches cannot go there.\n"
+                f"position {position} after {held} tokens: the caches cannot go there.\n"
                 "Give the prompt up to there to `prefill`; only a model without Mamba-2 layers can go back."
             )
         self.claim(position)
 
     def claim(self, position: int) -> None:
-        """Take the caches, whatever is in them, for those of `position` tokens: for measuring."""
+        """Take the caches, whatever is in them, for those of `position` tokens: for measuring. Raises ModelError for a
+        position that they do not have."""
+        self._check_room(position, 0)
         self._length = position
         self._at.fill_(position)
 
@@ -93,6 +100,7 @@ class Decoder(ModelCaches):
             )
         length = ids.shape[1]
         self._check_room(0, length)
+        self._length, self._begun = None, object()
         together = max(1, self.prefill_tokens // length)
         rows = [slice(first, min(first + together, self.batch)) for first in range(0, self.batch, together)]
         logits = torch.cat([self.prefill_rows(ids[some], some) for some in rows])
@@ -110,20 +118,20 @@ class Decoder(ModelCaches):
     @torch.inference_mode()
     def decode(self, ids: Tensor) -> Tensor:
         """Append one token a sequence, `ids` (batch,); logits (batch, vocab) of what follows, on a GPU in a tensor that
-        the next call overwrites. Raises ModelError for another shape, or where there is no room."""
+        the next call overwrites. Raises ModelError for another shape, where there is no room, and as `position`."""
         if ids.shape != (self.batch,):
             raise ModelError(f"Tokens of the shape {tuple(ids.shape)}, and the caches are of {self.batch} sequences.\n"
                              "Give one id a sequence.")
-        self._check_room(self._length, 1)
-        self._length += 1
+        self._check_room(held := self.position, 1)
+        self._length = held + 1
         return self._advance(ids)
 
     @torch.inference_mode()
     def decode_rows(self, ids: Tensor, positions: Sequence[int]) -> Tensor:
         """Append `ids` (rows,) to the first sequences, each of its own length; logits (rows, vocab), as of `decode`.
 
-        What the other sequences hold is lost on a GPU, where all are stepped. `position` says nothing of sequences of
-        unlike length; the next `prefill` gives it a meaning again.
+        What the other sequences hold is lost on a GPU, where all are stepped. The sequences have no common `position`
+        any more, until the next `prefill`.
 
         Args:
             positions: tokens that are in the caches of each of these sequences.
@@ -134,7 +142,9 @@ class Decoder(ModelCaches):
         if not 0 < len(ids) == len(positions) <= self.batch:
             raise ModelError(f"{len(ids)} tokens at {len(positions)} positions, and the caches are of {self.batch} "
                              "sequences.\nGive one of both for each of the first sequences.")
-        self._check_room(max(positions), 1)
+        for position in (min(positions), max(positions)):
+            self._check_room(position, 1)
+        self._length, self._begun = None, object()
         self._at.zero_()
         self._at[: len(ids)] = torch.tensor(positions)
         return self._advance(ids)
@@ -142,14 +152,21 @@ class Decoder(ModelCaches):
     def stream(
         self, ids: Tensor, tokens: int, sampling: Sampling = GREEDY, generator: torch.Generator | None = None
     ) -> Iterator[Tensor]:
-        """Up to `tokens` tokens (batch,) after the prompts `ids` (batch, sequence), each as soon as it is chosen."""
+        """Up to `tokens` tokens (batch,) after the prompts `ids` (batch, sequence), each as soon as it is chosen.
+
+        Raises:
+            ModelError: as `prefill`; or the decoder has taken up something else between two tokens.
+        """
         sampling.check()
         self._check_room(0, ids.shape[1] + tokens - 1)
-        logits = self.prefill(ids)
-        for left in range(tokens - 1, -1, -1):
+        logits, begun = self.prefill(ids), self._begun
+        for written in range(1, tokens + 1):
             chosen = choose(logits, sampling, generator)
             yield chosen
-            if left:
+            if written < tokens:
+                if (self._begun, self._length) != (begun, ids.shape[1] + written - 1):
+                    raise ModelError("The decoder has other sequences, or other tokens of these, than this stream's.\n"
+                                     "Have a Decoder for each stream.")
                 logits = self.decode(chosen)
 
     def generate(
@@ -194,7 +211,7 @@ class Decoder(ModelCaches):
         return self.model.lm_head(self.model.backbone.norm_f(x))
 
     def _check_room(self, position: int, tokens: int) -> None:
-        if position + tokens > self.max_length:
+        if not 0 <= position <= self.max_length - tokens:
             raise ModelError(
                 f"max_length: {position} + {tokens} tokens do not fit a decoder made for {self.max_length}.\n"
                 "Make the Decoder with a larger max_length, or shorten the prompt."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,8 @@ from model.inference.fp8_weights import LEAST_WIDTH, quantize_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.bfloat16}     # fp8: weights alone
 GIB = 2**30
-LONGEST_CHARACTER = 4           # bytes, and so tokens at most
+UNKNOWN = "\ufffd"              # what a decoder makes of bytes that are no character
+MOST_HELD = 8                   # tokens that wait for the rest of a character, which may begin behind stray bytes
 
 
 class Vocabulary(NamedTuple):
@@ -43,31 +44,38 @@ def read_vocabulary(directory: Path, config: ModelConfig) -> Vocabulary:
 
 
 class Characters:
-    """The text of tokens that come one by one."""
+    """The text of tokens that come one by one, as it goes on after that of `before`.
 
-    def __init__(self, vocabulary: Vocabulary):
+    Tokens are decoded behind those that came before them: a decoder such as Llama's takes the blank off the first.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, before: Sequence[int] = ()):
         self._tokenizer = vocabulary.tokenizer
+        self._before = [token for token in before[-1:] if UNKNOWN not in self._decode([token])]
         self._waiting: list[int] = []
 
     def add(self, token: int) -> str:
-        """What is whole characters with `token`; "" where it, and up to three before it, begin one."""
+        """What is whole characters with `token`; "" where the last of the tokens begin one, and they are few."""
         self._waiting.append(token)
-        text = self._tokenizer.decode(self._waiting, skip_special_tokens=False)
-        if text.endswith("\ufffd") and len(self._waiting) < LONGEST_CHARACTER:
-            return ""
-        self._waiting = []
+        text = self._decode(self._before + self._waiting)[len(self._decode(self._before)) :]
+        if text.endswith(UNKNOWN):
+            return self.rest() if len(self._waiting) == MOST_HELD else ""
+        self._before, self._waiting = self._waiting, []
         return text
 
     def rest(self) -> str:
         """The text of the tokens that make no whole character."""
-        text = self._tokenizer.decode(self._waiting, skip_special_tokens=False) if self._waiting else ""
-        self._waiting = []
+        text = self._decode(self._waiting)
+        self._before, self._waiting = [], []
         return text
 
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
 
-def pieces(vocabulary: Vocabulary, ids: Iterable[int]) -> Iterator[str]:
-    """Text of the tokens up to the end of text, as soon as they make whole characters."""
-    characters = Characters(vocabulary)
+
+def pieces(vocabulary: Vocabulary, ids: Iterable[int], before: Sequence[int] = ()) -> Iterator[str]:
+    """Text of the tokens after those of `before`, up to the end of text, as soon as they make whole characters."""
+    characters = Characters(vocabulary, before)
     for token in ids:
         if token in vocabulary.end_ids:
             break

@@ -41,6 +41,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from kernels.cross_entropy import cross_entropy
 from kernels.gated_norm import rms_norm
 from kernels.squared_relu import squared_relu
+from model.checkpoint import check_names
 from model.config import ModelConfig
 from model.integrity import check_finite, check_sums
 from model.megatron.distributed import Parallelism
@@ -82,7 +83,7 @@ def build_model(
         max_sequence_length=config.sequence_length,
         hybrid_override_pattern=config.pattern,
         position_embedding_type=config.position_embedding,
-        rotary_base=int(config.rope_theta),
+        rotary_base=config.rope_theta,         # an int in Megatron's signature, a factor in its formula
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
     )
@@ -92,6 +93,7 @@ def build_model(
     _recompute_layers(model.decoder.layers, config.pattern, recompute)
     if start:
         check_sums(start, slice(dist.get_rank(), None, dist.get_world_size()))
+        check_names(start, config)
         load_model(start, model)
         for name, parameter in model.named_parameters():
             check_finite(parameter, name, start)

@@ -53,10 +53,12 @@ def chat_encoder(directory: Path) -> Callable[[list[dict[str, str]]], list[int]]
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    # Not `all_special_tokens`: the marks of turns may be none of the named ones (Nemotron's <SPECIAL_11>).
+    control = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
 
     def encode(messages: list[dict[str, str]]) -> list[int]:
-        for token in tokenizer.all_special_tokens:
-            if any(token in message["content"] for message in messages):
+        for token in control:
+            if any(token in part for message in messages for part in message.values()):
                 raise ModelError(f"A message has {token}, which steers the model and is no text.\nLeave it out.")
         try:
             ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)

@@ -84,7 +84,7 @@ class Text:
 
     def start(self, vocabulary: Vocabulary, device: torch.device) -> None:
         """Make what choosing tokens needs."""
-        self.characters = Characters(vocabulary)
+        self.characters = Characters(vocabulary, self.ids)
         self.generator = torch.Generator(device).manual_seed(self.seed)
 
     def add(self, token: int) -> str | None:
@@ -201,10 +201,12 @@ class Engine:
         """The first of `prompts` and others that start where it does and are about as long, in `most` tokens.
 
         A row is padded by an eighth of a piece at most: on a CPU, about what a read costs beside its tokens. Of two
-        that are the same one waits until it can find the other.
+        that are the same one waits until it can find the other. Those of which nothing is left are a group of their
+        own: none of their tokens is read, and what the last of them left was kept.
         """
         group: list[Prompt] = []
-        for prompt in sorted((one for one in prompts if one.start == prompts[0].start),
+        for prompt in sorted((one for one in prompts
+                              if one.start == prompts[0].start and bool(one.left) == bool(prompts[0].left)),
                              key=lambda one: abs(len(one.left) - len(prompts[0].left))):
             sizes = [len(other.left) for other in (*group, prompt)]
             alike = 8 * (max(sizes) - min(sizes)) <= self.limits.piece_tokens

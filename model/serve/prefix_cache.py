@@ -55,12 +55,15 @@ class PrefixCache:
     def keep(
         self, before: list[Piece], ids: list[int], states: list[Tensor], keys_values: list[Tensor], hidden: Tensor
     ) -> Piece | None:
-        """Copy what the model holds after the piece of `ids` that follows `before`; None where there is no room for it,
-        or the one before it is gone."""
+        """Copy what the model holds after the piece of `ids` that follows `before`, unless it is kept; None where there
+        is no room for it, or the one before it is gone."""
         size = sum(tensor.nbytes for tensor in (*states, *keys_values, hidden))
-        if size > self.most_bytes or (before and before[-1].key not in self._kept):
+        if size > self.most_bytes or (before and self._kept.get(before[-1].key) is not before[-1]):
             return None
         key = self._key(before, ids)
+        if kept := self._kept.get(key):         # another text read it meanwhile
+            self._use([*before, kept])
+            return kept
         self._numbers += 1
         piece = Piece(self._numbers, key, (before[-1].end if before else 0) + len(key[1]),
                       [tensor.clone() for tensor in states], [tensor.clone() for tensor in keys_values], hidden.clone())

@@ -14,6 +14,7 @@ from model.config import first_problem
 BODY_BYTES = 16 * 2**20         # of a request at most
 
 Nothing = Annotated[float, Field(ge=0, le=0)]
+Off = Annotated[bool, Field(le=False)]          # Literal[False] takes 0, which of logprobs asks for some
 Stop = Annotated[str, Field(min_length=1)]
 
 
@@ -54,7 +55,7 @@ class Body(Strict):
     n: Literal[1] = 1
     presence_penalty: Nothing = 0
     frequency_penalty: Nothing = 0
-    logprobs: Literal[False] = False
+    logprobs: Off = False
 
 
 class CompletionBody(Body):

@@ -179,7 +179,8 @@ def application(models: dict[str, Served], port: int) -> Any:
         except ModelError as error:
             raise ApiError(400, str(error), "messages") from None
         rest = max(1, engine.limits.max_length - len(ids))
-        return await answer(request, body, ids, body.max_completion_tokens or body.max_tokens or rest)
+        return await answer(request, body, ids, min(filter(None, (body.max_tokens, body.max_completion_tokens)),
+                                                    default=rest))
 
     async def list_models(request: Request) -> Response:
         data = [{"id": name, "object": "model", "created": started, "owned_by": "here",

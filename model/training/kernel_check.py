@@ -21,8 +21,9 @@ TOKENS = 2048           # of each of the two sequences, at most
 ROWS = 256              # of the loss
 
 
-def check_kernels(config: ModelConfig, tensor_parallel: int, device: torch.device) -> None:
-    """Compare the kernels with their reference at this process's share of `config`.
+def check_kernels(config: ModelConfig, tensor_parallel: int, device: torch.device, documents: bool = False) -> None:
+    """Compare the kernels with their reference at this process's share of `config`; with `documents` as they run where
+    layers restart at these.
 
     Raises:
         ModelError: a value or a gradient is off by more than LIMIT of its norm, or not finite.
@@ -36,9 +37,12 @@ def check_kernels(config: ModelConfig, tensor_parallel: int, device: torch.devic
         heads, groups = config.mamba_num_heads // tensor_parallel, config.mamba_num_groups // tensor_parallel
         head_dim, state = config.mamba_head_dim, config.mamba_state_dim
         inner, channels = heads * head_dim, heads * head_dim + 2 * groups * state
+        length = min(config.sequence_length, TOKENS)
+        ends = torch.rand(2, length, generator=draw, device=device) < 4 / length
+        seq_idx = ends.cumsum(1).int() if documents else None
         step = torch.exp(torch.rand(heads, generator=draw, device=device) * math.log(100) + math.log(0.001))
         inputs = {
-            "projected": normal(2, min(config.sequence_length, TOKENS), inner + channels + heads).bfloat16(),
+            "projected": normal(2, length, inner + channels + heads).bfloat16(),
             "conv_weight": normal(channels, config.conv_kernel).bfloat16() / 2,
             "conv_bias": normal(channels).bfloat16() / 10,
             "dt_bias": step + torch.log(-torch.expm1(-step)),       # softplus of it is the step, as at initialisation
@@ -49,7 +53,7 @@ def check_kernels(config: ModelConfig, tensor_parallel: int, device: torch.devic
 
         def mix(projected: Tensor, *weights: Tensor) -> Tensor:
             return mixer.mix(projected, mixer.MixerWeights(*weights), groups, state, config.chunk_size,
-                             config.norm_epsilon)
+                             config.norm_epsilon, seq_idx)
 
         sizes = f"{heads} Mamba heads of {head_dim} in {groups} groups, state {state}"
         _compare("the Mamba-2 mixer", sizes, mix, inputs)

@@ -29,10 +29,12 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
-from durable import new_directory
+from durable import new_directory, sha256
 from model.config import PADDING, ModelError
 from model.integrity import check_sums, write_sums
 from model.megatron.distributed import device, is_main_process, main_process_first
+
+FIGURES = {"all", "first"}      # that stand beside those of domains: of all, and of the first evaluation
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,15 @@ def validation(tokens: Path, domain: str, sequence_length: int) -> ValidationSet
 
 
 def domains(tokens: Path) -> list[str]:
-    """Domains with validation text, in the order of tokens.json. Raises ModelError where there are none."""
+    """Domains with validation text, in the order of tokens.json. Raises ModelError where there are none, or one has the
+    name of a figure over all."""
     names = [name.partition("/") for name in _contents(tokens)["files"]]
     found = [domain for split, _, domain in names if split == "validation"]
+    if taken := sorted(FIGURES & set(found)):
+        raise ModelError(
+            f"{tokens / 'tokens.json'}: a domain is called {taken[0]}, as the records call a figure over all domains.\n"
+            "Give it another name in annotate.sources."
+        )
     if not found:
         raise ModelError(
             f"{tokens / 'tokens.json'}: no validation/DOMAIN among its files, so that nothing can be measured.\n"
@@ -152,6 +160,11 @@ def digests(tokens: Path) -> dict[str, str]:
     return {name: contents[name] for name in ("tokenizer_digest", "corpus_digest")}
 
 
+def text_digests(tokens: Path) -> dict[str, str]:
+    """Digests of what says which text there is and how much of it is read when."""
+    return {name: sha256(tokens / name) for name in ("tokens.json", "blend.json")}
+
+
 class TrainingData:
     """The samples of a whole training run, in order, each (sequence_length + 1,) int64.
 
@@ -187,8 +200,8 @@ class TrainingData:
         with main_process_first(), _whole(cache) as directory:
             config = GPTDatasetConfig(
                 random_seed=seed, sequence_length=sequence_length, split="1,0,0", path_to_cache=str(directory),
-                tokenizer=_Vocabulary(contents), reset_position_ids=False, reset_attention_mask=False,
-                eod_mask_loss=False, create_attention_mask=False,
+                tokenizer=_Vocabulary(contents, sha256(tokens / "tokens.json")), reset_position_ids=False,
+                reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False,
             )
             self.files = [
                 _dataset(str(tokens / name), int(count), config) if count else None
@@ -331,10 +344,10 @@ class _Epochs(GPTDataset):
 
 
 class _Vocabulary:
-    """What Megatron's datasets ask of a tokenizer; the digest keeps index caches of different tokenizers apart."""
+    """What Megatron's datasets ask of a tokenizer; the digest of tokens.json keeps index caches of other text apart."""
 
-    def __init__(self, contents: dict[str, Any]):
+    def __init__(self, contents: dict[str, Any], digest: str):
         self.eod = contents["eod_id"]
         self.pad = -1                       # no token: documents are packed, nothing is padded
         self.vocab_size = contents["vocab_size"]
-        self.unique_identifiers = {"tokenizer": contents["tokenizer_digest"]}
+        self.unique_identifiers = {"tokens.json": digest}

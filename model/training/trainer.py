@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -130,7 +130,7 @@ class Trainer:
         check_cuda_graph(recipe, parallelism)
         token_data.check(tokens, config.vocab_size)
         if recipe.check_kernels and device().type == "cuda":
-            check_kernels(config, parallelism.tensor, device())
+            check_kernels(config, parallelism.tensor, device(), recipe.reset_at_documents)
         self.model = build_model(config, self.precision, parallelism, seed, recipe.recompute,
                                  lesson.start if lesson else None).to(device())
         self.trained: Any = self.model
@@ -152,7 +152,7 @@ class Trainer:
             )
         self.identity = (
             config.model_dump(mode="json") | recipe.model_dump(mode="json", exclude=set(FREE_WHEN_RESUMED))
-            | {"precision": precision, "seed": seed} | token_data.digests(tokens)
+            | {"precision": precision, "seed": seed} | token_data.text_digests(tokens)
             | {name: path and sha256(path / SUMS) for name, path in
                ({"start": lesson.start, "teacher": lesson.teacher} if lesson else {}).items()}
         )
@@ -285,13 +285,7 @@ class Trainer:
 
     def _check_identity(self, of_state: dict[str, Any]) -> None:
         """Refuse the resume state of a run with another model, recipe, seed or text. Raises ModelError."""
-        differ = [name for name, value in self.identity.items() if of_state.get(name) != value]
-        if differ:
-            values = ", ".join(f"{name} {of_state.get(name)} and now {self.identity[name]}" for name in differ)
-            raise ModelError(
-                f"{self.scratch / 'resume'}: the state of another run: {values}.\n"
-                "Give this run a directory of its own, or go on with the values of the state."
-            )
+        check_identity(self.scratch / "resume", of_state, self.identity)
 
     def check_learned(self, untrained: float, trained: float) -> None:
         """Refuse a run that learned nothing, by its validation losses before and after, nats a token.
@@ -457,6 +451,16 @@ class Trainer:
         if self.precision.emulated:
             metrics["fp8_emulated"] = 1
         return metrics
+
+
+def check_identity(state: Path, of_state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise ModelError where what is kept in `state` is of a run that differs in what `own` says of this one."""
+    if differ := [name for name, value in own.items() if of_state.get(name) != value]:
+        values = ", ".join(f"{name} {of_state.get(name)} and now {own[name]}" for name in differ)
+        raise ModelError(
+            f"{state}: the state of another run: {values}.\n"
+            "Give this run a directory of its own, or go on with the values of the state."
+        )
 
 
 def _loss(counted: Tensor | None, nats: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

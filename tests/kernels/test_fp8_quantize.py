@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.fp8_quantize import quantize, quantize_dequantize
+from kernels.fp8_quantize import quantize
 
 DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 LARGEST = {"e4m3": 448.0, "e5m2": 57344.0}
@@ -74,9 +74,10 @@ def test_a_bfloat16_product_is_the_fp8_product(format):
 @FORMATS
 def test_dequantised_is_near(format):
     x = torch.randn(1000, generator=torch.Generator().manual_seed(0)).bfloat16()
-    back = quantize_dequantize(x, format)
+    values, inverse_scale = quantize(x, format)
+    back = (values.float() * inverse_scale).bfloat16()
     relative_step = 2.0 ** -(4 if format == "e4m3" else 3)             # half a unit in the last place
-    assert back.dtype == x.dtype and not torch.equal(back, x)
+    assert not torch.equal(back, x)
     near = (back.float() - x.float()).abs() <= x.float().abs() * (relative_step + 2**-8) + x.abs().max() * 2**-16
     assert near.all()
 

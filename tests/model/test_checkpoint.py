@@ -166,6 +166,17 @@ def test_a_tensor_of_another_shape_is_named(tmp_path):
         open_weights(tmp_path)
 
 
+def test_layers_that_the_description_lacks_are_named(tmp_path):
+    save_weights(tmp_path, HYBRID, random_state(HYBRID), {})
+    shorter = HYBRID.model_copy(update={"pattern": HYBRID.pattern[:-1]})
+    describe(tmp_path, shorter, {})
+    refused = pytest.raises(ModelError, match=r"decoder\.layers\.3\.\S+ is of shape \(\d+,\); model.json asks for none")
+    with refused:
+        open_weights(tmp_path)
+    with process_groups(), refused:
+        build_model(shorter, Precision("float32"), ONE_COPY, seed=1, start=tmp_path)
+
+
 def test_errors_say_what_is_wrong(tmp_path):
     with pytest.raises(ModelError, match=r"model\.json") as error:
         load_weights(tmp_path)

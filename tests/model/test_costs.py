@@ -164,7 +164,8 @@ def test_utilization_is_of_the_data_sheets_bf16_rate():
     speed = 4 * 989.4e12 / costs.training_flops_per_token(BASE)          # what four could do at most
     assert costs.flops_utilization(BASE, speed / 2, 4, "NVIDIA H200") == pytest.approx(0.5)
     assert costs.flops_utilization(BASE, speed, 4, "NVIDIA H100 PCIe") == pytest.approx(989.4 / 756)
-    assert costs.flops_utilization(BASE, speed, 4, "Some GPU") is None
+    for other in ("Some GPU", "NVIDIA RTX A1000 Laptop GPU", "NVIDIA H20"):
+        assert costs.flops_utilization(BASE, speed, 4, other) is None
     assert costs.flops_utilization(BASE, speed, 4, "CPU") is None
 
 

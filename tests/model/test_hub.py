@@ -236,6 +236,14 @@ def test_large_weights_are_several_files(tmp_path):
         hub.load(tmp_path)
 
 
+def test_weights_in_one_file_and_in_several_are_refused(tmp_path):
+    hub.save(tmp_path / "one", HYBRID, random_state(HYBRID), {}, "float32")
+    hub.save(tmp_path / "several", HYBRID, random_state(HYBRID), {}, "float32", shard_gigabytes=1e-4)
+    shutil.copy(tmp_path / "one" / "model.safetensors", tmp_path / "several")
+    with pytest.raises(ModelError, match=r"model\.safetensors: stands beside model\.safetensors\.index\.json"):
+        hub.load(tmp_path / "several")
+
+
 @pytest.mark.parametrize("gigabytes", [5.0, 1e-4, 3e-5])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_files_are_those_of_huggingfaces_writer(config, tmp_path, dtype, gigabytes):
@@ -312,6 +320,26 @@ def test_models_of_another_kind_are_refused(tmp_path, changes, message):
     published(tmp_path / "there", "backbone.")
     damage_config(tmp_path / "there", **changes)
     with pytest.raises(ModelError, match=message):
+        hub.load(tmp_path / "there")
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 777.0, "factor": 20.0}}, "rope_type is 'yarn'"),
+    ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_scaling is {'type': 'linear'"),
+])
+def test_rotary_positions_of_another_kind_are_refused(tmp_path, changes, message):
+    hub.save(tmp_path, TRANSFORMER, random_state(TRANSFORMER), {}, "float32")
+    damage_config(tmp_path, **changes)
+    with pytest.raises(ModelError, match=message):
+        hub.load(tmp_path)
+
+
+def test_a_tensor_under_two_names_is_refused(tmp_path):
+    published(tmp_path / "there", "backbone.")
+    file = tmp_path / "there" / "model.safetensors"
+    state = load_file(file)
+    save_file(state | {"model.norm_f.weight": state["backbone.norm_f.weight"] + 1}, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"safetensors: \w+\.norm_f\.weight is there twice"):
         hub.load(tmp_path / "there")
 
 
@@ -439,10 +467,25 @@ def test_a_damaged_tokenizer_is_named(tmp_path, name, content):
     for vocab_size in (299, 300 + PADDING):
         with pytest.raises(ModelError, match=rf"tokenizer\.json: a tokenizer of 300 ids, the model has {vocab_size:,}"):
             hub.check_vocabulary(tmp_path, vocab_size)
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"w": 0, "far": 400}, unk_token="w")).save(
+        str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ModelError, match=r"a tokenizer of 401 ids, the model has 320"):
+        hub.check_vocabulary(tmp_path, 320)
+    tokenizers.Tokenizer(words).save(str(tmp_path / "tokenizer.json"))
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ModelError, match=re.escape(f"{tmp_path / name}: no")) as error:
         hub.check_vocabulary(tmp_path, 320)
     assert str(error.value).count("\n") == 1
+
+
+def test_a_tokenizer_cuts_and_fills_no_text(tmp_path):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=8)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    for words in (2, 5):
+        assert hub.check_vocabulary(tmp_path, 2).encode("b " * words).ids == [1] * words
 
 
 def test_unusable_directories_are_named(tmp_path):

@@ -161,6 +161,23 @@ def test_a_kill_anywhere_changes_nothing(compress, planted, unbroken, tmp_path):
         assert all(torch.equal(one[key], tensor) for key, tensor in other.items())
 
 
+@pytest.mark.parametrize("changes", [{"ffn_widths": [16, 48]}, {"learning_rate": 1e-3}])
+def test_what_another_compression_kept_is_refused(compress, planted, config, changes):
+    class Killed(Exception):
+        pass
+
+    def kill(*_, **__):
+        raise Killed
+
+    with pytest.raises(Killed):
+        compress(planted, config, progress=kill)
+    name, = changes
+    with pytest.raises(ModelError, match=rf"scratch: the state of another run: {name} .* and now .*\n"):
+        compress(planted, config.model_copy(update=changes), progress=kill)
+    with pytest.raises(Killed):
+        compress(planted, config.model_copy(update={"micro_batch_size": 2}), progress=kill)
+
+
 def test_importance_beats_chance(compress, parent, data, config):
     """On the trained parent itself: the chosen cut is closer than the mean of random cuts of its shape."""
     result = compress(parent, config)

@@ -67,3 +67,8 @@ def test_steps_are_really_timed():
     seconds = latency.step_seconds({"small": CONFIG, "deep": CONFIG.model_copy(update={"pattern": "M-" * 20})},
                                    WORKLOAD, 1, silent)
     assert 0 < seconds["small"] < seconds["deep"] < 5
+
+
+def test_steps_before_the_first_token_are_refused():
+    with pytest.raises(ValueError, match=r"decode_tokens \(20\) must not exceed context \(8\)"):
+        Workload(context=8, batch=1, decode_tokens=20, repeats=1)

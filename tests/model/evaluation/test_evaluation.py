@@ -129,11 +129,27 @@ def test_same_text_as_the_harness_adapter_for_transformers(
     expected = theirs.generate_until(requests("generate_until", free), disable_tqdm=True)
     answers = ours.generate_until(requests("generate_until", free))
     assert answers == expected
-    assert all(answers)
+    assert all(answers) and ours.cut == {(TEXT[:900],)}
     stop = answers[0][4:6]
     stopped = requests("generate_until", [(free[0][0], free[0][1] | {"until": [stop, "never"]})])
     assert ours.generate_until(stopped) == [answers[0].split(stop)[0]] == theirs.generate_until(
         stopped, disable_tqdm=True)
+
+
+def test_texts_begin_with_the_id_that_begins_them(exported: dict[str, Path], tmp_path: Path) -> None:
+    """Of published models it is another than the one that ends them."""
+    directory = shutil.copytree(exported["hybrid"], tmp_path / "other")
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token_id": 1}))
+    names = json.loads((directory / "tokenizer_config.json").read_text()) | {"bos_token": "<s>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(names))
+    ours = harness.load(directory, WINDOW)
+    theirs = HFLM(pretrained=AutoModelForCausalLM.from_pretrained(directory, local_files_only=True), max_length=WINDOW,
+                  tokenizer=AutoTokenizer.from_pretrained(directory, local_files_only=True), batch_size=1)
+    rolling = requests("loglikelihood_rolling", [(text,) for text in TEXTS])
+    assert ours.prefix_token_id == theirs.prefix_token_id == 1 != ours.eot_token_id
+    assert ours.loglikelihood_rolling(rolling) == pytest.approx(
+        theirs.loglikelihood_rolling(rolling, disable_tqdm=True), rel=1e-6, abs=1e-3)
 
 
 def test_any_of_several_ids_ends_a_text(exported: dict[str, Path], tmp_path: Path) -> None:
@@ -304,6 +320,9 @@ def test_resumed_evaluation_equals_an_unbroken_one(
     assert (tmp_path / "resumed").exists()
     assert all(piece.stat().st_mtime_ns == time for piece, time in pieces.items()), "not computed again"
     assert seen[-1] == (44, 44), "12 x 3 + 4 x 2 continuations"
+    monkeypatch.undo()                                              # other batches, as on another device
+    other = harness.evaluate(harness.load(exported["hybrid"], WINDOW, scratch=tmp_path), texts, choices)
+    assert other.metrics == pytest.approx(unbroken.metrics, rel=1e-4)
 
 
 def test_requests_that_cannot_be_scored(exported: dict[str, Path], tmp_path: Path) -> None:

@@ -273,13 +273,16 @@ def test_what_grades_mathematics_may_be_missing_and_programs_run_apart(
 
     def write(self: Any, requests: Any, disable_tqdm: bool = False) -> list[str]:
         written.extend(request.args[0] for request in requests)
+        self.cut.add((written[-1],))
         return ["    return 1\n" for _ in requests]
 
     monkeypatch.setattr(harness.HarnessLM, "generate_until", write)
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
     tasks = [OF["gsm8k_cot"], OF["humaneval"], OF["minerva_math500"]]
+    model.cut.clear()
     gsm8k, humaneval, math500 = run_paper_tasks(model, tasks, Few(), 2, "text")
     assert gsm8k.right == [0, 0] and gsm8k.score == 0 and gsm8k.left_out == ""
+    assert gsm8k.cut == 2
     assert all(prompt.startswith("Q: ") and prompt.count("\nA:") == 9 for prompt in written)
     assert humaneval.score is None and "`evaluate.generation`" in humaneval.left_out
     assert math500.right == [0, 0] or math500.left_out.startswith("not written: ")

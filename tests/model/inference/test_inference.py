@@ -249,6 +249,25 @@ def test_rows_are_the_first_sequences_and_have_room(ids):
             decoder.decode_rows(tokens, positions)
     with pytest.raises(ModelError, match=r"40 \+ 1 tokens"):
         decoder.decode_rows(ids[:2, 0], [3, 40])
+    with pytest.raises(ModelError, match=r"-1 \+ 1 tokens"):
+        decoder.decode_rows(ids[:2, 0], [-1, 3])
+    for position in (-1, 41):
+        with pytest.raises(ModelError, match=rf"{position} \+ 0 tokens"):
+            decoder.claim(position)
+
+
+def test_a_stream_does_not_go_on_from_other_sequences(ids):
+    decoder = Decoder(random_model(HYBRID), 40, batch=3)
+    changes = (lambda: decoder.generate(ids[:, 9:18], 1), lambda: decoder.decode(ids[:, 9]),
+               lambda: decoder.decode_rows(ids[:1, 0], [9]))
+    for change in changes:
+        stream = decoder.stream(ids[:, :9], 3)
+        next(stream)
+        change()
+        with pytest.raises(ModelError, match="a Decoder for each stream"):
+            next(stream)
+    with pytest.raises(ModelError, match="of unlike length"):
+        decoder.decode(ids[:, 0])
 
 
 @pytest.mark.parametrize("shape", [(1, 4), (4, 4), (3, 0), (12,)])

@@ -139,6 +139,28 @@ def test_bytes_that_make_no_character_are_not_held_back():
     assert "".join(pieces(vocabulary, [4 + 0xE6, 4 + 0xBC])) != ""
 
 
+@pytest.mark.parametrize("decoder", [
+    decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+                       decoders.Strip(" ", 1, 0)]),
+    decoders.Metaspace(prepend_scheme="always"),
+], ids=["Llama's", "Metaspace"])
+def test_blanks_stay_where_a_decoder_takes_the_first(decoder):
+    tokenizer = byte_tokenizer([*WORDS, "\u2581the"])
+    tokenizer.decoder = decoder
+    blank, the = len(WORDS), WORDS.index("the")
+    vocabulary = Vocabulary(tokenizer, 2, [2])
+    assert list(pieces(vocabulary, [blank, the, blank])) == ["the", "the", " the"]
+    assert list(pieces(vocabulary, [blank, blank], [the])) == [" the", " the"]
+
+
+def test_a_character_behind_stray_bytes():
+    letters = dict(zip([*b"!~", 0xF0, 0x9F, 0x99, 0x82], "!~ðŁĻĤ", strict=True))        # as GPT-2 writes bytes
+    tokenizer = Tokenizer(models.BPE({letter: place for place, letter in enumerate(letters.values())}, []))
+    tokenizer.decoder = decoders.ByteLevel()
+    ids = [list(letters).index(byte) for byte in b"\xf0\xf0\x9f\x99\x82!"]
+    assert "".join(pieces(Vocabulary(tokenizer, None, []), ids)) == tokenizer.decode(ids) == "\ufffd🙂!"
+
+
 def change_tensors(directory: Path, change: str) -> None:
     path = directory / "model.safetensors"
     state = load_file(path)

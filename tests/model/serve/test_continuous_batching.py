@@ -75,7 +75,8 @@ def reads(running: Engine) -> Iterator[list[list[tuple[int, ...]]]]:
 
 
 # A text that is asked for: the turn before which it comes, what its prompt begins with, its own part, tokens wanted.
-ASKED = st.tuples(st.integers(0, 8), st.sampled_from([0, 8, 13, 16]), st.integers(1, 14), st.integers(1, 9))
+ASKED = st.tuples(st.integers(0, 8), st.sampled_from([0, 8, 13, 16]), st.integers(0, 14), st.integers(1, 9)).filter(
+    lambda asked: asked[1] + asked[2])
 
 
 def arrivals(drawn: list[tuple[int, int, int, int]]) -> list[tuple[int, Text]]:
@@ -98,6 +99,8 @@ def serve(running: Engine, asked: list[tuple[int, Text]]) -> None:
 @given(drawn=st.lists(ASKED, min_size=1, max_size=9), rows=st.integers(1, 6), piece=st.sampled_from([1, 5, 8, 64]),
        megabytes=st.sampled_from([0, 0.05, 4]), rounded=st.booleans())
 @example(drawn=[(0, 8, 9, 9), (5, 8, 5, 9), (5, 0, 5, 9)], rows=4, piece=8, megabytes=4, rounded=False)
+@example(drawn=[(0, 8, 0, 9), (5, 8, 0, 9), (5, 8, 1, 9), (8, 8, 0, 9)], rows=4, piece=8, megabytes=4, rounded=False)
+@example(drawn=[(0, 16, 13, 5), (0, 16, 0, 5)], rows=4, piece=8, megabytes=4, rounded=False)
 @example(drawn=[(0, 0, own, 9) for own in (14, 3, 9, 5)], rows=4, piece=64, megabytes=0, rounded=True)
 @example(drawn=[(0, 0, 8, 2)] * 8, rows=8, piece=8, megabytes=0, rounded=False)
 def test_a_text_is_the_one_it_is_alone(model, drawn, rows, piece, megabytes, rounded):

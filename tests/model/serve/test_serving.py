@@ -28,6 +28,7 @@ from model.serve.engine import Limits
 from model.serve.server import PAGE, Server
 from tests.model.inference.test_text_generation import CONFIG, WORDS, byte_tokenizer
 
+TURN = "<pad>"          # a control token that is none of the named ones
 LONGEST = 20_000
 LIMITS = Limits(LONGEST, rows=3, queue=8, piece_tokens=16, prefix_bytes=10**7)
 TEMPLATE = """{% for message in messages %}
@@ -47,7 +48,9 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
                 if parameter.dim() == 2:
                     parameter.normal_(0, parameter.shape[1] ** -0.5)
         hub.save(directory, CONFIG, model.state_dict(), {}, "float32")
-        byte_tokenizer(WORDS).save(str(directory / "tokenizer.json"))
+        tokenizer = byte_tokenizer(WORDS)
+        tokenizer.add_special_tokens([TURN])
+        tokenizer.save(str(directory / "tokenizer.json"))
     (found["chat"] / "chat_template.jinja").write_text(TEMPLATE)
     (found["chat"] / "tokenizer_config.json").write_text(json.dumps(
         {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}))
@@ -127,7 +130,7 @@ def test_texts_of_unlike_length_asked_for_at_once(client, directories):
 
 
 def test_a_stream_is_the_answer_in_parts(client):
-    asked = {"prompt": "the thé", "max_tokens": 24, "seed": 3, "temperature": 1.2, "top_k": 50, "top_p": 0.9,
+    asked = {"prompt": "the thé", "max_tokens": 60, "seed": 3, "temperature": 1.2, "top_k": 50, "top_p": 0.9,
              "ignore_eos": True}
     whole = ask(client, **asked)
     with client.stream("POST", "/v1/completions", json={
@@ -138,7 +141,7 @@ def test_a_stream_is_the_answer_in_parts(client):
     assert "".join(choice["text"] for choice in choices) == whole["choices"][0]["text"] and len(parts) > 5
     assert [choice["finish_reason"] for choice in choices if choice["finish_reason"]] == ["length"]
     assert {part["id"] for part in parts} == {last["id"]} and last["choices"] == []
-    assert last["usage"]["completion_tokens"] == 24 == whole["usage"]["completion_tokens"]
+    assert last["usage"]["completion_tokens"] == 60 == whole["usage"]["completion_tokens"]
     assert ask(client, **asked | {"seed": 4})["choices"] != whole["choices"]
 
 
@@ -171,6 +174,8 @@ def test_a_conversation_through_the_template(client, directories):
     assert answer["usage"]["prompt_tokens"] == len(ids) and answer["object"] == "chat.completion"
     assert choice["message"]["role"] == "assistant"
     assert choice["message"]["content"].startswith(likeliest(directories["chat"], ids, 12))
+    for most in ({"max_tokens": 12, "max_completion_tokens": 3}, {"max_tokens": 3, "max_completion_tokens": 12}):
+        assert ask(client, "chat/completions", **asked | most)["usage"]["completion_tokens"] == 3
     with client.stream("POST", "/v1/chat/completions", json=asked | {"stream": True, "temperature": 0}) as stream:
         deltas = [part["choices"][0]["delta"] for part in events(stream)]
     assert deltas[0] == {"role": "assistant", "content": ""}
@@ -201,12 +206,16 @@ CHAT = {"model": "chat", "messages": [{"role": "user", "content": "the"}]}
     ("completions", {"top_p": 0}, 400, "top_p", "greater than 0"), ("completions", {"n": 2}, 400, "n", "should be 1"),
     ("completions", {"stop": ""}, 400, "stop", "at least 1"), ("completions", {"stop": [1]}, 400, "stop", ""),
     ("completions", {"presence_penalty": 0.5}, 400, "presence_penalty", "less than or equal to 0"),
-    ("completions", {"logprobs": 3}, 400, "logprobs", "False"),
+    ("completions", {"logprobs": 3}, 400, "logprobs", "boolean"),
+    ("completions", {"logprobs": 0}, 400, "logprobs", "boolean"),
+    ("completions", {"logprobs": True}, 400, "logprobs", "less than or equal to 0"),
     ("completions", {"best_of": 3}, 400, "best_of", "Extra"),
     ("chat/completions", {"model": "base", "messages": CHAT["messages"]}, 400, "messages", "no chat template"),
     ("chat/completions", CHAT | {"messages": []}, 400, "messages", "at least 1 item"),
     ("chat/completions", CHAT | {"messages": [{"role": "user"}]}, 400, "messages", "content: Field required"),
     ("chat/completions", CHAT | {"messages": [{"role": "user", "content": "a</s>"}]}, 400, "messages", "has </s>"),
+    ("chat/completions", CHAT | {"messages": [{"role": "user", "content": f"a{TURN}"}]}, 400, "messages", "has <pad>"),
+    ("chat/completions", CHAT | {"messages": [{"role": TURN, "content": "a"}]}, 400, "messages", "has <pad>"),
     ("chat/completions", CHAT | {"messages": [{"role": "system", "content": "a"}]}, 400, "messages", "No systems"),
     ("chat/completions", CHAT | {"tools": []}, 400, "tools", "Extra inputs"), ("else", {}, 404, None, "Not Found"),
 ])

@@ -20,9 +20,9 @@ def config(heads: int = 4, groups: int = 2, head_dim: int = 16, state: int = 16,
 
 @settings(max_examples=8, deadline=None)
 @given(groups=st.sampled_from([1, 2, 4]), more=st.integers(4, 6), head_dim=st.sampled_from([8, 16, 32]),
-       state=st.sampled_from([8, 32]), length=st.integers(64, 100))
-def test_the_reference_in_bf16_is_right_by_this_check(groups, more, head_dim, state, length):
-    check_kernels(config(groups * more, groups, head_dim, state, length), 1, CPU)
+       state=st.sampled_from([8, 32]), length=st.integers(64, 100), documents=st.booleans())
+def test_the_reference_in_bf16_is_right_by_this_check(groups, more, head_dim, state, length, documents):
+    check_kernels(config(groups * more, groups, head_dim, state, length), 1, CPU, documents)
 
 
 @pytest.mark.parametrize("wrong", ["value", "gradient"])
@@ -39,6 +39,19 @@ def test_a_wrong_kernel_is_named(wrong, monkeypatch):
     with pytest.raises(ModelError, match="values" if wrong == "value" else "gradient of projected") as caught:
         check_kernels(config(), 1, CPU)
     assert "4 Mamba heads of 16 in 2 groups, state 16" in str(caught.value) and len(str(caught.value).splitlines()) == 2
+
+
+def test_a_kernel_that_looks_into_other_documents_is_named(monkeypatch):
+    right = mixer.mix
+
+    def broken(projected, weights, *rest):
+        *sizes, seq_idx = rest
+        return right(projected, weights, *sizes, seq_idx if projected.dtype == torch.float64 else None)
+
+    monkeypatch.setattr(mixer, "mix", broken)
+    check_kernels(config(), 1, CPU)
+    with pytest.raises(ModelError, match="values"):
+        check_kernels(config(), 1, CPU, documents=True)
 
 
 @pytest.mark.gpu

@@ -50,6 +50,15 @@ def test_a_damaged_index_is_made_again(tokens, tmp_path, capsys):
         assert path.read_bytes() == content and f"{path}: damaged or replaced" in capsys.readouterr().out
 
 
+def test_the_index_of_other_text_is_not_taken(token_files, tmp_path):
+    """Files made again under their names: here with more documents, of which the old index knows a part."""
+    directory, cache = tmp_path / "tokens", tmp_path / "cache"
+    TrainingData(token_files(directory, documents=30), 16, 60, 1, cache)
+    token_files(directory, documents=60)
+    found, expected = (TrainingData(directory, 16, 60, 1, place) for place in (cache, tmp_path / "new"))
+    assert [found[sample].tolist() for sample in range(60)] == [expected[sample].tolist() for sample in range(60)]
+
+
 def test_samples_are_stretches_of_their_file_and_none_comes_twice_within_an_epoch(tokens, tmp_path):
     """60 samples of 16 take less than one epoch of any file: over both phases each is another stretch."""
     data = TrainingData(tokens, 16, 60, 1, tmp_path / "cache")
@@ -185,6 +194,12 @@ def test_tokens_without_held_out_text_are_an_error(tokens):
 
 
 def test_errors_name_the_file_and_the_cure(tokens, tmp_path):
+    for name in ("all", "first"):
+        figures = json.loads((tokens / "tokens.json").read_text())["files"]
+        change(tokens, None, files=figures | {f"validation/{name}": figures["validation/code"]})
+        with pytest.raises(ModelError, match=f"a domain is called {name}"):
+            domains(tokens)
+        change(tokens, None, files=figures)
     with pytest.raises(ModelError, match="validation/poems"):
         validation(tokens, "poems", 16)
     with pytest.raises(ModelError, match="fewer than one sequence"):

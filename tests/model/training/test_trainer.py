@@ -405,3 +405,16 @@ def test_the_state_of_another_run_is_refused(tokens, unbroken, tmp_path, changes
     with pytest.raises(ModelError, match=f"resume: the state of another run: {name} .* and now ") as error:
         train_job(str(tokens), str(tmp_path / "out"), str(tmp_path / "scratch"), {}, **changes)
     assert str(error.value).count("\n") == 1
+
+
+@pytest.mark.parametrize(("file", "old", "new"), [
+    ("blend.json", '"until": 0.6', '"until": 0.5'), ("tokens.json", '"documents": 60', '"documents": 61'),
+])
+def test_the_state_of_a_run_on_other_text_is_refused(tokens, unbroken, tmp_path, file, old, new):
+    shutil.copytree(unbroken["directory"] / "scratch", tmp_path / "scratch")
+    other = shutil.copytree(tokens, tmp_path / "tokens")
+    content = (other / file).read_text()
+    (other / file).write_text(content.replace(old, new, 1))
+    assert (other / file).read_text() != content
+    with pytest.raises(ModelError, match=f"resume: the state of another run: {file} .* and now "):
+        train_job(str(other), str(tmp_path / "out"), str(tmp_path / "scratch"), {})
