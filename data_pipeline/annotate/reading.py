@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from data_pipeline.annotate.step import SCHEMA
-from data_pipeline.config import AnnotateConfig, DataError, InstalledSource, Source
+from data_pipeline.config import AnnotateConfig, DataError, InstalledSource, Source, domains_of
 from data_pipeline.sources import Document, PassedOver, Piece, Refusal, read_piece
 from data_pipeline.sources.streams import shown
 from data_pipeline.storage import write_json, write_table
@@ -288,8 +288,7 @@ def load(parts: list[Part]) -> pa.Table:
 
 
 def _refuse_empty(source: Source, quota: Quota, refusals: Refusals, passed: Passed) -> None:
-    domains = list(quota.limits) if quota.limits is not None else [source.domain]  # type: ignore[union-attr]
-    for domain in domains:
+    for domain in domains_of(source):
         if quota.size[domain]:
             continue
         where = f" in the closure of {', '.join(source.roots)}" if isinstance(source, InstalledSource) else ""
