@@ -45,6 +45,7 @@ ROWS = 64                           # of Parquet, held at a time
 DEEPEST = 4                         # archives within each other
 IN_MEMORY = 64_000_000              # bytes of what must be read as a whole and is no plain file; more goes to disk
 PARQUET_ERRORS = (OSError, ValueError, pa.ArrowException)       # Arrow's own, and names that are not UTF-8
+MARKS = ",;\t|"                      # between the columns of a table, the commonest first
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 JSON = json.JSONDecoder(parse_int=float)        # which takes any number of digits
 BLANK = re.compile(r"\s*")
@@ -388,7 +389,7 @@ def _table(stream: Stream) -> Iterator[Item]:
         io.BufferedReader(joined), encoding, errors="surrogateescape" if is_utf8 else "replace", newline=""
     )
     first = text.readline()
-    mark = next((mark for mark in ",;\t|" if column in _header(first, mark)), ",")
+    mark = next((mark for mark in MARKS if column in _header(first, mark)), ",")
     rows = _rows(chain([first] if first else [], text), mark)
     _, names = next(rows, (1, None)) if first else (1, [])
     if names is None:
@@ -537,9 +538,10 @@ def strings(file: str) -> Iterator[str]:
             for batch in parquet.iter_batches():
                 yield from leaves(batch.to_pylist())
     elif kind == "table":
-        mark = "\t" if suffix(file) == ".tsv" else ","
         text = io.StringIO(whole.decode(encoding_of(whole)), "")
-        yield from leaves(list(csv.reader(text, delimiter=mark)))
+        first = text.readline()
+        mark = max(MARKS, key=lambda mark: len(_header(first, mark)))
+        yield from leaves(list(csv.reader(chain([first], text), delimiter=mark)))
     elif kind == "text":
         yield whole.decode(encoding_of(whole))
     else:
