@@ -15,10 +15,12 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from data_pipeline.annotate.annotation import annotate
-from data_pipeline.annotate.reading import Quota
+from data_pipeline.annotate.reading import Quota, load, read
 from data_pipeline.annotate.step import SCHEMA, text_id
-from data_pipeline.config import AnnotateConfig, DataError, ExecutorConfig
+from data_pipeline.config import AnnotateConfig, DataError, ExecutorConfig, FilesSource
 from data_pipeline.curate.curation import curate
+from data_pipeline.sources import pieces
+from data_pipeline.workers.executor import workers
 from tests.data_pipeline.annotate_corpus import REPEAT, annotate_config, curate_config, write_corpus
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -156,6 +158,23 @@ def test_caps_take_the_same_documents_whoever_reads(corpus, tmp_path):
         assert_frame_equal(found[0], other)
     size = sum(map(len, found[0]["text"].str.encode("hex"))) / 2
     assert 0.9 * 0.12e6 < size <= 0.12e6
+
+
+def test_documents_too_large_for_the_sample_do_not_end_a_piece(tmp_path):
+    """Fifteen of them are twice the cap; of what follows the cap takes the same, wherever the file is cut."""
+    sizes = [1500] * 15 + [100] * 150
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"{n} {'x' * size}"}) + "\n"
+                                              for n, size in enumerate(sizes)))
+    source = FilesSource(kind="files", paths=[str(tmp_path / "a.jsonl")], domain="docs", megabytes=0.01)
+    found = []
+    for piece_bytes in (1000, 30_000):
+        directory = tmp_path / f"{piece_bytes}"
+        directory.mkdir()
+        with workers(HERE) as pool:
+            shards = read(annotate_config(tmp_path, sources=[source]), [pieces(source, 1, piece_bytes)], directory, pool,
+                          lambda share, new: None).shards
+        found.append([text for shard in shards for text in load(shard)["text"].to_pylist()])
+    assert found[0] == found[1] and len(found[0]) > 80
 
 
 def test_a_cap_passes_over_what_is_too_large():
