@@ -14,7 +14,7 @@ from urllib.parse import urljoin, urlsplit
 from fsspec.utils import glob_translate
 
 from data_pipeline.config import DataError
-from data_pipeline.sources.kinds import SUFFIXES, How, suffix
+from data_pipeline.sources.kinds import How, Kind, endings, suffix
 from data_pipeline.sources.piece import PassedOver
 from data_pipeline.sources.streams import Damage, chunks, is_url, shown
 
@@ -81,11 +81,11 @@ def _no_file(entry: str) -> PassedOver:
     return PassedOver("files", "special file" if _mode(entry) else "broken link", shown(entry))
 
 
-def nothing(path: str, passed_over: list[PassedOver]) -> DataError:
-    """For a path that stands for nothing that is read."""
+def nothing(path: str, passed_over: list[PassedOver], kinds: frozenset[Kind] | None = None) -> DataError:
+    """For a path that stands for nothing of these kinds; None stands for all."""
     if "://" in path:
         wrong, remedy = "no address of http or https", "Fetch it first, or give its https address"
-    elif _mode(path) and not _is_directory(path):
+    elif _mode(path) and not (is_file(path) or _is_directory(path)):
         wrong, remedy = "a pipe or a device", "Write what it gives to a file first"
     elif not _mode(path) and Path(path).is_symlink():
         wrong, remedy = f"a link to {shown(os.path.realpath(path))}, which is not there", "Mend the link"
@@ -93,8 +93,8 @@ def nothing(path: str, passed_over: list[PassedOver]) -> DataError:
         counts = Counter(item.what for item in passed_over).most_common(5)
         listed = ", ".join(f"{what} {count:,}" for what, count in counts)
         wrong = "where no file was found" + (f" that is read, but {listed}" if listed else "")
-        remedy = (f"Name files, wildcards such as 'texts/**/*.md', or directories with files in {' '.join(SUFFIXES)} "
-                  "(also packed: .gz .bz2 .xz .zst .lz4)")
+        remedy = ("Name files, wildcards such as 'texts/**/*.md', or directories with files in "
+                  f"{' '.join(endings(kinds))} (also packed: .gz .bz2 .xz .zst .lz4)")
     return DataError(f"annotate.sources: `paths` names {shown(path)!r}, {wrong}.\n{remedy}, in params.yaml.")
 
 
@@ -159,6 +159,9 @@ def _listed(path: str) -> Iterator[str]:
     text = os.fsdecode(b"".join(part for part in parts if isinstance(part, bytes)).removeprefix(b"\xef\xbb\xbf"))
     lines = [line.strip("\r\t ") for line in text.split("\n")]
     places = {number: _place(path, line) for number, line in enumerate(lines, start=1) if line}
+    if not places:
+        raise DataError(f"annotate.sources: {shown(path)} lists no file.\nFetch it again, or take it out of `paths`, "
+                        "in params.yaml.")
     if missing := [number for number, place in places.items() if place is None]:
         raise DataError(
             f"annotate.sources: {shown(path)}, line {missing[0]}: {shown(lines[missing[0] - 1])} is not there "

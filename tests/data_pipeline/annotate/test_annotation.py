@@ -149,11 +149,11 @@ def test_jobs_of_their_own_change_nothing(corpus, curated, tmp_path, monkeypatch
 def test_caps_take_the_same_documents_whoever_reads(corpus, tmp_path):
     source = {"kind": "files", "paths": [str(corpus / "docs")], "domain": "docs", "megabytes": 0.12}
     found = []
-    for shard_megabytes, workers in ((1, 1), (0.02, 1), (0.02, 2)):
+    for shard_megabytes, processes in ((1, 1), (0.02, 1), (0.02, 2)):
         config = annotate_config(corpus, sources=[source], shard_megabytes=shard_megabytes,
                                  held_out={"fraction": 0.1, "unit": "document"})
-        executor = ExecutorConfig(executor="local", workers=workers)
-        found.append(rows(run(config, tmp_path / f"{shard_megabytes}-{workers}", executor)))
+        executor = ExecutorConfig(executor="local", workers=processes)
+        found.append(rows(run(config, tmp_path / f"{shard_megabytes}-{processes}", executor)))
     for other in found[1:]:
         assert_frame_equal(found[0], other)
     size = sum(map(len, found[0]["text"].str.encode("hex"))) / 2
@@ -166,13 +166,12 @@ def test_documents_too_large_for_the_sample_do_not_end_a_piece(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"{n} {'x' * size}"}) + "\n"
                                               for n, size in enumerate(sizes)))
     source = FilesSource(kind="files", paths=[str(tmp_path / "a.jsonl")], domain="docs", megabytes=0.01)
-    found = []
+    config, found = annotate_config(tmp_path, sources=[source]), []
     for piece_bytes in (1000, 30_000):
         directory = tmp_path / f"{piece_bytes}"
         directory.mkdir()
         with workers(HERE) as pool:
-            shards = read(annotate_config(tmp_path, sources=[source]), [pieces(source, 1, piece_bytes)], directory, pool,
-                          lambda share, new: None).shards
+            shards = read(config, [pieces(source, 1, piece_bytes)], directory, pool, lambda share, new: None).shards
         found.append([text for shard in shards for text in load(shard)["text"].to_pylist()])
     assert found[0] == found[1] and len(found[0]) > 80
 
