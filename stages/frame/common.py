@@ -91,8 +91,12 @@ class Stage:
 
         Raises StageError naming the stage that makes it.
         """
+        return self._existing(self.place(*parts), _maker(parts))
+
+    def place(self, *parts: str) -> Path:
+        """Where `input` looks."""
         ours = self.out_data.joinpath(*parts)
-        return self._existing(ours if ours.exists() else self.data_root.joinpath(*parts), _maker(parts))
+        return ours if ours.exists() else self.data_root.joinpath(*parts)
 
     def record(self, *parts: str) -> Path:
         """An existing record of another stage under runs/PROFILE/."""
