@@ -1,5 +1,6 @@
 """Annotation: the same documents whatever shards, workers and executor; interrupted, killed and bad shards."""
 
+import hashlib
 import json
 import os
 import re
@@ -91,6 +92,13 @@ def few_files(corpus, little_reference, tmp_path_factory) -> tuple[AnnotateConfi
 @pytest.fixture(scope="module")
 def curated(annotated, tmp_path_factory) -> list[dict]:
     return curated_rows(annotated, tmp_path_factory.mktemp("curated"))
+
+
+def test_the_manifest_names_what_is_in_the_shards(few_files):
+    """Their names and sizes alone may be those of other text, and a resumed stage would take it for the same."""
+    _, whole = few_files
+    shards = [hashlib.sha256(whole[name]).hexdigest() for name in sorted(whole) if name.startswith("part-")]
+    assert json.loads(whole["manifest.json"])["digest"] == hashlib.sha256("".join(shards).encode()).hexdigest()
 
 
 def test_every_column_is_filled_and_every_document_is_there(corpus, annotated):
