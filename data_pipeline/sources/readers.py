@@ -32,6 +32,7 @@ from data_pipeline.sources.streams import (
     chunks,
     decode,
     encoding_of,
+    has_mark,
     in_utf8,
     is_url,
     peeked,
@@ -402,8 +403,8 @@ def _table(stream: Stream) -> Iterator[Item]:
     DataError where a file that a user named lacks the column.
     """
     column = stream.source.text_column
-    head, data = peeked(in_utf8(stream.data), CHUNK)
-    joined, encoding = Joined(data), encoding_of(head)
+    head, data = peeked(stream.data, CHUNK)
+    joined, encoding = Joined(in_utf8(data)), "utf-8-sig" if has_mark(head) else encoding_of(head)
     is_utf8 = encoding == "utf-8-sig"
     text = io.TextIOWrapper(
         io.BufferedReader(joined), encoding, errors="surrogateescape" if is_utf8 else "replace", newline=""

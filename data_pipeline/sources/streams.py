@@ -57,6 +57,8 @@ BYTE_ORDER_MARKS = {                    # the longer ones first, for they begin 
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
 }
+UNREADABLE = "half a surrogate pair"     # the error handler that puts one in place of what cannot be decoded
+codecs.register_error(UNREADABLE, lambda error: ("\udc80", error.end))      # type: ignore[attr-defined]
 URL_SIGNS = "!#$%&'()*+,/:;=?@[]~"      # that stand in an address as they are
 
 
@@ -403,13 +405,16 @@ def wide_encoding(data: bytes) -> str | None:
 
 
 def in_utf8(data: Iterator[bytes | Damage]) -> Iterator[bytes | Damage]:
-    """Data as it is, or written anew in UTF-8 where a byte-order mark says that it is UTF-16 or UTF-32."""
+    """Data as it is, or written anew in UTF-8 where a byte-order mark says that it is UTF-16 or UTF-32.
+
+    What cannot be decoded becomes bytes that are not UTF-8 either, so that it is seen where it stands.
+    """
     head, data = peeked(data)
     encoding = has_mark(head)
     if encoding is None:
         yield from data
         return
-    decoder = codecs.getincrementaldecoder(encoding)("replace")
+    decoder = codecs.getincrementaldecoder(encoding)(UNREADABLE)
     for item in data:
-        yield item if isinstance(item, Damage) else decoder.decode(item).encode()
-    yield decoder.decode(b"", final=True).encode()
+        yield item if isinstance(item, Damage) else decoder.decode(item).encode(errors="surrogatepass")
+    yield decoder.decode(b"", final=True).encode(errors="surrogatepass")

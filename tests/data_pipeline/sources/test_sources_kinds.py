@@ -254,6 +254,17 @@ def test_json_lines_in_utf_16(tmp_path):
     assert texts(read(tmp_path, shard_bytes=10)) == ["wide ä", "more"]
 
 
+@pytest.mark.parametrize(("name", "before", "after"), [
+    ("a.jsonl", '{"text": "', '"}\n{"text": "whole"}\n'), ("a.json", '[{"text": "', '"}, {"text": "whole"}]'),
+    ("a.csv", "text\n", "\nwhole\n"),
+])
+def test_half_a_surrogate_pair_in_utf_16_costs_its_record(tmp_path, name, before, after):
+    half = b"\x00\xd8"
+    (tmp_path / name).write_bytes(b"\xff\xfe" + before.encode("utf-16-le") + half + after.encode("utf-16-le"))
+    found = read(tmp_path)
+    assert texts(found) == ["whole"] and reasons(found) == {"invalid UTF-8": 1}
+
+
 # names and entries of directories
 
 def test_names_that_are_not_utf_8(tmp_path):
