@@ -6,7 +6,7 @@ import os
 import re
 import stat
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urljoin, urlsplit
@@ -135,19 +135,27 @@ def walk(directory: str, hidden: bool = False) -> Iterator[str | PassedOver]:
 def _matching(pattern: str) -> list[str | PassedOver]:
     """What a wildcard matches, sorted; `**` between slashes stands for any directories, those behind links too."""
     root, _, rest = pattern.partition("**/")
-    try:
-        if not rest:
-            path = Path(pattern)
-            anchor = Path(path.anchor)
+    if not rest:
+        path = Path(pattern)
+        anchor = Path(path.anchor)
+        try:
             return sorted(str(file) for file in anchor.glob(str(path.relative_to(anchor))))
-        matches = re.compile(glob_translate(pattern)).match
-    except (ValueError, NotImplementedError, re.error):
-        return []
+        except (ValueError, NotImplementedError, re.error):
+            return []
     roots = _matching(root.rstrip("/")) if WILDCARD.search(root) else [root or "."]
     found = {item for start in roots if isinstance(start, str) and _is_directory(start)
              for item in walk(start, hidden=True)}
-    return [*sorted(item for item in found if isinstance(item, str) and matches(item)),
+    return [*sorted(filter(matches(pattern), (item for item in found if isinstance(item, str)))),
             *sorted(item for item in found if isinstance(item, PassedOver) and item.what == LOCKED)]
+
+
+def matches(pattern: str) -> Callable[[str], bool]:
+    """Whether a wildcard matches a path, spelt as the wildcard is: from the root, or from here."""
+    try:
+        compiled = re.compile(glob_translate(pattern))
+    except (ValueError, re.error):          # as of `a**`
+        return lambda path: False
+    return lambda path: compiled.match(path) is not None
 
 
 def _listed(path: str) -> Iterator[str]:
