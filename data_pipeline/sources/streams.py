@@ -36,6 +36,7 @@ CHUNK = 1 << 20
 HEAD = 512
 BEGIN = 64                              # bytes of a text without a control character, other data may follow
 SLICE = 1 << 14                         # of a gzip stream: what stands before damage in the same slice is lost with it
+PAGE = 1 << 11                          # of what Arrow unpacks, likewise
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)      # seconds between attempts
 LONGEST_WAIT = 60.0                     # seconds a server may ask for
 TIMEOUT = 60.0                          # seconds without an answer, or between two blocks of it
@@ -256,16 +257,26 @@ def _unxz(raw: io.BufferedReader, _: str) -> Iterator[bytes | Damage]:
 
 
 def _unarrow(raw: io.BufferedReader, packing: str) -> Iterator[bytes | Damage]:
-    """Frames or streams one after another, as Arrow unpacks them; what follows damage is lost."""
+    """Frames or streams one after another, as Arrow unpacks them; what follows damage is lost, and up to a PAGE of what
+    stands before it, for the read that meets it gives nothing."""
     stream = pa.CompressedInputStream(pa.PythonFile(raw, "r"), packing)
+    pages: list[bytes] = []
+    damage: Damage | None = None
     try:
-        while block := stream.read(1 << 16):
-            yield block
+        while page := stream.read(PAGE):
+            pages.append(page)
+            if len(pages) == SLICE // PAGE:
+                yield b"".join(pages)
+                pages.clear()
     except OSError as error:
         if "ictionary" in str(error):
-            yield Damage("zstd with a dictionary, which is not read")
+            damage = Damage("zstd with a dictionary, which is not read")
         else:
-            yield Damage(f"{'truncated' if 'runcated' in str(error) else 'damaged'} {packing}")
+            damage = Damage(f"{'truncated' if 'runcated' in str(error) else 'damaged'} {packing}")
+    if pages:
+        yield b"".join(pages)
+    if damage:
+        yield damage
 
 
 UNPACK: dict[str, Callable[[io.BufferedReader, str], Iterator[bytes | Damage]]] = {
