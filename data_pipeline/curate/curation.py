@@ -59,7 +59,7 @@ def curate(
     Raises DataError for a rule about no feature, a shard that fails, and a domain with no document left.
     """
     manifest = json.loads((annotated / "manifest.json").read_text())
-    shards = sorted(annotated.glob("part-*.parquet"))
+    shards = [annotated / f"part-{index:05d}.parquet" for index in range(manifest["shards"])]
     key = json.dumps([config.model_dump(mode="json"), manifest, seed, str(annotated.absolute())])
     directory = (scratch / hashlib.sha256(key.encode()).hexdigest()[:12]).absolute()
     if directory.exists():
