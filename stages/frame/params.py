@@ -222,16 +222,22 @@ class Params(Section):
         return ModelConfig(**geometry.model_dump(), vocab_size=self.tokenizer.vocab_size)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The YAML mapping in `path`, as plain values. Raises ParamsError."""
+def read_yaml(path: Path, yaml: YAML | None = None, empty: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The YAML mapping in `path`, as plain values, or as `yaml` reads it. Raises ParamsError.
+
+    Args:
+        empty: what a file without values stands for; None refuses it.
+    """
     try:
-        values = YAML(typ="safe").load(path.read_text())
+        values = (yaml or YAML(typ="safe")).load(path.read_text())
     except FileNotFoundError:
         raise ParamsError(f"{path}: not found.\nRun from the repository's root, or restore the file.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ParamsError(f"{path}: cannot be read ({error}).\nRestore the file.") from None
     except YAMLError as error:
         raise ParamsError(f"{path}: not valid YAML: {' '.join(str(error).split())}\nCorrect that line.") from None
+    if values is None and empty is not None:
+        return empty
     if not isinstance(values, dict):
         raise ParamsError(f"{path}: expected `section: values`.\nRestore the file.")
     return values
