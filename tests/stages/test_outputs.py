@@ -196,7 +196,7 @@ def test_a_stage_refuses_a_damaged_input_and_the_cure_it_names_works(repository:
 def test_a_stage_refuses_a_directory_that_lacks_a_file_or_has_one_more(repository: Path, harm) -> None:
     harm(Path("data/cpu/tokens"))
     stage = Stage("pretrain", load_params(), "hybrid-fp8", None, ("pretrain",))
-    with pytest.raises(StageError, match=r"^data/cpu/tokens/(b\.bin: gone|c\.bin: not the file).*\n`dvc repro tokenize`"):
+    with pytest.raises(StageError, match=r"tokens/(b\.bin: gone|c\.bin: not the file).*\n`dvc repro tokenize`"):
         stage.input("tokens")
     repro("tokenize")
     stage.input("tokens")
