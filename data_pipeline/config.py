@@ -120,6 +120,11 @@ class WebSource(Section):
 Source = Annotated[InstalledSource | FilesSource | HubSource | WebSource, Field(discriminator="kind")]
 
 
+def domains_of(source: Source) -> list[str]:
+    """The domains of the documents that are read of `source`."""
+    return list(source.megabytes) if isinstance(source, InstalledSource) else [source.domain]
+
+
 class HeldOutConfig(Section):
     """Text set aside for evaluation, as whole sources (distributions, sites, files) or as single documents."""
 

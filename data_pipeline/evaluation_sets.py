@@ -14,6 +14,7 @@ import functools
 import gzip
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -178,10 +179,13 @@ def _split(file: Path) -> Dataset:
 
 
 def leaves(value: Any) -> Iterator[str]:
-    """The strings in a parsed file, whatever they are nested in; keys are none."""
+    """The strings in a parsed file, whatever they are nested in, and bytes that are UTF-8; keys are none."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict | list):
+    elif isinstance(value, bytes):
+        with suppress(UnicodeDecodeError):
+            yield value.decode()
+    elif isinstance(value, dict | list | tuple):        # a tuple is an entry of one of Arrow's maps
         for inner in value.values() if isinstance(value, dict) else value:
             yield from leaves(inner)
 

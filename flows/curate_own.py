@@ -45,6 +45,10 @@ RULES: dict[str, dict[str, Any]] = {
 }
 WEB_RULES = {"set": "web", "labels": ["medium", "medium-low", "low"]}
 MEGABYTES_PER_SHARD = 32
+# Files of every depth and ending that a run leaves below OUT, one cut short among them.
+RESULTS = ("data/annotated/part-00000.parquet", "data/annotated/manifest.json", "data/curated/train/part-00000.parquet",
+           "runs/curate/funnel.json", "report/index.html", ".scratch/annotate-012345/depends.json",
+           ".scratch/annotate-012345/6789ab/round1-00000.parquet", ".scratch/annotate-012345/6789ab/read/000-0.parquet")
 # In place of "in params.yaml", which the flags overrule, in what the stages say.
 SETTINGS = ("by SOURCE, --text-column, --extractor, --languages, --against, --labels or --set KEY=VALUE "
             "(make: TEXT_COLUMN= ... SET=)")
@@ -160,9 +164,14 @@ def domain_name(given: str) -> str:
 
 
 def refuse_own_results(given: Sequence[str], out: Path) -> None:
-    """Raise SystemExit where the results of one run would be read as text by the next."""
+    """Raise SystemExit where the results of one run, or of one cut short, would be read as text by the next."""
+    from data_pipeline.sources.locations import matches
+
+    files = [place / result for place in {out.absolute(), out.resolve()} for result in RESULTS]
+    places = {str(place) for file in files for place in (file, *file.parents)}
     for path in given:
-        if out.absolute().is_relative_to(_absolute(path)):
+        absolute = _absolute(path)
+        if out.resolve().is_relative_to(Path(absolute).resolve()) or any(map(matches(absolute), places)):
             raise SystemExit(f"{out}: lies in {path}, so that the next run would read this one's results as text.\n"
                              "Name a directory outside with --out (make: OUT=).")
 

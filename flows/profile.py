@@ -14,6 +14,7 @@ import argparse
 import difflib
 import io
 from pathlib import Path
+from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
@@ -21,7 +22,7 @@ from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import RoundTripRepresenter
 
 from durable import replacing
-from stages.frame.params import ParamsError, load_params
+from stages.frame.params import ParamsError, load_params, read_yaml
 
 PROFILES = Path("profiles")
 BASE = "cpu"
@@ -45,21 +46,23 @@ def describe(name: str) -> str:
 
 
 def resolve(name: str) -> str:
-    """Text of params.yaml under the profile `name`. Raises ParamsError for an unknown one."""
+    """Text of params.yaml under the profile `name`. Raises ParamsError for an unknown one and for a broken overlay."""
     if name not in names():
         close = difflib.get_close_matches(name, names(), n=1)
         hint = f"Did you mean {close[0]}?" if close else f"There are: {', '.join(names())}."
         raise ParamsError(f"Profile {name}: no profiles/{name}.yaml.\n{hint}")
-    base = (PROFILES / f"{BASE}.yaml").read_text()
     if name == BASE:
-        return base
+        return (PROFILES / f"{BASE}.yaml").read_text()
     yaml = YAML()
     yaml.indent(mapping=2, sequence=4, offset=2)
     yaml.width = 4096                       # keep one-line mappings on one line
     yaml.preserve_quotes = True
     yaml.representer.add_representer(type(None), _null)
-    values = yaml.load(base)
-    merge(values, yaml.load((PROFILES / f"{name}.yaml").read_text()) or CommentedMap())
+    base, file = PROFILES / f"{BASE}.yaml", PROFILES / f"{name}.yaml"
+    values = read_yaml(base, yaml)
+    if unknown := merge(values, read_yaml(file, yaml, CommentedMap())):
+        raise ParamsError(f"{file}: removes `{unknown[0]}`, which {base} does not have.\n"
+                          "Correct the name, or leave it out.")
     values["profile"] = name
     text = io.StringIO()
     yaml.dump(values, text)
@@ -72,15 +75,18 @@ def _null(representer: RoundTripRepresenter, value: None) -> ScalarNode:
     return node
 
 
-def merge(values: CommentedMap, overlay: CommentedMap) -> None:
-    """Lay `overlay` over `values`, in place; comments of `values` stay."""
+def merge(values: dict[str, Any], overlay: dict[str, Any]) -> list[str]:
+    """Lay `overlay` over `values`, in place; comments of `values` stay. Names of what it removes and is not there."""
+    unknown = []
     for key, value in overlay.items():
         if value is None:
+            unknown += [] if key in values else [key]
             values.pop(key, None)
         elif isinstance(value, CommentedMap) and isinstance(values.get(key), CommentedMap):
-            merge(values[key], value)
+            unknown += [f"{key}.{inner}" for inner in merge(values[key], value)]
         else:
             values[key] = value
+    return unknown
 
 
 def apply(name: str, target: Path = Path("params.yaml")) -> None:

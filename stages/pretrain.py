@@ -33,7 +33,7 @@ def pretrain(stage: Stage) -> dict[str, Any]:
     config, recipe = params.model_of(stage.variant), params.recipe_of(stage.variant)
     tokens = stage.input("tokens")
     stage.run_only = RUN_ONLY
-    check_tokenizer(stage.data_root / "tokenizer" / "tokenizer.model", tokens / "tokens.json")
+    check_tokenizer(stage.place("tokenizer", "tokenizer.model"), tokens / "tokens.json")
     with stage.output("checkpoints", stage.variant) as out:
         run = stage.run_job({
             "task": "pretrain", "model": config.model_dump(mode="json"), "recipe": recipe.model_dump(mode="json"),

@@ -41,7 +41,7 @@ from data_pipeline.sources.readers import strings
 from data_pipeline.storage import StoredArrays, Surveys, place, shared_arrays, write_arrays, write_json, write_table
 from data_pipeline.workers.executor import Workers, workers
 from data_pipeline.workers.meter import Meter, Progress
-from durable import drop_damaged, write
+from durable import drop_damaged, sha256, write
 
 Round = list[Step | GlobalStep]
 Decided = tuple[Step | GlobalStep, Path | None, Path | None]        # and the arrays decided for all shards and for one
@@ -230,11 +230,13 @@ def run_job(job: Job) -> int:
 
 def _manifest(config: AnnotateConfig, found: Read, directory: Path, last: int) -> dict[str, Any]:
     """What was read and how: all a cut must know besides the documents."""
-    domains: Counter[str] = Counter()
+    domains, digest = Counter[str](), hashlib.sha256()
     for shard in _files(directory, last, found):
+        digest.update(sha256(shard).encode())
         counts = pq.read_table(shard, columns=["domain"])["domain"].value_counts()
         domains.update({entry["values"]: entry["counts"] for entry in counts.to_pylist()})
     counts = shared_arrays(directory / f"decision-{Decontaminate.name}.npz")["texts"].tolist()
     texts = dict(zip(("ngrams", "whole", "too_short"), counts, strict=True))       # how they are looked for
     return {"config": config.model_dump(mode="json"), "shards": len(found.shards), "domains": dict(domains),
-            "refusals": found.refusals, "passed_over": found.passed_over, "evaluation_texts": texts}
+            "refusals": found.refusals, "passed_over": found.passed_over, "evaluation_texts": texts,
+            "digest": digest.hexdigest()}

@@ -110,7 +110,10 @@ class Decontaminate(GlobalStep):
             return
         assert self.strings is not None
         try:
-            yield from self.strings(name)
+            found = [text.encode(errors="replace").decode() for text in self.strings(name)]  # JSON spells surrogates
+            if not any(map(str.strip, found)):
+                raise ValueError("it holds no text")
+            yield from found
         except (OSError, ValueError, RecursionError) as error:      # pa.ArrowInvalid, DataError are ValueErrors
             raise _unreadable(name, str(error).replace("\n", " ")) from error
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from data_pipeline.annotate.step import SCHEMA
-from data_pipeline.config import AnnotateConfig, DataError, InstalledSource, Source
+from data_pipeline.config import AnnotateConfig, DataError, InstalledSource, Source, domains_of
 from data_pipeline.sources import Document, PassedOver, Piece, Refusal, read_piece
 from data_pipeline.sources.streams import shown
 from data_pipeline.storage import write_json, write_table
@@ -82,11 +82,11 @@ class Quota:
         return min((self.size[domain] / limit for domain, limit in (self.limits or {}).items()), default=0.0)
 
 
-def limits_of(source: Source, times: float = 1.0) -> dict[str, float] | None:
+def limits_of(source: Source) -> dict[str, float] | None:
     """Bytes to take of each domain of `source`; None for all there are."""
     if isinstance(source, InstalledSource):
-        return {domain: times * megabytes * 1e6 for domain, megabytes in source.megabytes.items()}
-    return None if source.megabytes is None else {source.domain: times * source.megabytes * 1e6}
+        return {domain: megabytes * 1e6 for domain, megabytes in source.megabytes.items()}
+    return None if source.megabytes is None else {source.domain: source.megabytes * 1e6}
 
 
 def name_of(source: Source) -> str:
@@ -109,7 +109,7 @@ class Reading:
     number: int             # among the source's pieces
     target: Path            # TARGET.json says what was found, TARGET-000.parquet ... hold the documents
     file_bytes: int
-    limits: dict[str, float] | None     # what this piece alone may bring
+    limits: dict[str, float] | None     # of the source
     full: frozenset[str]    # domains whose cap was reached: counted, not written
 
     @property
@@ -153,7 +153,7 @@ def _jobs(
     found: list[Piece], index: int, source: Source, quota: Quota, directory: Path, shard_bytes: int
 ) -> Iterator[Reading]:
     """A reading for each piece, as long as something is wanted."""
-    limits = limits_of(source, 1 if len(found) == 1 else 2)     # a piece that brings twice the cap need not end
+    limits = limits_of(source)
     for number, piece in enumerate(found):
         if not quota.wants_more():
             return
@@ -172,7 +172,7 @@ def read_one(reading: Reading) -> int:
         kept = json.loads(reading.receipt.read_text())
         if all(reading.target.with_name(file).exists() for file in kept["files"]):
             return int(kept["documents"])
-    quota, files = Quota(reading.limits), _Files(reading.target, reading.file_bytes)
+    files, sure = _Files(reading.target, reading.file_bytes), Counter[str]()
     # In order: [domain, bytes, file or -1], [domain, reason, where], or what was passed over: [None, unit, what, where]
     items: list[list[Any]] = []
     for found in read_piece(reading.piece):
@@ -183,12 +183,13 @@ def read_one(reading: Reading) -> int:
             items.append([found.domain, found.reason, found.where])
             continue
         size = len(found.text.encode())
-        if reading.limits is not None and found.domain not in reading.limits:
-            continue
         items.append([found.domain, size, files.add(found, size, written=found.domain not in reading.full)])
-        if quota.wants(found.domain):
-            quota.take(found.domain, size)
-        if not quota.wants_more():
+        if reading.limits is None:
+            continue
+        # A domain that is not full has room for so small a document, whatever of earlier pieces counts.
+        if size <= (1 - FULL) * reading.limits[found.domain]:
+            sure[found.domain] += size
+        if all(domain in reading.full or sure[domain] >= FULL * limit for domain, limit in reading.limits.items()):
             break
     files.close()
     documents = sum(isinstance(item[1], int) for item in items)
@@ -288,8 +289,7 @@ def load(parts: list[Part]) -> pa.Table:
 
 
 def _refuse_empty(source: Source, quota: Quota, refusals: Refusals, passed: Passed) -> None:
-    domains = list(quota.limits) if quota.limits is not None else [source.domain]  # type: ignore[union-attr]
-    for domain in domains:
+    for domain in domains_of(source):
         if quota.size[domain]:
             continue
         where = f" in the closure of {', '.join(source.roots)}" if isinstance(source, InstalledSource) else ""

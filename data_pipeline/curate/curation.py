@@ -11,6 +11,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,7 +59,7 @@ def curate(
     Raises DataError for a rule about no feature, a shard that fails, and a domain with no document left.
     """
     manifest = json.loads((annotated / "manifest.json").read_text())
-    shards = sorted(annotated.glob("part-*.parquet"))
+    shards = [annotated / f"part-{index:05d}.parquet" for index in range(manifest["shards"])]
     key = json.dumps([config.model_dump(mode="json"), manifest, seed, str(annotated.absolute())])
     directory = (scratch / hashlib.sha256(key.encode()).hexdigest()[:12]).absolute()
     if directory.exists():
@@ -243,7 +244,7 @@ def _refuse_empty(funnel: list[FunnelStep], reports: list[dict[str, Any]], manif
 
 
 def _write(pieces: list[Piece], out: Path, annotated: dict[str, Any]) -> None:
-    """The curated Parquet and its manifest. The digest is over the ids in order, however they lie in shards."""
+    """The curated Parquet and its manifest. The digest is over ids and labels in order, however they lie in shards."""
     manifest: dict[str, Any] = {
         "corpus_digest": "", "decontamination_ngram": annotated["config"]["decontamination"]["ngram"]
     }
@@ -255,7 +256,8 @@ def _write(pieces: list[Piece], out: Path, annotated: dict[str, Any]) -> None:
         }
         for index, piece in enumerate(pieces):
             place(piece.file(split), out / split / f"part-{index:05d}.parquet")
-            digest.update("".join(pq.read_table(piece.file(split), columns=["id"])["id"].to_pylist()).encode())
+            columns = pq.read_table(piece.file(split), columns=["id", "label"] if split == "train" else ["id"])
+            digest.update("".join(chain.from_iterable(zip(*columns.to_pydict().values(), strict=True))).encode())
             for domain, contents in piece.report[split].items():
                 for name in ("documents", "bytes"):
                     found[domain][name] += contents[name]

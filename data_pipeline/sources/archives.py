@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 import struct
 import tarfile
 import zipfile
@@ -69,7 +70,8 @@ def zip_members(file: IO[bytes]) -> Iterator[Member | Damage]:
         yield Damage("damaged zip")
     for info in archive.infolist():
         if not info.filename.endswith("/"):             # as info.is_dir() asks, which a damaged, empty name breaks
-            yield Member(info.filename, _zip_blocks(archive, info))
+            is_link = stat.S_ISLNK(info.external_attr >> 16)        # whose bytes are the name of a file
+            yield Member(info.filename, None if is_link else _zip_blocks(archive, info))
 
 
 def _zip_blocks(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[bytes | Damage]:

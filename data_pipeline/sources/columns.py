@@ -16,16 +16,20 @@ TEXT_TYPES = (
 
 
 def missing_column(name: str, column: str, columns: Iterable[str]) -> DataError:
-    """The error for a table that lacks the column of the text."""
+    """The error for a table that lacks the column of the text, or has several of that name."""
+    names = sorted(columns)
+    if (count := names.count(column)) > 1:
+        return DataError(f"annotate.sources: {name} has {count} columns {column!r}.\n"
+                         "Give each a name of its own.")
     return DataError(
-        f"annotate.sources: {name} has no column {column!r}; it has {', '.join(sorted(columns))}.\n"
+        f"annotate.sources: {name} has no column {column!r}; it has {', '.join(names)}.\n"
         "Set `text_column` to the one that holds the text, in params.yaml."
     )
 
 
 def require_text(name: str, column: str, schema: pa.Schema) -> None:
     """Raises DataError where `schema` has no such column, or one of another type."""
-    if column not in schema.names:
+    if schema.names.count(column) != 1:
         raise missing_column(name, column, schema.names)
     kind = schema.field(column).type
     values = kind.value_type if pa.types.is_dictionary(kind) else kind

@@ -68,7 +68,7 @@ def file_pieces(
         items = [item for file in files for item in found[file]]
         own = [*entries, *(item for item in items if isinstance(item, PassedOver))]
         if not any(isinstance(item, Part) for item in items):
-            raise nothing(path, own)
+            raise nothing(path, own, kinds)
         over.update(own)
     parts = [item for file in seeded(found, seed) for item in found[file] if isinstance(item, Part)]
     pieces: list[Piece] = [
@@ -100,9 +100,9 @@ def _parts(
         return
     kind = kind_of(file, head, how)
     if kind is None or (kinds and kind not in {*kinds, "pointer"}):
-        yield passed_over(file, head, how)
+        yield passed_over(file, head, how, kinds)
     elif kind == "pointer" and how == "named":
-        raise not_read(file, head)
+        raise not_read(file, head, kinds)
     elif kind == "parquet" and head and not is_packed:
         yield from _row_groups(Part(file, how, size), source, shard_bytes)
     elif kind == "records" and head and not (is_packed or has_mark(head) or is_one_value(look(file, SLICE)[0])):
@@ -116,7 +116,7 @@ def _parts(
 def _row_groups(whole: Part, source: FilesSource, shard_bytes: int) -> Iterator[Part]:
     """Row groups in parts of about `shard_bytes` of text; a file without a readable footer stays whole."""
     with open_parquet(whole.file) as parquet:
-        if parquet is None:
+        if parquet is None or not parquet.num_row_groups:
             yield whole
             return
         if whole.how == "named":

@@ -8,10 +8,12 @@ opened by itself, so that a schema may change from file to file.
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass
 from functools import cache
+from lzma import LZMAError
 from pathlib import Path
 
 import datasets
@@ -27,8 +29,9 @@ from data_pipeline.sources.readers import ROWS
 from data_pipeline.sources.streams import TRY_AGAIN, WAITS, wait
 
 HUB = "https://huggingface.co"
-# Those of the Hub's clients, of Arrow, and of a data set that is not as described.
-READING_ERRORS = (OSError, ValueError, TypeError, RuntimeError, HTTPError, DatasetsError, pa.ArrowException)
+# Those of the Hub's clients, of Arrow, of damaged packing, and of a data set that is not as described.
+READING_ERRORS = (OSError, ValueError, TypeError, RuntimeError, EOFError, HTTPError, DatasetsError, LZMAError,
+                  pa.ArrowException, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -40,18 +43,29 @@ class HubPiece(Piece):
     count: int
 
     def read(self) -> Iterator[Document | Refusal]:
-        source, row = self.source, 0
+        """The first file says what the data set is: a column that is no text is an error only there."""
+        source, row, file = self.source, 0, f"{name_of(self.source)}, file {self.index}"
+        table = None
         for table in self._tables():
             if source.text_column not in table.column_names:
-                where = f"{name_of(source)}, file {self.index}, but {', '.join(sorted(table.column_names)):.200}"
-                yield Refusal(source.domain, f"no column {source.text_column!r}", where)
+                names = f"{', '.join(sorted(table.column_names)):.200}"
+                yield Refusal(source.domain, f"no column {source.text_column!r}", f"{file}, but {names}")
                 return
-            require_text(name_of(source), source.text_column, table.schema)
+            try:
+                require_text(file, source.text_column, table.schema)
+            except DataError:
+                if self.index == 0:
+                    raise
+                kind = table.schema.field(source.text_column).type
+                yield Refusal(source.domain, f"no column {source.text_column!r} of text", f"{file}, {kind}")
+                return
             for column in table[source.text_column].chunks:
                 for value in as_bytes(column):
                     place = f"file {self.index}, row {row}"
                     yield checked(value, name_of(source), place, source.domain, source.license)
                     row += 1
+        if table is None:
+            yield Refusal(source.domain, "empty", file)
 
     def _tables(self) -> Iterator[pa.Table]:
         try:
@@ -59,6 +73,8 @@ class HubPiece(Piece):
             if self.source.text_column in (stream.column_names or ()):
                 stream = stream.select_columns([self.source.text_column])
             yield from stream.with_format("arrow").iter(batch_size=ROWS)
+        except StopIteration:           # of a file without a byte
+            return
         except DataError:
             raise
         except READING_ERRORS as error:
@@ -70,6 +86,8 @@ def hub_pieces(source: HubSource, seed: int) -> list[Piece]:
     try:
         count = len(_files(_builder(source), source.split))
         columns = _stream(source, 0).column_names
+    except StopIteration:
+        columns = None
     except DataError:
         raise
     except READING_ERRORS as error:

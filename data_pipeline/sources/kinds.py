@@ -81,13 +81,18 @@ def _begins_record(head: bytes) -> bool:
         return False
 
 
-def not_read(location: str, head: bytes) -> DataError:
-    """For something a user named."""
+def endings(kinds: frozenset[Kind] | None) -> list[str]:
+    """Suffixes of files of these kinds; None stands for all."""
+    return [ending for ending, kind in SUFFIXES.items() if kinds is None or kind in kinds]
+
+
+def not_read(location: str, head: bytes, kinds: frozenset[Kind] | None) -> DataError:
+    """For something a user named, where files of these kinds are read; None stands for all."""
     if head.startswith(POINTER):
         return DataError(f"annotate.sources: {shown(location)} is a Git LFS pointer, not the file it stands for.\n"
                          "Fetch the file with `git lfs pull`.")
     said = mimetypes.guess_type(location)[0] or suffix(location) or "packed or binary data"
     return DataError(
         f"annotate.sources: {shown(location)} is not read: it is {said}, or looks like it.\n"
-        f"Give {', '.join(SUFFIXES)}, packed or not, or text under any name."
+        f"Give {', '.join(endings(kinds))}, packed or not{'' if kinds else ', or text under any name'}."
     )

@@ -6,7 +6,7 @@ import os
 import re
 import stat
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urljoin, urlsplit
@@ -14,7 +14,7 @@ from urllib.parse import urljoin, urlsplit
 from fsspec.utils import glob_translate
 
 from data_pipeline.config import DataError
-from data_pipeline.sources.kinds import SUFFIXES, How, suffix
+from data_pipeline.sources.kinds import How, Kind, endings, suffix
 from data_pipeline.sources.piece import PassedOver
 from data_pipeline.sources.streams import Damage, chunks, is_url, shown
 
@@ -81,11 +81,11 @@ def _no_file(entry: str) -> PassedOver:
     return PassedOver("files", "special file" if _mode(entry) else "broken link", shown(entry))
 
 
-def nothing(path: str, passed_over: list[PassedOver]) -> DataError:
-    """For a path that stands for nothing that is read."""
+def nothing(path: str, passed_over: list[PassedOver], kinds: frozenset[Kind] | None = None) -> DataError:
+    """For a path that stands for nothing of these kinds; None stands for all."""
     if "://" in path:
         wrong, remedy = "no address of http or https", "Fetch it first, or give its https address"
-    elif _mode(path) and not _is_directory(path):
+    elif _mode(path) and not (is_file(path) or _is_directory(path)):
         wrong, remedy = "a pipe or a device", "Write what it gives to a file first"
     elif not _mode(path) and Path(path).is_symlink():
         wrong, remedy = f"a link to {shown(os.path.realpath(path))}, which is not there", "Mend the link"
@@ -93,8 +93,8 @@ def nothing(path: str, passed_over: list[PassedOver]) -> DataError:
         counts = Counter(item.what for item in passed_over).most_common(5)
         listed = ", ".join(f"{what} {count:,}" for what, count in counts)
         wrong = "where no file was found" + (f" that is read, but {listed}" if listed else "")
-        remedy = (f"Name files, wildcards such as 'texts/**/*.md', or directories with files in {' '.join(SUFFIXES)} "
-                  "(also packed: .gz .bz2 .xz .zst .lz4)")
+        remedy = ("Name files, wildcards such as 'texts/**/*.md', or directories with files in "
+                  f"{' '.join(endings(kinds))} (also packed: .gz .bz2 .xz .zst .lz4)")
     return DataError(f"annotate.sources: `paths` names {shown(path)!r}, {wrong}.\n{remedy}, in params.yaml.")
 
 
@@ -135,19 +135,27 @@ def walk(directory: str, hidden: bool = False) -> Iterator[str | PassedOver]:
 def _matching(pattern: str) -> list[str | PassedOver]:
     """What a wildcard matches, sorted; `**` between slashes stands for any directories, those behind links too."""
     root, _, rest = pattern.partition("**/")
-    try:
-        if not rest:
-            path = Path(pattern)
-            anchor = Path(path.anchor)
+    if not rest:
+        path = Path(pattern)
+        anchor = Path(path.anchor)
+        try:
             return sorted(str(file) for file in anchor.glob(str(path.relative_to(anchor))))
-        matches = re.compile(glob_translate(pattern)).match
-    except (ValueError, NotImplementedError, re.error):
-        return []
+        except (ValueError, NotImplementedError, re.error):
+            return []
     roots = _matching(root.rstrip("/")) if WILDCARD.search(root) else [root or "."]
     found = {item for start in roots if isinstance(start, str) and _is_directory(start)
              for item in walk(start, hidden=True)}
-    return [*sorted(item for item in found if isinstance(item, str) and matches(item)),
+    return [*sorted(filter(matches(pattern), (item for item in found if isinstance(item, str)))),
             *sorted(item for item in found if isinstance(item, PassedOver) and item.what == LOCKED)]
+
+
+def matches(pattern: str) -> Callable[[str], bool]:
+    """Whether a wildcard matches a path, spelt as the wildcard is: from the root, or from here."""
+    try:
+        compiled = re.compile(glob_translate(pattern))
+    except (ValueError, re.error):          # as of `a**`
+        return lambda path: False
+    return lambda path: compiled.match(path) is not None
 
 
 def _listed(path: str) -> Iterator[str]:
@@ -159,6 +167,9 @@ def _listed(path: str) -> Iterator[str]:
     text = os.fsdecode(b"".join(part for part in parts if isinstance(part, bytes)).removeprefix(b"\xef\xbb\xbf"))
     lines = [line.strip("\r\t ") for line in text.split("\n")]
     places = {number: _place(path, line) for number, line in enumerate(lines, start=1) if line}
+    if not places:
+        raise DataError(f"annotate.sources: {shown(path)} lists no file.\nFetch it again, or take it out of `paths`, "
+                        "in params.yaml.")
     if missing := [number for number, place in places.items() if place is None]:
         raise DataError(
             f"annotate.sources: {shown(path)}, line {missing[0]}: {shown(lines[missing[0] - 1])} is not there "

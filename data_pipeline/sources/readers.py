@@ -8,7 +8,7 @@ import io
 import json
 import re
 import tempfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import chain, pairwise
@@ -32,6 +32,7 @@ from data_pipeline.sources.streams import (
     chunks,
     decode,
     encoding_of,
+    has_mark,
     in_utf8,
     is_url,
     peeked,
@@ -45,8 +46,8 @@ ROWS = 64                           # of Parquet, held at a time
 DEEPEST = 4                         # archives within each other
 IN_MEMORY = 64_000_000              # bytes of what must be read as a whole and is no plain file; more goes to disk
 PARQUET_ERRORS = (OSError, ValueError, pa.ArrowException)       # Arrow's own, and names that are not UTF-8
+MARKS = ",;\t|"                      # between the columns of a table, the commonest first
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-JSON = json.JSONDecoder(parse_int=float)        # which takes any number of digits
 BLANK = re.compile(r"\s*")
 BETWEEN = re.compile(r"[\s,\[\]]*")              # the values of an array
 OBJECT_LINE = re.compile(r"\n\s*(?=\{)")
@@ -56,6 +57,23 @@ UNREADABLE = {True: re.compile("[\ud800-\udfff]"), False: re.compile("\ufffd")} 
 csv.field_size_limit(LARGEST_RECORD)
 
 
+class Repeating(dict[str, Any]):
+    """An object with names that stand in it more than once: `twice`. It has the last value of each, as in JSON's
+    readers everywhere."""
+
+    twice: frozenset[str] = frozenset()
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    repeating, counts = Repeating(found), Counter(name for name, _ in pairs)
+    repeating.twice = frozenset(name for name, count in counts.items() if count > 1)
+    return repeating
+
+
+JSON = json.JSONDecoder(object_pairs_hook=_object, parse_int=float)      # which takes any number of digits
 Entry = tuple[str, dict[str, Any]]      # the place of a record, and the record
 
 
@@ -127,19 +145,19 @@ def _stream(name: str, head: bytes, stream: Stream) -> Iterator[Item]:
             return
         stream = stream._replace(data=chain([first], stream.data))
     if kind is None or (stream.kinds and kind not in {*stream.kinds, "pointer"}):
-        yield passed_over(name, head, stream.how)._replace(where=stream.name)
+        yield passed_over(name, head, stream.how, stream.kinds)._replace(where=stream.name)
     elif kind == "pointer":
         if stream.named:
-            raise not_read(name, head)
+            raise not_read(name, head, stream.kinds)
         yield stream.refused("Git LFS pointer")
     else:
         yield from READERS[kind](stream)
 
 
-def passed_over(name: str, head: bytes, how: How) -> PassedOver:
+def passed_over(name: str, head: bytes, how: How, kinds: frozenset[Kind] | None) -> PassedOver:
     """A file of a kind that is not read. Raises DataError where a user named it."""
     if how == "named":
-        raise not_read(name, head)
+        raise not_read(name, head, kinds)
     return PassedOver("files", suffix(name) or "no suffix", shown(name))
 
 
@@ -215,8 +233,10 @@ def is_one_value(begin: bytes) -> bool:
 
 
 def _no_column(stream: Stream, columns: Iterable[str], place: str = "") -> Refusal:
-    has = ", ".join(sorted(columns))
-    return stream.refused(f"no column {stream.source.text_column!r}", f"{place}{', ' if place else ''}but {has:.200}")
+    column, names = stream.source.text_column, sorted(columns)
+    if (count := names.count(column)) > 1:
+        return stream.refused(f"{count} columns {column!r}", place)
+    return stream.refused(f"no column {column!r}", f"{place}{', ' if place else ''}but {', '.join(names):.200}")
 
 
 def _records(stream: Stream) -> Iterator[Item]:
@@ -230,7 +250,9 @@ def _records(stream: Stream) -> Iterator[Item]:
             yield entry
             continue
         place, record = entry
-        if column in record:
+        if isinstance(record, Repeating) and column in record.twice:
+            yield stream.refused(f"several {column!r}", place)
+        elif column in record:
             yield stream.checked(record[column], place)
         elif is_first and stream.named and stream.part and not _has_column(stream, stream.part.file):
             raise missing_column(stream.name, column, record)
@@ -381,20 +403,20 @@ def _table(stream: Stream) -> Iterator[Item]:
     DataError where a file that a user named lacks the column.
     """
     column = stream.source.text_column
-    head, data = peeked(in_utf8(stream.data), CHUNK)
-    joined, encoding = Joined(data), encoding_of(head)
+    head, data = peeked(stream.data, CHUNK)
+    joined, encoding = Joined(in_utf8(data)), "utf-8-sig" if has_mark(head) else encoding_of(head)
     is_utf8 = encoding == "utf-8-sig"
     text = io.TextIOWrapper(
         io.BufferedReader(joined), encoding, errors="surrogateescape" if is_utf8 else "replace", newline=""
     )
     first = text.readline()
-    mark = next((mark for mark in ",;\t|" if column in _header(first, mark)), ",")
+    mark = next((mark for mark in MARKS if column in _header(first, mark)), ",")
     rows = _rows(chain([first] if first else [], text), mark)
     _, names = next(rows, (1, None)) if first else (1, [])
     if names is None:
         yield stream.refused("damaged CSV")
         return
-    if names and column not in names:
+    if names and names.count(column) != 1:
         if stream.named:
             raise missing_column(stream.name, column, names)
         yield _no_column(stream, names)
@@ -502,13 +524,12 @@ def _row_groups(file: str | IO[bytes], stream: Stream) -> Iterator[Item]:
             yield stream.refused("damaged Parquet")
             return
         try:
-            require_text(stream.name, column, parquet.schema_arrow)
+            require_text(stream.name, column, schema := parquet.schema_arrow)
         except DataError:
             if stream.named:
                 raise
-            schema = parquet.schema_arrow
             yield stream.refused(f"no column {column!r} of text", str(schema.field(column).type)) \
-                if column in schema.names else _no_column(stream, schema.names)
+                if schema.names.count(column) == 1 else _no_column(stream, schema.names)
             return
         end = parquet.num_row_groups if part.end is None else part.end
         rows = [parquet.metadata.row_group(index).num_rows for index in range(end)]
@@ -537,9 +558,10 @@ def strings(file: str) -> Iterator[str]:
             for batch in parquet.iter_batches():
                 yield from leaves(batch.to_pylist())
     elif kind == "table":
-        mark = "\t" if suffix(file) == ".tsv" else ","
         text = io.StringIO(whole.decode(encoding_of(whole)), "")
-        yield from leaves(list(csv.reader(text, delimiter=mark)))
+        first = text.readline()
+        mark = max(MARKS, key=lambda mark: len(_header(first, mark)))
+        yield from leaves(list(csv.reader(chain([first], text), delimiter=mark)))
     elif kind == "text":
         yield whole.decode(encoding_of(whole))
     else:

@@ -36,6 +36,7 @@ CHUNK = 1 << 20
 HEAD = 512
 BEGIN = 64                              # bytes of a text without a control character, other data may follow
 SLICE = 1 << 14                         # of a gzip stream: what stands before damage in the same slice is lost with it
+PAGE = 1 << 11                          # of what Arrow unpacks, likewise
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)      # seconds between attempts
 LONGEST_WAIT = 60.0                     # seconds a server may ask for
 TIMEOUT = 60.0                          # seconds without an answer, or between two blocks of it
@@ -57,6 +58,8 @@ BYTE_ORDER_MARKS = {                    # the longer ones first, for they begin 
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
 }
+UNREADABLE = "half a surrogate pair"     # the error handler that puts one in place of what cannot be decoded
+codecs.register_error(UNREADABLE, lambda error: ("\udc80", error.end))      # type: ignore[attr-defined]
 URL_SIGNS = "!#$%&'()*+,/:;=?@[]~"      # that stand in an address as they are
 
 
@@ -254,16 +257,26 @@ def _unxz(raw: io.BufferedReader, _: str) -> Iterator[bytes | Damage]:
 
 
 def _unarrow(raw: io.BufferedReader, packing: str) -> Iterator[bytes | Damage]:
-    """Frames or streams one after another, as Arrow unpacks them; what follows damage is lost."""
+    """Frames or streams one after another, as Arrow unpacks them; what follows damage is lost, and up to a PAGE of what
+    stands before it, for the read that meets it gives nothing."""
     stream = pa.CompressedInputStream(pa.PythonFile(raw, "r"), packing)
+    pages: list[bytes] = []
+    damage: Damage | None = None
     try:
-        while block := stream.read(1 << 16):
-            yield block
+        while page := stream.read(PAGE):
+            pages.append(page)
+            if len(pages) == SLICE // PAGE:
+                yield b"".join(pages)
+                pages.clear()
     except OSError as error:
         if "ictionary" in str(error):
-            yield Damage("zstd with a dictionary, which is not read")
+            damage = Damage("zstd with a dictionary, which is not read")
         else:
-            yield Damage(f"{'truncated' if 'runcated' in str(error) else 'damaged'} {packing}")
+            damage = Damage(f"{'truncated' if 'runcated' in str(error) else 'damaged'} {packing}")
+    if pages:
+        yield b"".join(pages)
+    if damage:
+        yield damage
 
 
 UNPACK: dict[str, Callable[[io.BufferedReader, str], Iterator[bytes | Damage]]] = {
@@ -403,13 +416,16 @@ def wide_encoding(data: bytes) -> str | None:
 
 
 def in_utf8(data: Iterator[bytes | Damage]) -> Iterator[bytes | Damage]:
-    """Data as it is, or written anew in UTF-8 where a byte-order mark says that it is UTF-16 or UTF-32."""
+    """Data as it is, or written anew in UTF-8 where a byte-order mark says that it is UTF-16 or UTF-32.
+
+    What cannot be decoded becomes bytes that are not UTF-8 either, so that it is seen where it stands.
+    """
     head, data = peeked(data)
     encoding = has_mark(head)
     if encoding is None:
         yield from data
         return
-    decoder = codecs.getincrementaldecoder(encoding)("replace")
+    decoder = codecs.getincrementaldecoder(encoding)(UNREADABLE)
     for item in data:
-        yield item if isinstance(item, Damage) else decoder.decode(item).encode()
-    yield decoder.decode(b"", final=True).encode()
+        yield item if isinstance(item, Damage) else decoder.decode(item).encode(errors="surrogatepass")
+    yield decoder.decode(b"", final=True).encode(errors="surrogatepass")

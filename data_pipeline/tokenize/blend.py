@@ -71,7 +71,7 @@ def files_of(number: int, phase: Phase, tokens: Mapping[str, int]) -> dict[str, 
         )
     found = {}
     for domain in _positive(phase):
-        found[domain] = [name for label in phase.labels if tokens.get(name := f"train/{domain}-{label}")]
+        found[domain] = [name for label in dict.fromkeys(phase.labels) if tokens.get(name := f"train/{domain}-{label}")]
         if not found[domain]:
             raise DataError(
                 f"tokenize.phases[{number}] (until {phase.until}): domain `{domain}` has no tokens in the labels "

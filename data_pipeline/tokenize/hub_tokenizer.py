@@ -22,6 +22,11 @@ from data_pipeline.text.words import Texts
 from data_pipeline.tokenize.segment_encoder import Int32
 from data_pipeline.tokenize.tokenizer import SPACE
 
+# The character that stands for a byte in byte-level BPE: its own, or one from U+0100 on where that is not printable.
+PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+BYTE_OF = {chr(byte): byte for byte in PRINTABLE} | {
+    chr(0x100 + number): byte for number, byte in enumerate(sorted(set(range(0x100)) - set(PRINTABLE)))}
+
 
 class HubTokenizer:
     """tokenizer.json of `directory`, and its end of text: the first id in generation_config.json, else config.json.
@@ -70,26 +75,30 @@ class HubTokenizer:
                 f"{eod_path}: eos_token_id {self.eod_id} is no special token of {self.path.name}.\n"
                 "Write the id there that ends a text, by the tokenizer."
             )
-        self.token_bytes = np.zeros(self.vocab_size, np.uint16)
+        self._bytes = [b""] * self.vocab_size
         self.is_byte = np.zeros(self.vocab_size, np.bool_)
         for token, index in vocabulary.items():
             if index in special:
-                self.token_bytes[index] = 0 if special[index] else len(token.encode())
-            elif self._byte_level:      # each of its characters is a byte, U+0100 to U+0121 one below 128
-                self.token_bytes[index] = len(token)
-                self.is_byte[index] = len(token) == 1 and not (token.isascii() or "\u0100" <= token <= "\u0121")
+                self._bytes[index] = b"" if special[index] else token.encode()
+            elif self._byte_level and BYTE_OF.keys() >= set(token):
+                self._bytes[index] = bytes(map(BYTE_OF.__getitem__, token))
+                self.is_byte[index] = len(token) == 1 and BYTE_OF[token] >= 128
+            elif self._byte_level:      # which the library's decoder takes as it is
+                self._bytes[index] = token.encode()
             else:
                 self.is_byte[index] = len(token) == 6 and token.startswith("<0x")
-                self.token_bytes[index] = 1 if self.is_byte[index] else len(token.replace(SPACE, " ").encode())
+                self._bytes[index] = (bytes([int(token[3:5], 16)]) if self.is_byte[index]
+                                      else token.replace(SPACE, " ").encode())
+        self.token_bytes = np.array(list(map(len, self._bytes)), np.uint16)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without an end-of-document mark. Raises DataError where their bytes are not the text's."""
         found = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
         for text, ids in zip(texts, found, strict=True):
-            size = len((text if self._byte_level else text.replace(SPACE, " ")).encode())
-            if (counted := int(self.token_bytes[ids].sum())) != size:
+            kept = text if self._byte_level else text.replace(SPACE, " ")
+            if (changed := b"".join(map(self._bytes.__getitem__, ids))) != kept.encode():
                 raise DataError(
-                    f"{self.path}: changes a text of {size} bytes to one of {counted}: {text[:40]!r}...\n"
+                    f"{self.path}: changes a text: {text[:40]!r}... to {changed.decode(errors='replace')[:40]!r}...\n"
                     "Take a model whose tokenizer keeps every byte, or leave such documents out."
                 )
         return found

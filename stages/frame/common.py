@@ -80,7 +80,8 @@ class Stage:
         self.out_data = out / "data" if out else self.data_root
         self.scratch_root = (out or Path()) / ".scratch"
         self.records_root = Path("runs") / params.profile
-        self.records = (out / "runs" if out else self.records_root) / name / (variant or "")
+        self.out_records = out / "runs" if out else self.records_root
+        self.records = self.out_records / name / (variant or "")
         self.label = f"{name}-{variant}" if variant else name
         self.waited = 0.0
         self.run_only: set[str] = set()
@@ -91,13 +92,18 @@ class Stage:
 
         Raises StageError naming the stage that makes it.
         """
+        return self._existing(self.place(*parts), _maker(parts))
+
+    def place(self, *parts: str) -> Path:
+        """Where `input` looks."""
         ours = self.out_data.joinpath(*parts)
-        return self._existing(ours if ours.exists() else self.data_root.joinpath(*parts), _maker(parts))
+        return ours if ours.exists() else self.data_root.joinpath(*parts)
 
     def record(self, *parts: str) -> Path:
-        """An existing record of another stage under runs/PROFILE/."""
+        """An existing record of another stage under runs/PROFILE/; under `--out` as `input`."""
         stage = parts[0] if len(parts) < 3 else f"{parts[0]}@{parts[1]}"
-        return self._existing(self.records_root.joinpath(*parts), stage)
+        ours = self.out_records.joinpath(*parts)
+        return self._existing(ours if ours.exists() else self.records_root.joinpath(*parts), stage)
 
     def _existing(self, path: Path, maker: str) -> Path:
         if not path.exists():

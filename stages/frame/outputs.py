@@ -35,12 +35,14 @@ class Output(NamedTuple):
 
 
 class Damage(NamedTuple):
-    """A file of an output that is not what dvc.lock says."""
+    """A file of an output that is not what dvc.lock says, that a directory lacks, or that it has besides."""
 
     output: Output
     path: Path              # of the output or a file in it
 
     def __str__(self) -> str:
+        if not self.path.exists():
+            return f"{self.path}: gone; stage {self.output.stage} wrote it."
         return f"{self.path}: not the file that stage {self.output.stage} wrote (its hash is not dvc.lock's)."
 
 
@@ -85,7 +87,8 @@ def verify(outputs: Iterable[Output], largest: float) -> list[Damage]:
         largest: bytes of an output; larger ones are taken for right.
 
     Returns:
-        Files that are there and are not as written. Their times change, so that DVC sees it.
+        Files that are there and are not as written, whose times change, so that DVC sees it; and those that a directory
+        which is there lacks.
     """
     return [Damage(output, path) for output in outputs if output.size <= largest for path in _verify(output)]
 
@@ -145,8 +148,11 @@ def _verify(output: Output) -> Iterator[Path]:
                 yield output.path
             return
         _replace(listing, content)
-    for file in json.loads(content):
-        yield from _compare(output.path / file["relpath"], file["md5"])
+    listed = {output.path / file["relpath"]: file["md5"] for file in json.loads(content)}
+    for path, md5 in listed.items():
+        yield from _compare(path, md5)
+    if output.path.is_dir():
+        yield from sorted(listed.keys() ^ {path for path in output.path.rglob("*") if path.is_file()})
 
 
 def _compare(path: Path, md5: str) -> Iterator[Path]:

@@ -14,7 +14,14 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from data_pipeline.config import AnnotateConfig, CurateConfig, ExecutorConfig, TokenizeConfig, TokenizerConfig
+from data_pipeline.config import (
+    AnnotateConfig,
+    CurateConfig,
+    ExecutorConfig,
+    TokenizeConfig,
+    TokenizerConfig,
+    domains_of,
+)
 from model.compression.config import CompressConfig
 from model.config import Geometry, ModelConfig, PretrainConfig, Section
 from stages.frame.launch import LauncherConfig
@@ -169,6 +176,7 @@ class Params(Section):
                     f"(it has: {', '.join(self.model)})"
                 )
             self._check_recipe(name)
+        self._check_domains()
         if self.compress.parent not in self.variants:
             raise ValueError(f"compress.parent is '{self.compress.parent}', which `variants` does not define")
         known = {*self.variants, "compressed", "compressed-random"}
@@ -191,6 +199,18 @@ class Params(Section):
                 "Lower them, or give the variant precision bf16."
             )
 
+    def _check_domains(self) -> None:
+        """Raise ValueError where a domain that is read has no rules, or where one is named that is not read."""
+        read = {domain for source in self.annotate.sources for domain in domains_of(source)}
+        if bare := sorted(read - self.curate.rules.keys()):
+            raise ValueError(f"curate.rules has no entry for {', '.join(bare)}, which annotate.sources reads\n"
+                             "Add a set of rules and the labels whose documents it is for, as docs/data.md says.")
+        for field, named in (("curate.language.domains", self.curate.language.domains),
+                             ("annotate.substring.domains", self.annotate.substring.domains)):
+            if unknown := sorted(set(named) - read):
+                raise ValueError(f"{field} names {', '.join(unknown)}, which annotate.sources does not read "
+                                 f"(it reads: {', '.join(sorted(read))})\nTake it out, or correct it.")
+
     def recipe_of(self, variant: str) -> PretrainConfig:
         """The recipe of a variant: `pretrain`, with its own FP8 recipe where it has one."""
         own = self.variants[variant].fp8_recipe
@@ -202,16 +222,22 @@ class Params(Section):
         return ModelConfig(**geometry.model_dump(), vocab_size=self.tokenizer.vocab_size)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The YAML mapping in `path`, as plain values. Raises ParamsError."""
+def read_yaml(path: Path, yaml: YAML | None = None, empty: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The YAML mapping in `path`, as plain values, or as `yaml` reads it. Raises ParamsError.
+
+    Args:
+        empty: what a file without values stands for; None refuses it.
+    """
     try:
-        values = YAML(typ="safe").load(path.read_text())
+        values = (yaml or YAML(typ="safe")).load(path.read_text())
     except FileNotFoundError:
         raise ParamsError(f"{path}: not found.\nRun from the repository's root, or restore the file.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ParamsError(f"{path}: cannot be read ({error}).\nRestore the file.") from None
     except YAMLError as error:
         raise ParamsError(f"{path}: not valid YAML: {' '.join(str(error).split())}\nCorrect that line.") from None
+    if values is None and empty is not None:
+        return empty
     if not isinstance(values, dict):
         raise ParamsError(f"{path}: expected `section: values`.\nRestore the file.")
     return values

@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
-from flows.curate_own import settings, sources_of, words
+from flows.curate_own import refuse_own_results, settings, sources_of, words
 from stages.frame.params import load_params
 from tests.data_pipeline.annotate_corpus import STDLIB
 
@@ -133,6 +134,22 @@ def test_results_are_not_read_by_the_next_run(tmp_path: Path, curate: Curate) ->
     done = curate(".")
     assert done.returncode == 1 and "curated-own: lies in ." in done.stderr
     assert len(done.stderr.strip().splitlines()) == 2 and not (tmp_path / "curated-own").exists()
+
+
+@pytest.mark.parametrize(("given", "out", "is_refused"), [
+    ("**/*.parquet", "own", True), ("*", "own", True), ("*/data/*/*.parquet", "own", True), ("**/*.json", "own", True),
+    ("te*", "texts/own", True), ("link", "texts/own", True), ("texts", "more/../texts/own", True),
+    ("*.parquet", "own", False), ("**/*.jsonl.gz", "own", False), ("texts/**/*.parquet", "own", False),
+    ("texts/*", "own", False), ("a**", "own", False), ("https://a.org/x.warc.gz?*", "own", False),
+])
+def test_wildcards_and_links_that_lead_to_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, out: str,
+                                                  is_refused: bool) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("texts", "more"):
+        Path(name).mkdir()
+    Path("link").symlink_to("texts")
+    with pytest.raises(SystemExit, match=" lies in ") if is_refused else nullcontext():
+        refuse_own_results([given], Path(out))
 
 
 def test_what_is_not_there_is_two_lines(tmp_path: Path, curate: Curate) -> None:

@@ -66,17 +66,23 @@ def test_an_empty_overlay_leaves_the_text_alone(tmp_path: Path, monkeypatch: pyt
 
 def test_null_removes_a_key() -> None:
     values = YAML().load("a: {b: 1, c: 2}\nd: 3\n")
-    profile.merge(values, YAML().load("a: {b: null}\nd: [4]\n"))
+    assert profile.merge(values, YAML().load("a: {b: null, e: null}\nd: [4]\n")) == ["a.e"]
     assert values == {"a": {"c": 2}, "d": [4]}
 
 
-def test_a_bad_overlay_leaves_the_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("overlay", "message"), [
+    ("runtime: {slots: 0}\n", r"`runtime\.slots`"), ("seed: 5\nseed: 6\n", "not valid YAML"), ("- a\n", "expected"),
+    ("variants: {hybrid-fp8-sed2: null}\n", r"removes `variants\.hybrid-fp8-sed2`, which profiles/cpu\.yaml does not"),
+])
+def test_a_bad_overlay_leaves_the_file_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlay: str, message: str
+) -> None:
     (tmp_path / "profiles").mkdir()
     (tmp_path / "profiles/cpu.yaml").write_text((ROOT / "profiles/cpu.yaml").read_text())
-    (tmp_path / "profiles/bad.yaml").write_text("runtime: {slots: 0}\n")
+    (tmp_path / "profiles/bad.yaml").write_text(overlay)
     monkeypatch.chdir(tmp_path)
     profile.apply("cpu")
-    with pytest.raises(ParamsError, match=r"profiles/bad\.yaml: `runtime\.slots`"):
+    with pytest.raises(ParamsError, match=rf"^profiles/bad\.yaml: {message}"):
         profile.apply("bad")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["params.yaml", "profiles"]
     assert load_params("params.yaml").profile == "cpu"

@@ -24,7 +24,7 @@ def corpus(repository: Path) -> Path:
     Path("bench.txt").write_text("a question")
     Path("texts").mkdir()
     Path("texts/a.txt").write_text("some text")
-    params["annotate"]["sources"] = [{"kind": "files", "paths": ["texts"], "domain": "web"}]
+    params["annotate"]["sources"] = [{"kind": "files", "paths": ["texts"], "domain": "docs"}]
     params["annotate"]["decontamination"]["against"] = ["bench.txt"]
     yaml.dump(params, Path("params.yaml"))
     sources = yaml.load(ROOT / "dvc.yaml")["stages"]["sources"]

@@ -82,6 +82,17 @@ def test_output_appears_whole_or_not_at_all(stage):
     assert [path.name for path in stage.data_root.iterdir()] == ["tokenizer"]
 
 
+def test_under_out_what_lies_there_comes_first(stage):
+    """Data and records alike: else one would be of another model than the other."""
+    apart = Stage("benchmark", stage.params, None, Path("mine"), ("benchmark",))
+    for place, look in (("data/cpu", apart.input), ("runs/cpu", apart.record), ("mine/data", apart.input),
+                        ("mine/runs", apart.record)):
+        file = Path(place, "items", "items.json")
+        file.parent.mkdir(parents=True)
+        file.touch()
+        assert look("items", "items.json") == file
+
+
 def pretraining(*overrides: str) -> Stage:
     """A stage that has read its tokens."""
     stage = Stage("pretrain", load_params(ROOT / "params.yaml", overrides), "hybrid-fp8", None, ("pretrain",))

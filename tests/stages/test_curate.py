@@ -67,7 +67,7 @@ def test_nothing_is_left_behind(done):
 
 
 def test_an_error_is_two_lines(tmp_path):
-    sources = "annotate.sources=[{kind: installed, roots: [no-such-distribution], megabytes: {code: 1}}]"
+    sources = "annotate.sources=[{kind: installed, roots: [no-such-distribution], megabytes: {docs: 1}}]"
     result = run(tmp_path, "annotate", "--out", "result", *with_settings(sources))
     assert result.returncode == 1
     assert len(result.stderr.strip().splitlines()) == 2 and "no-such-distribution" in result.stderr

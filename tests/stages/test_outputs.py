@@ -191,6 +191,18 @@ def test_a_stage_refuses_a_damaged_input_and_the_cure_it_names_works(repository:
         stage.verify(Path("runs/cpu"))
 
 
+@pytest.mark.parametrize("harm", [lambda tokens: (tokens / "b.bin").unlink(),
+                                  lambda tokens: (tokens / "c.bin").write_bytes(b"three")])
+def test_a_stage_refuses_a_directory_that_lacks_a_file_or_has_one_more(repository: Path, harm) -> None:
+    harm(Path("data/cpu/tokens"))
+    stage = Stage("pretrain", load_params(), "hybrid-fp8", None, ("pretrain",))
+    with pytest.raises(StageError, match=r"tokens/(b\.bin: gone|c\.bin: not the file).*\n`dvc repro tokenize`"):
+        stage.input("tokens")
+    repro("tokenize")
+    stage.input("tokens")
+    assert good()
+
+
 def test_files_beyond_the_setting_are_taken_for_right(repository: Path) -> None:
     damage(RECORD)
     assert outputs.verify(outputs.recorded(), len(FILES[str(RECORD)]) - 1) == []

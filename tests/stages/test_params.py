@@ -62,6 +62,9 @@ def test_unknown_key_inside_a_named_entry(tmp_path):
         ("parent: hybrid-fp8", "parent: hybrid-fp9", "compress.parent is 'hybrid-fp9'"),
         ("hybrid-bf16: {architecture: hybrid", "hybrid-bf16: {architecture: hybird", "hybird"),
         ("vocab_size: 4096", "vocab_size: 4095", "multiple of 16"),
+        ("    docs: {set: prose", "    dosc: {set: prose", "curate.rules has no entry for docs,"),
+        ("share: 0.3, domains: [docs]", "share: 0.3, domains: [dosc]", "curate.language.domains names dosc,"),
+        ("bytes: 200, domains: [docs]", "bytes: 200, domains: [dosc]", "annotate.substring.domains names dosc,"),
     ],
 )
 def test_impossible_value_names_its_field(old, new, expected, tmp_path):

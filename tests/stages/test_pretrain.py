@@ -135,6 +135,10 @@ def test_tokens_of_another_tokenizer_are_an_error(workplace):
     (tokenizer / "tokenizer.model").write_bytes(b"another")
     errors = refused(workplace, "hybrid-fp8")
     assert "tokens.json: made with tokenizer aa, and data/toy/tokenizer/tokenizer.model is " in errors
+    ours = workplace / "data" / "tokenizer"                 # under --out, where every stage looks first
+    ours.mkdir()
+    (ours / "tokenizer.model").write_bytes(b"one more")
+    assert "and data/tokenizer/tokenizer.model is " in refused(workplace, "hybrid-fp8")
 
 
 def test_a_truncated_token_file_is_an_error_before_any_work(workplace):

@@ -40,7 +40,7 @@ def scores(config: ClassifierConfig, texts: pa.ChunkedArray, scored: NDArray[np.
     A model of one output is a regression and its output the score; of several, the score is the log-odds of `label`.
 
     Raises:
-        DataError: the model cannot be loaded.
+        DataError: the model cannot be loaded, or a score of it is no number: that would rank above all others.
     """
     import torch
 
@@ -56,6 +56,9 @@ def scores(config: ClassifierConfig, texts: pa.ChunkedArray, scored: NDArray[np.
         with torch.inference_mode():
             logits = model(**batch).logits.float()
         result[rows[members]] = _score(logits, config.label).cpu().numpy()
+    if not np.isfinite(result[rows]).all():
+        raise DataError(f"annotate.scorers: the classifier {_named(config)} gives scores that are no numbers.\n"
+                        "Fetch its weights again, or take another model, in params.yaml.")
     return result
 
 
@@ -74,11 +77,14 @@ def _load(config: ClassifierConfig) -> tuple[Any, Any]:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.model, revision=config.revision)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            config.model, revision=config.revision, dtype=torch.float32
+        model, loaded = AutoModelForSequenceClassification.from_pretrained(
+            config.model, revision=config.revision, dtype=torch.float32, output_loading_info=True
         )
     except (OSError, ValueError) as error:
         raise _unavailable(config, error) from None
+    if drawn := sorted(loaded["missing_keys"]):     # which transformers fills with random numbers
+        raise DataError(f"annotate.scorers: {_named(config)} is no classifier: it has no {', '.join(drawn[:3])}.\n"
+                        "Name a model that was trained to classify or score text, in params.yaml.")
     return tokenizer, model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -87,10 +93,13 @@ def _context(tokenizer: Any, model: Any) -> int:
     return min(CONTEXT, tokenizer.model_max_length, positions)
 
 
+def _named(config: ClassifierConfig) -> str:
+    return config.model if config.revision is None else f"{config.model} at {config.revision}"
+
+
 def _unavailable(config: ClassifierConfig, error: Exception) -> DataError:
-    name = config.model if config.revision is None else f"{config.model} at {config.revision}"
     return DataError(
-        f"annotate.scorers: the classifier {name} cannot be loaded: {str(error).splitlines()[0]}\n"
+        f"annotate.scorers: the classifier {_named(config)} cannot be loaded: {str(error).splitlines()[0]}\n"
         "Correct the name or revision, fetch it where there is a network (with HF_TOKEN set if it is gated), or give "
         "the path of a local directory."
     )

@@ -1,5 +1,6 @@
 """Annotation: the same documents whatever shards, workers and executor; interrupted, killed and bad shards."""
 
+import hashlib
 import json
 import os
 import re
@@ -15,10 +16,12 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from data_pipeline.annotate.annotation import annotate
-from data_pipeline.annotate.reading import Quota
+from data_pipeline.annotate.reading import Quota, load, read
 from data_pipeline.annotate.step import SCHEMA, text_id
-from data_pipeline.config import AnnotateConfig, DataError, ExecutorConfig
+from data_pipeline.config import AnnotateConfig, DataError, ExecutorConfig, FilesSource
 from data_pipeline.curate.curation import curate
+from data_pipeline.sources import pieces
+from data_pipeline.workers.executor import workers
 from tests.data_pipeline.annotate_corpus import REPEAT, annotate_config, curate_config, write_corpus
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -91,6 +94,13 @@ def curated(annotated, tmp_path_factory) -> list[dict]:
     return curated_rows(annotated, tmp_path_factory.mktemp("curated"))
 
 
+def test_the_manifest_names_what_is_in_the_shards(few_files):
+    """Their names and sizes alone may be those of other text, and a resumed stage would take it for the same."""
+    _, whole = few_files
+    shards = [hashlib.sha256(whole[name]).hexdigest() for name in sorted(whole) if name.startswith("part-")]
+    assert json.loads(whole["manifest.json"])["digest"] == hashlib.sha256("".join(shards).encode()).hexdigest()
+
+
 def test_every_column_is_filled_and_every_document_is_there(corpus, annotated):
     frame = rows(annotated)
     assert frame.columns == SCHEMA.names
@@ -146,15 +156,31 @@ def test_jobs_of_their_own_change_nothing(corpus, curated, tmp_path, monkeypatch
 def test_caps_take_the_same_documents_whoever_reads(corpus, tmp_path):
     source = {"kind": "files", "paths": [str(corpus / "docs")], "domain": "docs", "megabytes": 0.12}
     found = []
-    for shard_megabytes, workers in ((1, 1), (0.02, 1), (0.02, 2)):
+    for shard_megabytes, processes in ((1, 1), (0.02, 1), (0.02, 2)):
         config = annotate_config(corpus, sources=[source], shard_megabytes=shard_megabytes,
                                  held_out={"fraction": 0.1, "unit": "document"})
-        executor = ExecutorConfig(executor="local", workers=workers)
-        found.append(rows(run(config, tmp_path / f"{shard_megabytes}-{workers}", executor)))
+        executor = ExecutorConfig(executor="local", workers=processes)
+        found.append(rows(run(config, tmp_path / f"{shard_megabytes}-{processes}", executor)))
     for other in found[1:]:
         assert_frame_equal(found[0], other)
     size = sum(map(len, found[0]["text"].str.encode("hex"))) / 2
     assert 0.9 * 0.12e6 < size <= 0.12e6
+
+
+def test_documents_too_large_for_the_sample_do_not_end_a_piece(tmp_path):
+    """Fifteen of them are twice the cap; of what follows the cap takes the same, wherever the file is cut."""
+    sizes = [1500] * 15 + [100] * 150
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"{n} {'x' * size}"}) + "\n"
+                                              for n, size in enumerate(sizes)))
+    source = FilesSource(kind="files", paths=[str(tmp_path / "a.jsonl")], domain="docs", megabytes=0.01)
+    config, found = annotate_config(tmp_path, sources=[source]), []
+    for piece_bytes in (1000, 30_000):
+        directory = tmp_path / f"{piece_bytes}"
+        directory.mkdir()
+        with workers(HERE) as pool:
+            shards = read(config, [pieces(source, 1, piece_bytes)], directory, pool, lambda share, new: None).shards
+        found.append([text for shard in shards for text in load(shard)["text"].to_pylist()])
+    assert found[0] == found[1] and len(found[0]) > 80
 
 
 def test_a_cap_passes_over_what_is_too_large():

@@ -125,6 +125,12 @@ def test_evaluation_files(tmp_path):
     assert contamination(rows[:-1], 6, files) == [8, 1, 1, 0, 2]
 
 
+def parquet(column: pa.Array) -> bytes:
+    content = pa.BufferOutputStream()
+    pq.write_table(pa.table({"question": column}), content)
+    return content.getvalue().to_pybytes()
+
+
 def test_evaluation_files_are_read_as_sources_are(tmp_path):
     question = "what did the fox that ran over the hill say to the dog"
     record = json.dumps({"question": question}).encode()
@@ -132,6 +138,10 @@ def test_evaluation_files_are_read_as_sources_are(tmp_path):
         ("a.jsonl.gz", gzip.compress(record)), ("a.jsonl", gzip.compress(record)), ("a.ndjson", record),
         ("a.json.bz2", bz2.compress(b"[%b,\n%b]" % (record, record))), ("a.csv", f"id,q\n1,{question}\n".encode()),
         ("a.tsv", f"id\tq\n1\t{question}\n".encode()), ("README", question.encode("utf-16")),
+        ("b.csv", f"id;q\n1;{question.replace('hill', 'hill,')}\n".encode()),
+        ("b.jsonl", record.replace(b'"}', b'\\ud800"}')),
+        ("bytes.parquet", parquet(pa.array([question.encode()], pa.binary()))),
+        ("map.parquet", parquet(pa.array([[("stem", question)]], pa.map_(pa.string(), pa.string())))),
     ):
         (tmp_path / name).write_bytes(content)
         assert contamination([(question, False)], 6, [str(tmp_path / name)]) == [8], name
@@ -140,7 +150,7 @@ def test_evaluation_files_are_read_as_sources_are(tmp_path):
 @pytest.mark.parametrize(("name", "content"), [
     ("missing.jsonl", None), ("task.png", b"\x89PNG\0"), ("cut.jsonl.gz", gzip.compress(b"{}" * 99, mtime=0)[:-9]),
     ("broken.jsonl", b'{"a": 1}\n{"a": '), ("broken.parquet", b"PAR1"),
-    ("latin.txt", b"caf\xe9"), ("latin.jsonl", b'"caf\xe9"'),
+    ("latin.txt", b"caf\xe9"), ("latin.jsonl", b'"caf\xe9"'), ("empty.jsonl", b'{"n": 1}\n[" "]\n'),
 ])
 def test_files_that_cannot_be_read(tmp_path, name, content):
     path = tmp_path / name

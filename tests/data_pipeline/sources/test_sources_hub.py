@@ -1,5 +1,6 @@
 """Data sets of the Hub, streamed from a local directory, and everything that can be wrong with one."""
 
+import gzip
 import json
 import pickle
 
@@ -66,6 +67,22 @@ def test_json_lines(tmp_path):
         read(tmp_path)
     with pytest.raises(DataError, match=r"column 'n' of .* holds int64, not text"):
         read(tmp_path, text_column="n")
+
+
+def test_one_odd_file_costs_itself(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "whole"}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": 5}\n')
+    (tmp_path / "c.jsonl").touch()
+    found = read(tmp_path)
+    assert [item.text for item in found if isinstance(item, Document)] == ["whole"]
+    refused = {item.where.rpartition("file ")[2]: item.reason for item in found if isinstance(item, Refusal)}
+    assert refused == {"1, int64": "no column 'text' of text", "2": "empty"}
+
+
+def test_a_file_cut_short_is_two_lines(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "whole"}\n' * 9)[:-9])
+    with pytest.raises(DataError, match=r"cannot be read: Compressed file ended before the end.*\n"):
+        read(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -102,11 +102,12 @@ def test_streams_one_after_another_and_within_each_other(tmp_path, packing):
 
 @pytest.mark.parametrize("packing", PACKERS)
 def test_packed_files_that_are_damaged_are_kept_up_to_there(tmp_path, packing):
-    packed = PACKERS[packing](os.urandom(50_000).hex().encode())
-    for data, word in ((packed[: len(packed) // 2], "truncated"), (packed + b"and more" * 9, "damaged")):
+    packed = PACKERS[packing](os.urandom(1_000_000).hex().encode())     # some blocks of each
+    for data, word in ((packed[:-9], "truncated"), (packed + b"and more" * 9, "damaged")):
         (tmp_path / "a").write_bytes(data)
-        items = list(streams.chunks(str(tmp_path / "a")))
-        assert isinstance(items[-1], streams.Damage) and items[-1].reason.startswith(word)
+        *items, damage = streams.chunks(str(tmp_path / "a"))
+        assert isinstance(damage, streams.Damage) and damage.reason.startswith(word)
+        assert len(b"".join(items)) >= (1_800_000 if word == "truncated" else 2_000_000 - streams.SLICE)
     if packing in ("zst", "lz4"):       # Arrow writes them without checksums
         return
     spoilt = bytearray(packed)
@@ -179,6 +180,17 @@ def test_a_first_record_without_text_costs_itself(tmp_path, shard_bytes):
     assert texts(found) == TEXTS and reasons(found) == {"no column 'text'": 1}
 
 
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "text": "b"}\n{"n": 1, "n": 2, "text": "c"}\n')
+    (tmp_path / "b.csv").write_text("text,text\nd,e\n")
+    pq.write_table(pa.Table.from_arrays([pa.array(["f"]), pa.array(["g"])], ["text", "text"]), tmp_path / "c.parquet")
+    found = read(tmp_path)
+    assert texts(found) == ["c"] and reasons(found) == {"several 'text'": 1, "2 columns 'text'": 2}
+    for name in ("b.csv", "c.parquet"):
+        with pytest.raises(DataError, match=rf"{name[0]}\.{name[2:]} has 2 columns 'text'\.\n"):
+            read(tmp_path / name)
+
+
 def test_a_column_of_another_name_in_a_directory(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"content": "x"}\n')
     (tmp_path / "b.csv").write_text("content,id\nx,1\n")
@@ -241,6 +253,17 @@ def test_a_zero_byte_in_a_text_is_one_unreadable_character(tmp_path):
 def test_json_lines_in_utf_16(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "wide ä"}\n{"text": "more"}\n', encoding="utf-16")
     assert texts(read(tmp_path, shard_bytes=10)) == ["wide ä", "more"]
+
+
+@pytest.mark.parametrize(("name", "before", "after"), [
+    ("a.jsonl", '{"text": "', '"}\n{"text": "whole"}\n'), ("a.json", '[{"text": "', '"}, {"text": "whole"}]'),
+    ("a.csv", "text\n", "\nwhole\n"),
+])
+def test_half_a_surrogate_pair_in_utf_16_costs_its_record(tmp_path, name, before, after):
+    half = b"\x00\xd8"
+    (tmp_path / name).write_bytes(b"\xff\xfe" + before.encode("utf-16-le") + half + after.encode("utf-16-le"))
+    found = read(tmp_path)
+    assert texts(found) == ["whole"] and reasons(found) == {"invalid UTF-8": 1}
 
 
 # names and entries of directories
@@ -322,6 +345,19 @@ def test_what_a_wildcard_matches_may_be_a_directory_or_no_text(tmp_path):
 def test_other_addresses_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"'s3://bucket/a\.warc\.gz', no address of http or https\.\nFetch it first"):
         read("s3://bucket/a.warc.gz")
+
+
+def test_a_file_with_nothing_to_read_is_not_called_a_pipe(tmp_path):
+    with pq.ParquetWriter(tmp_path / "a.parquet", pa.schema([("text", pa.string())])):
+        pass
+    (tmp_path / "a.png").write_bytes(b"\x89PNG")
+    (tmp_path / "a.paths").write_text("a.png\n")
+    assert read(tmp_path / "a.parquet") == []
+    with pytest.raises(DataError, match=r"a\.paths', where no file was found that is read, but \.png 1"):
+        read(tmp_path / "a.paths")
+    (tmp_path / "a.paths").write_text("\n")
+    with pytest.raises(DataError, match=r"a\.paths lists no file\.\n"):
+        read(tmp_path / "a.paths")
 
 
 # listings
@@ -424,14 +460,20 @@ def test_archives_within_archives_end(tmp_path):
         assert len(texts(found)) == is_read and sum(reasons(found).values()) == (not is_read)
 
 
-def test_links_and_directories_in_a_tar(tmp_path):
+def test_links_and_directories_in_an_archive(tmp_path):
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "a.txt").write_text("one")
     (tmp_path / "x" / "link.txt").symlink_to("a.txt")
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         archive.add(tmp_path / "x", "./x")
-    found = read(tmp_path / "a.tar")
-    assert texts(found) == ["one"] and passed(found) == {"link or device in an archive": 1}
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.write(tmp_path / "x" / "a.txt", "x/a.txt")
+        link = zipfile.ZipInfo("x/link.txt")
+        link.external_attr = (tmp_path / "x" / "link.txt").lstat().st_mode << 16
+        archive.writestr(link, "a.txt")
+    for name in ("a.tar", "a.zip"):
+        found = read(tmp_path / name)
+        assert texts(found) == ["one"] and passed(found) == {"link or device in an archive": 1}
 
 
 def test_a_web_source_reads_web_archives_alone(tmp_path):
@@ -440,7 +482,7 @@ def test_a_web_source_reads_web_archives_alone(tmp_path):
         (tmp_path / name).write_bytes(data)
     found = read(tmp_path, kind=WebSource)
     assert len(texts(found)) == len(PAGES) + 3 and passed(found) == {".txt": 1, ".html": 1}
-    with pytest.raises(DataError, match=r"b\.txt is not read"):
+    with pytest.raises(DataError, match=r"b\.txt is not read: .*\nGive \.warc, \.wet, .*, packed or not\.$"):
         read(tmp_path / "b.txt", kind=WebSource)
 
 

@@ -79,6 +79,8 @@ def test_a_corpus_too_small_for_the_budget_is_an_error_and_one_just_large_enough
         blend(phases, TOKENS, 4300, 4)
     with pytest.raises(DataError, match=r"phases\[1\] \(until 1\.0\): needs 840 tokens.*read 1 .*300 at most"):
         blend(phases, TOKENS, 4200, 1)
+    with pytest.raises(DataError, match=r"needs 400 tokens.*read 1 .*300 at most"):     # a label named twice is one
+        blend([Phase(until=1.0, weights={"code": 1}, labels=["high", "high"])], TOKENS, 400, 1)
 
 
 def test_no_file_passes_the_bound_whatever_the_corpus():

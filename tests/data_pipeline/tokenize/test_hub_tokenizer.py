@@ -80,15 +80,20 @@ def test_any_text_comes_back(byte_level: Path, text: str) -> None:
     assert Tokenizer.from_file(str(byte_level / "tokenizer.json")).decode(ids, skip_special_tokens=False) == text
 
 
-def test_a_tokenizer_that_changes_text_is_an_error(byte_level: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("normalizer", "text", "changed"), [
+    (normalizers.NFKC(), "ﬁ", "fi"), (normalizers.Lowercase(), "Ich", "ich"),       # of other bytes, and as many
+])
+def test_a_tokenizer_that_changes_text_is_an_error(
+    byte_level: Path, tmp_path: Path, normalizer: normalizers.Normalizer, text: str, changed: str
+) -> None:
     changing = Tokenizer.from_file(str(byte_level / "tokenizer.json"))
-    changing.normalizer = normalizers.NFKC()
+    changing.normalizer = normalizer
     changing.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "config.json").write_text('{"eos_token_id": 2}')
     plain = ["plain"]
     assert HubTokenizer(tmp_path).encode_batch(plain) == HubTokenizer(byte_level).encode_batch(plain)
-    with pytest.raises(DataError, match=r"tokenizer\.json: changes a text of 3 bytes to one of 2: 'ﬁ'") as error:
-        HubTokenizer(tmp_path).encode_batch(["plain", "ﬁ"])
+    with pytest.raises(DataError, match=rf"tokenizer\.json: changes a text: '{text}'\.\.\. to '{changed}'") as error:
+        HubTokenizer(tmp_path).encode_batch(["plain", text])
     assert str(error.value).count("\n") == 1
 
 

@@ -3,6 +3,7 @@
 import itertools
 import pickle
 import re
+import shutil
 import string
 import sysconfig
 from collections import Counter
@@ -346,6 +347,18 @@ def test_classifier_gives_the_models_log_odds(tiny_classifier):
 
 def test_a_regression_is_its_own_score():
     assert classifier._score(torch.tensor([[1.5], [-2.0]]), 0).tolist() == [1.5, -2.0]
+
+
+def test_a_model_without_a_trained_head_or_with_scores_that_are_no_numbers_is_refused(tiny_classifier, tmp_path):
+    text = pa.chunked_array([["some text"]])
+    for name, change in (("headless", lambda model: model.bert),
+                         ("spoilt", lambda model: model.classifier.bias.data.fill_(torch.nan) is None or model)):
+        shutil.copytree(tiny_classifier, tmp_path / name)
+        change(BertForSequenceClassification.from_pretrained(tiny_classifier)).save_pretrained(tmp_path / name)
+    with pytest.raises(DataError, match=r"headless is no classifier: it has no classifier\.bias.*\n"):
+        classifier.scores(ClassifierConfig(model=str(tmp_path / "headless")), text, np.ones(1, bool))
+    with pytest.raises(DataError, match=r"spoilt gives scores that are no numbers\.\n"):
+        classifier.scores(ClassifierConfig(model=str(tmp_path / "spoilt")), text, np.ones(1, bool))
 
 
 def test_a_classifier_that_cannot_be_had_is_named(tiny_classifier, monkeypatch):
