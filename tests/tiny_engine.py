@@ -96,8 +96,9 @@ def _work(environment: dict[str, str], log: Path, jobs: list[dict[str, Any]], po
 
 
 def _let_adamw_be_restored() -> None:
-    """Megatron's distributed optimizer takes PyTorch's AdamW up again only once it has made a step, gives all parameters
-    one count of steps, which each then adds to, and looks for counts in the checkpoint. With Transformer Engine's not."""
+    """Megatron's distributed optimizer takes PyTorch's AdamW up again only once it has made a step, gives all
+    parameters one count of steps, which each then adds to, and looks for counts in the checkpoint. It does none of that
+    with Transformer Engine's."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     shards, fill = DistributedOptimizer.sharded_state_dict, DistributedOptimizer._set_main_param_and_optimizer_states

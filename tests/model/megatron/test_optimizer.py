@@ -41,7 +41,7 @@ def built(request, monkeypatch):
 
 
 def test_each_parameter_is_found_where_its_values_are(built):
-    model, whole, part = built
+    model, _, part = built
     dtypes = [{parameter.dtype for parameter in [*single, *half]} for single, half in
               zip(part.model_fp32_groups, part.model_float16_groups, strict=True)]
     assert {torch.float32, torch.bfloat16} in dtypes

@@ -205,6 +205,20 @@ def test_a_state_of_a_spread_optimizer_is_the_whole_ones(replicas):
         assert value.abs().max() > 0 and (spread[name] - value).norm() <= 1e-5 * value.norm(), name
 
 
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_spread_optimizer_goes_on_from_its_state(replicas, tokens, precision, tmp_path):
+    """Each of two replicas reads what it holds a part of, in many buckets; one alone reads all."""
+    run = replicas[precision, True, True]
+    for count in (2, 1):
+        shutil.copytree(run["scratch"], tmp_path / f"scratch-{count}")
+        job = {"tokens": str(tokens), "out": str(tmp_path / f"out-{count}"), "parallelism": {}, "precision": precision,
+               "scratch": str(tmp_path / f"scratch-{count}"), "distributed_optimizer": True, "checkpoint_every": 3,
+               "micro_batch_size": 1 if precision == "bf16" else 2}
+        [resumed] = run_processes(count, [job], tmp_path)
+        assert resumed["resumed_from"] == 3
+        assert losses(resumed) == pytest.approx(losses(run), rel=1e-6)
+
+
 def test_a_state_of_the_other_optimizer_is_refused(tokens, unbroken, tmp_path):
     """Its master weights stand under other names: Megatron would end with all of them in a KeyError."""
     shutil.copytree(unbroken["directory"] / "scratch", tmp_path / "scratch")
