@@ -161,9 +161,9 @@ def optimizer_shards(
                 weights, is_loading=loading, metadata=groups | {"distrib_optim_sharding_type": "fully_reshardable"}
             )
         if loading:
-            numbers = (number for number, parameter in enumerate(chain.from_iterable(
-                buffer.param_index_map for buffer in inner.buffers)) if parameter in _parts(inner))
-            spread["param_state"] = {number: spread["param_state"][number] for number in numbers}
+            parts, order = _parts(inner), chain.from_iterable(buffer.param_index_map for buffer in inner.buffers)
+            spread["param_state"] = {number: tensors for (number, tensors), parameter in
+                                     zip(spread["param_state"].items(), order, strict=True) if parameter in parts}
         else:
             _give_storage_of_their_own(spread)
         return spread
