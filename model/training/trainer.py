@@ -127,7 +127,7 @@ class Trainer:
             recipe.fp8_gradients,
         )
         check_micro_batch(config, self.precision, recipe.micro_batch_size)
-        check_cuda_graph(recipe, parallelism)
+        check_cuda_graph(recipe, config, self.precision, parallelism)
         token_data.check(tokens, config.vocab_size)
         if recipe.check_kernels and device().type == "cuda":
             check_kernels(config, parallelism.tensor, device(), recipe.reset_at_documents)
