@@ -49,8 +49,8 @@ def check_cuda_graph(
 ) -> None:
     """Raise ModelError where a step cannot be captured, or is known to come out otherwise (docs/training.md)."""
     if recipe.cuda_graph and precision.name == "fp8" and "M" not in config.pattern:
-        raise ModelError("pretrain.cuda_graph: a Transformer's captured steps in FP8 part from its eager ones, why is not "
-                         "known.\nSet it to false, or choose a bf16 variant.")
+        raise ModelError("pretrain.cuda_graph: a Transformer's captured steps in FP8 part from its eager ones; why is "
+                         "not known.\nSet it to false, or choose a bf16 variant.")
     if recipe.cuda_graph and device().type != "cuda":
         raise ModelError("pretrain.cuda_graph: there is no GPU here.\nSet it to false, or choose a CPU profile.")
     if recipe.cuda_graph and parallelism.pipeline > 1:
