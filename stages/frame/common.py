@@ -25,6 +25,7 @@ import math
 import os
 import pwd
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -471,7 +472,7 @@ def provenance(stage: Stage, started: float, resumed: bool) -> Provenance:
     return Provenance(
         stage=stage.name,
         variant=stage.variant,
-        command=" ".join(["python", "-m", f"stages.{stage.name}", *sys.argv[1:]]),
+        command=shlex.join(["python", "-m", f"stages.{stage.name}", *sys.argv[1:]]),
         started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         wall_seconds=round(time.time() - started, 2),
         resumed=resumed,

@@ -1,6 +1,7 @@
 """The stages annotate and curate, run as a user runs them."""
 
 import json
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -62,6 +63,7 @@ def test_nothing_is_left_behind(done):
         assert not list((done / ".scratch").glob(f"{stage}-*/"))
         provenance = json.loads((done / f"result/runs/{stage}/provenance.json").read_text())
         assert provenance["resumed"] is False
+        assert shlex.split(provenance["command"])[-len(with_settings()) :] == with_settings()
     assert not list(done.rglob("*.partial"))
     assert provenance["inputs"].keys() == {"result/data/annotated"}
 
