@@ -97,7 +97,7 @@ class Measured:
     """What was measured on a model, and of which text it was made.
 
     Attributes:
-        data: by domain, documents, bytes and the names of the sources that trained it.
+        data: by domain, documents, bytes and the names of the sources that trained it; empty where they are not known.
         items_digest: SHA-256 of what was asked.
     """
 
@@ -147,7 +147,7 @@ def model_card(
         kind=kind,
         architecture=_table(rows),
         training=_training_table(training) + ("" if origin else "\n" + DOCUMENTS),
-        data=_data_section(measured) if measured else "",
+        data=_data_section(measured) if measured and measured.data else "",
         results=_results_section(measured) if measured else "",
         versions=VERSIONS.format(chunk_size=config.chunk_size) if hybrid else "",
         usage=USAGE_IMPORTED if origin else USAGE,
@@ -170,7 +170,7 @@ def _model_index(title: str, measured: Measured) -> str:
     for score in measured.scores:
         lines += [
             "  - task: {type: text-generation}",
-            "    dataset: {name: 'held-out text of the training corpus', type: held-out}",
+            "    dataset: {name: 'held-out text of the reproduction', type: held-out}",
             f"    metrics: [{{type: '{score.measure}', value: {score.value:.4f}}}]",
         ]
     return "\n".join(lines) + "\n"
@@ -183,8 +183,8 @@ def _results_section(measured: Measured) -> str:
     return f"""
 ## Results
 
-On held-out text whose 13-grams of words do not occur in the training text; ± is the standard error. The control is what
-no training reaches: by a compressor or the fewest tokens, and by a guess.
+On held-out text of the reproduction, which shares no long run of words with the text it trains on; ± is the standard
+error. The control is what no training reaches: by a compressor or the fewest tokens, and by a guess.
 Digest of the items: `{measured.items_digest[:16]}`.
 
 | measure | this model | no training |
@@ -199,7 +199,7 @@ def _data_section(measured: Measured) -> str:
         for domain, entry in measured.data.items()
     )
     return f"""
-The text: permissively licensed files, each under its own licence.
+The text, each document under its own licence:
 
 | domain | documents | MB | sources |
 | --- | --- | --- | --- |

@@ -13,6 +13,7 @@ important kept. A killed run goes on where it was. docs/compression.md has the d
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ def compress(stage: Stage) -> dict[str, Any]:
             "layers_kept": result["layers"][name],
             "precision": result["precision"],
             "seed": params.seed,
+            "corpus_digest": json.loads((tokens / "tokens.json").read_text())["corpus_digest"],
             "distillation_tokens": metrics["distillation_tokens"],
             "validation_bits_per_byte": metrics[f"validation_bits_per_byte_{name}"],
             "parent_training": training,

@@ -1,6 +1,6 @@
 """Evaluate an exported model with lm-evaluation-harness, offline, on the items of the stage `items`.
 
-Reads data/PROFILE/items, data/PROFILE/curated (which text trained it) and data/PROFILE/hub/VARIANT.
+Reads data/PROFILE/items, data/PROFILE/curated (for the card, where that text trained it) and data/PROFILE/hub/VARIANT.
 Writes, in runs/PROFILE/evaluate/VARIANT,
   metrics.json      bits per byte by domain, accuracy of every task; beside each what no training at all reaches
   scores.json       the same by item, for paired comparisons
@@ -38,9 +38,9 @@ def evaluate(stage: Stage) -> dict[str, Any]:
         "evaluate": stage.params.evaluate.model_dump(),
     }, one_model=True)
     metrics: dict[str, Any] = {**result["metrics"], **controls}
-    data = json.loads(curated.read_text())["train"]
-    measured = Measured(card_scores(metrics), data, items.digest())
-    training = hub.read_json(directory / "training.json")
+    training, text = hub.read_json(directory / "training.json"), json.loads(curated.read_text())
+    is_its_own = training.get("corpus_digest") == text["corpus_digest"]         # not a model's from elsewhere
+    measured = Measured(card_scores(metrics), text["train"] if is_its_own else {}, items.digest())
     dtype = hub.read_json(directory / "config.json")["torch_dtype"]
     stage.write_record("README.md", model_card(geometry, parameters(geometry), training, dtype, measured))
     stage.write_record("samples.json", result["samples"])

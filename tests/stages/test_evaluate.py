@@ -54,10 +54,11 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.train(curated, TokenizerConfig(vocab_size=512, training_megabytes=1), 1, tokens)
     params = load_params(directory / "params.yaml")
     torch.manual_seed(5)
-    for name in NAMES:
+    corpus = json.loads((curated / "manifest.json").read_text())["corpus_digest"]
+    for name, training in zip(NAMES, ({"corpus_digest": corpus}, {"imported_from": "owner/model"}), strict=True):
         config = params.model_of(name)
         exported = directory / "data/tiny/hub" / name
-        hub.save(exported, config, HybridLM(config).state_dict(), {}, "float32")
+        hub.save(exported, config, HybridLM(config).state_dict(), training, "float32")
         fast_tokenizer.export(tokens / "tokenizer.model", exported)
     run(directory, "-m", "stages.items")
     return directory
@@ -116,6 +117,7 @@ def test_records_of_two_models(prepared: Path) -> None:
     assert len(index) == 13, "every measured figure"
     assert f"| syntax pairs accuracy | {metrics['syntax_pairs_accuracy']:.3f} ±" in text
     assert "python/" in text, "the sources of the training text"
+    assert "python/" not in (there.with_name(NAMES[1]) / "README.md").read_text(), "which did not train the other"
     assert not provenance["resumed"]
     assert not list((prepared / ".scratch").glob("evaluate-*-*/*")), "resume state is gone"
 
