@@ -15,6 +15,7 @@ from torch import Tensor
 from kernels.arguments import check_shapes, warn_of_slowness
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
+LEAST_SCALE = torch.finfo(torch.float32).tiny       # a smaller one may be 0, and 0 / 0 is no number
 
 
 class Rows(NamedTuple):
@@ -25,7 +26,8 @@ class Rows(NamedTuple):
 
 
 def quantize_rows(x: Tensor) -> Rows:
-    """x (rows, columns) rounded to E4M3, each row scaled so that its largest value is the format's.
+    """x (rows, columns) rounded to E4M3, each row scaled so that its largest value is the format's; a row that is not
+    finite has a scale that is not.
 
     Floor: one read of x and one write of an FP8 value an element.
     """
@@ -37,7 +39,7 @@ def quantize_rows(x: Tensor) -> Rows:
         warn_of_slowness("quantize_rows", fp8_linear_triton.TAKES, x.dtype,
                          f"columns side by side: {not x.stride(1) > 1}")
     largest = x.abs().amax(1, keepdim=True).float()
-    scales = torch.where(largest > 0, largest / LARGEST, torch.ones_like(largest))
+    scales = torch.where(largest == 0, 1.0, (largest / LARGEST).clamp_min(LEAST_SCALE))
     values = (x.float() / scales).clamp_(-LARGEST, LARGEST)
     return Rows(values.to(torch.float8_e4m3fn), scales)
 

@@ -75,7 +75,12 @@ class CompressConfig(ScheduleConfig):
 
     @model_validator(mode="after")
     def rounds_narrow(self) -> CompressConfig:
-        """Raise ValueError unless every round keeps some of the one before."""
+        """Raise ValueError unless every round keeps some of the one before, and ranks by some of the samples."""
+        if self.ranking_samples > self.validation_samples:
+            raise ValueError(
+                f"ranking_samples ({self.ranking_samples}) must not exceed validation_samples "
+                f"({self.validation_samples})\nCandidates are ranked on some of these: lower the first."
+            )
         rounds = ("finalists", "ranked_by_task", "ranked_by_agreement")
         for fewer, more in pairwise(rounds):
             if getattr(self, fewer) > getattr(self, more):

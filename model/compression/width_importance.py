@@ -115,13 +115,14 @@ def width_importance(
 
 
 def _reliability(found: Mapping[tuple[str, int], Tensor], config: ModelConfig) -> dict[str, float]:
-    """Axis -> mean over layers of the rank correlation between its units' scores from both halves."""
+    """Axis -> mean over layers of the rank correlation between its units' scores from both halves. A layer whose units
+    have one score, as dead ones do, has no ranks."""
     correlations: dict[str, list[float]] = {}
     for (axis, _), values in found.items():
         units = config.mamba_num_heads if axis == "mamba" else values.shape[1]
-        if units > 1:
-            correlations.setdefault(axis, []).append(
-                rank_correlation(*values[:HALVES].view(HALVES, units, -1).norm(dim=2)))
+        halves = values[:HALVES].view(HALVES, units, -1).norm(dim=2)
+        if all(len(half.unique()) > 1 for half in halves):
+            correlations.setdefault(axis, []).append(rank_correlation(*halves))
     return {axis: sum(values) / len(values) for axis, values in correlations.items()}
 
 

@@ -14,7 +14,7 @@ from model.config import first_problem
 BODY_BYTES = 16 * 2**20         # of a request at most
 
 Nothing = Annotated[float, Field(ge=0, le=0)]
-Off = Annotated[bool, Field(le=False)]          # Literal[False] takes 0, which of logprobs asks for some
+Off = Annotated[bool, Field(le=False)]          # Literal[False] takes 0: `logprobs: 0` asks for the chosen tokens'
 Stop = Annotated[str, Field(min_length=1)]
 
 

@@ -59,6 +59,15 @@ def test_the_kernel_rounds_as_pytorch_does(dtype):
     assert (values.cpu().float() != expected.values.float()).double().mean() < (5e-3 if DEVICE == "cuda" else 3e-2)
 
 
+@pytest.mark.parametrize("quantize", [quantize_rows, lambda x: Rows(*fp8_linear_triton.quantize_rows(x.to(DEVICE)))],
+                         ids=["PyTorch", "kernel"])
+def test_rows_that_are_not_finite_and_rows_of_next_to_nothing(quantize):
+    x = torch.tensor([[torch.nan, 2.0, 0.0], [-torch.inf, 1.0, 0.0], [1e-44, 0.0, 0.0], [1.0, 2.0, 0.0]])
+    values, scales = quantize(x)
+    assert scales.flatten().isfinite().tolist() == [False, False, True, True]
+    assert (values.float() * scales)[2:].isfinite().all()
+
+
 def test_the_operator_is_well_registered():
     x = torch.randn(3, 20, device=DEVICE)
     torch.library.opcheck(fp8_linear_triton.quantize_rows, (x,), test_utils=("test_schema", "test_faketensor"))

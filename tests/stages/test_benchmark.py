@@ -110,7 +110,7 @@ def test_seconds_of_a_step(fp8, monkeypatch):
     monkeypatch.setattr(decode_benchmark, "decode_tokens", lambda *_: next(runs))
     config = TINY.model_copy(update={"mamba_num_heads": 16})            # FP8 wants multiples of 16
     found = decode_seconds(config, 2, 64, torch.float32, "cpu", fp8, torch.bfloat16, steps=4, repeats=3)
-    assert found == 8.0 / 4
+    assert found == 4.0 / 4                                             # the fastest, but for the first
 
 
 def test_seconds_of_a_prompt_are_the_fastest_repeats(monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from model.compression.config import CompressConfig
 from model.compression.data import last_phase, read_data
 from tests.model.compression.markov import CONFIG, SYMBOLS
 
@@ -46,3 +47,8 @@ def test_validation_is_spread_over_the_domains(tokens, config, tmp_path):
     first = [token for document in IndexedDataset(str(tokens / "validation/even")) for token in document.tolist()]
     assert data.validation[0].tolist() == first[: CONFIG.sequence_length + 1]
     assert data.validation_bytes == 2 * 16 * CONFIG.sequence_length
+
+
+def test_no_more_samples_rank_than_there_are(config):
+    with pytest.raises(ValueError, match=r"ranking_samples \(17\) must not exceed validation_samples \(16\)"):
+        CompressConfig(**config.model_dump() | {"ranking_samples": 17})

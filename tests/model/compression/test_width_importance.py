@@ -76,6 +76,9 @@ def test_reliability_is_the_rank_correlation_of_two_halves(parent, data):
     heads = [rank_correlation(*(half.mamba_heads()[index] for half in halves)) for index in (0, 2, 5)]
     assert found.reliability["mamba"] == pytest.approx(sum(heads) / 3, abs=1e-9)
     assert found.reliability["neurons"] > 0.9
+    dead = {name: tensor * (name != "backbone.layers.1.mixer.up_proj.weight") for name, tensor in parent.state.items()}
+    found = width_importance(PlainLayerwise(HybridLM.from_state(parent.config, dead)), data.calibration, 8, silent)
+    assert 0.9 < found.reliability["neurons"] <= 1           # of the layers that have ranks
 
 
 def test_no_hook_stays(parent, data):
