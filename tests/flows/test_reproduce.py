@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 import psutil
-import pytest
 
 from flows.reproduce import SECONDS_TO_STOP
 
