@@ -77,7 +77,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    gc.freeze()         # what was imported stays: the collections that stages ask for look at what a test made, not at it
+    gc.freeze()         # what was imported stays: a collection that a stage asks for looks at what its test made alone
 
 
 @pytest.fixture(scope="session", autouse=True)

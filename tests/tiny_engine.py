@@ -17,6 +17,7 @@ import torch
 from torch.distributed import TCPStore
 
 from model.config import ModelConfig, PretrainConfig
+from model.hybrid_lm import HybridLM
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,6 +35,19 @@ RECIPE = PretrainConfig(
     warmup_fraction=0.2, decay_style="cosine", weight_decay=0.1, adam_betas=(0.9, 0.95),
     clip_grad=1.0, bf16_layers_at_start=1, bf16_layers_at_end=1, evaluations=2, checkpoint_every=100,
 )
+
+
+def random_model(config: ModelConfig) -> HybridLM:
+    """Weights large enough that every part of the model, and what caches hold, matters to the logits."""
+    torch.manual_seed(3)
+    model = HybridLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0, parameter.shape[1] ** -0.5)
+            elif parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
 
 
 # Processes are forked from one that has imported what they need, which takes each of them seconds; where an import may

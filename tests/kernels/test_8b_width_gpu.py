@@ -5,7 +5,6 @@ Every kernel has one configuration, no tuning at run time: these are all of them
 
 import pytest
 import torch
-from test_ssd import relative_error
 
 from kernels.cross_entropy import cross_entropy, linear_cross_entropy
 from kernels.fp8_quantize import quantize
@@ -14,6 +13,7 @@ from kernels.mixer import MixerWeights, mix
 from kernels.squared_relu import squared_relu
 from kernels.squared_relu_fp8 import squared_relu_backward_quantize, squared_relu_quantize
 from kernels.state_update import ssd_state_update
+from tests.closeness import relative_error
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 HEADS, HEAD_DIM, GROUPS, STATE, EPSILON = 128, 64, 8, 128, 1e-5

@@ -7,10 +7,9 @@ import torch
 from triton_device import DEVICE, PRECISIONS
 
 # isort: split
-from test_ssd import relative_error
-
 from kernels.cached_attention import prompt_attention, token_attention
 from kernels.cached_attention import triton as cached_attention_triton
+from tests.closeness import relative_error
 
 
 def random_tensors(batch, heads, groups, tokens, head_dim):

@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_causal_conv1d import reference
-from test_ssd import relative_error
 
 from benchmarks import kernels_check_gpu
 from kernels.causal_conv1d import causal_conv1d
 from kernels.ssd import chunk_scan
 from kernels.ssd.triton import CHUNK
+from tests.closeness import relative_error
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1.5e-3}

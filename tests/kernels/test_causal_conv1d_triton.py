@@ -6,10 +6,10 @@ from triton_device import DEVICE, PRECISIONS
 
 # isort: split
 from test_causal_conv1d import reference
-from test_ssd import relative_error
 
 from kernels import launch
 from kernels.causal_conv1d import triton as kernel
+from tests.closeness import relative_error
 
 
 @pytest.fixture(autouse=True)

@@ -8,12 +8,9 @@ from triton_device import DEVICE
 
 from kernels import cross_entropy
 from kernels.cross_entropy import triton as cross_entropy_triton
+from tests.closeness import relative_error
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-
-
-def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    return ((ours.cpu().double() - theirs).norm() / theirs.norm()).item()
 
 
 def triton_losses(logits: Tensor, labels: Tensor) -> Tensor:

@@ -5,10 +5,9 @@ import torch
 from triton_device import DEVICE, PRECISIONS
 
 # isort: split
-from test_ssd import relative_error
-
 from kernels.fp8_linear import Rows, fp8_linear, quantize_rows
 from kernels.fp8_linear import triton as fp8_linear_triton
+from tests.closeness import relative_error
 
 
 def rows_of_many_sizes() -> torch.Tensor:

@@ -6,9 +6,9 @@ from triton_device import DEVICE, PRECISIONS
 
 # isort: split
 from test_gated_norm import EPSILON, reference
-from test_ssd import relative_error
 
 from kernels.gated_norm import triton as kernel
+from tests.closeness import relative_error
 
 
 def tensors(dtype: torch.dtype, channels: int = 48) -> list[torch.Tensor]:

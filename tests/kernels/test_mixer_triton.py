@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from test_ssd import relative_error
 from triton_device import DEVICE, PRECISIONS
+
+from tests.closeness import relative_error
 
 # isort: split
 from kernels.causal_conv1d import triton as causal_conv1d_triton
@@ -22,7 +23,7 @@ def small_tiles(monkeypatch):
     for name, size in {"SHARED_GRADIENTS": 16, "STATE_WALK": 16, "GRADIENT_WALK": 16}.items():
         monkeypatch.setattr(ssd_triton, name, getattr(ssd_triton, name)._replace(size=size))
     for name in ("FORWARD", "BACKWARD"):
-        tiles = getattr(causal_conv1d_triton, name)._replace(channels=32, tokens=16)
+        tiles = getattr(causal_conv1d_triton, name)._replace(channels=128, tokens=16)
         monkeypatch.setattr(causal_conv1d_triton, name, tiles)
 
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from test_ssd import relative_error
 from triton_device import DEVICE, PRECISIONS
+
+from tests.closeness import relative_error
 
 # isort: split
 from kernels.squared_relu import triton as kernel

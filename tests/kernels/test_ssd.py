@@ -10,6 +10,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import mamba2_chunk_scan
 
 from kernels.ssd import chunk_scan
 from kernels.state_update import ssd_state_update
+from tests.closeness import relative_error
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_state")
 
@@ -51,10 +52,6 @@ def recurrence(
         state = state * torch.exp(step[:, t] * A)[..., None, None] + added
         outputs.append((state * C[:, t, :, None]).sum(-1) + D[:, None] * x[:, t])
     return torch.stack(outputs, 1), state
-
-
-def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
 
 
 def gradients(outputs: Iterable[Tensor], values: dict[str, Tensor]) -> tuple[Tensor, ...]:

@@ -5,10 +5,11 @@ import torch
 from triton_device import DEVICE, PRECISIONS
 
 # isort: split
-from test_ssd import NAMES, gradients, inputs, recurrence, relative_error
+from test_ssd import NAMES, gradients, inputs, recurrence
 
 from kernels import launch
 from kernels.ssd import triton as ssd_triton
+from tests.closeness import relative_error
 
 SMALL = {"SHARED_GRADIENTS": 16, "STATE_WALK": 16, "GRADIENT_WALK": 16}
 

@@ -6,10 +6,11 @@ from triton_device import DEVICE
 
 # isort: split
 from test_causal_conv1d import reference, tensors
-from test_ssd import inputs, recurrence, relative_error
+from test_ssd import inputs, recurrence
 
 from kernels import state_update
 from kernels.state_update import triton as state_update_triton
+from tests.closeness import relative_error
 
 TOKENS = 6
 DTYPES = [torch.float32] if DEVICE == "cpu" else [torch.float32, torch.bfloat16]     # the interpreter truncates

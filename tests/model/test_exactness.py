@@ -19,6 +19,7 @@ from model.megatron.distributed import ONE_COPY, process_groups
 from model.megatron.engine_checkpoint import load_model
 from model.megatron.precision import Precision
 from model.megatron.spec import build_model
+from tests.closeness import relative_error
 
 BOUND = 1e-5                    # of the relative error of all logits together
 
@@ -122,10 +123,6 @@ def engine_logits(config: ModelConfig, state: dict[str, Tensor], ids: Tensor, di
         model = build_model(config, Precision("float32"), ONE_COPY, seed=1)
         load_model(directory, model)
         return model(ids, None, None)
-
-
-def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    return ((ours.double() - theirs).norm() / theirs.norm()).item()
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])

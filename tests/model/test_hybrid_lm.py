@@ -9,6 +9,8 @@ from transformers import ArceeConfig, ArceeForCausalLM
 
 from model.config import ModelConfig, ModelError
 from model.hybrid_lm import HybridLM
+from tests.closeness import relative_error
+from tests.tiny_engine import random_model
 
 HYBRID = ModelConfig(
     pattern="M-M*-M-", hidden_size=48, ffn_hidden_size=80, num_attention_heads=4, num_query_groups=2, head_dim=16,
@@ -19,23 +21,6 @@ TRANSFORMER = ModelConfig(
     pattern="*-*-", hidden_size=48, ffn_hidden_size=80, num_attention_heads=4, num_query_groups=2, head_dim=16,
     position_embedding="rope", rope_theta=5000.0, sequence_length=64, vocab_size=97,
 )
-
-
-def random_model(config: ModelConfig) -> HybridLM:
-    """Weights large enough that every part of the model matters to the logits."""
-    torch.manual_seed(3)
-    model = HybridLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(0, parameter.shape[1] ** -0.5)
-            elif parameter.dim() == 1:
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return model
-
-
-def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return ((ours - theirs).norm() / theirs.norm()).item()
 
 
 @pytest.fixture(scope="module")

@@ -285,7 +285,8 @@ def test_a_killed_run_resumes(corpus, in_shards, little_reference, tmp_path):
     process.communicate()
     assert not (tmp_path / "out" / "manifest.json").exists()
     works = set()
-    annotate(config, 1, tmp_path / "out", tmp_path / "scratch", HERE, lambda *step, **figures: works.add(figures["work"]))
+    annotate(config, 1, tmp_path / "out", tmp_path / "scratch", HERE,
+             lambda *step, **figures: works.add(figures["work"]))
     assert "read" not in works and (tmp_path / "scratch" / "resumed").exists()
     assert files(tmp_path / "out") == files(in_shards)
 

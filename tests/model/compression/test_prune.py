@@ -10,6 +10,7 @@ from model.checkpoint import open_weights, save_weights
 from model.compression.prune import Selection, cut, cut_checkpoint
 from model.config import ModelConfig, ModelError
 from model.hybrid_lm import HybridLM
+from tests.closeness import relative_error
 from tests.model.compression.markov import CONFIG
 
 EVERY = {index: torch.arange(48) for index in (1, 4, 6)}
@@ -63,10 +64,6 @@ def dead_mamba(state, layer, heads=(), channels=()):
         gate[:, channel] = 0
 
 
-def relative(one, other):
-    return ((one - other).norm() / other.norm()).item()
-
-
 def test_cutting_dead_mamba_heads_is_exact(parent, data):
     """With the norm's weights and epsilon as they were it would not be."""
     state = {name: tensor.double() for name, tensor in parent.state.items()}
@@ -76,12 +73,12 @@ def test_cutting_dead_mamba_heads_is_exact(parent, data):
     before = logits(parent.config, state, data.calibration[:4])
     config, smaller = cut(parent.config, state, Selection(range(7), mamba_heads=heads))
     assert config.mamba_num_heads == 2 and config.norm_epsilon == 2 * parent.config.norm_epsilon
-    assert relative(logits(config, smaller, data.calibration[:4]), before) < 1e-10
+    assert relative_error(logits(config, smaller, data.calibration[:4]), before) < 1e-10
     same = config.model_copy(update={"norm_epsilon": parent.config.norm_epsilon})
-    assert relative(logits(same, smaller, data.calibration[:4]), before) > 1e-5
+    assert relative_error(logits(same, smaller, data.calibration[:4]), before) > 1e-5
     sliced = {name: tensor / 2**0.5 if name.endswith("mixer.norm.weight") else tensor
               for name, tensor in smaller.items()}
-    assert relative(logits(config, sliced, data.calibration[:4]), before) > 1e-2
+    assert relative_error(logits(config, sliced, data.calibration[:4]), before) > 1e-2
 
 
 def test_cutting_dead_mamba_channels_is_exact(parent, data):
@@ -92,7 +89,7 @@ def test_cutting_dead_mamba_channels_is_exact(parent, data):
     before = logits(parent.config, state, data.calibration[:4])
     config, smaller = cut(parent.config, state, Selection(range(7), mamba_channels=channels))
     assert config.mamba_head_dim == 12
-    assert relative(logits(config, smaller, data.calibration[:4]), before) < 1e-10
+    assert relative_error(logits(config, smaller, data.calibration[:4]), before) < 1e-10
 
 
 def test_all_axes_at_once_are_exact_where_dead(parent, data):
@@ -110,7 +107,7 @@ def test_all_axes_at_once_are_exact_where_dead(parent, data):
     config, smaller = cut(parent.config, state, Selection([0, 1, 2, 3, 5, 6], neurons, heads))
     assert (config.ffn_hidden_size, config.mamba_num_heads) == (40, 2)
     assert sum(tensor.numel() for tensor in smaller.values()) == costs.parameters(config)
-    assert relative(logits(config, smaller, data.calibration[:4]), before) < 1e-10
+    assert relative_error(logits(config, smaller, data.calibration[:4]), before) < 1e-10
 
 
 @pytest.mark.parametrize(("order", "same"), [([1, 0, 3, 2], True), ([2, 1, 0, 3], False)])
@@ -128,7 +125,7 @@ def test_mamba_heads_may_change_places_within_their_group_alone(parent, data, or
     out = "backbone.layers.2.mixer.out_proj.weight"
     permuted[out] = state[out][:, channels]
     before, after = (logits(parent.config, s, data.calibration[:4]) for s in (state, permuted))
-    assert relative(after, before) < 1e-10 if same else relative(after, before) > 1e-3
+    assert relative_error(after, before) < 1e-10 if same else relative_error(after, before) > 1e-3
 
 
 def test_neurons_stay_in_their_order_and_with_their_columns(parent):

@@ -13,6 +13,7 @@ from model.hybrid_lm import HybridLM
 from model.inference.decoder import Decoder
 from model.inference.fp8_weights import quantize_weights
 from model.inference.sampling import Sampling, choose
+from tests.tiny_engine import random_model
 
 HYBRID = ModelConfig(
     pattern="M-M*-M-", hidden_size=48, ffn_hidden_size=80, num_attention_heads=4, num_query_groups=2, head_dim=16,
@@ -29,17 +30,6 @@ CONFIGS = pytest.mark.parametrize("config", [HYBRID, TRANSFORMER], ids=["hybrid"
 @pytest.fixture
 def ids() -> torch.Tensor:
     return torch.randint(0, 97, (3, 40), generator=torch.Generator().manual_seed(5))
-
-
-def random_model(config: ModelConfig) -> HybridLM:
-    """Weights large enough that what the caches hold decides the logits."""
-    torch.manual_seed(3)
-    model = HybridLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(0, parameter.shape[1] ** -0.5)
-    return model
 
 
 MODELS = {config.position_embedding: random_model(config) for config in (HYBRID, TRANSFORMER)}

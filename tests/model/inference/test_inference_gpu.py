@@ -10,6 +10,7 @@ from model.hybrid_lm import HybridLM
 from model.inference.decoder import Decoder
 from model.inference.fp8_weights import quantize_weights
 from model.inference.random_weights import random_model
+from tests.closeness import relative_error
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -25,10 +26,6 @@ TRANSFORMER = ModelConfig(
 )
 CONFIGS = pytest.mark.parametrize("config", [HYBRID, WIDE_STATE, TRANSFORMER],
                                   ids=["hybrid", "state-256", "transformer"])
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a.float() - b.float()).norm() / b.float().norm())
 
 
 def run(model: HybridLM, ids: torch.Tensor, prompt: int, **options: object) -> torch.Tensor:
@@ -47,8 +44,8 @@ def test_pieces_and_captured_steps_are_the_full_forward(config):
         own = model(ids)[:, 449:]
         exact = HybridLM.from_state(config, model.state_dict()).cpu()(ids.cpu())[:, 449:]
     found = run(model, ids, 450)
-    assert relative(found.cpu(), exact) < 1.2 * relative(own.cpu(), exact) + 2e-3
-    assert relative(found, own) < 2e-2
+    assert relative_error(found.cpu(), exact) < 1.2 * relative_error(own.cpu(), exact) + 2e-3
+    assert relative_error(found, own) < 2e-2
 
 
 @CONFIGS
@@ -60,8 +57,8 @@ def test_fp8_weights(config):
         quantize_weights(model.backbone.layers)
         full = model(ids)[:, 279:]
     found = run(model, ids, 280)
-    assert 0.01 < relative(full, exact) < 0.2
-    assert relative(found, exact) < 1.1 * relative(full, exact)
+    assert 0.01 < relative_error(full, exact) < 0.2
+    assert relative_error(found, exact) < 1.1 * relative_error(full, exact)
     # A value near the middle of two E4M3 numbers goes to the other one for any difference, so that FP8 answers the
     # smallest change at its input with most of its own rounding error: as much as BF16's rounding is what to allow.
     embedding = model.backbone.embeddings.weight
@@ -69,13 +66,13 @@ def test_fp8_weights(config):
     with torch.no_grad():
         embedding.mul_(1 + 2**-9 * noise)
         nudged = model(ids)[:, 279:]
-    assert relative(found, full) < relative(nudged, full)
+    assert relative_error(found, full) < relative_error(nudged, full)
 
 
 def test_float32_and_bfloat16_states():
     model = random_model(HYBRID, torch.bfloat16, "cuda")
     ids = torch.randint(512, (3, 300), generator=torch.Generator().manual_seed(0)).cuda()
-    assert relative(run(model, ids, 200, state_dtype=torch.bfloat16), run(model, ids, 200)) < 2e-2
+    assert relative_error(run(model, ids, 200, state_dtype=torch.bfloat16), run(model, ids, 200)) < 2e-2
 
 
 @CONFIGS
@@ -95,7 +92,7 @@ def test_sequences_of_unlike_length_take_one_captured_step(config):
     for step in range(5):
         places = [length + step for length in lengths]
         logits = together.decode_rows(torch.stack([ids[row, place] for row, place in enumerate(places)]), places)
-        assert relative(logits, torch.stack([each[step] for each in expected])) < 1e-4
+        assert relative_error(logits, torch.stack([each[step] for each in expected])) < 1e-4
 
 
 @CONFIGS
@@ -123,7 +120,7 @@ def test_prompts_of_unlike_length_read_together(config, start):
         places = [start + length + step for length in lengths]
         steps.append(decoder.decode_rows(ids[rows, places], places).clone())
     found = torch.stack(steps, 1).cpu()
-    apart = {name: [round(relative(logits[row], exact[row]), 4) for row in rows]
+    apart = {name: [round(relative_error(logits[row], exact[row]), 4) for row in rows]
              for name, logits in (("forward pass", own), ("read and decoded", found))}
     assert max(max(errors) for errors in apart.values()) < 3e-2, apart
 

@@ -25,6 +25,7 @@ from model.megatron.optimizer import build_optimizer
 from model.megatron.precision import Precision, choose_precision
 from model.megatron.spec import build_model, transformer_config
 from model.megatron.step_graph import EAGER_STEPS, StepGraph
+from tests.closeness import relative_error
 
 # isort: split
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -40,10 +41,6 @@ WIDE = HYBRID.model_copy(update={        # sizes that mamba_ssm's kernels and FP
 def groups() -> Iterator[None]:
     with process_groups():
         yield
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
 
 
 def batch(size: int) -> tuple[Tensor, Tensor]:
@@ -102,7 +99,7 @@ def test_a_captured_step_is_the_eager_one(groups, precision, recompute):
     assert captured[0] == pytest.approx(eager[0], rel=1e-3)
     assert len(set(captured[0])) == len(captured[0])
     for name, value in captured[1].items():
-        assert relative(value, eager[1][name]) < 2e-2, name
+        assert relative_error(value, eager[1][name]) < 2e-2, name
 
 
 @pytest.mark.parametrize(("architecture", "precision"), [
@@ -117,7 +114,7 @@ def test_a_captured_step_is_the_eager_one_at_the_h200_profiles_sizes(groups, arc
     noise = max(abs(a / b - 1) for a, b in zip(again[0], eager[0], strict=True))
     assert captured[0] == pytest.approx(eager[0], rel=1e-3 + 3 * noise)
     for name, value in captured[1].items():
-        assert relative(value, eager[1][name]) < 2e-2 + 3 * relative(again[1][name], eager[1][name]), name
+        assert relative_error(value, eager[1][name]) < 2e-2 + 3 * relative_error(again[1][name], eager[1][name]), name
 
 
 @pytest.mark.parametrize("format", ["e4m3", "e5m2"])
@@ -154,7 +151,7 @@ def test_the_fused_feed_forward_is_transformer_engines(groups, monkeypatch):
     fused, parts = found
     assert fused.keys() == parts.keys()
     for name, value in fused.items():
-        assert relative(value, parts[name]) < 3e-2, name
+        assert relative_error(value, parts[name]) < 3e-2, name
 
 
 @pytest.fixture
@@ -191,4 +188,4 @@ def test_the_model_is_megatrons_own(groups, one_configuration):
     assert len(theirs) == len(dict(ours.named_parameters()))
     mine, others = gradients(ours), gradients(stock)
     for name, value in mine.items():
-        assert relative(value, others[renamed.get(name, name)]) < 5e-2, name
+        assert relative_error(value, others[renamed.get(name, name)]) < 5e-2, name
