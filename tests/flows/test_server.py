@@ -103,8 +103,8 @@ def is_refused(url: str, **headers: str) -> bool:
 def test_runs_wait_for_one_another_are_cancelled_killed_with_the_pages_and_tried_again(
     repository: Path, environment: dict[str, str], reproduce: Reproduce, tmp_path: Path
 ) -> None:
-    work = repository / "work.py"           # of the long stages: no step after the third ends before the test does
-    pace = "0.02 if seconds < '1' else 0.5 if step < 4 else 100"
+    work = repository / "work.py"           # of the long stages a few quick steps, then none ends before the test does
+    pace = "0.02 if seconds < '1' else 0.5 if step < done + 4 else 100"
     work.write_text(work.read_text().replace("float(seconds) / 10", pace))
     environment["PREFECT_RUNNER_POLL_FREQUENCY"] = "1"
 
