@@ -162,7 +162,7 @@ def test_a_kill_anywhere_changes_nothing(compress, planted, unbroken, tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{"ffn_widths": [16, 48]}, {"learning_rate": 1e-3}])
-def test_what_another_compression_kept_is_refused(compress, planted, config, changes):
+def test_what_another_compression_kept_is_refused(compress, planted, config, tmp_path, changes):
     class Killed(Exception):
         pass
 
@@ -170,12 +170,12 @@ def test_what_another_compression_kept_is_refused(compress, planted, config, cha
         raise Killed
 
     with pytest.raises(Killed):
-        compress(planted, config, progress=kill)
+        compress(planted, config, tmp_path, kill)
     name, = changes
     with pytest.raises(ModelError, match=rf"scratch: the state of another run: {name} .* and now .*\n"):
-        compress(planted, config.model_copy(update=changes), progress=kill)
+        compress(planted, config.model_copy(update=changes), tmp_path, kill)
     with pytest.raises(Killed):
-        compress(planted, config.model_copy(update={"micro_batch_size": 2}), progress=kill)
+        compress(planted, config.model_copy(update={"micro_batch_size": 2}), tmp_path, kill)
 
 
 def test_importance_beats_chance(compress, parent, data, config):
