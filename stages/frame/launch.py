@@ -164,6 +164,7 @@ def _by_slurm(launcher: LauncherConfig, job: Path, name: str) -> str:
                          "Run the stage on a login node, or choose another launcher.")
     script = job.with_suffix(".sbatch")
     script.write_text(slurm_script(launcher, job, name))
+    kept: set[Path] | None = None
     while True:
         number = _submit(script)
         print(f"Slurm job {number} is submitted; its log: {job.parent}/slurm-{number}.log", flush=True)
@@ -176,6 +177,11 @@ def _by_slurm(launcher: LauncherConfig, job: Path, name: str) -> str:
             state = _follow(number, job.parent / f"slurm-{number}.log")
         if state not in RESUBMITTED:
             return f"Slurm job {number} ended as {state}."
+        before, kept = kept, {path for end in ("step-*", "*.pt", "*.json") for path in job.parent.rglob(end)}
+        if state == "TIMEOUT" and kept == before:
+            raise ModelError(f"Slurm job {number} and the one before it ran out of {launcher.slurm.minutes} minutes "
+                             "with nothing new to go on from.\nRaise runtime.launcher.slurm.minutes, or lower "
+                             "checkpoint_every.")
         print(f"Slurm job {number} ended as {state}: going on in another.", flush=True)
 
 

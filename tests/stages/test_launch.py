@@ -90,6 +90,16 @@ def test_a_job_that_ran_out_of_time_goes_on_in_another(slurm: Path, monkeypatch:
     assert len((slurm / "sbatch-calls").read_text().splitlines()) == 2
 
 
+def test_jobs_that_run_out_of_time_with_nothing_to_go_on_from_are_an_error(
+    slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (slurm / "how-it-ends").write_text("TIMEOUT\n")
+    worker(monkeypatch, "[ -e resume/step-2 ] || mkdir -p resume/step-$(ls resume | wc -l); touch events.$$; exit 1")
+    with pytest.raises(ModelError, match=r"ran out of 30 minutes with nothing new .*\n.*checkpoint_every"):
+        launch.launch(TWO, {}, slurm, "toy")
+    assert len((slurm / "sbatch-calls").read_text().splitlines()) == 4
+
+
 def test_a_job_that_failed_says_how_and_is_not_tried_again(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (slurm / "how-it-ends").write_text("OUT_OF_MEMORY\n")
     worker(monkeypatch, "exit 1")
