@@ -23,7 +23,7 @@ def small_tiles(monkeypatch):
     for name, size in {"SHARED_GRADIENTS": 16, "STATE_WALK": 16, "GRADIENT_WALK": 16}.items():
         monkeypatch.setattr(ssd_triton, name, getattr(ssd_triton, name)._replace(size=size))
     for name in ("FORWARD", "BACKWARD"):
-        tiles = getattr(causal_conv1d_triton, name)._replace(channels=128, tokens=16)
+        tiles = getattr(causal_conv1d_triton, name)._replace(channels=64, tokens=16)
         monkeypatch.setattr(causal_conv1d_triton, name, tiles)
 
 
