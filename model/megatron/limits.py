@@ -19,7 +19,7 @@ def check_model(config: ModelConfig, precision: Precision, parallelism: Parallel
     if precision.name == "fp8":
         check_fp8_layers(len(config.pattern), precision.bf16_layers_at_start, precision.bf16_layers_at_end)
         if not precision.emulated:
-            _check_fp8(config, precision, parallelism.tensor)
+            check_fp8_sizes(config, precision, parallelism.tensor)
     if device().type == "cuda" and precision.dtype is torch.bfloat16 and "M" in config.pattern:
         check_kernels(config)
 
@@ -51,8 +51,6 @@ def check_cuda_graph(
     if recipe.cuda_graph and precision.name == "fp8" and "M" not in config.pattern:
         raise ModelError("pretrain.cuda_graph: a Transformer's captured steps in FP8 part from its eager ones; why is "
                          "not known.\nSet it to false, or choose a bf16 variant.")
-    if recipe.cuda_graph and device().type != "cuda":
-        raise ModelError("pretrain.cuda_graph: there is no GPU here.\nSet it to false, or choose a CPU profile.")
     if recipe.cuda_graph and parallelism.pipeline > 1:
         raise ModelError(
             f"pretrain.cuda_graph: the exchanges between {parallelism.pipeline} pipeline stages cannot be captured.\n"
@@ -92,8 +90,9 @@ def check_split(config: ModelConfig, parallelism: Parallelism) -> None:
         )
 
 
-def _check_fp8(config: ModelConfig, precision: Precision, ranks: int) -> None:
-    """Both sizes of every weight, on one tensor-parallel process, in the layers that compute in FP8."""
+def check_fp8_sizes(config: ModelConfig, precision: Precision, ranks: int) -> None:
+    """Raise ModelError where a size of a weight, on one of `ranks` processes, in a layer that computes in FP8, is none
+    that FP8 products take."""
     layers = len(config.pattern)
     symbols = {symbol for layer, symbol in enumerate(config.pattern) if precision.quantizes(layer, layers)}
     sizes = [("hidden_size", config.hidden_size, "hidden_size")]

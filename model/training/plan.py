@@ -12,11 +12,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from model import costs
 from model.config import ModelConfig, ModelError, PretrainConfig
 from model.costs import layer_parameters, parameters, training_flops_per_token
+
+if TYPE_CHECKING:
+    from model.megatron.distributed import Parallelism
 
 GIB = 2**30
 BF16, FP32, FP8 = 2, 4, 1               # bytes
@@ -104,6 +107,13 @@ class Layout(NamedTuple):
     def data(self) -> int:
         """Data-parallel copies."""
         return self.processes // (self.tensor * self.pipeline)
+
+    @property
+    def parallelism(self) -> Parallelism:
+        """As the engine has it."""
+        from model.megatron.distributed import Parallelism
+
+        return Parallelism(self.tensor, self.pipeline, self.sequence)
 
     def changes(self, other: Layout) -> int:
         """How many settings differ."""
@@ -204,10 +214,17 @@ def plan(
     """Memory and time of `recipe` under `layout`; with a `teacher` of its distillation.
 
     Raises:
-        ModelError: sizes that the layout cannot split.
+        ModelError: sizes that the layout cannot split or FP8 cannot multiply, or a step that cannot be captured.
     """
+    from model.megatron.limits import check_cuda_graph, check_fp8_sizes
+    from model.megatron.precision import Precision
+
     for model in filter(None, (config, teacher)):
         check_layout(model, layout, machine)
+    precision = Precision("fp8" if fp8 else "bf16", recipe.bf16_layers_at_start, recipe.bf16_layers_at_end)
+    if fp8:
+        check_fp8_sizes(config, precision, layout.tensor)
+    check_cuda_graph(recipe, config, precision, layout.parallelism)
     if recipe.global_batch_size % (layout.micro_batch_size * layout.data):
         raise ModelError(
             f"global_batch_size ({recipe.global_batch_size}) is not a multiple of micro_batch_size "
@@ -251,7 +268,6 @@ def alternatives(layout: Layout, layers: int) -> Iterator[Layout]:
 
 def check_layout(config: ModelConfig, layout: Layout, machine: Machine) -> None:
     """Raise ModelError where `layout` cannot split the model."""
-    from model.megatron.distributed import Parallelism
     from model.megatron.limits import check_split
 
     if layout.processes % (layout.tensor * layout.pipeline):
@@ -260,7 +276,7 @@ def check_layout(config: ModelConfig, layout: Layout, machine: Machine) -> None:
     if layout.tensor > machine.gpus_per_node:
         raise ModelError(f"tensor parallelism over {layout.tensor} GPUs leaves a node of {machine.gpus_per_node}.\n"
                          "Choose runtime.parallel.tensor within a node.")
-    check_split(config, Parallelism(layout.tensor, layout.pipeline, layout.sequence))
+    check_split(config, layout.parallelism)
 
 
 # memory

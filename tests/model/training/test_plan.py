@@ -195,6 +195,17 @@ def test_layouts_that_cannot_be(layout: Layout, said: str) -> None:
         plan(PRESETS["nemotron_h_8b"], RECIPE, False, layout, H100)
 
 
+def test_what_training_refuses_is_no_plan() -> None:
+    """FP8 products of sizes that two processes halve, and a captured step over pipeline stages: neither is proposed."""
+    narrow, recipe = SMALL.model_copy(update={"ffn_hidden_size": 48, "pattern": "M-M-M-M-"}), RECIPE.model_copy(
+        update={"bf16_layers_at_start": 1, "bf16_layers_at_end": 1, "global_batch_size": 8})
+    plan(narrow, recipe, False, Layout(2, tensor=2), H100)
+    with pytest.raises(ModelError, match="on each of 2 tensor-parallel processes"):
+        plan(narrow, recipe, True, Layout(2, tensor=2), H100)
+    with pytest.raises(ModelError, match="2 pipeline stages cannot be captured"):
+        plan(SMALL, recipe.model_copy(update={"cuda_graph": True}), False, Layout(2, pipeline=2), H100)
+
+
 def test_evaluation_over_several_gpus_takes_less_of_each_and_less_time() -> None:
     config = PRESETS["nemotron_h_56b"]
     alone, eight = (inference_seconds(config, 1e6, H100, tensor) for tensor in (1, 8))
