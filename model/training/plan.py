@@ -219,11 +219,11 @@ def plan(
     from model.megatron.limits import check_cuda_graph, check_fp8_sizes
     from model.megatron.precision import Precision
 
+    precision = Precision("fp8" if fp8 else "bf16", recipe.bf16_layers_at_start, recipe.bf16_layers_at_end)
     for model in filter(None, (config, teacher)):
         check_layout(model, layout, machine)
-    precision = Precision("fp8" if fp8 else "bf16", recipe.bf16_layers_at_start, recipe.bf16_layers_at_end)
-    if fp8:
-        check_fp8_sizes(config, precision, layout.tensor)
+        if fp8:
+            check_fp8_sizes(model, precision, layout.tensor)
     check_cuda_graph(recipe, config, precision, layout.parallelism)
     if recipe.global_batch_size % (layout.micro_batch_size * layout.data):
         raise ModelError(
