@@ -44,13 +44,8 @@ def check_micro_batch(config: ModelConfig, precision: Precision, micro_batch_siz
         )
 
 
-def check_cuda_graph(
-    recipe: PretrainConfig, config: ModelConfig, precision: Precision, parallelism: Parallelism
-) -> None:
-    """Raise ModelError where a step cannot be captured, or is known to come out otherwise (docs/training.md)."""
-    if recipe.cuda_graph and precision.name == "fp8" and "M" not in config.pattern:
-        raise ModelError("pretrain.cuda_graph: a Transformer's captured steps in FP8 part from its eager ones; why is "
-                         "not known.\nSet it to false, or choose a bf16 variant.")
+def check_cuda_graph(recipe: PretrainConfig, parallelism: Parallelism) -> None:
+    """Raise ModelError where a step cannot be captured."""
     if recipe.cuda_graph and parallelism.pipeline > 1:
         raise ModelError(
             f"pretrain.cuda_graph: the exchanges between {parallelism.pipeline} pipeline stages cannot be captured.\n"

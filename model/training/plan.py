@@ -224,7 +224,7 @@ def plan(
         check_layout(model, layout, machine)
         if fp8:
             check_fp8_sizes(model, precision, layout.tensor)
-    check_cuda_graph(recipe, config, precision, layout.parallelism)
+    check_cuda_graph(recipe, layout.parallelism)
     if recipe.global_batch_size % (layout.micro_batch_size * layout.data):
         raise ModelError(
             f"global_batch_size ({recipe.global_batch_size}) is not a multiple of micro_batch_size "

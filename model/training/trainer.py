@@ -129,7 +129,7 @@ class Trainer:
         check_micro_batch(config, self.precision, recipe.micro_batch_size)
         if recipe.cuda_graph and device().type != "cuda":
             raise ModelError("pretrain.cuda_graph: there is no GPU here.\nSet it to false, or choose a CPU profile.")
-        check_cuda_graph(recipe, config, self.precision, parallelism)
+        check_cuda_graph(recipe, parallelism)
         token_data.check(tokens, config.vocab_size)
         if recipe.check_kernels and device().type == "cuda":
             check_kernels(config, parallelism.tensor, device(), recipe.reset_at_documents)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import pytest
 from pydantic import ValidationError
 from tiny_engine import HYBRID, RECIPE, TRANSFORMER
@@ -74,15 +72,11 @@ def test_fp8_wants_tokens_in_multiples_of_16():
     check_micro_batch(config, EMULATED, 1)
 
 
-def test_what_cannot_be_captured_or_comes_out_otherwise_is_refused():
+def test_exchanges_of_pipeline_stages_cannot_be_captured():
     recipe = RECIPE.model_copy(update={"cuda_graph": True})
-    for config, precision, parallelism, words in (
-        (HYBRID, FP8, ONE_COPY, ""), (TRANSFORMER, Precision("bf16"), ONE_COPY, ""),
-        (TRANSFORMER, FP8, ONE_COPY, "part from its eager ones"),
-        (HYBRID, FP8, Parallelism(pipeline=2), "2 pipeline stages cannot be captured"),
-    ):
-        with pytest.raises(ModelError, match=f"pretrain.cuda_graph: .*{words}") if words else nullcontext():
-            check_cuda_graph(recipe, config, precision, parallelism)
+    check_cuda_graph(recipe, ONE_COPY)
+    with pytest.raises(ModelError, match="exchanges between 2 pipeline stages"):
+        check_cuda_graph(recipe, Parallelism(pipeline=2))
 
 
 @pytest.mark.parametrize(("change", "field"), [
