@@ -22,9 +22,6 @@ def items(stage: Stage) -> dict[str, Any]:
     config = stage.params.evaluate
     curated, tokenizer = stage.input("curated"), Tokenizer(stage.input("tokenizer", MODEL_FILE))
 
-    def count_tokens(text: str) -> int:
-        return len(tokenizer.encode(text))
-
     made = evaluation_items.build(
         curated,
         items_per_task=config.items_per_task,
@@ -33,13 +30,14 @@ def items(stage: Stage) -> dict[str, Any]:
         context_tokens=config.context_tokens,
         context_multiples=config.context_multiples,
         items_per_context=config.items_per_context,
-        count_tokens=count_tokens,
+        encode=tokenizer.encode,
         seed=stage.params.seed,
     )
     texts = [item.text for domain in made.texts.values() for item in domain]
-    window_bytes = sum(len(text.encode()) for text in texts) * config.context_tokens // sum(map(count_tokens, texts))
+    tokens = sum(map(len, tokenizer.encode_batch(texts)))
+    window_bytes = sum(len(text.encode()) for text in texts) * config.context_tokens // tokens
     with stage.output("items") as out:
-        evaluation_items.write(out / "items.json", made, evaluation_items.control(made, window_bytes, count_tokens))
+        evaluation_items.write(out / "items.json", made, evaluation_items.control(made, window_bytes, tokenizer.encode))
     return {
         **{f"{domain}_texts": len(members) for domain, members in made.texts.items()},
         **{f"{task}_items": len(members) for task, members in made.tasks.items()},

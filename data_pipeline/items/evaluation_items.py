@@ -9,8 +9,9 @@ Each kind is one that a model of a few million parameters can say something abou
 
 A score means little without what no training at all reaches. `control` gives that: the best of DEFLATE, LZMA and the
 tokenizer, whose fewest tokens a model with random weights prefers. Without care these solve such a task: naive syntax
-pairs gave a compressor 0.96, and the tokenizer still 0.8 where compressors were at chance. So their wrong lines take as
-many bytes by either compressor, and as many tokens, as the true ones.
+pairs gave a compressor 0.96, the tokenizer still 0.8 where compressors were at chance, and token frequencies 0.8 where
+all three were. So their wrong lines take as many bytes by either compressor, and as many tokens, as the true ones, and
+each fault has an opposite in another pair, so that no sum over tokens prefers the true lines.
 Where the answer stood in the context they are left as they are: finding a repeated key is exactly what a compressor
 does; its score says that no knowledge is needed.
 """
@@ -23,7 +24,7 @@ import lzma
 import random
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -38,10 +39,12 @@ from data_pipeline.items.context_items import Asked, CountTokens
 from data_pipeline.items.syntax_pairs import faulty_lines
 from data_pipeline.text.ngrams import hash_set, is_in, ngram_hashes
 
-OVERSUPPLY = 2                  # candidates made for each item wanted: some are refused or dropped for balance
+OVERSUPPLY = 2                  # items made for each one wanted: some are refused
 DOCUMENTS_PER_DOMAIN = 12       # at least, so that the standard error over documents means something
-ITEMS_PER_DOCUMENT = 6
+PAIRS_PER_DOCUMENT = 12         # of a true and a wrong line; not all find their opposite
 Measure = Callable[[str], int]
+Encode = Callable[[str], Sequence[Hashable]]            # tokens of a text
+Change = tuple[frozenset[tuple[Hashable, int]], ...]    # tokens that go and tokens that come, how often each
 
 
 @dataclass(frozen=True)
@@ -109,13 +112,13 @@ def build(
     context_tokens: int,
     context_multiples: Sequence[int],
     items_per_context: int,
-    count_tokens: CountTokens,
+    encode: Encode,
     seed: int,
 ) -> EvaluationItems:
     """Items from `curated/heldout`, checked against `curated/train`.
 
     Contexts are kept to two characters a token of `context_tokens`, so that they are not cut off; those of
-    `context_items` are as long as a multiple of `context_tokens` by `count_tokens`. A task has fewer than
+    `context_items` are as long as a multiple of `context_tokens` by `encode`. A task has fewer than
     `items_per_task` items where the held-out text yields no more.
 
     Raises DataError where a domain or task gets no item at all, or a recall item cannot fit the context.
@@ -125,7 +128,7 @@ def build(
     by_domain = {
         domain: [document for document in documents if document.domain == domain] for domain in manifest["heldout"]
     }
-    wanted, costs = OVERSUPPLY * items_per_task, Costs(count_tokens)
+    wanted, costs = OVERSUPPLY * items_per_task, Costs(encode)
     domain_bytes = 1000 * bits_per_byte_kilobytes
     texts = {
         domain: _texts(members, domain_bytes, random.Random(f"{seed}:texts:{domain}"))
@@ -139,7 +142,7 @@ def build(
     }
     sizes = dict.fromkeys(tasks, items_per_task)
     for multiple in context_multiples:
-        for task, asked in _context_tasks(documents, multiple * context_tokens, count_tokens, f"{seed}:{multiple}"):
+        for task, asked in _context_tasks(documents, multiple * context_tokens, costs.tokens, f"{seed}:{multiple}"):
             name = f"{task}_at_{multiple}x"
             tasks[name] = [ChoiceItem(f"{name}/{number}", *item) for number, item in
                            enumerate(islice(asked, OVERSUPPLY * items_per_context))]
@@ -261,9 +264,14 @@ def _syntax_pairs(
 ) -> list[ChoiceItem]:
     """A true line and the same line with a fault, after the lines before it.
 
-    The fault is decided by what stands before and on the line: with it, no continuation is Python.
+    The fault is decided by what stands before and on the line: with it, no continuation is Python. Pairs come by two:
+    one fault takes away the tokens that the other brings, and brings those that it takes away. So a sum over tokens, of
+    log frequencies or of bytes, prefers the true line in one of the two or in neither. At most in about half of the
+    pairs the fault is another order of the same tokens, its own opposite.
     """
     items: list[ChoiceItem] = []
+    waiting: dict[Change, ChoiceItem] = {}              # for the opposite change
+    couples: Counter[bool] = Counter()                  # by whether the tokens are the same
     used: Counter[str] = Counter()
     for document in rng.sample(documents, len(documents)):
         if len(items) >= wanted:
@@ -272,13 +280,22 @@ def _syntax_pairs(
 
         def admissible(row: int, wrong: str, lines: list[str] = lines) -> bool:
             context = _last_lines(lines[:row], context_size)
-            long_enough = len(context.strip()) >= context_size // 4
-            return long_enough and costs.equal(context + wrong + "\n", costs.of(context + lines[row] + "\n"))
+            true, false = context + lines[row] + "\n", context + wrong + "\n"
+            if len(context.strip()) < context_size // 4 or not costs.equal(false, costs.of(true)):
+                return False
+            change = costs.change(true, false)
+            return couples[True] <= couples[False] if change == change[::-1] else change not in waiting
 
-        for row, wrong in islice(faulty_lines(document.text, used, rng, admissible), ITEMS_PER_DOCUMENT):
+        for row, wrong in islice(faulty_lines(document.text, used, rng, admissible), PAIRS_PER_DOCUMENT):
             context = _last_lines(lines[:row], context_size)
             identity = f"syntax_pairs/{document.id[:16]}/{row + 1}"
-            items.append(_shuffled(identity, context, (lines[row] + "\n", wrong + "\n"), rng))
+            item = _shuffled(identity, context, (lines[row] + "\n", wrong + "\n"), rng)
+            change = costs.change(context + lines[row] + "\n", context + wrong + "\n")
+            if opposite := waiting.pop(change[::-1], None):
+                items += [opposite, item]
+                couples[change == change[::-1]] += 1
+            else:
+                waiting[change] = item
     return items
 
 
@@ -359,10 +376,15 @@ COMPRESSORS = (deflate_size, lzma_size)
 class Costs:
     """What a text costs without any training of a model: bytes by either compressor, and tokens."""
 
-    def __init__(self, count_tokens: CountTokens):
+    def __init__(self, encode: Encode):
+        self.encode = encode
         self.measures: tuple[Measure, ...] = (
-            lambda text: deflate_size(text.encode()), count_tokens, lambda text: lzma_size(text.encode())
+            lambda text: deflate_size(text.encode()), self.tokens, lambda text: lzma_size(text.encode())
         )
+
+    def tokens(self, text: str) -> int:
+        """How many tokens `text` has."""
+        return len(self.encode(text))
 
     def of(self, text: str) -> list[int]:
         """`text` by each measure, in their order."""
@@ -372,14 +394,19 @@ class Costs:
         """Whether `text` costs just as much; the quickest measure is asked first."""
         return all(measure(text) == cost for measure, cost in zip(self.measures, costs, strict=True))
 
+    def change(self, text: str, other: str) -> Change:
+        """Tokens of `text` alone, and of `other` alone; neither where the same ones stand in another order."""
+        ours, theirs = Counter(self.encode(text)), Counter(self.encode(other))
+        return frozenset((ours - theirs).items()), frozenset((theirs - ours).items())
 
-def control(items: EvaluationItems, window_bytes: int, count_tokens: CountTokens) -> dict[str, float]:
+
+def control(items: EvaluationItems, window_bytes: int, encode: Encode) -> dict[str, float]:
     """What no training reaches on `items`.
 
     A compressor's `bits_per_byte(_DOMAIN)_compressor`; `TASK_accuracy_control`, the best of the compressors and of
     taking the fewest tokens; a guess's `TASK_accuracy_chance`.
     """
-    sizes = Costs(count_tokens).measures
+    sizes = Costs(encode).measures
     metrics: dict[str, float] = {}
     bits, size = 0, 0
     for domain, documents in items.texts.items():

@@ -132,10 +132,6 @@ def _wrong_operator(line: str, tokens: list[Token]) -> list[str]:
     return _replaced(line, tokens, lambda text: OPERATORS if text in OPERATORS else ())
 
 
-def _wrong_end_of_header(line: str, tokens: list[Token]) -> list[str]:
-    return [line[:-1] + other for other in ",;"] if line.endswith(":") else []
-
-
 def _wrong_indentation(line: str, tokens: list[Token]) -> list[str]:
     return ["    " + line, line.removeprefix("    ")]
 
@@ -150,7 +146,6 @@ def _swapped(line: str, tokens: list[Token]) -> list[str]:
 
 FAULTS: dict[str, Callable[[str, list[Token]], list[str]]] = {
     "bracket": _wrong_bracket,
-    "colon": _wrong_end_of_header,
     "indentation": _wrong_indentation,
     "keyword": _wrong_keyword,
     "operator": _wrong_operator,

@@ -73,6 +73,6 @@ def _documents(package: str) -> list[dict[str, object]]:
     return rows
 
 
-def count_tokens(text: str) -> int:
+def encode(text: str) -> list[str]:
     """Tokens of a simple tokenizer: words, digits, white space, and every other sign."""
-    return len(re.findall(r"[^\W\d]+|\s+|.", text))
+    return re.findall(r"[^\W\d]+|\s+|.", text)
