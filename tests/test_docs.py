@@ -1,4 +1,4 @@
-"""The configuration that the guides show is one the stages take."""
+"""The configuration that the guides show is one the stages take, and links lead somewhere."""
 
 from __future__ import annotations
 
@@ -34,3 +34,19 @@ def test_the_guide_to_gpus_shows_launchers_and_layouts() -> None:
     torchrun, slurm = (RuntimeConfig(**common, **block["runtime"]) for block in blocks("gpu.md"))
     assert (torchrun.launcher.kind, torchrun.data_parallel) == ("torchrun", 2)
     assert slurm.launcher.processes == 1536 and slurm.launcher.slurm.directives == ["--exclusive"]
+
+
+def anchors(page: Path) -> set[str]:
+    """GitHub's, of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_lead_somewhere() -> None:
+    broken = []
+    for page in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]:
+        for link, path, anchor in re.findall(r"\]\((?!http)(([^)#\s]*)#?([^)\s]*))\)", page.read_text()):
+            target = page.parent / path if path else page
+            if not target.exists() or (anchor and anchor not in anchors(target)):
+                broken.append(f"{page.relative_to(ROOT)}: {link}")
+    assert not broken
