@@ -53,7 +53,8 @@ class Answer:
             raise ApiError(400, f"The prompt has an id beyond the vocabulary of {vocab_size}.", "prompt")
         if len(ids) + tokens > most:
             raise ApiError(400, f"{len(ids)} tokens of prompt and {tokens} new ones are more than the {most} that this "
-                                "server has room for.", "max_tokens", "context_length_exceeded")
+                                "server has room for. Ask for fewer, or start it with --max-length.",
+                           "max_tokens", "context_length_exceeded")
         self.engine, self.body, self.chat = engine, body, isinstance(body, ChatBody)
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
