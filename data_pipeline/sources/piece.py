@@ -65,8 +65,8 @@ def checked(text: object, source: str, path: str, domain: str, license: str) -> 
         return Refusal(domain, "empty", where)
     try:
         text.encode()
-    except UnicodeEncodeError:              # half a surrogate pair, which JSON may spell and UTF-8 may not
-        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    except UnicodeEncodeError:              # which JSON may spell and UTF-8 may not
+        return Refusal(domain, "half a surrogate pair", where)
     return Document(text, source, path, domain, license)
 
 

@@ -98,9 +98,10 @@ def test_bad_records_are_counted_and_the_rest_is_kept(tmp_path):
     assert found[1].where == f"{tmp_path}/a.jsonl, byte {len(jsonl({'text': 'first'}))}"
 
 
-def test_text_is_always_valid_unicode(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(rb'{"text": "half \ud83d and whole \ud83d\ude00"}')
-    assert texts(read(tmp_path)) == ["half \ufffd and whole \U0001f600"]
+def test_half_a_surrogate_pair_that_json_spells_costs_its_record(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "half \\ud83d"}\n{"text": "whole \\ud83d\\ude00"}')
+    found = read(tmp_path)
+    assert texts(found) == ["whole \U0001f600"] and reasons(found) == ["half a surrogate pair"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
