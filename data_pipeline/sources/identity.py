@@ -94,8 +94,8 @@ def stamp(paths: Iterable[str]) -> dict[str, Any]:
 def _below(path: Path) -> Iterator[Path]:
     """The file, or those below the directory, through links, in order; hidden ones are left out, as in reading."""
     if not path.exists():
-        raise DataError(f"{path}: not found, and annotate names it.\n"
-                        "Put it back, or take it out of annotate's settings, in params.yaml.")
+        raise DataError(f"{path}: not found, and the settings name it.\n"
+                        "Put it back, or take it out of them, in params.yaml.")
     if path.is_file():
         yield path
     seen = {path.resolve()}
