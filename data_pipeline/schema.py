@@ -21,7 +21,7 @@ class Refused(Record):
 
 
 class PassedOver(Record):
-    """passed_over.json, by unit (files, WARC records) and kind."""
+    """passed_over.json, by unit (files, packages, WARC records) and kind."""
 
     count: int
     where: list[str]

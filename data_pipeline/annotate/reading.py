@@ -33,7 +33,7 @@ TOO_LARGE = "too large for the sample"
 
 Report = Callable[[float, int], None]                   # the share read, documents more
 Refusals = dict[str, dict[str, dict[str, Any]]]         # domain -> reason -> {"documents": n, "where": [...]}
-Passed = dict[str, dict[str, dict[str, Any]]]           # files or WARC records -> what -> {"count": n, "where": [...]}
+Passed = dict[str, dict[str, dict[str, Any]]]           # unit -> what -> {"count": n, "where": [...]}
 
 
 class Part(NamedTuple):

@@ -16,7 +16,7 @@ from data_pipeline.config import DataError, FilesSource, WebSource
 from data_pipeline.sources.columns import require_text
 from data_pipeline.sources.kinds import How, Kind, kind_of, not_read
 from data_pipeline.sources.locations import locate, nothing
-from data_pipeline.sources.piece import Item, PassedOver, Piece, batches, seeded
+from data_pipeline.sources.piece import Item, PassedOver, PassedOverPiece, Piece, batches, seeded
 from data_pipeline.sources.readers import Part, is_one_value, open_parquet, passed_over, read_part
 from data_pipeline.sources.streams import SLICE, changed_at, has_mark, is_url, look
 
@@ -35,16 +35,6 @@ class FilesPiece(Piece):
     def read(self) -> Iterator[Item]:
         for part in self.parts:
             yield from read_part(part, self.source, self.kinds)
-
-
-@dataclass(frozen=True)
-class PassedOverPiece(Piece):
-    """What is known not to be read before anything is."""
-
-    entries: tuple[PassedOver, ...]
-
-    def read(self) -> Iterator[Item]:
-        yield from self.entries
 
 
 def file_pieces(

@@ -56,11 +56,10 @@ def identity(config: AnnotateConfig) -> dict[str, Any]:
 
 def _of_source(source: Source) -> dict[str, Any]:
     if isinstance(source, InstalledSource):
-        from data_pipeline.sources.installed import closure, everything
+        from data_pipeline.sources.installed import installed_packages
 
-        packages = everything() if source.roots == "all" else closure(source.roots)
-        return {"python": python_version()} | {
-            name: Version(package.version).public for name, package in packages.items()     # the same text for any GPU
+        return {"python": python_version()} | {         # the same text for any GPU
+            name: Version(package.version).public for name, package in installed_packages(source.roots).items()
         }
     if isinstance(source, HubSource):
         return {source.dataset: stamp([source.dataset]) if Path(source.dataset).exists() else source.revision}

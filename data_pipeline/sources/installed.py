@@ -30,7 +30,7 @@ from packaging.utils import canonicalize_name
 
 from data_pipeline.config import DataError, InstalledSource
 from data_pipeline.sources.licenses import is_permissive, license_of
-from data_pipeline.sources.piece import Document, Piece, Refusal, batches, seeded
+from data_pipeline.sources.piece import Document, PassedOver, PassedOverPiece, Piece, Refusal, batches, seeded
 from data_pipeline.sources.python_source import docstring_pages, parse, without_docstrings
 
 STANDARD_LIBRARY_LICENSE = "PSF-2.0"
@@ -85,14 +85,22 @@ def installed_pieces(source: InstalledSource, seed: int, shard_bytes: int) -> li
     domains = frozenset[str](source.megabytes)
     files = [file for file in installed_files(source.roots, seed) if domains.intersection(domains_of(file))]
     groups = batches(((file, file.size) for file in files), shard_bytes)
-    return [InstalledPiece(tuple(group), domains) for group in groups]
+    unlisted = tuple(PassedOver("packages", "no list of files (RECORD)", name)
+                     for name, package in installed_packages(source.roots).items() if package.files is None)
+    pieces: list[Piece] = [InstalledPiece(tuple(group), domains) for group in groups]
+    return [PassedOverPiece(unlisted), *pieces] if unlisted else pieces
 
 
 def installed_files(roots: list[str] | Literal["all"], seed: int) -> list[SourceFile]:
     """Every file of the closure of `roots` and of the standard library, in a seeded order. Raises DataError."""
-    packages = everything() if roots == "all" else closure(roots)
+    packages = installed_packages(roots)
     files = [file for name, package in packages.items() for file in _distribution_files(name, package)]
     return seeded([*files, *_standard_library_files()], seed)
+
+
+def installed_packages(roots: list[str] | Literal["all"]) -> dict[str, Distribution]:
+    """Those that `roots` stands for. Raises DataError."""
+    return everything() if roots == "all" else closure(roots)
 
 
 def everything() -> dict[str, Distribution]:

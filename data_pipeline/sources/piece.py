@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import xxhash
@@ -30,9 +31,9 @@ class Refusal(NamedTuple):
 
 
 class PassedOver(NamedTuple):
-    """Something that is not read, for it is of no kind that holds documents."""
+    """Something that is not read, for it is of no kind that holds documents, or does not say which files it has."""
 
-    unit: str           # "files", or records of an archive: "WARC records"
+    unit: str           # "files", "packages", or records of an archive: "WARC records"
     what: str           # its suffix or type
     where: str
 
@@ -49,6 +50,16 @@ class Piece(ABC):
 
         Raises DataError for what a user must mend: a column that is not there, an address that does not answer.
         """
+
+
+@dataclass(frozen=True)
+class PassedOverPiece(Piece):
+    """What is known not to be read before anything is."""
+
+    entries: tuple[PassedOver, ...]
+
+    def read(self) -> Iterator[Item]:
+        yield from self.entries
 
 
 def checked(text: object, source: str, path: str, domain: str, license: str) -> Document | Refusal:

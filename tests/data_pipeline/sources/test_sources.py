@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.config import DataError, InstalledSource
-from data_pipeline.sources import Document, Refusal, digest, pieces, read_piece
+from data_pipeline.sources import Document, PassedOver, Refusal, digest, pieces, read_piece
 from data_pipeline.sources.installed import SourceFile, closure, everything, installed_files, read_documents
 from data_pipeline.sources.licenses import UNKNOWN, is_permissive, license_of
 from data_pipeline.sources.python_source import docstring_pages, parse, without_docstrings
@@ -96,6 +96,17 @@ def test_all_roots_are_every_distribution_once_the_importable_one(tmp_path, monk
     assert not [name for name in found if name.startswith("nvidia-") or name == "triton"]
     monkeypatch.undo()
     assert {file.source for file in installed_files("all", 1)} > {"jinja2", "pytest", "python/json"}
+
+
+def test_a_package_that_does_not_list_its_files_is_passed_over(tmp_path, monkeypatch):
+    """As Debian's are: without RECORD."""
+    info = tmp_path / "debians-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: debians\nVersion: 1\nRequires-Dist: jinja2\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    first, *others = pieces(embedded(["debians"], "code"), 3, 10**9)
+    assert list(read_piece(first)) == [PassedOver("packages", "no list of files (RECORD)", "debians")]
+    assert others == pieces(embedded(["jinja2"], "code"), 3, 10**9)
 
 
 def test_order_depends_on_seed_and_names_only():
