@@ -58,7 +58,7 @@ def chat_encoder(directory: Path) -> Callable[[list[dict[str, str]]], list[int]]
 
     def encode(messages: list[dict[str, str]]) -> list[int]:
         for token in control:
-            if any(token in part for message in messages for part in message.values()):
+            if any(token in message["content"] for message in messages):
                 raise ModelError(f"A message has {token}, which steers the model and is no text.\nLeave it out.")
         try:
             ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)

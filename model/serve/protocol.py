@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from starlette.requests import Request
 
 from model.config import first_problem
@@ -57,6 +57,14 @@ class Body(Strict):
     frequency_penalty: Nothing = 0
     logprobs: Off = False
 
+    @field_validator("stream_options")
+    @classmethod
+    def of_a_stream(cls, options: StreamOptions, info: ValidationInfo) -> StreamOptions:
+        """Raise ValueError for options of a stream that is not asked for."""
+        if not info.data.get("stream"):
+            raise ValueError("only with `stream`: true")
+        return options
+
 
 class CompletionBody(Body):
     """POST /v1/completions: a text, or its token ids, to go on from."""
@@ -66,9 +74,9 @@ class CompletionBody(Body):
 
 
 class Message(Strict):
-    """A turn of a conversation."""
+    """A turn of a conversation. A chat template may leave out a role that it does not know."""
 
-    role: str
+    role: Literal["system", "user", "assistant"]
     content: str
 
 
