@@ -27,10 +27,10 @@ def tokenize(stage: Stage) -> dict[str, Any]:
     """Encode what was curated and blend it into phases; metrics."""
     import numpy as np
 
+    from data_pipeline.curated import manifest, shards
     from data_pipeline.schema import Blend
     from data_pipeline.tokenize import tokenization
     from data_pipeline.tokenize.blend import blend
-    from data_pipeline.tokenize.curated import shards
     from data_pipeline.tokenize.hub_tokenizer import HubTokenizer
     from data_pipeline.tokenize.indexed_dataset import token_dtype
     from data_pipeline.tokenize.tokenizer import MODEL_FILE
@@ -57,7 +57,7 @@ def tokenize(stage: Stage) -> dict[str, Any]:
         "eod_id": tokenizer.eod_id,
         "dtype": token_dtype(tokenizer.vocab_size).__name__,
         "tokenizer_digest": tokenizer.digest,
-        "corpus_digest": json.loads((curated / "manifest.json").read_text())["corpus_digest"],
+        "corpus_digest": manifest(curated, "corpus_digest")[0],
         "files": {
             name: {"documents": counts.documents, "tokens": counts.tokens, "bytes": counts.bytes}
             for name, counts in files.items()

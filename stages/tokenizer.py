@@ -16,8 +16,8 @@ MEASURED_BYTES = 200_000     # held-out text a domain on which bytes a token are
 
 def tokenizer(stage: Stage) -> dict[str, Any]:
     """Train the tokenizer; metrics."""
+    from data_pipeline.curated import sample, shards
     from data_pipeline.tokenize import tokenizer as library
-    from data_pipeline.tokenize.curated import sample, shards
 
     curated, seed = stage.input("curated"), stage.params.seed
     heldout = sample(shards(curated, "heldout"), MEASURED_BYTES, seed)      # where there is none: before the work

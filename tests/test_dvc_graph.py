@@ -153,7 +153,7 @@ def test_stages_that_compute_on_a_gpu_take_it() -> None:
 
 def test_closure_follows_imports_inside_functions_and_skips_the_frame() -> None:
     used = {str(file.relative_to(ROOT)) for file in closure(ROOT / "stages/tokenizer.py")}
-    assert used == {"stages/tokenizer.py", "data_pipeline/tokenize/tokenizer.py", "data_pipeline/tokenize/curated.py"}
+    assert used == {"stages/tokenizer.py", "data_pipeline/tokenize/tokenizer.py", "data_pipeline/curated.py"}
 
 
 def test_a_threshold_reruns_the_cut_and_not_the_annotation(tmp_path: Path) -> None:

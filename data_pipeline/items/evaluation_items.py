@@ -31,9 +31,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from data_pipeline.config import DataError
+from data_pipeline.curated import batches, manifest, shards
 from data_pipeline.items import context_items
 from data_pipeline.items.context_items import Asked, CountTokens
 from data_pipeline.items.syntax_pairs import faulty_lines
@@ -123,11 +123,9 @@ def build(
 
     Raises DataError where a domain or task gets no item at all, or a recall item cannot fit the context.
     """
-    manifest = _read_manifest(curated)
-    documents = [Document(**row) for row in _rows(curated / "heldout", ["id", "domain", "text"])]
-    by_domain = {
-        domain: [document for document in documents if document.domain == domain] for domain in manifest["heldout"]
-    }
+    ngram, heldout = manifest(curated, "decontamination_ngram", "heldout")
+    documents = [Document(**row) for row in _rows(curated, "heldout", ["id", "domain", "text"])]
+    by_domain = {domain: [document for document in documents if document.domain == domain] for domain in heldout}
     wanted, costs = OVERSUPPLY * items_per_task, Costs(encode)
     domain_bytes = 1000 * bits_per_byte_kilobytes
     texts = {
@@ -149,7 +147,7 @@ def build(
             sizes[name] = items_per_context
     candidates = [item.text for items in texts.values() for item in items]
     candidates += [item.context + item.choices[item.answer] for items in tasks.values() for item in items]
-    seen = set(_seen_in_training(candidates, curated / "train", manifest["decontamination_ngram"]))
+    seen = set(_seen_in_training(candidates, curated, ngram))
     texts = {
         domain: _up_to_bytes([item for item in items if item.text not in seen], domain_bytes)
         for domain, items in texts.items()
@@ -189,33 +187,16 @@ def read(path: Path) -> tuple[EvaluationItems, dict[str, float]]:
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
-def _read_manifest(curated: Path) -> dict[str, Any]:
-    path = curated / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text())
-        return {key: manifest[key] for key in ("decontamination_ngram", "heldout")}
-    except FileNotFoundError:
-        raise DataError(f"{path}: not found.\nRun the stage `curate`.") from None
-    except (json.JSONDecodeError, KeyError) as error:
-        raise DataError(f"{path}: not a manifest of curated text ({error!r}).\nRun the stage `curate` again.") from None
+def _rows(curated: Path, split: str, columns: list[str]) -> Iterator[dict[str, str]]:
+    return (row for shard in shards(curated, split) for batch in batches(shard, columns) for row in batch.to_pylist())
 
 
-def _rows(directory: Path, columns: list[str]) -> Iterator[dict[str, str]]:
-    """Rows of the Parquet shards in order, a batch at a time."""
-    shards = sorted(directory.glob("part-*.parquet"))
-    if not shards:
-        raise DataError(f"{directory}: no part-*.parquet.\nRun the stage `curate`.")
-    for shard in shards:
-        for batch in pq.ParquetFile(shard).iter_batches(batch_size=256, columns=columns):
-            yield from batch.to_pylist()
-
-
-def _seen_in_training(texts: Sequence[str], train: Path, n: int) -> list[str]:
+def _seen_in_training(texts: Sequence[str], curated: Path, n: int) -> list[str]:
     """Those of `texts` that share an n-gram of words with a training document."""
     hashes = [ngram_hashes(text, n) for text in texts]
     known = np.unique(np.concatenate(hashes))
     table, found = hash_set(known), np.zeros(len(known), dtype=bool)
-    for row in _rows(train, ["text"]):
+    for row in _rows(curated, "train", ["text"]):
         there = ngram_hashes(row["text"], n)
         found[np.searchsorted(known, there[is_in(there, table)])] = True
     return [text for text, mine in zip(texts, hashes, strict=True) if found[np.searchsorted(known, mine)].any()]

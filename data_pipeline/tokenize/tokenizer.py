@@ -23,7 +23,7 @@ from google.protobuf.message_factory import GetMessageClass
 from sentencepiece import sentencepiece_model_pb2
 
 from data_pipeline.config import DataError, TokenizerConfig
-from data_pipeline.tokenize.curated import shards, survey, with_ids
+from data_pipeline.curated import shards, survey, with_ids
 
 UNK_ID, BOS_ID, EOD_ID, PAD_ID = range(4)
 BYTE_IDS = range(4, 260)     # single bytes: what a character outside the vocabulary becomes

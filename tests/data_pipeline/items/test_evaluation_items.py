@@ -222,7 +222,7 @@ def test_items_that_occur_in_training_text_are_refused(tmp_path: Path, items: Ev
 
 
 def test_errors_say_what_to_do(tmp_path: Path, curated: Path) -> None:
-    with pytest.raises(DataError, match=r"manifest.json: not found.\nRun the stage `curate`"):
+    with pytest.raises(DataError, match=r"manifest.json: no manifest .*FileNotFound.*\nRun the `curate` stage"):
         evaluation_items.build(tmp_path, **SIZES)
     with pytest.raises(DataError, match=r"context_tokens: 64 tokens do not hold 4 lines"):
         evaluation_items.build(curated, **{**SIZES, "recall_pairs": 2, "context_tokens": 64,
@@ -236,4 +236,7 @@ def test_errors_say_what_to_do(tmp_path: Path, curated: Path) -> None:
         pq.write_table(pa.Table.from_pylist([row]), bare / split / "part-0.parquet")
     (bare / "manifest.json").write_text(json.dumps({"decontamination_ngram": 13, "heldout": {"code": {}}}))
     with pytest.raises(DataError, match="no item for `syntax_pairs`"):
+        evaluation_items.build(bare, **SIZES)
+    (bare / "train/part-0.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=r"train/part-0.parquet: cannot be read"):
         evaluation_items.build(bare, **SIZES)

@@ -8,7 +8,7 @@ import pytest
 import xxhash
 
 from data_pipeline.config import DataError
-from data_pipeline.tokenize.curated import OVERSUPPLY, Survey, batches, sample, shards, survey, with_ids
+from data_pipeline.curated import OVERSUPPLY, Survey, batches, manifest, sample, shards, survey, with_ids
 
 
 def documents(count: int = 400, seed: int = 0) -> list[dict[str, str]]:
@@ -93,6 +93,10 @@ def test_survey_lists_domains_by_size(tmp_path):
 def test_damage_is_named(tmp_path):
     with pytest.raises(DataError, match=r"train: no part-\*\.parquet.*\nRun the `curate`"):
         shards(tmp_path, "train")
+    for content, wrong in (("{", "JSONDecodeError"), ("[]", "TypeError"), ('{"heldout": {}}', r"KeyError\('corpus")):
+        (tmp_path / "manifest.json").write_text(content)
+        with pytest.raises(DataError, match=rf"manifest.json: no manifest .*{wrong}.*\nRun the `curate`"):
+            manifest(tmp_path, "heldout", "corpus_digest")
     file = write(tmp_path / "one", documents(50), 1)[0]
     with pytest.raises(DataError, match=r"part-00000.parquet: columns \['label'\] are missing"):
         list(batches(file, ("text", "label")))

@@ -1,15 +1,17 @@
-"""Reading what the `curate` stage wrote: shards in order, their rows a batch at a time, samples of their documents.
+"""Reading what the `curate` stage wrote: its manifest, shards in order, their rows a batch at a time, samples of them.
 
 Memory is bounded by a batch and by what is asked for, whatever the size of the corpus.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,6 +22,16 @@ from data_pipeline.config import DataError
 
 ROWS = 1024             # a batch
 OVERSUPPLY = 4          # bytes kept to choose a sample from, for each byte of it
+
+
+def manifest(curated: Path, *names: str) -> list[Any]:
+    """What manifest.json says of each of `names`. Raises DataError."""
+    path = curated / "manifest.json"
+    try:
+        content = json.loads(path.read_text())
+        return [content[name] for name in names]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: no manifest of curated text ({error!r}).\nRun the `curate` stage again.") from None
 
 
 def shards(curated: Path, split: str) -> list[Path]:
