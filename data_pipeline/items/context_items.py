@@ -54,25 +54,35 @@ def needles(
 ) -> Iterator[Asked]:
     """Endless `needle` items in lines of `texts`, which follow one another from a random one on; see `copies`."""
     while True:
-        hay: list[str] = []
-        size = 0
-        for text in rng.sample(texts, len(texts)):
-            if size > 6 * length:
-                break
-            hay += text.splitlines(keepends=True)
-            size += len(text)
+        order = rng.sample(texts, len(texts))
         digits = rng.sample(range(10), NEEDLES)
         keys = [line.split(" = ")[0] for line in _pairs(NEEDLES, rng)]
         hidden = [f"{key} = {digit}\n" for key, digit in zip(keys, digits, strict=True)]
         room = length - RESERVED_TOKENS - count_tokens("\n".join(hidden))
         _check_room(room > 0, length)
-        lines = _longest(hay, room, count_tokens)
+        lines = _longest(_hay(order, room, count_tokens), room, count_tokens)
         places = sorted(rng.choices(range(len(lines) + 1), k=NEEDLES), reverse=True)
         for place, line in zip(places, hidden, strict=True):
             lines.insert(place, line)
         text = "".join(line if line.endswith("\n") else line + "\n" for line in lines)
         asked = rng.randrange(NEEDLES)
         yield f"{text}{keys[asked]} =", tuple(f" {digit}" for digit in digits), asked
+
+
+def _hay(texts: Sequence[str], tokens: int, count_tokens: CountTokens) -> list[str]:
+    """The lines of as many of `texts` as have `tokens` tokens; a paragraph on one line comes in pieces."""
+    hay: list[str] = []
+    missing, piece = tokens, max(1, tokens // 4)            # characters
+    for text in texts:
+        for line in text.splitlines(keepends=True):
+            hay += [line] if len(line) <= tokens else [line[at : at + piece] for at in range(0, len(line), piece)]
+        missing -= count_tokens(text)
+        if missing <= 0:
+            return hay
+    raise DataError(
+        f"evaluate.context_multiples: all held-out text is {missing} tokens short of a context's {tokens}.\n"
+        "Lower the largest of them, or raise annotate.held_out.fraction."
+    )
 
 
 def _check_room(enough: bool, length: int) -> None:

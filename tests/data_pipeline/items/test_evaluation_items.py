@@ -6,6 +6,7 @@ import ast
 import json
 import math
 import os
+import random
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,7 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline.config import DataError
-from data_pipeline.items import evaluation_items
+from data_pipeline.items import context_items, evaluation_items
 from data_pipeline.items.evaluation_items import ChoiceItem, EvaluationItems
 from tests.data_pipeline.small_corpus import HELD_OUT, TRAIN, encode, write_curated
 
@@ -128,6 +130,20 @@ def test_answers_stand_in_contexts_of_the_asked_length(
                 assert len(pairs) == len(lines) and len(item.choices) == 10
 
 
+def test_needles_stand_in_contexts_of_the_asked_length_whatever_the_lines() -> None:
+    """A page of the web has a paragraph a line."""
+    def count_tokens(text: str) -> int:
+        return len(encode(text))
+
+    for text in ("a word " * 300 + "\n") * 9, "a word " * 2700:
+        for length in (256, 1024):
+            asked = context_items.needles([text], length, count_tokens, random.Random(1))
+            for context, _, _ in islice(asked, 5):
+                assert 0.75 * length < count_tokens(context) <= length
+    with pytest.raises(DataError, match=r"all held-out text is \d+ tokens short of a context's \d+\.\nLower"):
+        next(context_items.needles(["a word " * 30] * 3, 512, count_tokens, random.Random(1)))
+
+
 def test_items_on_disk_are_the_same(items: EvaluationItems, tmp_path: Path) -> None:
     evaluation_items.write(tmp_path / "items.json", items, {"recall_accuracy_chance": 0.25})
     again, controls = evaluation_items.read(tmp_path / "items.json")
@@ -232,7 +248,7 @@ def test_errors_say_what_to_do(tmp_path: Path, curated: Path) -> None:
     bare = tmp_path / "bare"
     for split in ("train", "heldout"):
         (bare / split).mkdir(parents=True)
-        row = {"id": "0" * 32, "text": "too short\n", "domain": "code"}
+        row = {"id": "0" * 32, "text": f"no code to {split}\n" * 200, "domain": "code"}
         pq.write_table(pa.Table.from_pylist([row]), bare / split / "part-0.parquet")
     (bare / "manifest.json").write_text(json.dumps({"decontamination_ngram": 13, "heldout": {"code": {}}}))
     with pytest.raises(DataError, match="no item for `syntax_pairs`"):
