@@ -7,7 +7,7 @@ MAKEFLAGS += --no-print-directory
 VENV ?= .venv
 PY := $(VENV)/bin/python
 DVC := PATH="$(abspath $(VENV))/bin:$$PATH" SHELL=$(SHELL) $(PY) -m dvc --wait-for-lock
-REPRO := $(PY) -m flows.mend && $(DVC) repro
+REPRO = $(if $(PROFILE),$(PY) -m flows.profile $(PROFILE) &&) $(PY) -m flows.mend && $(DVC) repro
 PORT ?= 4200
 PYTORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH := $(shell sed -n 's/.*"torch==\([^"]*\)".*/\1/p' pyproject.toml)
@@ -28,7 +28,7 @@ help: ## This list
 	@awk -F ':.*## ' '/^[a-z][a-z -]*:.*## / {printf "  make %-22s %s\n", $$1, $$2}' Makefile
 	@echo "  make STAGE                  One of: $(STAGES)"
 	@echo
-	@echo "  PROFILE=NAME with reproduce: $$(ls profiles | sed 's/\.yaml//' | paste -sd ' ')"
+	@echo "  PROFILE=NAME with reproduce and STAGE: $$(ls profiles | sed 's/\.yaml//' | paste -sd ' ')"
 
 setup: $(READY) ## Install everything into .venv (nothing to do when it is up to date)
 	@echo "Set up: $(VENV) ($$($(PY) -V))."
@@ -40,7 +40,6 @@ plan: $(READY) ## What pretraining would take: memory of a GPU, speed, days; PRO
 	@$(PY) -m flows.plan $(PROFILE) $(if $(MACHINE),--machine $(MACHINE))
 
 repro-plain: $(READY) ## The same result by DVC alone, one stage after the other
-	@$(if $(PROFILE),$(PY) -m flows.profile $(PROFILE))
 	@$(REPRO)
 
 stage: $(READY) ## One stage and what it needs; STAGE=pretrain@hybrid-fp8
@@ -53,6 +52,8 @@ $(filter-out curate,$(STAGES)): $(READY)
 # From the environment, where make puts what it is given: blanks and quotes in paths stay what they are.
 OWN := DOMAIN OUT TEXT_COLUMN EXTRACTOR LANGUAGES AGAINST LABELS SET
 curate: $(READY) ## The stage; or text of your own: SOURCE="DIR x.warc.gz" [OUT=DIR DOMAIN=web TEXT_COLUMN= LANGUAGES= ...]
+	@$(if $(SOURCE),,$(if $(filter command,$(foreach name,$(OWN),$(origin $(name)))), \
+		echo '$(OWN) are for text of your own. Name it: SOURCE=...'; exit 2))
 	@$(if $(SOURCE),$(PY) -m flows.curate_own "$$SOURCE" $(foreach name,$(OWN),$(if $($(name)),$(call flag,$(name)))), \
 		$(REPRO) $@)
 flag = --$(subst _,-,$(shell echo $(1) | tr A-Z a-z)) "$$$(1)"

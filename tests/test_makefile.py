@@ -203,6 +203,16 @@ def test_curate_gives_what_it_is_given_as_flags(sandbox: Sandbox) -> None:
                      '<--set><curate.rules={"a": {}}>')
 
 
+def test_what_a_stage_is_given_it_takes_or_refuses(sandbox: Sandbox) -> None:
+    assert sandbox.make("setup").returncode == 0
+    sandbox.calls()
+    for asked in ["items"], ["curate"], ["repro-plain"], ["stage", "STAGE=items"]:
+        assert sandbox.make(*asked, "PROFILE=smoke").returncode == 0
+        assert sandbox.calls()[:2] == ["-m flows.profile smoke", "-m flows.mend"]
+    refused = sandbox.make("curate", "DOMAIN=web")
+    assert refused.returncode != 0 and not sandbox.calls() and refused.stdout.endswith("Name it: SOURCE=...\n")
+
+
 def test_clean_removes_one_profile_only(sandbox: Sandbox) -> None:
     for kind in ("data", "runs", "reports"):
         for profile in ("cpu", "smoke"):
