@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints, model_validator
 
 Label = Literal["high", "medium-high", "medium", "medium-low", "low"]
 Domain = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]
@@ -199,7 +199,7 @@ class RulesConfig(Section):
 
     set: Literal["code", "prose", "reference", "web"]
     labels: list[Label] = Field(min_length=1)
-    thresholds: dict[str, tuple[float | None, float | None]] = {}      # feature -> (low, high), instead of the set's
+    thresholds: dict[str, tuple[FiniteFloat | None, FiniteFloat | None]] = {}   # feature -> (low, high), for the set's
 
 
 class PerplexityConfig(Section):
@@ -245,7 +245,7 @@ class Phase(Section):
     """A stretch of training with its own blend (paper section 2.2.3)."""
 
     until: float = Field(gt=0, le=1)
-    weights: dict[str, float]
+    weights: dict[str, FiniteFloat]
     labels: list[Label] = Field(min_length=1)
 
 
