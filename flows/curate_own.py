@@ -104,7 +104,7 @@ def settings(
         "annotate.shard_megabytes": MEGABYTES_PER_SHARD,
         "annotate.held_out": {"fraction": 0, "unit": "document"},
         "annotate.substring.domains": prose,
-        "curate.language.domains": prose,
+        "curate.language.domains": [domain] if languages else prose,
         "curate.rules": {domain: RULES.get(domain, WEB_RULES) | ({"labels": labels} if labels else {})},
     } | ({"curate.language.keep": languages} if languages else {}) | (
         {"annotate.decontamination.against": [PAPER_TASKS, *map(_absolute, against)]} if against else {})
