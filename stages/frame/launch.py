@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NoReturn
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from model.config import ModelError
 from stages.frame import worker
@@ -60,6 +60,14 @@ class LauncherConfig(BaseModel):
     processes_per_node: int = Field(default=1, ge=1)
     rendezvous: str | None = None
     slurm: SlurmJob = SlurmJob()
+
+    @model_validator(mode="after")
+    def here_is_one_process(self) -> LauncherConfig:
+        """Raise ValueError for more processes than `kind` starts."""
+        if self.kind == "here" and self.nodes * self.processes_per_node > 1:
+            raise ValueError(f"kind `here` is one process, not {self.nodes} x {self.processes_per_node}\n"
+                             "Set kind to torchrun or slurm, or nodes and processes_per_node to 1.")
+        return self
 
     @property
     def processes(self) -> int:

@@ -65,6 +65,7 @@ def test_unknown_key_inside_a_named_entry(tmp_path):
         ("hybrid-bf16: {architecture: hybrid", "hybrid-bf16: {architecture: hybird", "hybird"),
         ("vocab_size: 4096", "vocab_size: 4095", "multiple of 16"),
         ("    docs: {set: prose", "    dosc: {set: prose", "curate.rules has no entry for docs,"),
+        ("runtime:\n", "runtime:\n  launcher: {processes_per_node: 8}\n", "kind `here` is one process, not 1 x 8"),
         ("share: 0.3, domains: [docs]", "share: 0.3, domains: [dosc]", "curate.language.domains names dosc,"),
         ("bytes: 200, domains: [docs]", "bytes: 200, domains: [dosc]", "annotate.substring.domains names dosc,"),
     ],
