@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from platform import python_version
-from typing import Any
+from typing import Any, Literal
 
 from packaging.version import Version
 
@@ -33,24 +33,30 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def pinned(config: AnnotateConfig) -> AnnotateConfig:
-    """`config` with branches and tags of data sets as commits. Raises DataError where the Hub does not say."""
-    return config.model_copy(update={"sources": [
-        source.model_copy(update={"revision": commit_of(source)}) if isinstance(source, HubSource) else source
-        for source in config.sources
-    ]})
+    """`config` with branches and tags of the Hub as commits. Raises DataError where the Hub does not say."""
+    return config.model_copy(update={
+        "sources": [
+            source.model_copy(update={"revision": commit_of(source.dataset, source.revision, "dataset")})
+            if isinstance(source, HubSource) else source for source in config.sources
+        ],
+        "scorers": [
+            scorer.model_copy(update={"revision": commit_of(scorer.model, scorer.revision, "model")})
+            if isinstance(scorer, ClassifierConfig) else scorer for scorer in config.scorers
+        ],
+    })
 
 
 def identity(config: AnnotateConfig) -> dict[str, Any]:
-    """JSON values by what `config`, as `pinned` gives it, names: sources, evaluation sets and local models.
+    """JSON values by what `config`, as `pinned` gives it, names: sources, evaluation sets and models.
 
     Raises DataError for a source or a file that is not there.
     """
-    models = [scorer.model for scorer in config.scorers if isinstance(scorer, ClassifierConfig)]
+    models = [scorer for scorer in config.scorers if isinstance(scorer, ClassifierConfig)]
     return {
         "sources": [_of_source(source) for source in config.sources],
         "against": {name: f"{PACKAGE} {VERSION}" if name == PAPER_TASKS else stamp([name])
                     for name in config.decontamination.against},
-        "scorers": {name: stamp([name]) for name in models if Path(name).exists()},
+        "scorers": {one.model: stamp([one.model]) if Path(one.model).exists() else one.revision for one in models},
     }
 
 
@@ -106,19 +112,22 @@ def _below(path: Path) -> Iterator[Path]:
         yield from (here / name for name in sorted(files) if not name.startswith(".") and (here / name).is_file())
 
 
-def commit_of(source: HubSource) -> str:
-    """The commit that the source's revision stands for. Raises DataError where the Hub does not know or answer."""
-    if Path(source.dataset).exists() or COMMIT.fullmatch(source.revision):
-        return source.revision
+def commit_of(name: str, revision: str | None, kind: Literal["dataset", "model"]) -> str | None:
+    """The commit that a revision on the Hub stands for; of a local directory, the revision as it is.
+
+    Raises DataError where the Hub does not know or answer.
+    """
+    if Path(name).exists() or COMMIT.fullmatch(revision or ""):
+        return revision
     from huggingface_hub import HfApi
 
     from data_pipeline.sources.hub import READING_ERRORS
 
     try:
-        return str(HfApi().dataset_info(source.dataset, revision=source.revision).sha)
+        return str(HfApi().repo_info(name, revision=revision, repo_type=kind).sha)
     except READING_ERRORS as error:
         raise DataError(
-            f"annotate.sources: which commit of data set {source.dataset} `{source.revision}` is cannot be asked: "
+            f"annotate: which commit of {kind} {name} `{revision or 'main'}` is cannot be asked: "
             f"{str(error).strip().partition(chr(10))[0]}\n"
             "Connect, or give a commit (40 hexadecimal digits) as `revision`, in params.yaml: then nothing is asked."
         ) from error

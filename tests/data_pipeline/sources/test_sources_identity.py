@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import HfApi
 
 from data_pipeline.annotate import annotation
-from data_pipeline.config import AnnotateConfig, DataError
+from data_pipeline.config import AnnotateConfig, ClassifierConfig, DataError
 from data_pipeline.sources import pieces
 from data_pipeline.sources.identity import identity, pinned
 from stages.frame.params import load_params
@@ -98,14 +98,19 @@ def test_installed_packages_count_by_version():
 
 def test_a_branch_of_the_hub_is_the_commit_it_names_now(monkeypatch):
     branch = {"kind": "hub", "dataset": "someone/texts", "revision": "main", "domain": "web"}
-    monkeypatch.setattr(HfApi, "dataset_info", lambda self, name, revision: SimpleNamespace(sha=COMMIT))
-    assert pinned(config(branch)).sources[0].revision == COMMIT
-    assert identity(pinned(config(branch)))["sources"] == [{"someone/texts": COMMIT}]
+    scorer = ClassifierConfig(model="someone/scorer")
+    asked = config(branch).model_copy(update={"scorers": ["fluency", scorer]})
+    monkeypatch.setattr(HfApi, "repo_info", lambda self, name, revision, repo_type: SimpleNamespace(
+        sha=COMMIT[::-1] if (name, revision, repo_type) == ("someone/scorer", None, "model") else COMMIT))
+    assert pinned(asked).sources[0].revision == COMMIT
+    assert pinned(asked).scorers == ["fluency", scorer.model_copy(update={"revision": COMMIT[::-1]})]
+    assert identity(pinned(asked))["sources"] == [{"someone/texts": COMMIT}]
+    assert identity(pinned(asked))["scorers"] == {"someone/scorer": COMMIT[::-1]}
 
-    def unreachable(self, name, revision):
+    def unreachable(self, name, revision, repo_type):
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(HfApi, "dataset_info", unreachable)
+    monkeypatch.setattr(HfApi, "repo_info", unreachable)
     assert pinned(config(branch | {"revision": COMMIT})).sources[0].revision == COMMIT
     with pytest.raises(DataError, match="no network") as error:
         pinned(config(branch))
