@@ -3,7 +3,8 @@
 Each kind is one that a model of a few million parameters can say something about after minutes of training:
 
 - bits per byte: held-out documents of each domain;
-- `syntax_pairs`: a line of real Python against the same line made ungrammatical, after the lines before it;
+- `syntax_pairs`, of the domain `code`: a line of real Python against the same line made ungrammatical, after the lines
+  before it;
 - `recall`: `key = value` lines, then a key again: which of the values? (associative recall in context)
 - `copy_at_Nx`, `recall_at_Nx`, `needle_at_Nx`: what stood in a context of N training lengths (`context_items`)
 
@@ -132,12 +133,11 @@ def build(
         domain: _texts(members, domain_bytes, random.Random(f"{seed}:texts:{domain}"))
         for domain, members in by_domain.items()
     }
-    tasks = {
-        "syntax_pairs": _syntax_pairs(
-            by_domain.get("code", []), wanted, context_tokens, costs, random.Random(f"{seed}:syntax_pairs")
-        ),
-        "recall": _recall(wanted, recall_pairs, context_tokens, random.Random(f"{seed}:recall")),
-    }
+    tasks = {}
+    if "code" in by_domain:
+        tasks["syntax_pairs"] = _syntax_pairs(
+            by_domain["code"], wanted, context_tokens, costs, random.Random(f"{seed}:syntax_pairs"))
+    tasks["recall"] = _recall(wanted, recall_pairs, context_tokens, random.Random(f"{seed}:recall"))
     sizes = dict.fromkeys(tasks, items_per_task)
     for multiple in context_multiples:
         for task, asked in _context_tasks(documents, multiple * context_tokens, costs.tokens, f"{seed}:{multiple}"):

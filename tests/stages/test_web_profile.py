@@ -48,7 +48,7 @@ def test_the_data_stages_on_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
                        "HF_HOME": str(tmp_path / "hf"), "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}
         for variable in ("HF_HUB_OFFLINE", "HF_TOKEN"):
             environment.pop(variable, None)
-        for stage in ("sources", "annotate", "curate", "tokenizer", "tokenize"):
+        for stage in ("sources", "annotate", "curate", "tokenizer", "tokenize", "items"):
             command = [sys.executable, "-m", f"stages.{stage}"]
             command += [word for key, value in TINY.items() for word in ("--set", f"{key}={value}")]
             command += ["--out", "out"]

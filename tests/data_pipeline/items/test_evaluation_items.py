@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -235,6 +236,17 @@ def test_items_that_occur_in_training_text_are_refused(tmp_path: Path, items: Ev
 
     assert asked(items) & inside, "without the leak they are asked"
     assert not asked(leaked) & inside
+
+
+def test_a_corpus_without_code_is_asked_no_syntax(curated: Path, items: EvaluationItems, tmp_path: Path) -> None:
+    """As the profile `web`'s."""
+    for split in ("train", "heldout"):
+        (tmp_path / split).mkdir()
+        for file in (curated / split).glob("*.parquet"):
+            table = pq.read_table(file)
+            pq.write_table(table.filter(pc.field("domain") == "docs"), tmp_path / split / file.name)
+    (tmp_path / "manifest.json").write_text(json.dumps({"decontamination_ngram": 13, "heldout": {"docs": {}}}))
+    assert evaluation_items.build(tmp_path, **SIZES).tasks.keys() == items.tasks.keys() - {"syntax_pairs"}
 
 
 def test_errors_say_what_to_do(tmp_path: Path, curated: Path) -> None:
