@@ -200,10 +200,14 @@ def least_variance(records: Records, of: Sequence[Pair]) -> float:
 
 
 def half_trained_gain(records: Records, variant: str) -> float:
-    """As `trained_gains`, of the same model at the evaluation that is nearest to half of its tokens."""
+    """As `trained_gains`, of the same model at the evaluation that is nearest to half of its tokens. Raises DataError
+    where it was evaluated at its ends alone: an untrained model is no control."""
     curve = records.validation(variant)
     last = max(curve)
-    return 1 - curve[min(curve, key=lambda tokens: abs(tokens - last / 2))] / curve[last]
+    if not (within := [tokens for tokens in curve if 0 < tokens < last]):
+        raise DataError(f"{variant} was evaluated before and after training only, not at half its tokens.\n"
+                        "Set pretrain.evaluations to 2 or more, and train again.")
+    return 1 - curve[min(within, key=lambda tokens: abs(tokens - last / 2))] / curve[last]
 
 
 def documents(records: Records, pair: Pair) -> Estimate:

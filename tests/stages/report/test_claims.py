@@ -168,6 +168,13 @@ def test_without_a_control_that_fails_nothing_is_told(records):
         assert "is not seen to fail, so nothing is told" in claim(records, key).because
 
 
+def test_an_untrained_model_is_no_control(records):
+    for name in records.variants:
+        del records.validation[name][5e5]
+    found = claim(records, "hybrid_loss")
+    assert found.answer is UNDECIDED and found.because.startswith("transformer-bf16 was evaluated before and after")
+
+
 def test_one_seed_tells_nothing_about_training(records):
     for name in list(records.variants):
         if "seed" in name:
