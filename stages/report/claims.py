@@ -300,7 +300,7 @@ def tasks(records: Records, candidate: Sequence[str], reference: Sequence[str], 
 def layer_importance(records: Records) -> Finding:
     """The first and the last layer above the least of the most important quarter."""
     learned(records, records.params.compress.parent)
-    layers, count, found = records.importance.layers, records.params.compress.importance_samples, {}
+    layers, count, found = records.importance.layers, records.importance.samples["layers"], {}
     for which, end in (("first", layers[0]), ("last", layers[-1])):
         others = sorted((layer for layer in layers if layer is not end), key=lambda layer: -layer.importance)
         bar = others[math.ceil(len(layers) / 4) - 1]

@@ -40,7 +40,7 @@ class FakeRecords:
                                                                fp8_recipe="unscaled")
         models = [*self.variants, "compressed", "compressed-random"]
         self.params = SimpleNamespace(variants=self.variants, models=models, compress=SimpleNamespace(
-            parent="hybrid-fp8", importance_samples=32))
+            parent="hybrid-fp8"))
         level = {name: 2.0 * (1 + 0.0002 * draw.normal()) for name in SEEDS}
         bits = {}
         for name in self.variants:
@@ -71,7 +71,7 @@ class FakeRecords:
                 np.where(draw.random(ITEMS) < 0.99, luck[task], draw.random(ITEMS)) < level - worse * (level > 0.2)
             ).astype(int).tolist() for task, (level, _) in TASKS.items()}
             self.scores[name]["copy_at_2x"] = [0, 1]
-        self.importance = SimpleNamespace(layers=[
+        self.importance = SimpleNamespace(samples={"layers": 32}, layers=[
             SimpleNamespace(importance=1.0 if at in (0, 15) else 0.1 + 0.001 * at, standard_error=0.02)
             for at in range(16)])
         self.controls = SimpleNamespace(importance=0.29, random=[0.75, 0.70, 0.73], reverse=1.7)
@@ -277,6 +277,14 @@ def test_ends_that_matter_least_fail_and_noise_is_undecided(records):
     found = claim(records, "layer_importance")
     assert found.answer is FAILS and found.evidence[0].measure.startswith("last layer")     # what decided comes first
     records.importance.layers[15].importance = records.importance.layers[14].importance
+    assert claim(records, "layer_importance").answer is UNDECIDED
+
+
+def test_importance_is_known_as_well_as_the_samples_it_was_measured_on_say(records):
+    for layer in records.importance.layers:
+        layer.standard_error = 0.15
+    assert claim(records, "layer_importance").answer is HOLDS
+    records.importance.samples["layers"] = 2
     assert claim(records, "layer_importance").answer is UNDECIDED
 
 
