@@ -232,13 +232,15 @@ class Records(DataRecords):
 def pairs(params: Params, candidate: Sequence[str], reference: Sequence[str]) -> list[Pair]:
     """Models of one seed, which see the same text in the same order.
 
-    Each side: architecture, precision and, for a control arm, FP8 recipe; or one model, "parent" for that of compress.
+    Each side: architecture, precision and, for a control arm, FP8 recipe, else current scaling; or one model, "parent"
+    for that of compress.
     """
     def by_seed(of: Sequence[str]) -> dict[int, str]:
         if len(of) == 1:
             return {0: params.compress.parent if of[0] == "parent" else of[0]}
-        return {variant.seed: name for name, variant in params.variants.items()
-                if (variant.architecture, variant.precision, variant.fp8_recipe) == (*of, None)[:3]}
+        return {variant.seed: name for name, variant in params.variants.items() if (*of, "current")[:3] == (
+            variant.architecture, variant.precision,
+            variant.fp8_recipe or (params.pretrain.fp8_recipe if variant.precision == "fp8" else "current"))}
 
     ours, theirs = by_seed(candidate), by_seed(reference)
     return [(name, theirs[seed]) for seed, name in ours.items() if seed in theirs]

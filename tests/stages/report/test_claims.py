@@ -39,8 +39,8 @@ class FakeRecords:
         self.variants["hybrid-fp8-unscaled"] = SimpleNamespace(architecture="hybrid", precision="fp8", seed=1,
                                                                fp8_recipe="unscaled")
         models = [*self.variants, "compressed", "compressed-random"]
-        self.params = SimpleNamespace(variants=self.variants, models=models, compress=SimpleNamespace(
-            parent="hybrid-fp8"))
+        self.params = SimpleNamespace(variants=self.variants, models=models, pretrain=SimpleNamespace(
+            fp8_recipe="current"), compress=SimpleNamespace(parent="hybrid-fp8"))
         level = {name: 2.0 * (1 + 0.0002 * draw.normal()) for name in SEEDS}
         bits = {}
         for name in self.variants:

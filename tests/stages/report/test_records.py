@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from runs_tree import edit_json, report_stage, write_json, write_runs
+from runs_tree import ROOT, edit_json, load_params, report_stage, write_json, write_runs
 
 from stages.report.records import Reader, RecordError, Records, pairs
 
@@ -33,6 +33,16 @@ def test_what_was_written_is_read_back(runs):
     assert pairs(found.params, ("hybrid", "fp8"), ("hybrid", "bf16")) == [
         (f"hybrid-fp8{seed}", f"hybrid-bf16{seed}") for seed in ("", "-seed2", "-seed3")]
     assert pairs(found.params, ["compressed"], ["parent"]) == [("compressed", found.params.compress.parent)]
+
+
+def test_a_pair_is_of_the_recipe_that_trained_it():
+    def of(variant, recipe):
+        params = load_params(ROOT / "params.yaml", (f"variants.hybrid-fp8.fp8_recipe={variant}",
+                                                    f"pretrain.fp8_recipe={recipe}"))
+        return [len(pairs(params, ("hybrid", "fp8", *own), ("hybrid", "bf16"))) for own in ((), ("unscaled",))]
+
+    assert of("null", "current") == of("current", "current") == [3, 1]
+    assert of("null", "unscaled") == [0, 3] and of("current", "unscaled") == [1, 3]
 
 
 def test_nothing_is_read_before_it_is_asked_for(runs):
