@@ -182,6 +182,10 @@ class Records(DataRecords):
         """scores.json of a model."""
         return self.reader.read(Scores, "evaluate", model, "scores.json")
 
+    def items_digest(self, model: str) -> str:
+        """Of what a model was asked."""
+        return str(self.reader.read(dict[str, Any], "evaluate", model, "metrics.json").get("items_digest"))
+
     def samples(self, model: str) -> Samples:
         """samples.json of a model."""
         return self.reader.read(Samples, "evaluate", model, "samples.json")

@@ -60,7 +60,7 @@ class FakeRecords:
         nats, size = draw.normal(1, 0.2, (3, 60)), draw.integers(300, 900, (3, 60))
         of_text = draw.normal(0, 0.001, (len(models), 3, 60))
         luck = {task: draw.random(ITEMS) for task in TASKS}
-        self.paper_tasks = Files({name: [] for name in models})
+        self.paper_tasks, self.items_digest = Files({name: [] for name in models}), Files(dict.fromkeys(models, "a"))
         self.scores = Files()
         for name, own in zip(models, of_text, strict=True):
             worse = {"compressed-random": 0.1, "hybrid-fp8-unscaled": 0.2}.get(name, 0.0)
@@ -239,10 +239,12 @@ def test_other_items_are_a_record_to_mend(records):
     records.scores["compressed"]["next_word"] = [1, 0]
     found = claim(records, "compressed_tasks")
     assert found.answer is UNDECIDED
-    assert found.because.startswith("evaluate/compressed/scores.json and evaluate/hybrid-fp8/scores.json: not the same")
+    assert found.because.startswith("evaluate/compressed and evaluate/hybrid-fp8: not the same items")
     records.scores["compressed"]["next_word"] = records.scores["hybrid-fp8"]["next_word"]
     records.scores["compressed"]["bits_per_byte_0"] = [(-1.0, 3)] * 60
     assert "60 and 60 items: not the same ones" in claim(records, "compressed_loss").because
+    records.items_digest["compressed"] = "b"            # as many other ones
+    assert claim(records, "compressed_tasks").because == found.because
 
 
 def test_a_record_that_cannot_be_read_leaves_its_claims_alone(records):
