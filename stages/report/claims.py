@@ -330,7 +330,7 @@ def decoding(records: Records, model: str, other: str, grows: bool = False) -> F
     def ratio(context: int) -> Estimate:
         """How many times faster, its logarithm."""
         ours, theirs = (records.decode_repeats[name][context] for name in (model, other))
-        return mean(np.log(np.divide(theirs, ours)).tolist(), "repeat")
+        return mean([math.log(slow / fast) for slow, fast in zip(theirs, ours, strict=True)], "repeat")
 
     long = ratio(contexts[-1])
     found = {f"{model} over {other} at {contexts[-1]:,} tokens": superiority(long, comparisons=1 + grows)}

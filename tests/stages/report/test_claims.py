@@ -305,6 +305,8 @@ def test_timings_decide_by_their_repeats(records):
     assert claim(records, "compressed_decode").answer is UNDECIDED
     records.decode_repeats["transformer"] = {256: [1.5] * 5, 16384: [1.5] * 5}
     assert claim(records, "inference_mechanism").answer is FAILS
+    records.decode_repeats["compressed"][16384] = [1.6]     # one is not each of the parent's five
+    assert claim(records, "compressed_decode").answer is UNDECIDED
     for model in records.decode_repeats.values():
         del model[256]
     assert claim(records, "inference_mechanism").because == "decoding was measured at one context only"
