@@ -408,11 +408,16 @@ def judge_study(study: Study, key: str) -> Finding:
 
 
 def at_chance(measured: Measurement) -> bool:
-    """Whether the 95 % interval of a figure with a chance level reaches down to it."""
+    """Whether the 95 % interval of a figure with a chance level reaches down to it, or is not known."""
     if measured.chance is None:
         return False
-    low, high = mean(measured.values, measured.per).interval(statistics.ALPHA)
-    return low <= measured.chance if measured.better == "higher" else high >= measured.chance
+    low, high = mean(measured.values, measured.per, floor=least_of_items(measured)).interval(statistics.ALPHA)
+    return not (low > measured.chance if measured.better == "higher" else high < measured.chance)
+
+
+def least_of_items(measured: Measurement) -> float:
+    """Least variance of a mean of accuracies, as statistics.accuracy_gain's."""
+    return 2 / (measured.items + 2) ** 2 if measured.items else 0.0
 
 
 def compared(study: Study, item: Comparison, candidate: str, comparisons: int) -> Decision:
@@ -429,8 +434,7 @@ def compared(study: Study, item: Comparison, candidate: str, comparisons: int) -
     if isinstance(item.reference, str) and not item.paired:
         gain = statistics.unpaired(values(candidate), values(item.reference), measured.per)
     else:
-        gain = mean(gains(candidate), measured.per, gains(item.candidate),
-                    2 / (measured.items + 2) ** 2 if measured.items else 0.0)       # as statistics.accuracy_gain's
+        gain = mean(gains(candidate), measured.per, gains(item.candidate), least_of_items(measured))
     margin = math.log1p(item.margin) if item.relative else item.margin
     if item.question == "better":
         return superiority(gain, margin, comparisons)

@@ -402,11 +402,14 @@ def test_a_study_at_chance_decides_nothing(records):
     found = claim(records, "position", {"position": made})
     assert found.answer is UNDECIDED and "both at a guess, " in found.because and "in sight" in found.because
     assert found.evidence[0].measure == "a against b"
+    made = study({"a": ([0.26], guess), "b": ([0.2, 0.21, 0.2], guess)},         # of one value nothing is known
+                 [{"candidate": "a", "reference": "b", "question": "better", "paired": False}])
+    assert "both at a guess, " in claim(records, "position", {"position": made}).because
 
 
 def test_values_all_alike_need_their_number_of_items(records):
     def judged(**more):
-        accuracy = {"better": "higher", "unit": "accuracy", **more}
+        accuracy = {"better": "higher", "unit": "accuracy", "chance": 0.25, **more}
         made = study({"a": ([1.0] * 3, accuracy), "b": ([1.0] * 3, accuracy), "none": ([0.3, 0.35, 0.2], accuracy)}, [
             {"candidate": "a", "reference": "b", "question": "not worse", "margin": 0.05, "control": "none"}])
         return claim(records, "position", {"position": made})
