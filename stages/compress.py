@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def compress(stage: Stage) -> dict[str, Any]:
         "compress": config.model_dump(mode="json"), "recipe": params.recipe_of(config.parent).model_dump(mode="json"),
     })
     metrics: dict[str, Any] = result["metrics"]
+    print(*strayed(metrics), sep="", end="", flush=True)
     for name, directory in result["models"].items():
         facts = {
             "parent": config.parent,
@@ -62,6 +64,15 @@ def compress(stage: Stage) -> dict[str, Any]:
     rows = (DistillationRow(model=name, step=step, tokens=seen, kl=kl) for name, step, seen, kl in result["curve"])
     stage.write_record("distillation.csv", csv_text(rows, digits=6))
     return metrics
+
+
+def strayed(metrics: Mapping[str, float]) -> list[str]:
+    """A line for each model that its distillation took away from the parent."""
+    ends = {"compressed": ("kl_parent_cut", "kl_parent_compressed"),
+            "compressed-random": ("kl_parent_random_cut", "kl_parent_random")}
+    return [f"checkpoints/{name}: KL to the parent is {metrics[end]:.3g} nats after distillation, {metrics[start]:.3g} "
+            "just cut: distillation did harm. Lower compress.learning_rate.\n"
+            for name, (start, end) in ends.items() if not metrics[end] < metrics[start]]
 
 
 if __name__ == "__main__":

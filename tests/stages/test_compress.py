@@ -15,6 +15,7 @@ from model import costs
 from model.checkpoint import load_weights, save_weights
 from model.config import ModelConfig
 from model.hybrid_lm import HybridLM
+from stages.compress import strayed
 from tests.forked import run, start
 from tests.model.compression.markov import CONFIG, write_tokens
 
@@ -81,6 +82,14 @@ def test_outputs_and_records(done):
     assert list(rows[0]) == ["model", "step", "tokens", "kl"] and len(rows) == 60
     assert metrics["kl_parent_compressed"] < metrics["kl_parent_cut"]
     assert not list((done / ".scratch").glob("compress-*/"))
+
+
+def test_a_distillation_that_does_harm_is_said():
+    before = {"kl_parent_cut": 0.0132, "kl_parent_random_cut": 0.0049}
+    assert not strayed(before | {"kl_parent_compressed": 0.0026, "kl_parent_random": 0.0013})
+    [line] = strayed(before | {"kl_parent_compressed": 2.4, "kl_parent_random": 0.0013})
+    assert line.startswith("checkpoints/compressed: KL to the parent is 2.4 nats after distillation, 0.0132 just cut")
+    assert len(strayed(before | dict.fromkeys(("kl_parent_compressed", "kl_parent_random"), float("nan")))) == 2
 
 
 def test_a_killed_run_ends_in_the_same_result(ready, done, tmp_path):
