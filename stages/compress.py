@@ -50,6 +50,7 @@ def compress(stage: Stage) -> dict[str, Any]:
             "corpus_digest": json.loads((tokens / "tokens.json").read_text())["corpus_digest"],
             "distillation_tokens": metrics["distillation_tokens"],
             "validation_bits_per_byte": metrics[f"validation_bits_per_byte_{name}"],
+            "validation_bits_per_byte_parent": metrics["validation_bits_per_byte_parent"],      # its own: of more text
             "parent_training": training,
         }
         with stage.output("checkpoints", DIRECTORIES[name]) as out:

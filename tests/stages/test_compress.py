@@ -70,6 +70,8 @@ def test_outputs_and_records(done):
     for name in ("compressed", "compressed-random"):
         stored, state, training = load_weights(done / "data/tiny/checkpoints" / name)
         assert sum(tensor.numel() for tensor in state.values()) == metrics["compressed_parameters"]
+        assert training["validation_bits_per_byte_parent"] == pytest.approx(
+            metrics["validation_bits_per_byte_parent"], rel=1e-5)
         assert training["parent"] == "hybrid-fp8" and training["parent_training"]["precision"] == "fp8"
         assert len(training["layers_kept"]) == len(stored.pattern) == len(config.pattern)
         if name == "compressed":

@@ -104,6 +104,7 @@ def test_tables_hold_the_records_numbers(runs):
         "decode_of_floor", "output_tokens_per_second", "peak_gib")})
     page = Page(build()[1])
     assert any(row[0] == "hybrid-fp8" and "0.432 ± 0.022" in row for row in page.rows)
+    assert ["compressed", "M-M-M*-M-M-M-M-", "–", "–", "1,390,000", "204,800", *4 * ["–"]] in page.rows
     assert page.row("KL to the parent, distilled") == ["KL to the parent, distilled", "–", "0.0831", "0.7778"]
     assert any(row[0] == "docs" and row[3] == "3.988" for row in page.rows)
     assert page.row("16,384")[-2:] == ["2.99", "1.15"]
