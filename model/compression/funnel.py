@@ -124,13 +124,14 @@ def compress(
         "budget_gib": config.memory.budget_fraction * parent_bytes / GIB,
         "candidates": len(candidates),
         "importance_split_half_correlation": split_half_correlation(run.layer_scores),
-        "neuron_split_half_correlation": run.widths.reliability.get("neurons", 1.0),
         **measured,
         "kl_parent_random_cut_mean": sum(controls["random"]) / len(controls["random"]),
         "kl_parent_reverse_cut": controls["reverse"],
         "distillation_tokens": ends["compressed"].curve[-1][1],
         **cost["metrics"],
     }
+    if "neurons" in run.widths.reliability:         # a parent may have none, or dead ones alone
+        metrics["neuron_split_half_correlation"] = run.widths.reliability["neurons"]
     records = {
         "importance": importance_record(run.config_of_parent, run.layer_scores, run.widths, config),
         "candidates": candidate_records(candidates, rounds, run.table),

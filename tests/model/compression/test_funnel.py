@@ -1,5 +1,7 @@
 """The whole search and distillation on a tiny parent: what it finds, and that a kill changes nothing."""
 
+import copy
+
 import pytest
 import torch
 
@@ -111,6 +113,14 @@ def test_the_records_have_what_the_report_reads(unbroken, planted, data):
         logits = HybridLM.from_state(*planted)(data.validation[:, :-1])
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).double(), data.validation[:, 1:].flatten())
     assert result.metrics["validation_bits_per_byte_parent"] == pytest.approx(loss.item() / 2 / 0.693147181, rel=1e-5)
+
+
+def test_neurons_without_scores_are_not_called_reliable(compress, parent, config, unbroken):
+    assert unbroken[0].metrics["neuron_split_half_correlation"] > 0.5
+    state = {name: tensor.zero_() if name.endswith("up_proj.weight") else tensor
+             for name, tensor in copy.deepcopy(parent.state).items()}
+    short = config.model_copy(update={"distillation_tokens": 128, "short_distillation_tokens": 128, "finalists": 1})
+    assert "neuron_split_half_correlation" not in compress(Weights(parent.config, state), short).metrics
 
 
 def test_the_random_control_is_drawn_by_its_seed_alone(planted):
