@@ -123,6 +123,7 @@ def compress(
         "compressed_memory_gib": winner.memory.total / GIB,
         "budget_gib": config.memory.budget_fraction * parent_bytes / GIB,
         "candidates": len(candidates),
+        "validation_samples": len(data.validation),
         "importance_split_half_correlation": split_half_correlation(run.layer_scores),
         **measured,
         "kl_parent_random_cut_mean": sum(controls["random"]) / len(controls["random"]),

@@ -119,8 +119,11 @@ def test_neurons_without_scores_are_not_called_reliable(compress, parent, config
     assert unbroken[0].metrics["neuron_split_half_correlation"] > 0.5
     state = {name: tensor.zero_() if name.endswith("up_proj.weight") else tensor
              for name, tensor in copy.deepcopy(parent.state).items()}
-    short = config.model_copy(update={"distillation_tokens": 128, "short_distillation_tokens": 128, "finalists": 1})
-    assert "neuron_split_half_correlation" not in compress(Weights(parent.config, state), short).metrics
+    short = config.model_copy(update={"distillation_tokens": 128, "short_distillation_tokens": 128, "finalists": 1,
+                                      "validation_samples": 48})
+    metrics = compress(Weights(parent.config, state), short).metrics
+    assert "neuron_split_half_correlation" not in metrics
+    assert metrics["validation_samples"] == 16              # all there are
 
 
 def test_the_random_control_is_drawn_by_its_seed_alone(planted):
