@@ -14,6 +14,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -279,7 +280,7 @@ class HarnessLM(TemplateLM):
     def _batch_scores(
         self, stems: list[Stem], inputs: Sequence[list[int]], pairs: Sequence[Pair]
     ) -> list[tuple[int, Score]]:
-        """(index, score) of every pair in the batch."""
+        """(index, score) of every pair in the batch. Raises ModelError for a score that is not finite."""
         asked: list[tuple[int, int, int]] = []          # row, position, the token that follows there
         lengths = []
         rows = [row for stem in stems for row in stem.rows]
@@ -295,6 +296,9 @@ class HarnessLM(TemplateLM):
                  for some, following in zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True)]
         likelihoods, hits = (torch.cat(part).cpu().split(lengths) for part in zip(*found, strict=True))
         scores = [(part.sum().item(), bool(hit.all())) for part, hit in zip(likelihoods, hits, strict=True)]
+        if not all(math.isfinite(score) for score, _ in scores):    # of choices, the first would count as the likeliest
+            raise ModelError("A log-likelihood is not finite: activations overflow.\n"
+                             "Check the weights, and that the tokenizer is the model's own.")
         return list(zip([index for row in rows for index in row], scores, strict=True))
 
     def _judged(self, hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

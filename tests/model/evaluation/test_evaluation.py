@@ -338,6 +338,15 @@ def test_requests_that_cannot_be_scored(exported: dict[str, Path], tmp_path: Pat
         harness.load(tmp_path / "other", WINDOW)
 
 
+def test_a_model_that_overflows_is_refused(exported: dict[str, Path]) -> None:
+    """Of choices that are not numbers the first counted as chosen: an accuracy of 1 where it was the right one."""
+    model = harness.load(exported["hybrid"], WINDOW)
+    with torch.no_grad():
+        model.model.get_parameter("backbone.layers.1.mixer.down_proj.weight").fill_(3e38)
+    with pytest.raises(ModelError, match="A log-likelihood is not finite: activations overflow"):
+        model.loglikelihood(requests("loglikelihood", [("x = ", "1"), ("x = ", "2")]))
+
+
 def test_planned_memory_is_that_of_a_batch(exported: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors in BF16 that live beside the weights while a full batch is scored, logits some rows at a time."""
     monkeypatch.setattr(costs, "EVALUATION_TOKENS", 512)
