@@ -84,11 +84,11 @@ repeat text it was trained on, and contexts longer than {context:,} tokens were 
 
 @dataclass(frozen=True)
 class CardScore:
-    """One measured result: `control` is what no training at all reaches, as text."""
+    """One measured result: `control` is what no training at all reaches, as text; `stderr` is not known of one item."""
 
     measure: str
     value: float
-    stderr: float
+    stderr: float | None
     control: str
 
 
@@ -178,7 +178,8 @@ def _model_index(title: str, measured: Measured) -> str:
 
 def _results_section(measured: Measured) -> str:
     rows = "\n".join(
-        f"| {score.measure} | {score.value:.3f} ± {score.stderr:.3f} | {score.control} |" for score in measured.scores
+        f"| {score.measure} | {score.value:.3f}{'' if score.stderr is None else f' ± {score.stderr:.3f}'} "
+        f"| {score.control} |" for score in measured.scores
     )
     return f"""
 ## Results

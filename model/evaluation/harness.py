@@ -424,7 +424,8 @@ def evaluate(
     """Run the harness over `texts[domain]` (rows of `text_task`) and `choices[task]` (rows of `choice_task`).
 
     Metrics: `bits_per_byte_DOMAIN` with `_stderr` (bootstrap over documents), `bits_per_byte` over all bytes,
-    `TASK_accuracy` with `_stderr`; all but the overall one as the harness computes them.
+    `TASK_accuracy` with `_stderr`; all but the overall one as the harness computes them. One document, or item, has no
+    standard error.
     """
     domains = {f"bits_per_byte_{domain}": rows for domain, rows in texts.items()}
     tasks = {name: text_task(name, rows) for name, rows in domains.items()}
@@ -437,12 +438,14 @@ def evaluate(
     for name in domains:
         scored = [sample["bits_per_byte"] for sample in samples[name]]
         metrics[name] = float(results[name]["bits_per_byte,none"])
-        metrics[f"{name}_stderr"] = bits_per_byte_stderr(scored)
+        if len(scored) > 1:
+            metrics[f"{name}_stderr"] = bits_per_byte_stderr(scored)
         everything += scored
     metrics["bits_per_byte"] = bits_per_byte(everything)
     for name in choices:
         metrics[f"{name}_accuracy"] = float(results[name]["acc,none"])
-        metrics[f"{name}_accuracy_stderr"] = float(results[name]["acc_stderr,none"])
+        if len(samples[name]) > 1:
+            metrics[f"{name}_accuracy_stderr"] = float(results[name]["acc_stderr,none"])
         metrics[f"{name}_items"] = len(samples[name])
     shown: Samples = {name: [_text_sample(sample) for sample in samples[name][:SAMPLES_SHOWN]] for name in domains}
     shown |= {name: [_choice_sample(sample) for sample in samples[name][:SAMPLES_SHOWN]] for name in choices}
@@ -458,12 +461,9 @@ def card_scores(metrics: Mapping[str, Any]) -> list[CardScore]:
     """The model card's results from `evaluate`'s figures and their controls."""
     scores = []
     for key, value in metrics.items():
-        if f"{key}_stderr" in metrics:
-            if f"{key}_compressor" in metrics:
-                control = f"{metrics[f'{key}_compressor']:.3f}"
-            else:
-                control = f"{metrics[f'{key}_control']:.3f}, {metrics[f'{key}_chance']:.3f}"
-            scores.append(CardScore(key.replace("_", " "), value, metrics[f"{key}_stderr"], control))
+        if controls := [f"{metrics[f'{key}_{of}']:.3f}" for of in ("compressor", "control", "chance")
+                        if f"{key}_{of}" in metrics]:
+            scores.append(CardScore(key.replace("_", " "), value, metrics.get(f"{key}_stderr"), ", ".join(controls)))
     return scores
 
 

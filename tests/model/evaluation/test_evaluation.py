@@ -338,6 +338,16 @@ def test_requests_that_cannot_be_scored(exported: dict[str, Path], tmp_path: Pat
         harness.load(tmp_path / "other", WINDOW)
 
 
+def test_one_document_or_item_has_no_standard_error(exported: dict[str, Path]) -> None:
+    texts, choices = rows()
+    found = harness.evaluate(harness.load(exported["hybrid"], WINDOW), {"code": texts["code"][:1]}, {
+        "recall": choices["recall"][:1]}).metrics
+    assert found.keys() == {"bits_per_byte_code", "bits_per_byte", "recall_accuracy", "recall_items"}
+    controls = {"bits_per_byte_code_compressor": 3.5, "recall_accuracy_control": 1, "recall_accuracy_chance": 0.5}
+    assert [(score.measure, score.stderr, score.control) for score in harness.card_scores(found | controls)] == [
+        ("bits per byte code", None, "3.500"), ("recall accuracy", None, "1.000, 0.500")]
+
+
 def test_a_model_that_overflows_is_refused(exported: dict[str, Path]) -> None:
     """Of choices that are not numbers the first counted as chosen: an accuracy of 1 where it was the right one."""
     model = harness.load(exported["hybrid"], WINDOW)
