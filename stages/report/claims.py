@@ -322,7 +322,10 @@ def importance_random(records: Records) -> Finding:
 
 
 def decoding(records: Records, model: str, other: str, grows: bool = False) -> Finding:
-    """Faster at the longest context, over interleaved repeats; `grows`: and by a larger factor than at the shortest."""
+    """Faster at the longest context, over interleaved repeats; `grows`: and by a larger factor than at the shortest.
+    `other`: an architecture, or "parent" for that of what compress cuts."""
+    if other == "parent":
+        other = records.params.variants[records.params.compress.parent].architecture
     contexts = sorted(records.decode_repeats[other])
     if grows and len(contexts) < 2:
         return Answer.UNDECIDED, "decoding was measured at one context only", []

@@ -300,6 +300,9 @@ def test_a_cut_among_the_random_ones_is_undecided(records):
 
 def test_timings_decide_by_their_repeats(records):
     assert claim(records, "compressed_decode").evidence[0].ours.startswith("1.2")
+    records.params.compress.parent = "transformer-bf16"
+    assert claim(records, "compressed_decode").evidence[0].ours.startswith("1.8")
+    records.params.compress.parent = "hybrid-fp8"
     loaded = np.exp(np.random.default_rng(1).normal(0, 0.5, 5))
     records.decode_repeats["compressed"][16384] = list(2.0 * loaded)
     assert claim(records, "compressed_decode").answer is UNDECIDED
