@@ -56,7 +56,7 @@ from benchmarks import recall_study
 from data_pipeline.config import Phase, TokenizeConfig
 from data_pipeline.tokenize.blend import blend
 from data_pipeline.tokenize.indexed_dataset import IndexedDatasetWriter
-from durable import new_directory
+from durable import new_directory, sha256
 from model import costs
 from model.checkpoint import load_weights, read_description, save_weights
 from model.compression.candidates import random_selection
@@ -71,6 +71,7 @@ from model.compression.resume import ResultCache
 from model.compression.width_importance import NeuronScore, select, top, width_importance
 from model.config import ModelConfig, PretrainConfig
 from model.hybrid_lm import HybridLM
+from model.integrity import SUMS
 from model.megatron.distributed import device, process_groups
 from model.training import token_data
 from stages.frame.common import _commit, _machine, _versions, code_digest, write
@@ -787,7 +788,7 @@ def machine() -> str:
 
 def identity(scale: Scale, tokens: Path, parents: Sequence[Path]) -> str:
     parts = [(tokens / "tokens.json").read_text(), str(scale), code_digest(), Path(__file__).read_text(),
-             *(str(parent.resolve()) for parent in parents)]
+             *(sha256(parent / SUMS) for parent in parents)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 

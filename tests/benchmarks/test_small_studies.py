@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -27,6 +28,7 @@ from benchmarks.studies import (
 )
 from data_pipeline.config import TokenizeConfig
 from model import costs
+from model.checkpoint import load_weights, save_weights
 from model.hybrid_lm import HybridLM
 from model.training import token_data
 from stages.frame.params import load_params
@@ -215,6 +217,18 @@ def test_the_command(tokens, scratch, tmp_path, monkeypatch, capsys):
     assert found.command == "python -m benchmarks.studies neuron_score --parents parent-1 --tiny"
     assert "Parents of" in found.note and found.commit == "d6c7349"
     assert "wrote" in capsys.readouterr().out
+
+
+def test_results_are_of_the_parent_that_lies_there(tokens, scratch, scale, tmp_path):
+    first = tmp_path / "parent"
+    shutil.copytree(scratch / "parent-1", first)
+    before = studies.identity(scale, tokens, [first])
+    assert before == studies.identity(scale, tokens, [scratch / "parent-1"])
+    config, state, _ = load_weights(first)
+    shutil.rmtree(first)
+    first.mkdir()
+    save_weights(first, config, {name: tensor + 0.1 for name, tensor in state.items()}, {})
+    assert before != studies.identity(scale, tokens, [first])
 
 
 def test_records_can_be_read():
