@@ -251,7 +251,7 @@ def print_table(rows: Sequence[Row]) -> None:
         print(f"\nGap of the {words} to BF16, %, with its 95 % interval; within {100 * MARGIN:g} %?\n"
               f"{'setting':10} {'architecture':12} {'arm':10} {'start':>5} {'n':>3} {'mean':>8} {'interval':>20} "
               f"{'sd':>6}  answer")
-        found = gaps(rows, metric)
+        found, broken = gaps(rows, metric), set[tuple[str, str, float]]()
         for kind in sorted(found, key=lambda kind: (kind[0], kind[1], kind[3], list(ARMS).index(kind[2]))):
             setting, architecture, arm, start = kind
             values = list(found[kind].values())
@@ -260,8 +260,10 @@ def print_table(rows: Sequence[Row]) -> None:
             sd = 100 * estimate.error * math.sqrt(len(values))
             print(f"{setting:10} {architecture:12} {arm:10} {start:5g} {len(values):3} {middle:+8.4f} "
                   f"[{low:+8.4f}, {high:+8.4f}] {sd:6.4f}  {answer}")
-            if arm == CONTROL and answer is not Answer.FAILS:
-                print("  It is not seen to be broken: no answer of this setting and architecture counts.")
+            if arm == CONTROL and answer is Answer.FAILS:
+                broken.add((setting, architecture, start))
+        for setting, architecture, start in sorted({(of[0], of[1], of[3]) for of in found} - broken):
+            print(f"{setting:10} {architecture:12} {start:g}: no answer counts, {CONTROL} is not seen to be broken")
     print()
     for setting, architecture in sorted({(row["setting"], row["architecture"]) for row in rows}):
         runs = [row for row in rows if (row["setting"], row["architecture"], row["arm"]) ==

@@ -304,6 +304,13 @@ def test_the_record_pairs_by_seed():
         study_of(recorded(SHIFTS, others=1), "deep-1e-3", 0.5, "2 cards")
 
 
+def test_without_its_control_no_answer_counts(capsys):
+    for shifts, seen in ((SHIFTS, False), (SHIFTS | {"unscaled": 1e-4}, True), (
+            {arm: shift for arm, shift in SHIFTS.items() if arm != "unscaled"}, True)):
+        fp8_parity.print_table(recorded(shifts))
+        assert ("deep-1e-3  hybrid       0.5: no answer counts" in capsys.readouterr().out) is seen
+
+
 def test_the_figure_is_the_same_from_the_same_rows():
     drawn = figure(recorded(SHIFTS), "deep-1e-3", 0.5)
     assert drawn == figure(recorded(SHIFTS), "deep-1e-3", 0.5) and drawn.startswith("<svg") and "hybrid" in drawn
