@@ -314,18 +314,23 @@ def study_of(rows: Sequence[Row], setting: str, start: float, machine: str) -> S
             control = measured(metric, architecture, CONTROL, few)
             compare("fp8_parity", fp8, bf16, "equal", control)
             if metric == METRIC:
-                counts.append(f"{architecture} {len(seeds)}, of each other arm {len(few)}")
+                alone = {row["seed"] for row in rows if (row["setting"], row["architecture"], row["arm"]) == (
+                    setting, architecture, "bf16")} - pairs["fp8"]
+                counts.append(f"{architecture} {len(seeds)}, of each other arm {len(few)}" + (
+                    f" (of {len(alone)} more seeds there is no FP8 run that ended)" if alone else ""))
                 ours, _ = (measured(metric, architecture, arm, few, f" ({len(few)} seeds)") for arm in ("fp8", "bf16"))
                 arms = {arm: measured(metric, architecture, arm, few) for arm in ("fp8-2", "fp8-0", "e4m3", "again")}
                 compare("fp8_recipe", ours, arms["fp8-2"], "better", None)
                 compare("fp8_recipe", ours, arms["fp8-0"], "better", None)
                 compare("fp8_recipe", arms["e4m3"], ours, "not worse", control)
-    first, geometry = rows[0], SETTINGS[setting]
+    geometry = SETTINGS[setting]
+    made_with = {name: ", ".join(dict.fromkeys(row[name] for row in rows if row[name]))
+                 for name in ("commit", "python", "torch", "megatron", "transformer_engine")}
     return Study(
         study="fp8_parity",
         command=f"python -m benchmarks.fp8_parity run --setting {setting} --start {start:g} --tokens DIR --out FILE",
-        machine=machine, date=max(row["date"] for row in rows), commit=first["commit"] or "unknown",
-        versions={name: first[name] for name in ("python", "torch", "megatron", "transformer_engine") if first[name]},
+        machine=machine, date=max(row["date"] for row in rows), commit=made_with.pop("commit") or "unknown",
+        versions={name: versions for name, versions in made_with.items() if versions},
         note=f"{geometry.steps} steps of {geometry.sequences} x {geometry.length:,} tokens, width {geometry.width}, "
              f"{geometry.layers} layers, peak rate {geometry.learning_rate:g}, cosine to 1 %; the training loss is the "
              f"mean over the last {100 * TAIL:g} % of the steps; arms branch off the BF16 run at {100 * start:g} %. "

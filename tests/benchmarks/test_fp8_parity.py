@@ -304,6 +304,14 @@ def test_the_record_pairs_by_seed():
         study_of(recorded(SHIFTS, others=1), "deep-1e-3", 0.5, "2 cards")
 
 
+def test_the_record_counts_what_it_lacks_and_names_every_commit():
+    lacking = [one for one in recorded(SHIFTS) if job_of(one) != Job("deep-1e-3", "hybrid", 101, "fp8", 0.5)]
+    lacking[-1]["commit"] = "d"
+    study = study_of(lacking, "deep-1e-3", 0.5, "2 cards")
+    assert "transformer 5, of each other arm 3; hybrid 4, of each other arm 3 (of 1 more seeds there" in study.note
+    assert study.commit == "c, d" and study.versions["torch"] == "x"
+
+
 def test_without_its_control_no_answer_counts(capsys):
     for shifts, seen in ((SHIFTS, False), (SHIFTS | {"unscaled": 1e-4}, True), (
             {arm: shift for arm, shift in SHIFTS.items() if arm != "unscaled"}, True)):
