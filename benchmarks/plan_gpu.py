@@ -108,6 +108,9 @@ def main() -> None:
     parser.add_argument("--only", help="cases by their beginning, by comma; all without it")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     arguments = parser.parse_args()
+    wanted = tuple(arguments.only.split(",")) if arguments.only else ("",)
+    if unknown := [start for start in wanted if not any(name.startswith(start) for name in CASES)]:
+        parser.error(f"--only: no such case: {', '.join(unknown)}")
     if not torch.cuda.is_available():
         raise SystemExit("No GPU was found.\nThis compares a plan with steps on one: `make plan` works anywhere.")
     from benchmarks.gpu_timing import parallel_compilation
@@ -115,7 +118,6 @@ def main() -> None:
     device = torch.cuda.get_device_name()
     machine = "h200" if "H200" in device else "h100"
     found = measure_ceilings(torch.device("cuda"), torch.bfloat16, fp8=True)
-    wanted = tuple(arguments.only.split(",")) if arguments.only else ("",)
     rows = []
     with process_groups(), parallel_compilation():
         for name, case in CASES.items():

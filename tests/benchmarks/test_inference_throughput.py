@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from benchmarks import inference_gpu
+from benchmarks import inference_gpu, plan_gpu
 from model.benchmark.serving import PAIRS, fitting_batch
 from model.config import ModelError
 from model.presets import PRESETS
@@ -45,3 +45,10 @@ def test_the_largest_batch_that_fits():
     assert fitting_batch("8b", config, 66_560, free) == free // (sequence + 6 * 131_072)
     with pytest.raises(ModelError, match=r"8b: 66560 tokens need 1\.1 GiB beside the weights, 1\.0 are free"):
         fitting_batch("8b", config, 66_560, 2**30)
+
+
+def test_a_plan_is_not_right_of_no_cases(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["plan_gpu", "--only", "222m,nosuch"])
+    with pytest.raises(SystemExit, match="2"):
+        plan_gpu.main()
+    assert "--only: no such case: nosuch" in capsys.readouterr().err
