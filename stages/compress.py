@@ -40,7 +40,7 @@ def compress(stage: Stage) -> dict[str, Any]:
         "compress": config.model_dump(mode="json"), "recipe": params.recipe_of(config.parent).model_dump(mode="json"),
     })
     metrics: dict[str, Any] = result["metrics"]
-    print(*strayed(metrics), sep="", end="", flush=True)
+    print(*shortfalls(metrics, result["records"]["costs"]), sep="", end="", flush=True)
     for name, directory in result["models"].items():
         facts = {
             "parent": config.parent,
@@ -67,13 +67,24 @@ def compress(stage: Stage) -> dict[str, Any]:
     return metrics
 
 
-def strayed(metrics: Mapping[str, float]) -> list[str]:
-    """A line for each model that its distillation took away from the parent."""
+def shortfalls(metrics: Mapping[str, float], costs: Mapping[str, Any]) -> list[str]:
+    """A line for each model that its distillation took away from the parent, and for a decode step beyond its budget.
+
+    Args:
+        costs: the record `Costs`, as JSON has it.
+    """
+    from model.compression.schema import DECODE_STEP
+
     ends = {"compressed": ("kl_parent_cut", "kl_parent_compressed"),
             "compressed-random": ("kl_parent_random_cut", "kl_parent_random")}
-    return [f"checkpoints/{name}: KL to the parent is {metrics[end]:.3g} nats after distillation, {metrics[start]:.3g} "
-            "just cut: distillation did harm. Lower compress.learning_rate.\n"
-            for name, (start, end) in ends.items() if not metrics[end] < metrics[start]]
+    lines = [f"checkpoints/{name}: KL to the parent is {metrics[end]:.3g} nats after distillation, "
+             f"{metrics[start]:.3g} just cut: distillation did harm. Lower compress.learning_rate.\n"
+             for name, (start, end) in ends.items() if not metrics[end] < metrics[start]]
+    limit = costs["budgets"].get(DECODE_STEP)
+    if limit is not None and (step := costs["models"]["compressed"]["decode_seconds"]) > limit:
+        lines.append(f"checkpoints/compressed: a decode step takes {1e3 * step:.3g} ms, the budget is "
+                     f"{1e3 * limit:.3g}: layers do not quite add up. Lower compress.latency.budget_fraction.\n")
+    return lines
 
 
 if __name__ == "__main__":

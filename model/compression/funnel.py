@@ -43,7 +43,15 @@ from model.compression.layerwise import Layerwise, Mask
 from model.compression.plan import check
 from model.compression.prune import Selection, cut_checkpoint
 from model.compression.resume import ResultCache
-from model.compression.schema import CandidateRecord, Controls, Costs, FfnImportance, Importance, LayerImportance
+from model.compression.schema import (
+    DECODE_STEP,
+    CandidateRecord,
+    Controls,
+    Costs,
+    FfnImportance,
+    Importance,
+    LayerImportance,
+)
 from model.compression.width_importance import WidthImportance, kept_share, width_importance
 from model.config import ModelConfig, ModelError, PretrainConfig
 from model.hybrid_lm import HybridLM
@@ -251,7 +259,7 @@ class Funnel:
         config, parent = self.config, self.config_of_parent
         budgets = closed_budgets(parent, config)
         if self.table and config.latency and config.latency.budget_fraction is not None:
-            budgets.append(share_budget("decode step (seconds)", config.latency.budget_fraction, self.table.seconds,
+            budgets.append(share_budget(DECODE_STEP, config.latency.budget_fraction, self.table.seconds,
                                         parent, "compress.latency.budget_fraction"))
         return budgets
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from model.config import Record
 
+DECODE_STEP = "decode step (seconds)"       # name of the budget that is measured
+
 
 class LayerImportance(Record):
     """Importance of a layer: mean and standard error over samples (`model.compression.importance`)."""

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import shutil
 import signal
 import time
@@ -15,7 +16,7 @@ from model import costs
 from model.checkpoint import load_weights, save_weights
 from model.config import ModelConfig
 from model.hybrid_lm import HybridLM
-from stages.compress import strayed
+from stages.compress import shortfalls
 from tests.forked import run, start
 from tests.model.compression.markov import CONFIG, write_tokens
 
@@ -86,12 +87,19 @@ def test_outputs_and_records(done):
     assert not list((done / ".scratch").glob("compress-*/"))
 
 
-def test_a_distillation_that_does_harm_is_said():
-    before = {"kl_parent_cut": 0.0132, "kl_parent_random_cut": 0.0049}
-    assert not strayed(before | {"kl_parent_compressed": 0.0026, "kl_parent_random": 0.0013})
-    [line] = strayed(before | {"kl_parent_compressed": 2.4, "kl_parent_random": 0.0013})
+def test_a_distillation_that_does_harm_and_a_budget_that_is_missed_are_said():
+    costs = {"budgets": {"memory (bytes)": 9}, "models": {"compressed": {}}}
+    good = {"kl_parent_cut": 0.0132, "kl_parent_random_cut": 0.0049, "kl_parent_compressed": 0.0026,
+            "kl_parent_random": 0.0013}
+    assert not shortfalls(good, costs)
+    [line] = shortfalls(good | {"kl_parent_compressed": 2.4}, costs)
     assert line.startswith("checkpoints/compressed: KL to the parent is 2.4 nats after distillation, 0.0132 just cut")
-    assert len(strayed(before | dict.fromkeys(("kl_parent_compressed", "kl_parent_random"), float("nan")))) == 2
+    assert len(shortfalls(good | dict.fromkeys(("kl_parent_compressed", "kl_parent_random"), math.nan), costs)) == 2
+    costs = {"budgets": {"decode step (seconds)": 1e-3}, "models": {"compressed": {"decode_seconds": 1.1e-3}}}
+    [line] = shortfalls(good, costs)
+    assert line.startswith("checkpoints/compressed: a decode step takes 1.1 ms, the budget is 1: ")
+    costs["models"]["compressed"]["decode_seconds"] = 1e-3
+    assert not shortfalls(good, costs)
 
 
 def test_a_killed_run_ends_in_the_same_result(ready, done, tmp_path):
