@@ -5,7 +5,8 @@ Writes  data/PROFILE/hub/VARIANT/: config.json, safetensors, tokenizer.json, tra
         runs/PROFILE/export/VARIANT/metrics.json: size, and the largest difference of logits between the two
 
 The check reads the new directory back both ways and gives both models a few tokens of text in float32. A difference
-beyond 1e-5 of the largest logit, or a text that the two tokenizers encode differently, is an error.
+beyond 1e-5 of the largest logit, a weight that is not the checkpoint's, or a text that the two tokenizers encode
+differently, is an error.
 
 By hand, outside the pipeline (DIR must not exist yet):
 
@@ -28,7 +29,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -84,6 +85,7 @@ def to_hub(
         hub.save(out, config, state, training, dtype, shard_gigabytes=shard_gigabytes)
         fast_tokenizer.export(tokenizer, out)
         ids = check_tokenizer(out, pieces, config.vocab_size)
+    check_weights(out, state)
     difference, compared, way = check_logits(out, ids[: min(config.sequence_length, COMPARED_TOKENS)])
     write_sums(out, files="*.safetensors")
     return {
@@ -212,6 +214,19 @@ def check_tokenizer(directory: Path, tokenizer: Any, vocab_size: int) -> list[in
             "Train the tokenizer with the `tokenizer` stage, and report this if it was."
         )
     return ids
+
+
+def check_weights(directory: Path, state: Mapping[str, Tensor]) -> None:
+    """Raise ModelError where a weight of the Hub directory is not that of `state`, in the dtype it is stored in."""
+    import torch
+
+    from model import hub
+    from model.config import ModelError
+
+    _, exported = hub.open_weights(directory)
+    for name in state:
+        if not torch.equal(stored := exported[name], state[name].to(stored.dtype)):
+            raise ModelError(f"{directory}: {name} is not the checkpoint's.\nReport this; the export is wrong.")
 
 
 def check_logits(directory: Path, ids: list[int]) -> tuple[float, int, str]:

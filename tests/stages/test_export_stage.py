@@ -111,6 +111,21 @@ def test_a_difference_is_an_error(done, tmp_path, monkeypatch, bytes_needed):
         check_logits(tmp_path, list(range(4, 200)))
 
 
+def test_weights_in_other_places_are_an_error(done, monkeypatch, tmp_path):
+    """Both readings of the directory would have them, and the same logits."""
+    derive = hub.derive
+
+    def swapped(state, recipes):
+        one, other = (f"backbone.layers.{layer}.mixer.up_proj.weight" for layer in (1, 5))
+        return derive(state, recipes | {one: recipes[other], other: recipes[one]})
+
+    shutil.copytree(done, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "derive", swapped)
+    with pytest.raises(ModelError, match=r"layers\.1\.mixer\.up_proj\.weight is not the checkpoint's"):
+        export(stage_of(NAMES[0]))
+
+
 def test_another_vocabulary_is_an_error(done, tmp_path, monkeypatch):
     write_params(tmp_path)
     other = tokenizer.train_on([path.read_text() for path in MODULES], 512)
