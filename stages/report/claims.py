@@ -157,8 +157,9 @@ def evaluated(records: Records, candidate: Sequence[str], reference: Sequence[st
     known = [pair for pair in pairs(records.params, candidate, reference) if set(pair) <= set(records.params.models)]
     for pair in known:
         learned(records, pair[1])
-        ours, theirs = ((records.items_digest(model), {task: len(items) for task, items in (
-            records.scores(model) | graded(records, model)).items()}) for model in pair)
+        ours, theirs = ((records.items_digest(model), [of.task for of in records.paper_tasks(model)], {
+            task: len(items) for task, items in (records.scores(model) | graded(records, model)).items()})
+            for model in pair)
         if ours != theirs:
             files = " and ".join(f"evaluate/{model}" for model in pair)
             raise RecordError(f"{files}: not the same items.\nRun the stage `evaluate` again for them.")

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -394,6 +395,9 @@ def test_the_papers_tasks_count_where_one_model_beats_a_guess(records):
     assert "mmlu, compressed / hybrid-fp8 (a guess: not counted)" in [row.measure for row in found.evidence]
     records.paper_tasks["compressed"][0].right[:] = [0] * ITEMS
     assert claim(records, "compressed_tasks").answer is FAILS
+    records.paper_tasks["compressed"][0] = replace(records.paper_tasks["compressed"][0], task=replace(
+        tasks[0][0], shots=5))
+    assert "not the same items" in claim(records, "compressed_tasks").because
     records.paper_tasks["compressed"] = []
     assert "not the same items" in claim(records, "compressed_tasks").because
 
