@@ -196,7 +196,8 @@ def read_config(directory: Path) -> ModelConfig:
                 f"{path}: time_step_limit is {values['time_step_limit']}; the model here puts no limits to dt.\n"
                 "Take a model without it."
             )
-        if (kind := (values.get("rope_parameters") or {}).get("rope_type", "default")) != "default":
+        rope = values.get("rope_parameters") or {}
+        if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":       # "type": the older name
             raise ModelError(
                 f"{path}: rope_type is {kind!r}; the model here turns by plain frequencies.\nTake a model without it."
             )
@@ -293,22 +294,24 @@ def _why(path: Path, error: Exception) -> str:
 
 
 def special_tokens(directory: Path, vocab_size: int) -> dict[str, Any]:
-    """Content of generation_config.json; without it, the special ids of config.json.
+    """Content of generation_config.json, and the special ids that it does not name, by config.json.
 
     Raises:
         ModelError: an id is none, or one of the ends is not below `vocab_size`; a file is not JSON.
     """
-    own = directory / "generation_config.json"
-    path = own if own.exists() else directory / "config.json"
-    values = read_json(path)
+    config, own = directory / "config.json", directory / "generation_config.json"
+    values = read_json(own) if own.exists() else {}
+    also = read_json(config) if config.exists() or not values else {}       # beside a tokenizer alone there is none
     for name in SPECIAL_TOKENS:
-        ids = _ids(path, name, values.get(name))
+        path = own if name in values else config
+        values.setdefault(name, also.get(name))
+        ids = _ids(path, name, values[name])
         if name == "eos_token_id" and (outside := [each for each in ids if not 0 <= each < vocab_size]):
             raise ModelError(
                 f"{path}: eos_token_id holds {outside[0]}, and the model has ids below {vocab_size}.\n"
                 "Write the id there that ends a text, by the tokenizer."
             )
-    return values if own.exists() else {name: values.get(name) for name in SPECIAL_TOKENS}
+    return values
 
 
 def begin_id(directory: Path) -> int | None:

@@ -325,6 +325,7 @@ def test_models_of_another_kind_are_refused(tmp_path, changes, message):
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 777.0, "factor": 20.0}}, "rope_type is 'yarn'"),
+    ({"rope_parameters": {"type": "linear", "rope_theta": 777.0, "factor": 4.0}}, "rope_type is 'linear'"),
     ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_scaling is {'type': 'linear'"),
 ])
 def test_rotary_positions_of_another_kind_are_refused(tmp_path, changes, message):
@@ -437,6 +438,15 @@ def test_ends_of_text_are_one_id_or_several(tmp_path, ids, ends):
     assert hub.special_tokens(tmp_path, 320)["temperature"] == 0.6
     (tmp_path / "generation_config.json").unlink()
     assert hub.end_ids(tmp_path) == [2] and hub.special_tokens(tmp_path, 320) == hub.SPECIAL_TOKENS
+
+
+def test_special_ids_that_generation_config_does_not_name_are_those_of_config(tmp_path):
+    hub.save(tmp_path, HYBRID, random_state(HYBRID), {}, "float32", special_tokens={"bos_token_id": 1})
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": [2, 11]}')
+    assert hub.special_tokens(tmp_path, 320) == {
+        "temperature": 0.6, "eos_token_id": [2, 11], "bos_token_id": 1, "pad_token_id": None}
+    (tmp_path / "config.json").unlink()         # a tokenizer's own directory
+    assert hub.special_tokens(tmp_path, 320)["bos_token_id"] is None
 
 
 @pytest.mark.parametrize("ids", ["</s>", [[2]], [2, None], 2.0, True, [2, "11"]])
