@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.arguments import check_dtypes, check_multiple, check_shapes, warn_of_slowness
+from kernels.arguments import ArgumentError, check_dtypes, check_multiple, check_shapes, warn_of_slowness
 
 
 def prompt_attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -26,13 +26,17 @@ def prompt_attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         (batch, heads, new tokens, head_dim).
 
     Raises:
-        ArgumentError: shapes, devices or dtypes disagree, or heads are no multiple of groups.
+        ArgumentError: shapes, devices or dtypes disagree, heads are no multiple of groups, or there are more new tokens
+            than tokens.
     """
     sizes = check_shapes("prompt_attention", q=(q, "batch heads new head_dim"),
                          keys=(keys, "batch groups tokens head_dim"), values=(values, "batch groups tokens head_dim"))
     check_dtypes("prompt_attention", q=q, keys=keys, values=values)
     check_multiple("prompt_attention", "heads", sizes["heads"], "groups", sizes["groups"])
     new, length = q.shape[2], keys.shape[2]
+    if new > length:
+        raise ArgumentError(f"prompt_attention: q has {new} new tokens, keys have {length} in all.\n"
+                            "Give keys and values of the new tokens, too.")
     if not _has_cudnn_kernel(q):
         whole = new == length
         seen = None if whole else torch.ones(new, length, dtype=torch.bool, device=q.device).tril(length - new)

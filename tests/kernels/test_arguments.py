@@ -74,6 +74,8 @@ def state(**changes):
                                 on(torch.tensor([3, 3]))), r"heads \(5\).* groups \(2\)"),
     (lambda on: token_attention(on(zeros(2, 4, 16)), on(zeros(2, 2, 7, 16)), on(zeros(2, 2, 7, 16)),
                                 on(torch.tensor(3))), r"positions has the shape \(\)"),
+    (lambda on: prompt_attention(on(zeros(1, 2, 5, 8)), on(zeros(1, 2, 3, 8)), on(zeros(1, 2, 3, 8))),
+     "q has 5 new tokens, keys have 3 in all"),
     (lambda on: prompt_attention(on(zeros(2, 4, 3, 16)), on(zeros(2, 2, 7, 8)), on(zeros(2, 2, 7, 8))), "keys has"),
     (lambda on: squared_relu_backward_quantize(on(zeros(3, 8)), on(zeros(3, 9))), "dy has"),
     (lambda on: fp8_linear(on(zeros(3, 8)), quantize_rows(on(zeros(4, 9)))), "weight has"),
