@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The backward of what has no second derivative. PyTorch's decorator of that name refuses one only where the
+    gradient that comes in needs a gradient itself, as a loss's does not, and lets it pass as zero elsewhere."""
+    @wraps(backward)
+    def run(ctx: Any, *gradients: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError("The kernels are differentiable once: create_graph=True asks for more.\n"
+                               "Take second derivatives of PyTorch's own operations.")
+        return backward(ctx, *gradients)
+
+    return run
 
 
 class Operation:
@@ -25,6 +38,7 @@ class Operation:
 
     def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
         """As the custom operator's."""
+        backward = once_differentiable(backward)
         self.registered.register_autograd(backward, setup_context=setup_context)
         function = self.function
 
@@ -33,7 +47,7 @@ class Operation:
             setup_context(ctx, arguments, output)
             return output
 
-        members = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(backward))}
+        members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         differentiable: Any = type(function.__name__, (torch.autograd.Function,), members)
         self._differentiable = differentiable.apply
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels.arguments import check_any, check_shapes, warn_of_slowness
+from kernels.operation import once_differentiable
 
 
 def causal_conv1d(

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import RowTiles
+from kernels.operation import once_differentiable
 
 LOWEST = tl.constexpr(-3.0e38)          # finite: the difference of two infinities is no number
 IGNORED = tl.constexpr(-100)            # PyTorch's `ignore_index`
@@ -156,4 +157,4 @@ def _differentiate(ctx: Any, dlosses: Tensor, _: Tensor) -> tuple[Tensor, None]:
     return logits.detach(), None
 
 
-losses.register_autograd(_differentiate, setup_context=_keep)
+losses.register_autograd(once_differentiable(_differentiate), setup_context=_keep)

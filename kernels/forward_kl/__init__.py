@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels.arguments import check_any, check_dtypes, check_shapes, warn_of_slowness
+from kernels.operation import once_differentiable
 
 _ROWS = 64                  # of logits at a time on a CPU: their float32 copies stay in cache
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels.arguments import check_any, check_dtypes, check_multiple, check_shapes, warn_of_slowness
+from kernels.operation import once_differentiable
 
 _BLOCK = 65_536                  # elements; the float32 temporaries of one block stay in the second-level cache
 

@@ -10,9 +10,9 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels.arguments import warn_of_slowness
+from kernels.operation import once_differentiable
 
 
 def squared_relu(x: Tensor) -> Tensor:

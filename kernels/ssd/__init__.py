@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels.arguments import ArgumentError, check_any, check_dtypes, check_multiple, check_shapes, warn_of_slowness
+from kernels.operation import once_differentiable
 
 # exp(-50) = 2e-22 is nothing beside 1, but keeps products of decays out of the denormal range, where a CPU crawls.
 _LEAST_LOG_DECAY = -50.0

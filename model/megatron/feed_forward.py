@@ -14,8 +14,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from kernels.operation import once_differentiable
 from kernels.squared_relu_fp8 import (
     Quantized,
     quantize_transpose,

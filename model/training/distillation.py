@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from model.megatron import compat  # noqa: F401    # before Megatron
 
@@ -24,6 +23,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 
 from kernels.forward_kl import forward_kl, row_sums
+from kernels.operation import once_differentiable
 from model.megatron.spec import HybridModel
 
 ROWS = 2048                 # of logits whose float32 copies exist at one time, where a process holds part of a row

@@ -54,6 +54,16 @@ def test_impossible_labels_and_excluded_tokens_are_finite(run):
 
 
 @pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("run", [cross_entropy.cross_entropy, triton_losses])
+def test_a_second_derivative_is_refused(run):
+    """PyTorch would take it for zero, since the gradient of a loss needs none."""
+    logits = torch.randn(4, 40, requires_grad=True)
+    losses = run(logits.clone(), torch.arange(4))
+    with pytest.raises(RuntimeError, match="differentiable once: create_graph"):
+        torch.autograd.grad(losses.sum(), logits, create_graph=True)
+
+
+@pytest.mark.usefixtures("small_tiles")
 def test_the_gradient_takes_the_place_of_the_logits():
     """Autograd notices who uses the logits afterwards."""
     logits = torch.randn(4, 40, device=DEVICE, requires_grad=True)
