@@ -154,11 +154,12 @@ def training_flops_per_token(config: ModelConfig) -> int:
 
 def flops_utilization(config: ModelConfig, tokens_per_second: float, devices: int, device_name: str) -> float | None:
     """Model FLOP utilization: operations of the model a second over those `devices` devices could do in BF16, by their
-    data sheet; None where it is not known, as for a CPU.
+    data sheet; None where it is not known, as for a CPU, an H200 NVL or a part of a GPU (MIG).
 
     An FP8 run is measured against the BF16 peak too, so that the two compare.
     """
-    peak = next((peak for part, peak in _BF16_PEAK.items() if re.search(rf"{part}(?!\d)", device_name)), None)
+    is_other = r"\d| NVL|.* MIG "           # behind the part of the name
+    peak = next((peak for part, peak in _BF16_PEAK.items() if re.search(f"{part}(?!{is_other})", device_name)), None)
     return training_flops_per_token(config) * tokens_per_second / (devices * peak) if peak else None
 
 

@@ -164,7 +164,9 @@ def test_utilization_is_of_the_data_sheets_bf16_rate():
     speed = 4 * 989.4e12 / costs.training_flops_per_token(BASE)          # what four could do at most
     assert costs.flops_utilization(BASE, speed / 2, 4, "NVIDIA H200") == pytest.approx(0.5)
     assert costs.flops_utilization(BASE, speed, 4, "NVIDIA H100 PCIe") == pytest.approx(989.4 / 756)
-    for other in ("Some GPU", "NVIDIA RTX A1000 Laptop GPU", "NVIDIA H20"):
+    assert costs.flops_utilization(BASE, speed, 4, "NVIDIA H100 NVL") == pytest.approx(989.4 / 835)
+    for other in ("Some GPU", "NVIDIA RTX A1000 Laptop GPU", "NVIDIA H20", "NVIDIA H200 NVL",
+                  "NVIDIA H100 80GB HBM3 MIG 3g.40gb"):
         assert costs.flops_utilization(BASE, speed, 4, other) is None
     assert costs.flops_utilization(BASE, speed, 4, "CPU") is None
 
