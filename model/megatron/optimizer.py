@@ -96,17 +96,18 @@ def update(optimizer: MegatronOptimizer, clip_grad: float, accept: Callable[[flo
 
 
 def build_schedule(recipe: PretrainConfig, optimizer: MegatronOptimizer, steps: int) -> OptimizerParamScheduler:
-    """Linear warm-up from 0, then down to the least rate at step `steps`: by a cosine, or after a stable rate (WSD)."""
+    """Linear warm-up from 0, then down to the least rate at step `steps`: by a cosine, or after a stable rate (WSD). Of
+    few steps the last is none of the warm-up, and one at least of the decay."""
     decay = recipe.decay_fraction
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=recipe.learning_rate,
         min_lr=recipe.min_learning_rate,
-        lr_warmup_steps=round(recipe.warmup_fraction * steps),
+        lr_warmup_steps=min(round(recipe.warmup_fraction * steps), steps - 1),
         lr_decay_steps=steps,
         lr_decay_style=recipe.decay_style if decay is None else "WSD",
-        wsd_decay_steps=None if decay is None else round(decay * steps),
+        wsd_decay_steps=None if decay is None else max(1, round(decay * steps)),
         lr_wsd_decay_style=None if decay is None else recipe.decay_style,
         start_wd=recipe.weight_decay,
         end_wd=recipe.weight_decay,

@@ -289,6 +289,19 @@ def test_schedule_is_warmup_and_the_decay_in_closed_form(change, left):
     assert optimizer.param_groups[0]["lr"] == pytest.approx(least) == pytest.approx(top / 100)
 
 
+@pytest.mark.parametrize(("change", "steps"), [
+    ({"warmup_fraction": 0.96}, 10), ({"warmup_fraction": 0.6}, 1),
+    ({"warmup_fraction": 0.0, "decay_style": "minus_sqrt", "decay_fraction": 0.15}, 3),
+])
+def test_a_schedule_of_few_steps_ends_at_the_least_rate(change, steps):
+    """Where the warm-up would round to all of them, or the decay to none."""
+    recipe = PretrainConfig.model_validate(RECIPE.model_dump() | change)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    schedule = build_schedule(recipe, optimizer, steps)
+    schedule.step(steps)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(recipe.min_learning_rate)
+
+
 def test_bf16_keeps_float32_masters_and_decays_matrices_only(tokens, tmp_path):
     with process_groups():
         trainer = Trainer(HYBRID, RECIPE, "bf16", 1, tokens, tmp_path, ONE_COPY)
