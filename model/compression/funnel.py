@@ -62,7 +62,7 @@ from model.megatron.layerwise import MegatronLayerwise
 from model.megatron.limits import check_model
 from model.megatron.precision import Precision, PrecisionName
 from model.megatron.spec import build_model
-from model.training.token_data import text_digests
+from model.training.token_data import end_of_document, text_digests
 from model.training.trainer import FREE_WHEN_RESUMED, check_identity
 
 GIB = 2**30
@@ -204,7 +204,8 @@ class Funnel:
         """The model of a checkpoint, to be run layer by layer."""
         config, _ = checkpoint.read_description(directory)
         model = build_model(config, Precision(self.scored_in), self.parallelism, self.seed, start=directory)
-        return MegatronLayerwise(model.to(device()).requires_grad_(False), config)
+        eod_id = end_of_document(self.school.tokens) if self.school.pretrain.reset_at_documents else None
+        return MegatronLayerwise(model.to(device()).requires_grad_(False), config, eod_id)
 
     def _loaded(self, name: str, directory: Path) -> dict[str, Layerwise]:
         return {name: self.load(directory)}

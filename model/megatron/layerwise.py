@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from model.compression.layerwise import Layerwise
 from model.config import ModelConfig
 from model.megatron.distributed import device
+from model.megatron.documents import PackedDocuments, find_documents
 from model.megatron.spec import HybridModel
 
 
@@ -27,14 +28,15 @@ class MegatronLayerwise(Layerwise):
     Args:
         model: in BF16 or float32; FP8 layers compute in the format of their weights here.
         config: the whole model's geometry.
+        eod_id: the end-of-document token after which layers restart, if the model was trained so.
     """
 
-    def __init__(self, model: HybridModel, config: ModelConfig):
+    def __init__(self, model: HybridModel, config: ModelConfig, eod_id: int | None = None):
         self.layers = {layer.layer_number - 1: layer for layer in model.decoder.layers}
         path = {"M": "mixer.out_proj", "*": "self_attention.linear_proj", "-": "mlp.linear_fc2"}
         contractions = {index: layer.get_submodule(path[config.pattern[index]]) for index, layer in self.layers.items()}
         super().__init__(config, contractions, device(), model.config.params_dtype, batch_first=False)
-        self.model = model.eval()
+        self.model, self.eod_id = model.eval(), eod_id
         self.sequence_parallel = model.config.sequence_parallel
         self.replica, self.replicas = (parallel_state.get_data_parallel_rank(),
                                        parallel_state.get_data_parallel_world_size())
@@ -43,6 +45,7 @@ class MegatronLayerwise(Layerwise):
         self.has_head = parallel_state.is_pipeline_last_stage()
         self._length = 0                # of the sequences under way, without what pads them
         self._rotation: Tensor | None = None
+        self._documents: PackedDocuments | None = None
 
     def embed(self, ids: Tensor) -> Tensor:
         """As the base class."""
@@ -51,7 +54,8 @@ class MegatronLayerwise(Layerwise):
 
     def layer(self, index: int, hidden: Tensor) -> Tensor:
         """As the base class; hidden (sequence, batch, hidden), with sequence parallelism a part of the sequence."""
-        options: dict[str, Any] = {"attention_mask": None, "rotary_pos_emb": self._rotation}
+        options: dict[str, Any] = {"attention_mask": None, "rotary_pos_emb": self._rotation,
+                                   "packed_seq_params": self._documents}
         out = self.layers[index](hidden, **options)
         return out[0] if isinstance(out, tuple) else out
 
@@ -89,6 +93,8 @@ class MegatronLayerwise(Layerwise):
             ids = F.pad(ids, (0, -ids.shape[1] % self.tensor_ranks))
         if self.config.position_embedding == "rope":
             self._rotation = self.model.rotary_pos_emb(ids.shape[1])
+        if self.eod_id is not None:
+            self._documents = find_documents(ids, self.eod_id)
         return ids
 
     def _receive(self, ids: Tensor) -> Tensor:

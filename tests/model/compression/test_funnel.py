@@ -19,6 +19,8 @@ from model.hybrid_lm import HybridLM
 from model.megatron.distributed import ONE_COPY, Parallelism, process_groups
 from model.megatron.precision import Precision
 from model.megatron.spec import build_model
+from model.training.token_data import end_of_document
+from tests.closeness import relative_error
 from tests.model.compression.markov import Weights, silent
 from tests.model.compression.plain import PlainLayerwise
 from tests.tiny_engine import RECIPE
@@ -227,3 +229,16 @@ def test_weights_of_another_model_are_refused_by_name(parent, tmp_path, changes)
     with process_groups(), pytest.raises(ModelError, match=r"not the weights of .*decoder\.layers\.") as error:
         build_model(config, Precision("float32"), ONE_COPY, 1, start=directory)
     assert len(str(error.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize("resets", [True, False])
+def test_models_are_scored_with_the_resets_they_were_trained_with(parent, tokens, data, config, tmp_path, resets):
+    """The state of the documents before is gone, or is not, as in training."""
+    recipe = RECIPE.model_copy(update={"reset_at_documents": resets})
+    ids = data.validation[:2, :-1].clone()
+    ids[:, 9] = end_of_document(tokens)
+    with process_groups():
+        run = funnel.Funnel(parent.save(tmp_path), tokens, data, config, recipe, 1, ResultCache(tmp_path / "cache"),
+                            silent, ONE_COPY)
+        packed, alone = (next(run.teacher.hidden(part)) for part in (ids, ids[:, 10:]))
+    assert (relative_error(packed[:, 10:], alone) < 1e-5) == resets
