@@ -70,8 +70,11 @@ def is_whole(directory: Path) -> bool:
 
 
 def check_finite(tensor: Tensor, name: str, where: Path) -> None:
-    """Raise ModelError where a weight holds a NaN or an infinity."""
-    parts = tensor.detach().flatten().split(2**24) if tensor.is_floating_point() else ()     # copied in float32
+    """Raise ModelError where a weight holds a NaN or an infinity, or is of a type that only scales give a meaning."""
+    if not tensor.is_floating_point() or tensor.itemsize == 1:
+        raise ModelError(f"{where}: {name} is {tensor.dtype}, a quantized weight, whose scales are not read here.\n"
+                         "Take the model in BF16, FP16 or FP32.")
+    parts = tensor.detach().flatten().split(2**24)          # copied in float32
     if not all(bool(part.float().isfinite().all()) for part in parts):
         raise ModelError(f"{where}: {name} holds values that are not finite.\n{_CURE}")
 

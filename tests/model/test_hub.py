@@ -335,6 +335,17 @@ def test_rotary_positions_of_another_kind_are_refused(tmp_path, changes, message
         hub.load(tmp_path)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_quantized_weights_are_refused(tmp_path, dtype):
+    """Their scales may stand elsewhere: as numbers they are another model."""
+    hub.save(tmp_path, HYBRID, random_state(HYBRID), {}, "float32")
+    state = load_file(tmp_path / "model.safetensors")
+    state["lm_head.weight"] = state["lm_head.weight"].mul(100).to(dtype)
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=rf"lm_head\.weight is {dtype}, a quantized weight.*\n"):
+        hub.load(tmp_path)
+
+
 def test_a_tensor_under_two_names_is_refused(tmp_path):
     published(tmp_path / "there", "backbone.")
     file = tmp_path / "there" / "model.safetensors"
