@@ -177,6 +177,7 @@ class Funnel:
         self.precision: PrecisionName = "fp8" if config.precision == "fp8" else self.scored_in
         self.school = School(parent, data.training, tokens, config, pretrain, self.precision, seed, cache, parallelism,
                              progress)
+        self.eod_id = end_of_document(tokens) if pretrain.reset_at_documents else None
         self._teacher: Layerwise | None = None
 
     def check_identity(self) -> None:
@@ -204,8 +205,7 @@ class Funnel:
         """The model of a checkpoint, to be run layer by layer."""
         config, _ = checkpoint.read_description(directory)
         model = build_model(config, Precision(self.scored_in), self.parallelism, self.seed, start=directory)
-        eod_id = end_of_document(self.school.tokens) if self.school.pretrain.reset_at_documents else None
-        return MegatronLayerwise(model.to(device()).requires_grad_(False), config, eod_id)
+        return MegatronLayerwise(model.to(device()).requires_grad_(False), config, self.eod_id)
 
     def _loaded(self, name: str, directory: Path) -> dict[str, Layerwise]:
         return {name: self.load(directory)}

@@ -70,7 +70,8 @@ def score_job(directory: str, parallelism: dict) -> dict:
 
     with process_groups(Parallelism(**parallelism)):
         loader = Funnel.__new__(Funnel)
-        loader.scored_in, loader.parallelism, loader.seed = "float32", Parallelism(**parallelism), 1
+        loader.scored_in, loader.parallelism, loader.seed, loader.eod_id = (
+            "float32", Parallelism(**parallelism), 1, None)
         return scores(loader.load(Path(directory) / "parent"), loader.load(Path(directory) / "other"))
 
 
