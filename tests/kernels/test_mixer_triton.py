@@ -41,9 +41,8 @@ def tensors(length: int, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
-@pytest.mark.parametrize("time_first, documents", [(True, None), (False, [1, 9, 30, 2, 22, 11])])
-def test_values_and_gradients_equal_the_parts(dtype, tolerance, time_first, documents):
-    length = 75
+@pytest.mark.parametrize("time_first, length, documents", [(True, 35, None), (False, 67, [1, 9, 30, 2, 14, 11])])
+def test_values_and_gradients_equal_the_parts(dtype, tolerance, time_first, length, documents):
     ours = tensors(length, dtype)
     if not time_first:
         ours[0] = ours[0].transpose(0, 1).contiguous().transpose(0, 1)
@@ -67,7 +66,7 @@ def test_values_and_gradients_equal_the_parts(dtype, tolerance, time_first, docu
 
 
 def test_the_operator_is_well_registered():
-    values = tensors(40, PRECISIONS[0][0])
+    values = tensors(5, PRECISIONS[0][0])
     values[0] = values[0].transpose(0, 1)
     arguments = (*values, GROUPS, STATE, EPSILON, None)
     torch.library.opcheck(mixer_triton.mix.registered, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -45,7 +45,7 @@ def test_values_and_gradients_equal_the_recurrence(small_tiles, dtype, tolerance
 @pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
 def test_a_sequence_of_more_chunks_than_an_axis_has_room_for(small_tiles, monkeypatch, dtype, tolerance):
     monkeypatch.setattr(launch, "LARGEST_AXIS", 1)
-    compare(inputs(2, 75, 4, 16, 2, 32, dtype), tolerance)
+    compare(inputs(2, 35, 4, 16, 2, 32, dtype), tolerance)
 
 
 @pytest.mark.gpu
@@ -79,7 +79,7 @@ def test_inputs_are_read_where_they_lie(small_tiles, dtype, _):
 
 
 def test_the_operator_is_well_registered(small_tiles):
-    values = inputs(1, 40, 4, 16, 2, 32, PRECISIONS[0][0])
+    values = inputs(1, 5, 4, 16, 2, 32, PRECISIONS[0][0])
     arguments = [values[name].to(DEVICE).requires_grad_() for name in NAMES[:7]]
     torch.library.opcheck(ssd_triton.scan.registered, (*arguments, None, None),
                           test_utils=("test_schema", "test_faketensor"))
