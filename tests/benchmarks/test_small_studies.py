@@ -42,7 +42,11 @@ ROOT = Path(__file__).parents[2]
 def scale(tokens):
     vocab_size = json.loads((tokens / "tokens.json").read_text())["vocab_size"]
     found = scale_of(load_params(ROOT / "params.yaml"), vocab_size, on_gpu=False, tiny=True)
-    return found._replace(recall=found.recall._replace(steps=2, layers=13, hidden=16))
+    return found._replace(
+        recall=found.recall._replace(steps=2, layers=13, hidden=16),
+        recipe=found.recipe.model_copy(update={"tokens": 1024}),
+        compress=found.compress.model_copy(update={"validation_samples": 8, "distillation_tokens": 256}),
+    )
 
 
 def tasks(name, design, scale, tokens, scratch):

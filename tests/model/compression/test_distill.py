@@ -29,11 +29,11 @@ def start(parent, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def distil(parent, data, tokens, config, start, tmp_path_factory):
-    """The student after 20 steps towards the parent."""
+    """The student after 10 steps towards the parent."""
     teacher = parent.save(tmp_path_factory.mktemp("teacher"))
 
     def run(directory, progress=silent, objective="kl", **changes):
-        settings = config.model_copy(update=changes)
+        settings = config.model_copy(update={"distillation_tokens": 10 * 128} | changes)
         precision = "fp8" if settings.precision == "fp8" else "float32"
         with process_groups():
             school = School(teacher, data.training, tokens, settings, RECIPE, precision, 1, ResultCache(directory),
@@ -59,7 +59,7 @@ def test_it_brings_the_student_closer(parent, data, start, unbroken):
     models = {"cut": weights(start), "distilled": weights(unbroken.directory)}
     close = compare(PlainLayerwise(HybridLM.from_state(*parent)), models, data.validation, 8, silent)
     assert close["distilled"].kl < 0.7 * close["cut"].kl
-    assert [row[:2] for row in unbroken.curve] == [(step, step * 128) for step in range(1, 21)]
+    assert [row[:2] for row in unbroken.curve] == [(step, step * 128) for step in range(1, 11)]
 
 
 def test_its_loss_is_the_divergence_of_the_logits(parent, data, start, unbroken):
@@ -80,7 +80,7 @@ def test_a_run_in_micro_batches_is_the_run_in_whole_batches(distil, tmp_path, un
     assert [row[2] for row in small.curve] == pytest.approx([row[2] for row in unbroken.curve], rel=1e-2)
 
 
-@pytest.mark.parametrize("last_step", [3, 10, 20])
+@pytest.mark.parametrize("last_step", [3, 7, 10])
 def test_a_killed_distillation_goes_on_with_the_same_result(distil, tmp_path, unbroken, last_step):
     class Killed(Exception):
         pass
@@ -100,9 +100,10 @@ def test_a_killed_distillation_goes_on_with_the_same_result(distil, tmp_path, un
 
 
 def test_a_student_that_was_damaged_is_trained_again(distil, tmp_path, unbroken):
-    done = distil(tmp_path)
-    next(done.directory.glob("*.distcp")).write_bytes(b"damaged")
-    assert load_weights(distil(tmp_path).directory)[1].keys() == load_weights(unbroken.directory)[1].keys()
+    for _ in range(2):
+        done = distil(tmp_path, distillation_tokens=128)
+        assert load_weights(done.directory)[1].keys() == load_weights(unbroken.directory)[1].keys()
+        next(done.directory.glob("*.distcp")).write_bytes(b"damaged")
 
 
 def test_the_text_itself_can_teach(distil, tmp_path, data, unbroken):
@@ -110,7 +111,7 @@ def test_the_text_itself_can_teach(distil, tmp_path, data, unbroken):
     done = distil(tmp_path, objective="cross_entropy")
     losses = [row[2] for row in done.curve]
     assert losses[0] > 1.5 * unbroken.curve[0][2]
-    assert sum(losses[-5:]) < sum(losses[:5])
+    assert sum(losses[-3:]) < sum(losses[:3])
 
 
 def test_fp8_of_teacher_and_student_is_near(distil, tmp_path, unbroken):

@@ -55,7 +55,7 @@ def tight(planted, config):
     target = planted.config.model_copy(update={"pattern": "M-*M-", "ffn_hidden_size": 32})
     target_bytes, parent_bytes = (costs.memory(c, config.memory).total for c in (target, planted.config))
     memory = config.memory.model_copy(update={"budget_fraction": (target_bytes + 0.5) / parent_bytes})
-    return config.model_copy(update={"memory": memory})
+    return config.model_copy(update={"memory": memory, "distillation_tokens": 8 * 128})
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +195,7 @@ def test_what_another_compression_kept_is_refused(compress, planted, config, tmp
 
 def test_importance_beats_chance(compress, parent, data, config):
     """On the trained parent itself: the chosen cut is closer than the mean of random cuts of its shape."""
-    result = compress(parent, config)
+    result = compress(parent, config.model_copy(update={"distillation_tokens": 8 * 128, "finalists": 1}))
     shape = load_weights(result.models["compressed"])[0]
     models = {str(seed): Mask.of(parent.config, random_selection(parent.config, shape,
                                                                  torch.Generator().manual_seed(seed)))

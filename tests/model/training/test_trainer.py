@@ -205,18 +205,17 @@ def test_a_state_of_a_spread_optimizer_is_the_whole_ones(replicas):
         assert value.abs().max() > 0 and (spread[name] - value).norm() <= 1e-5 * value.norm(), name
 
 
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_a_spread_optimizer_goes_on_from_its_state(replicas, tokens, precision, tmp_path):
+def test_a_spread_optimizer_goes_on_from_its_state(replicas, tokens, tmp_path):
     """Each of two replicas reads what it holds a part of, in many buckets; one alone reads all."""
-    run = replicas[precision, True, True]
+    runs = {precision: replicas[precision, True, True] for precision in ("float32", "bf16")}
     for count in (2, 1):
-        shutil.copytree(run["scratch"], tmp_path / f"scratch-{count}")
-        job = {"tokens": str(tokens), "out": str(tmp_path / f"out-{count}"), "parallelism": {}, "precision": precision,
-               "scratch": str(tmp_path / f"scratch-{count}"), "distributed_optimizer": True, "checkpoint_every": 3,
-               "micro_batch_size": 1 if precision == "bf16" else 2}
-        [resumed] = run_processes(count, [job], tmp_path)
-        assert resumed["resumed_from"] == 3
-        assert losses(resumed) == pytest.approx(losses(run), rel=1e-6)
+        jobs = [{"tokens": str(tokens), "out": str(tmp_path / f"out-{precision}-{count}"), "parallelism": {},
+                 "scratch": str(shutil.copytree(run["scratch"], tmp_path / f"scratch-{precision}-{count}")),
+                 "precision": precision, "distributed_optimizer": True, "checkpoint_every": 3,
+                 "micro_batch_size": 1 if precision == "bf16" else 2} for precision, run in runs.items()]
+        for run, resumed in zip(runs.values(), run_processes(count, jobs, tmp_path), strict=True):
+            assert resumed["resumed_from"] == 3
+            assert losses(resumed) == pytest.approx(losses(run), rel=1e-6)
 
 
 def test_a_state_of_the_other_optimizer_is_refused(tokens, unbroken, tmp_path):
