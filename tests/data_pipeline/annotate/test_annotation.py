@@ -6,8 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -79,13 +77,13 @@ def in_shards(corpus, little_reference, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def few_files(corpus, little_reference, tmp_path_factory) -> tuple[AnnotateConfig, dict[str, bytes]]:
-    """A quarter of the corpus in as many shards, and what comes of it without a break."""
+    """A quarter of the corpus in a few shards, and what comes of it without a break."""
     directory = tmp_path_factory.mktemp("few")
     for domain in ("code", "docs"):
         (directory / domain).mkdir()
         for number in range(2):
             shutil.copy(corpus / domain / f"{number}.jsonl", directory / domain)
-    config = annotate_config(directory, shard_megabytes=0.025)
+    config = annotate_config(directory, shard_megabytes=0.05)
     return config, files(run(config, directory / "whole"))
 
 
@@ -135,20 +133,14 @@ def test_shards_change_nothing(corpus, annotated, curated, in_shards, tmp_path, 
     assert curated_rows(other, tmp_path) == curated
 
 
-@pytest.mark.parametrize("executor", [pytest.param("ray", marks=pytest.mark.slow), "slurm"])
-def test_executors_change_nothing(corpus, curated, tmp_path, monkeypatch, executor):
+@pytest.mark.parametrize(("executor", "cluster"), [
+    pytest.param("ray", "debug", marks=pytest.mark.slow), ("slurm", "debug"),
+    pytest.param("slurm", "local", marks=pytest.mark.slow),             # jobs of their own
+])
+def test_executors_change_nothing(corpus, curated, tmp_path, monkeypatch, executor, cluster):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    slurm = {"cluster": "debug", "folder": str(tmp_path / "slurm")}
+    slurm = {"cluster": cluster, "folder": str(tmp_path / "slurm")}
     config = ExecutorConfig.model_validate({"executor": executor, "workers": 2, "slurm": slurm})
-    other = run(annotate_config(corpus, shard_megabytes=0.4), tmp_path, config)
-    assert curated_rows(other, tmp_path) == curated
-
-
-@pytest.mark.slow
-def test_jobs_of_their_own_change_nothing(corpus, curated, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    slurm = {"cluster": "local", "folder": str(tmp_path / "slurm")}
-    config = ExecutorConfig.model_validate({"executor": "slurm", "workers": 2, "slurm": slurm})
     other = run(annotate_config(corpus, shard_megabytes=0.4), tmp_path, config)
     assert curated_rows(other, tmp_path, config) == curated
 
@@ -254,41 +246,6 @@ def test_a_damaged_piece_is_made_again(few_files, tmp_path, capsys, work, anew):
         begun_anew += "annotated anew" in said
         assert files(out) == whole, kind
     assert kinds and begun_anew == anew, list(kinds)
-
-
-def test_a_killed_run_resumes(corpus, in_shards, little_reference, tmp_path):
-    """SIGKILL of the whole stage's process, workers and all, somewhere in the middle."""
-    config = annotate_config(corpus, shard_megabytes=0.1)
-    script = tmp_path / "annotate.py"
-    script.write_text(
-        "import sys\n"
-        "from pathlib import Path\n"
-        "from data_pipeline.annotate.annotation import annotate\n"
-        "from data_pipeline.config import AnnotateConfig, ExecutorConfig\n"
-        "from data_pipeline.annotate.quality import training_text\n"
-        f"training_text.INSTALLED_BYTES = {little_reference}\n"
-        "if __name__ == '__main__':\n"
-        "    out = Path(sys.argv[1]) / 'out'\n"
-        "    out.mkdir(exist_ok=True)\n"
-        "    config = AnnotateConfig.model_validate_json(Path(sys.argv[2]).read_text())\n"
-        "    annotate(config, 1, out, out.parent / 'scratch', ExecutorConfig(executor='local', workers=2),\n"
-        "             lambda *step, **figures: print(figures['work'], flush=True))\n"
-    )
-    (tmp_path / "config.json").write_text(config.model_dump_json())
-    process = subprocess.Popen([sys.executable, str(script), str(tmp_path), str(tmp_path / "config.json")],
-                               env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("deduplicate"):
-            process.kill()
-            break
-    process.communicate()
-    assert not (tmp_path / "out" / "manifest.json").exists()
-    works = set()
-    annotate(config, 1, tmp_path / "out", tmp_path / "scratch", HERE,
-             lambda *step, **figures: works.add(figures["work"]))
-    assert "read" not in works and (tmp_path / "scratch" / "resumed").exists()
-    assert files(tmp_path / "out") == files(in_shards)
 
 
 def test_a_worker_killed_midway_is_replaced(corpus, annotated, curated, tmp_path, capfd):

@@ -167,12 +167,12 @@ def test_text_vendored_by_pip_is_found_in_all_its_files():
         return {path.name: path.read_text(encoding="utf-8") for path in sorted(directory.glob("*.py"))}
 
     rich, vendored = read(SITE_PACKAGES / "rich"), read(SITE_PACKAGES / "pip/_vendor/rich")
-    shared = [name for name in vendored if name in rich and len(runs(vendored[name], 13)) > 200]
-    assert len(shared) > 30
-    rows = [(text, True) for text in rich.values()] + [(vendored[name], False) for name in shared]
+    shared = [name for name in vendored if name in rich and len(runs(vendored[name], 13)) > 200][::2]
+    assert len(shared) > 15
+    rows = [(rich[name], True) for name in shared] + [(vendored[name], False) for name in shared]
     counts = contamination(rows, 13, shards=3)
     assert counts == expected(rows, 13)
-    assert min(counts[len(rich):]) > 20
+    assert min(counts[len(shared):]) > 20
 
 
 @pytest.mark.parametrize(("language", "setting"), [(name, how) for name, ways in SETTINGS.items() for how in ways])

@@ -54,8 +54,9 @@ def encode(encoder: SegmentEncoder, texts: Sequence[str]) -> np.ndarray:
 
 
 def test_megabytes_of_source_and_prose(encoder, path):
-    texts = [file.read_text() for file in FILES] + [TOPICS[start : start + 7000] for start in range(0, 10**6, 7000)]
-    assert sum(map(len, texts)) > 5e6
+    texts = [file.read_text() for file in FILES[::2]]
+    texts += [TOPICS[start : start + 7000] for start in range(0, 10**6, 14_000)]
+    assert sum(map(len, texts)) > 2e6
     expected = referee(path, texts)
     np.testing.assert_array_equal(encode(encoder, texts), expected)
     np.testing.assert_array_equal(encode(encoder, texts), expected)         # from memory

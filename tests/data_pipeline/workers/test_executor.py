@@ -78,7 +78,7 @@ def results(pool: Workers, function, items) -> list:
 
 def test_results_keep_the_order_of_items_and_polars_works_here_and_in_workers(pool):
     assert column_sum([1, 2]) == 3
-    assert results(pool, column_sum, [[value, 1] for value in range(5)]) == [1, 2, 3, 4, 5]
+    assert results(pool, column_sum, [[value, 1] for value in range(3)]) == [1, 2, 3]
 
 
 def test_a_bad_shard_is_named_and_the_others_are_done(pool, capfd):

@@ -145,7 +145,7 @@ def decided(table: Table, shards: int, part: float, passes: Passes) -> list[int]
         return [reason for own in decision.shards for reason in own["reason"].tolist()]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(tables(), st.integers(1, 12), st.sampled_from([1, 4, 30, 1e6]), st.integers(1, 9))
 def test_any_parts_decide_as_the_whole_graph(table, shards, part, workers):
     expected = by_networkx(table)
