@@ -23,10 +23,9 @@ from data_pipeline.tokenize.indexed_dataset import IndexedDatasetWriter
 VOCABULARY = 64
 # A worker takes whole files: those that take longest start first, lest one be left alone at the end.
 LONGEST = (
-    "server", "annotation", "parallel", "reproduce", "trainer", "mixer_triton", "drawn_sizes", "executor", "outputs",
-    "compress", "stage_runner", "synthesis", "funnel", "evaluation_items", "evaluate", "trainer_recovery",
-    "causal_conv1d_triton", "surroundings", "curate_own", "small_studies", "bounds", "launch", "pretrain",
-    "text_generation", "chat",
+    "reproduce", "server", "surroundings", "stage_runner", "outputs", "annotation", "parallel", "trainer", "executor",
+    "chat", "small_studies", "curate_own", "funnel", "mixer_triton", "bounds", "quality", "evaluate", "sources_changed",
+    "launch", "export_stage", "trainer_recovery", "evaluation_items", "synthesis", "compress", "text_generation",
 )
 
 

@@ -125,8 +125,8 @@ def curate(
 
     def stage(name: str, out: Path, params: Path, assignments: list[str]) -> int:
         settings = [word for assignment in assignments for word in ("--set", assignment)]
-        done = forked.run(tmp_path, "-m", f"stages.{name}", "--params", str(params), "--out", str(out), "--settings",
-                          curate_own.SETTINGS, *settings, check=False)
+        done = forked.run(tmp_path, "-m", "tests.quick", f"stages.{name}", "--params", str(params), "--out", str(out),
+                          "--settings", curate_own.SETTINGS, *settings, check=False)
         sys.stdout.write(done.stdout)
         sys.stderr.write(done.stderr)
         return done.returncode

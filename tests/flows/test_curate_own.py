@@ -40,15 +40,12 @@ def write_texts(directory: Path) -> None:
     (directory / "crawl.warc").write_bytes(b"".join(page(text, number) for number, text in enumerate(texts[15:])))
 
 
-def test_files_and_an_archive_are_curated_and_the_funnel_shown(tmp_path: Path) -> None:
+def test_files_and_an_archive_are_curated_and_the_funnel_shown(tmp_path: Path, curate: Curate) -> None:
     write_texts(tmp_path)
     rules = 'curate.rules={"web": {"set": "prose", "labels": ["medium-low", "low"]}}'
     (tmp_path / "bench.jsonl").write_text(json.dumps({"question": page_text(tmp_path)[500:900]}) + "\n")
-    command = [sys.executable, "-m", "flows.curate_own", "my texts", "crawl.warc", "--out", "my out", "--text-column",
-               "content", "--set", rules, "--set", "runtime.workers=1", "--against", "bench.jsonl", "--languages",
-               "en fr"]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
-                          text=True)
+    done = curate("my texts", "crawl.warc", "--out", "my out", "--text-column", "content", "--set", rules, "--set",
+                  "runtime.workers=1", "--against", "bench.jsonl", "--languages", "en fr")
     assert done.returncode == 0, done.stderr
     mine = tmp_path / "my out"
     funnel = json.loads((mine / "runs/curate/funnel.json").read_text())
@@ -152,8 +149,10 @@ def test_wildcards_and_links_that_lead_to_results(tmp_path: Path, monkeypatch: p
         refuse_own_results([given], Path(out))
 
 
-def test_what_is_not_there_is_two_lines(tmp_path: Path, curate: Curate) -> None:
-    done = curate("nowhere.jsonl")
+def test_what_is_not_there_is_two_lines(tmp_path: Path) -> None:
+    """From the command and its stage as processes of their own."""
+    done = subprocess.run([sys.executable, "-m", "flows.curate_own", "nowhere.jsonl"], cwd=tmp_path,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 1
     assert "nowhere.jsonl" in done.stderr and len(done.stderr.strip().splitlines()) == 2
     assert not (tmp_path / "curated-own/data/annotated").exists()

@@ -159,7 +159,7 @@ while pathlib.Path("fill").exists():
     try:
         os.write(ballast, block)
     except OSError:
-        pass
+        time.sleep(0.0001)
 os.unlink("ballast")
 """
 ON_A_DISK = """

@@ -1,11 +1,8 @@
-"""The compress stage run as a user runs it, also killed in the middle."""
+"""The compress stage run as a user runs it."""
 
 import csv
 import json
 import math
-import shutil
-import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -17,14 +14,14 @@ from model.checkpoint import load_weights, save_weights
 from model.config import ModelConfig
 from model.hybrid_lm import HybridLM
 from stages.compress import shortfalls
-from tests.forked import run, start
+from tests.forked import run
 from tests.model.compression.markov import CONFIG, write_tokens
 
 SMALL = {
-    "importance_samples": 4, "ffn_importance_samples": 8, "ffn_widths": [24, 32, 48], "validation_samples": 8,
+    "importance_samples": 4, "ffn_importance_samples": 8, "ffn_widths": [32, 48], "validation_samples": 8,
     "ranking_samples": 4, "ranked_by_agreement": 3, "ranked_by_task": 2, "task_items": 8, "finalists": 2,
-    "short_distillation_tokens": 256,
-    "distillation_tokens": 30 * 128, "global_batch_size": 4, "micro_batch_size": 4, "checkpoint_every": 10,
+    "short_distillation_tokens": 128,
+    "distillation_tokens": 12 * 128, "global_batch_size": 4, "micro_batch_size": 4, "checkpoint_every": 4,
 }
 METRICS = {
     "parent_parameters", "compressed_parameters", "parent_memory_gib", "compressed_memory_gib", "budget_gib",
@@ -35,8 +32,8 @@ METRICS = {
 
 
 @pytest.fixture(scope="module")
-def ready(tmp_path_factory) -> Path:
-    """A working directory with tokens and an untrained parent."""
+def done(tmp_path_factory) -> Path:
+    """A working directory in which an untrained parent was compressed."""
     directory = tmp_path_factory.mktemp("compress")
     changes = {f"compress.{key}": value for key, value in SMALL.items()}
     memory = {"context": 64, "batch": 1, "weight_bits": 16, "kv_bits": 16, "ssm_bits": 32, "conv_bits": 16}
@@ -48,13 +45,6 @@ def ready(tmp_path_factory) -> Path:
     checkpoint.mkdir(parents=True)
     state = {name: tensor.detach() for name, tensor in HybridLM(config).state_dict().items()}
     save_weights(checkpoint, config, state, {"architecture": "hybrid", "precision": "fp8"})
-    return directory
-
-
-@pytest.fixture(scope="module")
-def done(ready, tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("unbroken")
-    shutil.copytree(ready, directory, dirs_exist_ok=True)
     run(directory, "-m", "stages.compress")
     return directory
 
@@ -65,7 +55,7 @@ def read(directory: Path, name: str):
 
 def test_outputs_and_records(done):
     metrics = read(done, "metrics.json")
-    assert metrics.keys() >= METRICS and metrics["distillation_tokens"] == 30 * 128
+    assert metrics.keys() >= METRICS and metrics["distillation_tokens"] == 12 * 128
     config = ModelConfig(**read(done, "model.json"))
     assert costs.parameters(config) == metrics["compressed_parameters"] < metrics["parent_parameters"]
     for name in ("compressed", "compressed-random"):
@@ -82,7 +72,7 @@ def test_outputs_and_records(done):
     assert all(candidate["memory_gib"] <= metrics["budget_gib"] for candidate in candidates)
     assert len(read(done, "importance.json")["layers"]) == 7
     rows = list(csv.DictReader((done / "runs/tiny/compress/distillation.csv").open()))
-    assert list(rows[0]) == ["model", "step", "tokens", "kl"] and len(rows) == 60
+    assert list(rows[0]) == ["model", "step", "tokens", "kl"] and len(rows) == 24
     assert metrics["kl_parent_compressed"] < metrics["kl_parent_cut"]
     assert not list((done / ".scratch").glob("compress-*/"))
 
@@ -100,24 +90,3 @@ def test_a_distillation_that_does_harm_and_a_budget_that_is_missed_are_said():
     assert line.startswith("checkpoints/compressed: a decode step takes 1.1 ms, the budget is 1: ")
     costs["models"]["compressed"]["decode_seconds"] = 1e-3
     assert not shortfalls(good, costs)
-
-
-def test_a_killed_run_ends_in_the_same_result(ready, done, tmp_path):
-    shutil.copytree(ready, tmp_path, dirs_exist_ok=True)
-    process = start(tmp_path, "-m", "stages.compress")
-    while process.is_alive() and not list(tmp_path.glob(".scratch/compress-*/final-compressed/resume/latest")):
-        time.sleep(0.01)
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    assert not (tmp_path / "data/tiny/checkpoints/compressed").exists()
-    run(tmp_path, "-m", "stages.compress")
-    assert read(tmp_path, "provenance.json")["resumed"] and not read(done, "provenance.json")["resumed"]
-    for name in ("metrics.json", "candidates.json", "importance.json", "model.json", "distillation.csv"):
-        one, other = ((path / "runs/tiny/compress" / name).read_text() for path in (tmp_path, done))
-        assert one == other
-    for name in ("compressed", "compressed-random"):
-        (_, one, facts), (_, other, expected) = (
-            load_weights(path / "data/tiny/checkpoints" / name) for path in (tmp_path, done)
-        )
-        assert facts == expected and all(torch.equal(one[key], tensor) for key, tensor in other.items())

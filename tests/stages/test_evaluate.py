@@ -26,9 +26,10 @@ from tests.forked import run, start
 
 NAMES = ("hybrid-bf16", "transformer-bf16")
 COMMAND = ("-m", "stages.evaluate", "--variant")
+QUICK = ("-m", "tests.quick", *COMMAND[1:])
 SIZES = {
-    "evaluate.items_per_task": 16,
-    "evaluate.bits_per_byte_kilobytes": 10,
+    "evaluate.items_per_task": 8,
+    "evaluate.bits_per_byte_kilobytes": 5,
     "evaluate.context_tokens": 96,
     "evaluate.recall_pairs": 4,
     "evaluate.items_per_context": 4,
@@ -37,8 +38,10 @@ SIZES = {
     "evaluate.context_multiples": [1, 2, 4],
     "pretrain.bf16_layers_at_start": 1,
     "pretrain.bf16_layers_at_end": 1,
-    "model.hybrid.pattern": "M-M*-",
-    "model.transformer.pattern": "*-*-",
+    "model.hybrid.pattern": "M-*-",
+    "model.transformer.pattern": "*-",
+    "model.hybrid.hidden_size": 64,
+    "model.transformer.hidden_size": 64,
     "tokenizer.vocab_size": 512,
 }
 
@@ -79,7 +82,7 @@ def test_records_of_two_models(prepared: Path) -> None:
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
     assert done.stdout.startswith("step "), done.stdout
     assert not done.stderr, "no bars or warnings where nobody looks"
-    run(prepared, *COMMAND, NAMES[1])
+    run(prepared, *QUICK, NAMES[1])
     metrics, samples, provenance = records(prepared, NAMES[0])
     other, _, _ = records(prepared, NAMES[1])
     at = [f"{task}_at_{multiple}x" for task in ("copy", "recall", "needle") for multiple in (1, 2, 4)]
@@ -94,7 +97,7 @@ def test_records_of_two_models(prepared: Path) -> None:
     assert {"bits_per_byte_compressor", "syntax_pairs_accuracy_control", "recall_items"} <= same
     assert metrics["bits_per_byte"] != other["bits_per_byte"]
     assert 2 < metrics["bits_per_byte"] < 12
-    assert metrics["syntax_pairs_items"] == 16
+    assert metrics["syntax_pairs_items"] == 8
     assert {len(examples) > 0 for examples in samples.values()} == {True}
     assert set(provenance["inputs"]) == {
         "data/tiny/curated/manifest.json", "data/tiny/items/items.json", f"data/tiny/hub/{NAMES[0]}"}
@@ -125,7 +128,7 @@ def test_records_of_two_models(prepared: Path) -> None:
 def test_killed_run_goes_on_with_the_same_results(prepared: Path) -> None:
     unbroken, samples, _ = records(prepared, NAMES[0])
     (prepared / f"runs/tiny/evaluate/{NAMES[0]}/metrics.json").unlink()
-    process = start(prepared, *COMMAND, NAMES[0])
+    process = start(prepared, *QUICK, NAMES[0])
     deadline = time.monotonic() + 240
     while not list(prepared.glob(".scratch/evaluate-*/rolling-000001-*.json")):
         assert process.is_alive() and time.monotonic() < deadline
@@ -133,7 +136,7 @@ def test_killed_run_goes_on_with_the_same_results(prepared: Path) -> None:
     process.kill()
     process.join()
     assert not (prepared / f"runs/tiny/evaluate/{NAMES[0]}/metrics.json").exists()
-    run(prepared, *COMMAND, NAMES[0])
+    run(prepared, *QUICK, NAMES[0])
     metrics, resumed_samples, provenance = records(prepared, NAMES[0])
     assert provenance["resumed"]
     assert metrics == unbroken

@@ -149,20 +149,14 @@ def test_a_layout_must_fit_the_processes() -> None:
         load_params(ROOT / "params.yaml", (*changes, "runtime.parallel.pipeline=3"))
 
 
-SHORT = ("tokenizer.vocab_size=512", "pretrain.tokens=384")
-
-
-def pretrain(workplace: Path, out: str, *settings: str) -> subprocess.CompletedProcess[str]:
-    settings = (*SHORT, "runtime.launcher.kind=torchrun", *settings)
-    words = [word for setting in settings for word in ("--set", setting)]
-    return run(workplace, "-m", "stages.pretrain", "--variant", "hybrid-bf16", "--out", out, *words, check=False)
-
-
 def test_torchrun_of_two_processes_gives_the_losses_of_one(workplace: Path, tmp_path: Path) -> None:
-    split = pretrain(workplace, "split", "runtime.launcher.processes_per_node=2", "runtime.parallel.tensor=2",
-                     "runtime.parallel.sequence=true")
+    short = ("tokenizer.vocab_size=512", "pretrain.tokens=384")
+    settings = (*short, "runtime.launcher={kind: torchrun, processes_per_node: 2}",
+                "runtime.parallel={tensor: 2, sequence: true}")
+    split = run(workplace, "-m", "stages.pretrain", "--variant", "hybrid-bf16", "--out", "split",
+                *(word for setting in settings for word in ("--set", setting)), check=False)
     assert split.returncode == 0, split.stderr
-    params = load_params(workplace / "params.yaml", SHORT)
+    params = load_params(workplace / "params.yaml", short)
     alone = train(params.model_of("hybrid-bf16"), params.pretrain, "hybrid", "bf16", 1, workplace / "data/toy/tokens",
                   tmp_path / "alone", tmp_path / "scratch", lambda *_, **__: None)
     with (workplace / "split/runs/pretrain/hybrid-bf16/training.csv").open() as file:
@@ -174,7 +168,17 @@ def test_torchrun_of_two_processes_gives_the_losses_of_one(workplace: Path, tmp_
     assert (workplace / "split/data/checkpoints/hybrid-bf16/model.json").exists()
 
 
-def test_what_a_worker_refuses_is_what_the_stage_says(workplace: Path) -> None:
-    done = pretrain(workplace, "wrong", "pretrain.tokens=10")
-    assert done.returncode == 1 and list((workplace / "wrong/.scratch").glob("pretrain-*/job-error.txt"))
-    assert "pretrain.tokens (10)" in done.stderr.splitlines()[-2]
+def test_what_a_worker_refuses_is_what_the_stage_says(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = load_params(workplace / "params.yaml", ("tokenizer.vocab_size=512", "pretrain.tokens=10"))
+    job = {"task": "pretrain", "model": params.model_of("hybrid-bf16").model_dump(mode="json"), "parallelism": {},
+           "recipe": params.pretrain.model_dump(mode="json"), **params.variants["hybrid-bf16"].model_dump(),
+           "tokens": str(workplace / "data/toy/tokens"), "out": "out", "scratch": str(workplace), "threads": 1}
+
+    def torchrun(launcher: LauncherConfig, file: Path, name: str) -> str:
+        done = run(workplace, "-m", "stages.frame.worker", str(file), check=False)
+        return f"ended with {done.returncode}"
+
+    monkeypatch.setattr(launch, "_by_torchrun", torchrun)
+    with pytest.raises(ModelError, match=r"pretrain\.tokens \(10\)"):
+        launch.launch(LauncherConfig(kind="torchrun"), job, workplace, "toy")
+    assert (workplace / "job-error.txt").exists()

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def test_a_killed_run_goes_on_to_the_very_same_results(workplace):
     resume = workplace / ".scratch"
     while not list(resume.glob("pretrain-hybrid-fp8-*/resume/latest")):
         assert killed.is_alive()
+        time.sleep(0.005)
     killed.kill()
     killed.join()
     assert not (workplace / "data" / "toy" / "checkpoints" / "hybrid-fp8").exists()
