@@ -36,23 +36,15 @@ MODELS = {config.position_embedding: random_model(config) for config in (HYBRID,
 
 
 @CONFIGS
-@pytest.mark.parametrize("prompt", [1, 2, 17, 39])      # shorter than the convolution, ragged and over a chunk
-def test_decoding_equals_the_full_forward(config, prompt, ids):
+@pytest.mark.parametrize(("prefill_tokens", "prompt"), [
+    (None, 1), (None, 2), (None, 17), (None, 39),       # shorter than the convolution, ragged and over a chunk
+    (1, 9), (7, 33), (16, 32), (70, 33),                # in pieces like that; last, two prompts of three at once
+])
+def test_decoding_equals_the_full_forward(config, prefill_tokens, prompt, ids):
     model = random_model(config)
-    decoder = Decoder(model, max_length=40, batch=3)
-    with torch.no_grad():
-        full = model(ids)
-    steps = [decoder.prefill(ids[:, :prompt])] + [decoder.decode(ids[:, i]) for i in range(prompt, 40)]
-    torch.testing.assert_close(torch.stack(steps, 1), full[:, prompt - 1 :], rtol=1e-4, atol=1e-4)
-
-
-@CONFIGS
-@pytest.mark.parametrize(("prefill_tokens", "prompt"), [(1, 9), (7, 33), (16, 32), (70, 33)])
-def test_a_prompt_in_pieces_equals_the_full_forward(config, prefill_tokens, prompt, ids):
-    """Pieces shorter than the convolution, ragged, of whole chunks; last, two prompts of three at once."""
-    model = random_model(config)
-    decoder = Decoder(model, max_length=40, batch=3, prefill_tokens=prefill_tokens)
-    decoder.prefill(ids)                            # something to forget
+    decoder = Decoder(model, max_length=40, batch=3, **({"prefill_tokens": prefill_tokens} if prefill_tokens else {}))
+    if prefill_tokens:
+        decoder.prefill(ids)                            # something to forget
     with torch.no_grad():
         full = model(ids)
     steps = [decoder.prefill(ids[:, :prompt])] + [decoder.decode(ids[:, i]) for i in range(prompt, 40)]
