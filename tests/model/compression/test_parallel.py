@@ -172,8 +172,9 @@ def distil_job(directory: str, scratch: str, parallelism: dict, config: dict, to
 def alone(other, directory, config, tmp_path_factory) -> tuple[dict, list]:
     """A distillation on one process, and its curve."""
     scratch = tmp_path_factory.mktemp("alone")
-    job = {"function": f"{HERE}.distil_job", "directory": str(directory), "tokens": 20 * 128, "parallelism": {},
-           "config": config.model_copy(update={"micro_batch_size": 1}).model_dump(mode="json"), "scratch": str(scratch)}
+    settings = config.model_copy(update={"micro_batch_size": 1, "checkpoint_every": 3})
+    job = {"function": f"{HERE}.distil_job", "directory": str(directory), "tokens": 12 * 128, "parallelism": {},
+           "config": settings.model_dump(mode="json"), "scratch": str(scratch)}
     return job, *run_processes(1, [job], scratch)
 
 
@@ -191,9 +192,9 @@ def test_a_distillation_that_goes_on_in_other_layouts_is_that_of_one_process(alo
     moved = job | {"scratch": str(tmp_path / "moved")}
     *stopped, found = run_processes(2, [
         moved | {"parallelism": LAYOUTS[layout], "until": until}
-        for layout, until in (("pipeline", 5), ("tensor", 9), ("sequence", 13), ("data", 0))
+        for layout, until in (("pipeline", 4), ("tensor", 7), ("sequence", 10), ("data", 0))
     ], tmp_path)
-    assert stopped == [None] * 3 and (tmp_path / "moved" / f"run-{20 * 128}" / "resumed").exists()
+    assert stopped == [None] * 3 and (tmp_path / "moved" / f"run-{12 * 128}" / "resumed").exists()
     assert [row[2] for row in found] == pytest.approx([row[2] for row in expected], rel=1e-3)
     assert expected[-1][2] < 0.8 * expected[0][2]
 
