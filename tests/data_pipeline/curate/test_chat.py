@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
 from dataclasses import replace
 from email.utils import formatdate
-from pathlib import Path
 
 import pytest
 
@@ -20,8 +18,8 @@ from data_pipeline.curate import chat
 from data_pipeline.curate.prompts import TASKS
 from data_pipeline.curate.synthesis import synthesize
 from tests.data_pipeline.curate.chat_server import KEY, config, content, error, number_of, parent, quiet
+from tests.forked import start
 
-ROOT = Path(__file__).parents[3]
 
 def test_a_hundred_documents_from_a_server_that_fails_and_again_from_the_cache(serve, tmp_path):
     faults = [error(429, Retry_After="0.1"), error(500), "cut", (200, {}, "not JSON"), (200, {}, "{}"), error(503),
@@ -253,15 +251,16 @@ def test_what_was_answered_before_the_end_is_not_asked_again(serve, tmp_path, en
     server = serve()
     server.fault = lambda body, attempt: 0.02 if len(server.attempts) <= 40 else 1.0        # does not end by itself
     cache = tmp_path / "replies"
-    command = [sys.executable, "-c", SCRIPT, server.url, str(cache)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
+    (tmp_path / "asking.py").write_text(SCRIPT)
+    words = tmp_path / "errors"
+    process = start(tmp_path, "-m", "asking", server.url, str(cache), errors=str(words))
     while len(server.attempts) < 40:
-        assert process.poll() is None, process.stderr.read()
+        assert process.is_alive(), words.read_text()
         time.sleep(0.005)
-    process.send_signal(end)
-    words = process.communicate(timeout=10)[1]
-    assert process.returncode != 0
-    assert end != signal.SIGINT or b"KeyboardInterrupt" in words
+    os.kill(process.pid, end)
+    process.join(10)
+    assert process.exitcode
+    assert end != signal.SIGINT or "KeyboardInterrupt" in words.read_text()
     kept = len(cache.read_bytes().splitlines())
     assert 30 <= kept <= len(server.attempts) < 100
     seen = sum(server.attempts.values())
