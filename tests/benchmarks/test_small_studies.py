@@ -45,7 +45,8 @@ def scale(tokens):
     return found._replace(
         recall=found.recall._replace(steps=2, layers=13, hidden=16),
         recipe=found.recipe.model_copy(update={"tokens": 1024}),
-        compress=found.compress.model_copy(update={"validation_samples": 8, "distillation_tokens": 256}),
+        compress=found.compress.model_copy(update={
+            "validation_samples": 8, "short_distillation_tokens": 128, "distillation_tokens": 256}),
     )
 
 
