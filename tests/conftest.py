@@ -79,6 +79,15 @@ def pytest_collection_finish() -> None:
     gc.freeze()         # what was imported stays: a collection that a stage asks for looks at what its test made alone
 
 
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """What a stage sets in the environment, such as to stay offline, ends with the test that ran it."""
+    before = os.environ.copy()
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_wait_for_the_disk() -> Iterator[None]:
     """Only a machine that fails can tell whether a file is on the disk; `test_durable` sees to it that it was asked
