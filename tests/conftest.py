@@ -79,9 +79,9 @@ def pytest_collection_finish() -> None:
     gc.freeze()         # what was imported stays: a collection that a stage asks for looks at what its test made alone
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def own_environment() -> Iterator[None]:
-    """What a stage sets in the environment, such as to stay offline, ends with the test that ran it."""
+    """What a stage sets in the environment, such as to stay offline, ends with the file whose tests ran it."""
     before = os.environ.copy()
     yield
     os.environ.clear()
