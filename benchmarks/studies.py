@@ -696,6 +696,7 @@ STUDIES: dict[str, Design] = {
         "Eight candidates spread evenly over the order of kept importance, compared with the parent just cut and after "
         "a short distillation on the same text, and after one on other text.",
         one_arm, funnel_order, [
+            better("funnel_order", "KL distilled, best just cut", "KL distilled, mean candidate"),
             better("funnel_order", "pairs whose order changes", "pairs of which two distillations differ", False),
         ], True),
 }

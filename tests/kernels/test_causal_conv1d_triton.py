@@ -25,7 +25,8 @@ def tensors(length: int, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
-@pytest.mark.parametrize("length, has_first", [(32, False), (21, True), (9, True), (1, True), (1, False)])
+@pytest.mark.parametrize("length", [32, 21, 9, 1])
+@pytest.mark.parametrize("has_first", [True, False])
 def test_values_and_gradients_equal_conv1d(dtype, tolerance, length, has_first):
     ours = tensors(length, dtype)
     exact = [tensor.detach().double().requires_grad_() for tensor in ours]
@@ -39,7 +40,7 @@ def test_values_and_gradients_equal_conv1d(dtype, tolerance, length, has_first):
 @pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
 def test_a_sequence_of_more_stretches_than_an_axis_has_room_for(dtype, tolerance, monkeypatch):
     monkeypatch.setattr(launch, "LARGEST_AXIS", 1)
-    test_values_and_gradients_equal_conv1d(dtype, tolerance, 9, True)
+    test_values_and_gradients_equal_conv1d(dtype, tolerance, 21, True)
 
 
 @pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
