@@ -2,6 +2,7 @@
 
 0.16.1 is the last release for Python 3.11: from 0.17 on Megatron asks for 3.12. What is mended, and until when:
 
+    load_cudnn                  Transformer Engine takes the machine's cuDNN where PyTorch brings one of its own
     usable_transformer_engine   `import megatron.core` dies of a Transformer Engine that cannot be imported, since it
                                 catches ImportError only; no upstream issue known
     the import without CUDA     Megatron wraps its fusions by torch.compile as they are imported: seconds a process
@@ -29,6 +30,7 @@ them.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import importlib.util
 import logging
@@ -48,6 +50,7 @@ from torch import Tensor, nn
 from torch.utils._device import _device_constructors
 
 from durable import sha256
+from model.config import ModelError
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
@@ -55,23 +58,51 @@ if TYPE_CHECKING:
 FACTORIES = ("empty", "empty_like", "ones", "tensor", "zeros")      # those that Megatron calls with device="cuda"
 
 
+def _mapped(name: str) -> set[Path]:
+    """This process's shared libraries whose names begin so."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return {Path(line.split(maxsplit=5)[5]) for line in lines if f"/{name}" in line}
+
+
+def load_cudnn() -> None:
+    """Load all of the cuDNN that PyTorch loaded a part of.
+
+    Transformer Engine is linked with every part by name. One that is not there yet comes from wherever the linker
+    looks; where that is another version, PyTorch's own attention runs in it. With 9.14 behind 9.19, gradients of 16
+    tokens out of a CUDA graph were wrong or not finite, or the access was illegal, and nothing said so (H200).
+    """
+    for library in _mapped("libcudnn.so"):
+        for part in library.parent.glob(library.name.replace("libcudnn", "libcudnn_*")):
+            ctypes.CDLL(str(part), mode=ctypes.RTLD_GLOBAL)
+
+
 def usable_transformer_engine() -> bool:
     """Whether Transformer Engine works here; one that is installed and does not is hidden from later imports.
 
     Without CUDA its import raises RuntimeError or OSError. Where CUDA is and no GPU is visible it can be imported, and
     Megatron would give it the CPU's tensors.
+
+    Raises:
+        ModelError: it brought a second cuDNN into the process.
     """
     if importlib.util.find_spec("transformer_engine") is None:
         return False
     try:
         if not torch.cuda.is_available():
             raise ImportError("no GPU is visible")
+        load_cudnn()
         importlib.import_module("transformer_engine.pytorch")
     except (ImportError, RuntimeError, OSError):
         for name in [name for name in sys.modules if name.split(".")[0] == "transformer_engine"]:
             del sys.modules[name]
         sys.modules["transformer_engine"] = None  # type: ignore[assignment]    # documented: imports then fail cleanly
         return False
+    if len(folders := {str(library.parent) for library in _mapped("libcudnn")}) > 1:
+        raise ModelError(
+            f"Transformer Engine: this process has parts of cuDNN from {' and from '.join(sorted(folders))}.\n"
+            "What they compute together is not to be trusted. Import nothing that loads Transformer Engine before "
+            "model.megatron, or let LD_LIBRARY_PATH name PyTorch's cuDNN alone."
+        )
     return True
 
 

@@ -52,9 +52,9 @@ from model.megatron.limits import check_model
 from model.megatron.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from model.megatron.precision import Precision, mark_quantized_layers
 
-# cuDNN's attention takes half of FlashAttention 2's time on Hopper. But its gradients (cuDNN 9.19) came wrong or not
-# finite out of a CUDA graph at 16 and 64 tokens, not at 256, and with a mask are not finite at some lengths that 128
-# does not divide (pytorch/pytorch#196678).
+# cuDNN's attention takes half of FlashAttention 2's time on Hopper. But its gradients came wrong or not finite out of a
+# CUDA graph at 16 and 64 tokens, not at 256 (with two cuDNNs in the process, which `compat.load_cudnn` prevents since),
+# and with a mask are not finite at some lengths that 128 does not divide (pytorch/pytorch#196678).
 FASTEST_FIRST = [
     SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH,
 ]

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import xxhash
 from tiny_engine import HYBRID, RECIPE
 
 from model.megatron import optimizer
@@ -42,6 +45,42 @@ def test_a_transformer_engine_that_cannot_be_imported_does_not_stop_megatron(tmp
         env=environment, capture_output=True, text=True,
     )
     assert "no cuDNN" in unguarded.stderr
+
+
+CUDNN = """
+import ctypes, sys
+import torch
+from model.megatron import compat
+torch.cuda.is_available = lambda: True
+del sys.modules["transformer_engine"]           # hidden when compat was imported, as no GPU was visible
+ctypes.CDLL(sys.argv[1] + "/torch/libcudnn.so.9")
+print(compat.usable_transformer_engine(), *sorted(f"{p.parent.name}/{p.name}" for p in compat._mapped("libcudnn")))
+"""
+
+
+@pytest.mark.parametrize("of_pytorch, succeeds", [(("", "_graph", "_ops"), True), (("",), False)])
+def test_transformer_engine_brings_no_second_cudnn(tmp_path, of_pytorch, succeeds):
+    """Parts are found by name, as the linker finds them: one that is loaded already, or the machine's. Any library will
+    do for cuDNN's."""
+    for place, parts in (("torch", of_pytorch), ("machine", ("_graph", "_ops"))):
+        (tmp_path / place).mkdir()
+        for part in parts:
+            shutil.copy(next(Path(xxhash.__file__).parent.glob("*.so")), tmp_path / place / f"libcudnn{part}.so.9")
+    package = tmp_path / "transformer_engine"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "import ctypes, os, pathlib\n"
+        "loaded = pathlib.Path('/proc/self/maps').read_text()\n"
+        "for part in ('_graph', '_ops'):\n"
+        "    if f'libcudnn{part}.so.9' not in loaded:\n"
+        f"        ctypes.CDLL({str(tmp_path)!r} + f'/machine/libcudnn{{part}}.so.9', mode=ctypes.RTLD_GLOBAL)\n")
+    (package / "pytorch.py").touch()
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    probe = subprocess.run([sys.executable, "-c", CUDNN, tmp_path], env=environment, capture_output=True, text=True)
+    if succeeds:
+        assert probe.stdout.split() == ["True", *(f"torch/libcudnn{part}.so.9" for part in ("", "_graph", "_ops"))]
+    else:
+        assert f"cuDNN from {tmp_path}/machine and from {tmp_path}/torch." in probe.stderr
 
 
 def test_a_spread_optimizers_state_is_no_view_of_buffers_of_all_parameters(monkeypatch):
