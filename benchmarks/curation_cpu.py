@@ -4,7 +4,7 @@
 
 Documents are a sample of the profile's embedded corpus, or of files of one's own, in any language. Both sides work on
 all of them in every step, in one process and one thread; the table has processor time, per megabyte of text as read.
-Reading the sources is in neither.
+Ours is the stage itself, decisions with what they keep on disk. Reading the sources is in neither.
 
 datatrove (a development requirement) has no counterpart for some steps: its language filter downloads a model, its
 n-gram decontamination needs another package, and it has no quality scorers. Its filters are called document by
@@ -23,14 +23,16 @@ import re
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from datatrove.data import Document as Page
 from datatrove.pipeline import filters
 from datatrove.pipeline.dedup import minhash
@@ -39,17 +41,16 @@ from datatrove.utils.hashing import HashConfig
 from datatrove.utils.word_tokenizers import WordTokenizer
 from loguru import logger
 
-from data_pipeline.annotate.annotation import Decided, Job, Round, rounds, run_job
-from data_pipeline.annotate.passes import Arrays
-from data_pipeline.annotate.reading import Quota
-from data_pipeline.annotate.step import SCHEMA, Decision, GlobalStep, text_id
+from data_pipeline.annotate.annotation import WORK, Round, _files, _run, rounds
+from data_pipeline.annotate.reading import READ_SCHEMA, Part, Quota, Read
+from data_pipeline.annotate.step import SCHEMA, GlobalStep
 from data_pipeline.config import AnnotateConfig, FilesSource, InstalledSource
 from data_pipeline.curate.heuristics import first_broken, rules_of
 from data_pipeline.sources import Document, pieces, read_piece
-from data_pipeline.storage import write_arrays, write_table
-from data_pipeline.workers.executor import Processes, Workers
+from data_pipeline.storage import write_table
+from data_pipeline.workers.executor import Here, Processes, Workers
+from data_pipeline.workers.meter import Meter
 from stages.frame.params import Params, load_params
-from tests.data_pipeline.annotate.here import Here
 
 Clock = defaultdict[str, float]         # seconds of processor time by step
 
@@ -87,83 +88,49 @@ def sample(config: AnnotateConfig, seed: int, megabytes: float, files: list[str]
     return documents
 
 
-def as_shards(documents: list[Document], count: int) -> list[pa.Table]:
-    rows = [{**document._asdict(), "id": text_id(document.text)} for document in documents]
-    return [pa.Table.from_pylist(rows[index::count], SCHEMA) for index in range(count)]
+def as_read(documents: list[Document], shards: int, directory: Path) -> Read:
+    """What the stage `annotate` has when it has read these documents."""
+    parts = []
+    for number in range(shards):
+        file, rows = directory / f"read-{number}.parquet", documents[number::shards]
+        write_table(pa.Table.from_pylist([row._asdict() for row in rows], READ_SCHEMA), file)
+        parts.append([Part(str(file), None, sum(len(row.text.encode()) for row in rows))])
+    return Read(parts, {}, {})
+
+
+def annotated(plan: Sequence[Round], found: Read, directory: Path, pool: Workers) -> list[Path]:
+    """The shards after all rounds of the stage `annotate`, and the decisions between them."""
+    directory.mkdir()
+    for number in range(len(plan)):
+        _run(number, plan, directory, found, pool, Meter(lambda *_, **__: None, WORK))
+    return _files(directory, len(plan), found)
 
 
 @contextmanager
-def timed(clock: Clock, name: str) -> Iterator[None]:
+def timed(*clocks: Clock, name: str) -> Iterator[None]:
     before = time.process_time()
     yield
-    clock[name] += time.process_time() - before
+    for clock in clocks:
+        clock[name] += time.process_time() - before
 
 
-class Ours:
-    """The rounds of the stage `annotate` in memory, and the rules; `jobs` are what worker processes do of it.
-
-    Args:
-        directory: for the shards and arrays the jobs work on.
-    """
-
-    def __init__(self, params: Params, shards: list[pa.Table], directory: Path):
-        self.params, self.directory = params, directory
-        self.clock: Clock = defaultdict(float)
-        self.deciding: Clock = defaultdict(float)       # of the clock, what the main process does between rounds
-        self.jobs: list[Job] = []
-        plan = rounds(params.annotate, params.seed)
-        surveys: dict[str, list[Arrays]] = {}
-        for number, steps in enumerate(plan):
-            decisions = {step.name: self._decide(step, surveys) for step in steps if isinstance(step, GlobalStep)}
-            following = [step for step in (plan[number + 1] if number + 1 < len(plan) else [])
-                         if isinstance(step, GlobalStep)]
-            surveys = {step.name: [] for step in following}
-            for index, table in enumerate(shards):
-                self.jobs.append(self._job(f"{number}-{index}", table, steps, decisions, index, following))
-                table = self._apply(table, steps, decisions, index)
-                for step in following:
-                    with timed(self.clock, step.name):
-                        surveys[step.name].append(step.survey(table))
-                shards[index] = table
-        for table in shards:
-            self._cut(table)
-
-    def _decide(self, step: GlobalStep, surveys: dict[str, list[Arrays]]) -> Decision:
-        with timed(self.clock, step.name), timed(self.deciding, step.name):
-            return step.decide(surveys[step.name], Here())
-
-    def _apply(self, table: pa.Table, steps: Round, decisions: dict[str, Decision], index: int) -> pa.Table:
-        for step in steps:
-            with timed(self.clock, step.name):
-                if isinstance(step, GlobalStep):
-                    table = step.apply(table, decisions[step.name].shared, decisions[step.name].shards[index])
-                else:
-                    table = step.apply(table)
-        return table
-
-    def _cut(self, table: pa.Table) -> None:
-        with timed(self.clock, "rules"):
-            for domain, config in self.params.curate.rules.items():
+def our_seconds(params: Params, found: Read, directory: Path) -> tuple[Clock, Clock]:
+    """Seconds of each step of the stage `annotate`, run in this process, and of the rules; and those of the first that
+    are decisions."""
+    clock: Clock = defaultdict(float)
+    deciding: Clock = defaultdict(float)
+    plan = rounds(params.annotate, params.seed)
+    for step in chain(*plan):
+        for name in ("apply", "survey", "decide") if isinstance(step, GlobalStep) else ("apply",):
+            clocks = (clock, deciding) if name == "decide" else (clock,)
+            setattr(step, name, timed(*clocks, name=step.name)(getattr(step, name)))
+    for shard in annotated(plan, found, directory, Workers(Here())):
+        table = pq.read_table(shard, schema=SCHEMA)
+        with timed(clock, name="rules"):
+            for domain, config in params.curate.rules.items():
                 rows = table.filter(pc.equal(table["domain"], domain))
                 first_broken(rows["features"], rules_of(config, f"curate.rules.{domain}"))
-
-    def _job(
-        self, name: str, table: pa.Table, steps: Round, decisions: dict[str, Decision], index: int,
-        following: list[GlobalStep],
-    ) -> Job:
-        source = self.directory / f"{name}.parquet"
-        write_table(table, source)
-        decided: list[Decided] = []
-        for step in steps:
-            if isinstance(step, GlobalStep):
-                shared, own = (self.directory / f"{step.name}-{part}.npz" for part in ("shared", index))
-                write_arrays(decisions[step.name].shared, shared)
-                write_arrays(decisions[step.name].shards[index], own)
-                decided.append((step, shared, own))
-            else:
-                decided.append((step, None, None))
-        surveys = [(step, self.directory / f"{name}-{step.name}.npz") for step in following]
-        return Job(source, self.directory / f"{name}-out.parquet", decided, surveys)
+    return clock, deciding
 
 
 class WhiteSpace(WordTokenizer):
@@ -191,11 +158,11 @@ def datatrove_seconds(texts: list[str], language: Any, directory: Path) -> Clock
     formatting = {"FTFY": FTFYFormatter(), "PII": PIIFormatter()}
     for text in texts:
         for name, formatter in formatting.items():
-            with timed(clock, name):
+            with timed(clock, name=name):
                 formatter.format(text)
         for name, block in filtering.items():
             page = Page(text=text, id="")       # C4 writes to it
-            with timed(clock, name):
+            with timed(clock, name=name):
                 block.filter(page)
     config = minhash.MinhashConfig(hash_config=HashConfig(precision=64, hash_fc="sha1"))        # FineWeb's
     signatures, duplicates, removed = (str(directory / name) for name in ("signatures", "buckets", "clusters"))
@@ -213,42 +180,38 @@ def datatrove_seconds(texts: list[str], language: Any, directory: Path) -> Clock
         "MinHash filter": lambda: sum(1 for _ in minhash.MinhashDedupFilter(removed).run(pages(), 0, 1)),
     }
     for name, stage in stages.items():
-        with timed(clock, name):
+        with timed(clock, name=name):
             stage()
     return clock
 
 
-def worker_seconds(jobs: list[Job], counts: tuple[int, ...]) -> list[float]:
-    """Wall time of so many processes for `jobs`, once each has loaded and compiled what it needs: the best of three.
+class Clocked(Workers):
+    """Knows how long it has waited for workers."""
 
-    The counts take turns, so that other programs disturb all alike.
+    seconds = 0.0
+
+    def all(self, *call: Any) -> Iterator[Any]:
+        before = time.perf_counter()
+        yield from super().all(*call)
+        self.seconds += time.perf_counter() - before
+
+
+def worker_seconds(params: Params, found: Read, directory: Path, counts: tuple[int, ...]) -> list[float]:
+    """Wall time of so many processes for what workers do, once each has loaded and compiled what it needs: the best of
+    three. The counts take turns, so that other programs disturb all alike.
     """
+    plan = rounds(params.annotate, params.seed)
     backends = [Processes(count) for count in counts]
     walls: list[list[float]] = [[] for _ in counts]
-    firsts = {tuple(step.name for step, _, _ in job.steps): job for job in reversed(jobs)}
     try:
-        for backend, count in zip(backends, counts, strict=True):
-            for job in firsts.values():         # every process runs every round before the clock starts
-                _run(backend, [_copy(job, number) for number in range(count)])
-        for _ in range(3):
+        for turn in range(4):
             for backend, wall in zip(backends, walls, strict=True):
-                before = time.perf_counter()
-                _run(backend, jobs)
-                wall.append(time.perf_counter() - before)
+                annotated(plan, found, directory / f"{turn}-{backend.slots}", pool := Clocked(backend))
+                wall.append(pool.seconds)
     finally:
         for backend in backends:
             backend.close()
-    return [min(wall) for wall in walls]
-
-
-def _run(backend: Processes, jobs: list[Job]) -> None:
-    list(Workers(backend).all(run_job, jobs, lambda job: job.target.stem))
-
-
-def _copy(job: Job, number: int) -> Job:
-    """The same work with files of its own."""
-    surveys = [(step, file.with_stem(f"{file.stem}-copy{number}")) for step, file in job.surveys]
-    return job._replace(target=job.target.with_stem(f"{job.target.stem}-copy{number}"), surveys=surveys)
+    return [min(wall[1:]) for wall in walls]
 
 
 def table_of(ours: Clock, theirs: dict[str, Clock], megabytes: float) -> list[str]:
@@ -276,34 +239,33 @@ def main() -> None:
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        shards = max(4, round(megabytes / params.annotate.shard_megabytes))
-        Ours(params, as_shards(documents[:200], 2), directory)          # compiles
-        runs = [Ours(params, as_shards(documents, shards), directory) for _ in range(2)]
-        ours = min(runs, key=lambda run: sum(run.clock.values()))
+        found = as_read(documents, max(4, round(megabytes / params.annotate.shard_megabytes)), directory)
+        runs = [our_seconds(params, found, directory / f"ours-{number}") for number in range(3)]        # one compiles
+        ours, deciding = min(runs[1:], key=lambda run: sum(run[0].values()))
         tokenisers = {"white-space": WhiteSpace()} | ({"spaCy": "eng"} if find_spec("spacy") else {})
         theirs = {}
         for label, language in tokenisers.items():
             datatrove_seconds(texts[:3], language, directory / f"{label}-first")
             theirs[label] = datatrove_seconds(texts, language, directory / label)
-        walls = worker_seconds(ours.jobs, (1, 2))
-    result = summary(ours, theirs, megabytes, len(documents), walls)
-    print(*table_of(ours.clock, theirs, megabytes), "", *lines_of(result), sep="\n")
+        walls = worker_seconds(params, found, directory, (1, 2))
+    result = summary(ours, deciding, theirs, megabytes, len(documents), walls)
+    print(*table_of(ours, theirs, megabytes), "", *lines_of(result), sep="\n")
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def summary(
-    ours: Ours, theirs: dict[str, Clock], megabytes: float, documents: int, walls: list[float]
+    ours: Clock, deciding: Clock, theirs: dict[str, Clock], megabytes: float, documents: int, walls: list[float]
 ) -> dict[str, Any]:
     compared = [block for step in FILTERS_AND_MINHASH for block in COUNTERPARTS[step]]
-    chain = megabytes / sum(ours.clock.values())
-    same = megabytes / sum(ours.clock[step] for step in [*FILTERS_AND_MINHASH, "rules"])
+    chain = megabytes / sum(ours.values())
+    same = megabytes / sum(ours[step] for step in [*FILTERS_AND_MINHASH, "rules"])
     others = {name: megabytes / sum(clock[block] for block in compared) for name, clock in theirs.items()}
     return {
         "megabytes": megabytes,
         "documents": documents,
-        "ours_seconds": dict(ours.clock),
+        "ours_seconds": dict(ours),
         "datatrove_seconds": {name: dict(clock) for name, clock in theirs.items()},
         "megabytes_a_second": {
             "whole chain": chain, "filters and MinHash": same,
@@ -315,7 +277,7 @@ def summary(
         },
         "worker_wall_seconds": {"one": walls[0], "two": walls[1]},
         "two_workers_speedup": walls[0] / walls[1],
-        "deciding_seconds": dict(ours.deciding),
+        "deciding_seconds": dict(deciding),
     }
 
 

@@ -13,6 +13,7 @@ writes DIR/STUDY.json, a record for the report (`stages.report.study_schema`). T
     attention_share  recall and copying (`benchmarks.recall_study`), attention in 0, 8, 25 and 100 % of the mixers
     long_context     the same tasks at 1, 2 and 4 times the length trained at, then after 100 steps at up to 4 times
                      it, or as many at the old length
+    fp8_parity       FP8 against BF16, and what its recipe sets (`benchmarks.fp8_study`)
 
 take tokens that `dvc repro tokenize` made; those that cut a trained hybrid
 
@@ -52,7 +53,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from benchmarks import recall_study
+from benchmarks import fp8_study, recall_study
 from data_pipeline.config import Phase, TokenizeConfig
 from data_pipeline.tokenize.blend import blend
 from data_pipeline.tokenize.indexed_dataset import IndexedDatasetWriter
@@ -105,6 +106,7 @@ class Scale(NamedTuple):
     recipe: PretrainConfig
     compress: CompressConfig
     recall: recall_study.Sizes
+    formats: fp8_study.Sizes
 
 
 class Training(NamedTuple):
@@ -184,7 +186,7 @@ def scale_of(params: Params, vocab_size: int, on_gpu: bool, tiny: bool) -> Scale
             "global_batch_size": 4, "micro_batch_size": 4,
             "validation_samples": 16, "short_distillation_tokens": 256, "distillation_tokens": 512,
             "memory": compress.memory.model_copy(update={"context": 16})})
-        return Scale(hybrid, transformer, recipe, compress, recall_study.TINY._replace(tokens=16))
+        return Scale(hybrid, transformer, recipe, compress, recall_study.TINY._replace(tokens=16), fp8_study.CPU)
     if on_gpu:
         wide = {"hidden_size": 256, "num_attention_heads": 4, "num_query_groups": 2, "head_dim": 64,
                 "sequence_length": 1024}
@@ -199,7 +201,7 @@ def scale_of(params: Params, vocab_size: int, on_gpu: bool, tiny: bool) -> Scale
             "global_batch_size": 16, "micro_batch_size": 16, "validation_samples": 192,
             "short_distillation_tokens": 2**19, "distillation_tokens": 2**21,
             "learning_rate": 3e-4, "min_learning_rate": 3e-5})
-    return Scale(hybrid, transformer, recipe, compress, recall)
+    return Scale(hybrid, transformer, recipe, compress, recall, fp8_study.GPU if on_gpu else fp8_study.CPU)
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------
@@ -418,6 +420,35 @@ def hold_out_high(tokens: Path, directory: Path) -> None:
             files[target] = {"documents": count, "tokens": read, "bytes": size}
     np.save(directory / "token_bytes.npy", table.astype(np.uint16))
     write(directory / "tokens.json", contents | {"files": files})
+
+
+def architectures(scale: Scale, tokens: Path, scratch: Path) -> dict[str, Training]:
+    sizes, vocabulary = scale.formats, scale.hybrid.vocab_size
+    return {name: Training(fp8_study.model_config(sizes, name, vocabulary), fp8_study.recipe(sizes), tokens)
+            for name in fp8_study.ARCHITECTURES}
+
+
+def number_formats(task: Task) -> Figures:
+    """Of one architecture, all of `fp8_study.ARMS`: they share the BF16 run that they leave."""
+    work: Training = task.work
+    with TemporaryDirectory() as scratch:
+        found = fp8_study.losses(work.config, work.recipe, task.seed, work.tokens, Path(scratch))
+    return {f"{task.arm}, {name}": (value, NATS) for name, value in found.items()}
+
+
+def formats_compared() -> Iterator[Comparison]:
+    """FP8 against BF16 by both losses; by training's, more precise than needed, what its recipe sets."""
+    for architecture in fp8_study.ARCHITECTURES:
+        for metric in ("training loss", "validation loss"):
+            ours, reference, control, two, none, e4m3 = (f"{architecture}, {arm}, {metric}" for arm in (
+                "FP8", "BF16", fp8_study.CONTROL, "FP8, two BF16 layers at each end", "FP8, no BF16 layers",
+                "FP8, gradients in E4M3"))
+            yield Comparison(claim="fp8_parity", candidate=ours, reference=reference, question="equal", relative=True,
+                             margin=fp8_study.MARGIN, control=control)
+            if metric == "training loss":
+                yield from (better("fp8_recipe", ours, other) for other in (two, none))
+                yield Comparison(claim="fp8_recipe", candidate=e4m3, reference=ours, question="not worse",
+                                 relative=True, margin=fp8_study.MARGIN, control=control)
 
 
 # --- Recall and length ------------------------------------------------------------------------------------------------
@@ -673,6 +704,11 @@ STUDIES: dict[str, Design] = {
         "or as many at the old length.",
         long_arms, longer, [better("long_context", f"recall, hybrid, then trained longer{LONG}",
                                    f"recall, hybrid, then trained as before{LONG}", False)]),
+    "fp8_parity": Design(
+        "A BF16 run, and arms that leave it at half of its steps, each with another number format; the training loss "
+        "is the mean over the last fifth of the steps. The paper warns that FP8 results of small scales do not "
+        "transfer.",
+        architectures, number_formats, list(formats_compared())),
     "neuron_score": Design(
         "FFN neurons cut by their activations (mean over the batch, then L2 over the sequence, as the paper's words "
         "stand; or L2 over the batch of means over the sequence), by the product of their weights' norms, or at random "

@@ -373,11 +373,6 @@ def run_stage(
         clusters = (params.runtime.executor, params.runtime.launcher.kind)
         die_with_parent(signal.SIGTERM if "slurm" in clusters else signal.SIGKILL)      # time to cancel jobs
     stage = Stage(name, params, variant, options.out, sections)
-    if options.dry_run:
-        print(json.dumps(stage.parameters(), indent=1))
-        return
-    if options.fresh:
-        stage.discard_scratch()
     with _only_one(stage), plain_errors():
         started = time.time()
         metrics = function(stage)
@@ -409,8 +404,6 @@ def _parser(name: str, description: str | None, has_members: bool) -> argparse.A
     parser.add_argument("--settings", help="where messages say that settings are changed (in the parameter file)")
     parser.add_argument("--out", type=Path, metavar="DIR",
                         help="write under DIR/data, DIR/runs and DIR/.scratch instead of data/, runs/ and .scratch/")
-    parser.add_argument("--fresh", action="store_true", help="discard the resume state of an interrupted run")
-    parser.add_argument("--dry-run", action="store_true", help="print the parameters that would be used, and stop")
     return parser
 
 

@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from test_causal_conv1d import reference
 
-from benchmarks import kernels_check_gpu
 from kernels.causal_conv1d import causal_conv1d
 from kernels.ssd import chunk_scan
 from kernels.ssd.triton import CHUNK
 from tests.closeness import relative_error
+from tests.kernels import gpu_cases
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1.5e-3}
@@ -17,7 +17,7 @@ TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1.5e-3}
 LENGTHS = (1, 2, 8, 16, 32, 64, 128, 151, 256, 372, 512, 784, 1024, 1134, 2048, 4096)
 
 
-@pytest.mark.parametrize("case", kernels_check_gpu.cases(), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", gpu_cases.cases(), ids=lambda case: case.name)
 def test_what_once_was_wrong(case):
     torch.cuda.empty_cache()
     if torch.cuda.mem_get_info()[0] < case.gib * 2**30:
@@ -58,7 +58,7 @@ def summands_of_dA(leaves: list[torch.Tensor], seq_idx: torch.Tensor | None, gra
 def test_scan(length, has_first, packed, dtype):
     torch.manual_seed(length)
     inputs = [tensor.to(dtype) if tensor.dim() > 1 else tensor
-              for tensor in kernels_check_gpu.scan_inputs(2, length, 8, 2, 64, 128)]
+              for tensor in gpu_cases.scan_inputs(2, length, 8, 2, 64, 128)]
     if has_first:
         inputs.append(torch.randn(2, 8, 64, 128, device="cuda"))
     seq_idx = documents(2, length) if packed else None
@@ -70,8 +70,8 @@ def test_scan(length, has_first, packed, dtype):
         # By shape: `randn_like` draws in the order of memory, which is another one in float64's results.
         gradients = [torch.randn(tensor.shape, device="cuda").to(dtype).to(tensor.dtype) for tensor in (y, final)]
         results.append([y, final, *torch.autograd.grad((y, final), leaves, gradients)])
-    for name, ours, true in zip((*kernels_check_gpu.NAMES, "dinitial"), *results, strict=False):
-        error = kernels_check_gpu.error(ours, true)
+    for name, ours, true in zip((*gpu_cases.NAMES, "dinitial"), *results, strict=False):
+        error = gpu_cases.error(ours, true)
         if name == "dA":
             norm = float(true.norm())
             error *= norm / max(norm, summands_of_dA(leaves, seq_idx, gradients))

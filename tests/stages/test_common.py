@@ -65,11 +65,6 @@ def test_set_needs_out_and_unknown_variants_are_listed():
     assert "hybrid-fp8" in wrong.stderr
 
 
-def test_dry_run_prints_the_parameters():
-    shown = json.loads(run("tokenizer", "--dry-run").stdout)
-    assert shown["tokenizer"]["vocab_size"] == load_params(ROOT / "params.yaml").tokenizer.vocab_size
-
-
 def test_output_appears_whole_or_not_at_all(stage):
     with pytest.raises(RuntimeError), stage.output("tokenizer") as out:
         (out / "half").write_text("x")

@@ -1,24 +1,18 @@
-"""The cases in which a kernel once was wrong, on a GPU, against float64 or the same work done in smaller pieces.
+"""The cases in which a kernel once was wrong, against float64 or the same work done in smaller pieces.
 
-    python -m benchmarks.kernels_check_gpu [cases] [time] [smallest] [--out FILE.json]
+    compute-sanitizer --tool memcheck python -m tests.kernels.gpu_cases
 
-`cases` prints each case's largest relative error of values and gradients; `time` the scan at 8B width (a CUDA graph's
-replays); `smallest` runs every kernel once at its smallest sizes, for `compute-sanitizer --tool memcheck`. With another
-tree's `kernels` first in PYTHONPATH the same is measured of that tree.
+runs every kernel once at its smallest sizes; `test_cases_gpu` asks the cases.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-import kernels
 from kernels.causal_conv1d import causal_conv1d
 from kernels.cross_entropy import cross_entropy, linear_cross_entropy
 from kernels.forward_kl import forward_kl
@@ -36,7 +30,6 @@ class Case(NamedTuple):
     name: str
     run: Callable[[], dict[str, float] | str]       # errors by name, or how the arguments were refused
     gib: int = 2                                    # of the GPU's memory, at most
-
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -229,25 +222,6 @@ def cases() -> Iterator[Case]:
         *(t.float() if k == 3 else t for k, t in enumerate(scan_inputs(1, 64, 4, 2, 64, 64))), chunk_size=64)))
 
 
-def run_cases() -> list[dict[str, object]]:
-    rows: list[dict[str, object]] = []
-    for name, run, _ in cases():
-        torch.manual_seed(0)
-        torch.cuda.empty_cache()
-        try:
-            result = run()
-        except Exception as reason:
-            result = f"WRONG {type(reason).__name__}: {str(reason)[:100]!r}"
-        if isinstance(result, dict):
-            worst = max(result, key=lambda key: result[key] if result[key] == result[key] else float("inf"))
-            text = f"{result[worst]:.1e} ({worst})"
-        else:
-            text = result
-        rows.append({"case": name, "result": result})
-        print(f"| {name} | {text} |", flush=True)
-    return rows
-
-
 def run_smallest() -> None:
     """Every kernel once, at sizes that fill no tile."""
     for sizes in ((2, 1, 16, 256), (4, 2, 32, 64), (2, 2, 32, 64), (1, 1, 64, 128), (2, 1, 64, 256), (2, 1, 128, 128)):
@@ -271,50 +245,7 @@ def run_smallest() -> None:
                      normal(3, 1, 20), normal(3, 1, 20), torch.ones(2, device="cuda"), torch.ones(2, device="cuda"))
     conv_state_update(normal(3, 3, 45), normal(3, 45), normal(45, 4), normal(45))
     torch.cuda.synchronize()
-    print("smallest sizes: done")
-
-
-def run_times() -> list[dict[str, object]]:
-    from benchmarks.gpu_timing import graph_milliseconds
-
-    rows: list[dict[str, object]] = []
-    for batch in (1, 4):
-        torch.manual_seed(0)
-        inputs = scan_inputs(batch, 8192, 128, 8, 64, 128)
-        leaves, dy = [tensor.detach().requires_grad_() for tensor in inputs], torch.randn_like(inputs[0])
-        with torch.no_grad():
-            forward = graph_milliseconds([lambda inputs=inputs: chunk_scan(*inputs, chunk_size=128)[0]])
-        both = graph_milliseconds([lambda leaves=leaves, dy=dy: torch.autograd.grad(
-            chunk_scan(*leaves, chunk_size=128)[0], leaves, dy)])
-        mixer = mixer_inputs(batch, 8192, 128, 8, 64, 128)
-        for tensor in mixer:
-            tensor.requires_grad_()
-        dy = normal(batch, 8192, 8192)
-        mixed = graph_milliseconds([lambda mixer=mixer, dy=dy: torch.autograd.grad(
-            mix(mixer[0], MixerWeights(*mixer[1:]), 8, 128, 128, EPSILON), mixer, dy)])
-        rows.append({"tokens": f"{batch} x 8192", "forward": forward, "both": both, "mixer": mixed})
-        print(f"| scan {batch} x 8,192: forward {forward:.3f} ms | forward and backward {both:.3f} ms "
-              f"| mixer, both {mixed:.3f} ms |", flush=True)
-    return rows
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", choices=["cases", "time", "smallest", []], default=[])
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    what = arguments.what or ["cases", "time"]
-    print(f"kernels of {kernels.__path__[0]}")
-    found: dict[str, object] = {}
-    if "smallest" in what:
-        run_smallest()
-    if "time" in what:
-        found["time"] = run_times()
-    if "cases" in what:
-        found["cases"] = run_cases()
-    if arguments.out:
-        arguments.out.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    run_smallest()
