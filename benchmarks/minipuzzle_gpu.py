@@ -109,6 +109,7 @@ def measure(options: argparse.Namespace, config: ModelConfig, parallelism: Paral
         "distributed_optimizer": dist.get_world_size() > parallelism.tensor, "recompute": options.recompute,
         "bf16_layers_at_start": options.bf16_ends, "bf16_layers_at_end": options.bf16_ends,
         "adam_betas": (0.9, 0.95), "weight_decay": 0.1, "clip_grad": 1.0,
+        "grad_reduce_in_fp32": not options.bf16_gradients,
     })
     distilled = max(1, options.steps) * GLOBAL_BATCH * length
     settings = base.model_copy(update={
@@ -186,6 +187,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50, help="of distillation; 0 leaves it out")
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--recompute", default="", help="symbols of layers that recompute their activations")
+    parser.add_argument("--bf16-gradients", action="store_true", help="added up in BF16, half the memory")
     parser.add_argument("--bf16-ends", type=int, default=4)
     parser.add_argument("--precision", choices=["bf16", "fp8"], default="fp8")
     parser.add_argument("--out", type=Path)

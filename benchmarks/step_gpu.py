@@ -62,10 +62,12 @@ RECIPE = PretrainConfig(
 WARMUPS, STEPS = 3, 10          # the third of ours captures
 
 
-def our_model(config: ModelConfig, precision: str, parallelism: Parallelism = ONE_COPY) -> nn.Module:
+def our_model(
+    config: ModelConfig, precision: str, parallelism: Parallelism = ONE_COPY, recompute: str = ""
+) -> nn.Module:
     recipe = choose_precision(precision, device(), RECIPE.bf16_layers_at_start, RECIPE.bf16_layers_at_end)
     with no_drawing():
-        model = build_model(config, recipe, parallelism, seed=0)
+        model = build_model(config, recipe, parallelism, seed=0, recompute=recompute)
     return model.to(device())
 
 
