@@ -34,6 +34,7 @@ import ctypes
 import importlib
 import importlib.util
 import logging
+import os
 import queue
 import sys
 import threading
@@ -65,15 +66,17 @@ def _mapped(name: str) -> set[Path]:
 
 
 def load_cudnn() -> None:
-    """Load all of the cuDNN that PyTorch loaded a part of.
+    """Load all of the cuDNN that PyTorch loaded a part of, and let Transformer Engine look nowhere else.
 
-    Transformer Engine is linked with every part by name. One that is not there yet comes from wherever the linker
-    looks; where that is another version, PyTorch's own attention runs in it. With 9.14 behind 9.19, gradients of 16
-    tokens out of a CUDA graph were wrong or not finite, or the access was illegal, and nothing said so (H200).
+    It is linked with every part by name. One that is not there yet comes from wherever the linker looks; where that is
+    another version, PyTorch's own attention runs in it. With 9.14 behind 9.19, gradients of 16 tokens out of a CUDA
+    graph were wrong or not finite, or the access was illegal, and nothing said so (H200).
     """
     for library in _mapped("libcudnn.so"):
-        for part in library.parent.glob(library.name.replace("libcudnn", "libcudnn_*")):
-            ctypes.CDLL(str(part), mode=ctypes.RTLD_GLOBAL)
+        os.environ["CUDNN_HOME"] = str(library.parent)
+        parts = library.parent.glob(library.name.replace("libcudnn", "libcudnn_*"))
+        for part in sorted(parts, key=lambda part: ("_graph" not in part.name, "_ops" not in part.name)):
+            ctypes.CDLL(str(part), mode=ctypes.RTLD_GLOBAL)         # these two first: the others are linked with them
 
 
 def usable_transformer_engine() -> bool:
@@ -87,10 +90,11 @@ def usable_transformer_engine() -> bool:
     """
     if importlib.util.find_spec("transformer_engine") is None:
         return False
+    if torch.cuda.is_available():
+        load_cudnn()
     try:
         if not torch.cuda.is_available():
             raise ImportError("no GPU is visible")
-        load_cudnn()
         importlib.import_module("transformer_engine.pytorch")
     except (ImportError, RuntimeError, OSError):
         for name in [name for name in sys.modules if name.split(".")[0] == "transformer_engine"]:

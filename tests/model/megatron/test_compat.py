@@ -60,9 +60,9 @@ print(compat.usable_transformer_engine(), *sorted(f"{p.parent.name}/{p.name}" fo
 
 @pytest.mark.parametrize("of_pytorch, succeeds", [(("", "_graph", "_ops"), True), (("",), False)])
 def test_transformer_engine_brings_no_second_cudnn(tmp_path, of_pytorch, succeeds):
-    """Parts are found by name, as the linker finds them: one that is loaded already, or the machine's. Any library will
-    do for cuDNN's."""
-    for place, parts in (("torch", of_pytorch), ("machine", ("_graph", "_ops"))):
+    """Its first part is looked for in CUDNN_HOME, or is the machine's; the others are found as the linker finds them,
+    one that is loaded already, or the machine's. Any library will do for cuDNN's."""
+    for place, parts in (("torch", of_pytorch), ("machine", ("", "_graph", "_ops"))):
         (tmp_path / place).mkdir()
         for part in parts:
             shutil.copy(next(Path(xxhash.__file__).parent.glob("*.so")), tmp_path / place / f"libcudnn{part}.so.9")
@@ -70,10 +70,12 @@ def test_transformer_engine_brings_no_second_cudnn(tmp_path, of_pytorch, succeed
     package.mkdir()
     (package / "__init__.py").write_text(
         "import ctypes, os, pathlib\n"
+        f"machine = {str(tmp_path / 'machine')!r}\n"
+        "ctypes.CDLL(os.environ.get('CUDNN_HOME', machine) + '/libcudnn.so.9', mode=ctypes.RTLD_GLOBAL)\n"
         "loaded = pathlib.Path('/proc/self/maps').read_text()\n"
         "for part in ('_graph', '_ops'):\n"
         "    if f'libcudnn{part}.so.9' not in loaded:\n"
-        f"        ctypes.CDLL({str(tmp_path)!r} + f'/machine/libcudnn{{part}}.so.9', mode=ctypes.RTLD_GLOBAL)\n")
+        "        ctypes.CDLL(machine + f'/libcudnn{part}.so.9', mode=ctypes.RTLD_GLOBAL)\n")
     (package / "pytorch.py").touch()
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     probe = subprocess.run([sys.executable, "-c", CUDNN, tmp_path], env=environment, capture_output=True, text=True)
