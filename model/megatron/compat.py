@@ -72,6 +72,7 @@ def load_cudnn() -> None:
     another version, PyTorch's own attention runs in it. With 9.14 behind 9.19, gradients of 16 tokens out of a CUDA
     graph were wrong or not finite, or the access was illegal, and nothing said so (H200).
     """
+    torch.backends.cudnn.version()          # loads the first part, if nothing has
     for library in _mapped("libcudnn.so"):
         os.environ["CUDNN_HOME"] = str(library.parent)
         parts = library.parent.glob(library.name.replace("libcudnn", "libcudnn_*"))
