@@ -91,14 +91,21 @@ class BlendPhase(Record):
     """A phase of training: what it reads, in which shares."""
 
     until: float                    # share of training
-    weights: dict[str, float]       # by token file, their sum 1
+    weights: dict[str, float] = Field(min_length=1)     # by token file, their sum 1
 
 
 class Blend(Record):
     """blend.json: what training reads."""
 
     tokens: int                     # of training
-    phases: list[BlendPhase]
+    phases: list[BlendPhase] = Field(min_length=1)
     repeats: dict[str, float]       # times that training reads each file
     repeats_at_most: float
     files: dict[str, TokenFile]
+
+    @model_validator(mode="after")
+    def training_files_have_repeats(self) -> Blend:
+        """Raises ValueError for other ones."""
+        if self.repeats.keys() != {name for name in self.files if name.startswith("train/")}:
+            raise ValueError("`repeats` names other files to train on than `files`")
+        return self

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from model.config import Record
 
@@ -29,7 +31,7 @@ class Importance(Record):
     """importance.json. `mamba_heads` by layer; `reliability` by axis, a rank correlation."""
 
     samples: dict[str, int]
-    layers: list[LayerImportance]
+    layers: list[LayerImportance] = Field(min_length=1)
     ffn: list[FfnImportance]
     mamba_heads: dict[int, list[float]]
     reliability: dict[str, float]
@@ -58,7 +60,7 @@ class Controls(Record):
     """controls.json: KL to the parent of cuts to the chosen shape, before distillation."""
 
     importance: float
-    random: list[float]             # by seed
+    random: list[float] = Field(min_length=1)           # by seed
     seeds: list[int]
     reverse: float
 
@@ -66,7 +68,7 @@ class Controls(Record):
 class Costs(Record):
     """costs.json: of parent and compressed, predicted and measured."""
 
-    models: dict[str, dict[str, float]]
+    models: dict[str, Annotated[dict[str, float], Field(min_length=1)]] = Field(min_length=1)
     metrics: dict[str, float]
     budgets: dict[str, float]
     latency: dict[str, Any] | None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from model.config import Record
@@ -35,7 +35,7 @@ class ChoiceSample(Record):
     chosen: int
 
 
-Samples = dict[str, list[TextSample | ChoiceSample]]
+Samples = dict[str, Annotated[list[TextSample | ChoiceSample], Field(min_length=1)]]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))

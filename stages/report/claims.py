@@ -76,6 +76,8 @@ def _claim(records: Records, studies: Mapping[str, Study | RecordError], key: st
             answer, because, evidence = JUDGES[judge](records, **asked or {})
     except (ValueError, LookupError, ArithmeticError) as error:
         answer = Answer.UNDECIDED
+        if judge and isinstance(error, RecordError):
+            records.reader.faults.append(str(error))            # also what two records together lack
         because = str(error) if isinstance(error, DataError) else (
             f"A record is not as expected ({error!r}).\nRun `{command}` again.")
     return Claim(key=key, rule=rule, command=command, answer=answer, because=because, evidence=evidence, **words)

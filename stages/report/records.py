@@ -9,6 +9,7 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -18,7 +19,7 @@ from data_pipeline.config import DataError, Label
 from data_pipeline.schema import Blend, Dropped, FunnelStep, Histogram, PassedOver, Refused
 from model.benchmark.schema import DecodeRepeat, DecodeRow
 from model.compression.schema import CandidateRecord, Controls, Costs, Importance
-from model.evaluation.schema import PaperScore, Samples, Scores
+from model.evaluation.schema import PaperScore, PaperTask, Samples, Scores
 from stages.frame.params import Params
 from stages.frame.schema import DistillationRow, Provenance, ValidationRow
 from stages.report.study_schema import FOLDER, Study
@@ -69,28 +70,35 @@ class Reader:
         self.files: dict[Path, Any] = {}
         self.faults: list[str] = []
 
-    def read(self, kind: type[T], *parts: str) -> T:
+    def fault(self, words: str, *parts: str) -> RecordError:
+        """The error, noted in `faults`, that says this of the file."""
+        path = self.root.joinpath(*parts)
+        self.faults.append(f"{path}: {words}.\n{self.cure(path)}")
+        return RecordError(self.faults[-1])
+
+    def read(self, kind: type[T], *parts: str, empty: bool = False) -> T:
         """The file as a value of the type `kind`; a CSV file with a header is a list of its rows, in which an empty
-        cell is None. Raises RecordError."""
+        cell is None. Raises RecordError, also for a value that holds nothing unless it may be `empty`."""
         path = self.root.joinpath(*parts)
         try:
             if path not in self.files:
                 text = path.read_text()
                 content = json.loads(text) if path.suffix == ".json" else [
                     {key: value or None for key, value in row.items()} for row in csv.DictReader(text.splitlines())]
+                if content and path.suffix == ".csv" and not text.endswith("\n"):
+                    raise ValueError("its last line is cut")
                 self.files[path] = TypeAdapter(kind).validate_python(content)
             found: T = self.files[path]
-            if found or path.suffix == ".json":
+            if found or empty:
                 return found
-            fault = "no rows"
+            fault = "holds nothing" if path.suffix == ".json" else "no rows"
         except ValidationError as error:
             fault = _first_fault(error)
         except OSError as error:
             fault = "not found" if isinstance(error, FileNotFoundError) else str(error.strerror)
         except ValueError as error:
-            fault = f"not valid JSON ({error})" if text.strip() else "empty"
-        self.faults.append(f"{path}: {fault}.\n{self.cure(path)}")
-        raise RecordError(self.faults[-1])
+            fault = f"not valid {path.suffix[1:].upper()} ({error})" if text.strip() else "empty"
+        raise self.fault(fault, *parts)
 
     def metrics(self, *parts: str) -> Metrics:
         """metrics.json in this folder."""
@@ -106,9 +114,9 @@ def _first_fault(error: ValidationError) -> str:
     return fault + (f", and {len(rest)} more faults" if rest else "") + "; of another version"
 
 
-def _record(kind: Any, *parts: str) -> Any:
+def _record(kind: Any, *parts: str, empty: bool = False) -> Any:
     """An attribute that is the file's content as a value of the type `kind`."""
-    return property(lambda self: self.reader.read(kind, *parts))
+    return property(lambda self: self.reader.read(kind, *parts, empty=empty))
 
 
 def _by(name: str, rows: list[T]) -> dict[Any, list[T]]:
@@ -120,12 +128,14 @@ def _by(name: str, rows: list[T]) -> dict[Any, list[T]]:
 class DataRecords:
     """Records of the data stages under `root`. Attributes raise RecordError."""
 
-    refused: dict[str, dict[str, Refused]] = _record(dict[str, dict[str, Refused]], "annotate", "refused.json")
+    refused: dict[str, dict[str, Refused]] = _record(
+        dict[str, dict[str, Refused]], "annotate", "refused.json", empty=True)
     passed_over: dict[str, dict[str, PassedOver]] = _record(
-        dict[str, dict[str, PassedOver]], "annotate", "passed_over.json")
+        dict[str, dict[str, PassedOver]], "annotate", "passed_over.json", empty=True)
     funnel: list[FunnelStep] = _record(list[FunnelStep], "curate", "funnel.json")
     histograms: dict[str, dict[str, Histogram]] = _record(dict[str, dict[str, Histogram]], "curate", "histograms.json")
-    dropped: dict[str, dict[str, Dropped]] = _record(dict[str, dict[str, Dropped]], "curate", "dropped.json")
+    dropped: dict[str, dict[str, Dropped]] = _record(
+        dict[str, dict[str, Dropped]], "curate", "dropped.json", empty=True)
     blend: Blend = _record(Blend, "tokenize", "blend.json")
 
     def __init__(self, root: Path):
@@ -195,42 +205,80 @@ class Records(DataRecords):
         return self.reader.read(list[PaperScore], "evaluate", model, "paper_tasks.json")
 
     @property
+    def paper_asked(self) -> list[PaperScore]:
+        """Of every task that some model was asked, the first such model's result."""
+        first: dict[str, PaperScore] = {}
+        for model in self.params.models:
+            first = {of.task.task: of for of in self.paper_tasks(model)} | first
+        return list(first.values())
+
+    def paper_score(self, model: str, task: PaperTask) -> PaperScore:
+        """A model's result at a task."""
+        for of in self.paper_tasks(model):
+            if of.task == task:
+                return of
+        raise self.reader.fault(f"no {task.name} as other models were asked it", "evaluate", model, "paper_tasks.json")
+
+    @property
+    def chosen(self) -> CandidateRecord:
+        """The candidate that was distilled at length."""
+        for candidate in self.candidates:
+            if candidate.chosen:
+                return candidate
+        raise self.reader.fault("no candidate is chosen", "compress", "candidates.json")
+
+    @property
     def reference(self) -> dict[str, Any]:
         """Metrics of the stage `reference`; `left_out` where the model was not asked."""
         return self.reader.read(dict[str, Any], "reference", "metrics.json")
 
     @property
     def reference_tasks(self) -> list[PaperScore]:
-        """Its paper_tasks.json."""
-        return self.reader.read(list[PaperScore], "reference", "paper_tasks.json")
+        """Its paper_tasks.json; none where it was not asked."""
+        asked = not self.reference.get("left_out")
+        return self.reader.read(list[PaperScore], "reference", "paper_tasks.json") if asked else []
 
     def validation(self, variant: str) -> Curve:
         """Bits per byte over all domains."""
         rows = self.reader.read(list[ValidationRow], "pretrain", variant, "validation.csv")
-        return {row.tokens: row.bits_per_byte for row in rows if row.domain == "all"}
+        curve: Curve = {row.tokens: row.bits_per_byte for row in rows if row.domain == "all"}
+        return self._whole(curve, self.metrics("pretrain", variant)["tokens"], "pretrain", variant, "validation.csv")
 
     @property
     def distillation(self) -> dict[str, Curve]:
         """compressed, random: KL to the parent"""
         rows = self.reader.read(list[DistillationRow], "compress", "distillation.csv")
-        return {model: {row.tokens: row.kl for row in of} for model, of in _by("model", rows).items()}
+        tokens = self.metrics("compress")["distillation_tokens"]
+        return {model: self._whole({row.tokens: row.kl for row in rows if row.model == model}, tokens,
+                                   "compress", "distillation.csv") for model in ("compressed", "random")}
+
+    def _whole(self, curve: Curve, tokens: float, *parts: str) -> Curve:
+        """The curve of this file, which must end at `tokens`."""
+        if (last := max(curve, default=0)) != tokens:
+            raise self.reader.fault(f"cut off: ends at {last:,} of {tokens:,.0f} tokens", *parts)
+        return curve
 
     @property
     def decode(self) -> dict[str, list[DecodeRow]]:
         """hybrid, transformer, compressed, by rising context"""
-        rows = self.reader.read(list[DecodeRow], "benchmark", "decode.csv")
-        found = _by("model", sorted(rows, key=lambda row: row.context))
-        if lacking := [name for name in ("hybrid", "transformer", "compressed") if name not in found]:
-            path = self.reader.root / "benchmark" / "decode.csv"
-            raise RecordError(f"{path}: no rows for model {lacking[0]}.\n{make_again(path)}")
-        return found
+        return _by("model", sorted(self._timed(DecodeRow, "decode.csv", 1), key=lambda row: row.context))
 
     @property
     def decode_repeats(self) -> dict[str, dict[int, list[float]]]:
         """Seconds a token by model and context, repeat by repeat, in each of which every model had its turn."""
-        rows = self.reader.read(list[DecodeRepeat], "benchmark", "decode_repeats.csv")
+        rows = self._timed(DecodeRepeat, "decode_repeats.csv", self.params.benchmark.repeats)
         return {model: {context: [row.seconds_per_token for row in repeats]
                         for context, repeats in _by("context", of).items()} for model, of in _by("model", rows).items()}
+
+    def _timed(self, kind: Any, name: str, times: int) -> list[Any]:
+        """Rows of this file: `times` of every model at every context."""
+        rows = self.reader.read(list[kind], "benchmark", name)
+        counted = Counter((row.model, row.context) for row in rows)
+        for model, context in product(("hybrid", "transformer", "compressed"), self.params.benchmark.contexts):
+            if (count := counted[model, context]) != times:
+                raise self.reader.fault(f"{count} of {times} rows for model {model} at {context:,} tokens", "benchmark",
+                                        name)
+        return rows
 
 
 def pairs(params: Params, candidate: Sequence[str], reference: Sequence[str]) -> list[Pair]:

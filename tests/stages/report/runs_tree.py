@@ -246,7 +246,7 @@ class Tree:
                         f"{name}_cache_mib_at_65536": cache}
         repeats = [DecodeRepeat(model=row.model, context=row.context, repeat=repeat,
                                 seconds_per_token=(1 + 0.002 * repeat) / row.tokens_per_second)
-                   for row in rows for repeat in range(5)]
+                   for row in rows for repeat in range(self.params.benchmark.repeats)]
         self.record("benchmark", None, metrics, decode_csv=rows, decode_repeats_csv=repeats)
 
 

@@ -40,6 +40,7 @@ class FakeRecords:
         self.variants["hybrid-fp8-unscaled"] = SimpleNamespace(architecture="hybrid", precision="fp8", seed=1,
                                                                fp8_recipe="unscaled")
         models = [*self.variants, "compressed", "compressed-random"]
+        self.reader = SimpleNamespace(faults=[])
         self.params = SimpleNamespace(variants=self.variants, models=models, pretrain=SimpleNamespace(
             fp8_recipe="current"), compress=SimpleNamespace(parent="hybrid-fp8"))
         level = {name: 2.0 * (1 + 0.0002 * draw.normal()) for name in SEEDS}
@@ -241,6 +242,7 @@ def test_other_items_are_a_record_to_mend(records):
     found = claim(records, "compressed_tasks")
     assert found.answer is UNDECIDED
     assert found.because.startswith("evaluate/compressed and evaluate/hybrid-fp8: not the same items")
+    assert found.because in records.reader.faults
     records.scores["compressed"]["next_word"] = records.scores["hybrid-fp8"]["next_word"]
     records.scores["compressed"]["bits_per_byte_0"] = [(-1.0, 3)] * 60
     assert "60 and 60 items: not the same ones" in claim(records, "compressed_loss").because

@@ -1,13 +1,16 @@
 """The page: complete, escaped, self-contained, equal to the records, and there when some of them are not."""
 
+import functools
 import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import jinja2
 import pytest
 from pages import Page
-from runs_tree import DOMAINS, ROOT, edit_json, report_stage, write_json, write_runs
+from runs_tree import DOMAINS, ROOT, TASKS, edit_json, report_stage, write_json, write_runs
 
 from stages.frame.common import Stage
 from stages.frame.params import load_params
@@ -141,6 +144,8 @@ FAULTS = [                                  # of each file one at a time
     ("annotate/passed_over.json", Path.unlink, "not found"),
     ("benchmark/provenance.json", Path.unlink, "not found"),
     ("evaluate/compressed/metrics.json", Path.unlink, "not found"),
+    ("evaluate/hybrid-bf16/paper_tasks.json", lambda path: write_json(path, json.loads(path.read_text())[1:]),
+     "no MMLU as other models were asked it"),
     ("evaluate/hybrid-fp8/samples.json", lambda path: write_json(path, {"next_word": [{"id": "x"}]}), "`next_word.0."),
 ]
 
@@ -159,6 +164,61 @@ def test_the_page_is_made_for_the_rest(runs, capsys, faults):
         assert name in text.split("Each is named where it belongs.")[1]
     assert {"training", "compression", "evaluation", "inference", "data", "runs"} <= set(page.ids)
     assert page.row("Parameters") and metrics["claims"] > 20
+
+
+def emptied(value, place=()):
+    """Places in `value` that hold something, and copies of it that hold nothing there; of places alike the last."""
+    found = {}
+    if isinstance(value, dict | list) and value:
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            name = "*" if isinstance(key, int) or key.startswith(("train/", *DOMAINS, *TASKS)) else key
+            for where, copy in emptied(inner, (*place, name)).items():
+                found[where] = value | {key: copy} if isinstance(value, dict) else [
+                    *value[:key], copy, *value[key + 1:]]
+        found[".".join(place)] = type(value)()
+    return found
+
+
+def spoiled(path):
+    """What is wrong, and the text, of a record that was cut or has lost something."""
+    text = path.read_text()
+    yield "cut", text[:len(text) // 2]
+    if path.suffix == ".csv":
+        rows = text.splitlines(keepends=True)
+        yield from {"a cell cut": text[:-2], "a row less": "".join(rows[:-1]), "one row": "".join(rows[:2])}.items()
+    else:
+        yield from ((f"{place} empty", json.dumps(value)) for place, value in emptied(json.loads(text)).items())
+
+
+MAY_BE_EMPTY = re.compile("|".join((        # or is not on the page
+    r"(refused|passed_over|dropped)\.json .*empty", r"histograms\.json (\w+|fluency\.\*\.labels) empty",
+    r"importance\.json (ffn|mamba|reliability)", r"controls\.json seeds", r"costs\.json (metrics|budgets)",
+    r"samples\.json .*(choices|log_likelihoods)", r"funnel\.json \*\.reasons",
+    r"reference/paper_tasks\.json \*\.(task|right)")))
+
+
+def test_a_record_that_is_cut_or_has_lost_something_is_named(runs, monkeypatch, capsys):
+    """Each in turn; in its place on the page, and in the log or in a claim that can then not be told."""
+    compiled = functools.partial(jinja2.Environment, bytecode_cache=jinja2.FileSystemBytecodeCache(str(runs)))
+    monkeypatch.setattr("stages.report.page.jinja2", SimpleNamespace(**vars(jinja2) | {"Environment": compiled}))
+    for draw in ("lines", "histogram"):
+        monkeypatch.setattr(figures, draw, lambda *_: "<svg></svg>")
+    stage, silent = report_stage(), []
+    report(stage)
+    whole = Path("reports/cpu/claims.json").read_text()
+    files = {(path.parts[2], path.name): path for path in reversed(stage.inputs) if path.name != "provenance.json"}
+    assert len(files) > 20
+    for path in files.values():
+        kept = path.read_text()
+        for fault, text in spoiled(path):
+            path.write_text(text)
+            capsys.readouterr()
+            text = build()[1]
+            named = path.as_posix() in capsys.readouterr().out and path.as_posix() in text
+            if not named and (fault == "cut" or Path("reports/cpu/claims.json").read_text() == whole):
+                silent.append(f"{path} {fault}")
+        path.write_text(kept)
+    assert [one for one in silent if not MAY_BE_EMPTY.search(one)] == []
 
 
 def test_nothing_at_all_is_said_too(tmp_path, monkeypatch):
