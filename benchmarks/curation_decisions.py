@@ -9,8 +9,9 @@ and part of the time that is shown: nothing of them is on disk. Of the documents
 one to many thousands, a third of those with the cluster's text, the others with 60 % of its bands. A substring survey
 is real, of random text in which one document of ten holds one of 1,000 strings of 400 bytes.
 
-The digest is of all decisions: it is the same for any number of workers and parts. Memory is what a process holds for
-itself (USS), looked at every 20 ms; with one worker it is the main process's, with more the largest worker's.
+The digest is of all decisions: where it is not the same for every number of workers, the command ends with status 1.
+Memory is what a process holds for itself (USS), looked at every 20 ms; with one worker it is the main process's, with
+more the largest worker's.
 """
 
 from __future__ import annotations
@@ -211,6 +212,7 @@ def main() -> None:
     options.scratch.mkdir(exist_ok=True)
     print("    size workers  seconds    CPU s  main MiB worker MiB disk GB  load  found, digest, surveys")
     for size in options.sizes:
+        digests = set()
         for count in options.workers:
             with tempfile.TemporaryDirectory(dir=options.scratch) as name:
                 command = [sys.executable, "-m", "benchmarks.curation_decisions", options.step, str(size), "--workers",
@@ -223,6 +225,9 @@ def main() -> None:
             print(f"{size:>8.0e} {count:>7} {record['wall']:>8.1f} {record['cpu']:>8.1f} {main_peak:>9.0f} "
                   f"{worker_peak:>10.0f} {record['disk']:>7.2f} {os.getloadavg()[0]:>5.1f}  {record['found']}, "
                   f"{record['digest']}, {record['making']:.1f} s", flush=True)
+            digests.add(record["digest"])
+        if len(digests) > 1:
+            raise SystemExit(f"{size:.0e}: other decisions by another number of workers.")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@
 `ask` asks of every Hugging Face directory named, and of two that it makes itself, a hybrid and a Transformer of weights
 at which every term counts: the logits of a context, greedy text after its beginning, and the ids of lines, files and
 hostile strings. Ours are float64's; of the logits the greatest difference over the greatest is compared, and the greedy
-text is decoded with the engine's caches. An environment needs what stands here, and nothing of this project:
+text is decoded with the engine's caches; where not all is ours, the status is 1. An environment needs what stands
+here, and nothing of this project:
 
     pip install torch transformers                                      transformers
     pip install "mlx[cpu]" mlx-lm                                       mlx
@@ -326,6 +327,14 @@ def compare(load: Callable[[Path, argparse.Namespace], Engine], question: Path, 
     }
 
 
+def is_ours(answer: dict[str, Any]) -> bool:
+    """Whether an engine's answer is our own: not refused, and equal in all that was asked."""
+    if "texts_equal" not in answer:
+        return bool(answer.get("weights_held"))
+    right, texts = answer["texts_equal"].split(" of ")
+    return answer["wrong_from_token"] is None and answer["greedy_equal"] and right == texts
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("ask", "gguf", *ENGINES, "sglang"))
@@ -351,6 +360,7 @@ def main() -> None:
             reason = f"{type(error).__name__}: {error}"
             answer = {"engine": options.what, "model": options.path.stem, "refused": reason}
         print(json.dumps(answer))
+        sys.exit(not is_ours(answer))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from benchmarks.step_gpu import GEOMETRIES, RECIPE, STEPS, TINY, WARMUPS, draw, our_model, release, stock_model
+from benchmarks.step_gpu import (
+    GEOMETRIES,
+    RECIPE,
+    STEPS,
+    TINY,
+    WARMUPS,
+    draw,
+    our_model,
+    release,
+    stock_model,
+    stop_on_errors,
+)
 from model.config import ModelConfig, PretrainConfig
 from model.costs import training_flops_per_token
 from model.megatron.distributed import Parallelism, device, is_main_process, process_groups
@@ -226,6 +237,7 @@ def torchrun(processes: int, *arguments: str, seconds: float) -> None:
 def steps_of_layouts(cases: list[Case], figures: dict[str, Any], report: Callable[[], None]) -> None:
     print(f"{'':24} {'tokens/s a GPU':>14} {'plan':>7} {'least-most':>15} {'TFLOP/s':>8} {'NVIDIA':>6} {'GiB':>6} "
           f"{'plan':>6} {'NCCL (waited for)':>18} {'loss':>8}")
+    stopped: list[dict[str, Any]] = []
     for case in cases:
         layout = LAYOUTS[case.layout]
         with tempfile.TemporaryDirectory() as directory:
@@ -235,6 +247,7 @@ def steps_of_layouts(cases: list[Case], figures: dict[str, Any], report: Callabl
                          seconds=580)
             except subprocess.SubprocessError as error:
                 print(f"{case.layout}: {error}", flush=True)
+                stopped.append({"error": str(error)})
             rows = json.loads(out.read_text()) if out.exists() else []
         for row in rows:
             recipe = case.recipe(row["kernels"])
@@ -251,6 +264,7 @@ def steps_of_layouts(cases: list[Case], figures: dict[str, Any], report: Callabl
         for label, other in (("one GPU's", ("one", kernels, precision)), ("stock's", (layout, "stock", precision))):
             if other in by and other != (layout, kernels, precision):
                 print(f"{layout:8} {kernels:8} {precision:5} {rate / by[other]:5.2f} times {label} tokens/s a GPU")
+    stop_on_errors([*stopped, *(row for rows in figures["steps"].values() for row in rows)])
 
 
 def print_row(layout: str, row: dict[str, Any]) -> None:

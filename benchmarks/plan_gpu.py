@@ -139,6 +139,7 @@ def main() -> None:
     good = all("error" not in row and abs(row["memory_error"]) <= MEMORY_TOLERANCE
                and abs(row["speed_error"]) <= SPEED_TOLERANCE for row in rows)
     print(f"{'' if good else 'NOT '}within 10 % of memory and 20 % of speed everywhere.")
+    raise SystemExit(not good)
 
 
 if __name__ == "__main__":

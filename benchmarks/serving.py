@@ -248,6 +248,8 @@ def main() -> None:
             if found:
                 cells = [spread([run[key] for run in found]) for key in found[0]]
                 print(f"| {name} | {clients} | {' | '.join(cells)} |")
+    if failed := [name for name in servers if not any(runs.get(name, {}).values())]:
+        raise SystemExit(f"{', '.join(failed)}: no figures; why is said above.")
 
 
 if __name__ == "__main__":

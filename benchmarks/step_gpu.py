@@ -21,7 +21,7 @@ import platform
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -210,6 +210,12 @@ def print_row(geometry: str, row: dict[str, Any], peak: float) -> None:
     print(line + (f" | {row['error']}" if "error" in row else "") + f"  [{row['seconds']:.0f} s]", flush=True)
 
 
+def stop_on_errors(rows: Iterable[dict[str, Any]]) -> None:
+    """Raise SystemExit where a row has an error in place of its figures."""
+    if failed := sum("error" in row for row in rows):
+        raise SystemExit(f"{failed} failed; why is said above.")
+
+
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Stock's time over ours at each precision, and our BF16's over our FP8's."""
     times = {(row["kernels"], row["precision"], name): row[f"{name}_ms"]
@@ -259,6 +265,7 @@ def main() -> None:
         for geometry, found in figures["geometries"].items():
             for label, ratio in found["ratios"].items():
                 print(f"{geometry:5} {label:45} {ratio:5.2f}")
+    stop_on_errors(row for found in figures["geometries"].values() for row in found["rows"])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,10 @@
 """What the benchmark of decisions decides about is what it says, and workers do not change it."""
 
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -30,3 +35,21 @@ def test_parts_change_nothing(name, tmp_path, monkeypatch):
         record = decide(name, 200 if name == "substring" else 4000, 1, 20, tmp_path / str(part))
         found.append((record["digest"], record["found"]))
     assert found[0] == found[1] and record["found"]
+
+
+@pytest.mark.parametrize("digests", ["aa", "ab"])
+def test_other_decisions_by_other_workers_are_a_failure(digests, tmp_path, monkeypatch):
+    def decided(command, **_):
+        record = dict.fromkeys(("wall", "cpu", "making", "disk", "found"), 1) | {
+            "digest": digests[int(command[command.index("--workers") + 1]) - 1]}
+        Path(command[-1], "record.json").write_text(json.dumps(record))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(curation_decisions, "subprocess", SimpleNamespace(Popen=decided))
+    monkeypatch.setattr(curation_decisions, "peaks", lambda _: (0, 0))
+    monkeypatch.setattr(sys, "argv", ["_", "substring", "1e3", "--scratch", str(tmp_path)])
+    if digests == "aa":
+        curation_decisions.main()
+    else:
+        with pytest.raises(SystemExit, match="1e\\+03: other decisions by another number of workers"):
+            curation_decisions.main()
