@@ -155,10 +155,13 @@ def in_order(show: Show, decisions: Mapping[str, Decision]) -> Finding:
 
 def evaluated(records: Records, candidate: Sequence[str], reference: Sequence[str]) -> list[Pair]:
     """Pairs whose models were both asked. Raises RecordError where that was not the same, and DataError for a reference
-    that is no better than the compressor, of which nothing can be told; a candidate that is not is worse."""
+    that is no better than the compressor or a control that its distillation ruined, of which nothing can be told; a
+    candidate that is no better than the compressor is worse."""
     known = [pair for pair in pairs(records.params, candidate, reference) if set(pair) <= set(records.params.models)]
     for pair in known:
         learned(records, pair[1])
+        if pair[0] == "compressed-random":
+            distilled(records)
         ours, theirs = ((records.items_digest(model), [of.task for of in records.paper_tasks(model)], {
             task: len(items) for task, items in (records.scores(model) | graded(records, model)).items()})
             for model in pair)
@@ -187,6 +190,16 @@ def learned(records: Records, model: str) -> None:
     metrics = records.metrics("evaluate", model)
     if not metrics["bits_per_byte"] < metrics["bits_per_byte_compressor"]:
         raise DataError(f"{model} learned nothing: it is not better than a compressor.\nTrain it on more tokens.")
+
+
+def distilled(records: Records) -> None:
+    """Raise DataError where the random cut ended no nearer to its parent than its distillation began: as a control it
+    would fail by the learning rate, not by the cut."""
+    metrics = records.metrics("compress")
+    end, start = metrics["kl_parent_random"], metrics["kl_parent_random_cut"]
+    if not end < start:
+        raise DataError(f"compressed-random is no control: KL to the parent is {end:.3g} nats after distillation, "
+                        f"{start:.3g} just cut.\nLower compress.learning_rate, and compress again.")
 
 
 def trained_gains(records: Records, of: Sequence[Pair]) -> list[float]:

@@ -57,6 +57,7 @@ class FakeRecords:
                         for name in self.variants}
         self.stages["benchmark", None] = {f"nemotron_h_{size}_parameters": count for size, count in (
             ("8b", 8_100_852_736), ("56b", 56_324_350_464), ("47b", 46_791_554_816))}
+        self.stages["compress", None] = {"kl_parent_random_cut": 0.75, "kl_parent_random": 0.13}
         self.validation = Files({name: {0: 8, 5e5: draw.uniform(1.09, 1.11) * bits[name], 1e6: bits[name]}
                                  for name in self.variants})
         nats, size = draw.normal(1, 0.2, (3, 60)), draw.integers(300, 900, (3, 60))
@@ -248,6 +249,14 @@ def test_other_items_are_a_record_to_mend(records):
     assert "60 and 60 items: not the same ones" in claim(records, "compressed_loss").because
     records.items_digest["compressed"] = "b"            # as many other ones
     assert claim(records, "compressed_tasks").because == found.because
+
+
+def test_a_random_cut_that_its_distillation_ruined_is_no_control(records):
+    assert claim(records, "compressed_loss").answer is claim(records, "compressed_tasks").answer is HOLDS
+    records.stages["compress", None]["kl_parent_random"] = 0.75
+    for key in ("compressed_loss", "compressed_tasks"):
+        found = claim(records, key)
+        assert found.answer is UNDECIDED and found.because.startswith("compressed-random is no control: KL to the pa")
 
 
 def test_a_record_that_cannot_be_read_leaves_its_claims_alone(records):
