@@ -112,8 +112,8 @@ def maximal_cells(
     At least one layer of every type the parent has is kept, and `min_attention_layers` of attention.
 
     Raises:
-        ModelError: a width is not one the parent can be cut to, or nothing fits: then it names every budget that the
-            smallest cell breaks, and what would do.
+        ModelError: a width is not one the parent can be cut to, it has fewer layers of attention, or nothing fits:
+            then it names every budget that the smallest cell breaks, and what would do.
     """
     axes = _axes(parent, ffn_widths, min_attention_layers)
     least = Cell(*(values[0] for values in axes))
@@ -138,6 +138,9 @@ def maximal_cells(
 def _axes(parent: ModelConfig, ffn_widths: Sequence[int], min_attention_layers: int) -> list[Sequence[int]]:
     """The ascending values of each field of a cell."""
     axes: list[Sequence[int]] = []
+    if min_attention_layers > (held := parent.pattern.count("*")):
+        raise ModelError(f"compress.min_attention_layers: {min_attention_layers} layers of attention cannot be kept, "
+                         f"the parent has {held}.\nLower it.")
     for symbol in COUNTS.values():
         most = parent.pattern.count(symbol)
         axes.append(range(min(max(1, min_attention_layers) if symbol == "*" else 1, most), most + 1))

@@ -414,8 +414,8 @@ class Funnel:
                 rows[name] |= {"decode_seconds_predicted": self.table.seconds(geometry),
                                "decode_seconds": measured[name]}
         errors = {
-            f"{quantity}_prediction_error": max(abs(row[f"{quantity}_predicted"] / row[quantity] - 1)
-                                                for row in rows.values())
+            f"{quantity}_prediction_error": max(abs(row[f"{quantity}_predicted"] - row[quantity]) / (row[quantity] or 1)
+                                                for row in rows.values())           # of layers of FFN alone no cache
             for quantity in ("parameters", "weight_bytes", "cache_bytes", "decode_seconds")
             if quantity in rows["parent"]
         }

@@ -65,8 +65,8 @@ def test_cells_equal_brute_force(seed):
     smallest = {"pattern": "".join(sorted(set(pattern))), "ffn_hidden_size": min(widths)}
     least, most = (costs.memory(c, deployment).total for c in (config.model_copy(update=smallest), config))
     limit = int(least + (most - least) * draw.uniform(0.05, 0.95))
-    expected = brute_force(config, widths, 1, deployment, limit)
-    assert maximal_cells(config, widths, 1, deployment, limit) == expected
+    expected = brute_force(config, widths, 0, deployment, limit)
+    assert maximal_cells(config, widths, 0, deployment, limit) == expected
     assert expected
 
 
@@ -90,6 +90,8 @@ def test_attention_is_not_cut_below_its_minimum():
     limit = int(costs.memory(config, deployment).total * 0.85)
     assert min(cell[1] for cell in maximal_cells(config, [64], 1, deployment, limit)) < 3
     assert all(cell[1] == 3 for cell in maximal_cells(config, [64], 3, deployment, limit))
+    with pytest.raises(ModelError, match="min_attention_layers: 4 layers of attention cannot be kept"):
+        maximal_cells(config, [64], 4, deployment, limit)
 
 
 def test_a_budget_below_the_smallest_model_says_which_would_do():

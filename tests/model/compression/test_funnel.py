@@ -21,7 +21,7 @@ from model.megatron.precision import Precision
 from model.megatron.spec import build_model
 from model.training.token_data import end_of_document
 from tests.closeness import relative_error
-from tests.model.compression.markov import Weights, silent
+from tests.model.compression.markov import CONFIG, Weights, silent
 from tests.model.compression.plain import PlainLayerwise
 from tests.tiny_engine import RECIPE
 
@@ -126,6 +126,18 @@ def test_neurons_without_scores_are_not_called_reliable(compress, parent, config
     metrics = compress(Weights(parent.config, state), short).metrics
     assert "neuron_split_half_correlation" not in metrics
     assert metrics["validation_samples"] == 16              # all there are
+
+
+@pytest.mark.parametrize("pattern", ["----", "M-M-", "MMMM", "****"])
+def test_layers_of_one_type(compress, config, pattern):
+    """No caches, no FFN layers or no attention: what a parent has not costs nothing, and is predicted to."""
+    torch.manual_seed(0)
+    geometry = CONFIG.model_copy(update={"pattern": pattern})
+    short = config.model_copy(update={"distillation_tokens": 128, "short_distillation_tokens": 128, "finalists": 1,
+                                      "min_attention_layers": pattern.count("*") // 4})
+    metrics = compress(Weights(geometry, HybridLM(geometry).state_dict()), short).metrics
+    assert metrics["cache_bytes_prediction_error"] == 0
+    assert metrics["compressed_parameters"] < metrics["parent_parameters"]
 
 
 def test_the_random_control_is_drawn_by_its_seed_alone(planted):

@@ -179,6 +179,7 @@ class Tree:
         costs = {name: {"parameters_predicted": count, "parameters": count, "cache_bytes_predicted": 5_000_000,
                         "cache_bytes": 5_000_000, "decode_seconds_predicted": seconds, "decode_seconds": 1.03 * seconds}
                  for name, count, seconds in (("parent", 1_652_736, 0.0021), ("compressed", 1_390_000, 0.0018))}
+        costs["parent"] |= {"nothing_predicted": 0, "nothing": 0}
         self.record("compress", None, {
             "parent_parameters": 1_652_736, "compressed_parameters": 1_390_000, "parent_memory_gib": 0.1003,
             "compressed_memory_gib": 0.0842, "budget_gib": 0.08425, "candidates": 34, "kl_parent_cut": 0.293,
