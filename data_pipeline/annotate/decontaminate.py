@@ -110,9 +110,13 @@ class Decontaminate(GlobalStep):
             return
         assert self.strings is not None
         try:
-            found = [text.encode(errors="replace").decode() for text in self.strings(name)]  # JSON spells surrogates
+            read = list(self.strings(name))
+            found = [text.encode(errors="replace").decode() for text in read]       # JSON spells surrogates
             if not any(map(str.strip, found)):
                 raise ValueError("it holds no text")
+            if broken := sum(map(str.__ne__, read, found)):
+                print(f"{name}: {broken} of {len(read)} texts hold half a surrogate pair; what stands beside it is "
+                      "looked for.", file=sys.stderr, flush=True)
             yield from found
         except (OSError, ValueError, RecursionError) as error:      # pa.ArrowInvalid, DataError are ValueErrors
             raise _unreadable(name, str(error).replace("\n", " ")) from error

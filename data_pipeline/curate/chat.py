@@ -88,7 +88,8 @@ class ReplyCache:
 
             def append(question: Question, reply: Reply) -> None:
                 entry = {"key": question.key, **question.about, **reply._asdict()}
-                file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+                # Half a surrogate pair, which no file of UTF-8 can hold, is spelt as JSON came with it.
+                file.write(json.dumps(entry, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
                 file.flush()
 
             yield append
@@ -279,8 +280,7 @@ def parse(response: httpx.Response) -> Reply:
         raise Unanswered(f"not an answer of /chat/completions{_message(response)}") from None
     if not isinstance(text, str | None) or not isinstance(finish, str | None):
         raise Unanswered("not an answer of /chat/completions")
-    # JSON may spell half a surrogate pair, which no file of UTF-8 can hold.
-    return Reply((text or "").encode("utf-8", "replace").decode(), finish or "stop")
+    return Reply(text or "", finish or "stop")
 
 
 def _retry_after(response: httpx.Response) -> float:
@@ -304,5 +304,5 @@ def _message(response: httpx.Response) -> str:
     except (ValueError, LookupError, TypeError):
         words = response.text
     key = response.request.headers["Authorization"].removeprefix("Bearer ")
-    words = " ".join(str(words).replace(key, "***").split())[:160]
+    words = " ".join(str(words).replace(key, "***").split())[:160].encode(errors="backslashreplace").decode()
     return f" ({words})" if words else ""

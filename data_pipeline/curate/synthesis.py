@@ -64,6 +64,7 @@ from data_pipeline.workers.executor import Workers
 
 QA_PER_150_TOKENS = 10          # question-answer pairs appended to a text, at most
 CLOSING_QUOTE = {'"': '"', "“": "”", "«": "»", "'": "'"}
+HALF_A_PAIR = re.compile("[\ud800-\udfff]")         # which JSON may spell and UTF-8 may not
 QUESTION = re.compile(r"(?m)^[ \t]*(?:(?:[-*•]|\d+[.)])[ \t]*)?Question(?: \d+)?:")
 BULLET = re.compile(r"\s*(?:[-*•–]|\d{1,3}[.)])\s+")
 UNFINISHED = {"length": "cut off", "content_filter": "withheld by the endpoint"}
@@ -143,6 +144,8 @@ def postprocess(task: Task, source: str, reply: Reply) -> str | Drop:
     """The text that `reply` to a segment `source` gives, or why it gives none; `task.shortest_result` aside."""
     if reply.finish in UNFINISHED:
         return Drop(UNFINISHED[reply.finish])
+    if HALF_A_PAIR.search(reply.text):
+        return Drop("half a surrogate pair")
     text = plain(reply.text)
     if not text:
         return Drop("empty reply")

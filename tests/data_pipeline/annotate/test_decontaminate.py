@@ -131,7 +131,7 @@ def parquet(column: pa.Array) -> bytes:
     return content.getvalue().to_pybytes()
 
 
-def test_evaluation_files_are_read_as_sources_are(tmp_path):
+def test_evaluation_files_are_read_as_sources_are(tmp_path, capsys):
     question = "what did the fox that ran over the hill say to the dog"
     record = json.dumps({"question": question}).encode()
     for name, content in (
@@ -145,6 +145,7 @@ def test_evaluation_files_are_read_as_sources_are(tmp_path):
     ):
         (tmp_path / name).write_bytes(content)
         assert contamination([(question, False)], 6, [str(tmp_path / name)]) == [8], name
+        assert ("1 of 1 texts hold half a surrogate pair" in capsys.readouterr().err) == (name == "b.jsonl")
 
 
 @pytest.mark.parametrize(("name", "content"), [

@@ -105,6 +105,7 @@ PROSE = "The brickworks' kiln has room for twelve thousand bricks. " * 5
      "One.\nTwo, 3 * 4 * 5 and bold __init__."),
     ("extract_knowledge", "<think>Hm.</think> A passage.", Drop("thinking in the reply")),
     ("extract_knowledge", " \n", Drop("empty reply")),
+    ("extract_knowledge", f"Passage: {PROSE}\udc00", Drop("half a surrogate pair")),
     ("knowledge_list", "## Facts\nHere they are:\n- One\n  - Two: 3.5\n* Three\n\n4. Four\n1998 was a year.",
      "One\nTwo: 3.5\nThree\nFour\n1998 was a year."),
     ("knowledge_list", "I cannot help with that.", Drop("no list")),
