@@ -31,7 +31,7 @@ from typing import Any
 from data_pipeline.config import PAPER_TASKS
 from flows import SOCKS
 from flows.console import table
-from stages.frame.params import read_yaml
+from stages.frame.params import read_yaml, refuse_unread
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_UTF8 = re.compile("[\udc80-\udcff]")     # a byte of a name, as Python hands it over
@@ -204,10 +204,11 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     values = settings(sources_of(given, options.domain, options.text_column, options.extractor), options.domain,
                       options.languages, against, options.labels)
-    assignments = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
+    assignments = [*(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items()), *options.set]
+    refuse_unread(options.params, assignments, ("annotate", "curate", "seed"), "curation")
     try:
         for stage in ("annotate", "curate"):
-            if status := run(stage, options.out, options.params, [*assignments, *options.set]):
+            if status := run(stage, options.out, options.params, assignments):
                 sys.exit(status)
     except KeyboardInterrupt:
         print("\nStopped. Run the same command again: finished shards are kept.", file=sys.stderr)

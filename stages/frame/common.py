@@ -358,9 +358,11 @@ def run_stage(
     if options.set and not options.out:
         raise StageError("--set without --out would put other results under this profile's name.\nAdd --out DIR.")
     from data_pipeline.config import DataError
-    from stages.frame.params import load_params
+    from stages.frame.params import load_params, refuse_unread
 
     params = load_params(options.params, tuple(options.set))
+    if sections and not options.settings:       # a flow gives all of its stages the same
+        refuse_unread(options.params, options.set, (*sections, *(("models", "variants") if members else ())), name)
     DataError.settings = options.settings or f"in {options.params}"
     variant = getattr(options, "variant", None)
     if members and variant not in members(params):

@@ -94,6 +94,7 @@ def test_advice_names_the_flags_and_works(tmp_path: Path, curate: Curate) -> Non
     for flag, value, said in (
         ("--domain", "My Texts", "--domain My Texts: "), ("--labels", "best", "--set curate.rules: "),
         ("--set", "annotate.mask=[all]", "--set annotate.mask: "),
+        ("--set", "pretrain.tokens=9", "--set pretrain.tokens=9: no effect on curation."),
     ):
         again = curate("a.jsonl", "--text-column", "content", flag, value)
         assert said in again.stderr and len(again.stderr.strip().splitlines()) == 2

@@ -65,6 +65,20 @@ def test_set_needs_out_and_unknown_variants_are_listed():
     assert "hybrid-fp8" in wrong.stderr
 
 
+def test_a_setting_without_effect_is_refused(tmp_path):
+    def tried(stage, *settings):
+        return run(stage, *(word for one in settings for word in ("--set", one)), "--out", "out", "--params",
+                   ROOT / "params.yaml", cwd=tmp_path).stderr
+
+    assert tried("tokenizer", "pretrain.tokens=8") == (
+        "--set pretrain.tokens=8: no effect on tokenizer.\nIt reads: seed, tokenizer, profile, runtime.\n")
+    assert "no effect on curate" in tried("curate", "annotate.shard_megabytes=1")
+    assert "curated: not found" in tried("tokenizer", "tokenizer.vocab_size=512", "runtime.workers=1", "seed=2")
+    sources = "annotate.sources=[{kind: files, paths: [x.jsonl], domain: web, license: MIT}]"
+    assert "x.jsonl" in tried("annotate", sources, "annotate.substring.domains=[web]",      # of a domain that needs:
+                              "curate.language.domains=[web]", "curate.rules={web: {set: web, labels: [low]}}")
+
+
 def test_output_appears_whole_or_not_at_all(stage):
     with pytest.raises(RuntimeError), stage.output("tokenizer") as out:
         (out / "half").write_text("x")

@@ -49,7 +49,7 @@ def test_the_data_stages_on_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         for variable in ("HF_HUB_OFFLINE", "HF_TOKEN"):
             environment.pop(variable, None)
         for stage in ("sources", "annotate", "curate", "tokenizer", "tokenize", "items"):
-            command = [sys.executable, "-m", f"stages.{stage}"]
+            command = [sys.executable, "-m", f"stages.{stage}", "--settings", "in TINY"]
             command += [word for key, value in TINY.items() for word in ("--set", f"{key}={value}")]
             command += ["--out", "out"]
             done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
