@@ -2,7 +2,8 @@
 
 Reads   data/PROFILE/curated/
 Writes  data/PROFILE/tokenizer/tokenizer.model
-        runs/PROFILE/tokenizer/metrics.json: vocabulary, and bytes a token on held-out text it was not trained on
+        runs/PROFILE/tokenizer/metrics.json: vocabulary, megabytes it was trained on, of which the corpus may have fewer
+        than were asked for, and bytes a token on held-out text it was not trained on
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ def tokenizer(stage: Stage) -> dict[str, Any]:
     curated, seed = stage.input("curated"), stage.params.seed
     heldout = sample(shards(curated, "heldout"), MEASURED_BYTES, seed)      # where there is none: before the work
     with stage.output("tokenizer") as out:
-        library.train(curated, stage.params.tokenizer, seed, out)
+        used = library.train(curated, stage.params.tokenizer, seed, out)
         trained = library.Tokenizer(out / library.MODEL_FILE)
-    metrics: dict[str, Any] = {"vocab_size": trained.vocab_size, "digest": trained.digest}
+    metrics: dict[str, Any] = {"vocab_size": trained.vocab_size, "digest": trained.digest,
+                               "training_megabytes": used / 1e6}
     texts = heldout.select(["domain", "text"]).to_pylist()
     all_bytes = all_tokens = byte_tokens = 0
     for domain in sorted({row["domain"] for row in texts}):

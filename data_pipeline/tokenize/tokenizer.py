@@ -136,16 +136,25 @@ def training_texts(curated: Path, config: TokenizerConfig, seed: int) -> Iterato
         yield from batch["text"].to_pylist()
 
 
-def train(curated: Path, config: TokenizerConfig, seed: int, out: Path) -> None:
-    """Train on a sample of the curated training documents and write `out`/tokenizer.model.
+def train(curated: Path, config: TokenizerConfig, seed: int, out: Path) -> int:
+    """Train on a sample of the curated training documents and write `out`/tokenizer.model; bytes of the sample,
+    fewer than `training_megabytes` where the corpus has no more.
 
     A document is one training sentence, newlines included, so that ends of lines merge with what stands before them.
     The same documents, configuration and seed give the same file. Raises DataError when the text cannot fill
     `vocab_size` or needs more.
     """
-    model = train_on(training_texts(curated, config, seed), config.vocab_size)
+    sizes: list[int] = []
+
+    def counted() -> Iterator[str]:
+        for text in training_texts(curated, config, seed):
+            sizes.append(len(text.encode()))
+            yield text
+
+    model = train_on(counted(), config.vocab_size)
     out.mkdir(parents=True, exist_ok=True)
     (out / MODEL_FILE).write_bytes(model)
+    return sum(sizes)
 
 
 def train_on(texts: Iterable[str], vocab_size: int) -> bytes:

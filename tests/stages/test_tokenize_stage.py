@@ -50,6 +50,7 @@ def train_documents(directory: Path) -> pl.DataFrame:
 def test_tokenizer_stage_measures_held_out_text(done):
     tokenizer = Tokenizer(done / "data/tiny/tokenizer/tokenizer.model")
     metrics = read(done / "runs/tiny/tokenizer/metrics.json")
+    assert 0 < metrics["training_megabytes"] <= 0.3
     assert metrics["vocab_size"] == tokenizer.vocab_size == 1024
     assert metrics["digest"] == tokenizer.digest
     assert 0 <= metrics["byte_fallback_share"] < 0.1

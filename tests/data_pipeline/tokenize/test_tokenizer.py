@@ -94,9 +94,14 @@ def test_ids_and_pieces(tokenizer, model_path):
 def test_same_seed_same_file_other_seed_other_sample(curated, tmp_path):
     config = TokenizerConfig(vocab_size=640, training_megabytes=0.2)
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        library.train(curated, config, seed, tmp_path / name)
+        assert 0.1e6 < library.train(curated, config, seed, tmp_path / name) <= 0.2e6
     digests = [library.Tokenizer(tmp_path / name / "tokenizer.model").digest for name in "abc"]
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_what_was_trained_on_is_told_where_the_corpus_has_less_than_was_asked_for(curated, tmp_path):
+    config, whole = TokenizerConfig(vocab_size=640, training_megabytes=99), pl.read_parquet(curated / "train/*.parquet")
+    assert library.train(curated, config, 1, tmp_path) == whole["text"].str.len_bytes().sum() < 99e6
 
 
 def test_batches_and_threads_change_nothing(tokenizer):
