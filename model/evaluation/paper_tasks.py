@@ -18,6 +18,7 @@ import contextlib
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Protocol
 from unittest import mock
 
@@ -110,6 +111,8 @@ def run_paper_tasks(
         parts |= {task.name: _draw(_ready(task, sets), items) for task in tasks if task.requests}
         rows = _ask(model, parts)
         answers = {name: [_answer(part, row) for part, row in of] for name, of in rows.items()}
+        lengths = {task.name: [_by_length(part, row) for part, row in rows[task.name]]
+                   for task in tasks if task.kind == "choice"}
         lettered = [task for task in tasks if task.gold]
         for task in lettered:
             _change(parts[task.name], task.gold)
@@ -118,7 +121,7 @@ def run_paper_tasks(
         written = {task.name: _written(model, task, items) for task in tasks
                    if (task.kind == "text" and generation != "none") or (task.kind == "code" and generation == "code")}
     return [_score(task, model, [row for _, row in rows.get(task.name, [])], answers.get(task.name, []),
-                   written.get(task.name, [])) for task in tasks]
+                   written.get(task.name, []), lengths.get(task.name, [])) for task in tasks]
 
 
 def _parts(task: PaperTask) -> Parts:
@@ -177,10 +180,21 @@ def _ask(model: HarnessLM, parts: Mapping[str, Parts]) -> dict[str, list[tuple[C
 
 def _answer(part: ConfigurableTask, row: Row) -> tuple[float, int]:
     """Log-likelihood in nats of the right answer, and its bytes, the blank before it among them."""
-    options = part.doc_to_choice(row["doc"])
-    right: Any = part.doc_to_text(row["doc"]) if part.multiple_input else part.doc_to_target(row["doc"])
-    place = options.index(right) if isinstance(right, str) else right
+    place = _place(part, row)
     return row["filtered_resps"][place][0], len(row["arguments"][place][1].encode())
+
+
+def _place(part: ConfigurableTask, row: Row) -> int:
+    """Of the right answer among the options."""
+    right: Any = part.doc_to_text(row["doc"]) if part.multiple_input else part.doc_to_target(row["doc"])
+    return int(part.doc_to_choice(row["doc"]).index(right) if isinstance(right, str) else right)
+
+
+def _by_length(part: ConfigurableTask, row: Row) -> tuple[float, float]:
+    """What the item gives who takes the longest option, and the shortest; of k equal ones 1/k."""
+    sizes = [len(context) + len(answer) for context, answer in row["arguments"]]
+    longest, shortest = ((sizes[_place(part, row)] == size) / sizes.count(size) for size in (max(sizes), min(sizes)))
+    return longest, shortest
 
 
 def _written(model: HarnessLM, task: PaperTask, items: int) -> list[Row] | str:
@@ -194,7 +208,8 @@ def _written(model: HarnessLM, task: PaperTask, items: int) -> list[Row] | str:
 
 
 def _score(
-    task: PaperTask, model: HarnessLM, asked: Iterable[Row], answers: list[tuple[float, int]], written: list[Row] | str
+    task: PaperTask, model: HarnessLM, asked: Iterable[Row], answers: list[tuple[float, int]], written: list[Row] | str,
+    lengths: list[tuple[float, float]],
 ) -> PaperScore:
     asked = list(asked)
     metric, filtered = task.metric.split(",")
@@ -216,6 +231,7 @@ def _score(
         bits_per_byte_stderr=bits_per_byte_stderr(answers) if len(answers) > 1 else None,
         cut=max(_cut(model, asked), 0 if isinstance(written, str) else _cut(model, written)),
         left_out=why,
+        by_length=max(map(fmean, zip(*lengths, strict=True))) if lengths else None,
     )
 
 

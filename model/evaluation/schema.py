@@ -79,6 +79,8 @@ class PaperScore:
         bits_per_byte: of the right answer, over all items; its standard error by bootstrap over them.
         cut: items whose prompt lost its beginning, as the model's context is shorter; where the model also writes
             answers, before which there is less room, those of the prompts for these if they are more.
+        by_length: what who always takes the longest option reaches on these items, or the shortest if that is more; of
+            k equal ones 1/k. None where there are no options.
     """
 
     task: PaperTask
@@ -90,3 +92,9 @@ class PaperScore:
     bits_per_byte_stderr: float | None = None
     cut: int = 0
     left_out: str = ""
+    by_length: float | None = None
+
+    @property
+    def guess(self) -> float:
+        """What is reached without reading: the task's chance, or `by_length` where that is more."""
+        return max(self.task.chance, self.by_length or 0.0)

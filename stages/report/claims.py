@@ -179,9 +179,9 @@ def graded(records: Records, model: str) -> dict[str, list[int]]:
 
 
 def chances(records: Records, model: str) -> dict[str, float]:
-    """What a guess reaches at the tasks of `graded`."""
-    metrics, paper = records.metrics("evaluate", model), {of.task.task: of.task for of in records.paper_tasks(model)}
-    return {task: paper[task].chance if task in paper else metrics[f"{task}_accuracy_chance"]
+    """What a guess reaches at the tasks of `graded`, or by the length of the options where that is more."""
+    metrics, paper = records.metrics("evaluate", model), {of.task.task: of for of in records.paper_tasks(model)}
+    return {task: paper[task].guess if task in paper else metrics[f"{task}_accuracy_chance"]
             for task in graded(records, model)}
 
 

@@ -156,6 +156,18 @@ def test_the_harnesss_own_numbers(exported: Path, model: Keeps, task: str) -> No
     assert ours.right == [row[metric] for row in sorted(rows, key=lambda row: row["doc_id"])]
 
 
+def test_what_length_alone_reaches(model: Keeps, found: dict[str, PaperScore]) -> None:
+    [scored] = run_paper_tasks(model, [OF["openbookqa"]], Few(), 40, "none")
+    longest = 0.0
+    for row in Few().load("allenai/openbookqa", "main")["test"]:
+        sizes = [len(text) for text in row["choices"]["text"]]
+        right = sizes["ABCD".index(row["answerKey"])]
+        longest += (right == max(sizes)) / sizes.count(right) / 40
+    assert scored.by_length == scored.guess == pytest.approx(longest) and longest > 0.3 > scored.task.chance
+    assert found["mmlu"].by_length == found["mmlu"].guess == 0.25, "letters are of one length"
+    assert found["mbpp"].by_length is None and found["mbpp"].guess == 0
+
+
 def exact_bits(model: harness.HarnessLM, answers: list[tuple[str, str]]) -> float:
     """Bits a byte of the continuations, in float64, a token at a time in windows of the model's length."""
     state = {name: value.double() for name, value in model.model.state_dict().items()}

@@ -404,6 +404,12 @@ def test_the_papers_tasks_count_where_one_model_beats_a_guess(records):
     found = claim(records, "compressed_tasks")
     assert found.answer is HOLDS and found.evidence[0].measure == "mean over 3 counted"
     assert "mmlu, compressed / hybrid-fp8 (a guess: not counted)" in [row.measure for row in found.evidence]
+    for model, of in records.paper_tasks.items():
+        records.paper_tasks[model] = [replace(of[0], by_length=0.95), *of[1:]]
+    assert "piqa, compressed / hybrid-fp8 (a guess: not counted)" in [
+        row.measure for row in claim(records, "compressed_tasks").evidence], "longest options alone do as well"
+    for model, of in records.paper_tasks.items():
+        records.paper_tasks[model] = [replace(of[0], by_length=0.1), *of[1:]]
     records.paper_tasks["compressed"][0].right[:] = [0] * ITEMS
     assert claim(records, "compressed_tasks").answer is FAILS
     records.paper_tasks["compressed"][0] = replace(records.paper_tasks["compressed"][0], task=replace(
