@@ -19,7 +19,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator, ScalarFormatter
 
 from data_pipeline.schema import Histogram
 from stages.report.records import LABELS, Curve, Records, pairs
@@ -145,12 +145,18 @@ def layer_importance(records: Records) -> str:
 def candidates(records: Records) -> str:
     """Agreement with the parent over memory, by how far a candidate came."""
     scored = [item for item in records.candidates if item.agreement is not None]
+    unit, size = ("MiB", 1024) if all(item.memory_gib < 1 for item in scored) else ("GiB", 1)
     groups = {"compared": (MUTED, [item for item in scored if item.kl_short is None]),
               "distilled": (PALETTE[1], [item for item in scored if item.kl_short is not None and not item.chosen]),
               "chosen": (PALETTE[0], [item for item in scored if item.chosen])}
-    return lines([Series(label, [1024 * item.memory_gib for item in items], [item.agreement or 0.0 for item in items],
+
+    def adjust(axes: Axes) -> None:
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(ScalarFormatter(useOffset=False))
+
+    return lines([Series(label, [size * item.memory_gib for item in items], [item.agreement or 0.0 for item in items],
                          colour, "o") for label, (colour, items) in groups.items()],
-                 "Memory (MiB)", "Agreement with the parent")
+                 f"Memory ({unit})", "Agreement with the parent", adjust)
 
 
 def distillation(records: Records) -> str:

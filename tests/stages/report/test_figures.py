@@ -3,6 +3,7 @@
 import math
 import re
 from itertools import pairwise
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import hypothesis
@@ -49,6 +50,16 @@ def test_colours_are_the_pages_and_bytes_the_same_whatever_the_global_style(reco
         assert "var(--ink" in svg and "prefers-color-scheme: dark" in svg
         assert not re.search("#01010|#02020|#03030|<metadata|20\\d\\d-", svg.split(">", 1)[0] + svg[:2000])
         assert len(svg) < 60_000
+
+
+@pytest.mark.parametrize(("gib", "axis", "tick"), [(0.0008, "Memory (MiB)", "0.84"), (0.084, "Memory (MiB)", "87"),
+                                                   (31.0, "Memory (GiB)", "32.0")])
+def test_memory_is_in_a_unit_that_is_known(records, gib, axis, tick):
+    """Of the smoke profile's candidates the axis once said 808 m."""
+    found = [item.model_copy(update={"memory_gib": gib * (1 + place / 100)})
+             for place, item in enumerate(records.candidates)]
+    shown = words(figures.candidates(SimpleNamespace(candidates=found)))
+    assert axis in shown and re.search(rf"\b{tick}\b", shown) and not re.search(r"\d [mk]\b", shown)
 
 
 def test_labels_make_ids_their_own(records):
