@@ -1,18 +1,39 @@
-"""Operations that torch.compile takes as one node, and that cost eager mode none of the dispatcher's time."""
+"""Operations that torch.compile takes as one node, and that cost eager mode none of the dispatcher's time; and what
+autograd and autocast must not do to them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """The function as it is outside of torch.autocast, which would have its products, and no more of it, in another
+    dtype than the tensors it is given."""
+    @wraps(function)
+    def run(*arguments: P.args, **named: P.kwargs) -> R:
+        device = next(one.device.type for one in (*arguments, *named.values()) if isinstance(one, Tensor))
+        if not torch.is_autocast_enabled(device):
+            return function(*arguments, **named)
+        with torch.autocast(device, enabled=False):
+            return function(*arguments, **named)
+
+    return run
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """The backward of what has no second derivative. PyTorch's decorator of that name refuses one only where the
     gradient that comes in needs a gradient itself, as a loss's does not, and lets it pass as zero elsewhere."""
+    backward = outside_autocast(backward)
+
     @wraps(backward)
     def run(ctx: Any, *gradients: Any) -> Any:
         if torch.is_grad_enabled():

@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.arguments import ArgumentError, check_dtypes, check_multiple, check_shapes, warn_of_slowness
+from kernels.operation import outside_autocast
 
 
+@outside_autocast
 def prompt_attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Causal attention of the last tokens of a sequence, those of `q`, over all of it.
 
@@ -48,6 +50,7 @@ def prompt_attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return torch.lerp(past, own, torch.sigmoid(own_sum - past_sum).to(q.dtype))
 
 
+@outside_autocast
 def token_attention(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
     """Attention of one token a sequence over the cached tokens up to its own, which stands at its `positions`.
 

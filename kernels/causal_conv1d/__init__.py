@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.arguments import check_any, check_shapes, warn_of_slowness
-from kernels.operation import once_differentiable
+from kernels.operation import once_differentiable, outside_autocast
 
 
+@outside_autocast
 def causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor, initial_state: Tensor | None = None, seq_idx: Tensor | None = None
 ) -> Tensor:

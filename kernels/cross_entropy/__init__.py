@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.arguments import ArgumentError, check_dtypes, check_shapes, warn_of_slowness
-from kernels.operation import once_differentiable
+from kernels.operation import once_differentiable, outside_autocast
 
 IGNORED = -100              # a label without a loss, PyTorch's `ignore_index`
 _ROWS = 32                  # of logits at a time on a CPU: their float32 copies stay in cache
@@ -43,6 +43,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return CrossEntropy.apply(rows, targets).view_as(labels)
 
 
+@outside_autocast
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, row_weights: Tensor) -> tuple[Tensor, Tensor]:
     """The weighted sum of the losses of logits = hidden weight^T, whose logits never exist all at once.
 

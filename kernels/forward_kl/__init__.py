@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from kernels.arguments import check_any, check_dtypes, check_shapes, warn_of_slowness
-from kernels.operation import once_differentiable
+from kernels.operation import once_differentiable, outside_autocast
 
 _ROWS = 64                  # of logits at a time on a CPU: their float32 copies stay in cache
 
 
+@outside_autocast
 def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
     """KL(softmax(teacher) || softmax(student)) in nats at temperature 1, the mean over rows; differentiable once.
 

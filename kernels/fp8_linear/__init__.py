@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.arguments import check_shapes, warn_of_slowness
+from kernels.operation import outside_autocast
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 LEAST_SCALE = torch.finfo(torch.float32).tiny       # a smaller one may be 0, and 0 / 0 is no number
@@ -44,6 +45,7 @@ def quantize_rows(x: Tensor) -> Rows:
     return Rows(values.to(torch.float8_e4m3fn), scales)
 
 
+@outside_autocast
 def fp8_linear(x: Tensor, weight: Rows) -> Tensor:
     """x W^T of the rounded x and W; products are summed in float32.
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.arguments import ArgumentError, check_any, check_dtypes, check_multiple, check_shapes, warn_of_slowness
-from kernels.operation import once_differentiable
+from kernels.operation import once_differentiable, outside_autocast
 
 # exp(-50) = 2e-22 is nothing beside 1, but keeps products of decays out of the denormal range, where a CPU crawls.
 _LEAST_LOG_DECAY = -50.0
@@ -27,6 +27,7 @@ KERNEL_SIZES = (16, 32, 64, 128, 256)
 LARGEST_STATE = 256 * 128
 
 
+@outside_autocast
 def chunk_scan(
     x: Tensor,
     dt: Tensor,

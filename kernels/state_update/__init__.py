@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.arguments import ArgumentError, check_any, check_multiple, check_shapes, warn_of_slowness
+from kernels.operation import outside_autocast
 
 
+@outside_autocast
 def ssd_state_update(
     state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor
 ) -> Tensor:
