@@ -10,9 +10,9 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, PositiveInt, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -29,6 +29,17 @@ from model.config import Geometry, ModelConfig, PretrainConfig, Section
 from stages.frame.launch import LauncherConfig
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]        # NumPy takes no other
+T = TypeVar("T")
+
+
+def _each_once(values: list[T]) -> list[T]:
+    """Raise ValueError for what stands in a list twice: its results have one name, the last would hide the first."""
+    if twice := [value for place, value in enumerate(values) if value in values[:place]]:
+        raise ValueError(f"{twice[0]} stands in it twice\nTake one away.")
+    return values
+
+
+Once = AfterValidator(_each_once)
 
 
 class ParamsError(SystemExit):
@@ -77,7 +88,7 @@ class EvaluateConfig(Section):
     bits_per_byte_kilobytes: int = Field(ge=1)
     recall_pairs: int = Field(ge=2)
     context_tokens: int = Field(ge=64)
-    context_multiples: list[int] = Field(min_length=1)
+    context_multiples: Annotated[list[PositiveInt], Once] = Field(min_length=1)
     items_per_context: int = Field(ge=4)
     paper_items: int = Field(ge=1)
     generation: Literal["none", "text", "code"]
@@ -87,13 +98,13 @@ class EvaluateConfig(Section):
 class BenchmarkConfig(Section):
     """`benchmark`: contexts and output in tokens, batch in sequences."""
 
-    contexts: list[int] = Field(min_length=1)
+    contexts: Annotated[list[PositiveInt], Once] = Field(min_length=1)
     batch: int = Field(ge=1)
     decode_tokens: int = Field(ge=1)
     repeats: int = Field(ge=1)
     longest_prompt: int = Field(ge=0)
     output_tokens: int = Field(ge=1)
-    published: list[Literal["8b", "47b"]]
+    published: Annotated[list[Literal["8b", "47b"]], Once]
 
 
 class ParallelConfig(Section):
@@ -162,7 +173,7 @@ class Params(Section):
     variants: dict[str, Variant]
     pretrain: PretrainConfig
     compress: CompressConfig
-    models: list[str]
+    models: Annotated[list[str], Once]
     export: ExportConfig
     evaluate: EvaluateConfig
     benchmark: BenchmarkConfig

@@ -128,6 +128,9 @@ def test_an_override_reaches_a_field_of_a_list():
     ("annotate.sources.0=web", "as a whole"), ("annotate.sources=[1,", "not valid YAML"),
     ("seed=-1", "`seed`"), (f"seed={10**23}", "`seed`"), ("variants.hybrid-fp8.seed=-1", "`variants.hybrid-fp8.seed`"),
     ("pretrain.adam_betas=[0.9,1]", r"`pretrain\.adam_betas\.1`"),
+    ("benchmark.contexts=[256, 64, 256]", r"`benchmark\.contexts`: 256 stands in it twice"),
+    ("models=[compressed, compressed]", "twice"), ("evaluate.context_multiples=[1, 1]", "twice"),
+    ("evaluate.context_multiples=[0]", r"`evaluate\.context_multiples\.0`"),
     ("annotate.x=!!python/object/apply:os.mkdir [sprung]", "not valid YAML"),
     *((f"annotate.sources=[{{kind: files, paths: [x], domain: '{domain}'}}]", "`annotate.sources.0.files.domain`")
       for domain in ('"><script>', "../../esc", "web; x", "")),
