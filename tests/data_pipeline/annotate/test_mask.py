@@ -15,74 +15,27 @@ from tests.data_pipeline.real_texts import HOSTILE, STDLIB, real_texts
 
 KINDS = ("email", "ip", "phone", "secret")
 # Put together here, so that no scanner of sources takes them for keys.
-AWS = "AKIA" + "Q7ZX2MB4KT9WLD5C"
 GITHUB = "ghp_" + "f3Kq9ZtW1xYb7LmN2cVd8RsT4uPo6EgH0iJa"
-JWT = "eyJ" + "hbGciOiJIUzI1NiJ9." + "eyJ" + "zdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP0THsR8U"
 LINES = "\n".join(["MIIEpAIBAAKCAQEA7bq0Y1" * 3] * 5)
 KEY = f"-----BEGIN RSA PRIVATE KEY-----\n{LINES}\n-----END RSA PRIVATE KEY-----"
-HEXADECIMAL = "9f86d081884c7d659a2feaa0c55ad015"
-MIXED = "Zx81Qw9sLk3Vb7Nm2Pd5Rt6Y"
 
+# Several in a text, and over several lines; one of each is in the labelled set.
 FOUND = {
     "email": [
-        ("Mail ada.lovelace+math@analytical-engine.co.uk now.", "Mail <EMAIL> now."),
-        ("# Author: Jo <jo_99@mail.uni-x.de>, 2020", "# Author: Jo <<EMAIL>>, 2020"),
         ("x@company.com,y.z@company.org", "<EMAIL>,<EMAIL>"),
-        ("mailto:someone@company.info.", "mailto:<EMAIL>."),
-        ("Grüße an müller: anna@beispiel.at!", "Grüße an müller: <EMAIL>!"),
         ("jörg@müller.example müsli@müller.de 用户@例子.公司", "jörg@müller.example <EMAIL> <EMAIL>"),
     ],
-    "ip": [
-        ("ssh root@87.123.45.67 now", "ssh root@<IP_ADDRESS> now"),
-        ("Connected to 203.12.113.9:8080.", "Connected to <IP_ADDRESS>:8080."),
-        ("host = '2a02:8109:9a80:1c5c:e0f2:44b:8d3a:1'", "host = '<IP_ADDRESS>'"),
-        ("[2a00:1450:4001:82a::200e]", "[<IP_ADDRESS>]"),
-    ],
-    "phone": [
-        ("Call +49 30 901820 44 today", "Call <PHONE_NUMBER> today"),
-        ("tel: +1-415-867-5309.", "tel: <PHONE_NUMBER>."),
-        ("(415) 867-5309 or 415.867.5309", "<PHONE_NUMBER> or <PHONE_NUMBER>"),
-        ("+44 (0) 20 7946 1234", "<PHONE_NUMBER>"),
-    ],
+    "ip": [("Connected to 203.12.113.9:8080.", "Connected to <IP_ADDRESS>:8080.")],
+    "phone": [("(415) 867-5309 or 415.867.5309", "<PHONE_NUMBER> or <PHONE_NUMBER>")],
     "secret": [
-        (f"key = '{AWS}'", "key = '<SECRET>'"),
         (f"https://{GITHUB}:x-oauth-basic@github", "https://<SECRET>:x-oauth-basic@github"),
-        (f"Authorization: Bearer {JWT}", "Authorization: Bearer <SECRET>"),
         (f"a\n{KEY}\nb", "a\n<SECRET>\nb"),
-        (f'"api_key": "{HEXADECIMAL}",', '"api_key": "<SECRET>",'),
-        (f"PASSWORD = '{MIXED}'", "PASSWORD = '<SECRET>'"),
     ],
 }
-LEFT = {
-    "email": [
-        "@pytest.fixture\ndef f(): ...", "    @property.setter", "y = x@w.weight", "z = a@b.T + a@b.conj()",
-        "out = q@self.k.transpose(0, 1)", "git clone git@github.com:org/repo.git", "npm i lodash@4.17.21",
-        "user@example.com and a@b.example.org", "me@localhost", "root@host.local", "celery@%h", "name@host",
-        "postgresql://scott:tiger@localhost:5432/db", "chacha20-poly1305@openssh.com", "i@i.de", "@name.com",
-        "a @ b.com",
-    ],
-    "ip": [
-        "127.0.0.1, 0.0.0.0, 10.1.2.3, 172.16.9.8, 192.168.1.44, 169.254.3.2, 255.255.255.0",
-        "192.0.2.7 198.51.100.23", "203.0.113.99", "224.0.0.251", "version 10.2.13.45", "v12.3.44.5",
-        "torch==12.11.33.4", ">= 20.1.30.4", "1.2.3.4", "8.8.8.8", "1.3.6.1.4.1.311", "2.5.29.15",
-        "12.34.56.789", "12.34.56.7-beta", "34.0.0.0/8",
-        "a12.34.56.78",
-        "12:34:56", "::1 fe80::1 2001:db8::8a2e:370:7334", "std::abc::def", "x[2000::3]", "2021:10:12:11",
-        "fd00::1:2:3:4",
-    ],
-    "phone": [
-        "123-456-7890", "212-555-0123", "(800) 555-0199", "2020-01-02", "10.1103/PhysRevLett.116.061102", "1e+10 -3",
-        "a + 12 34 56", "978-3-16-148410-0", "@@ -12,34 +12,36 @@", "UTC+05 30", "x[234-567-8901:]/2-1",
-        "3.14159-2653-589",
-        "0x415-867-5309", "192-168-1-1", "415-867-530", "222 333 4444",
-    ],
-    "secret": [
-        "token = 'some_identifier_with_many_words'", "password = 'hunter2'", "AKIAIOSFODNN7EXAMPLE", "sk-" + "x" * 40,
-        "secret: '" + "a" * 40 + "'", "token='<SECRET>'", "token = get_token(request)", "sha256 " + HEXADECIMAL,
-        "api_key='your-api-key-goes-right-here'", "-----BEGIN PUBLIC KEY-----\nMIIB\n-----END PUBLIC KEY-----",
-        'marker = "-----BEGIN PRIVATE KEY-----"\nend = "-----END PRIVATE KEY-----"',
-    ],
-}
+LEFT = [
+    "@pytest.fixture\ndef f(): ...", "-----BEGIN PUBLIC KEY-----\nMIIB\n-----END PUBLIC KEY-----",
+    'marker = "-----BEGIN PRIVATE KEY-----"\nend = "-----END PRIVATE KEY-----"',
+]
 
 
 def mask(*texts: str, kinds=KINDS) -> pa.Table:
@@ -94,13 +47,18 @@ def test_found(kind, text, masked):
     row = mask(text).to_pylist()[0]
     assert row["text"] == masked and row["id"] == text_id(masked)
     assert row["masked"] == masked.count(PLACEHOLDERS[kind])
-    others = [other for other in KINDS if other != kind]
-    assert mask(text, kinds=others)["text"].to_pylist() == [text]
 
 
-@pytest.mark.parametrize(("kind", "text"), [(kind, text) for kind, texts in LEFT.items() for text in texts])
-def test_left(kind, text):
-    assert mask(text).select(["text", "masked"]).to_pylist() == [{"text": text, "masked": 0}]
+def test_left():
+    assert mask(*LEFT).select(["text", "masked"]).to_pylist() == [{"text": text, "masked": 0} for text in LEFT]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_other_kinds_leave_it(kind):
+    texts = [case.text for case in cases() if case.kind == kind]
+    changed = [after for before, after in zip(texts, mask(*texts, kinds=set(KINDS) - {kind})["text"].to_pylist(),
+                                              strict=True) if before != after]
+    assert changed == (["https://deploy:<EMAIL>/v2", "https://user:<EMAIL>/"] if kind == "secret" else [])
 
 
 def test_the_labelled_set():
@@ -165,15 +123,6 @@ def test_code_of_the_standard_library_loses_no_meaning():
     assert len(changed) > 5
     for text in changed:
         compile(text, "masked", "exec", dont_inherit=True)
-
-
-def test_hostile_texts_take_no_time_to_speak_of():
-    texts = [
-        "a" * 400_000 + "@", "a@" * 200_000, "1." * 300_000, "+1 " * 200_000, "token='" + "A" * 500_000,
-        "eyJ" * 100_000, "-----BEGIN PRIVATE KEY-----" * 3000, "2001:" * 100_000, "x@" + "a-" * 200_000,
-        "x@" + "a." * 100_000 + "!",
-    ]
-    assert mask(*texts)["text"].to_pylist() == texts
 
 
 def test_nothing_found_leaves_the_table():
