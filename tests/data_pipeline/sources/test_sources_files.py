@@ -184,11 +184,6 @@ def test_a_missing_column_is_named_with_those_there_are(tmp_path):
         read(tmp_path / "b.parquet", text_column="n")
 
 
-def test_a_first_record_of_another_kind_is_counted(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(jsonl({"_meta": 1}, {"text": "first"}, {"other": 2}, {"text": "last"}))
-    assert texts(read(tmp_path)) == ["first", "last"] and reasons(read(tmp_path)) == ["no column 'text'"] * 2
-
-
 def test_a_broken_gzip_gives_what_stands_before_and_after(tmp_path):
     members = [gzip.compress(jsonl(*RECORDS[at : at + 100])) for at in range(0, 400, 100)]
     members[1] = members[1][:200] + b"\xff" * 60 + members[1][260:]

@@ -11,7 +11,6 @@ import socket
 import tarfile
 import zipfile
 from collections import Counter
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -484,8 +483,3 @@ def test_a_web_source_reads_web_archives_alone(tmp_path):
     assert len(texts(found)) == len(PAGES) + 3 and passed(found) == {".txt": 1, ".html": 1}
     with pytest.raises(DataError, match=r"b\.txt is not read: .*\nGive \.warc, \.wet, .*, packed or not\.$"):
         read(tmp_path / "b.txt", kind=WebSource)
-
-
-def test_paths_are_strings_and_paths(tmp_path):
-    (tmp_path / "a.txt").write_text("x")
-    assert read(Path(tmp_path)) == read(str(tmp_path))

@@ -29,43 +29,19 @@ def read(location) -> tuple[bytes, list[str]]:
     ]
 
 
-@pytest.mark.parametrize(
-    ("name", "data"),
-    [
-        ("plain.txt", TEXT),
-        ("one.gz", gzip.compress(TEXT, mtime=0)),
-        ("members.gz", b"".join(gzip.compress(TEXT[at : at + 999], mtime=0) for at in range(0, len(TEXT), 999))),
-        ("padded.gz", b"".join(gzip.compress(part, mtime=0) + bytes(zeros)
-                               for part, zeros in ((TEXT[:5000], 700), (TEXT[5000:], 3)))),
-        ("no suffix", gzip.compress(TEXT, mtime=0)),
-        ("one.zst", zstd(TEXT)),
-        ("frames.zst", zstd(TEXT[:5000]) + zstd(TEXT[5000:])),
-    ],
-)
-def test_whole_files(tmp_path, name, data):
-    (tmp_path / name).write_bytes(data)
-    assert read(tmp_path / name) == (TEXT, [])
-
-
-@pytest.mark.parametrize("name", ["empty.txt", "empty.gz", "empty.zst"])
-def test_empty_files(tmp_path, name):
-    (tmp_path / name).touch()
-    assert read(tmp_path / name) == (b"", [])
+@pytest.mark.parametrize("data", [
+    b"".join(gzip.compress(TEXT[at : at + 999], mtime=0) for at in range(0, len(TEXT), 999)),
+    b"".join(gzip.compress(part, mtime=0) + bytes(zeros) for part, zeros in ((TEXT[:5000], 700), (TEXT[5000:], 3))),
+])
+def test_many_members_and_zeros_between_them(tmp_path, data):
+    (tmp_path / "a.gz").write_bytes(data)
+    assert read(tmp_path / "a.gz") == (TEXT, [])
 
 
 def test_high_compression_is_unpacked_in_bounded_chunks(tmp_path):
     (tmp_path / "zeros.gz").write_bytes(gzip.compress(bytes(50_000_000)))
     sizes = [len(chunk) for chunk in chunks(str(tmp_path / "zeros.gz"))]
     assert sum(sizes) == 50_000_000 and max(sizes) <= streams.CHUNK
-
-
-@pytest.mark.parametrize(("pack", "reason"), [(gzip.compress, "truncated gzip"), (zstd, "truncated zstd")])
-def test_a_truncated_file_is_kept_up_to_there(tmp_path, pack, reason):
-    packed = pack(TEXT)
-    (tmp_path / "cut").write_bytes(packed[: len(packed) // 2])
-    data, damage = read(tmp_path / "cut")
-    assert damage == [reason]
-    assert TEXT.startswith(data) and len(data) > 0.3 * len(TEXT)
 
 
 def test_after_damage_gzip_goes_on_at_the_next_member(tmp_path):

@@ -14,9 +14,8 @@ import pytest
 from fastwarc.stream_io import GzipWriter
 from fastwarc.warc import ArchiveIterator, WarcRecord, WarcRecordType
 from justext import get_stoplist
-from local_server import serving
 
-from data_pipeline.config import DataError, WebSource
+from data_pipeline.config import WebSource
 from data_pipeline.sources import Document, PassedOver, Refusal, pieces, read_piece, web
 from data_pipeline.sources.streams import Damage
 from data_pipeline.sources.web import main_text
@@ -230,21 +229,6 @@ def test_wet_records_as_they_are(archive):
     ])), name="a.wet.gz")
     assert found[1] == Document(text, "a.org", "https://a.org/?1", "web", "unknown")
     assert reasons(found) == ["invalid UTF-8", "no main text"]
-
-
-def test_an_archive_by_address(monkeypatch):
-    with serving(monkeypatch) as server:
-        _read_by_address(server)
-
-
-def _read_by_address(server):
-    server.files["/crawl/a.warc.gz"] = b"".join(MEMBERS)
-    server.files["/crawl.paths"] = b"crawl/a.warc.gz\n"
-    server.faults = ["", 503, "cut"]
-    assert numbers(read(server.address("/crawl.paths"))) == list(range(8))
-    assert len(server.requests) == 4
-    with pytest.raises(DataError, match="answers 404"):
-        read(server.address("/none.warc.gz"))
 
 
 def test_texts_are_justexts():
