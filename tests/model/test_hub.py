@@ -59,6 +59,19 @@ def exported(config, tmp_path) -> Path:
     return tmp_path / "hub"
 
 
+@pytest.fixture(scope="module")
+def hybrid_directory(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("hub") / "hybrid"
+    hub.save(directory, HYBRID, random_state(HYBRID), TRAINING, "float32")
+    return directory
+
+
+@pytest.fixture
+def saved(hybrid_directory, tmp_path) -> Path:
+    """A hybrid's directory, to be changed."""
+    return Path(shutil.copytree(hybrid_directory, tmp_path / "hybrid"))
+
+
 def transformers_model(directory: Path):
     model, found = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
     assert not any(found.values()), found
@@ -120,15 +133,6 @@ def test_bfloat16_keeps_the_decays_precise(tmp_path):
     assert transformers_model(tmp_path).dtype == torch.float32
 
 
-def test_same_input_same_bytes(tmp_path):
-    for name in ("a", "b"):
-        hub.save(tmp_path / name, HYBRID, random_state(HYBRID), TRAINING, "float32")
-    names = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert names == ["README.md", "config.json", "generation_config.json", "model.safetensors", "training.json"]
-    for name in names:
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-
-
 # Keys of config.json that a loader reads and that must stand there, and what it must find; from their sources:
 # vLLM 0.33 (transformers' class): github.com/vllm-project/vllm/blob/main/vllm/model_executor/models/nemotron_h.py
 # SGLang 0.5.23 (its own): github.com/sgl-project/sglang/blob/main/python/sglang/srt/configs/nemotron_h.py
@@ -148,15 +152,9 @@ READ_BY = {
 
 
 @pytest.mark.parametrize("loader", READ_BY)
-def test_config_has_what_a_loader_reads(loader, tmp_path):
-    hub.save(tmp_path, HYBRID, random_state(HYBRID), {}, "float32")
-    values = json.loads((tmp_path / "config.json").read_text())
+def test_config_has_what_a_loader_reads(loader, saved):
+    values = json.loads((saved / "config.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert not [key for key in READ_BY[loader] if key not in values]
-
-
-def test_config_suits_the_other_loaders(tmp_path):
-    hub.save(tmp_path, HYBRID, random_state(HYBRID), {}, "float32")
-    values = json.loads((tmp_path / "config.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert values["hybrid_override_pattern"] == "M-M*-M-" and values["num_hidden_layers"] == 7
     assert "layers_block_type" not in values and not [key for key in values if "expert" in key or "moe" in key]
     assert values["n_groups"] == values["mamba_n_groups"] == 2
@@ -305,41 +303,14 @@ def test_published_models_are_read(tmp_path, prefix):
     assert all(state[name].dtype == torch.bfloat16 and torch.equal(state[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"attention_bias": True}, "attention_bias is True"),
-    ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
-    ({"mlp_hidden_act": "silu"}, "mlp_hidden_act is 'silu'"),
-    ({"time_step_limit": [0.001, 0.1]}, "time_step_limit is"),
-    ({"hybrid_override_pattern": "MEM*-M-"}, "layer 1 of the pattern is 'E'"),
-])
-def test_models_of_another_kind_are_refused(tmp_path, changes, message):
-    published(tmp_path / "there", "backbone.")
-    damage_config(tmp_path / "there", **changes)
-    with pytest.raises(ModelError, match=message):
-        hub.load(tmp_path / "there")
-
-
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 777.0, "factor": 20.0}}, "rope_type is 'yarn'"),
-    ({"rope_parameters": {"type": "linear", "rope_theta": 777.0, "factor": 4.0}}, "rope_type is 'linear'"),
-    ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_scaling is {'type': 'linear'"),
-])
-def test_rotary_positions_of_another_kind_are_refused(tmp_path, changes, message):
-    hub.save(tmp_path, TRANSFORMER, random_state(TRANSFORMER), {}, "float32")
-    damage_config(tmp_path, **changes)
-    with pytest.raises(ModelError, match=message):
-        hub.load(tmp_path)
-
-
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
-def test_quantized_weights_are_refused(tmp_path, dtype):
+def test_quantized_weights_are_refused(saved, dtype):
     """Their scales may stand elsewhere: as numbers they are another model."""
-    hub.save(tmp_path, HYBRID, random_state(HYBRID), {}, "float32")
-    state = load_file(tmp_path / "model.safetensors")
+    state = load_file(saved / "model.safetensors")
     state["lm_head.weight"] = state["lm_head.weight"].mul(100).to(dtype)
-    save_file(state, tmp_path / "model.safetensors")
+    save_file(state, saved / "model.safetensors")
     with pytest.raises(ModelError, match=rf"lm_head\.weight is {dtype}, a quantized weight.*\n"):
-        hub.load(tmp_path)
+        hub.load(saved)
 
 
 def test_a_tensor_under_two_names_is_refused(tmp_path):
@@ -351,22 +322,21 @@ def test_a_tensor_under_two_names_is_refused(tmp_path):
         hub.load(tmp_path / "there")
 
 
-def test_a_sealed_directory_is_as_it_was_written(tmp_path):
-    hub.save(tmp_path, HYBRID, random_state(HYBRID), {}, "float32")
-    write_sums(tmp_path, files="*.safetensors")
-    (tmp_path / "README.md").write_text("A better card.")
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 11]}')
-    hub.load(tmp_path)
+def test_a_sealed_directory_is_as_it_was_written(saved):
+    write_sums(saved, files="*.safetensors")
+    (saved / "README.md").write_text("A better card.")
+    (saved / "generation_config.json").write_text('{"eos_token_id": [2, 11]}')
+    hub.load(saved)
     for name in ("model.safetensors", "SHA256SUMS"):
-        whole = (tmp_path / name).read_bytes()
+        whole = (saved / name).read_bytes()
         for content in (whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:], b"" if name == "SHA256SUMS" else whole):
-            (tmp_path / name).write_bytes(content)
+            (saved / name).write_bytes(content)
             if content != whole:
                 with pytest.raises(ModelError) as error:
-                    hub.load(tmp_path)
+                    hub.load(saved)
                 assert str(error.value).count("\n") == 1
-        (tmp_path / name).write_bytes(whole)
-    hub.load(tmp_path)
+        (saved / name).write_bytes(whole)
+    hub.load(saved)
 
 
 def test_card_of_imported_weights_names_their_origin(tmp_path):
@@ -382,11 +352,10 @@ def test_card_of_imported_weights_names_their_origin(tmp_path):
     ("model.safetensors.index.json", '{"weight_map": ["a"]}'), ("model.safetensors.index.json", "[" * 100_000),
     ("config.json", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"),
 ])
-def test_json_of_another_form_is_two_lines(tmp_path, name, content):
-    hub.save(tmp_path, HYBRID, random_state(HYBRID), {}, "float32")
-    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ModelError, match=re.escape(str(tmp_path / name))) as error:
-        hub.load(tmp_path)
+def test_json_of_another_form_is_two_lines(saved, name, content):
+    (saved / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ModelError, match=re.escape(str(saved / name))) as error:
+        hub.load(saved)
     assert str(error.value).count("\n") == 1
 
 
@@ -410,41 +379,22 @@ def test_what_an_index_places_must_be_there(tmp_path):
         hub.load(tmp_path)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"layers_block_type": [1, None], "hybrid_override_pattern": ...}, "holds a value of another kind"),
-    ({"model_type": ["nemotron_h"]}, "holds a value of another kind"),
-    ({"vocab_size": 10**30}, "vocab_size: Input should be less"),
-    ({"hidden_size": 2**40}, "hidden_size: Input should be less"),
-    ({"hybrid_override_pattern": "M-M*|M-"}, r"pattern: layer 4 of the pattern is '\|', which is no kind of layer\.\n"),
-    ({"num_key_value_heads": 3}, "geometry: num_attention_heads"),
-])
-def test_values_that_are_no_geometry_are_two_lines(tmp_path, changes, message):
-    hub.save(tmp_path, HYBRID, random_state(HYBRID), {}, "float32")
-    values = json.loads((tmp_path / "config.json").read_text()) | changes
-    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in values.items() if v is not ...}))
-    with pytest.raises(ModelError, match=message) as error:
-        hub.load(tmp_path)
-    assert str(error.value).count("\n") == 1
-
-
-def test_a_pointer_of_git_lfs_is_called_one(tmp_path):
-    hub.save(tmp_path, HYBRID, random_state(HYBRID), {}, "float32")
+def test_a_pointer_of_git_lfs_is_called_one(saved):
     for name in ("model.safetensors", "tokenizer.json"):
-        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+        (saved / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
     with pytest.raises(ModelError, match=r"model\.safetensors: cannot be read: it is a pointer of Git LFS"):
-        hub.load(tmp_path)
+        hub.load(saved)
     with pytest.raises(ModelError, match=r"tokenizer\.json: not a tokenizer \(it is a pointer of Git LFS"):
-        hub.read_tokenizer(tmp_path)
+        hub.read_tokenizer(saved)
 
 
 @pytest.mark.parametrize(("ids", "ends"), [(2, [2]), ([2, 11], [2, 11]), (None, []), ([], [])])
-def test_ends_of_text_are_one_id_or_several(tmp_path, ids, ends):
-    hub.save(tmp_path, HYBRID, random_state(HYBRID), {}, "float32")
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids, "temperature": 0.6}))
-    assert hub.end_ids(tmp_path) == ends
-    assert hub.special_tokens(tmp_path, 320)["temperature"] == 0.6
-    (tmp_path / "generation_config.json").unlink()
-    assert hub.end_ids(tmp_path) == [2] and hub.special_tokens(tmp_path, 320) == hub.SPECIAL_TOKENS
+def test_ends_of_text_are_one_id_or_several(saved, ids, ends):
+    (saved / "generation_config.json").write_text(json.dumps({"eos_token_id": ids, "temperature": 0.6}))
+    assert hub.end_ids(saved) == ends
+    assert hub.special_tokens(saved, 320)["temperature"] == 0.6
+    (saved / "generation_config.json").unlink()
+    assert hub.end_ids(saved) == [2] and hub.special_tokens(saved, 320) == hub.SPECIAL_TOKENS
 
 
 def test_special_ids_that_generation_config_does_not_name_are_those_of_config(tmp_path):
@@ -457,18 +407,17 @@ def test_special_ids_that_generation_config_does_not_name_are_those_of_config(tm
 
 
 @pytest.mark.parametrize("ids", ["</s>", [[2]], [2, None], 2.0, True, [2, "11"]])
-def test_what_is_no_id_does_not_end_texts(tmp_path, ids):
-    hub.save(tmp_path, HYBRID, random_state(HYBRID), {}, "float32")
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+def test_what_is_no_id_does_not_end_texts(saved, ids):
+    (saved / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
     for read in (hub.end_ids, lambda directory: hub.special_tokens(directory, 320)):
         with pytest.raises(ModelError, match=r"generation_config\.json: eos_token_id holds .* no id\.\nWrite"):
-            read(tmp_path)
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 320]}))
+            read(saved)
+    (saved / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 320]}))
     with pytest.raises(ModelError, match=r"eos_token_id holds 320, and the model has ids below 320\.\n"):
-        hub.special_tokens(tmp_path, 320)
-    damage_config(tmp_path, bos_token_id=[1, 2])
+        hub.special_tokens(saved, 320)
+    damage_config(saved, bos_token_id=[1, 2])
     with pytest.raises(ModelError, match=r"config\.json: bos_token_id holds \[1, 2\], which is no id"):
-        hub.begin_id(tmp_path)
+        hub.begin_id(saved)
 
 
 @pytest.mark.parametrize(("name", "content"), [
@@ -505,25 +454,47 @@ def test_a_tokenizer_cuts_and_fills_no_text(tmp_path):
         assert hub.check_vocabulary(tmp_path, 2).encode("b " * words).ids == [1] * words
 
 
-def test_unusable_directories_are_named(tmp_path):
-    with pytest.raises(ModelError, match=r"config\.json: not found"):
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"model_type": "llama"}, "model_type is 'llama'"),
+    ({"model_type": ["nemotron_h"]}, "holds a value of another kind"),
+    ({"attention_bias": True}, "attention_bias is True"),
+    ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
+    ({"mlp_hidden_act": "silu"}, "mlp_hidden_act is 'silu'"),
+    ({"time_step_limit": [0.001, 0.1]}, "time_step_limit is"),
+    ({"hybrid_override_pattern": "MEM*-M-"}, "layer 1 of the pattern is 'E'"),
+    ({"hybrid_override_pattern": "M-M*|M-"}, r"pattern: layer 4 of the pattern is '\|', which is no kind of layer\.\n"),
+    ({"hybrid_override_pattern": "M-M*-M"}, r"unexpected backbone\.layers\.6"),
+    ({"layers_block_type": [1, None], "hybrid_override_pattern": None}, "holds a value of another kind"),
+    ({"vocab_size": 10**30}, "vocab_size: Input should be less"),
+    ({"hidden_size": 2**40}, "hidden_size: Input should be less"),
+    ({"num_key_value_heads": 3}, "geometry: num_attention_heads .*must be a multiple"),
+    ({"ssm_state_size": None}, "'ssm_state_size' is missing"),
+    ({"intermediate_size": 113}, r"up_proj\.weight is \(112, 48\), expected \(113, 48\)"),
+])
+def test_configs_that_cannot_be_used_are_named(saved, changes, message):
+    damage_config(saved, **changes)
+    with pytest.raises(ModelError, match=message) as error:
+        hub.load(saved)
+    assert str(error.value).count("\n") == 1
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 777.0, "factor": 20.0}}, "rope_type is 'yarn'"),
+    ({"rope_parameters": {"type": "linear", "rope_theta": 777.0, "factor": 4.0}}, "rope_type is 'linear'"),
+    ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_scaling is {'type': 'linear'"),
+])
+def test_rotary_positions_of_another_kind_are_refused(tmp_path, changes, message):
+    hub.save(tmp_path, TRANSFORMER, random_state(TRANSFORMER), {}, "float32")
+    damage_config(tmp_path, **changes)
+    with pytest.raises(ModelError, match=message):
         hub.load(tmp_path)
-    save = lambda: hub.save(tmp_path, HYBRID, random_state(HYBRID), {}, "float32")      # noqa: E731
-    for changes, message in (
-        ({"model_type": "llama"}, "model_type is 'llama'"),
-        ({"ssm_state_size": None}, "'ssm_state_size' is missing"),
-        ({"num_key_value_heads": 3}, "must be a multiple"),
-        ({"intermediate_size": 113}, r"up_proj\.weight is \(112, 48\), expected \(113, 48\)"),
-        ({"hybrid_override_pattern": "M-M*-M"}, r"unexpected backbone\.layers\.6"),
-    ):
-        save()
-        damage_config(tmp_path, **changes)
-        with pytest.raises(ModelError, match=message):
-            hub.load(tmp_path)
-    save()
-    (tmp_path / "model.safetensors").write_bytes(b"\x00" * 20)
+
+
+def test_files_that_are_missing_or_damaged_are_named(saved):
+    (saved / "model.safetensors").write_bytes(b"\x00" * 20)
     with pytest.raises(ModelError, match=r"model\.safetensors: cannot be read"):
-        hub.load(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"model\.safetensors: cannot be read"):
-        hub.load(tmp_path)
+        hub.load(saved)
+    for name, message in (("model.safetensors", "cannot be read"), ("config.json", "not found")):
+        (saved / name).unlink()
+        with pytest.raises(ModelError, match=rf"{name}: {message}"):
+            hub.load(saved)
