@@ -1,5 +1,6 @@
 """`python -m model.inference`, as a user runs it: the text it writes, and what it says of a directory that is wrong."""
 
+import io
 import json
 import re
 import subprocess
@@ -86,11 +87,9 @@ def test_from_a_shell(directory):
     assert (found.returncode, found.stdout) == (0, greedy(directory, 12) + "\n"), found.stderr
 
 
-def test_a_prompt_that_is_not_utf_8(directory):
-    command = [sys.executable, "-m", "model.inference", "--checkpoint", str(directory), "--prompt", "-"]
-    found = subprocess.run(command, input=b"caf\xe9", capture_output=True, timeout=240)
-    assert found.returncode == 1 and not found.stdout
-    assert found.stderr.decode().splitlines() == ["prompt: byte 3 is not UTF-8.", "Give the text in UTF-8."]
+def test_a_prompt_that_is_not_utf_8(directory, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9")))
+    refuse(directory, "prompt: byte 3 is not UTF-8.\nGive the text in UTF-8.", capsys, monkeypatch, "--prompt", "-")
 
 
 def test_a_seed_repeats_its_text(directory, capsys):
@@ -161,52 +160,40 @@ def test_a_character_behind_stray_bytes():
     assert "".join(pieces(Vocabulary(tokenizer, None, []), ids)) == tokenizer.decode(ids) == "\ufffd🙂!"
 
 
-def change_tensors(directory: Path, change: str) -> None:
+def change_tensors(directory: Path, **changes: torch.Tensor | None) -> None:
     path = directory / "model.safetensors"
-    state = load_file(path)
-    if change == "missing":
-        del state["backbone.layers.1.mixer.k_proj.weight"]
-    elif change == "extra":
-        state["backbone.layers.1.mixer.k_proj.bias"] = torch.zeros(16)
-    else:
-        state["lm_head.weight"] = state["lm_head.weight"][:-1].clone()
+    state = {name: tensor for name, tensor in (load_file(path) | changes).items() if tensor is not None}
     save_file(state, path, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ("missing", "missing backbone.layers.1.mixer.k_proj.weight"),
-    ("extra", "unexpected backbone.layers.1.mixer.k_proj.bias"),
-    ("shape", "lm_head.weight is (264, 32), expected (265, 32)"),
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"backbone.layers.1.mixer.k_proj.weight": None}, "missing backbone.layers.1.mixer.k_proj.weight"),
+    ({"backbone.layers.1.mixer.k_proj.bias": torch.zeros(16)}, "unexpected backbone.layers.1.mixer.k_proj.bias"),
+    ({"lm_head.weight": torch.zeros(264, 32)}, "lm_head.weight is (264, 32), expected (265, 32)"),
 ])
-def test_weights_that_do_not_fit(directory, change, message, capsys, monkeypatch):
-    change_tensors(directory, change)
+def test_weights_that_do_not_fit(directory, changes, message, capsys, monkeypatch):
+    change_tensors(directory, **changes)
     refuse(directory, message, capsys, monkeypatch)
 
 
-def test_a_tokenizer_of_another_vocabulary(directory, capsys, monkeypatch):
-    byte_tokenizer([*WORDS, "more"]).save(str(directory / "tokenizer.json"))
-    refuse(directory, "tokenizer.json: a tokenizer of 266 ids, the model has 265", capsys, monkeypatch)
-
-
-@pytest.mark.parametrize(("content", "message"), [(None, "not found"), ("{", "not a tokenizer")])
-def test_no_tokenizer(directory, content, message, capsys, monkeypatch):
+@pytest.mark.parametrize(("content", "message"), [
+    (None, "not found"), ("{", "not a tokenizer"),
+    (byte_tokenizer([*WORDS, "more"]).to_str(), "a tokenizer of 266 ids, the model has 265"),
+])
+def test_tokenizers_that_do_not_fit(directory, content, message, capsys, monkeypatch):
     path = directory / "tokenizer.json"
     path.unlink() if content is None else path.write_text(content)
     refuse(directory, f"{path}: {message}", capsys, monkeypatch)
-
-
-def test_a_prompt_longer_than_memory_allows(directory, capsys, monkeypatch):
-    monkeypatch.setattr(text_generation, "free_bytes", lambda device: 2**18)
-    refuse(directory, "prompt: 5 tokens and 100000 new ones need 0.0", capsys, monkeypatch,
-           "--max-new-tokens", "100000")
 
 
 @pytest.mark.parametrize(("options", "message"), [
     (("--temperature", "-1"), "temperature is -1"), (("--top-p", "0"), "top_p is 0"),
     (("--max-new-tokens", "0"), "max_new_tokens is 0"), (("--seed", str(10**20)), "seed is 1000"),
     (("--prompt", "caf\udce9"), "prompt: byte 3 is not UTF-8"),
+    (("--max-new-tokens", "100000"), "prompt: 5 tokens and 100000 new ones need 0.0"),
 ])
-def test_options_without_a_meaning(directory, options, message, capsys, monkeypatch):
+def test_options_without_a_meaning_or_without_room(directory, options, message, capsys, monkeypatch):
+    monkeypatch.setattr(text_generation, "free_bytes", lambda device: 2**18)
     refuse(directory, message, capsys, monkeypatch, *options)
 
 
