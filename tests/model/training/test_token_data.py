@@ -166,88 +166,61 @@ def test_domains_and_digests_come_from_tokens_json(tokens):
     assert digests(tokens) == {"tokenizer_digest": "aa", "corpus_digest": "bb"}
 
 
-def change(directory, file: str | None, **figures) -> None:
-    """Other figures in tokens.json, of a file where it is named."""
-    contents = json.loads((directory / "tokens.json").read_text())
-    (contents["files"][file] if file else contents).update(figures)
-    (directory / "tokens.json").write_text(json.dumps(contents))
+def edit(name: str | None = None, **figures):
+    """Puts other figures into tokens.json, of a file where it is named; what is None goes."""
+    def harm(tokens) -> None:
+        contents = json.loads((tokens / "tokens.json").read_text())
+        (contents["files"].setdefault(name, {}) if name else contents).update(figures)
+        (tokens / "tokens.json").write_text(json.dumps({
+            key: value for key, value in contents.items() if value is not None}))
+    return harm
 
 
-@pytest.mark.parametrize(("harm", "message"), [
-    (lambda tokens: change(tokens, "validation/code", bytes=1), "by token_bytes.npy its tokens are not the 1 "),
-    (lambda tokens: np.save(tokens / "token_bytes.npy", np.ones(64, np.uint16)), "its tokens are not the"),
-    (lambda tokens: np.save(tokens / "token_bytes.npy", np.ones(60, np.uint16)), "its tokens are not the"),
-    (lambda tokens: change(tokens, "validation/code", tokens=0), "no text to validate on"),
+def token_bytes(count: int):
+    return lambda tokens: np.save(tokens / "token_bytes.npy", np.ones(count, np.uint16))
+
+
+def write(name: str, content: bytes | None):
+    return lambda tokens: (tokens / name).unlink() if content is None else (tokens / name).write_bytes(content)
+
+
+def whole(tokens):
+    return check(tokens, 64)
+
+
+def validate(tokens):
+    return validation(tokens, "code", 16)
+
+
+@pytest.mark.parametrize(("read", "harm", "message"), [
+    (whole, write("train/code-high.bin", b"12"), "train/code-high.bin: .* bytes, and tokens.json says"),
+    (whole, write("train/code-low.idx", None), "train/code-low.idx: not found"),
+    (whole, write("validation/docs.bin", None), "validation/docs.bin: not found"),
+    (whole, write("tokens.json", b"{"), "tokens.json: cannot be read"),
+    (whole, write("tokens.json", None), "tokens.json: cannot be read"),
+    (whole, edit(tokenizer_digest=None), "tokens.json: without tokenizer_digest"),
+    (whole, write("token_bytes.npy", None), "token_bytes.npy: cannot be read"),
+    (whole, write("token_bytes.npy", b""), "token_bytes.npy: cannot be read"),
+    (whole, token_bytes(63), r"of shape \(63,\)"),
+    (lambda tokens: check(tokens, 63), lambda tokens: check(tokens, 512), "vocabulary of 64 ids, and the model has 63"),
+    (validate, edit("validation/code", bytes=1), "by token_bytes.npy its tokens are not the 1 "),
+    (validate, token_bytes(64), "its tokens are not the"),
+    (validate, token_bytes(60), "its tokens are not the"),
+    (validate, edit("validation/code", tokens=0), "no text to validate on"),
+    (lambda tokens: validation(tokens, "poems", 16), whole, "validation/poems"),
+    (lambda tokens: validation(tokens, "code", 100_000), whole, "fewer than one sequence"),
+    (domains, edit(files={}), "no validation/DOMAIN"),
+    (domains, edit("validation/all"), "a domain is called all"),
+    (domains, edit("validation/first"), "a domain is called first"),
+    (lambda tokens: TrainingData(tokens, 16, 60, 1, tokens / "cache"), edit("train/code-low", tokens=0),
+     "train/code-low"),
 ])
-def test_validation_whose_bytes_are_unknown_is_an_error(tokens, harm, message):
+def test_what_is_wrong_with_token_files_is_named(tokens, read, harm, message):
+    whole(tokens)
     harm(tokens)
     with pytest.raises(ModelError, match=message) as error:
-        validation(tokens, "code", 16)
+        read(tokens)
     assert str(error.value).count("\n") == 1
-
-
-def test_tokens_without_held_out_text_are_an_error(tokens):
-    files = json.loads((tokens / "tokens.json").read_text())["files"]
-    change(tokens, None, files={name: figures for name, figures in files.items() if name.startswith("train/")})
-    with pytest.raises(ModelError, match="no validation/DOMAIN") as error:
-        domains(tokens)
-    assert str(error.value).count("\n") == 1
-
-
-def test_errors_name_the_file_and_the_cure(tokens, tmp_path):
-    for name in ("all", "first"):
-        figures = json.loads((tokens / "tokens.json").read_text())["files"]
-        change(tokens, None, files=figures | {f"validation/{name}": figures["validation/code"]})
-        with pytest.raises(ModelError, match=f"a domain is called {name}"):
-            domains(tokens)
-        change(tokens, None, files=figures)
-    with pytest.raises(ModelError, match="validation/poems"):
-        validation(tokens, "poems", 16)
-    with pytest.raises(ModelError, match="fewer than one sequence"):
-        validation(tokens, "code", 100_000)
-    contents = json.loads((tokens / "tokens.json").read_text())
-    contents["files"]["train/code-low"]["tokens"] = 0
-    (tokens / "tokens.json").write_text(json.dumps(contents))
-    with pytest.raises(ModelError, match="train/code-low") as error:
-        TrainingData(tokens, 16, 60, 1, tmp_path / "cache")
-    assert str(error.value).count("\n") == 1
-
-
-def truncate(tokens):
-    path = tokens / "train/code-high.bin"
-    path.write_bytes(path.read_bytes()[:-10])
-
-
-def forget_a_key(tokens):
-    path = tokens / "tokens.json"
-    contents = json.loads(path.read_text())
-    del contents["tokenizer_digest"]
-    path.write_text(json.dumps(contents))
-
-
-@pytest.mark.parametrize(("harm", "message"), [
-    (truncate, "train/code-high.bin: .* bytes, and tokens.json says"),
-    (lambda tokens: (tokens / "train/code-low.idx").unlink(), "train/code-low.idx: not found"),
-    (lambda tokens: (tokens / "validation/docs.bin").unlink(), "validation/docs.bin: not found"),
-    (lambda tokens: (tokens / "tokens.json").write_text("{"), "tokens.json: cannot be read"),
-    (lambda tokens: (tokens / "tokens.json").unlink(), "tokens.json: cannot be read"),
-    (forget_a_key, "tokens.json: without tokenizer_digest"),
-    (lambda tokens: (tokens / "token_bytes.npy").unlink(), "token_bytes.npy: cannot be read"),
-    (lambda tokens: (tokens / "token_bytes.npy").write_bytes(b""), "token_bytes.npy: cannot be read"),
-    (lambda tokens: np.save(tokens / "token_bytes.npy", np.ones(63, np.uint16)), r"of shape \(63,\)"),
-])
-def test_token_files_that_are_not_whole_are_errors(tokens, harm, message):
-    check(tokens, 64)
-    harm(tokens)
-    with pytest.raises(ModelError, match=message) as error:
-        check(tokens, 64)
-    assert str(error.value).count("\n") == 1
-
-
-def test_a_model_with_fewer_ids_than_the_tokens_is_an_error(tokens):
-    check(tokens, 512)
-    with pytest.raises(ModelError, match="vocabulary of 64 ids, and the model has 63"):
-        check(tokens, 63)
 
 
 def test_batches_ahead_are_those_asked_for():
