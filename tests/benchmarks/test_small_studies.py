@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
 import sys
 from collections import Counter
@@ -34,6 +35,7 @@ from model.training import token_data
 from stages.frame.params import load_params
 from stages.report.records import load_studies, read_study
 from stages.report.study_schema import FOLDER, WORDS, Study
+from tests.tiny_engine import PROCESSES
 
 ROOT = Path(__file__).parents[2]
 
@@ -214,6 +216,7 @@ def test_nothing_begins_after_the_time(tmp_path, scale):
 
 def test_the_command(tokens, scratch, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: PROCESSES)       # which have imported it all
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
     monkeypatch.setattr(sys, "argv", [
         "studies", "neuron_score", "--tokens", str(tokens), "--parents", str(scratch / "parent-1"), "--jobs", "1",

@@ -113,9 +113,9 @@ def test_an_edited_record_is_put_back_and_leaves_the_cache_alone(repository: Pat
     assert mend() == ["restored"] and good()
 
 
-@pytest.mark.parametrize("name", ["data/cpu/tokens/b.bin", str(RECORD)])
 @pytest.mark.parametrize("which", ["output", "copy", "both"])
-def test_a_flipped_bit_is_found_whatever_the_times_say(repository: Path, name: str, which: str) -> None:
+def test_a_flipped_bit_is_found_whatever_the_times_say(repository: Path, which: str) -> None:
+    name = "data/cpu/tokens/b.bin"
     if which != "copy":
         damage(Path(name))
     if which != "output":
