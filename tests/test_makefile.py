@@ -113,23 +113,17 @@ def test_torch_falls_back_to_its_own_index_and_then_to_the_default(sandbox: Sand
     assert torch == [wheel, f"{wheel} {index}", f"torch=={version[1]}"]
 
 
-def test_a_gpu_brings_the_cuda_build(sandbox: Sandbox) -> None:
-    smi = sandbox.tools / "nvidia-smi"
-    smi.write_text("#!/bin/bash\necho 'GPU 0: a GPU (UUID: GPU-1)'\n")
-    smi.chmod(0o755)
-    assert sandbox.make("setup").returncode == 0
-    torch = [call for call in sandbox.calls() if "torch==" in call]
-    assert len(torch) == 1 and "+cpu" not in torch[0] and "--no-deps" not in torch[0]
-
-
-def test_a_gpu_brings_transformer_engine_after_torch_and_says_what_that_needs(sandbox: Sandbox) -> None:
+def test_a_gpu_brings_the_cuda_build_and_transformer_engine_after_it_and_says_what_that_needs(sandbox: Sandbox) -> None:
     smi = sandbox.tools / "nvidia-smi"
     smi.write_text("#!/bin/bash\necho 'GPU 0: a GPU (UUID: GPU-1)'\n")
     smi.chmod(0o755)
     sandbox.fail_on(".[gpu]")
     broken = sandbox.make("setup")
     assert broken.returncode != 0 and "nvcc (CUDA 13)" in broken.stdout.splitlines()[-1]
-    assert "--no-build-isolation -e .[gpu]" in sandbox.calls()[-1]
+    calls = sandbox.calls()
+    torch = [call for call in calls if "torch==" in call]
+    assert len(torch) == 1 and "+cpu" not in torch[0] and "--no-deps" not in torch[0]
+    assert "--no-build-isolation -e .[gpu]" in calls[-1]
 
     sandbox.fail_on()
     assert sandbox.make("setup").returncode == 0

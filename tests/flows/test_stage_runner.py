@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from flows import dvc_graph
-from flows.dvc_graph import GraphError, Node, Progress, StageFailed, StageRunner
+from flows.dvc_graph import GpuTaken, GraphError, Node, Progress, StageFailed, StageRunner
 from tests.namespaces import on_full
 
 
@@ -237,13 +237,14 @@ def test_while_a_stage_computes_the_next_ones_get_ready() -> None:
     assert runner.queues == {"0": []} and runner.computing == [] and runner.free == 5
 
 
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [("gpu 0 waited 12.3 s", ("0", 12.3)), ("gpu 2,3 waited 0.0 s", ("2,3", 0.0)), ("gpu 0 waits 1.0 s", None)],
-)
-def test_the_line_of_a_stage_that_has_its_gpus(line: str, expected: tuple[str, float] | None) -> None:
-    taken = dvc_graph.GpuTaken.parse(line)
-    assert (taken and (taken.gpus, taken.waited)) == expected
+@pytest.mark.parametrize(("line", "expected"), [
+    ("gpu 0 waited 12.3 s", GpuTaken("0", 12.3)), ("gpu 2,3 waited 0.0 s", GpuTaken("2,3", 0.0)),
+    ("gpu 0 waits 1.0 s", None), ("step 120/2000 loss 3.412 lr 3.0e-04 tok/s 8123 eta 00:03:41", (120, 2000)),
+    ("step 3/3", (3, 3)), ("steps 3/4 of the way", None), ("at step 3/4 eta 00:00:01", None),
+])
+def test_lines_of_a_stage(line: str, expected: GpuTaken | tuple[int, int] | None) -> None:
+    progress = Progress.parse(line)
+    assert (GpuTaken.parse(line) or (progress and (progress.step, progress.total))) == expected
 
 
 def test_time_in_which_another_stage_has_the_gpu_is_not_the_stages(
@@ -334,20 +335,6 @@ def test_lines_are_watched_and_a_watcher_that_breaks_does_no_harm(repository: Pa
     steps = [progress.step for line in seen if (progress := Progress.parse(line))]
     assert steps == list(range(1, 11))
     assert Path("logs/first.log").read_text().splitlines() == seen
-
-
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("step 120/2000 loss 3.412 lr 3.0e-04 tok/s 8123 eta 00:03:41", (120, 2000)),
-        ("step 3/3", (3, 3)),
-        ("steps 3/4 of the way", None),
-        ("at step 3/4 eta 00:00:01", None),
-    ],
-)
-def test_progress_lines(line: str, expected: tuple[int, int] | None) -> None:
-    progress = Progress.parse(line)
-    assert (progress and (progress.step, progress.total)) == expected
 
 
 def test_a_failure_says_what_the_stage_said_and_where_to_look(repository: Path, nodes: dict[str, Node]) -> None:

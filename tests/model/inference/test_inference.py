@@ -170,31 +170,12 @@ def test_hardly_any_temperature_takes_the_likeliest(temperature):
         assert frequencies([100.0, 130.0, -100.0], Sampling(temperature, *options)) == [0, 1, 0]
 
 
-@pytest.mark.parametrize(("sampling", "message"), [
-    (Sampling(math.nan), "temperature is nan"), (Sampling(1.0, 0, math.nan), "top_p is nan"),
-    (Sampling(-1.0), "temperature is -1"), (Sampling(1.0, -2), "top_k is -2"), (Sampling(1.0, 0, 1.5), "top_p is 1.5"),
-    (Sampling(1.0, 0, 0.0), "top_p is 0"),
-])
-def test_sampling_without_a_meaning(sampling, message, ids):
-    with pytest.raises(ModelError, match=message):
-        Decoder(random_model(HYBRID), 50, 3).generate(ids, 2, sampling)
-
-
 @CONFIGS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cache_bytes_are_the_cost_models(config, dtype):
     model = HybridLM.from_state(config, random_model(config).state_dict(), dtype)
     decoder = Decoder(model, max_length=50, batch=3)
     assert decoder.cache_bytes == memory(config, Deployment.of(50, 3, 8 * dtype.itemsize)).cache
-
-
-def test_no_room(ids):
-    decoder = Decoder(random_model(HYBRID), max_length=40, batch=3)
-    decoder.prefill(ids)
-    with pytest.raises(ModelError, match="40 \\+ 1 tokens"):
-        decoder.decode(ids[:, 0])
-    with pytest.raises(ModelError, match="max_length"):
-        decoder.generate(ids, 3)
 
 
 @CONFIGS
@@ -208,34 +189,6 @@ def test_only_what_the_caches_hold_can_be_gone_back_to(config, ids):
     if "M" not in config.pattern:
         decoder.position = 10
         torch.testing.assert_close(decoder.decode(ids[:, 10]), Decoder(model, 40, 3).prefill(ids[:, :11]))
-
-
-@pytest.mark.parametrize("wrong", [-1, 97])
-def test_ids_beyond_the_vocabulary_and_other_shapes_are_refused(ids, wrong):
-    decoder = Decoder(random_model(HYBRID), 40, batch=3)
-    ids[1, 3] = wrong
-    with pytest.raises(ModelError, match="the vocabulary has 97"):
-        decoder.prefill(ids[:, :5])
-    decoder.prefill(ids[:, 5:9])
-    with pytest.raises(ModelError, match="caches are of 3 sequences"):
-        decoder.decode(ids[:1, 9])
-    for max_length, batch in ((0, 1), (4, 0)):
-        with pytest.raises(ModelError, match="one or more of both"):
-            Decoder(random_model(HYBRID), max_length, batch)
-
-
-def test_rows_are_the_first_sequences_and_have_room(ids):
-    decoder = Decoder(random_model(HYBRID), 40, batch=3)
-    for tokens, positions in ((ids[:0, 0], []), (ids[:2, 0], [3]), (ids[[0, 1, 2, 0], 0], [1] * 4)):
-        with pytest.raises(ModelError, match="Give one of both for each of the first sequences"):
-            decoder.decode_rows(tokens, positions)
-    with pytest.raises(ModelError, match=r"40 \+ 1 tokens"):
-        decoder.decode_rows(ids[:2, 0], [3, 40])
-    with pytest.raises(ModelError, match=r"-1 \+ 1 tokens"):
-        decoder.decode_rows(ids[:2, 0], [-1, 3])
-    for position in (-1, 41):
-        with pytest.raises(ModelError, match=rf"{position} \+ 0 tokens"):
-            decoder.claim(position)
 
 
 def test_a_stream_does_not_go_on_from_other_sequences(ids):
@@ -252,8 +205,29 @@ def test_a_stream_does_not_go_on_from_other_sequences(ids):
         decoder.decode(ids[:, 0])
 
 
-@pytest.mark.parametrize("shape", [(1, 4), (4, 4), (3, 0), (12,)])
-def test_prompts_are_as_many_as_the_caches_hold(shape):
+@pytest.mark.parametrize(("use", "message"), [
+    *((lambda decoder, ids, shift=shift: decoder.prefill(ids[:, :5] + shift), "the vocabulary has 97")
+      for shift in (-97, 97)),
+    *((lambda decoder, ids, shape=shape: decoder.prefill(ids.new_zeros(shape)), "caches are of 3 sequences")
+      for shape in ((1, 4), (4, 4), (3, 0), (12,))),
+    (lambda decoder, ids: decoder.decode(ids[:1, 9]), "caches are of 3 sequences"),
+    *((lambda decoder, ids, count=count, positions=positions: decoder.decode_rows(ids.new_ones(count), positions),
+       "Give one of both for each of the first sequences") for count, positions in ((0, []), (2, [3]), (4, [1] * 4))),
+    (lambda decoder, ids: decoder.decode_rows(ids[:2, 0], [3, 40]), r"40 \+ 1 tokens"),
+    (lambda decoder, ids: decoder.decode_rows(ids[:2, 0], [-1, 3]), r"-1 \+ 1 tokens"),
+    (lambda decoder, ids: decoder.claim(-1), r"-1 \+ 0 tokens"),
+    (lambda decoder, ids: decoder.claim(41), r"41 \+ 0 tokens"),
+    (lambda decoder, ids: (decoder.prefill(ids), decoder.decode(ids[:, 0])), r"40 \+ 1 tokens"),
+    (lambda decoder, ids: decoder.generate(ids, 3), "max_length"),
+    (lambda decoder, ids: Decoder(decoder.model, 0, 1), "one or more of both"),
+    (lambda decoder, ids: Decoder(decoder.model, 4, 0), "one or more of both"),
+    *((lambda decoder, ids, sampling=sampling: decoder.generate(ids[:, :5], 2, Sampling(*sampling)), message)
+      for sampling, message in (
+          ((math.nan,), "temperature is nan"), ((1.0, 0, math.nan), "top_p is nan"), ((-1.0,), "temperature is -1"),
+          ((1.0, -2), "top_k is -2"), ((1.0, 0, 1.5), "top_p is 1.5"), ((1.0, 0, 0.0), "top_p is 0"))),
+])
+def test_what_is_refused(ids, use, message):
     decoder = Decoder(random_model(HYBRID), 40, batch=3)
-    with pytest.raises(ModelError, match="caches are of 3 sequences"):
-        decoder.prefill(torch.zeros(shape, dtype=torch.int64))
+    decoder.prefill(ids[:, 5:9])
+    with pytest.raises(ModelError, match=message):
+        use(decoder, ids)

@@ -38,29 +38,17 @@ def test_what_is_saved_is_read(tmp_path):
     ({"study": "other"}, "this study decides no claim"),
     ({"study": "other", "comparisons": []}, "holds the study `other`"),
     ({"verdict": "holds"}, "`verdict` is unknown"),
+    ({"date": ...}, r"position\.json: `date` is missing; of another version\.\nMake it again"),
+    ("", "empty"), ("{", "not valid JSON"), ("{}", "`study` is missing"),
 ])
 def test_a_record_that_cannot_be_used_is_two_lines(tmp_path, change, message):
     path = tmp_path / "position.json"
-    path.write_text(json.dumps(CONTENT | change))
+    path.write_text(change if isinstance(change, str) else json.dumps({
+        key: value for key, value in (CONTENT | change).items() if value is not ...}))
     with pytest.raises(RecordError, match=message) as caught:
         read_study(path)
     assert len(str(caught.value).splitlines()) == 2
     assert isinstance(load_studies(tmp_path)["position"], RecordError)
-
-
-@pytest.mark.parametrize(("text", "message"), [("", "empty"), ("{", "not valid JSON"), ("{}", "`study` is missing")])
-def test_what_is_no_record(tmp_path, text, message):
-    path = tmp_path / "position.json"
-    path.write_text(text)
-    with pytest.raises(RecordError, match=message):
-        read_study(path)
-
-
-def test_a_missing_date_is_named(tmp_path):
-    path = tmp_path / "position.json"
-    path.write_text(json.dumps({key: value for key, value in CONTENT.items() if key != "date"}))
-    with pytest.raises(RecordError, match=r"position\.json: `date` is missing; of another version\.\nMake it again"):
-        read_study(path)
 
 
 def compared(candidate=(1.0, 2.0), reference=(1.0, 2.0), better="higher", **comparison):
