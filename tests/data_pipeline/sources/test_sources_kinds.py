@@ -165,13 +165,6 @@ def test_a_pointer_of_git_lfs(tmp_path):
     assert reasons(read(tmp_path)) == {"Git LFS pointer": 4}
 
 
-def test_numbers_of_any_length_and_lists_too_deep(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "long", "n": ' + "1" * 5000 + '}\n{"text": "deep", "n": '
-                                      + "[" * 2000 + "]" * 2000 + "}\n")
-    found = read(tmp_path)
-    assert texts(found) == ["long"] and reasons(found) == {"nested too deeply": 1}
-
-
 @pytest.mark.parametrize("shard_bytes", [1, 10**6])
 def test_a_first_record_without_text_costs_itself(tmp_path, shard_bytes):
     (tmp_path / "a.jsonl").write_bytes(b'{"_meta": 1}\n' + JSONL)
@@ -210,12 +203,7 @@ def test_csv_of_any_mark_with_line_ends_and_quotes_within(tmp_path, mark):
     assert texts(read(tmp_path / "b.tsv")) == [*rows[:3], "last"]
 
 
-def test_damaged_csv(tmp_path):
-    (tmp_path / "a.csv").write_bytes(
-        b'id,text\n1,one\n2,"open quote\n3,three\n4\n5,caf\xe9\n6,six,more\n7,"seven"x\n8,eight\n')
-    found = read(tmp_path)
-    assert texts(found) == ["one", "three", "eight"]
-    assert reasons(found) == {"damaged CSV": 4, "invalid UTF-8": 1}
+def test_csv_cut_short_and_without_the_column(tmp_path):
     (tmp_path / "a.csv").write_bytes(gzip.compress(csv_of(TEXTS))[:-30])
     found = read(tmp_path)
     assert texts(found) == TEXTS[: len(texts(found))] and reasons(found) == {"truncated gzip": 1}
@@ -243,26 +231,38 @@ def test_texts_of_any_encoding(tmp_path, encoding, text):
     assert isinstance(page, Document) and page.text.split() == text.split()
 
 
-def test_a_zero_byte_in_a_text_is_one_unreadable_character(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"word " * 100 + b"\0")
-    found = read(tmp_path)
-    assert texts(found) == ["word " * 100 + "\ufffd"] and reasons(found) == {"invalid UTF-8": 1}
+GOOD = b'{"text": "good"}'
+HALF = b"\x00\xd8"
 
 
-def test_json_lines_in_utf_16(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "wide ä"}\n{"text": "more"}\n', encoding="utf-16")
-    assert texts(read(tmp_path, shard_bytes=10)) == ["wide ä", "more"]
-
-
-@pytest.mark.parametrize(("name", "before", "after"), [
-    ("a.jsonl", '{"text": "', '"}\n{"text": "whole"}\n'), ("a.json", '[{"text": "', '"}, {"text": "whole"}]'),
-    ("a.csv", "text\n", "\nwhole\n"),
+@pytest.mark.parametrize(("name", "content", "expected", "why"), [
+    ("a.jsonl", b'{"text": "half \\ud83d"}\n{"text": "whole \\ud83d\\ude00"}', ["whole \U0001f600"],
+     ["half a surrogate pair"]),
+    ("a.jsonl", b'{"text": "long", "n": %b}\n{"text": "deep", "n": %b}' % (b"1" * 5000, b"[" * 2000 + b"]" * 2000),
+     ["long"], ["nested too deeply"]),
+    *(("a.jsonl", first + b"\n" + JSONL, TEXTS, ["invalid JSON"])      # lines they are all the same
+      for first in (b'{"text": "cut', b'{"id": 1,', b'{"id":', b'{"id": [', b"{", b'{"id": {"a": 1,')),
+    ("a.json", b"[" + GOOD + b", 1, [2, null], " + GOOD + b"]", ["good"] * 2, ["no JSON object"]),      # in a row
+    ("a.json", b"[\n" + GOOD + b",\n" + GOOD + b",\n", ["good"] * 2, ["truncated JSON"]),
+    ("a.json", b"[\n" + GOOD + b",\n{'text': 1},\n" + GOOD + b"]", ["good"] * 2, ["invalid JSON"]),
+    ("a.json", b"[\n" + GOOD + b',\n{"text": "caf\xe9"},\n' + GOOD + b"]", ["good"] * 2, ["invalid UTF-8"]),
+    ("a.json", b"[\n" + GOOD + b',\n{"a": ' + b"[" * 9999 + b"},\n" + GOOD + b"]", ["good"] * 2, ["nested too deeply"]),
+    ("a.json", b"{\n" + GOOD + b"\n" + GOOD, ["good"] * 2, ["invalid JSON"]),                          # lines after all
+    ("a.json", b"[" + GOOD + b"," + GOOD + b', {"body": ""}]', ["good"] * 2, ["no column 'text'"]),
+    ("a.jsonl", '{"text": "wide ä"}\n{"text": "more"}\n'.encode("utf-16"), ["wide ä", "more"], []),
+    *((name, b"\xff\xfe" + before.encode("utf-16-le") + HALF + after.encode("utf-16-le"), ["whole"], ["invalid UTF-8"])
+      for name, before, after in (
+          ("a.jsonl", '{"text": "', '"}\n{"text": "whole"}\n'), ("a.json", '[{"text": "', '"}, {"text": "whole"}]'),
+          ("a.csv", "text\n", "\nwhole\n"))),
+    ("a.csv", b'id,text\n1,one\n2,"open quote\n3,three\n4\n5,caf\xe9\n6,six,more\n7,"seven"x\n8,eight\n',
+     ["one", "three", "eight"], [*["damaged CSV"] * 4, "invalid UTF-8"]),
+    ("a.txt", b"word " * 100 + b"\0", ["word " * 100 + "\ufffd"], ["invalid UTF-8"]),
 ])
-def test_half_a_surrogate_pair_in_utf_16_costs_its_record(tmp_path, name, before, after):
-    half = b"\x00\xd8"
-    (tmp_path / name).write_bytes(b"\xff\xfe" + before.encode("utf-16-le") + half + after.encode("utf-16-le"))
-    found = read(tmp_path)
-    assert texts(found) == ["whole"] and reasons(found) == {"invalid UTF-8": 1}
+@pytest.mark.parametrize("shard_bytes", [10, 10**9])
+def test_what_is_wrong_in_a_file_costs_itself(tmp_path, name, content, expected, why, shard_bytes):
+    (tmp_path / name).write_bytes(content)
+    found = read(tmp_path, shard_bytes=shard_bytes)
+    assert texts(found) == expected and reasons(found) == Counter(why)
 
 
 # names and entries of directories
