@@ -88,12 +88,6 @@ def test_a_skeleton_has_the_model_s_shapes_and_needs_no_compiler():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
-def test_every_parameter_gets_a_gradient(ids):
-    model = random_model(HYBRID)
-    model(ids).logsumexp(-1).sum().backward()
-    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in model.parameters())
-
-
 def test_weights_of_another_shape_are_refused():
     state = HybridLM(HYBRID).state_dict()
     wider = HYBRID.model_copy(update={"ffn_hidden_size": 96})
@@ -102,13 +96,3 @@ def test_weights_of_another_shape_are_refused():
     del state["lm_head.weight"]
     with pytest.raises(ModelError, match=r"missing lm_head\.weight"):
         HybridLM.from_state(HYBRID, state)
-
-
-def test_causal(ids):
-    """Later tokens do not reach earlier logits."""
-    model = random_model(HYBRID)
-    changed = ids.clone()
-    changed[:, 20:] = (changed[:, 20:] + 1) % 97
-    with torch.no_grad():
-        assert torch.allclose(model(ids)[:, :20], model(changed)[:, :20], atol=1e-5)
-        assert not torch.allclose(model(ids)[:, 20:], model(changed)[:, 20:], atol=1e-2)

@@ -83,15 +83,6 @@ def test_fp8_without_transformer_engine_on_a_gpu_is_an_error(monkeypatch):
     assert choose_precision("bf16", GPU).dtype is torch.bfloat16
 
 
-def test_fp8_on_a_gpu_is_transformer_engines_and_not_emulated(monkeypatch):
-    monkeypatch.setattr(precision_module, "TRANSFORMER_ENGINE", True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    precision = choose_precision("fp8", GPU, 2, 2)
-    assert not precision.emulated
-    options = precision.engine_options()
-    assert (options["fp8"], options["fp8_recipe"], options["num_layers_at_end_in_bf16"]) == ("hybrid", "tensorwise", 2)
-
-
 def test_fp8_on_a_gpu_without_fp8_products_is_an_error(monkeypatch):
     monkeypatch.setattr(precision_module, "TRANSFORMER_ENGINE", True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
@@ -102,7 +93,8 @@ def test_fp8_on_a_gpu_without_fp8_products_is_an_error(monkeypatch):
 
 
 @pytest.mark.parametrize(("scaling", "gradients", "expected"), [
-    ("current", "e5m2", {"fp8": "hybrid", "fp8_recipe": "tensorwise", "first_last_layers_bf16": True}),
+    ("current", "e5m2", {"fp8": "hybrid", "fp8_recipe": "tensorwise", "first_last_layers_bf16": True,
+                         "num_layers_at_end_in_bf16": 2}),
     ("current", "e4m3", {"fp8": "e4m3", "fp8_recipe": "tensorwise"}),
     ("unscaled", "e4m3", {"fp8": "e4m3", "fp8_recipe": "custom",
                           "fp8_quantizer_factory": "model.megatron.precision.quantizer_e4m3_gradients"}),
@@ -112,7 +104,9 @@ def test_fp8_on_a_gpu_without_fp8_products_is_an_error(monkeypatch):
 def test_the_alternatives_are_options_of_megatrons(monkeypatch, scaling, gradients, expected):
     monkeypatch.setattr(precision_module, "TRANSFORMER_ENGINE", True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    options = choose_precision("fp8", GPU, 0, 0, scaling, gradients).engine_options()
+    precision = choose_precision("fp8", GPU, 2, 2, scaling, gradients)
+    options = precision.engine_options()
+    assert not precision.emulated
     assert {name: options[name] for name in expected} == expected
     with process_groups():
         engine = build_model(HYBRID, Precision("float32"), ONE_COPY, 1).config
