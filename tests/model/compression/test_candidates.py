@@ -39,35 +39,26 @@ def parent(pattern: str, **changes) -> ModelConfig:
     return ModelConfig(pattern=pattern, **(values | changes))
 
 
-def brute_force(config, widths, least_attention, deployment, limit):
-    """Every cell that fits and that no other fitting cell is at least as large as in every direction."""
-    most = [config.pattern.count(symbol) for symbol in "M*-"]
-    low = [min(1, most[0]), min(max(1, least_attention), most[1]), min(1, most[2])]
-    ranges = [range(a, b + 1) for a, b in zip(low, most, strict=True)]
-    fitting = []
-    for m, a, f, width in itertools.product(*ranges, widths):
-        changes = {"pattern": "M" * m + "*" * a + "-" * f, "ffn_hidden_size": width}
-        if costs.memory(config.model_copy(update=changes), deployment).total <= limit:
-            fitting.append((m, a, f, width))
-    return sorted(
-        cell for cell in fitting
-        if not any(other != cell and all(x >= y for x, y in zip(other, cell, strict=True)) for other in fitting)
-    )
-
-
 @pytest.mark.parametrize("seed", range(12))
 def test_cells_equal_brute_force(seed):
+    """Under one budget to three: every cell that fits and that no other is at least as large as in every direction."""
     draw = random.Random(seed)
     pattern = "".join(draw.choice("M-M-*") for _ in range(draw.randint(6, 14))) + "-"
     config = parent(pattern, ffn_hidden_size=draw.choice([48, 64]), hidden_size=draw.choice([8, 24]))
     widths = draw.sample([16, 24, 32, 40, 48], 3)
     deployment = budget(context=draw.choice([10, 500]), weight_bits=draw.choice([4.5, 16]))
-    smallest = {"pattern": "".join(sorted(set(pattern))), "ffn_hidden_size": min(widths)}
-    least, most = (costs.memory(c, deployment).total for c in (config.model_copy(update=smallest), config))
-    limit = int(least + (most - least) * draw.uniform(0.05, 0.95))
-    expected = brute_force(config, widths, 0, deployment, limit)
-    assert maximal_cells(config, widths, 0, deployment, limit) == expected
-    assert expected
+    latency = {symbol: draw.uniform(1, 3) for symbol in "M*-"}
+    costs_of = [lambda c: costs.memory(c, deployment).total, costs.parameters,
+                lambda c: sum(latency[symbol] for symbol in c.pattern)]
+    smallest = config.model_copy(update={"pattern": "".join(sorted(set(pattern))), "ffn_hidden_size": min(widths)})
+    budgets = [Budget("", cost(smallest) + (cost(config) - cost(smallest)) * draw.uniform(0.05, 0.95), cost)
+               for cost in costs_of[: 1 + seed % 3]]
+    counts = [range(min(1, pattern.count(symbol)), pattern.count(symbol) + 1) for symbol in "M*-"]
+    fitting = [cell for point in itertools.product(*counts, widths) if all(
+        each.cost((cell := candidates.Cell(*point)).config(config)) <= each.limit for each in budgets)]
+    expected = sorted(cell for cell in fitting if not any(
+        other != cell and all(x >= y for x, y in zip(other, cell, strict=True)) for other in fitting))
+    assert candidates.maximal_cells(config, widths, 0, budgets) == expected and expected
 
 
 def test_the_papers_search_holds_nemotron_h_47b(tmp_path, monkeypatch):
@@ -111,24 +102,6 @@ def test_a_budget_below_the_smallest_model_says_which_would_do():
     assert smallest / whole <= share < smallest / whole + 2e-4
     budgets[0] = share_budget(*shares[0][:1], share, *shares[0][1:2], config, shares[0][2])
     assert candidates.maximal_cells(config, [32, 64], 1, budgets) == [(1, 1, 1, 32)]
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_several_budgets_equal_brute_force(seed):
-    draw = random.Random(seed)
-    config = parent("M-M*-M-M*-", ffn_hidden_size=64, hidden_size=32)
-    deployment = budget(context=draw.choice([10, 500]))
-    latency = {symbol: draw.uniform(1, 3) for symbol in "M*-"}
-    budgets = [
-        share_budget("memory (bytes)", draw.uniform(0.5, 0.9), lambda c: costs.memory(c, deployment).total, config, ""),
-        share_budget("parameters", draw.uniform(0.5, 0.9), costs.parameters, config, ""),
-        share_budget("decode step", 0.8, lambda c: sum(latency[symbol] for symbol in c.pattern), config, ""),
-    ]
-    cells = [candidates.Cell(*point) for point in itertools.product(range(1, 5), (1, 2), range(1, 5), (32, 48, 64))]
-    fitting = [cell for cell in cells if all(b.cost(cell.config(config)) <= b.limit for b in budgets)]
-    expected = sorted(cell for cell in fitting if not any(
-        other != cell and all(x >= y for x, y in zip(other, cell, strict=True)) for other in fitting))
-    assert candidates.maximal_cells(config, [32, 48, 64], 1, budgets) == expected and expected
 
 
 def test_a_width_beyond_the_parents_is_refused():
