@@ -1,4 +1,3 @@
-from fractions import Fraction
 from random import Random
 
 import pytest
@@ -24,13 +23,6 @@ def test_a_domains_weight_follows_the_tokens_of_its_labels():
     assert last["weights"] == {"train/code-high": pytest.approx(0.3), "train/code-low": pytest.approx(0.7)}
 
 
-def test_weights_sum_to_one_whatever_the_scale():
-    phase = Phase(until=1.0, weights={"code": 9.0, "docs": 1.0}, labels=["high", "low"])
-    weights = phase_weights([phase])[0]["weights"]
-    assert sum(map(Fraction, weights.values())) == pytest.approx(1, abs=1e-15)
-    assert weights["train/docs-high"] == pytest.approx(0.1)
-
-
 def test_a_domain_without_tokens_is_named():
     phases = [Phase(until=0.5, weights={"code": 1}, labels=["low"]),
               Phase(until=1.0, weights={"code": 0.5, "docs": 0.5}, labels=["low", "medium"])]
@@ -44,16 +36,6 @@ def test_a_domain_without_tokens_is_named():
 def test_weights_that_weigh_nothing_are_named(weights):
     with pytest.raises(DataError, match=r"phases\[0\]\.weights"):
         phase_weights([Phase(until=1.0, weights=weights, labels=["high"])])
-
-
-def test_repeats_are_tokens_drawn_over_tokens_there():
-    phases = [Phase(until=0.5, weights={"code": 1}, labels=["high", "low"]),
-              Phase(until=1.0, weights={"code": 1, "docs": 1}, labels=["high"])]
-    mixture = blend(phases, TOKENS, 1000, 8)
-    assert mixture["tokens"] == 1000
-    assert mixture["repeats"] == {
-        "train/code-high": pytest.approx((500 * 0.3 + 250) / 300), "train/code-low": pytest.approx(500 * 0.7 / 700),
-        "train/code-medium": 0.0, "train/docs-high": pytest.approx(250 / 50), "train/docs-low": 0.0}
 
 
 def test_what_a_file_cannot_give_its_domain_does_then_the_other_domains_by_weight():

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from data_pipeline.config import DataError
-from data_pipeline.tokenize.indexed_dataset import IndexedDatasetWriter, merge, read_lengths, token_dtype
+from data_pipeline.tokenize.indexed_dataset import IndexedDatasetWriter, merge, read_lengths
 
 
 def documents(vocab_size: int, count: int = 40) -> list[np.ndarray]:
@@ -33,17 +33,6 @@ def test_same_bytes_as_megatron(tmp_path, vocab_size, count):
     builder.finalize(str(tmp_path / "theirs.idx"))
     for suffix in ("bin", "idx"):
         assert (tmp_path / f"ours.{suffix}").read_bytes() == (tmp_path / f"theirs.{suffix}").read_bytes()
-
-
-@pytest.mark.parametrize("vocab_size", [4096, 131_072])
-def test_megatron_reads_the_documents_back_and_we_their_lengths(tmp_path, vocab_size):
-    texts = documents(vocab_size)
-    write(tmp_path / "train" / "code-high", vocab_size, texts)
-    theirs = IndexedDataset(str(tmp_path / "train" / "code-high"))
-    for found, text in zip(theirs, texts, strict=True):
-        np.testing.assert_array_equal(found, text)
-    dtype, lengths = read_lengths(tmp_path / "train" / "code-high")
-    assert dtype == token_dtype(vocab_size) and lengths.tolist() == [len(text) for text in texts]
 
 
 @pytest.mark.parametrize("vocab_size", [4096, 131_072])

@@ -9,9 +9,7 @@ from model import costs
 from model.checkpoint import describe, load_weights, read_description
 from model.compression import funnel
 from model.compression.candidates import random_selection
-from model.compression.comparison import compare
 from model.compression.funnel import evenly
-from model.compression.layerwise import Mask
 from model.compression.prune import cut
 from model.compression.resume import ResultCache
 from model.config import ModelError
@@ -22,7 +20,6 @@ from model.megatron.spec import build_model
 from model.training.token_data import end_of_document
 from tests.closeness import relative_error
 from tests.model.compression.markov import CONFIG, Weights, silent
-from tests.model.compression.plain import PlainLayerwise
 from tests.tiny_engine import RECIPE
 
 
@@ -203,19 +200,6 @@ def test_what_another_compression_kept_is_refused(compress, planted, config, tmp
         compress(planted, config.model_copy(update=changes), tmp_path, kill)
     with pytest.raises(Killed):
         compress(planted, config.model_copy(update={"micro_batch_size": 2}), tmp_path, kill)
-
-
-def test_importance_beats_chance(compress, parent, data, config):
-    """On the trained parent itself: the chosen cut is closer than the mean of random cuts of its shape."""
-    result = compress(parent, config.model_copy(update={"distillation_tokens": 8 * 128, "finalists": 1}))
-    shape = load_weights(result.models["compressed"])[0]
-    models = {str(seed): Mask.of(parent.config, random_selection(parent.config, shape,
-                                                                 torch.Generator().manual_seed(seed)))
-              for seed in range(8)}
-    close = compare(PlainLayerwise(HybridLM.from_state(*parent)), models, data.validation, 8, silent)
-    mean = sum(value.kl for value in close.values()) / len(close)
-    assert result.metrics["kl_parent_cut"] < 0.6 * mean
-    assert result.metrics["kl_parent_compressed"] < result.metrics["kl_parent_cut"]
 
 
 @pytest.mark.parametrize(("layout", "what"), [

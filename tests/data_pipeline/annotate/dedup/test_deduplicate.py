@@ -81,26 +81,6 @@ def test_of_a_component_the_lowest_id_stays_or_a_held_out_document():
         assert deduplicate(cut(rows, shards)) == [expected[text] for text, _ in rows]
 
 
-def test_a_copy_of_a_near_duplicate_is_a_copy():
-    text = "A sentence that is long enough to have a number of shingles of its own, and then some more. " * 3
-    near = text + "x"
-    reasons = deduplicate([[(text, False), (near, False)], [(near, False), (text, False)]])
-    assert reasons[2:] == ["copy", "copy"] and sorted(reasons[:2], key=str) == [None, "near-duplicate"]
-
-
-def test_a_chain_is_one_component():
-    """Each text is near the next, the ends are not alike."""
-    random = np.random.default_rng(2)
-    text = list(random.choice(list("abcdefgh"), 3000))
-    chain = []
-    for step in range(60):
-        text[step * 50 : step * 50 + 10] = "Z" * 10
-        chain.append(("".join(text), False))
-    assert deduplicate([[chain[0], chain[-1]]]) == [None, None]
-    reasons = deduplicate(cut([chain[index] for index in random.permutation(len(chain))], 4))
-    assert reasons.count(None) == 1
-
-
 @pytest.mark.skipif(not (SITE_PACKAGES / "pip/_vendor/rich").is_dir() or not (SITE_PACKAGES / "rich").is_dir(),
                     reason="pip or rich is not installed")
 def test_the_copy_of_rich_within_pip_is_found():
