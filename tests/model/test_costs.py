@@ -70,12 +70,8 @@ NANO_9B = NANO_12B.model_copy(update={
 })
 
 
-@pytest.mark.parametrize(("config", "parameters"), [
-    (PRESETS["nemotron_h_56b"], 56_324_350_464), (PRESETS["nemotron_h_47b"], 46_791_554_816),
-    (NANO_12B, 12_310_001_152), (NANO_9B, 8_888_227_328), (PRESETS["nemotron_h_8b"], 8_100_852_736),
-    (PRESETS["nemotron_h_4b"], 4_489_223_040),
-])
-def test_parameters_of_published_models(config, parameters):
+@pytest.mark.parametrize(("config", "parameters"), [(NANO_12B, 12_310_001_152), (NANO_9B, 8_888_227_328)])
+def test_parameters_of_nano(config, parameters):
     assert costs.parameters(config) == parameters
 
 
@@ -122,15 +118,6 @@ def test_56b_takes_the_papers_29_and_a_half_gib_and_47b_alone_fits_with_a_millio
     assert [part / GIB for part in small] == pytest.approx([24.51, 4.77, 0.70, 0.005], abs=0.02)
     assert small.total / GIB == pytest.approx(30.0, abs=0.02)
     assert small.total / GIB < 31.7 < large.total / GIB
-
-
-def test_cache_grows_with_context_only_through_attention():
-    budget = FP4_MILLION.model_copy(update={"kv_bits": 16, "context": 1})
-    hybrid, transformer = (costs.memory(PRESETS[name], budget) for name in ("nemotron_h_8b", "nemotron_t_8b"))
-    assert hybrid.kv_cache == 16_384 and transformer.kv_cache == 131_072
-    assert hybrid.ssm_state == 96 * 2**20 and transformer.ssm_state == 0
-    longer = costs.memory(PRESETS["nemotron_h_8b"], budget.model_copy(update={"context": 1000}))
-    assert longer.kv_cache == 1000 * hybrid.kv_cache and longer.ssm_state == hybrid.ssm_state
 
 
 def test_bytes_are_exact_for_fractional_elements_and_round_up():
