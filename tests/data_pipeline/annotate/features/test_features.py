@@ -158,12 +158,7 @@ def test_every_feature_is_what_its_definition_says(texts):
         wanted = np.array([row[name] for row in expected], np.float32)
         wrong = np.flatnonzero(~np.isclose(values, wanted, rtol=1e-6, atol=0))
         assert not len(wrong), (name, values[wrong[0]], wanted[wrong[0]], texts[wrong[0]][:300])
-
-
-def test_every_feature_takes_more_than_one_value(texts):
-    """Else the comparison above shows nothing."""
-    for name, values in measure(texts_of(pa.table({"text": texts}))).items():
-        assert len(np.unique(values)) > 1, name
+        assert len(np.unique(values)) > 1, f"{name} is always the same, which shows nothing"
 
 
 def test_a_text_alone_has_the_features_it_has_in_a_shard(texts):
