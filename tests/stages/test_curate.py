@@ -67,18 +67,3 @@ def test_nothing_is_left_behind(done):
         assert shlex.split(provenance["command"])[-len(with_settings(stage)) :] == with_settings(stage)
     assert not list(done.rglob("*.partial"))
     assert provenance["inputs"].keys() == {"result/data/annotated"}
-
-
-def test_an_error_is_two_lines(tmp_path):
-    sources = "annotate.sources=[{kind: installed, roots: [no-such-distribution], megabytes: {docs: 1}}]"
-    result = run(tmp_path, "annotate", "--out", "result", *with_settings("annotate", sources))
-    assert result.returncode == 1
-    assert len(result.stderr.strip().splitlines()) == 2 and "no-such-distribution" in result.stderr
-    assert not (tmp_path / "result/data/annotated").exists()
-
-
-def test_curate_says_what_must_run_before_it(tmp_path):
-    result = run(tmp_path, "curate")
-    assert result.returncode == 1
-    assert result.stderr.splitlines() == [
-        "data/cpu/annotated: not found; stage `annotate` writes it.", "Run `dvc repro annotate` first."]

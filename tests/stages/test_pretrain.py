@@ -148,7 +148,3 @@ def test_a_truncated_token_file_is_an_error_before_any_work(workplace):
     path.write_bytes(path.read_bytes()[:-2])
     assert "train/code-high.bin: " in refused(workplace, "hybrid-fp8")
     assert not list((workplace / ".scratch").glob("*/index"))
-
-
-def test_an_unknown_variant_is_two_lines(workplace):
-    assert refused(workplace, "hybrid-fp4").startswith("--variant hybrid-fp4: unknown.")

@@ -200,20 +200,3 @@ def test_repeats_are_reported_and_bounded(done, fresh):
     assert failed.returncode == 1 and "Traceback" not in failed.stderr
     assert "tokenize.phases[3] (until 1.0): needs 50,000,000 tokens; its files, read 1.5 times" in failed.stderr
     assert not list(fresh.glob(".scratch/tokenize-*/shards"))           # before any work
-
-
-def test_a_phase_without_text_stops_before_the_work(fresh):
-    params = (fresh / "params.yaml").read_text().replace("workers: 2", "workers: 1")
-    (fresh / "params.yaml").write_text(params.replace("labels: [high]", "labels: [medium-low]"))
-    failed = run(fresh, "-m", "stages.tokenize", check=False)
-    assert failed.returncode == 1
-    assert "tokenize.phases[3] (until 1.0): domain `code` has no tokens in the labels medium-low" in failed.stderr
-    assert "Traceback" not in failed.stderr and not (fresh / "data/tiny/tokens").exists()
-
-
-def test_a_vocabulary_too_large_for_the_sample_is_an_error_of_two_lines(fresh):
-    write_params(fresh, **{"tokenizer.vocab_size": 65_536})
-    failed = run(fresh, "-m", "stages.tokenizer", check=False)
-    assert failed.returncode == 1
-    assert "tokenizer.vocab_size: 65536 cannot be trained" in failed.stderr and "Traceback" not in failed.stderr
-    assert Tokenizer(fresh / "data/tiny/tokenizer/tokenizer.model").vocab_size == 1024    # the old one stands
