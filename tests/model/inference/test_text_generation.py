@@ -18,6 +18,7 @@ from model.hybrid_lm import HybridLM
 from model.inference import text as text_generation
 from model.inference.__main__ import main
 from model.inference.text import Vocabulary, pieces
+from tests.tiny_engine import random_model
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 WORDS = ["<unk>", "<s>", "</s>", "<pad>", *BYTES, "t", "h", "e", "th", "the"]
@@ -38,13 +39,7 @@ def byte_tokenizer(words: list[str]) -> Tokenizer:
 
 @pytest.fixture
 def directory(tmp_path) -> Path:
-    torch.manual_seed(1)
-    model = HybridLM(CONFIG)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(0, parameter.shape[1] ** -0.5)
-    hub.save(tmp_path, CONFIG, model.state_dict(), {}, "float32")
+    hub.save(tmp_path, CONFIG, random_model(CONFIG).state_dict(), {}, "float32")
     byte_tokenizer(WORDS).save(str(tmp_path / "tokenizer.json"))
     return tmp_path
 

@@ -27,6 +27,7 @@ from model.serve.__main__ import load, main
 from model.serve.engine import Limits
 from model.serve.server import PAGE, Server
 from tests.model.inference.test_text_generation import CONFIG, WORDS, byte_tokenizer
+from tests.tiny_engine import random_model
 
 TURN = "<pad>"          # a control token that is none of the named ones
 LONGEST = 20_000
@@ -40,14 +41,8 @@ TEMPLATE = """{% for message in messages %}
 def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A base model, and another that has a chat template."""
     found = {name: tmp_path_factory.mktemp(name) for name in ("base", "chat")}
-    for seed, directory in enumerate(found.values()):
-        torch.manual_seed(seed)
-        model = HybridLM(CONFIG)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() == 2:
-                    parameter.normal_(0, parameter.shape[1] ** -0.5)
-        hub.save(directory, CONFIG, model.state_dict(), {}, "float32")
+    for directory in found.values():
+        hub.save(directory, CONFIG, random_model(CONFIG).state_dict(), {}, "float32")
         tokenizer = byte_tokenizer(WORDS)
         tokenizer.add_special_tokens([TURN])
         tokenizer.save(str(directory / "tokenizer.json"))
