@@ -96,9 +96,13 @@ def test_more_attention_than_the_hybrid_has_parameters_is_an_error():
     assert str(error.value).count("\n") == 1
 
 
-def test_47b_is_a_subsequence_of_56b():
+def test_47b_is_what_was_published_and_a_subsequence_of_56b():
+    """`hybrid_override_pattern` of nvidia/Nemotron-H-47B-Base-8K: three FFN layers in a row, twice."""
+    pattern = PRESETS["nemotron_h_47b"].pattern
+    whole = "M*-".join("M-" * count for count in (8, 9, 4, 4, 6))
+    assert pattern == whole + "M---MM---M-M*-" + "M-" * 5
     layers = iter(PRESETS["nemotron_h_56b"].pattern)
-    assert all(symbol in layers for symbol in PRESETS["nemotron_h_47b"].pattern)
+    assert all(symbol in layers for symbol in pattern)
 
 
 def test_presets_pass_the_configs_own_checks():
