@@ -8,8 +8,6 @@ from __future__ import annotations
 import os
 import queue
 import time
-from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +18,7 @@ SECONDS_BETWEEN_LOOKS = 0.2     # at Slurm jobs
 
 
 class Dask(Backend):
-    """A Dask scheduler's workers, or as many processes here.
-
-    A worker has no more calls than threads. The scheduler itself gives out all it has, while a dead worker's successor
-    starts to the one that is left, and a death there takes those along that only waited.
-    """
+    """A Dask scheduler's workers, or as many processes here."""
 
     def __init__(self, config: ExecutorConfig):
         import dask
@@ -32,8 +26,7 @@ class Dask(Backend):
 
         self.slots = config.workers
         self.done: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self.waiting: list[tuple[int, Function, Any]] = []
-        self.futures: dict[int, tuple[str, Any]] = {}           # the worker's address beside it
+        self.futures: dict[int, Any] = {}
         dask.config.set({"distributed.scheduler.allowed-failures": 0})
         self.cluster = None
         if config.dask.scheduler is None:
@@ -48,26 +41,14 @@ class Dask(Backend):
             ) from None
 
     def start(self, calls: list[tuple[int, Function, Any]]) -> None:
-        self.waiting += calls
+        for number, function, item in calls:
+            future = self.client.submit(call, function, item, pure=False)
+            self.futures[number] = future
+            future.add_done_callback(lambda _, number=number: self.done.put(number))
 
     def finished(self) -> list[tuple[int, Answer]]:
-        while True:
-            self._place()
-            with suppress(queue.Empty):
-                number = self.done.get(timeout=SECONDS_BETWEEN_LOOKS)
-                return [(number, _answer_of(self.futures.pop(number)[1]))]
-
-    def _place(self) -> None:
-        """Hand waiting calls to workers that have a thread for them."""
-        if not self.waiting:
-            return
-        busy = Counter(address for address, _ in self.futures.values())
-        free = [address for address, threads in self.client.nthreads().items() for _ in range(threads - busy[address])]
-        for address, (number, function, item) in zip(free, self.waiting, strict=False):
-            future = self.client.submit(call, function, item, pure=False, workers=[address], allow_other_workers=True)
-            self.futures[number] = address, future
-            future.add_done_callback(lambda _, number=number: self.done.put(number))
-        del self.waiting[:len(free)]
+        number = self.done.get()
+        return [(number, _answer_of(self.futures.pop(number)))]
 
     def close(self) -> None:
         self.client.close()

@@ -97,14 +97,6 @@ def test_a_bad_shard_is_named_and_the_others_are_done(pool, capfd):
         assert "shard 3: its worker was killed 3 times, most likely for want of memory." in said
 
 
-def test_a_shard_that_kills_its_worker_takes_no_other_with_it(pool):
-    """While the dead worker's successor starts there is one worker for all that waits."""
-    if isinstance(pool.backend, Here | Slurm):
-        pytest.skip("the worker is this process, or it takes submitit 30 seconds to notice")
-    items = [3, 4, 3, 5, 6]
-    assert [outcome.item for outcome in pool.map(bad, items, name) if outcome.error is None] == [4, 5, 6]
-
-
 def test_a_killed_worker_is_replaced_and_its_shard_done_again(pool, tmp_path):
     if isinstance(pool.backend, Here | Slurm):
         pytest.skip("the worker is this process, or it takes submitit 30 seconds to notice")
