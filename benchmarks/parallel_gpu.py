@@ -291,7 +291,7 @@ def train_whole(
     recipe = RECIPE.model_copy(update={
         "tokens": STEPS_OF_WHOLE * GLOBAL_BATCH * config.sequence_length, "global_batch_size": GLOBAL_BATCH,
         "learning_rate": 2e-4, "min_learning_rate": 2e-6, "warmup_fraction": 0.2, "bf16_layers_at_start": 4,
-        "bf16_layers_at_end": 4, "checkpoint_every": STATE_AFTER if len(layouts) > 1 else STEPS_OF_WHOLE,
+        "bf16_layers_at_end": 4, "checkpoint_every": STATE_AFTER if len(layouts) > 1 else 10**6,
         "grad_reduce_in_fp32": not case.bf16_gradients})
     losses = {}
     for name, recompute in zip(layouts, (case.recompute, "M*-"), strict=False):
