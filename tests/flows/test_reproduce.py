@@ -105,7 +105,7 @@ def test_whatever_ends_a_flow_nothing_is_left_and_the_next_goes_on_whatever_happ
         assert flow.returncode == code and "Traceback" not in output, output
         assert ("Run the same command again" in output) == (code != -signal.SIGKILL), output
         assert code != 130 or time.monotonic() - told < SECONDS_TO_STOP + 5
-        _, alive = psutil.wait_procs(tree, timeout=10)              # stages, DVC and the temporary server
+        _, alive = psutil.wait_procs(tree, timeout=60)              # stages, DVC and the temporary server
         assert alive == []
         if victim == "DVC":
             summary, _, failure = output.rstrip().rpartition("\n\n")
@@ -139,7 +139,7 @@ def test_whatever_ends_a_flow_nothing_is_left_and_the_next_goes_on_whatever_happ
     assert results(output) == {
         "first": "cached", "second@left": "restored", "second@right": "ran", "last": "cached"
     }
-    _, alive = psutil.wait_procs(tree, timeout=10)
+    _, alive = psutil.wait_procs(tree, timeout=60)
     assert alive == []
     runs = states(repository, "flow_run")
     assert all(re.fullmatch(r"cpu(-[0-9a-f]{7}(-changes)?)?", name) for name in runs)   # profile and, in git, commit

@@ -75,7 +75,7 @@ def serve(environment: dict[str, str], ends_by: signal.Signals) -> Iterator[str]
         tree = psutil.Process(ui.pid).children(recursive=True)
         ui.send_signal(ends_by)
         ui.communicate(timeout=60)
-    _, alive = psutil.wait_procs(tree, timeout=10)
+    _, alive = psutil.wait_procs(tree, timeout=60)         # a run that is told to end has some seconds of its own
     assert alive == []
 
 
