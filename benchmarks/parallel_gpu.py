@@ -364,6 +364,10 @@ def main() -> None:
     if arguments.worker:
         return work(Case(*json.loads(arguments.worker)), arguments.out)
     layouts = (arguments.layouts or ("tp2,dp2" if arguments.whole else "one,tp2,dp2")).split(",")
+    if unknown := set(layouts) - LAYOUTS.keys():
+        parser.error(f"--layouts: {', '.join(unknown)} is none of {', '.join(LAYOUTS)}")
+    if arguments.whole and len(layouts) > 2:
+        parser.error("--layouts: --whole takes one, or two of which the second goes on from the first one's state")
     cases = [Case(layout, arguments.model or ("nemotron_h_8b" if arguments.whole else "8b"), arguments.layers,
                   arguments.kernels.split(","), arguments.precisions.split(","), arguments.recompute,
                   arguments.bf16_gradients, arguments.tiny) for layout in layouts]
