@@ -22,8 +22,8 @@ from kernels.operation import operation
 class NormTiles(NamedTuple):
     """How a norm's kernel is launched."""
 
-    rows: int               # at a time
-    warps: int
+    elements: int           # at a time: as many whole rows of a group, or one that is longer
+    warps: int              # for as many
     programs: int = 0       # of all groups; 0: one for every tile of rows
 
 
@@ -49,7 +49,7 @@ def _forward_kernel(
 @triton.jit
 def _backward_kernel(
     x, gate, weight, dy, dx, dgate, partial, x_stride, gate_stride, dy_stride, dgate_stride, rows, channels, epsilon,
-    HAS_GATE: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    HAS_GATE: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):
     """`partial` (programs, channels): the weight's gradient over each program's rows."""
     within = tl.arange(0, BLOCK)
@@ -57,7 +57,8 @@ def _backward_kernel(
     there = within < SIZE
     scale = tl.load(weight + c, there, 0.0).to(tl.float32)
     dweight = tl.zeros((BLOCK,), tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+    # The next rows are on their way while these are computed.
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         inside = (row < rows)[:, None] & there[None, :]
         gated = tl.load(x + row[:, None] * x_stride + c[None, :], inside, 0.0).to(tl.float32)
@@ -82,10 +83,10 @@ def _backward_kernel(
     tl.store(partial + tl.program_id(0) * channels + c, dweight, there)
 
 
-# Fastest on an H200 for groups of 1,024, as at 8B width; wider rows get as many elements a thread.
-FORWARD = NormTiles(rows=1, warps=4)
-BACKWARD = NormTiles(rows=2, warps=2, programs=528)
-WIDTH = 1024
+# Fastest on an H200, or nearly, for groups of 256 (with a gate) to rows of 4,096 (without).
+FORWARD = NormTiles(elements=1024, warps=4)
+BACKWARD = NormTiles(elements=512, warps=1, programs=1056)
+WIDEST_AHEAD = 8192         # of which rows that are on their way fit in shared memory
 
 
 TAKES = "bfloat16 or float16"
@@ -109,18 +110,17 @@ def run_forward(
     rows, channels = x.shape
     size = channels // groups
     block = power_of_2(size)
-    tile = _fitted(FORWARD, block)
-    _forward_kernel[(cdiv(rows, tile.rows), groups)](
+    at_once, warps = _fitted(FORWARD, block)
+    _forward_kernel[(cdiv(rows, at_once), groups)](
         x, x if gate is None else gate, weight, y, x.stride(0), 0 if gate is None else gate.stride(0), rows, channels,
-        epsilon, HAS_GATE=gate is not None, SIZE=size, BLOCK=block, ROWS=tile.rows, num_warps=tile.warps,
+        epsilon, HAS_GATE=gate is not None, SIZE=size, BLOCK=block, ROWS=at_once, num_warps=warps,
     )
 
 
-def _fitted(tiles: NormTiles, block: int) -> NormTiles:
-    """`tiles` for rows of another width."""
-    wider = max(1, block // WIDTH)
-    rows = max(1, tiles.rows // wider)
-    return tiles._replace(rows=rows, warps=min(16, tiles.warps * wider * rows // tiles.rows))
+def _fitted(tiles: NormTiles, block: int) -> tuple[int, int]:
+    """Rows of `block` elements at a time, and warps."""
+    rows = max(1, tiles.elements // block)
+    return rows, min(16, max(1, tiles.warps * rows * block // tiles.elements))
 
 
 @operation("nemotron_h::gated_rms_norm")
@@ -144,14 +144,16 @@ def run_backward(
     rows, channels = x.shape
     size = channels // groups
     block = power_of_2(size)
-    tile = _fitted(BACKWARD, block)
-    programs = min(max(1, tile.programs // groups), cdiv(rows, tile.rows))
+    at_once, warps = _fitted(BACKWARD, block)
+    # With a gate a thread keeps three values of an element, and fewer programs of two warps are resident at a time.
+    programs = BACKWARD.programs // (1 if gate is None else min(warps, 2))
+    programs = min(max(1, programs // groups), cdiv(rows, at_once))
     partial = x.new_empty(programs, channels, dtype=torch.float32)
     strides = (0, dy.stride(0), 0) if gate is None or dgate is None else (gate.stride(0), dy.stride(0), dgate.stride(0))
     _backward_kernel[(programs, groups)](
         x, x if gate is None else gate, weight, dy, dx, dx if dgate is None else dgate, partial, x.stride(0), *strides,
-        rows, channels, epsilon, HAS_GATE=gate is not None, SIZE=size, BLOCK=block, ROWS=tile.rows,
-        num_warps=tile.warps,
+        rows, channels, epsilon, HAS_GATE=gate is not None, SIZE=size, BLOCK=block, ROWS=at_once,
+        STAGES=3 if block <= WIDEST_AHEAD else 1, num_warps=warps,
     )
     return partial.sum(0)
 

@@ -52,13 +52,12 @@ from model.megatron.limits import check_model
 from model.megatron.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from model.megatron.precision import Precision, mark_quantized_layers
 
-# cuDNN's attention takes half of FlashAttention 2's time on Hopper. But its gradients came wrong or not finite out of a
-# CUDA graph at 16 and 64 tokens, not at 256 (with two cuDNNs in the process, which `compat.load_cudnn` prevents since),
-# and with a mask are not finite at some lengths that 128 does not divide (pytorch/pytorch#196678).
+# cuDNN's attention takes half of FlashAttention 2's time on Hopper. But with a mask its gradients are not finite at
+# some lengths that 128 does not divide (pytorch/pytorch#196678).
 FASTEST_FIRST = [
     SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH,
 ]
-SHORTEST_FOR_CUDNN, TILE_OF_CUDNN = 256, 128
+TILE_OF_CUDNN = 128
 
 
 def build_model(
@@ -151,7 +150,9 @@ def transformer_config(
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # Fusions of Megatron's that need CUDA extensions.
+        # Fusions of Megatron's that need CUDA extensions. Transformer Engine's turns queries and keys in one pass each,
+        # where Megatron's own takes seven.
+        apply_rope_fusion=compat.TRANSFORMER_ENGINE,
         bias_dropout_fusion=False,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
@@ -252,7 +253,7 @@ class CausalAttention(MegatronModule):
         """query (sequence, batch, heads, head_dim), key and value with one head a group -> (sequence, batch, size)."""
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         mask = None if packed_seq_params is None else packed_seq_params.attention_mask()
-        suits_cudnn = len(query) >= SHORTEST_FOR_CUDNN and len(query) % TILE_OF_CUDNN == 0
+        suits_cudnn = mask is None or len(query) % TILE_OF_CUDNN == 0
         backends = FASTEST_FIRST if suits_cudnn else FASTEST_FIRST[1:]
         with sdpa_kernel(backends, set_priority=True):
             out = F.scaled_dot_product_attention(

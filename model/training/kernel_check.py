@@ -1,8 +1,8 @@
 """Before the first step on a GPU: do the kernels compute at this run's sizes what they should?
 
 A kernel that is wrong at some size raises nothing: the loss stays high, and hours later one wonders about the recipe.
-So values and gradients of the Mamba-2 mixer and of the loss, at the sizes and in the dtype of this run,
-are compared with the plain PyTorch reference in float64. It takes seconds.
+So values and gradients of the Mamba-2 mixer, of rotary positions and of the loss, at the sizes and in the dtype of this
+run, are compared with the plain PyTorch reference in float64. It takes seconds.
 """
 
 from __future__ import annotations
@@ -15,6 +15,15 @@ from torch import Tensor
 
 from kernels import cross_entropy, mixer
 from model.config import ModelConfig, ModelError
+from model.hybrid_lm import rotate
+from model.megatron import compat  # noqa: F401    # before Megatron
+from model.megatron.distributed import ONE_COPY
+from model.megatron.precision import Precision
+from model.megatron.spec import transformer_config
+
+# isort: split
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 LIMIT = 0.05            # relative error (Frobenius norm); right kernels reach 0.004 on an H200, wrong ones 0.08 up
 TOKENS = 2048           # of each of the two sequences, at most
@@ -23,7 +32,7 @@ ROWS = 256              # of the loss
 
 def check_kernels(config: ModelConfig, tensor_parallel: int, device: torch.device, documents: bool = False) -> None:
     """Compare the kernels with their reference at this process's share of `config`; with `documents` as they run where
-    layers restart at these.
+    layers restart at these. Within Megatron's process groups.
 
     Raises:
         ModelError: a value or a gradient is off by more than LIMIT of its norm, or not finite.
@@ -33,11 +42,11 @@ def check_kernels(config: ModelConfig, tensor_parallel: int, device: torch.devic
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=draw, device=device)
 
+    length = min(config.sequence_length, TOKENS)
     if "M" in config.pattern:
         heads, groups = config.mamba_num_heads // tensor_parallel, config.mamba_num_groups // tensor_parallel
         head_dim, state = config.mamba_head_dim, config.mamba_state_dim
         inner, channels = heads * head_dim, heads * head_dim + 2 * groups * state
-        length = min(config.sequence_length, TOKENS)
         ends = torch.rand(2, length, generator=draw, device=device) < 4 / length
         seq_idx = ends.cumsum(1).int() if documents else None
         step = torch.exp(torch.rand(heads, generator=draw, device=device) * math.log(100) + math.log(0.001))
@@ -57,6 +66,20 @@ def check_kernels(config: ModelConfig, tensor_parallel: int, device: torch.devic
 
         sizes = f"{heads} Mamba heads of {head_dim} in {groups} groups, state {state}"
         _compare("the Mamba-2 mixer", sizes, mix, inputs)
+    if "*" in config.pattern and config.position_embedding == "rope":
+        heads, head_dim = config.num_attention_heads // tensor_parallel, config.head_dim
+        engine = transformer_config(config, Precision("bf16"), ONE_COPY)
+        embedding = RotaryEmbedding(head_dim, 1.0, rotary_base=config.rope_theta, use_cpu_initialization=True)
+        frequencies = config.rope_theta ** (-torch.arange(0, head_dim, 2, device=device).double() / head_dim)
+        angles = torch.arange(length, device=device).double()[:, None] * frequencies
+
+        def turn(queries: Tensor) -> Tensor:            # (sequence, batch, heads, head_dim)
+            if queries.dtype == torch.float64:
+                return rotate(queries.transpose(0, 2), torch.stack([angles.cos(), angles.sin()])).transpose(0, 2)
+            return apply_rotary_pos_emb(queries, embedding(length), engine)
+
+        _compare("rotary positions", f"{heads} heads of {head_dim}", turn,
+                 {"queries": normal(length, 2, heads, head_dim).bfloat16()})
     labels = torch.randint(config.vocab_size, (ROWS,), generator=draw, device=device)
     logits = {"logits": normal(ROWS, config.vocab_size).bfloat16()}
     # A copy, because a kernel may write the gradient where the logits lie.

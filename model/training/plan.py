@@ -50,7 +50,7 @@ class Machine:
     link: float = 3.4e11
     network: float = 4.5e10
     gpus_per_node: int = 8
-    launch_seconds: float = 3.6e-3
+    launch_seconds: float = 2.5e-3
     peak: float = 989.4e12
 
 
@@ -70,7 +70,6 @@ def machine_here() -> Machine:
 
 # Share of the copy's rate that kernels reach, forward and backward together (docs/results/kernels-h200.md).
 STREAMING = 0.8
-CONVOLUTION = 0.6
 ATTENTION, ATTENTION_HEAD = 0.65, 128    # of the BF16 rate, cuDNN, heads of 128
 # Seconds a token and inner channel of the scan take where a copy runs at 4.17 TB/s and a state is 128 wide.
 SCAN_SECONDS, SCAN_COPY, SCAN_STATE = 1.27e-3 / 8192 / 8192, 4.17e12, 128
@@ -516,8 +515,8 @@ def _layer_seconds(
         inner = config.mamba_inner_size / split
         seconds += _product_seconds(tokens, hidden, config.in_proj_size / split, fp8, machine)
         seconds += _product_seconds(tokens, inner, hidden, fp8, machine)
-        seconds += 10 * tokens * config.conv_channels / split / (CONVOLUTION * machine.copy)
-        seconds += stream_seconds(16 * tokens * inner, machine)                        # gated norm
+        # convolution, gated norm
+        seconds += stream_seconds(tokens * (10 * config.conv_channels / split + 16 * inner), machine)
         width = 0.5 + 0.5 * config.mamba_state_dim / SCAN_STATE
         seconds += SCAN_SECONDS * tokens * inner * width * SCAN_COPY / machine.copy
     elif symbol == "*":
@@ -527,10 +526,10 @@ def _layer_seconds(
         # causal: half of the square; two products forward, five backward; half a head fills half a tensor core
         rate = ATTENTION * machine.bf16 * min(1.0, config.head_dim / ATTENTION_HEAD)
         seconds += 7 * tokens * config.sequence_length * attention / rate
-        # queries, keys and values are split, transposed, joined again; RoPE is some ten elementwise operations
+        # queries, keys and values are split, transposed, joined again; rotary positions are read and written each way
         heads = attention + config.kv_size / split
         seconds += stream_seconds(tokens * (24 * (heads + config.kv_size / split)
-                                             + (50 * heads if config.position_embedding == "rope" else 0)), machine)
+                                             + (8 * heads if config.position_embedding == "rope" else 0)), machine)
     else:
         ffn = config.ffn_hidden_size / split
         seconds += _product_seconds(tokens, hidden, ffn, fp8, machine)

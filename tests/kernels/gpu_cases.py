@@ -223,7 +223,7 @@ def cases() -> Iterator[Case]:
 
 
 def run_smallest() -> None:
-    """Every kernel once, at sizes that fill no tile."""
+    """Every kernel once, at sizes that fill no tile; the norms' gradients also where a program takes three tiles."""
     for sizes in ((2, 1, 16, 256), (4, 2, 32, 64), (2, 2, 32, 64), (1, 1, 64, 128), (2, 1, 64, 256), (2, 1, 128, 128)):
         inputs = scan_inputs(1, 150, *sizes)
         differentiate(inputs, torch.randn_like(inputs[0]))
@@ -233,8 +233,10 @@ def run_smallest() -> None:
     mix(leaves[0], MixerWeights(*leaves[1:]), 2, 64, 64, EPSILON, documents).sum().backward()
     convolved = [tensor.requires_grad_() for tensor in (normal(2, 9, 45), normal(45, 4), normal(45), normal(2, 3, 45))]
     causal_conv1d(*convolved).sum().backward()
-    x, weight = normal(5, 40).requires_grad_(), normal(40).requires_grad_()
-    rms_norm(x, weight, EPSILON).sum().backward()
+    for rows in (5, 20_000):
+        x, weight = normal(rows, 40).requires_grad_(), normal(40).requires_grad_()
+        rms_norm(x, weight, EPSILON).sum().backward()
+        gated_rms_norm(x, normal(rows, 40).requires_grad_(), weight, 2, EPSILON).sum().backward()
     logits = normal(9, 50).requires_grad_()
     labels = torch.arange(9, device="cuda")
     cross_entropy(logits * 1, labels.masked_fill(labels == 0, -100)).sum().backward()

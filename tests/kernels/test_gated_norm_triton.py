@@ -20,13 +20,23 @@ def tensors(dtype: torch.dtype, channels: int = 48) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
 @pytest.mark.parametrize("groups", [1, 2, 8])
-@pytest.mark.parametrize("programs, rows", [(132, 1), (8, 4)])
-def test_values_and_gradients_equal_transformers(dtype, tolerance, groups, programs, rows, monkeypatch):
-    monkeypatch.setattr(kernel, "FORWARD", kernel.FORWARD._replace(rows=rows))
-    monkeypatch.setattr(kernel, "BACKWARD", kernel.BACKWARD._replace(rows=rows, programs=programs))
+@pytest.mark.parametrize("programs, elements", [(132, 1), (8, 32)])
+def test_values_and_gradients_equal_transformers(dtype, tolerance, groups, programs, elements, monkeypatch):
+    monkeypatch.setattr(kernel, "FORWARD", kernel.FORWARD._replace(elements=elements))
+    monkeypatch.setattr(kernel, "BACKWARD", kernel.BACKWARD._replace(elements=elements, programs=programs))
     ours = tensors(dtype)
     exact = [tensor.detach().double().cpu().requires_grad_() for tensor in ours]
     compare(kernel.normalise(*ours, groups, EPSILON), reference(*exact, groups), ours, exact, tolerance)
+
+
+@pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
+@pytest.mark.parametrize("channels", [kernel.WIDEST_AHEAD, kernel.WIDEST_AHEAD + 8])
+def test_rows_of_any_width(dtype, tolerance, channels, monkeypatch):
+    """Too wide for several to be on their way; many tiles a program."""
+    monkeypatch.setattr(kernel, "BACKWARD", kernel.BACKWARD._replace(programs=4))
+    ours = tensors(dtype, channels)
+    exact = [tensor.detach().double().cpu().requires_grad_() for tensor in ours]
+    compare(kernel.normalise(*ours, 1, EPSILON), reference(*exact, 1), ours, exact, tolerance)
 
 
 @pytest.mark.parametrize("dtype, tolerance", PRECISIONS)

@@ -1,3 +1,6 @@
+from collections.abc import Iterator
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -5,8 +8,13 @@ from hypothesis import strategies as st
 
 from kernels import mixer
 from model.config import ModelConfig, ModelError
+from model.megatron.distributed import process_groups
 from model.presets import PRESETS
+from model.training import kernel_check
 from model.training.kernel_check import check_kernels
+
+# isort: split
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 
 CPU = torch.device("cpu")
 
@@ -41,6 +49,27 @@ def test_a_wrong_kernel_is_named(wrong, monkeypatch):
     assert "4 Mamba heads of 16 in 2 groups, state 16" in str(caught.value) and len(str(caught.value).splitlines()) == 2
 
 
+@pytest.fixture
+def rotary() -> Iterator[ModelConfig]:
+    with process_groups():
+        yield config().model_copy(update={"pattern": "*-", "position_embedding": "rope", "rope_theta": 500.0})
+
+
+def test_rotary_positions_by_megatron_are_ours(rotary):
+    check_kernels(rotary, 1, CPU)
+
+
+@pytest.mark.parametrize("wrong", [
+    lambda queries, angles, engine: queries,
+    lambda queries, angles, engine: apply_rotary_pos_emb(queries, -angles, engine),
+    lambda queries, angles, engine: apply_rotary_pos_emb(queries, angles, replace(engine, rotary_interleaved=True)),
+])
+def test_wrong_rotary_positions_are_named(wrong, rotary, monkeypatch):
+    monkeypatch.setattr(kernel_check, "apply_rotary_pos_emb", wrong)
+    with pytest.raises(ModelError, match=r"rotary positions on this device: values off by .* at 2 heads of 16"):
+        check_kernels(rotary, 1, CPU)
+
+
 def test_a_kernel_that_looks_into_other_documents_is_named(monkeypatch):
     right = mixer.mix
 
@@ -56,6 +85,8 @@ def test_a_kernel_that_looks_into_other_documents_is_named(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize(("name", "ranks"), [("nemotron_h_8b", 1), ("nemotron_h_8b", 8), ("nemotron_h_56b", 8)])
+@pytest.mark.parametrize(("name", "ranks"), [("nemotron_h_8b", 1), ("nemotron_h_8b", 8), ("nemotron_h_56b", 8),
+                                             ("nemotron_t_8b", 1)])
 def test_the_kernels_are_right_at_the_published_sizes(name, ranks):
-    check_kernels(PRESETS[name], ranks, torch.device("cuda"))
+    with process_groups():
+        check_kernels(PRESETS[name], ranks, torch.device("cuda"))
