@@ -8,17 +8,26 @@ from __future__ import annotations
 import os
 import queue
 import time
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.config import DataError, ExecutorConfig
 from data_pipeline.workers.executor import ONE_THREAD, Answer, Backend, Function, call
 
-SECONDS_BETWEEN_LOOKS = 0.2     # at Slurm jobs
+SECONDS_BETWEEN_LOOKS = 0.2     # at Slurm jobs and Dask's workers
+# Seconds a Dask worker is left alone at first: killed before its nanny heard that it runs, it has no successor.
+NEW_WORKER = 0.5
+WITHOUT_WORKERS = 300           # seconds
 
 
 class Dask(Backend):
-    """A Dask scheduler's workers, or as many processes here."""
+    """A Dask scheduler's workers, or as many processes here.
+
+    A worker has no more calls than threads. The scheduler itself gives out all it has, while a dead worker's successor
+    starts to the one that is left, and a death there takes those along that only waited.
+    """
 
     def __init__(self, config: ExecutorConfig):
         import dask
@@ -26,8 +35,11 @@ class Dask(Backend):
 
         self.slots = config.workers
         self.done: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self.futures: dict[int, Any] = {}
-        dask.config.set({"distributed.scheduler.allowed-failures": 0})
+        self.waiting: list[tuple[int, Function, Any]] = []
+        self.futures: dict[int, tuple[str, Any]] = {}           # the worker's address beside it
+        self.looked = time.monotonic()                          # and there was a worker
+        # A cluster gives a worker up that is not back when this is over, even one that is starting again.
+        dask.config.set({"distributed.scheduler.allowed-failures": 0, "distributed.deploy.lost-worker-timeout": "1 day"})
         self.cluster = None
         if config.dask.scheduler is None:
             self.cluster = LocalCluster(n_workers=config.workers, threads_per_worker=1, processes=True,
@@ -39,16 +51,41 @@ class Dask(Backend):
                 f"runtime.dask.scheduler: {config.dask.scheduler} does not answer ({error}).\n"
                 "Start the scheduler or correct its address in params.yaml."
             ) from None
+        self.since = dict.fromkeys(self.client.nthreads(), 0.0)         # workers were first seen
 
     def start(self, calls: list[tuple[int, Function, Any]]) -> None:
-        for number, function, item in calls:
-            future = self.client.submit(call, function, item, pure=False)
-            self.futures[number] = future
-            future.add_done_callback(lambda _, number=number: self.done.put(number))
+        self.waiting += calls
 
     def finished(self) -> list[tuple[int, Answer]]:
-        number = self.done.get()
-        return [(number, _answer_of(self.futures.pop(number)))]
+        while True:
+            self._place()
+            with suppress(queue.Empty):
+                number = self.done.get(timeout=SECONDS_BETWEEN_LOOKS)
+                return [(number, _answer_of(self.futures.pop(number)[1]))]
+
+    def _place(self) -> None:
+        """Hand waiting calls to workers that have a thread for them.
+
+        Raises:
+            DataError: there has been no worker for a while. Calls of one that left in order wait for the next one.
+        """
+        now, threads = time.monotonic(), self.client.nthreads()
+        if threads:
+            self.looked = now
+        elif now - self.looked > WITHOUT_WORKERS:
+            raise DataError(
+                f"runtime.dask: {self.client.scheduler.address} has had no worker for {WITHOUT_WORKERS} seconds.\n"
+                "Start workers and run the same command again; finished shards are kept."
+            )
+        self.since = {address: self.since.get(address, now) for address in threads}
+        busy = Counter(address for address, _ in self.futures.values())
+        free = [address for address, number in threads.items() if now - self.since[address] >= NEW_WORKER
+                for _ in range(number - busy[address])]
+        for address, (number, function, item) in zip(free, self.waiting, strict=False):
+            future = self.client.submit(call, function, item, pure=False, workers=[address], allow_other_workers=True)
+            self.futures[number] = address, future
+            future.add_done_callback(lambda _, number=number: self.done.put(number))
+        del self.waiting[:len(free)]
 
     def close(self) -> None:
         self.client.close()

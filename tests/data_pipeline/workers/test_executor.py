@@ -12,7 +12,8 @@ import polars as pl
 import pytest
 
 from data_pipeline.config import DataError, ExecutorConfig
-from data_pipeline.workers.clusters import Slurm
+from data_pipeline.workers import clusters
+from data_pipeline.workers.clusters import Dask, Slurm
 from data_pipeline.workers.executor import Here, Workers, workers
 from tests.namespaces import on_full
 
@@ -51,6 +52,11 @@ def bad(value: int) -> int:
     if value == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return -value
+
+
+def slowly_bad(value: int) -> int:
+    time.sleep(0.1 if value == 3 else 0.3)
+    return bad(value)
 
 
 def name(value: object) -> str:
@@ -97,11 +103,27 @@ def test_a_bad_shard_is_named_and_the_others_are_done(pool, capfd):
         assert "shard 3: its worker was killed 3 times, most likely for want of memory." in said
 
 
+def test_a_shard_that_kills_its_worker_takes_no_other_with_it(pool):
+    """A scheduler gives what waits to the worker that is left, while the dead one's successor starts."""
+    if not isinstance(pool.backend, Dask):
+        pytest.skip("a worker has one call by nature")
+    items = [3, 4, 3, 5, 3, 6]
+    assert [outcome.item for outcome in pool.map(slowly_bad, items, name) if outcome.error is None] == [4, 5, 6]
+
+
 def test_a_killed_worker_is_replaced_and_its_shard_done_again(pool, tmp_path):
     if isinstance(pool.backend, Here | Slurm):
         pytest.skip("the worker is this process, or it takes submitit 30 seconds to notice")
     marks = [str(tmp_path / str(number)) for number in range(2)]
     assert results(pool, die_at_first, marks) == ["survived", "survived"]
+
+
+def test_a_cluster_without_workers_is_no_silent_wait(monkeypatch):
+    monkeypatch.setattr(clusters, "WITHOUT_WORKERS", 1)
+    with workers(config("dask", 1)) as pool:
+        pool.backend.cluster.scale(0)
+        with pytest.raises(DataError, match=r"runtime.dask: tcp://.* has had no worker for 1 seconds.\nStart workers"):
+            results(pool, column_sum, [[1]])
 
 
 @pytest.mark.slow
