@@ -39,7 +39,8 @@ class Dask(Backend):
         self.futures: dict[int, tuple[str, Any]] = {}           # the worker's address beside it
         self.looked = time.monotonic()                          # and there was a worker
         # A cluster gives a worker up that is not back when this is over, even one that is starting again.
-        dask.config.set({"distributed.scheduler.allowed-failures": 0, "distributed.deploy.lost-worker-timeout": "1 day"})
+        dask.config.set({"distributed.scheduler.allowed-failures": 0,
+                         "distributed.deploy.lost-worker-timeout": "1 day"})
         self.cluster = None
         if config.dask.scheduler is None:
             self.cluster = LocalCluster(n_workers=config.workers, threads_per_worker=1, processes=True,
@@ -74,7 +75,7 @@ class Dask(Backend):
             self.looked = now
         elif now - self.looked > WITHOUT_WORKERS:
             raise DataError(
-                f"runtime.dask: {self.client.scheduler.address} has had no worker for {WITHOUT_WORKERS} seconds.\n"
+                f"runtime.dask: the scheduler has had no worker for {WITHOUT_WORKERS} seconds.\n"
                 "Start workers and run the same command again; finished shards are kept."
             )
         self.since = {address: self.since.get(address, now) for address in threads}

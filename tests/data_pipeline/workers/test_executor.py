@@ -122,7 +122,7 @@ def test_a_cluster_without_workers_is_no_silent_wait(monkeypatch):
     monkeypatch.setattr(clusters, "WITHOUT_WORKERS", 1)
     with workers(config("dask", 1)) as pool:
         pool.backend.cluster.scale(0)
-        with pytest.raises(DataError, match=r"runtime.dask: tcp://.* has had no worker for 1 seconds.\nStart workers"):
+        with pytest.raises(DataError, match=r"the scheduler has had no worker for 1 seconds.\nStart workers"):
             results(pool, column_sum, [[1]])
 
 
