@@ -86,6 +86,7 @@ def test_no_stage_is_left_without_its_cause(repository: Path, environment: dict[
     assert right.startswith("second@right: Prefect: ") and "no bar" in right.splitlines()[0]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_whatever_ends_a_flow_nothing_is_left_and_the_next_goes_on_whatever_happens_beside_it(
     repository: Path, environment: dict[str, str]

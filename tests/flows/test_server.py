@@ -100,6 +100,8 @@ def is_refused(url: str, **headers: str) -> bool:
     return False
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_runs_wait_for_one_another_are_cancelled_killed_with_the_pages_and_tried_again(
     repository: Path, environment: dict[str, str], reproduce: Reproduce, tmp_path: Path
 ) -> None:
