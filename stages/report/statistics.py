@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special, stats
+from scipy import special
 
 ALPHA = 0.05                    # how often an answer may be wrong
 POWER = 0.9                     # with which the numbers that `needed` names would decide
@@ -154,8 +154,9 @@ def over_seeds(seeds: Estimate, items: Estimate) -> Estimate:
 
 
 def beats_chance(right: int, items: int, chance: float, comparisons: int = 1) -> bool:
-    """Whether the exact interval of an accuracy, at 95 % over all `comparisons`, lies above a guess."""
-    return bool(stats.binomtest(right, items).proportion_ci(1 - ALPHA / comparisons).low > chance)
+    """Whether the exact interval of an accuracy (Clopper-Pearson 1934), at 95 % over all `comparisons`, lies above a
+    guess: whether as many right by guessing are less likely than half of the rest."""
+    return bool(special.bdtrc(right - 1, items, chance) < ALPHA / comparisons / 2)
 
 
 def equivalence(estimate: Estimate, margin: float, or_better: bool = False, comparisons: int = 1) -> Decision:

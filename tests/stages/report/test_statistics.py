@@ -156,10 +156,12 @@ def test_needed_is_named_where_undecided_only():
     assert found.seen == pytest.approx(0.1 * stats.norm.ppf(0.95))
 
 
-@pytest.mark.parametrize(("right", "beats"), [(25, False), (33, False), (36, True), (10, False)])
-def test_chance(right, beats):
-    low = stats.binomtest(right, 100).proportion_ci(0.95).low
-    assert beats_chance(right, 100, 0.25) is beats is bool(low > 0.25)
+@pytest.mark.parametrize(("items", "chance", "comparisons"), [(100, 0.25, 1), (41, 0.5, 7), (60, 0.125, 2), (3, 0.2, 1)])
+def test_chance(items, chance, comparisons):
+    for right in range(items + 1):
+        low = stats.binomtest(right, items).proportion_ci(1 - 0.05 / comparisons).low
+        assert beats_chance(right, items, chance, comparisons) is bool(low > chance)
+    assert [beats_chance(right, 100, 0.25) for right in (0, 33, 36, 100)] == [False, False, True, True]
 
 
 def test_other_items_are_refused():
