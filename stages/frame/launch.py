@@ -132,10 +132,9 @@ def _by_torchrun(launcher: LauncherConfig, job: Path, name: str) -> str:
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
         sys.exit(128 + number)
 
-    with _on_stop(stop):
+    with _on_stop(stop), process:       # waited for last: `stop` runs within a `wait`, and a second one would never end
         status = process.wait()
     return f"torchrun ended with status {status}."
 

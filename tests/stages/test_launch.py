@@ -130,6 +130,27 @@ def test_a_stage_that_is_stopped_cancels_its_job(slurm: Path) -> None:
     assert (slurm / "cancelled").read_text() == "42\n"
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stage_that_is_stopped_ends_its_torchrun_and_itself(tmp_path: Path, number: signal.Signals) -> None:
+    code = (
+        "from pathlib import Path; from stages.frame import launch; "
+        "shell = 'trap \"echo > ended; exit\" TERM; echo > up; sleep 9 & wait'; "
+        "launch.torchrun_command = lambda *_: ['bash', '-c', shell]; "
+        "launch.launch(launch.LauncherConfig(kind='torchrun', processes_per_node=2), {}, Path.cwd(), 'toy')"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    try:
+        while not (tmp_path / "up").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        time.sleep(0.3)                 # it waits by now
+        process.send_signal(number)
+        assert process.wait(60) == 128 + number
+    finally:
+        process.kill()
+    assert (tmp_path / "ended").exists()
+
+
 def test_without_slurm_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ModelError, match=r"launcher is slurm, and sbatch, sacct, scancel cannot be found"):
