@@ -80,7 +80,7 @@ def test_a_slurm_job_is_waited_for_and_its_log_shown(
     worker(monkeypatch, 'echo "step 1/2 loss 3.0"; sleep 0.3; cp "$1" "${1%.json}-result.json"; echo "on $first"')
     assert launch.launch(TWO, {"answer": 42}, slurm, "toy") == {"answer": 42}
     shown = capfd.readouterr().out
-    assert "Slurm job 42 is submitted" in shown and "step 1/2 loss 3.0" in shown
+    assert "Waiting for Slurm job 42 (" in shown and "step 1/2 loss 3.0" in shown
 
 
 def test_a_job_that_ran_out_of_time_goes_on_in_another(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
