@@ -4,7 +4,8 @@ DVC owns the graph, the cache and the lock file; this module owns processes. It 
 keeps, each learnt from a wrong result or a hang:
 
 - a stage writes to a log file, so that nothing that watches it can stop it;
-- `dvc --wait-for-lock`, or a stage that ends while another is being hashed loses its finished work;
+- `dvc --wait-for-lock`, or a stage that ends while another is being hashed loses its finished work; DVC waits without a
+  word and without end, for a `dvc push` or what Ctrl-Z stopped, so that who has the lock is said here;
 - DVC's per-file locks (`.dvc/tmp/rwlock`) never wait: status is taken once before anything starts, every stage is
   called once, in order, and one flow runs at a time;
 - to stop, the stage's processes are terminated and DVC is left alive to release its locks; SIGKILL comes last;
@@ -33,7 +34,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ ENVIRONMENT = {
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
     **SOCKS,
 }
-RWLOCK = Path(".dvc/tmp/rwlock")
+RWLOCK, DVC_LOCK = Path(".dvc/tmp/rwlock"), Path(".dvc/tmp/lock")
 LOCK, LOCK_COPY = Path("dvc.lock"), Path(".dvc/tmp/dvc.lock.whole")
 FLOW_LOCK = Path(".dvc/tmp/flow.lock")
 LOGS = Path("logs")
@@ -115,6 +116,8 @@ class Progress:
 
 def dvc(*arguments: str) -> str:
     """Standard output of a DVC command. Raises GraphError when it fails."""
+    if waits := wait_for_lock():
+        print(waits, file=sys.stderr, flush=True)
     done = subprocess.run([*DVC, *arguments], capture_output=True, text=True, env=os.environ | ENVIRONMENT)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
@@ -122,6 +125,18 @@ def dvc(*arguments: str) -> str:
             f"exit status {done.returncode}"]
         raise GraphError(f"dvc {' '.join(arguments)}: {errors[0]}\n" + "\n".join(errors[1:] or ["Run `make doctor`."]))
     return done.stdout
+
+
+def wait_for_lock(ours: Iterable[subprocess.Popen[bytes]] = ()) -> str | None:
+    """The line that says who has DVC's lock, where it is none of `ours`."""
+    with contextlib.suppress(FileNotFoundError), DVC_LOCK.open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = lock.read().strip()
+            if holder not in {str(process.pid) for process in ours}:
+                return f"Waiting for {DVC_LOCK}, which process {holder or 'unknown'} has: let it end, or `kill -9` it."
+    return None
 
 
 def _is_whole(lock: bytes) -> bool:
@@ -512,10 +527,15 @@ class StageRunner:
         watcher.start()
         deadline = time.monotonic() + self.timeout_minutes * 60
         status = None
+        waits: str | None = None
         try:
             while status is None and (left := deadline - time.monotonic()) > 0:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     status = process.wait(min(left, SECONDS_BETWEEN_LOOKS))
+                before, waits = waits, wait_for_lock(self.processes.copy())
+                if waits and waits != before:
+                    with contextlib.suppress(Exception):
+                        watch(waits)
                 with self.turn:
                     if any(queue.index(node) for queue in self.queues.values() if node in queue):
                         deadline = time.monotonic() + self.timeout_minutes * 60      # another stage has its GPU

@@ -131,6 +131,8 @@ def run_stage(run: Run, node: Node) -> State:
         if taken := GpuTaken.parse(line):
             started += taken.waited
             run.console.say(node.name, f"has GPU {taken.gpus}")
+        elif line.startswith("Waiting for "):      # a GPU, a lock, other nodes, Slurm: else it would look hung
+            run.console.say(node.name, line)
         if progress := Progress.parse(line):
             run.console.progress(node.name, line)
             bar.update(progress)

@@ -47,12 +47,17 @@ def running() -> str | None:
         return None
     except BlockingIOError:
         url = json.loads(RECORD.read_text() or '{"url": null}')["url"]
+    return url if url and _answers(url) else None
+
+
+def _answers(url: str) -> bool:
+    """Whether it does within SECONDS_TO_ANSWER."""
     deadline = time.monotonic() + SECONDS_TO_ANSWER
-    while url and not _healthy(url):
+    while not _healthy(url):
         if time.monotonic() > deadline:
-            return None
+            return False
         time.sleep(0.3)
-    return url
+    return True
 
 
 def _healthy(url: str) -> bool:
@@ -66,8 +71,8 @@ def _healthy(url: str) -> bool:
 def start(port: int = 0) -> str:
     """Start a Prefect server on 127.0.0.1 that lives as long as this process; its URL.
 
-    One that is killed is started again. It has a process session of its own: Ctrl-C leaves it to the flow, which has an
-    end to record.
+    One that is killed is started again, and one that no longer answers is named. It has a process session of its own:
+    Ctrl-C leaves it to the flow, which has an end to record.
 
     Args:
         port: of a server with pages; 0 is one for a single run, without pages, wherever there is room.
@@ -92,10 +97,16 @@ def start(port: int = 0) -> str:
     def keep() -> None:
         with LOG.open("w") as log:
             while True:
-                subprocess.Popen(
+                process = subprocess.Popen(
                     command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                     start_new_session=True, preexec_fn=partial(die_with_parent, signal.SIGTERM),
-                ).wait()
+                )
+                while process.poll() is None:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(SECONDS_TO_ANSWER)
+                    if answered.is_set() and process.poll() is None and not _answers(url):
+                        print(f"Waiting for Prefect's server, process {process.pid}, which does not answer. "
+                              f"`kill -9 {process.pid}` has another started.", flush=True)
                 if not answered.is_set():
                     return
 

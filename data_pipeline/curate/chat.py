@@ -27,6 +27,7 @@ from data_pipeline.config import DataError, SynthesisConfig
 FIRST_WAIT_SECONDS = 0.5        # before the first retry; doubled for each one after it
 LONGEST_WAIT_SECONDS = 60.0     # of the back-off
 LONGEST_RETRY_AFTER = 600.0     # a server that asks for more has run out of quota: the question fails instead
+SECONDS_BETWEEN_WORDS = 60.0    # on what is asked again: a question may take a quarter of an hour to fail for good
 PATIENCE = 32                   # questions in a row without an answer, each with all its retries: the server is gone
 FAILED_SHARE = 0.1              # of all questions: as many may go unanswered, those the server refuses aside
 RETRIED = {408, 425, 429}       # and 5xx: may pass by itself
@@ -180,7 +181,7 @@ class _Session:
         self.config, self.seed, self.cache, self.answers = config, seed, cache, answers
         self.pending, self.progress = pending, progress
         self.answered = self.unanswered = self.unanswered_in_a_row = 0
-        self.started = time.monotonic()
+        self.started = self.next_word = time.monotonic()
 
     async def run(self, url: str, headers: dict[str, str], questions: Iterator[Question]) -> None:
         async with httpx.AsyncClient(headers=headers, timeout=None, limits=httpx.Limits()) as client:
@@ -217,6 +218,10 @@ class _Session:
             except Unanswered as failure:
                 if not failure.again or attempt == self.config.retries:
                     raise
+                if time.monotonic() >= self.next_word:
+                    print(f"Waiting for {self.config.base_url} (synthesis.base_url): {failure}; asked again.",
+                          flush=True)
+                    self.next_word = time.monotonic() + SECONDS_BETWEEN_WORDS
                 jitter = random.Random(f"{self.seed}:{question.key}:{attempt}").uniform(0.5, 1.0)
                 back_off = jitter * min(FIRST_WAIT_SECONDS * 2**attempt, LONGEST_WAIT_SECONDS)
                 await asyncio.sleep(max(back_off, failure.wait))

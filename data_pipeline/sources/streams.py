@@ -317,6 +317,8 @@ class Download(io.RawIOBase):
                         f"annotate.sources: {self._url} failed {failures} times, the last time with: {error}.\n"
                         "Look after the network and run again: what has been read so far is kept."
                     ) from error
+                if failures > 1:                # in a row: all of them may take seven minutes
+                    print(f"Waiting for {self._url}: {error}; asked again.", flush=True)
                 time.sleep(wait(error, WAITS[failures - 1]))
 
     def _request(self) -> http.client.HTTPResponse:

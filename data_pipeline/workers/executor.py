@@ -28,6 +28,7 @@ Result = TypeVar("Result")
 Function = Callable[[Any], Any]
 
 ATTEMPTS = 3                # of an item whose worker dies
+SECONDS_BETWEEN_WORDS = 600.0       # while no item ends
 AHEAD = 4                   # times the slots: items done before their turn, at most
 ONE_THREAD = dict.fromkeys(("POLARS_MAX_THREADS", "OMP_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
 
@@ -230,7 +231,11 @@ class Processes(Backend):
 
     def finished(self) -> list[tuple[int, Answer]]:
         done = []
-        for pipe in wait(list(self.busy)):
+        while not (ready := wait(list(self.busy), SECONDS_BETWEEN_WORDS)):
+            pids = ", ".join(str(process.pid) for _, process in self.busy.values())
+            print(f"Waiting for workers: none of processes {pids} ends its item. `kill -9` one that hangs: its item is "
+                  "tried again.", file=sys.stderr, flush=True)
+        for pipe in ready:
             assert isinstance(pipe, Connection)
             number, process = self.busy.pop(pipe)
             try:

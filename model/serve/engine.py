@@ -9,6 +9,7 @@ done.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import traceback
 from collections import Counter, deque
@@ -168,7 +169,8 @@ class Engine:
             try:
                 self.turn()
             except Exception as error:
-                traceback.print_exc()
+                with contextlib.suppress(OSError):      # a full disk, a pipe nobody reads: this thread lives on
+                    traceback.print_exc()
                 self._fail(self._under_way(), f"The model failed: {type(error).__name__}.")
 
     @torch.inference_mode()

@@ -163,8 +163,11 @@ class Stage:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                print(f"Waiting for GPU {name}, which another stage has.", flush=True)
+                holder = os.read(lock, 20).decode() or "unknown"
+                print(f"Waiting for GPU {name}, which another stage has (process {holder}).", flush=True)
                 fcntl.flock(lock, fcntl.LOCK_EX)
+            os.truncate(lock, 0)
+            os.pwrite(lock, str(os.getpid()).encode(), 0)
         self.waited = time.monotonic() - started
         if names:
             print(f"gpu {','.join(names)} waited {self.waited:.1f} s", flush=True)

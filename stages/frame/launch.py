@@ -127,15 +127,14 @@ def _by_torchrun(launcher: LauncherConfig, job: Path, name: str) -> str:
                          "Name it as host:port, or let Slurm start them (kind: slurm).")
     command = torchrun_command(launcher, job, launcher.rendezvous if launcher.nodes > 1 else None, name)
     if launcher.nodes > 1:
-        print(f"Run this on each of the other {launcher.nodes - 1} nodes:\n{shlex.join(command)}", flush=True)
+        print(f"Waiting for the other {launcher.nodes - 1} nodes. Run this on each: {shlex.join(command)}", flush=True)
     process = subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent)     # ended as one group
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
         sys.exit(128 + number)
 
-    with _on_stop(stop):
+    with _on_stop(stop), process:       # waited for last: `stop` runs within a `wait`, and a second one would never end
         status = process.wait()
     return f"torchrun ended with status {status}."
 
@@ -175,7 +174,8 @@ def _by_slurm(launcher: LauncherConfig, job: Path, name: str) -> str:
     kept: set[Path] | None = None
     while True:
         number = _submit(script)
-        print(f"Slurm job {number} is submitted; its log: {job.parent}/slurm-{number}.log", flush=True)
+        print(f"Waiting for Slurm job {number} (`squeue -j {number}`); its log: {job.parent}/slurm-{number}.log",
+              flush=True)
 
         def stop(signum: int, frame: FrameType | None, number: str = number) -> NoReturn:
             subprocess.run(["scancel", number])

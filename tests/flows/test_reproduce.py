@@ -16,7 +16,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.reproduce import SECONDS_TO_STOP
+from flows.reproduce import SECONDS_TO_STOP, Run, run_stage
+
+# isort: split
+from prefect.logging import disable_run_logger
+
+from flows.console import Console
+from flows.dvc_graph import Node, StageRunner
 
 Reproduce = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -153,6 +159,22 @@ def test_whatever_ends_a_flow_nothing_is_left_and_the_next_goes_on_whatever_happ
     with sqlite3.connect(repository / ".prefect/prefect.db") as database:
         keys = {key for (key,) in database.execute("select key from artifact")}
     assert {"plan", "progress-first", "progress-second-left"} <= keys
+
+
+def test_what_a_stage_waits_for_is_shown(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Runner(StageRunner):
+        def run(self, node: Node, on_start: Callable[[], None], on_line: Callable[[str], None]) -> str:
+            on_start()
+            for line in ("Waiting for GPU 0, which another stage has (process 17).", "Reading."):
+                on_line(line)
+            return "ran"
+
+    run = object.__new__(Run)
+    run.stale, run.runner, run.console, run.outcomes, run.seconds = {"toy"}, Runner(1, 1), Console(), {}, {}
+    with disable_run_logger():
+        run_stage.fn(run, Node("toy", frozenset(), False, 1, 0))
+    shown = capsys.readouterr().out
+    assert re.fullmatch(r".* started\n\S+  toy +Waiting for GPU 0, .*process 17.*\n.* ran in .*\n", shown)
 
 
 def test_what_cannot_start_says_so_in_two_lines(reproduce: Reproduce) -> None:

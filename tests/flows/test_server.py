@@ -25,6 +25,7 @@ import psutil
 import pytest
 
 from flows import server
+from tests.flows.conftest import without_prefect
 
 Reproduce = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -238,6 +239,39 @@ def test_a_busy_server_is_waited_for(
     assert server.running() is None, "whoever held the record is gone"
     given.clear()
     assert ask(url) is True and len(given) == 3
+
+
+# In place of uvicorn: whatever is asked for is there.
+ANSWERS = """#!{python}
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+"""
+
+
+def test_a_server_that_no_longer_answers_is_named_and_once_killed_another_answers(repository: Path) -> None:
+    program = repository / "python"
+    program.write_text(ANSWERS.format(python=sys.executable))
+    program.chmod(0o755)
+    code = ("import sys; from flows import server; server.PREFECT_HOME.mkdir(); server.LOGS.mkdir()\n"
+            "server.SECONDS_TO_ANSWER = 1.0; sys.executable = './python'\n"
+            "print(server.start(), flush=True); sys.stdin.read()")
+    with psutil.Popen([sys.executable, "-c", code], env=without_prefect(), stdin=subprocess.PIPE,
+                      stdout=subprocess.PIPE, text=True) as keeper:
+        url = keeper.stdout.readline().strip()
+        [hung] = keeper.children()
+        hung.suspend()
+        try:
+            assert f"process {hung.pid}, which does not answer" in keeper.stdout.readline()
+            hung.kill()
+            wait_for(lambda: server._healthy(url))
+        finally:
+            keeper.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                hung.kill()
 
 
 def test_a_server_that_does_not_answer_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -337,6 +337,23 @@ def test_lines_are_watched_and_a_watcher_that_breaks_does_no_harm(repository: Pa
     assert Path("logs/first.log").read_text().splitlines() == seen
 
 
+def test_who_has_the_lock_that_dvc_waits_for_is_said(
+    repository: Path, nodes: dict[str, Node], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(dvc_graph, "SECONDS_BETWEEN_LOOKS", 0.1)
+    hold = ("import sys, zc.lockfile; lock = zc.lockfile.LockFile('.dvc/tmp/lock'); print('held', flush=True)\n"
+            "sys.stdin.read()")
+    dvc_graph.DVC_LOCK.parent.mkdir(parents=True, exist_ok=True)
+    seen: list[str] = []
+    for calls in (lambda _: dvc_graph.dvc("dag"), lambda watch: StageRunner(2, 1).run(nodes["first"], ignore, watch)):
+        with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+            assert holder.stdin and holder.stdout and holder.stdout.readline() == b"held\n"
+            threading.Timer(3, holder.stdin.close).start()
+            calls(seen.append)
+            said = f"Waiting for .dvc/tmp/lock, which process {holder.pid} has: let it end, or `kill -9` it."
+            assert [*capfd.readouterr().err.splitlines(), *(line for line in seen if "Waiting" in line)] == [said]
+
+
 def test_a_failure_says_what_the_stage_said_and_where_to_look(repository: Path, nodes: dict[str, Node]) -> None:
     (repository / "break-first").touch()
     with pytest.raises(StageFailed) as caught:

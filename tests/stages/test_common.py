@@ -228,7 +228,7 @@ def test_a_stage_ends_with_the_dvc_that_started_it_and_not_with_a_shell(of_dvc: 
 
 def test_a_stage_waits_for_its_gpus_and_has_them_until_it_ends(stage, capsys, monkeypatch):
     Path(".scratch").mkdir()
-    hold = "import fcntl, time; f = open('.scratch/gpu-MIG-a-1.lock', 'w')\n" \
+    hold = "import fcntl, time; f = open('.scratch/gpu-MIG-a-1.lock', 'w'); f.write('17'); f.flush()\n" \
            "fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(1.5)"
     holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"held\n"
@@ -242,9 +242,10 @@ def test_a_stage_waits_for_its_gpus_and_has_them_until_it_ends(stage, capsys, mo
     stage.take_gpus()
     assert holder.wait() == 0 and 1 < stage.waited < 10
     assert capsys.readouterr().out.splitlines() == [
-        "Waiting for GPU MIG-a/1, which another stage has.", f"gpu 0,MIG-a/1 waited {stage.waited:.1f} s"
+        "Waiting for GPU MIG-a/1, which another stage has (process 17).", f"gpu 0,MIG-a/1 waited {stage.waited:.1f} s"
     ]
     assert GpuTaken.parse(f"gpu 0,MIG-a/1 waited {stage.waited:.1f} s") is not None
+    assert {lock.read_text() for lock in Path(".scratch").glob("gpu-*")} == {str(os.getpid())}
     with Path(".scratch/gpu-0.lock").open("w") as lock, pytest.raises(BlockingIOError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 

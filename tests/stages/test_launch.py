@@ -80,7 +80,7 @@ def test_a_slurm_job_is_waited_for_and_its_log_shown(
     worker(monkeypatch, 'echo "step 1/2 loss 3.0"; sleep 0.3; cp "$1" "${1%.json}-result.json"; echo "on $first"')
     assert launch.launch(TWO, {"answer": 42}, slurm, "toy") == {"answer": 42}
     shown = capfd.readouterr().out
-    assert "Slurm job 42 is submitted" in shown and "step 1/2 loss 3.0" in shown
+    assert "Waiting for Slurm job 42 (" in shown and "step 1/2 loss 3.0" in shown
 
 
 def test_a_job_that_ran_out_of_time_goes_on_in_another(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,6 +128,27 @@ def test_a_stage_that_is_stopped_cancels_its_job(slurm: Path) -> None:
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 128 + signal.SIGTERM
     assert (slurm / "cancelled").read_text() == "42\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stage_that_is_stopped_ends_its_torchrun_and_itself(tmp_path: Path, number: signal.Signals) -> None:
+    code = (
+        "from pathlib import Path; from stages.frame import launch; "
+        "shell = 'trap \"echo > ended; exit\" TERM; echo > up; sleep 9 & wait'; "
+        "launch.torchrun_command = lambda *_: ['bash', '-c', shell]; "
+        "launch.launch(launch.LauncherConfig(kind='torchrun', processes_per_node=2), {}, Path.cwd(), 'toy')"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    try:
+        while not (tmp_path / "up").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        time.sleep(0.3)                 # it waits by now
+        process.send_signal(number)
+        assert process.wait(60) == 128 + number
+    finally:
+        process.kill()
+    assert (tmp_path / "ended").exists()
 
 
 def test_without_slurm_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

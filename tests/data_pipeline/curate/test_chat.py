@@ -135,13 +135,15 @@ def test_waits_double_with_jitter_from_the_seed(serve, tmp_path, monkeypatch):
     assert waits[1] != waits[2]
 
 
-def test_a_hanging_server_is_left_after_the_time_limit(serve, tmp_path):
+def test_a_hanging_server_is_left_after_the_time_limit(serve, tmp_path, capsys):
     server = serve(lambda body, attempt: "hang" if "Document 2." in str(body) else None)
     started = time.monotonic()
     result = synthesize([parent(1), parent(2)], config(server.url, retries=1, timeout_seconds=0.3), 1,
                         tmp_path / "replies", quiet)
     assert time.monotonic() - started < 1.2
     assert len(result.documents) == 1 and result.failures == {"no answer in 0.3 s": 1}
+    assert capsys.readouterr().out == (
+        f"Waiting for {server.url} (synthesis.base_url): no answer in 0.3 s; asked again.\n")
 
 
 @pytest.mark.parametrize(("fault", "words", "attempts"), [

@@ -96,11 +96,13 @@ def test_a_broken_connection_is_taken_up_where_it_broke(server, ranges):
     assert server.requests[:3] == [None, f"bytes={half}-", f"bytes={half}-"]
 
 
-def test_an_address_that_goes_on_failing_is_named(server):
+def test_an_address_that_goes_on_failing_is_named(server, capsys):
     server.files["/a"] = TEXT
     server.faults = [503] * 6
     with pytest.raises(DataError, match=r"/a failed 6 times.*503.*\n.*run again"):
         read(server.address("/a"))
+    said, waits = capsys.readouterr().out.splitlines(), f"Waiting for {server.address('/a')}: HTTP Error 503"
+    assert len(said) == 4 and all(line.startswith(waits) for line in said)
 
 
 def test_an_address_that_is_not_there_is_not_tried_again(server):

@@ -4,7 +4,10 @@ may hang on that. The likeliest two tokens of random weights are never 1e-12 apa
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
+import io
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -277,6 +280,21 @@ def test_a_failure_is_told_and_those_that_waited_are_written(monkeypatch, capsys
     assert [event.error for event in events if event.error] == ["The model failed: RuntimeError."] * 2
     assert waits.tokens == alone(HYBRID_MODEL, waits)
     assert "out of memory" in capsys.readouterr().err and running.counts["failed"] == 2
+
+
+def test_a_failure_that_no_log_can_take_is_told(monkeypatch):
+    class Full(io.StringIO):
+        def write(self, _):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    running, events = engine(HYBRID_MODEL), []
+    monkeypatch.setattr(running.decoder, "decode_rows", lambda *_: 1 / 0)
+    monkeypatch.setattr(sys, "stderr", Full())
+    fails = text([1, 2], 5)
+    fails.emit = lambda event: events.append(event.error) or (running.close() if event.error else None)
+    submit(running, fails)
+    running.run()
+    assert events[-1] == "The model failed: ZeroDivisionError."
 
 
 def written(words: list[str], stops: list[str], end_ids: list[int]) -> tuple[list[str], str | None]:
