@@ -15,7 +15,7 @@ from kernels.causal_conv1d import causal_conv1d, final_conv_state
 from kernels.squared_relu import squared_relu
 from kernels.ssd import chunk_scan
 from kernels.state_update import conv_state_update, ssd_state_update
-from model.hybrid_lm import Attention, FeedForward, HybridLM, Layer, Mamba2, rotary_factors
+from model.hybrid_lm import Attention, FeedForward, HybridLM, Layer, Mamba2, rotary_factors, rotate
 
 
 class CacheShape(NamedTuple):
@@ -108,7 +108,9 @@ class CachedAttention:
 
     def step(self, x: Tensor, positions: Tensor, rotation: Tensor | None = None) -> Tensor:
         """As `CachedMamba2.step`."""
-        q, k, v = self.mixer.project(x[:, None], rotation)
+        q, k, v = self.mixer.project(x[:, None], None)
+        if rotation is not None:        # together: of one token a launch costs more than a copy
+            q, k = rotate(torch.cat([q, k], 1), rotation).split([q.shape[1], k.shape[1]], 1)
         keys, values, at = self.keys[: len(x)], self.values[: len(x)], positions[:, None, None, None].expand_as(k)
         keys.scatter_(2, at, k)
         values.scatter_(2, at, v)
