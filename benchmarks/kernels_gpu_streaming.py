@@ -151,7 +151,9 @@ def cross_entropy_rows(bandwidth: float, _: float) -> Iterator[Row]:
     def reference(logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), labels, reduction="none")
 
-    for name, run, kept in (("torch", reference, logits.nbytes), ("ours", cross_entropy, 0)):   # ours overwrites them
+    for name, run, kept in (("torch", reference, logits.nbytes),
+                            ("torch.compile", torch.compile(reference, dynamic=False), logits.nbytes),
+                            ("ours", cross_entropy, 0)):                                        # overwrites them
         leaf = logits[:few].detach().clone().requires_grad_()
         losses = run(leaf, labels[:few])
         errors = [relative_error(losses.detach(), expected.detach())]
@@ -182,7 +184,8 @@ def linear_cross_entropy_rows(_: float, rate: float) -> Iterator[Row]:
     expected = F.cross_entropy(exact[0] @ exact[1].t(), labels[:few])
     truth = [expected.detach(), *torch.autograd.grad(expected, exact)]
     del exact, expected
-    for name, run in (("ours", fused), ("torch full logits", full)):
+    for name, run in (("ours", fused), ("torch full logits", full),
+                      ("the same, compiled", torch.compile(full, dynamic=False))):
         loss = run(hidden[:few], weight, labels[:few])
         found = [loss.detach(), *torch.autograd.grad(loss, (hidden, weight))]
         errors = [relative_error(a, b) for a, b in zip((found[0], found[1][:few], found[2]), truth, strict=True)]

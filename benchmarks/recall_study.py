@@ -48,12 +48,12 @@ TEST_BATCHES = 8
 
 
 def patterns(layers: int) -> dict[str, str]:
-    """Percent of attention -> pattern; every model has as many FFN layers as mixers, or nearly."""
+    """Percent of attention -> pattern of so many layers; every model has as many FFN layers as mixers, or nearly."""
     return {
-        "0": "M-" * (layers // 2),
+        "0": ("M-" * layers)[:layers],
         "8": hybrid_pattern(layers),
         "25": hybrid_pattern(layers, 0.25),
-        "100": "*-" * (layers // 2),
+        "100": ("*-" * layers)[:layers],
     }
 
 

@@ -250,19 +250,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (batch, sequence, hidden) -> the same shape."""
-        q, k, v = self.project(x, self.rotation(x.shape[1], x.device))
+        q, k, v = self.project(x, rotary_factors(self.config, x.shape[1], x.dtype, x.device))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(-2))
-
-    def rotation(self, length: int, device: torch.device) -> Tensor | None:
-        """Rotary factors (2, length, head_dim / 2) float32, cosine and sine of position * theta^(-2i / head_dim) from
-        position 0 on (arXiv 2104.09864); None for a model without positions."""
-        if self.config.position_embedding == "none":
-            return None
-        pairs = torch.arange(0, self.config.head_dim, 2, device=device, dtype=torch.float32)
-        frequencies = self.config.rope_theta ** -(pairs / self.config.head_dim)
-        angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequencies
-        return torch.stack([angles.cos(), angles.sin()])
 
     def project(self, x: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(batch, sequence, hidden) and the rotary factors of these positions -> q, k, v (batch, heads, sequence,
@@ -274,11 +264,26 @@ class Attention(nn.Module):
         return q, k, v
 
 
+def rotary_factors(config: ModelConfig, length: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """Rotary factors (2, length, head_dim / 2), cosine and sine of position * theta^(-2i / head_dim) from position 0 on
+    (arXiv 2104.09864), computed in float32; None for a model without positions."""
+    if config.position_embedding == "none":
+        return None
+    pairs = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
+    frequencies = config.rope_theta ** -(pairs / config.head_dim)
+    angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequencies
+    return torch.stack([angles.cos(), angles.sin()]).to(dtype)
+
+
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn channels i and i + head_dim / 2 of (..., sequence, head_dim) by their angle, as in Llama."""
-    first, second = x.chunk(2, -1)
-    cos, sin = rotation.to(x.dtype)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    """Turn channels i and i + head_dim / 2 of (..., sequence, head_dim) by their angle, as in Llama. `rotation` in the
+    dtype of x: three launches, as each costs a small decoding step as much as a large kernel's start."""
+    cos, sin = rotation
+    halves = x.unflatten(-1, (2, -1))
+    turned = halves * cos[..., None, :]
+    turned[..., 0, :].addcmul_(halves[..., 1, :], sin, value=-1)
+    turned[..., 1, :].addcmul_(halves[..., 0, :], sin)
+    return turned.flatten(-2)
 
 
 class FeedForward(nn.Module):

@@ -15,7 +15,7 @@ from kernels.causal_conv1d import causal_conv1d, final_conv_state
 from kernels.squared_relu import squared_relu
 from kernels.ssd import chunk_scan
 from kernels.state_update import conv_state_update, ssd_state_update
-from model.hybrid_lm import Attention, FeedForward, HybridLM, Layer, Mamba2
+from model.hybrid_lm import Attention, FeedForward, HybridLM, Layer, Mamba2, rotary_factors, rotate
 
 
 class CacheShape(NamedTuple):
@@ -47,11 +47,13 @@ class CachedMamba2:
         self.conv[rows].zero_()
         self.state[rows].zero_()
 
-    def prefill(self, x: Tensor, rows: slice, start: int, lengths: Tensor | None = None) -> Tensor:
+    def prefill(
+        self, x: Tensor, rows: slice, start: int, rotation: Tensor | None = None, lengths: Tensor | None = None
+    ) -> Tensor:
         """x (rows, tokens, hidden), the tokens from `start` on of sequences `rows` -> the same shape; caches go on.
 
         With `lengths` (rows,) int64, each at least 1, what stands behind a row's own tokens is padding: the caches go
-        on from the row's last token.
+        on from the row's last token. `rotation`: the rotary factors of these tokens, for attention.
         """
         gate, inputs, dt = self.mixer.project(x)
         before = self.conv[rows]
@@ -69,9 +71,9 @@ class CachedMamba2:
         self.state[rows] = state
         return self.mixer.finish(y, gate)
 
-    def step(self, x: Tensor, positions: Tensor) -> Tensor:
+    def step(self, x: Tensor, positions: Tensor, rotation: Tensor | None = None) -> Tensor:
         """x (rows, hidden), tokens of the first sequences at their `positions` (rows,) int64 -> the same shape; caches
-        go on."""
+        go on. `rotation`: the rotary factors there, for attention."""
         gate, xBC, dt = self.mixer.project(x)
         xBC = conv_state_update(self.conv[: len(x)], xBC, *self.mixer.conv_weights())
         heads, B, C = self.mixer.split_heads(xBC)
@@ -89,24 +91,26 @@ class CachedAttention:
                                 dtype=shape.dtype, device=shape.device)
         self.values = torch.zeros_like(self.keys)
         self.fixed, self.growing = list[Tensor](), [self.keys, self.values]
-        self.rotation = mixer.rotation(shape.max_length, shape.device)
 
     def forget(self, rows: slice) -> None:
         """Nothing: a sequence's own keys and values are written before they are read."""
 
-    def prefill(self, x: Tensor, rows: slice, start: int, lengths: Tensor | None = None) -> Tensor:
+    def prefill(
+        self, x: Tensor, rows: slice, start: int, rotation: Tensor | None = None, lengths: Tensor | None = None
+    ) -> Tensor:
         """As `CachedMamba2.prefill`. Attention is causal, and keys of padding are written over before they are seen."""
         end = start + x.shape[1]
-        q, k, v = self.mixer.project(x, None if self.rotation is None else self.rotation[:, start:end])
+        q, k, v = self.mixer.project(x, rotation)
         self.keys[rows, :, start:end] = k
         self.values[rows, :, start:end] = v
         y = prompt_attention(q, self.keys[rows, :, :end], self.values[rows, :, :end])
         return self.mixer.o_proj(y.transpose(1, 2).flatten(-2))
 
-    def step(self, x: Tensor, positions: Tensor) -> Tensor:
+    def step(self, x: Tensor, positions: Tensor, rotation: Tensor | None = None) -> Tensor:
         """As `CachedMamba2.step`."""
-        rotation = None if self.rotation is None else self.rotation[:, positions, None, None]
-        q, k, v = self.mixer.project(x[:, None], rotation)
+        q, k, v = self.mixer.project(x[:, None], None)
+        if rotation is not None:        # together: of one token a launch costs more than a copy
+            q, k = rotate(torch.cat([q, k], 1), rotation).split([q.shape[1], k.shape[1]], 1)
         keys, values, at = self.keys[: len(x)], self.values[: len(x)], positions[:, None, None, None].expand_as(k)
         keys.scatter_(2, at, k)
         values.scatter_(2, at, v)
@@ -124,11 +128,13 @@ class CachedFeedForward:
         """There is nothing to forget."""
         pass
 
-    def prefill(self, x: Tensor, rows: slice, start: int, lengths: Tensor | None = None) -> Tensor:
+    def prefill(
+        self, x: Tensor, rows: slice, start: int, rotation: Tensor | None = None, lengths: Tensor | None = None
+    ) -> Tensor:
         """As `CachedMamba2.prefill`."""
         return self.mixer.down_proj(squared_relu(self.mixer.up_proj(x)))
 
-    def step(self, x: Tensor, positions: Tensor) -> Tensor:
+    def step(self, x: Tensor, positions: Tensor, rotation: Tensor | None = None) -> Tensor:
         """As `CachedMamba2.step`."""
         return self.mixer.down_proj(squared_relu(self.mixer.up_proj(x)))
 
@@ -156,6 +162,7 @@ class ModelCaches:
         self.dtype, self.state_dtype, self.device = embeddings.dtype, state_dtype, embeddings.device
         shape = CacheShape(batch, max_length, self.dtype, state_dtype, self.device)
         self._layers = [(layer, cached(layer.mixer, shape)) for layer in cast("list[Layer]", model.backbone.layers)]
+        self.rotation = rotary_factors(model.config, max_length, self.dtype, self.device)       # of every layer
 
     @property
     def caches(self) -> list[Tensor]:
@@ -180,8 +187,9 @@ class ModelCaches:
         """The tokens from `start` on of sequences `rows`, ids (rows, tokens) -> (rows, tokens, hidden), before the last
         norm; with `lengths` (rows,) int64 padded behind as many of each row's own tokens, one at least."""
         x = self.model.backbone.embeddings(ids)
+        rotation = None if self.rotation is None else self.rotation[:, start : start + ids.shape[1]]
         for layer, cache in self._layers:
-            x = x + cache.prefill(layer.norm(x), rows, start, lengths)
+            x = x + cache.prefill(layer.norm(x), rows, start, rotation, lengths)
         return x
 
     def keys_values(self, row: int, start: int, end: int) -> list[Tensor]:

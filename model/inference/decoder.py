@@ -183,9 +183,10 @@ class Decoder(ModelCaches):
         return self._next_logits[: len(ids)]
 
     def _step(self, ids: Tensor) -> Tensor:
-        x = self.model.backbone.embeddings(ids)
+        x, at = self.model.backbone.embeddings(ids), self._at[: len(ids)]
+        rotation = None if self.rotation is None else self.rotation[:, at, None, None]
         for layer, layer_cache in self._layers:
-            x += layer_cache.step(layer.norm(x), self._at[: len(ids)])
+            x += layer_cache.step(layer.norm(x), at, rotation)
         self._at += 1
         return self.logits(x)
 

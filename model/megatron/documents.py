@@ -8,6 +8,7 @@ positions count on: attention sees only their differences, and these are the sam
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -27,8 +28,10 @@ class PackedDocuments(PackedSeqParams):
 
     seq_idx: Tensor
 
+    @cached_property
     def attention_mask(self) -> Tensor:
-        """(batch, 1, sequence, sequence) bool: true where a query sees a key, earlier and in the same document."""
+        """(batch, 1, sequence, sequence) bool: true where a query sees a key, earlier and in the same document. Made
+        once for all layers."""
         same = self.seq_idx[:, :, None] == self.seq_idx[:, None, :]
         return same.tril_()[:, None]
 

@@ -252,7 +252,7 @@ class CausalAttention(MegatronModule):
     ) -> Tensor:
         """query (sequence, batch, heads, head_dim), key and value with one head a group -> (sequence, batch, size)."""
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        mask = None if packed_seq_params is None else packed_seq_params.attention_mask()
+        mask = None if packed_seq_params is None else packed_seq_params.attention_mask
         suits_cudnn = mask is None or len(query) % TILE_OF_CUDNN == 0
         backends = FASTEST_FIRST if suits_cudnn else FASTEST_FIRST[1:]
         with sdpa_kernel(backends, set_priority=True):

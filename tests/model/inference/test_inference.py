@@ -6,13 +6,15 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.config import ModelConfig, ModelError
 from model.costs import Deployment, memory
-from model.hybrid_lm import HybridLM
+from model.hybrid_lm import HybridLM, rotary_factors, rotate
 from model.inference.decoder import Decoder
 from model.inference.fp8_weights import quantize_weights
 from model.inference.sampling import Sampling, choose
+from tests.held_bytes import HeldBytes
 from tests.tiny_engine import random_model
 
 HYBRID = ModelConfig(
@@ -101,6 +103,55 @@ def test_fp8_weights_decode_as_they_compute_a_prompt(config, ids):
     steps = [decoder.prefill(ids[:, :17])] + [decoder.decode(ids[:, i]) for i in range(17, 40)]
     # a value next to a tie rounds the other way for the last bit of what came before
     assert ((torch.stack(steps, 1) - full[:, 16:]).norm() / full.norm()) < 0.03
+
+
+class Launches(TorchDispatchMode):
+    """How many operations have written a tensor, each of which a GPU would launch."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        read = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
+        found = function(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor) and function.overloadpacket is not torch.ops.aten.item:
+            self.count += function._schema.is_mutable or found.untyped_storage().data_ptr() not in read
+        return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary_positions_take_few_launches(dtype, ids):
+    """A Transformer is the peer that hybrids are measured by, which have none."""
+    counts = {}
+    for embedding in ("none", "rope"):
+        config = TRANSFORMER.model_copy(update={"pattern": "*-*-*-", "position_embedding": embedding})
+        decoder = Decoder(HybridLM.from_state(config, random_model(config).state_dict(), dtype), 40, 3)
+        decoder.prefill(ids[:, :9])
+        for what, run in (("step", lambda d: d.decode(ids[:, 9])), ("prompt", lambda d: d.prefill(ids[:, :9]))):
+            with Launches() as launches:
+                run(decoder)
+            counts[what, embedding] = launches.count
+    assert counts["step", "rope"] - counts["step", "none"] == 1 + 3 * 4
+    assert counts["prompt", "rope"] - counts["prompt", "none"] == 3 * 6
+
+
+def test_one_table_of_rotary_positions_serves_all_layers():
+    """At 65,536 tokens one a layer took a GiB of a GPU whose batch is the largest that fits."""
+    model, length = random_model(TRANSFORMER.model_copy(update={"pattern": "*-" * 8})), 10_000
+    with HeldBytes() as held:
+        decoder = Decoder(model, length)
+    assert held.now - decoder.cache_bytes < 1.1 * 2 * length * 8 * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary_positions_are_as_exact_as_by_two_products_and_a_sum(dtype):
+    x = torch.randn(2, 4, 300, 32, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype)
+    config = TRANSFORMER.model_copy(update={"head_dim": 32})
+    factors = rotary_factors(config, 300, dtype, x.device)
+    first, second = x.chunk(2, -1)
+    plain = torch.cat([first * factors[0] - second * factors[1], second * factors[0] + first * factors[1]], -1)
+    exact = rotate(x.double(), rotary_factors(config, 300, torch.float32, x.device).double())
+    errors = [float((found.double() - exact).norm()) for found in (rotate(x, factors), plain)]
+    assert rotate(x, factors).dtype == dtype and 0 < errors[0] <= errors[1]
 
 
 def test_fp8_needs_multiples_of_16():

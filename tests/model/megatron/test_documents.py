@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny_engine import HYBRID, RECIPE, TRANSFORMER
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.checkpoint import describe, load_weights
 from model.hybrid_lm import HybridLM
@@ -40,6 +41,23 @@ def test_documents_are_numbered_from_their_ends():
     assert documents.seq_idx.dtype is torch.int32
     assert documents.seq_idx.tolist() == [[0, 0, 1, 2, 2, 2], [0, 1, 1, 1, 1, 1]]
     assert [document.shape[1] for document in split(packed())] == [length for row in LENGTHS for length in row]
+
+
+def test_layers_share_one_mask_of_attention():
+    """A Transformer, with attention in every block, made one in each."""
+    class Masks(TorchDispatchMode):
+        made = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.made += function is torch.ops.aten.tril_.default
+            return function(*args, **(kwargs or {}))
+
+    assert TRANSFORMER.pattern.count("*") == 2
+    with process_groups():
+        model = build_model(TRANSFORMER, Precision("float32"), ONE_COPY, seed=1)
+        with Masks() as masks:
+            model(ids := packed(), None, None, packed_seq_params=find_documents(ids, EOD)).sum().backward()
+    assert masks.made == 1
 
 
 @pytest.mark.parametrize("config", [HYBRID, TRANSFORMER], ids=["hybrid", "transformer"])
