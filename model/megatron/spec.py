@@ -151,7 +151,7 @@ def transformer_config(
         hidden_dropout=0.0,
         attention_dropout=0.0,
         # Fusions of Megatron's that need CUDA extensions. Transformer Engine's turns queries and keys in one pass each,
-        # where Megatron's own takes seven.
+        # where Megatron's own takes several.
         apply_rope_fusion=compat.TRANSFORMER_ENGINE,
         bias_dropout_fusion=False,
         gradient_accumulation_fusion=False,
