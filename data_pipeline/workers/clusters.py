@@ -57,12 +57,14 @@ class Dask(Backend):
     def start(self, calls: list[tuple[int, Function, Any]]) -> None:
         self.waiting += calls
 
-    def finished(self) -> list[tuple[int, Answer]]:
-        while True:
+    def finished(self, seconds: float) -> list[tuple[int, Answer]]:
+        started = time.monotonic()
+        while time.monotonic() - started < seconds:
             self._place()
             with suppress(queue.Empty):
                 number = self.done.get(timeout=SECONDS_BETWEEN_LOOKS)
                 return [(number, _answer_of(self.futures.pop(number)[1]))]
+        return []
 
     def _place(self) -> None:
         """Hand waiting calls to workers that have a thread for them.
@@ -97,6 +99,8 @@ class Dask(Backend):
 class Ray(Backend):
     """A Ray cluster's workers, or as many processes here."""
 
+    look = "`ray status` says which nodes there are, and what waits for one."
+
     def __init__(self, config: ExecutorConfig):
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -123,9 +127,11 @@ class Ray(Backend):
             self.futures[number] = self.call.remote(function, item).future()
             self.futures[number].add_done_callback(lambda _, number=number: self.done.put(number))
 
-    def finished(self) -> list[tuple[int, Answer]]:
-        number = self.done.get()
-        return [(number, _answer_of(self.futures.pop(number)))]
+    def finished(self, seconds: float) -> list[tuple[int, Answer]]:
+        with suppress(queue.Empty):
+            number = self.done.get(timeout=seconds)
+            return [(number, _answer_of(self.futures.pop(number)))]
+        return []
 
     def close(self) -> None:
         self.shutdown()
@@ -133,6 +139,8 @@ class Ray(Backend):
 
 class Slurm(Backend):
     """A job a call, submitted as arrays; `workers` of them run at a time."""
+
+    look = "`squeue --me` says which of the jobs run, and why others wait."
 
     def __init__(self, config: ExecutorConfig):
         import submitit
@@ -157,8 +165,11 @@ class Slurm(Backend):
             jobs = [self.executor.submit(call, function, item) for _, function, item in calls]
         self.jobs |= {number: job for (number, _, _), job in zip(calls, jobs, strict=True)}
 
-    def finished(self) -> list[tuple[int, Answer]]:
+    def finished(self, seconds: float) -> list[tuple[int, Answer]]:
+        started = time.monotonic()
         while not (done := [number for number, job in self.jobs.items() if job.done()]):
+            if time.monotonic() - started > seconds:
+                break
             time.sleep(SECONDS_BETWEEN_LOOKS)
         return [(number, self._answer(self.jobs.pop(number))) for number in done]
 

@@ -69,13 +69,18 @@ class Backend(ABC):
 
     slots: int              # calls worth having under way at once
 
+    @property
+    def look(self) -> str:
+        """Where to look, for who waits long."""
+        return ""
+
     @abstractmethod
     def start(self, calls: list[tuple[int, Function, Any]]) -> None:
         """Hand over calls: number, function, item."""
 
     @abstractmethod
-    def finished(self) -> list[tuple[int, Answer]]:
-        """The numbers and answers of calls that have ended, at least one."""
+    def finished(self, seconds: float) -> list[tuple[int, Answer]]:
+        """The numbers and answers of calls that have ended, as soon as there are some; none after `seconds`."""
 
     @abstractmethod
     def close(self) -> None:
@@ -116,7 +121,10 @@ class Workers:
                 self.under_way.update(ready)
                 self.backend.start([(number, function, started[number]) for number in ready])
             again = []
-            for number, answer in self.backend.finished():
+            while not (done := self.backend.finished(SECONDS_BETWEEN_WORDS)):
+                print(f"Waiting for workers: none of {len(self.under_way)} items under way has ended for "
+                      f"{SECONDS_BETWEEN_WORDS:.0f} seconds. {self.backend.look}", file=sys.stderr, flush=True)
+            for number, answer in done:
                 self.under_way.discard(number)
                 if number not in started:
                     continue
@@ -198,7 +206,7 @@ class Here(Backend):
     def start(self, calls: list[tuple[int, Function, Any]]) -> None:
         self.answers += [(number, call(function, item)) for number, function, item in calls]
 
-    def finished(self) -> list[tuple[int, Answer]]:
+    def finished(self, seconds: float) -> list[tuple[int, Answer]]:
         done, self.answers = self.answers, []
         return done
 
@@ -229,13 +237,14 @@ class Processes(Backend):
         theirs.close()
         return process, ours
 
-    def finished(self) -> list[tuple[int, Answer]]:
+    @property
+    def look(self) -> str:
+        pids = ", ".join(str(process.pid) for _, process in self.busy.values())
+        return f"They are with processes {pids}: `kill -9` one that hangs, and its item is tried again."
+
+    def finished(self, seconds: float) -> list[tuple[int, Answer]]:
         done = []
-        while not (ready := wait(list(self.busy), SECONDS_BETWEEN_WORDS)):
-            pids = ", ".join(str(process.pid) for _, process in self.busy.values())
-            print(f"Waiting for workers: none of processes {pids} ends its item. `kill -9` one that hangs: its item is "
-                  "tried again.", file=sys.stderr, flush=True)
-        for pipe in ready:
+        for pipe in wait(list(self.busy), seconds):
             assert isinstance(pipe, Connection)
             number, process = self.busy.pop(pipe)
             try:
