@@ -165,10 +165,10 @@ def repository() -> Iterator[Finding]:
 
 
 def _output(*command: str) -> str:
-    """What a command printed; empty when it failed or is not there."""
+    """What a command printed; empty when it failed, hangs or is not there."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return ""
 
 

@@ -67,6 +67,7 @@ SECONDS_TO_UNLOCK = 3.0           # of DVC after that
 BYTES_TO_START = 2**22            # that the directories of a run must have room for
 STAGES_AHEAD = 2                  # that get ready for a GPU while another computes on it
 SECONDS_BETWEEN_LOOKS = 5.0       # at whether a stage is over its time
+NVIDIA_SMI = 60                   # seconds until it is given up
 SECONDS_TO_GATHER = 0.5           # in which stages that one other held up come to the queue, in any order
 
 
@@ -267,10 +268,17 @@ def visible_gpus() -> list[str]:
     if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return gpu_names(chosen)
     try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=NVIDIA_SMI)
     except OSError:
         return []
-    return re.findall(r"^GPU (\d+):", listed, flags=re.MULTILINE)
+    except subprocess.TimeoutExpired:
+        print(f"`nvidia-smi -L` has not answered for {NVIDIA_SMI} seconds: no GPU is used.", file=sys.stderr,
+              flush=True)
+        return []
+    if done.returncode:
+        print(f"`nvidia-smi -L` fails, so no GPU is used: {' '.join((done.stdout + done.stderr).split())}",
+              file=sys.stderr, flush=True)
+    return re.findall(r"^GPU (\d+):", done.stdout, flags=re.MULTILINE)
 
 
 def select(nodes: dict[str, Node], targets: list[str]) -> dict[str, Node]:

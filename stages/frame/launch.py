@@ -8,6 +8,7 @@ and `.scratch` under the same paths.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NoReturn
@@ -29,6 +31,8 @@ from stages.frame.common import Progress, die_with_parent
 
 RENDEZVOUS_PORT = 29_400
 SECONDS_BETWEEN_LOOKS = 2.0
+ANSWER = 60                 # seconds that a program of Slurm's has to answer
+SILENT = 900.0              # seconds that accounting may have nothing to say, as while its database restarts
 # How a Slurm job may end through no fault of its own: it is submitted again and goes on from its resume state.
 RESUBMITTED = ("TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL")
 
@@ -178,7 +182,8 @@ def _by_slurm(launcher: LauncherConfig, job: Path, name: str) -> str:
               flush=True)
 
         def stop(signum: int, frame: FrameType | None, number: str = number) -> NoReturn:
-            subprocess.run(["scancel", number])
+            with suppress(subprocess.TimeoutExpired):
+                subprocess.run(["scancel", number], timeout=ANSWER)
             sys.exit(128 + signum)
 
         with _on_stop(stop):
@@ -203,14 +208,24 @@ def _submit(script: Path) -> str:
 
 
 def _follow(number: str, log: Path) -> str:
-    """Print the job's log as it grows until sacct calls the job ended. Returns its state."""
-    position = 0
+    """Print the job's log as it grows until sacct calls the job ended. Returns its state.
+
+    Raises:
+        ModelError: sacct fails at first, or, having answered before, for a quarter of an hour.
+    """
+    position, answered, words = 0, -math.inf, list[str]()
     while True:
-        asked = subprocess.run(["sacct", "-j", number, "-X", "-n", "-P", "-o", "State"], capture_output=True, text=True)
-        if asked.returncode:
-            raise ModelError(f"sacct does not say what became of Slurm job {number}: {' '.join(asked.stderr.split())}\n"
-                             "The job goes on; the stage needs Slurm's accounting to wait for it.")
-        words = asked.stdout.split()                # `CANCELLED by 1000` is one state; none yet means not recorded
+        try:
+            asked = subprocess.run(["sacct", "-j", number, "-X", "-n", "-P", "-o", "State"], capture_output=True,
+                                   text=True, timeout=ANSWER, check=True)
+            answered = time.monotonic()
+            words = asked.stdout.split()            # `CANCELLED by 1000` is one state; none yet means not recorded
+        except subprocess.SubprocessError as error:
+            said = " ".join(str(getattr(error, "stderr", "") or error).split())
+            if time.monotonic() - answered > SILENT:
+                raise ModelError(f"sacct does not say what became of Slurm job {number}: {said}\nThe job goes on; the "
+                                 "stage needs Slurm's accounting to wait for it.") from None
+            print(f"sacct does not answer, the job is waited for all the same: {said}", file=sys.stderr, flush=True)
         if log.exists():
             with log.open(errors="replace") as stream:
                 stream.seek(position)

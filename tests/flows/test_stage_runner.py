@@ -310,14 +310,23 @@ def test_a_stage_sees_its_own_gpus_only(repository: Path, nodes: dict[str, Node]
     assert [line for line in seen if line.startswith("sees")] == ["sees ''", "sees '2'"]
 
 
-def test_gpus_are_those_cuda_is_to_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_are_those_cuda_is_to_see(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert dvc_graph.visible_gpus() == []
+    monkeypatch.setattr(dvc_graph, "NVIDIA_SMI", 1)
+    assert dvc_graph.visible_gpus() == [] and capsys.readouterr().err == ""
     program = tmp_path / "nvidia-smi"
-    program.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H200 (UUID: GPU-a)'\necho 'GPU 1: NVIDIA H200 (UUID: GPU-b)'\n")
-    program.chmod(0o755)
-    assert dvc_graph.visible_gpus() == ["0", "1"]
+    for script, gpus, said in (
+        ("echo 'GPU 0: NVIDIA H200 (UUID: GPU-a)'\necho 'GPU 1: NVIDIA H200 (UUID: GPU-b)'", ["0", "1"], ""),
+        ("echo 'Failed to initialize NVML'\nexit 18", [], "fails, so no GPU is used: Failed to initialize NVML"),
+        ("while :; do :; done", [], "has not answered for 1 seconds"),
+    ):
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        assert dvc_graph.visible_gpus() == gpus
+        assert said in (found := capsys.readouterr().err) and bool(found) == bool(said)
     for chosen, expected in (("1", ["1"]), ("0, 2", ["0", "2"]), ("", []), ("-1", []), ("NoDevFiles", []),
                              ("3,-1,1", ["3"]), ("GPU-8932f937,MIG-1/2", ["GPU-8932f937", "MIG-1/2"])):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)

@@ -83,6 +83,18 @@ def test_a_slurm_job_is_waited_for_and_its_log_shown(
     assert "Waiting for Slurm job 42 (" in shown and "step 1/2 loss 3.0" in shown
 
 
+@pytest.mark.parametrize("failure", ["echo 'Connection refused' >&2; exit 1", "sleep 9"])
+def test_a_job_outlives_an_accounting_that_fails_for_a_while(
+    slurm: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], failure: str
+) -> None:
+    monkeypatch.setattr(launch, "ANSWER", 0.5)
+    (slurm / "tools/sacct").write_text(
+        f"#!/bin/bash\necho >> asked; if [ $(wc -l < asked) = 2 ]; then {failure}; fi\n{PROGRAMS['sacct']}\n")
+    worker(monkeypatch, 'while [ $(wc -l < asked) -lt 3 ]; do sleep 0.1; done; cp "$1" "${1%.json}-result.json"')
+    assert launch.launch(TWO, {"answer": 7}, slurm, "toy") == {"answer": 7}
+    assert "sacct does not answer, the job is waited for all the same: " in capfd.readouterr().err
+
+
 def test_a_job_that_ran_out_of_time_goes_on_in_another(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (slurm / "how-it-ends").write_text("TIMEOUT\n")
     worker(monkeypatch, '[ -e second ] || { touch second; exit 1; }; cp "$1" "${1%.json}-result.json"')
