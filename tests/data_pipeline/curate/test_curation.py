@@ -288,6 +288,12 @@ def test_a_feature_that_is_none_is_named(annotated, tmp_path):
         run(annotated, curate_config(rules=rules), tmp_path)
 
 
+def test_a_language_that_is_never_found_is_named(annotated, tmp_path):
+    language = {"keep": ["en", "nb", "EN", "he", "zh", "un"], "share": 0.3, "domains": ["docs"]}
+    with pytest.raises(DataError, match=r"curate\.language\.keep names EN, nb, which.*\n.* nn, no, "):
+        run(annotated, curate_config(language=language), tmp_path)
+
+
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0.2, 0.2), (0, 5e5), (37, 90_000), (-9.0, -2.0)])
 def test_edges_hold_the_range(low, high):
     edges = cutting.edges(low, high)
