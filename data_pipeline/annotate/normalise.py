@@ -15,7 +15,7 @@ from ftfy.badness import BADNESS_RE, is_bad
 
 from data_pipeline.annotate.step import Step, with_text
 
-CODE_DOMAINS = frozenset({"code", "reference"})
+CODE_DOMAINS = frozenset({"code", "headers", "reference"})         # by what a domain's name begins with
 # Repair of mis-decoded bytes and control characters only: quotes, ligatures and wide forms are data in source code.
 REPAIR = TextFixerConfig(
     explain=False, unescape_html=False, uncurl_quotes=False, fix_latin_ligatures=False, fix_character_width=False,
@@ -96,7 +96,7 @@ class Normalise(Step):
         documents = zip(table["text"].to_pylist(), table["domain"].to_pylist(), strict=True)
         for index, (text, domain) in enumerate(documents):
             text = _tidy(_repair(text, index in maybe_bad) if index in others else text)
-            if domain in CODE_DOMAINS and (code := without_license_header(text)) is not text:
+            if domain.split("_")[0] in CODE_DOMAINS and (code := without_license_header(text)) is not text:
                 text = _tidy(code)
             texts.append(text)
         return with_text(table, texts)

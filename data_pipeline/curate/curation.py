@@ -287,7 +287,8 @@ def _dropped(reports: list[dict[str, Any]], manifest: dict[str, Any]) -> dict[st
     """Domain -> reason -> how many went and a few of them; what reading refused, then what the cut took."""
     found: dict[str, dict[str, Dropped]] = {}
     for domain in manifest["domains"]:
-        counts: Counter[str] = Counter()
+        refused = manifest["refusals"].get(domain, {})
+        counts = Counter({why: entry["documents"] for why, entry in refused.items()})
         examples: dict[str, list[CutExample]] = defaultdict(list)
         for report in reports:
             for by_domain in report["reasons"].values():
@@ -295,13 +296,11 @@ def _dropped(reports: list[dict[str, Any]], manifest: dict[str, Any]) -> dict[st
             counts[SHORTENED] += report["shortened"].get(domain, 0)
             for why, shown in report["examples"].get(domain, {}).items():
                 examples[why] += [CutExample(*example) for example in shown]
-        found[domain] = {
-            why: Dropped(documents=entry["documents"], examples=[
-                Example(source=where, path="", value=why, excerpt="") for where in entry["where"]])
-            for why, entry in manifest["refusals"].get(domain, {}).items()
-        }
-        for why, shown in sorted(examples.items()):
+        found[domain] = {}
+        for why in [*refused, *sorted(examples.keys() - refused.keys())]:        # "empty" may be a reason of both
+            where = refused[why]["where"] if why in refused else []
             found[domain][why] = Dropped(documents=counts[why], examples=[
-                Example(source=kept.source, path=kept.path, value=kept.value, excerpt=kept.excerpt)
-                for kept in sorted(shown)[:EXAMPLES]])
+                *(Example(source=place, path="", value=why, excerpt="") for place in where),
+                *(Example(source=kept.source, path=kept.path, value=kept.value, excerpt=kept.excerpt)
+                  for kept in sorted(examples[why])[:EXAMPLES])])
     return found

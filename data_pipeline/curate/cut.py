@@ -29,8 +29,9 @@ from data_pipeline.annotate.quality.quality_labels import (
     thresholds,
 )
 from data_pipeline.annotate.step import text_id
-from data_pipeline.config import CurateConfig, Label
+from data_pipeline.config import CurateConfig, DataError, Label
 from data_pipeline.curate.heuristics import Rule, first_broken, reason, rules_of
+from data_pipeline.text.language import codes
 
 STEPS = ("language", "copies", "near_duplicates", "heuristics", "perplexity", "decontaminate", "substring", "held_out")
 BINS = 30                   # of a histogram
@@ -83,7 +84,11 @@ class Cut:
 
 
 def cut_of(config: CurateConfig, annotated: dict[str, Any]) -> Cut:
-    """The cut of a corpus with this manifest, still without thresholds. Raises DataError for an unknown feature."""
+    """The cut of a corpus with this manifest, still without thresholds. Raises DataError for an unknown feature or
+    language."""
+    if unknown := sorted(set(config.language.keep) - codes()):
+        raise DataError(f"curate.language.keep names {', '.join(unknown)}, which no text is found to be in.\n"
+                        f"Choose from CLD2's codes, in params.yaml: {', '.join(sorted(codes()))}")
     rules = {domain: rules_of(rules, f"curate.rules.{domain}") for domain, rules in config.rules.items()}
     scorers = [name if isinstance(name, str) else name["model"] for name in annotated["config"]["scorers"]]
     return Cut(config, rules, scorers, annotated["config"]["decontamination"]["ngram"])

@@ -95,7 +95,9 @@ def _parts(
         raise not_read(file, head, kinds)
     elif kind == "parquet" and head and not is_packed:
         yield from _row_groups(Part(file, how, size), source, shard_bytes)
-    elif kind == "records" and head and not (is_packed or has_mark(head) or is_one_value(look(file, SLICE)[0])):
+    elif kind == "records" and size > shard_bytes and not (
+        is_packed or has_mark(head) or is_one_value(look(file, SLICE)[0])
+    ):
         for start in range(0, size, shard_bytes):
             end = min(start + shard_bytes, size)
             yield Part(file, how, end - start, "records", start, end)

@@ -122,7 +122,7 @@ def read_part(part: Part, source: FilesSource, kinds: frozenset[Kind] | None) ->
     """Raises DataError for a file a user named that cannot be opened, is not read or lacks the text column."""
     stream = Stream(shown(part.file), iter(()), source, kinds, part)
     if part.kind == "parquet":
-        yield from _row_groups(part.file, stream)
+        yield from _told(_row_groups(part.file, stream), stream)
         return
     try:
         head, data = peeked(chunks(part.file, max(part.start - 1, 0)))      # the part before has that byte's line
@@ -133,6 +133,16 @@ def read_part(part: Part, source: FilesSource, kinds: frozenset[Kind] | None) ->
         return
     stream = stream._replace(data=data)
     yield from _records(stream) if part.kind == "records" else _stream(part.file, head, stream)
+
+
+def _told(items: Iterator[Item], stream: Stream) -> Iterator[Item]:
+    """`items`; a refusal where there are none, unless it is a later part of a file."""
+    first = next(items, None)
+    if first is not None:
+        yield first
+        yield from items
+    elif not (stream.part and stream.part.start):
+        yield stream.refused("empty")
 
 
 def _stream(name: str, head: bytes, stream: Stream) -> Iterator[Item]:
@@ -151,7 +161,7 @@ def _stream(name: str, head: bytes, stream: Stream) -> Iterator[Item]:
             raise not_read(name, head, stream.kinds)
         yield stream.refused("Git LFS pointer")
     else:
-        yield from READERS[kind](stream)
+        yield from _told(READERS[kind](stream), stream)
 
 
 def passed_over(name: str, head: bytes, how: How, kinds: frozenset[Kind] | None) -> PassedOver:

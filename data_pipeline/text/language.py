@@ -38,6 +38,12 @@ def languages(text: str, markup: bool = False) -> list[tuple[str, float]]:
 
 
 @cache
+def codes() -> frozenset[str]:
+    """All that `detect` can answer."""
+    return frozenset(_language(code.split("-")[0], 100)[0] for _, code in pycld2.LANGUAGES)
+
+
+@cache
 def stop_words(code: str) -> frozenset[str] | None:
     """jusText's stop words of a language, None where it has no list."""
     name = _stop_lists().get(code)

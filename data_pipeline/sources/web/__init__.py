@@ -23,7 +23,7 @@ HTML_TYPES = frozenset({"text/html", "application/xhtml+xml"})
 LARGEST_PAGE = 10_000_000           # bytes of HTML: its tree takes many times that
 LARGEST_RECORD = 64_000_000
 LARGEST_HEADER = 1 << 16
-DAMAGED, NO_TEXT = Damage("damaged record"), Damage("no main text")
+DAMAGED, NO_TEXT, CUT = Damage("damaged record"), Damage("no main text"), Damage("page cut short by the crawler")
 STATUS = re.compile(rb"HTTP/\d(?:\.\d)?[ \t]+(\d{3})\b")
 CHARSET = re.compile(r"""charset\s*=\s*["']?([\w.:-]+)""", re.IGNORECASE)
 CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]{1,8})[ \t]*(?:;[^\r\n]*)?\r?\n")
@@ -31,19 +31,23 @@ MARK = b"WARC/"
 NEXT = re.compile(rb"WARC/[01]\.\d{1,2}\r?\n")      # anywhere: what stands before may be cut off within a line
 BLANK = re.compile(rb"\s+")
 HEADER_END = re.compile(rb"\r?\n\r?\n")
+TRUNCATED = re.compile(rb"^warc-truncated:", re.IGNORECASE | re.MULTILINE)
 LENGTH = re.compile(rb"^content-length:[ \t]*(\d{1,18})[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
 RECORD_END = re.compile(rb"\r?\n\r?\n|\s*(?:WARC/[01]\.|$)")
 LOOK_AHEAD = 16                     # bytes after a record: line ends and the next one's mark
 
 
 def archive(data: Iterable[bytes | Damage], name: str, source: FilesSource) -> Iterator[Item]:
-    """The documents of a WARC or WET file; records of other types are passed over."""
+    """The documents of a WARC or WET file; records of other types are passed over. A page of which the archive says
+    that it is not whole is a document, and counted."""
     for number, record in enumerate(records(data)):
         where = f"{name}, record {number}"
         found = record if isinstance(record, Damage) else _document(record, where, source)
         if isinstance(found, Damage | Refusal):
             found = Refusal(source.domain, found.reason, where)
         yield found
+        if isinstance(found, Document) and isinstance(record, bytes) and _is_truncated(record):
+            yield Refusal(source.domain, CUT.reason, where)
 
 
 def records(data: Iterable[bytes | Damage]) -> Iterator[bytes | Damage]:
@@ -128,6 +132,11 @@ def _document(record: bytes, where: str, source: FilesSource) -> Document | Refu
     if isinstance(text, Damage):
         return text
     return checked(text, host or "unknown", address, source.domain, UNKNOWN) if text.strip() else NO_TEXT
+
+
+def _is_truncated(record: bytes) -> bool:
+    header = HEADER_END.search(record)
+    return header is not None and TRUNCATED.search(record, 0, header.end()) is not None
 
 
 def _parsed(data: bytes) -> tuple[dict[str, str], bytes]:

@@ -87,7 +87,8 @@ NOTICE = "Copyright 2020 Someone\n{0}Licensed under MIT\n"
 def test_license_headers_go_from_code(header, left):
     code = "x = 1  # Copyright holder\n"
     assert without_license_header(header + code) == left + code
-    assert apply(header + code, domain="code")["text"].to_pylist() == [left + code]
+    for domain in ("code", "code_c", "headers"):
+        assert apply(header + code, domain=domain)["text"].to_pylist() == [left + code]
     assert apply(header + code, domain="docs")["text"].to_pylist() == [header + code]
 
 

@@ -172,6 +172,22 @@ def test_dropped_shows_what_broke_each_rule(curated, before):
     assert generated.value == "generated 1 > 0 (Codex)"
 
 
+def test_what_reading_and_the_cut_drop_for_one_reason_is_counted_together(annotated, curated, tmp_path):
+    shutil.copytree(annotated, tmp_path / "annotated")
+    manifest = json.loads((annotated / "manifest.json").read_text())
+    manifest["refusals"] = {"docs": {"empty": {"documents": 2, "where": ["a.jsonl, byte 0"]}}}
+    (tmp_path / "annotated/manifest.json").write_text(json.dumps(manifest))
+    stays = set(read(curated[0], "train").filter(domain="docs")["path"].head(1))
+    for file in (tmp_path / "annotated").glob("part-*.parquet"):
+        emptied = pl.when(pl.col("path").is_in(stays), domain="docs").then(pl.lit("\n")).otherwise("text")
+        pl.read_parquet(file).with_columns(text=emptied).write_parquet(file)
+    records = run(tmp_path / "annotated", curate_config(), tmp_path)
+    went = sum(row.reasons.get("empty", 0) for row in records.funnel if row.domain == "docs")
+    entry = records.dropped["docs"]["empty"]
+    assert entry.documents == went > 2
+    assert [example.value for example in entry.examples][:2] == ["empty", "no text after normalisation"]
+
+
 def test_repeated_strings_stay_once(curated, before):
     everything = sum(text.count(REPEAT.strip()) for text in before.filter(held_out=False)["text"])
     left = sum(text.count(REPEAT.strip()) for text in read(curated[0], "train")["text"])
@@ -270,6 +286,12 @@ def test_a_feature_that_is_none_is_named(annotated, tmp_path):
     rules = {"docs": {"set": "prose", "labels": LABELS, "thresholds": {"wrods": (1, None)}}}
     with pytest.raises(DataError, match=r"curate\.rules\.docs.*wrods"):
         run(annotated, curate_config(rules=rules), tmp_path)
+
+
+def test_a_language_that_is_never_found_is_named(annotated, tmp_path):
+    language = {"keep": ["en", "nb", "EN", "he", "zh", "un"], "share": 0.3, "domains": ["docs"]}
+    with pytest.raises(DataError, match=r"curate\.language\.keep names EN, nb, which.*\n.* nn, no, "):
+        run(annotated, curate_config(language=language), tmp_path)
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0.2, 0.2), (0, 5e5), (37, 90_000), (-9.0, -2.0)])

@@ -265,6 +265,20 @@ def test_what_is_wrong_in_a_file_costs_itself(tmp_path, name, content, expected,
     assert texts(found) == expected and reasons(found) == Counter(why)
 
 
+@pytest.mark.parametrize("shard_bytes", [10, 10**9])
+def test_a_file_without_a_record_is_counted(tmp_path, shard_bytes):
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "a.parquet")
+    for name, content in {"b.jsonl": b"\n\n", "c.json": b"[]\n", "d.csv": b"id,text\n", "e.wet": b"\r\n"}.items():
+        (tmp_path / name).write_bytes(content)
+    packed = {file.name: file.read_bytes() for file in sorted(tmp_path.iterdir())}
+    (tmp_path / "f.zip").write_bytes(zipped(**packed))
+    (tmp_path / "good.jsonl").write_bytes(b"\n" * 10 + GOOD)
+    found = read(tmp_path, shard_bytes=shard_bytes)
+    names = [item.where.removeprefix(f"{tmp_path}/") for item in found if isinstance(item, Refusal)]
+    assert texts(found) == ["good"] and reasons(found) == {"empty": 10}
+    assert sorted(names) == sorted([*packed, *(f"f.zip/{name}" for name in packed)])
+
+
 # names and entries of directories
 
 def test_names_that_are_not_utf_8(tmp_path):
@@ -351,7 +365,7 @@ def test_a_file_with_nothing_to_read_is_not_called_a_pipe(tmp_path):
         pass
     (tmp_path / "a.png").write_bytes(b"\x89PNG")
     (tmp_path / "a.paths").write_text("a.png\n")
-    assert read(tmp_path / "a.parquet") == []
+    assert reasons(read(tmp_path / "a.parquet")) == {"empty": 1}
     with pytest.raises(DataError, match=r"a\.paths', where no file was found that is read, but \.png 1"):
         read(tmp_path / "a.paths")
     (tmp_path / "a.paths").write_text("\n")

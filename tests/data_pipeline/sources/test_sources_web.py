@@ -301,6 +301,14 @@ def test_versions_and_line_ends_of_records(archive, version, line_end, packed):
     assert len(reasons(found)) == (not packed)
 
 
+def test_a_page_that_the_crawler_cut_short_is_counted(archive):
+    cut = RECORDS[1].replace(b"WARC-Date", b"WARC-Truncated: length\r\nWARC-Date")
+    mentioned = response(2, html(2).replace("<p>", "<p>\r\nWARC-Truncated: length\r\n").encode())
+    found = archive(RECORDS[0] + cut + mentioned)
+    assert numbers(found) == [0, 1, 2] and reasons(found) == ["page cut short by the crawler"]
+    assert found[2].where.endswith("a.warc.gz, record 1")
+
+
 def test_http_headers_that_end_in_line_feeds(archive):
     http = b"HTTP/1.1 200 OK\nContent-Type: text/html\n\n" + html(1).encode()
     found = archive(warc("response", "http://a.org/?1", http, "application/http;msgtype=response"))
