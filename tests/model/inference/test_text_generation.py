@@ -205,3 +205,14 @@ def refuse(directory: Path, message: str, capsys, monkeypatch, *options: str) ->
     assert run(directory, *options) == 1
     found = capsys.readouterr()
     assert message in found.err and found.err.strip().count("\n") == 1 and not found.out
+
+
+def test_a_blank_stays_behind_bytes():
+    """Llama's decoder takes it off the first token, and bytes of a character are no token to stand behind."""
+    tokenizer = byte_tokenizer([*WORDS, "\u2581the"])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                           decoders.Strip(" ", 1, 0)])
+    vocabulary, blank, smile = Vocabulary(tokenizer, 2, [2]), len(WORDS), [4 + byte for byte in "🙂".encode()]
+    assert list(pieces(vocabulary, [blank], smile)) == [" the"]
+    stray = [4 + 0xFF] * text_generation.MOST_HELD
+    assert "".join(pieces(vocabulary, [*stray, blank], [blank])) == "\ufffd" * len(stray) + " the"
