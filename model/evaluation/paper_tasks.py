@@ -213,8 +213,8 @@ def _score(
 ) -> PaperScore:
     asked = list(asked)
     metric, filtered = task.metric.split(",")
-    graded = asked if task.kind == "choice" else [] if isinstance(written, str) else written
-    values = [int(row[metric]) for row in graded if row["filter"] == filtered]
+    answered = [] if isinstance(written, str) else [row for row in written if row["filter"] == filtered]
+    values = [int(row[metric]) for row in (asked if task.kind == "choice" else answered)]
     if task.kind == "absent":
         why = "its data is in no package"
     elif values:
@@ -229,7 +229,7 @@ def _score(
         items=len(answers),
         bits_per_byte=bits_per_byte(answers) if answers else None,
         bits_per_byte_stderr=bits_per_byte_stderr(answers) if len(answers) > 1 else None,
-        cut=max(_cut(model, asked), 0 if isinstance(written, str) else _cut(model, written)),
+        cut=max(_cut(model, asked), _cut(model, answered)),
         left_out=why,
         by_length=max(map(fmean, zip(*lengths, strict=True))) if lengths else None,
     )
