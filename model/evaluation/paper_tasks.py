@@ -179,9 +179,11 @@ def _ask(model: HarnessLM, parts: Mapping[str, Parts]) -> dict[str, list[tuple[C
 
 
 def _answer(part: ConfigurableTask, row: Row) -> tuple[float, int]:
-    """Log-likelihood in nats of the right answer, and its bytes, the blank before it among them."""
+    """Log-likelihood in nats of the right answer, and its bytes, the blanks before it among them: the harness scores
+    with it those that end the context."""
     place = _place(part, row)
-    return row["filtered_resps"][place][0], len(row["arguments"][place][1].encode())
+    context, answer = row["arguments"][place][:2]
+    return row["filtered_resps"][place][0], len((context[len(context.rstrip()) :] + answer).encode())
 
 
 def _place(part: ConfigurableTask, row: Row) -> int:
