@@ -183,6 +183,8 @@ def test_tokenizers_that_do_not_fit(directory, content, message, capsys, monkeyp
 
 @pytest.mark.parametrize(("options", "message"), [
     (("--temperature", "-1"), "temperature is -1"), (("--top-p", "0"), "top_p is 0"),
+    (("--top-k", "5"), "--top-k and --top-p: nothing is drawn at temperature 0"),
+    (("--top-p", "0.9"), "--top-k and --top-p: nothing is drawn at temperature 0"),
     (("--max-new-tokens", "0"), "max_new_tokens is 0"), (("--seed", str(10**20)), "seed is 1000"),
     (("--prompt", "caf\udce9"), "prompt: byte 3 is not UTF-8"),
     (("--max-new-tokens", "100000"), "prompt: 5 tokens and 100000 new ones need 0.0"),
