@@ -835,7 +835,7 @@ def machine() -> str:
 
 
 def identity(scale: Scale, tokens: Path, parents: Sequence[Path]) -> str:
-    parts = [(tokens / "tokens.json").read_text(), str(scale), code_digest(), Path(__file__).read_text(),
+    parts = [*token_data.text_digests(tokens).values(), str(scale), code_digest(), Path(__file__).read_text(),
              *(sha256(parent / SUMS) for parent in parents)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 

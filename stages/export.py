@@ -325,11 +325,18 @@ def convert(arguments: list[str]) -> None:
                         help="a torch_dist checkpoint of Megatron-LM or Megatron-Bridge")
     source.add_argument("--from-checkpoint", type=Path, metavar="DIR", help="a training checkpoint")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write")
-    parser.add_argument("--to", choices=("hub", "megatron"), default="hub", help="form of a training checkpoint")
+    parser.add_argument("--to", choices=("hub", "megatron"), help="form of a training checkpoint (default: hub)")
     parser.add_argument("--tokenizer", type=Path, metavar="PATH",
                         help="tokenizer.model, for a checkpoint without one; of --from-megatron, a Hub directory")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the exported weights")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"),
+                        help="of weights in Hugging Face form; elsewhere they stay as they are (default: bfloat16)")
     options = parser.parse_args(arguments)
+    exported = options.from_checkpoint and options.to != "megatron"
+    for name, used in (("to", options.from_checkpoint), ("dtype", exported),
+                       ("tokenizer", exported or options.from_megatron)):
+        if getattr(options, name) and not used:
+            raise StageError(f"--{name} {getattr(options, name)}: would have no effect on this conversion.\n"
+                             "Leave it out, or see --help for what has it.")
     if options.out.exists():
         raise StageError(f"{options.out}: exists.\nGive --out a new directory, or remove it.")
     with plain_errors(), new_directory(options.out) as out:
@@ -345,7 +352,7 @@ def convert(arguments: list[str]) -> None:
             tokenizer = options.tokenizer or options.from_checkpoint / OWN_TOKENIZER
             if not tokenizer.exists():
                 raise StageError(f"{tokenizer}: not found.\nGive the tokenizer: --tokenizer tokenizer.model.")
-            facts = to_hub(options.from_checkpoint, tokenizer, out, options.dtype, SHARD_GIGABYTES)
+            facts = to_hub(options.from_checkpoint, tokenizer, out, options.dtype or "bfloat16", SHARD_GIGABYTES)
     print(options.out, json.dumps(facts))
 
 

@@ -64,18 +64,19 @@ def needles(
         places = sorted(rng.choices(range(len(lines) + 1), k=NEEDLES), reverse=True)
         for place, line in zip(places, hidden, strict=True):
             lines.insert(place, line)
-        text = "".join(line if line.endswith("\n") else line + "\n" for line in lines)
         asked = rng.randrange(NEEDLES)
-        yield f"{text}{keys[asked]} =", tuple(f" {digit}" for digit in digits), asked
+        yield "".join(lines) + f"{keys[asked]} =", tuple(f" {digit}" for digit in digits), asked
 
 
 def _hay(texts: Sequence[str], tokens: int, count_tokens: CountTokens) -> list[str]:
-    """The lines of as many of `texts` as have `tokens` tokens; a paragraph on one line comes in pieces."""
+    """The lines of as many of `texts` as have `tokens` tokens, each with its end; a paragraph on one line comes in
+    pieces."""
     hay: list[str] = []
     missing, piece = tokens, max(1, tokens // 4)            # characters
     for text in texts:
         for line in text.splitlines(keepends=True):
-            hay += [line] if len(line) <= tokens else [line[at : at + piece] for at in range(0, len(line), piece)]
+            parts = [line] if len(line) <= tokens else [line[at : at + piece] for at in range(0, len(line), piece)]
+            hay += [part if part.endswith("\n") else part + "\n" for part in parts]
         missing -= count_tokens(text)
         if missing <= 0:
             return hay

@@ -179,9 +179,11 @@ def _ask(model: HarnessLM, parts: Mapping[str, Parts]) -> dict[str, list[tuple[C
 
 
 def _answer(part: ConfigurableTask, row: Row) -> tuple[float, int]:
-    """Log-likelihood in nats of the right answer, and its bytes, the blank before it among them."""
+    """Log-likelihood in nats of the right answer, and its bytes, the blanks before it among them: the harness scores
+    with it those that end the context."""
     place = _place(part, row)
-    return row["filtered_resps"][place][0], len(row["arguments"][place][1].encode())
+    context, answer = row["arguments"][place][:2]
+    return row["filtered_resps"][place][0], len((context[len(context.rstrip()) :] + answer).encode())
 
 
 def _place(part: ConfigurableTask, row: Row) -> int:
@@ -213,8 +215,8 @@ def _score(
 ) -> PaperScore:
     asked = list(asked)
     metric, filtered = task.metric.split(",")
-    graded = asked if task.kind == "choice" else [] if isinstance(written, str) else written
-    values = [int(row[metric]) for row in graded if row["filter"] == filtered]
+    answered = [] if isinstance(written, str) else [row for row in written if row["filter"] == filtered]
+    values = [int(row[metric]) for row in (asked if task.kind == "choice" else answered)]
     if task.kind == "absent":
         why = "its data is in no package"
     elif values:
@@ -229,7 +231,7 @@ def _score(
         items=len(answers),
         bits_per_byte=bits_per_byte(answers) if answers else None,
         bits_per_byte_stderr=bits_per_byte_stderr(answers) if len(answers) > 1 else None,
-        cut=max(_cut(model, asked), 0 if isinstance(written, str) else _cut(model, written)),
+        cut=max(_cut(model, asked), _cut(model, answered)),
         left_out=why,
         by_length=max(map(fmean, zip(*lengths, strict=True))) if lengths else None,
     )

@@ -69,7 +69,7 @@ def main():
         signal.setitimer(signal.ITIMER_REAL, seconds)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         os._exit(status if status >= 0 else 128 - status)
-    exec(compile(program, "<program>", "exec"), vars(sys.modules["__main__"]))
+    exec(compile(program, "<program>", "exec"), {})     # as OpenAI's grader: no __main__, whose block would run
     os.write(said, secret.encode())
 
 main()

@@ -79,6 +79,9 @@ def main(arguments: list[str] | None = None) -> int:
     dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     try:
+        sampling.check()
+        if not sampling.temperature and sampling != Sampling():
+            raise ModelError("--top-k and --top-p: nothing is drawn at temperature 0.\nGive --temperature as well.")
         text = generate_text(options.checkpoint, read_prompt(options.prompt), options.max_new_tokens, sampling,
                              options.seed, dtype, torch.device(options.device))
     except ModelError as error:

@@ -51,7 +51,8 @@ class Characters:
 
     def __init__(self, vocabulary: Vocabulary, before: Sequence[int] = ()):
         self._tokenizer = vocabulary.tokenizer
-        self._before = [token for token in before[-1:] if UNKNOWN not in self._decode([token])]
+        last = (list(before[-size:]) for size in range(1, MOST_HELD + 1))      # bytes of a character among them
+        self._before = next((ids for ids in last if UNKNOWN not in self._decode(ids)), [])
         self._waiting: list[int] = []
 
     def add(self, token: int) -> str:
@@ -65,8 +66,8 @@ class Characters:
 
     def rest(self) -> str:
         """The text of the tokens that make no whole character."""
-        text = self._decode(self._waiting)
-        self._before, self._waiting = [], []
+        text = self._decode(self._before + self._waiting)[len(self._decode(self._before)) :]
+        self._waiting = []
         return text
 
     def _decode(self, ids: list[int]) -> str:

@@ -240,6 +240,15 @@ def test_results_are_of_the_parent_that_lies_there(tokens, scratch, scale, tmp_p
     assert before != studies.identity(scale, tokens, [first])
 
 
+def test_results_are_of_the_blend_that_lies_there(tokens, scale, tmp_path):
+    for name in ("tokens.json", "blend.json"):
+        shutil.copy(tokens / name, tmp_path)
+    before = studies.identity(scale, tmp_path, [])
+    assert before == studies.identity(scale, tokens, [])
+    (tmp_path / "blend.json").write_text((tmp_path / "blend.json").read_text().replace('"until": 1.0', '"until": 1.00'))
+    assert before != studies.identity(scale, tmp_path, [])
+
+
 def test_records_can_be_read():
     found = load_studies(ROOT / FOLDER)
     assert found

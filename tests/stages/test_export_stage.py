@@ -242,3 +242,15 @@ def rename(directory: Path, name: str, tensor: torch.Tensor | None) -> None:
     state.pop(name, None)
     save_file(state | ({name: tensor} if tensor is not None else {}), directory / "model.safetensors",
               metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("options", [
+    ["--from-hub", "hub", "--to", "megatron"], ["--from-hub", "hub", "--dtype", "float32"],
+    ["--from-hub", "hub", "--tokenizer", "other"], ["--from-megatron", "saved", "--dtype", "bfloat16"],
+    ["--from-checkpoint", "saved", "--to", "megatron", "--dtype", "float32"],
+], ids=" ".join)
+def test_an_option_that_a_conversion_has_no_use_for_is_refused(options: list[str], tmp_path: Path) -> None:
+    """What was asked for was not what was written."""
+    with pytest.raises(StageError, match=rf"^{options[-2]} {options[-1]}: would have no effect .*\nLeave it out"):
+        convert([*options, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()

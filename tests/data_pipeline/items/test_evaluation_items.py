@@ -268,3 +268,13 @@ def test_errors_say_what_to_do(tmp_path: Path, curated: Path) -> None:
     (bare / "train/part-0.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match=r"train/part-0.parquet: cannot be read"):
         evaluation_items.build(bare, **SIZES)
+
+
+def test_line_ends_that_a_needles_context_is_given_count() -> None:
+    """A paragraph on one line comes in pieces, and of a tokenizer of words a piece has few tokens."""
+    def count_tokens(text: str) -> int:
+        return len(re.findall(r" ?\w+|\W", text))
+
+    asked = context_items.needles(["history of the language " * 400], 128, count_tokens, random.Random(1))
+    for context, choices, answer in islice(asked, 5):
+        assert 96 < count_tokens(context + choices[answer]) <= 128

@@ -294,9 +294,20 @@ def test_what_grades_mathematics_may_be_missing_and_programs_run_apart(
     model.cut.clear()
     gsm8k, humaneval, math500 = run_paper_tasks(model, tasks, Few(), 2, "text")
     assert gsm8k.right == [0, 0] and gsm8k.score == 0 and gsm8k.left_out == ""
-    assert gsm8k.cut == 2
+    assert gsm8k.cut == 1                       # of two, though two filters read each answer
     assert all(prompt.startswith("Q: ") and prompt.count("\nA:") == 9 for prompt in written)
     assert humaneval.score is None and "`evaluate.generation`" in humaneval.left_out
     assert math500.right == [0, 0] or math500.left_out.startswith("not written: ")
     [humaneval] = run_paper_tasks(model, [OF["humaneval"]], Few(), 2, "code")
     assert len(humaneval.right) == 2 and "def " in written[-1]
+
+
+def test_blanks_that_end_a_context_are_scored_and_counted(model: Keeps, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the line's end before every program of HumanEval and MBPP."""
+    bits = []
+    for context, answer in (("Question:\n  ", "x = 1"), ("Question:", "\n  x = 1")):
+        row = {"context": context, "continuation": answer, "level": ""}
+        monkeypatch.setattr(Few, "requests", lambda self, name, row=row: [row])
+        [scored] = run_paper_tasks(model, [OF["mbpp"]], Few(), 1, "none")
+        bits.append(scored.bits_per_byte)
+    assert bits[0] == pytest.approx(bits[1], rel=1e-6)

@@ -183,6 +183,8 @@ def test_tokenizers_that_do_not_fit(directory, content, message, capsys, monkeyp
 
 @pytest.mark.parametrize(("options", "message"), [
     (("--temperature", "-1"), "temperature is -1"), (("--top-p", "0"), "top_p is 0"),
+    (("--top-k", "5"), "--top-k and --top-p: nothing is drawn at temperature 0"),
+    (("--top-p", "0.9"), "--top-k and --top-p: nothing is drawn at temperature 0"),
     (("--max-new-tokens", "0"), "max_new_tokens is 0"), (("--seed", str(10**20)), "seed is 1000"),
     (("--prompt", "caf\udce9"), "prompt: byte 3 is not UTF-8"),
     (("--max-new-tokens", "100000"), "prompt: 5 tokens and 100000 new ones need 0.0"),
@@ -205,3 +207,14 @@ def refuse(directory: Path, message: str, capsys, monkeypatch, *options: str) ->
     assert run(directory, *options) == 1
     found = capsys.readouterr()
     assert message in found.err and found.err.strip().count("\n") == 1 and not found.out
+
+
+def test_a_blank_stays_behind_bytes():
+    """Llama's decoder takes it off the first token, and bytes of a character are no token to stand behind."""
+    tokenizer = byte_tokenizer([*WORDS, "\u2581the"])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                           decoders.Strip(" ", 1, 0)])
+    vocabulary, blank, smile = Vocabulary(tokenizer, 2, [2]), len(WORDS), [4 + byte for byte in "🙂".encode()]
+    assert list(pieces(vocabulary, [blank], smile)) == [" the"]
+    stray = [4 + 0xFF] * text_generation.MOST_HELD
+    assert "".join(pieces(vocabulary, [*stray, blank], [blank])) == "\ufffd" * len(stray) + " the"
