@@ -17,10 +17,11 @@ from stages.frame.common import Stage, run_stage
 def items(stage: Stage) -> dict[str, Any]:
     """Make the evaluation items; metrics."""
     from data_pipeline.items import evaluation_items
+    from data_pipeline.tokenize.segment_encoder import SegmentEncoder
     from data_pipeline.tokenize.tokenizer import MODEL_FILE, Tokenizer
 
     config = stage.params.evaluate
-    curated, tokenizer = stage.input("curated"), Tokenizer(stage.input("tokenizer", MODEL_FILE))
+    curated, encoder = stage.input("curated"), SegmentEncoder(Tokenizer(stage.input("tokenizer", MODEL_FILE)))
 
     made = evaluation_items.build(
         curated,
@@ -30,14 +31,15 @@ def items(stage: Stage) -> dict[str, Any]:
         context_tokens=config.context_tokens,
         context_multiples=config.context_multiples,
         items_per_context=config.items_per_context,
-        encode=tokenizer.encode,
+        encode=encoder.encode_text,
         seed=stage.params.seed,
     )
     texts = [item.text for domain in made.texts.values() for item in domain]
-    tokens = sum(map(len, tokenizer.encode_batch(texts)))
+    tokens = sum(len(encoder.encode_text(text)) for text in texts)
     window_bytes = sum(len(text.encode()) for text in texts) * config.context_tokens // tokens
     with stage.output("items") as out:
-        evaluation_items.write(out / "items.json", made, evaluation_items.control(made, window_bytes, tokenizer.encode))
+        controls = evaluation_items.control(made, window_bytes, encoder.encode_text)
+        evaluation_items.write(out / "items.json", made, controls)
     return {
         **{f"{domain}_texts": len(members) for domain, members in made.texts.items()},
         **{f"{task}_items": len(members) for task, members in made.tasks.items()},

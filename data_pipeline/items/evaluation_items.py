@@ -27,18 +27,21 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache, lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from data_pipeline.config import DataError
 from data_pipeline.curated import batches, manifest, shards
 from data_pipeline.items import context_items
 from data_pipeline.items.context_items import Asked, CountTokens
 from data_pipeline.items.syntax_pairs import faulty_lines
-from data_pipeline.text.ngrams import hash_set, is_in, ngram_hashes
+from data_pipeline.text.ngrams import hash_set, is_in, ngrams_in, readings
+from data_pipeline.text.words import passages_of
 
 OVERSUPPLY = 2                  # items made for each one wanted: some are refused
 DOCUMENTS_PER_DOMAIN = 12       # at least, so that the standard error over documents means something
@@ -125,7 +128,8 @@ def build(
     Raises DataError where a domain or task gets no item at all, or a recall item cannot fit the context.
     """
     ngram, heldout = manifest(curated, "decontamination_ngram", "heldout")
-    documents = [Document(**row) for row in _rows(curated, "heldout", ["id", "domain", "text"])]
+    documents = [Document(**row) for batch in _batches(curated, "heldout", ["id", "domain", "text"])
+                 for row in batch.to_pylist()]
     by_domain = {domain: [document for document in documents if document.domain == domain] for domain in heldout}
     wanted, costs = OVERSUPPLY * items_per_task, Costs(encode)
     domain_bytes = 1000 * bits_per_byte_kilobytes
@@ -187,19 +191,24 @@ def read(path: Path) -> tuple[EvaluationItems, dict[str, float]]:
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
-def _rows(curated: Path, split: str, columns: list[str]) -> Iterator[dict[str, str]]:
-    return (row for shard in shards(curated, split) for batch in batches(shard, columns) for row in batch.to_pylist())
+def _batches(curated: Path, split: str, columns: list[str]) -> Iterator[pa.Table]:
+    return (batch for shard in shards(curated, split) for batch in batches(shard, columns))
 
 
 def _seen_in_training(texts: Sequence[str], curated: Path, n: int) -> list[str]:
     """Those of `texts` that share an n-gram of words with a training document."""
-    hashes = [ngram_hashes(text, n) for text in texts]
-    known = np.unique(np.concatenate(hashes))
-    table, found = hash_set(known), np.zeros(len(known), dtype=bool)
-    for row in _rows(curated, "train", ["text"]):
-        there = ngram_hashes(row["text"], n)
-        found[np.searchsorted(known, there[is_in(there, table)])] = True
-    return [text for text, mine in zip(texts, hashes, strict=True) if found[np.searchsorted(known, mine)].any()]
+    ours = readings(pa.table({"text": pa.array(texts, pa.string())}))
+    known, shared = hash_set(np.concatenate([ngrams_in(words, n) for words in ours])), [np.empty(0, np.uint64)]
+    for batch in _batches(curated, "train", ["text"]):
+        for words in readings(batch):
+            there = ngrams_in(words, n)
+            shared.append(there[is_in(there, known)])
+    found, seen = hash_set(np.concatenate(shared)), np.zeros(len(texts), np.int64)
+    for words in ours:
+        passages = passages_of(words, n)
+        hits = np.flatnonzero(is_in(passages, found) & (passages != 0))
+        seen += np.bincount(np.searchsorted(words.first, hits, "right") - 1, minlength=len(texts))
+    return [text for text, hits in zip(texts, seen.tolist(), strict=True) if hits]
 
 
 # --- bits per byte ------------------------------------------------------------------------------------------------
@@ -259,16 +268,20 @@ def _syntax_pairs(
             break
         lines = document.text.split("\n")
 
-        def admissible(row: int, wrong: str, lines: list[str] = lines) -> bool:
-            context = _last_lines(lines[:row], context_size)
+        @cache
+        def before(row: int, lines: list[str] = lines) -> str:
+            return _last_lines(lines[:row], context_size)
+
+        def admissible(row: int, wrong: str, lines: list[str] = lines, before: Callable[[int], str] = before) -> bool:
+            context = before(row)
             true, false = context + lines[row] + "\n", context + wrong + "\n"
-            if len(context.strip()) < context_size // 4 or not costs.equal(false, costs.of(true)):
+            if len(context.strip()) < context_size // 4 or not costs.equal(true, false):
                 return False
             change = costs.change(true, false)
             return couples[True] <= couples[False] if change == change[::-1] else change not in waiting
 
         for row, wrong in islice(faulty_lines(document.text, used, rng, admissible), PAIRS_PER_DOCUMENT):
-            context = _last_lines(lines[:row], context_size)
+            context = before(row)
             identity = f"syntax_pairs/{document.id[:16]}/{row + 1}"
             item = _shuffled(identity, context, (lines[row] + "\n", wrong + "\n"), rng)
             change = costs.change(context + lines[row] + "\n", context + wrong + "\n")
@@ -358,27 +371,27 @@ class Costs:
     """What a text costs without any training of a model: bytes by either compressor, and tokens."""
 
     def __init__(self, encode: Encode):
-        self.encode = encode
+        # A true line is compared with many wrong ones: what it costs is known already.
+        self.encode = lru_cache(4)(encode)
         self.measures: tuple[Measure, ...] = (
-            lambda text: deflate_size(text.encode()), self.tokens, lambda text: lzma_size(text.encode())
+            lru_cache(4)(lambda text: deflate_size(text.encode())), self.tokens,
+            lru_cache(4)(lambda text: lzma_size(text.encode())),
         )
 
     def tokens(self, text: str) -> int:
         """How many tokens `text` has."""
         return len(self.encode(text))
 
-    def of(self, text: str) -> list[int]:
-        """`text` by each measure, in their order."""
-        return [measure(text) for measure in self.measures]
-
-    def equal(self, text: str, costs: list[int]) -> bool:
-        """Whether `text` costs just as much; the quickest measure is asked first."""
-        return all(measure(text) == cost for measure, cost in zip(self.measures, costs, strict=True))
+    def equal(self, text: str, other: str) -> bool:
+        """Whether the two cost the same by each measure; the quickest is asked first."""
+        return all(measure(text) == measure(other) for measure in self.measures)
 
     def change(self, text: str, other: str) -> Change:
         """Tokens of `text` alone, and of `other` alone; neither where the same ones stand in another order."""
-        ours, theirs = Counter(self.encode(text)), Counter(self.encode(other))
-        return frozenset((ours - theirs).items()), frozenset((theirs - ours).items())
+        ours, theirs = self.encode(text), self.encode(other)
+        same = next((place for place, (one, its) in enumerate(zip(ours, theirs, strict=False)) if one != its), 0)
+        go, come = Counter(ours[same:]), Counter(theirs[same:])
+        return frozenset((go - come).items()), frozenset((come - go).items())
 
 
 def control(items: EvaluationItems, window_bytes: int, encode: Encode) -> dict[str, float]:

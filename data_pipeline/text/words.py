@@ -226,6 +226,14 @@ def _memory(column: pa.ChunkedArray) -> list[tuple[int, int, int]]:
             for chunk in column.chunks]
 
 
+def one_text(text: str) -> Texts:
+    """`text` alone. Numba compiles anew for a writable array: it takes the same code as a shard."""
+    data = text.encode()
+    offsets = np.array([0, len(data)])
+    offsets.flags.writeable = False
+    return Texts(np.frombuffer(data, np.uint8), offsets)
+
+
 def _view(column: pa.ChunkedArray) -> Texts:
     array = column.cast(pa.large_string()).combine_chunks()
     if isinstance(array, pa.ChunkedArray):              # of no chunk at all
@@ -249,14 +257,7 @@ def _words(texts: Texts) -> Words:
 
 def words(text: str) -> tuple[UInt64, Int64, Int64]:
     """Hash, first byte and byte past the end (in the text's UTF-8) of each word, in order."""
-    data = text.encode()
-    return _words(Texts(np.frombuffer(data, np.uint8), _readonly(np.array([0, len(data)]))))[:3]
-
-
-def _readonly(values: Int64) -> Int64:
-    """Numba compiles anew for a writable array: one text takes the same code as a shard."""
-    values.flags.writeable = False
-    return values
+    return _words(one_text(text))[:3]
 
 
 def ngrams_of(words: Words, n: int) -> tuple[UInt64, Int64]:

@@ -22,7 +22,7 @@ import numpy as np
 from numba import njit, uint64
 from numpy.typing import NDArray
 
-from data_pipeline.text.words import Int64, Texts, UInt8, UInt64
+from data_pipeline.text.words import Int64, Texts, UInt8, UInt64, one_text
 from data_pipeline.tokenize.tokenizer import SPACE, Tokenizer
 
 Int32 = NDArray[np.int32]
@@ -63,6 +63,11 @@ class SegmentEncoder:
             result += self._encode(texts.buffer, offsets[first:last])
             first = last - 1
         return np.concatenate(result)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of one text, without an end-of-document id."""
+        ids: list[int] = self.encode(one_text(text))[:-1].tolist()
+        return ids
 
     def _encode(self, buffer: UInt8, offsets: Int64) -> Iterator[Int32]:
         ends = _split(buffer, offsets, self._joined)

@@ -33,6 +33,7 @@ NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6     # ModelProto.SentencePiece.Type
 BPE = 2                                         # TrainerSpec.ModelType
 # SentencePiece drops a whole document that holds the character it marks unknown ones with.
 RESERVED_BY_SENTENCEPIECE = "\u2585"
+FEW = 64                     # texts: SentencePiece starts a thread for a list of them, which takes longer
 LONGEST_DOCUMENT = 2**30     # bytes, as large as SentencePiece allows; its default drops documents over 4192
 
 
@@ -77,7 +78,9 @@ class Tokenizer:
 
     def encode_segments(self, segments: list[bytes]) -> list[list[int]]:
         """Ids of each piece of UTF-8 text."""
-        ids: list[list[int]] = self._model.encode(segments)
+        if len(segments) < FEW:
+            return [self._model.encode(segment) for segment in segments]
+        ids: list[list[int]] = self._model.encode(segments, num_threads=1)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
