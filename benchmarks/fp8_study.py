@@ -83,7 +83,7 @@ def recipe(sizes: Sizes) -> PretrainConfig:
         tokens=sizes.steps * sizes.sequences * sizes.length, global_batch_size=sizes.sequences,
         micro_batch_size=sizes.sequences, learning_rate=sizes.learning_rate,
         min_learning_rate=sizes.learning_rate / 100, warmup_fraction=0.05, decay_style="cosine", weight_decay=0.1,
-        adam_betas=(0.9, 0.95), clip_grad=1.0, bf16_layers_at_start=4, bf16_layers_at_end=4, evaluations=10,
+        adam_betas=(0.9, 0.95), clip_grad=1.0, bf16_layers_at_start=4, bf16_layers_at_end=4, evaluations=1,
         checkpoint_every=(sizes.steps + 1) // 2,
     )
 

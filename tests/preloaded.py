@@ -2,6 +2,8 @@
 
 import gc
 
+import torch._dynamo  # noqa: F401    # as the first optimizer does
+
 import data_pipeline.curate.curation
 import data_pipeline.tokenize.tokenization  # noqa: F401
 import model.compression.funnel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from stages.report.claims import judge_study
 from stages.report.statistics import Answer
 
 ROOT = Path(__file__).parents[2]
-SIZES = fp8_study.CPU._replace(steps=28)
+SIZES = fp8_study.CPU._replace(layers=10, learning_rate=2e-2, steps=13)
 PAIR = {"BF16": ARMS["BF16"], "FP8": ARMS["FP8"]}
 
 
@@ -27,39 +28,47 @@ def trained(
     return losses(model_config(sizes, architecture, 64), recipe(sizes), 1, tokens, scratch)
 
 
-def test_an_arm_goes_on_as_the_bf16_run_did_and_fp8_does_not(tokens, tmp_path, monkeypatch):
-    found = trained(PAIR | {"same": Arm("bf16", {})}, tokens, tmp_path, monkeypatch)
+@pytest.fixture(scope="module")
+def alike(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, float], Path]:
+    """Losses, one arm changing nothing, and the scratch directory."""
+    directory = tmp_path_factory.mktemp("alike")
+    with pytest.MonkeyPatch.context() as patch:
+        return trained(PAIR | {"same": Arm("bf16", {})}, tokens, directory, patch), directory
+
+
+def test_an_arm_goes_on_as_the_bf16_run_did_and_fp8_does_not(alike):
+    found, directory = alike
     for metric in ("training loss", "validation loss"):
         assert found[f"same, {metric}"] == found[f"BF16, {metric}"] != found[f"FP8, {metric}"]
         assert found[f"FP8, {metric}"] == pytest.approx(found[f"BF16, {metric}"], rel=0.02)
-    first = (tmp_path / "BF16" / "training.csv").read_text().splitlines()
-    tail = [float(line.split(",")[2]) for line in first[-6:]]            # 28 steps: the last fifth is six
-    assert found["BF16, training loss"] == pytest.approx(sum(tail) / 6)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["BF16"]
+    first = (directory / "BF16" / "training.csv").read_text().splitlines()
+    tail = [float(line.split(",")[2]) for line in first[-3:]]            # 13 steps: the last fifth is three
+    assert found["BF16, training loss"] == pytest.approx(sum(tail) / 3)
+    assert sorted(path.name for path in directory.iterdir()) == ["BF16"]
 
 
-def test_an_arm_changes_what_it_says_and_nothing_else(tokens, tmp_path, monkeypatch):
+def test_an_arm_changes_what_it_says_and_nothing_else(alike, tokens, tmp_path, monkeypatch):
     class Careless(fp8_study.ArmTrainer):
         def __init__(self, config, recipe, *rest):
             super().__init__(config, recipe.model_copy(update={"clip_grad": 2.0} if rest[0] == "fp8" else {}), *rest)
 
     monkeypatch.setattr(fp8_study, "ArmTrainer", Careless)
     with pytest.raises(ModelError, match=r"state of another run: clip_grad 1\.0 and now 2\.0"):
-        trained(PAIR, tokens, tmp_path, monkeypatch)
+        trained(PAIR, tokens, shutil.copytree(alike[1], tmp_path / "scratch"), monkeypatch)
 
 
-def test_fp8_that_computes_in_bf16_is_an_error(tokens, tmp_path, monkeypatch):
+def test_fp8_that_computes_in_bf16_is_an_error(alike, tokens, tmp_path, monkeypatch):
     class Bf16(fp8_study.ArmTrainer):
         def __init__(self, config, recipe, precision, *rest):
             super().__init__(config, recipe, "bf16", *rest)
 
     monkeypatch.setattr(fp8_study, "ArmTrainer", Bf16)
     with pytest.raises(ModelError, match="FP8: the same loss as in BF16"):
-        trained(PAIR, tokens, tmp_path, monkeypatch)
+        trained(PAIR, tokens, shutil.copytree(alike[1], tmp_path / "scratch"), monkeypatch)
 
 
 def test_a_model_that_does_not_learn_is_an_error(tokens, tmp_path, monkeypatch):
-    sizes = SIZES._replace(learning_rate=1e-4, steps=20)                # a little below where it started
+    sizes = SIZES._replace(learning_rate=1e-4, steps=8)                # a little below where it started
     with pytest.raises(ModelError, match=r"BF16: the validation loss .* it did not learn"):
         trained({"BF16": ARMS["BF16"]}, tokens, tmp_path, monkeypatch, sizes, "transformer")
 

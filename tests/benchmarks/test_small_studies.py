@@ -47,7 +47,7 @@ def scale(tokens):
     return found._replace(
         recall=found.recall._replace(steps=2, layers=13, hidden=16),
         formats=found.formats._replace(layers=10, learning_rate=2e-2, steps=12),
-        recipe=found.recipe.model_copy(update={"tokens": 1024}),
+        recipe=found.recipe.model_copy(update={"tokens": 512}),
         compress=found.compress.model_copy(update={
             "validation_samples": 8, "short_distillation_tokens": 128, "distillation_tokens": 256}),
     )
