@@ -44,8 +44,8 @@ def runs(copy, monkeypatch):
     return copy
 
 
-def build():
-    metrics = report(report_stage())
+def build(stage=None):
+    metrics = report(stage or report_stage())
     return metrics, Path("reports/cpu/index.html").read_text()
 
 
@@ -213,7 +213,7 @@ def test_a_record_that_is_cut_or_has_lost_something_is_named(runs, monkeypatch, 
         for fault, text in spoiled(path):
             path.write_text(text)
             capsys.readouterr()
-            text = build()[1]
+            text = build(stage)[1]
             named = path.as_posix() in capsys.readouterr().out and path.as_posix() in text
             if not named and (fault == "cut" or Path("reports/cpu/claims.json").read_text() == whole):
                 silent.append(f"{path} {fault}")
