@@ -628,7 +628,7 @@ def _follow(log: Path, on_line: Callable[[str], None], ended: threading.Event) -
             elif last_look:
                 return
             else:
-                time.sleep(0.2)
+                ended.wait(0.2)
 
 
 def _last_words(log: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import subprocess
@@ -85,36 +84,25 @@ def without_prefect() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prefect's, as its server makes it at the first start, which takes long: one for all of pytest's workers."""
-    ours = tmp_path_factory.getbasetemp()
-    home = (ours.parent if "PYTEST_XDIST_WORKER" in os.environ else ours) / "prefect"
-    home.mkdir(exist_ok=True)
-    with (home / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (home / "made").exists():
-            subprocess.run([sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"], check=True,
-                           env=without_prefect() | {"PREFECT_HOME": str(home)}, capture_output=True)
-            (home / "made").touch()
+    """Prefect's, as its server makes it at the first start, which takes long: one for the flows of all slow tests."""
+    home = tmp_path_factory.mktemp("prefect")
+    subprocess.run([sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"], check=True,
+                   env=without_prefect() | {"PREFECT_HOME": str(home)}, capture_output=True)
     return home / "prefect.db"
 
 
 @pytest.fixture
-def environment(repository: Path, database: Path) -> dict[str, str]:
-    """For a process that runs the flow here: this checkout's packages, a Prefect of its own."""
+def apart(repository: Path) -> dict[str, str]:
+    """For a process here: this checkout's packages, a Prefect of its own, which has no record of runs yet."""
     (repository / ".prefect").mkdir()
-    shutil.copy(database, repository / ".prefect")
     return without_prefect() | {"PREFECT_HOME": str(repository / ".prefect")}
 
 
 @pytest.fixture
-def reproduce(environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`python -m flows.reproduce ARGUMENTS`, waited for."""
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "flows.reproduce", *arguments]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
-
-    return run
+def environment(apart: dict[str, str], database: Path) -> dict[str, str]:
+    """For a process that runs the flow."""
+    shutil.copy(database, apart["PREFECT_HOME"])
+    return apart
 
 
 @pytest.fixture

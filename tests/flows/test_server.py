@@ -27,8 +27,6 @@ import pytest
 from flows import server
 from tests.flows.conftest import without_prefect
 
-Reproduce = Callable[..., subprocess.CompletedProcess[str]]
-
 
 def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
     deadline = time.monotonic() + seconds
@@ -104,7 +102,7 @@ def is_refused(url: str, **headers: str) -> bool:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_runs_wait_for_one_another_are_cancelled_killed_with_the_pages_and_tried_again(
-    repository: Path, environment: dict[str, str], reproduce: Reproduce, tmp_path: Path
+    repository: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
     work = repository / "work.py"           # of the long stages a few quick steps, then none ends before the test does
     pace = "0.02 if seconds < '1' else 0.5 if step < done + 4 else 100"
@@ -120,7 +118,8 @@ def test_runs_wait_for_one_another_are_cancelled_killed_with_the_pages_and_tried
         assert is_refused(url, Host=f"example.org:{port}")              # a name that was made to lead here
         assert not is_refused(url, Origin=url) and not is_refused(url, Origin=f"http://localhost:{port}")
 
-        done = reproduce("--stages", "first")
+        command = [sys.executable, "-m", "flows.reproduce", "--stages", "first"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stdout.startswith(f"Watch this run at {url}\n") and "Starting a temporary" not in done.stdout
         [reported] = ask(f"{url}/api/flow_runs/filter", {})
@@ -139,7 +138,6 @@ def test_runs_wait_for_one_another_are_cancelled_killed_with_the_pages_and_tried
         other = shutil.copytree(repository, tmp_path / "other")
         assert (other / ".prefect/server.json").exists()
         assert "dvc" in (other / ".dvc/tmp/rwlock").read_text()         # whose locks name processes of the other
-        command = [sys.executable, "-m", "flows.reproduce", "--stages", "first"]
         done = subprocess.run(command, cwd=other, env=environment | {"PREFECT_HOME": str(other / ".prefect")},
                               capture_output=True, text=True)
         assert done.returncode == 0 and done.stdout.startswith("Starting a temporary"), done.stdout + done.stderr
@@ -172,10 +170,10 @@ def test_runs_wait_for_one_another_are_cancelled_killed_with_the_pages_and_tried
     assert not (repository / ".prefect/server.json").exists()
 
 
-def test_pages_that_end_before_their_server_answers_leave_none(repository: Path, environment: dict[str, str]) -> None:
+def test_pages_that_end_before_their_server_answers_leave_none(apart: dict[str, str]) -> None:
     port = free_port()
     command = [sys.executable, "-m", "flows.server", "--port", str(port)]
-    ui = psutil.Popen(command, env=environment, stdout=subprocess.PIPE)
+    ui = psutil.Popen(command, env=apart, stdout=subprocess.PIPE)
     tree = wait_for(lambda: ui.children(recursive=True))
     ui.terminate()
     ui.wait(30)
@@ -185,13 +183,13 @@ def test_pages_that_end_before_their_server_answers_leave_none(repository: Path,
         probe.bind(("127.0.0.1", port))
 
 
-def test_a_port_in_use_is_named(repository: Path, environment: dict[str, str]) -> None:
+def test_a_port_in_use_is_named(apart: dict[str, str]) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
         command = [sys.executable, "-m", "flows.server", "--port", str(port)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, env=apart, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.splitlines() == [f"Port {port} is in use.", f"Choose another: make ui PORT={port + 1}"]
 

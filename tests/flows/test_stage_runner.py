@@ -254,7 +254,7 @@ def test_time_in_which_another_stage_has_the_gpu_is_not_the_stages(
     monkeypatch.setattr(dvc_graph, "SECONDS_BETWEEN_LOOKS", 0.1)
     work = repository / "work.py"
     work.write_text("import time\ntime.sleep(30)\n" + work.read_text())
-    runner = StageRunner(5, 1.0 / 60, ["0"])
+    runner = StageRunner(5, 0.4 / 60, ["0"])
     other = Node("other", frozenset(), False, 1, 9)
     errors: list[StageFailed] = []
 
@@ -268,7 +268,7 @@ def test_time_in_which_another_stage_has_the_gpu_is_not_the_stages(
     with runner._slot(other):
         runner._computes(other)
         thread.start()
-        time.sleep(3)
+        time.sleep(1.5)
         assert not errors
     thread.join(20)
     assert "took longer than" in str(errors[0])
@@ -357,7 +357,7 @@ def test_who_has_the_lock_that_dvc_waits_for_is_said(
     for calls in (lambda _: dvc_graph.dvc("dag"), lambda watch: StageRunner(2, 1).run(nodes["first"], ignore, watch)):
         with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
             assert holder.stdin and holder.stdout and holder.stdout.readline() == b"held\n"
-            threading.Timer(3, holder.stdin.close).start()
+            threading.Timer(2, holder.stdin.close).start()
             calls(seen.append)
             said = f"Waiting for .dvc/tmp/lock, which process {holder.pid} has: let it end, or `kill -9` it."
             assert [*capfd.readouterr().err.splitlines(), *(line for line in seen if "Waiting" in line)] == [said]
@@ -394,15 +394,15 @@ def test_a_stage_that_a_signal_ends_says_so_and_goes_on(repository: Path, begun:
 FULL_CACHE = """
 import sys
 from flows import dvc_graph
-dvc_graph.allow_no_git()
+first = dvc_graph.Node("first", frozenset(), False, 0, 0)
 try:
-    print(dvc_graph.StageRunner(1, 5).run(dvc_graph.graph()["first"], print, print))
+    print(dvc_graph.StageRunner(1, 5).run(first, print, print))
 except dvc_graph.StageFailed as failure:
     sys.exit(str(failure))
 """
 
 
-def test_a_cache_that_is_full_is_told_and_nothing_is_lost(repository: Path) -> None:
+def test_a_cache_that_is_full_is_told_and_nothing_is_lost(nodes: dict[str, Node]) -> None:
     """DVC's cache on a disk of its own, which is full before the first output is committed."""
     Path(".dvc/cache").mkdir()
     full = subprocess.run([*on_full(".dvc/cache", "8k"), sys.executable, "-c", FULL_CACHE], capture_output=True,
@@ -410,8 +410,8 @@ def test_a_cache_that_is_full_is_told_and_nothing_is_lost(repository: Path) -> N
     assert full.returncode == 1 and "No space left on device" in full.stderr, full
     assert full.stderr.splitlines()[-1] == "Log: logs/first.log. Run the same command again: it resumes."
     dvc_graph.mend(1e9)
-    assert StageRunner(1, 5).run(dvc_graph.graph()["first"], ignore, ignore) == "ran"
-    assert dvc_graph.stale({"first": dvc_graph.graph()["first"]}) == set()
+    assert StageRunner(1, 5).run(nodes["first"], ignore, ignore) == "ran"
+    assert dvc_graph.stale({"first": nodes["first"]}) == set()
 
 
 def test_stop_ends_processes_frees_locks_and_the_stage_resumes(repository: Path, begun: dict[str, Node]) -> None:

@@ -9,7 +9,6 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ import pytest
 from flows import dvc_graph, server
 from flows.console import Console
 from flows.dvc_graph import GraphError
-from tests.archive import oddly_surrounded
 from tests.namespaces import MOUNTS, ORDINARY, unshare
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,15 +30,6 @@ def toy(stage):
 
 run_stage(toy, "A stage.", ())
 """
-
-
-def test_a_run_in_odd_surroundings(repository: Path, environment: dict[str, str]) -> None:
-    with oddly_surrounded(environment) as odd:
-        done = subprocess.run([sys.executable, "-m", "flows.reproduce"], env=odd, capture_output=True, encoding="utf-8")
-    assert done.returncode == 0 and "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
-    assert Path("last.txt").read_text() == "lastsecond-leftfirst"
-    assert {Path(name).stat().st_mode & 0o077 for name in ("last.txt", "dvc.lock", "logs/last.log")} == {0}
-    assert not list(repository.rglob("*.pyc"))
 
 
 def run_toy(*before: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
@@ -172,6 +161,7 @@ cat last.txt
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_ends_the_run_and_with_room_the_same_command_goes_on(
     repository: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -209,16 +199,6 @@ def test_a_record_of_runs_that_cannot_be_used_says_so(repository: Path, monkeypa
     (repository / "prefect.db").write_bytes(b"no database" * 999)
     with pytest.raises(SystemExit, match=r"prefect\.db: file is not a database\.\n.*`rm -r"):
         server.check_database()
-
-
-def test_a_server_of_ones_own_that_is_gone_is_named(
-    environment: dict[str, str], reproduce: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
-    environment["PREFECT_API_URL"] = "http://127.0.0.1:9/api"
-    done = reproduce()
-    assert done.returncode == 1
-    assert done.stderr.startswith("PREFECT_API_URL=http://127.0.0.1:9/api: no server answers")
-    assert len(done.stderr.splitlines()) == 2, done.stderr
 
 
 def test_a_reader_that_leaves_does_not_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

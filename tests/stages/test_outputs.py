@@ -58,6 +58,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def repository(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     subprocess.run(["cp", "-a", f"{finished}/.", tmp_path], check=True)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dvc_graph, "SECONDS_TO_GATHER", 0)          # one stage after the other
     outputs._cache.cache_clear()
     return tmp_path
 

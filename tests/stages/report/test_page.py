@@ -21,6 +21,16 @@ from stages.report.records import RecordError
 from stages.report.study_schema import FOLDER
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """The templates, which each page compiles."""
+    kept = jinja2.FileSystemBytecodeCache(str(tmp_path_factory.mktemp("templates")))
+    compiled = functools.partial(jinja2.Environment, bytecode_cache=kept)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stages.report.page.jinja2", SimpleNamespace(**vars(jinja2) | {"Environment": compiled}))
+        yield
+
+
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     """Records, and the page of them when nothing is wrong."""
@@ -44,8 +54,8 @@ def runs(copy, monkeypatch):
     return copy
 
 
-def build():
-    metrics = report(report_stage())
+def build(stage=None):
+    metrics = report(stage or report_stage())
     return metrics, Path("reports/cpu/index.html").read_text()
 
 
@@ -199,8 +209,6 @@ MAY_BE_EMPTY = re.compile("|".join((        # or is not on the page
 
 def test_a_record_that_is_cut_or_has_lost_something_is_named(runs, monkeypatch, capsys):
     """Each in turn; in its place on the page, and in the log or in a claim that can then not be told."""
-    compiled = functools.partial(jinja2.Environment, bytecode_cache=jinja2.FileSystemBytecodeCache(str(runs)))
-    monkeypatch.setattr("stages.report.page.jinja2", SimpleNamespace(**vars(jinja2) | {"Environment": compiled}))
     for draw in ("lines", "histogram"):
         monkeypatch.setattr(figures, draw, lambda *_: "<svg></svg>")
     stage, silent = report_stage(), []
@@ -213,7 +221,7 @@ def test_a_record_that_is_cut_or_has_lost_something_is_named(runs, monkeypatch, 
         for fault, text in spoiled(path):
             path.write_text(text)
             capsys.readouterr()
-            text = build()[1]
+            text = build(stage)[1]
             named = path.as_posix() in capsys.readouterr().out and path.as_posix() in text
             if not named and (fault == "cut" or Path("reports/cpu/claims.json").read_text() == whole):
                 silent.append(f"{path} {fault}")
