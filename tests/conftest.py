@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,7 +19,6 @@ if not torch.cuda.is_available():
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from data_pipeline.tokenize.indexed_dataset import IndexedDatasetWriter
-from tests import forked_dvc
 
 VOCABULARY = 64
 # A worker takes whole files: those that take longest start first, lest one be left alone at the end.
@@ -96,13 +94,6 @@ def no_wait_for_the_disk() -> Iterator[None]:
     for."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def dvc_is_forked() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subprocess, "Popen", forked_dvc.Popen)
         yield
 
 

@@ -74,6 +74,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 JSON = json.JSONDecoder(object_pairs_hook=_object, parse_int=float)      # which takes any number of digits
+# Of an object its values, those of a name that stands in it twice as well.
+VALUES = json.JSONDecoder(object_pairs_hook=lambda pairs: [value for _, value in pairs], parse_int=float)
 Entry = tuple[str, dict[str, Any]]      # the place of a record, and the record
 
 
@@ -582,7 +584,7 @@ def _all_values(text: str) -> Iterator[Any]:
     """JSON one after another, on a line each or on several. Raises ValueError."""
     end = 0
     while (start := BLANK.match(text, end).end()) < len(text):          # type: ignore[union-attr]
-        value, end = JSON.raw_decode(text, start)
+        value, end = VALUES.raw_decode(text, start)
         yield value
 
 

@@ -254,7 +254,7 @@ def test_time_in_which_another_stage_has_the_gpu_is_not_the_stages(
     monkeypatch.setattr(dvc_graph, "SECONDS_BETWEEN_LOOKS", 0.1)
     work = repository / "work.py"
     work.write_text("import time\ntime.sleep(30)\n" + work.read_text())
-    runner = StageRunner(5, 0.4 / 60, ["0"])
+    runner = StageRunner(5, 1.0 / 60, ["0"])
     other = Node("other", frozenset(), False, 1, 9)
     errors: list[StageFailed] = []
 
@@ -268,7 +268,7 @@ def test_time_in_which_another_stage_has_the_gpu_is_not_the_stages(
     with runner._slot(other):
         runner._computes(other)
         thread.start()
-        time.sleep(1.5)
+        time.sleep(3)
         assert not errors
     thread.join(20)
     assert "took longer than" in str(errors[0])
@@ -357,7 +357,7 @@ def test_who_has_the_lock_that_dvc_waits_for_is_said(
     for calls in (lambda _: dvc_graph.dvc("dag"), lambda watch: StageRunner(2, 1).run(nodes["first"], ignore, watch)):
         with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
             assert holder.stdin and holder.stdout and holder.stdout.readline() == b"held\n"
-            threading.Timer(2, holder.stdin.close).start()
+            threading.Timer(3, holder.stdin.close).start()
             calls(seen.append)
             said = f"Waiting for .dvc/tmp/lock, which process {holder.pid} has: let it end, or `kill -9` it."
             assert [*capfd.readouterr().err.splitlines(), *(line for line in seen if "Waiting" in line)] == [said]

@@ -140,6 +140,7 @@ def test_evaluation_files_are_read_as_sources_are(tmp_path, capsys):
         ("a.tsv", f"id\tq\n1\t{question}\n".encode()), ("README", question.encode("utf-16")),
         ("b.csv", f"id;q\n1;{question.replace('hill', 'hill,')}\n".encode()),
         ("b.jsonl", record.replace(b'"}', b'\\ud800"}')),
+        ("c.jsonl", record.replace(b'"}', b'", "question": "of the same name"}')),
         ("bytes.parquet", parquet(pa.array([question.encode()], pa.binary()))),
         ("map.parquet", parquet(pa.array([[("stem", question)]], pa.map_(pa.string(), pa.string())))),
     ):

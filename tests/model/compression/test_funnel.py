@@ -22,6 +22,9 @@ from tests.closeness import relative_error
 from tests.model.compression.markov import CONFIG, Weights, silent
 from tests.tiny_engine import RECIPE
 
+SHORT = {"distillation_tokens": 128, "short_distillation_tokens": 128, "finalists": 1, "ranked_by_task": 2,
+         "ranked_by_agreement": 2, "random_draws": 1, "ffn_widths": [32, 48]}
+
 
 @pytest.fixture(scope="module")
 def compress(tokens, data, tmp_path_factory):
@@ -118,8 +121,7 @@ def test_neurons_without_scores_are_not_called_reliable(compress, parent, config
     assert unbroken[0].metrics["neuron_split_half_correlation"] > 0.5
     state = {name: tensor.zero_() if name.endswith("up_proj.weight") else tensor
              for name, tensor in copy.deepcopy(parent.state).items()}
-    short = config.model_copy(update={"distillation_tokens": 128, "short_distillation_tokens": 128, "finalists": 1,
-                                      "validation_samples": 48})
+    short = config.model_copy(update=SHORT | {"validation_samples": 48})
     metrics = compress(Weights(parent.config, state), short).metrics
     assert "neuron_split_half_correlation" not in metrics
     assert metrics["validation_samples"] == 16              # all there are
@@ -130,8 +132,7 @@ def test_layers_of_one_type(compress, config, pattern):
     """No caches, no FFN layers or no attention: what a parent has not costs nothing, and is predicted to."""
     torch.manual_seed(0)
     geometry = CONFIG.model_copy(update={"pattern": pattern})
-    short = config.model_copy(update={"distillation_tokens": 128, "short_distillation_tokens": 128, "finalists": 1,
-                                      "min_attention_layers": pattern.count("*") // 4})
+    short = config.model_copy(update=SHORT | {"min_attention_layers": pattern.count("*") // 4})
     metrics = compress(Weights(geometry, HybridLM(geometry).state_dict()), short).metrics
     assert metrics["cache_bytes_prediction_error"] == 0
     assert metrics["compressed_parameters"] < metrics["parent_parameters"]
