@@ -425,7 +425,8 @@ def evaluate(
 
     Metrics: `bits_per_byte_DOMAIN` with `_stderr` (bootstrap over documents), `bits_per_byte` over all bytes,
     `TASK_accuracy` with `_stderr`; all but the overall one as the harness computes them. One document, or item, has no
-    standard error.
+    standard error. `TASK_cut` items, where there are any, have a context that lost its beginning: by the model's
+    tokenizer it is longer than by that for which they were made.
     """
     domains = {f"bits_per_byte_{domain}": rows for domain, rows in texts.items()}
     tasks = {name: text_task(name, rows) for name, rows in domains.items()}
@@ -447,6 +448,8 @@ def evaluate(
         if len(samples[name]) > 1:
             metrics[f"{name}_accuracy_stderr"] = float(results[name]["acc_stderr,none"])
         metrics[f"{name}_items"] = len(samples[name])
+        if cut := sum(not getattr(model, "cut", set()).isdisjoint(row["arguments"]) for row in samples[name]):
+            metrics[f"{name}_cut"] = cut
     shown: Samples = {name: [_text_sample(sample) for sample in samples[name][:SAMPLES_SHOWN]] for name in domains}
     shown |= {name: [_choice_sample(sample) for sample in samples[name][:SAMPLES_SHOWN]] for name in choices}
     scores: dict[str, list[Any]] = {

@@ -286,6 +286,7 @@ def test_metrics_against_their_definitions(exported: dict[str, Path]) -> None:
     assert result.metrics["next_word_accuracy_stderr"] == pytest.approx(math.sqrt(share * (1 - share) / 11))
     assert result.metrics["next_word_items"] == 12
     assert result.metrics["recall_accuracy"] in (0.0, 1.0)
+    assert "recall_cut" not in result.metrics
     assert set(result.samples) == {"bits_per_byte_code", "bits_per_byte_docs", "next_word", "recall"}
     shown = result.samples["next_word"][0]
     assert isinstance(shown, ChoiceSample)
@@ -387,3 +388,12 @@ def test_a_gpu_that_is_too_small_is_told_before_weights_are_read(
                         lambda _: SimpleNamespace(name="small GPU", total_memory=GIB))
     with pytest.raises(ModelError, match=r"not fit: 1\.\d GiB with tensor 1, a small GPU has 1\.0\.\n.*larger GPU"):
         harness.load(tmp_path, WINDOW)
+
+
+def test_contexts_that_lose_their_beginning_are_counted(exported: dict[str, Path]) -> None:
+    """Items are made for one tokenizer, and a model from elsewhere has another."""
+    texts, _ = rows()
+    asked = [{"id": f"recall/{size}", "context": f"ab = 1\n{'x' * size}\nab =", "choices": [" 1", " 2"], "answer": 0}
+             for size in (1, 200, 400)]
+    found = harness.evaluate(harness.load(exported["hybrid"], WINDOW), {"code": texts["code"][:1]}, {"recall": asked})
+    assert (found.metrics["recall_cut"], found.metrics["recall_items"]) == (2, 3)
