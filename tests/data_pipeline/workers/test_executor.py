@@ -112,7 +112,7 @@ def test_a_shard_that_kills_its_worker_takes_no_other_with_it(pool):
     """A scheduler gives what waits to the worker that is left, while the dead one's successor starts."""
     if not isinstance(pool.backend, Dask):
         pytest.skip("a worker has one call by nature")
-    items = [3, 4, 3, 5, 6]
+    items = [3, 4, 3, 5, 3, 6]
     assert [outcome.item for outcome in pool.map(slowly_bad, items, name) if outcome.error is None] == [4, 5, 6]
 
 
