@@ -9,8 +9,8 @@ strings, text shared with evaluation sets and quality scores become columns; who
 run keeps the shards it had finished.
 
 Writes  data/PROFILE/annotated/   part-*.parquet, manifest.json
-        runs/PROFILE/annotate/    refused.json (records that gave no document), passed_over.json (what is of no kind
-                                  that holds any), metrics.json, provenance.json
+        runs/PROFILE/annotate/    refused.json (records that gave no document, or not the whole of one),
+                                  passed_over.json (what is of no kind that holds any), metrics.json, provenance.json
 """
 
 from __future__ import annotations

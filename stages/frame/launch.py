@@ -213,7 +213,7 @@ def _follow(number: str, log: Path) -> str:
     Raises:
         ModelError: sacct fails at first, or, having answered before, for a quarter of an hour.
     """
-    position, answered, words = 0, -math.inf, list[str]()
+    position, answered, told, words = 0, -math.inf, 0.0, list[str]()
     while True:
         try:
             asked = subprocess.run(["sacct", "-j", number, "-X", "-n", "-P", "-o", "State"], capture_output=True,
@@ -225,7 +225,9 @@ def _follow(number: str, log: Path) -> str:
             if time.monotonic() - answered > SILENT:
                 raise ModelError(f"sacct does not say what became of Slurm job {number}: {said}\nThe job goes on; the "
                                  "stage needs Slurm's accounting to wait for it.") from None
-            print(f"sacct does not answer, the job is waited for all the same: {said}", file=sys.stderr, flush=True)
+            if told != answered:
+                print(f"sacct does not answer, the job is waited for all the same: {said}", file=sys.stderr, flush=True)
+            told = answered
         if log.exists():
             with log.open(errors="replace") as stream:
                 stream.seek(position)

@@ -16,8 +16,8 @@ SMALL = ("runtime.workers=1", "annotate.shard_megabytes=0.4", "annotate.held_out
 
 
 def run(directory: Path, stage: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return forked.run(directory, "-m", "tests.quick", f"stages.{stage}", "--params", str(ROOT / "params.yaml"),
-                      *arguments, check=False)
+    return forked.run(directory, "-m", f"stages.{stage}", "--params", str(ROOT / "params.yaml"), *arguments,
+                      check=False)
 
 
 def with_settings(stage: str, *assignments: str) -> list[str]:
