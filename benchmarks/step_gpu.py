@@ -8,8 +8,9 @@ compute the same model on the same batch, with the same layers in FP8: per-tenso
 in BF16 (19 layers are a third of the 8B model: nearer to its two of 52 than two at each end would be).
 
 Two columns of time, medians: forward and backward alone, gradients in BF16 as autograd leaves them; and the whole step
-with Megatron's DDP (FP32 gradients) and AdamW with FP32 master weights. Memory is the most that PyTorch held allocated.
-A variant that fails is reported and left out of the ratios. `--tiny` runs small sizes, to see whether all works.
+with Megatron's DDP, whose FP32 gradients the products of both add to, and AdamW with FP32 master weights. Memory is the
+most that PyTorch held allocated. A variant that fails is reported and left out of the ratios. `--tiny` runs small
+sizes, to see whether all works.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ from torch import Tensor, nn
 from model import costs
 from model.config import ModelConfig, PretrainConfig
 from model.megatron.distributed import ONE_COPY, Parallelism, device, process_groups
-from model.megatron.optimizer import build_optimizer
+from model.megatron.optimizer import build_optimizer, data_parallel
 from model.megatron.precision import choose_precision
 from model.megatron.spec import build_model, transformer_config
 from model.megatron.step_graph import StepGraph
 
 # isort: split
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import finalize_model_grads
 
 PATTERN = "M-M-M-M*-M-M-M-M-M-"
 GEOMETRIES: dict[str, tuple[ModelConfig, int]] = {          # and sequences in a batch
@@ -72,8 +73,7 @@ def our_model(
 
 
 def stock_model(config: ModelConfig, precision: str, parallelism: Parallelism = ONE_COPY) -> nn.Module:
-    """Megatron's own layers, with the fusions its pretraining has on by default, less the one that adds gradients
-    within the products: the whole step adds BF16 gradients to the FP32 buffers, as ours does."""
+    """Megatron's own layers, with the fusions its pretraining has on by default."""
     from megatron.core.activations import squared_relu
     from megatron.core.models.mamba import MambaModel
     from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
@@ -158,7 +158,7 @@ def steps(model: nn.Module, captured: bool) -> Iterator[Callable[[], Tensor]]:
 
     run = StepGraph(model, accumulate) if captured else accumulate
     with run.on_stream() if captured else nullcontext():
-        ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
+        ddp = data_parallel(RECIPE, model, 1)
     optimizer = build_optimizer(RECIPE, ddp)
 
     def whole() -> Tensor:

@@ -16,6 +16,7 @@
     save_common                 torch.save names its records after a path if that is ASCII: other bytes elsewhere
     keep_quantized_inputs       with FP8 of a custom recipe Megatron asks for inputs that its quantisers do not keep
     forget_quantized_weights    Transformer Engine's FP8 weights outlive a CUDA graph's capture
+    accumulate_in_products      Megatron's linear layers have Apex add weights' gradients to the buffers, or nobody
 
 Some stand where they are used, as they are part of what is built there: the stack's final norm, attention without
 Transformer Engine and squared ReLU without a compiler (`spec`), packed tensors saved by section without Triton
@@ -43,6 +44,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -392,3 +394,24 @@ def forget_quantized_weights(model: nn.Module) -> None:
     validation run frees the transposes of those in the caches, where the graph would go on writing."""
     for module in model.modules():
         getattr(module, "_fp8_workspaces", {}).clear()
+
+
+# --- Gradients --------------------------------------------------------------------------------------------------------
+
+
+def accumulate_in_products(model: nn.Module) -> None:
+    """Let the products that give weights' gradients add them to the buffers of Megatron's DDP, which `model` has, on a
+    GPU: a gradient in BF16, and the pass that adds it, then exist for the other parameters only."""
+    from megatron.core.tensor_parallel import layers
+
+    layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(        # Apex's names, of FP32 and of BF16 buffers
+        wgrad_gemm_accum_fp32=_add_product, wgrad_gemm_accum_fp16=_add_product)
+    for module in model.modules():          # Megatron's and ours; Transformer Engine's
+        for switch in ("gradient_accumulation_fusion", "fuse_wgrad_accumulation"):
+            if hasattr(module, switch):
+                setattr(module, switch, True)
+
+
+def _add_product(x: Tensor, dy: Tensor, out: Tensor) -> None:
+    """out (outputs, inputs) += dy^T x; x (tokens, inputs), dy (tokens, outputs)."""
+    torch.addmm(out, dy.t(), x, out_dtype=out.dtype, out=out)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from model.megatron.compat import TRANSFORMER_ENGINE, parameter_places  # before Megatron
+from model.megatron.compat import TRANSFORMER_ENGINE, accumulate_in_products, parameter_places  # before Megatron
 
 # isort: split
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -39,6 +39,8 @@ def data_parallel(recipe: PretrainConfig, model: Any, replicas: int) -> Distribu
         grad_reduce_in_fp32=recipe.grad_reduce_in_fp32, use_distributed_optimizer=spread, overlap_grad_reduce=overlaps,
         overlap_param_gather=spread and overlaps,
     ), model)
+    if torch.cuda.is_available():
+        accumulate_in_products(model)
     if overlaps:                # as Megatron's own loop: nothing leaves before the last micro-batch
         model.config.no_sync_func = ddp.no_sync
     if ddp.ddp_config.overlap_param_gather:

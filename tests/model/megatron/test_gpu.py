@@ -21,16 +21,15 @@ from torch.nn.attention import SDPBackend
 from kernels.fp8_quantize import quantize
 from kernels.squared_relu_fp8 import DTYPES, quantize_transpose
 from model.config import ModelConfig
-from model.megatron import compat, spec
+from model.megatron import compat, optimizer, spec
 from model.megatron.distributed import ONE_COPY, process_groups
-from model.megatron.optimizer import build_optimizer
 from model.megatron.precision import Precision, choose_precision
 from model.megatron.spec import build_model, transformer_config
 from model.megatron.step_graph import EAGER_STEPS, StepGraph
 from tests.closeness import relative_error
 
 # isort: split
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 WIDE = HYBRID.model_copy(update={        # sizes that mamba_ssm's kernels and FP8 products take
@@ -76,7 +75,7 @@ def stepped(
 
     run = StepGraph(model, step) if captured else step
     with run.on_stream() if captured else nullcontext():
-        ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
+        ddp = optimizer.data_parallel(RECIPE, model, 1)
     return model, ddp, run
 
 
@@ -99,7 +98,7 @@ def test_a_captured_step_is_the_eager_one(groups, monkeypatch, config, precision
         WIDE if config == "wide" else of_h200(config))
     (model, ddp, eager), (other, others, captured) = (stepped(which, precision, recompute, config)
                                                       for which in (False, True))
-    optimizer = build_optimizer(RECIPE.model_copy(update={"learning_rate": 1e-3}), ddp)
+    trains = optimizer.build_optimizer(RECIPE.model_copy(update={"learning_rate": 1e-3}), ddp)
     seen = set()
     for number in range(EAGER_STEPS + 4):
         generator = torch.Generator().manual_seed(number)
@@ -107,7 +106,7 @@ def test_a_captured_step_is_the_eager_one(groups, monkeypatch, config, precision
         with torch.no_grad():
             for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):
                 mine.copy_(theirs)
-        optimizer.zero_grad()
+        trains.zero_grad()
         for wrapped in (ddp, others):
             wrapped.zero_grad_buffer()
         expected, found = ([float(loss) for loss in run(sequences)] for run in (eager, captured))
@@ -115,12 +114,31 @@ def test_a_captured_step_is_the_eager_one(groups, monkeypatch, config, precision
         seen.update(found)
         for (name, theirs), mine in zip(model.named_parameters(), other.parameters(), strict=True):
             assert relative_error(mine.main_grad, theirs.main_grad) < 1e-3, (number, name)
-        optimizer.step()
+        trains.step()
         with torch.no_grad():
             other.set_is_first_microbatch()
             other(sequences[0, :, :-1].contiguous(), None, None, labels=sequences[0, :, 1:].contiguous())
     captured.close()
     assert len(seen) == 2 * (EAGER_STEPS + 4)
+
+
+@pytest.mark.parametrize("recompute", ["", "M*-"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_products_add_their_gradients_to_the_buffers(groups, monkeypatch, precision, recompute):
+    """Over two micro-batches, anew at each step, and but for one rounding to BF16 as Megatron's hooks add them."""
+    model, ddp, step = stepped(False, precision, recompute, WIDE)
+    monkeypatch.setattr(optimizer, "accumulate_in_products", lambda _: None)
+    other, others, apart = stepped(False, precision, recompute, WIDE)
+    for number in range(2):
+        generator = torch.Generator().manual_seed(number)
+        sequences = torch.randint(WIDE.vocab_size, (2, 2, WIDE.sequence_length + 1), generator=generator).cuda()
+        for wrapped, run in ((ddp, step), (others, apart)):
+            wrapped.zero_grad_buffer()
+            run(sequences)
+        for (name, mine), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
+            assert mine.grad_added_to_main_grad == (mine.dim() == 2 and "embedding" not in name), name
+            assert not theirs.grad_added_to_main_grad
+            assert relative_error(mine.main_grad, theirs.main_grad) < 4e-3, (number, name)
 
 
 @pytest.mark.parametrize("format", ["e4m3", "e5m2"])
