@@ -401,14 +401,20 @@ def forget_quantized_weights(model: nn.Module) -> None:
 
 def accumulate_in_products(model: nn.Module) -> None:
     """Let the products that give weights' gradients add them to the buffers of Megatron's DDP, which `model` has, on a
-    GPU: a gradient in BF16, and the pass that adds it, then exist for the other parameters only."""
+    GPU: a gradient in BF16, and the pass that adds it, then exist for the other parameters only.
+
+    Layers that recompute are left as they are: PyTorch's checkpoint gives their backward weights that are parameters no
+    more, and Megatron's hook, which waits for a gradient of the parameter, would get none.
+    """
     from megatron.core.tensor_parallel import layers
 
     layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(        # Apex's names, of FP32 and of BF16 buffers
         wgrad_gemm_accum_fp32=_add_product, wgrad_gemm_accum_fp16=_add_product)
+    recompute = {module for layer in model.modules() if getattr(layer, "recomputes", False)
+                 for module in layer.modules()}
     for module in model.modules():          # Megatron's and ours; Transformer Engine's
         for switch in ("gradient_accumulation_fusion", "fuse_wgrad_accumulation"):
-            if hasattr(module, switch):
+            if hasattr(module, switch) and module not in recompute:
                 setattr(module, switch, True)
 
 

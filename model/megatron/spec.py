@@ -111,6 +111,7 @@ def _recompute_layers(layers: Iterable[Any], pattern: str, symbols: str) -> None
         if pattern[layer.layer_number - 1] in symbols:
             forward = partial(_recomputed, layer.forward, layer.config, layer.layer_number - 1)
             setattr(layer, "forward", forward)  # noqa: B010
+            setattr(layer, "recomputes", True)  # noqa: B010
 
 
 def _recomputed(forward: Any, config: TransformerConfig, index: int, hidden_states: Tensor, **options: Any) -> Any:

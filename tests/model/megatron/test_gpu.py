@@ -122,10 +122,11 @@ def test_a_captured_step_is_the_eager_one(groups, monkeypatch, config, precision
     assert len(seen) == 2 * (EAGER_STEPS + 4)
 
 
-@pytest.mark.parametrize("recompute", ["", "M*-"])
+@pytest.mark.parametrize("recompute", ["", "M"])
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_products_add_their_gradients_to_the_buffers(groups, monkeypatch, precision, recompute):
-    """Over two micro-batches, anew at each step, and but for one rounding to BF16 as Megatron's hooks add them."""
+    """Over two micro-batches, anew at each step, and but for one rounding to BF16 as Megatron's hooks add them; those of
+    layers that recompute the hooks add."""
     model, ddp, step = stepped(False, precision, recompute, WIDE)
     monkeypatch.setattr(optimizer, "accumulate_in_products", lambda _: None)
     other, others, apart = stepped(False, precision, recompute, WIDE)
@@ -136,7 +137,8 @@ def test_products_add_their_gradients_to_the_buffers(groups, monkeypatch, precis
             wrapped.zero_grad_buffer()
             run(sequences)
         for (name, mine), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
-            assert mine.grad_added_to_main_grad == (mine.dim() == 2 and "embedding" not in name), name
+            by_hook = mine.dim() != 2 or "embedding" in name or (recompute == "M" and ".mixer." in name)
+            assert mine.grad_added_to_main_grad == (not by_hook), name
             assert not theirs.grad_added_to_main_grad
             assert relative_error(mine.main_grad, theirs.main_grad) < 4e-3, (number, name)
 
