@@ -33,10 +33,16 @@ def blend(phases: Sequence[Phase], tokens: Mapping[str, int], budget: int, repea
         file, 0 for one that no phase reads.
 
     Raises:
-        DataError: a phase weighs a domain that has no tokens in the phase's labels, or weighs nothing; or the files
-            cannot fill the budget.
+        DataError: a phase weighs a domain that has no tokens in the phase's labels, or weighs nothing; no phase says
+            what a domain weighs, be it 0; or the files cannot fill the budget.
     """
     sources = [files_of(number, phase, tokens) for number, phase in enumerate(phases)]
+    domains = {name.removeprefix("train/").partition("-")[0] for name in tokens if name.startswith("train/")}
+    if bare := sorted(domains.difference(*(phase.weights for phase in phases))):
+        raise DataError(
+            f"tokenize.phases: no weight for domain `{bare[0]}`, which is curated and would never be trained on.\n"
+            "Give it one in a phase, 0 where that is meant, or take it out of annotate.sources."
+        )
     room = {name: repeats * count for name, count in tokens.items()}
     drawn = dict.fromkeys((name for name in sorted(tokens) if name.startswith("train/")), 0.0)
     weights: list[dict[str, float]] = [{} for _ in phases]

@@ -32,6 +32,13 @@ def test_a_domain_without_tokens_is_named():
         phase_weights([Phase(until=1.0, weights={"poems": 1}, labels=["high"])])
 
 
+def test_a_domain_that_no_phase_weighs_is_named():
+    """Its text would be read, curated and tokenized, and never trained on. A weight of 0 says that this is meant."""
+    with pytest.raises(DataError, match=r"phases: no weight for domain `docs`, .*\nGive it one.* 0 "):
+        phase_weights([Phase(until=1.0, weights={"code": 1}, labels=["high"])])
+    assert phase_weights([Phase(until=1.0, weights={"code": 1, "docs": 0}, labels=["high"])])
+
+
 @pytest.mark.parametrize("weights", [{}, {"code": 0.0}, {"code": 1.5, "docs": -0.5}])
 def test_weights_that_weigh_nothing_are_named(weights):
     with pytest.raises(DataError, match=r"phases\[0\]\.weights"):
@@ -62,7 +69,7 @@ def test_a_corpus_too_small_for_the_budget_is_an_error_and_one_just_large_enough
     with pytest.raises(DataError, match=r"phases\[1\] \(until 1\.0\): needs 840 tokens.*read 1 .*300 at most"):
         blend(phases, TOKENS, 4200, 1)
     with pytest.raises(DataError, match=r"needs 400 tokens.*read 1 .*300 at most"):     # a label named twice is one
-        blend([Phase(until=1.0, weights={"code": 1}, labels=["high", "high"])], TOKENS, 400, 1)
+        blend([Phase(until=1.0, weights={"code": 1, "docs": 0}, labels=["high", "high"])], TOKENS, 400, 1)
 
 
 def test_no_file_passes_the_bound_whatever_the_corpus():
