@@ -68,6 +68,21 @@ def blend(phases: Sequence[Phase], tokens: Mapping[str, int], budget: int, repea
     }
 
 
+def shortfalls(phases: Sequence[Phase], mixture: Mapping[str, Any], repeats: float) -> list[str]:
+    """A line for each domain of a phase that gives less than its weight in `mixture`, what `blend` returned."""
+    lines = []
+    for number, (phase, mixed) in enumerate(zip(phases, mixture["phases"], strict=True)):
+        asked = _positive(phase)
+        for domain, weight in asked.items():
+            share = weight / sum(asked.values())
+            given = sum(part for name, part in mixed["weights"].items() if name.startswith(f"train/{domain}-"))
+            if given < share * (1 - ROUNDING):
+                lines.append(
+                    f"tokenize.phases[{number}] (until {phase.until}): domain `{domain}`, read {repeats:g} times in "
+                    f"all, gives {given:.4g} of the phase, not the {share:.4g} it weighs; the others give more.")
+    return lines
+
+
 def files_of(number: int, phase: Phase, tokens: Mapping[str, int]) -> dict[str, list[str]]:
     """Domain -> the files with tokens that phase `number` draws from. Raises DataError as `blend` does."""
     if min(phase.weights.values(), default=0.0) < 0 or not _positive(phase):

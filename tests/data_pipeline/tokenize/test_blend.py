@@ -3,7 +3,7 @@ from random import Random
 import pytest
 
 from data_pipeline.config import DataError, Phase
-from data_pipeline.tokenize.blend import blend, share_out
+from data_pipeline.tokenize.blend import blend, share_out, shortfalls
 
 TOKENS = {"train/code-high": 300, "train/code-medium": 100, "train/code-low": 700, "train/docs-high": 50,
           "train/docs-low": 0, "validation/code": 40}
@@ -56,6 +56,10 @@ def test_what_a_file_cannot_give_its_domain_does_then_the_other_domains_by_weigh
     assert first == {"train/a-high": pytest.approx(0), "train/a-low": pytest.approx(200 / 300),
                      "train/b-high": pytest.approx(50 / 300), "train/c-high": pytest.approx(50 / 300)}
     assert mixture["repeats"]["train/a-low"] == mixture["repeats"]["train/a-high"] == pytest.approx(2)
+    assert shortfalls(phases, mixture, 2) == [
+        "tokenize.phases[0] (until 0.75): domain `a`, read 2 times in all, gives 0.6667 of the phase, not the 0.8 it "
+        "weighs; the others give more."]
+    assert not shortfalls(phases, blend(phases, tokens, 20, 2), 2)
 
 
 def test_a_corpus_too_small_for_the_budget_is_an_error_and_one_just_large_enough_is_used_up():
