@@ -75,7 +75,8 @@ class InstalledSource(Section):
 
     kind: Literal["installed"]
     roots: Literal["all"] | Annotated[list[str], Field(min_length=1)]
-    megabytes: dict[Literal["code", "docs", "headers", "reference"], float] = Field(min_length=1)   # of each domain
+    megabytes: dict[Literal["code", "docs", "headers", "reference"], Annotated[float, Field(gt=0)]] = Field(
+        min_length=1)                           # of each domain
 
 
 class FilesSource(Section):
@@ -175,7 +176,7 @@ class AnnotateConfig(Section):
     """What is read, and what is found out about each document."""
 
     sources: list[Source] = Field(min_length=1)
-    shard_megabytes: float = Field(gt=0)        # text a worker holds at a time
+    shard_megabytes: FiniteFloat = Field(gt=0)  # text a worker holds at a time
     mask: list[Literal["email", "ip", "phone", "secret"]]
     held_out: HeldOutConfig
     minhash: MinHashConfig

@@ -56,6 +56,7 @@ def test_unknown_key_inside_a_named_entry(tmp_path):
          "fp8_recipe unscaled with precision bf16"),
         ("  global_batch_size: 8            # sequences a step", "  global_batch_size: 12",
          "global_batch_size (12) must be a multiple of micro_batch_size (8)"),
+        ("megabytes: {code: 7, docs: 6", "megabytes: {code: 7, docs: 0", "megabytes.docs"),
         ("num_query_groups: 2", "num_query_groups: 3", "must be a multiple of"),
         ("pattern: M-M", "pattern: Mx-M", "model.hybrid.pattern"),
         ("until: 1.0", "until: 0.99", "the last at 1.0"),
@@ -134,6 +135,8 @@ def test_an_override_reaches_a_field_of_a_list():
     ("annotate.x=!!python/object/apply:os.mkdir [sprung]", "not valid YAML"),
     *((f"annotate.sources=[{{kind: files, paths: [x], domain: '{domain}'}}]", "`annotate.sources.0.files.domain`")
       for domain in ('"><script>', "../../esc", "web; x", "")),
+    ("annotate.shard_megabytes=.inf", r"`annotate\.shard_megabytes`"),
+    *((f"model.hybrid.init_method_std={value}", r"`model\.hybrid\.init_method_std`") for value in ("0", "-1", ".inf")),
     ("annotate.mask=[all]", r"^--set annotate\.mask: `annotate\.mask\.0`"),
     ("annotate.held_out={fraction: 2, unit: source}", r"^--set annotate\.held_out: `annotate\.held_out\.fraction`"),
 ])
