@@ -294,6 +294,15 @@ def test_a_language_that_is_never_found_is_named(annotated, tmp_path):
         run(annotated, curate_config(language=language), tmp_path)
 
 
+@pytest.mark.parametrize(("domains", "megabytes"), [([], 10), (["docs"], 1e-6)])
+def test_rephrasing_that_asks_nothing_is_refused(annotated, tmp_path, domains, megabytes):
+    """It is enabled, and would change nothing: no endpoint is asked, nor a key."""
+    language, synthesis = {"keep": ["en"], "share": 0.3, "domains": domains}, curate_config().synthesis.model_dump()
+    synthesis |= {"enabled": True, "megabytes": megabytes}
+    with pytest.raises(DataError, match=rf"^curate\.synthesis: .* {megabytes:g} megabytes .*\n.*language\.domains"):
+        run(annotated, curate_config(language=language, synthesis=synthesis), tmp_path)
+
+
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0.2, 0.2), (0, 5e5), (37, 90_000), (-9.0, -2.0)])
 def test_edges_hold_the_range(low, high):
     edges = cutting.edges(low, high)
