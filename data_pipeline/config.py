@@ -171,6 +171,11 @@ class ClassifierConfig(Section):
     label: int = 0                  # which output is the score
     batch: int = Field(default=64, ge=1)
 
+    @property
+    def name(self) -> str:
+        """What its scores are called."""
+        return f"{self.model}[{self.label}]" if self.label else self.model
+
 
 class AnnotateConfig(Section):
     """What is read, and what is found out about each document."""
@@ -183,6 +188,19 @@ class AnnotateConfig(Section):
     substring: SubstringConfig
     decontamination: DecontaminationConfig
     scorers: list[Literal["fluency", "reference", "structure"] | ClassifierConfig] = Field(min_length=1)
+
+    @property
+    def scorer_names(self) -> list[str]:
+        """What the values of the column `scores` are called."""
+        return [scorer if isinstance(scorer, str) else scorer.name for scorer in self.scorers]
+
+    @model_validator(mode="after")
+    def scorers_have_names_of_their_own(self) -> AnnotateConfig:
+        """Raises ValueError where two have one: the histogram of one would hide the other's."""
+        names = self.scorer_names
+        if twice := [name for place, name in enumerate(names) if name in names[:place]]:
+            raise ValueError(f"scorers: {twice[0]} stands in it twice\nTake one away.")
+        return self
 
 
 # curate: what is cut, and what it is labelled
