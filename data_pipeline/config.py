@@ -220,6 +220,14 @@ class RulesConfig(Section):
     labels: list[Label] = Field(min_length=1)
     thresholds: dict[str, tuple[FiniteFloat | None, FiniteFloat | None]] = {}   # feature -> (low, high), for the set's
 
+    @model_validator(mode="after")
+    def thresholds_are_ranges(self) -> RulesConfig:
+        """Raises ValueError for a low above its high, which every document of the labels would break."""
+        for feature, (low, high) in self.thresholds.items():
+            if low is not None and high is not None and low > high:
+                raise ValueError(f"thresholds.{feature}: {low:g} to {high:g} is no range\nThe lower one comes first.")
+        return self
+
 
 class PerplexityConfig(Section):
     """The share of a domain's bytes with the highest perplexity goes, where its label is one of these."""

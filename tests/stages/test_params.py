@@ -65,6 +65,8 @@ def test_unknown_key_inside_a_named_entry(tmp_path):
         ("until: 1.0", "until: 0.99", "the last at 1.0"),
         ("{until: 0.6, weights: {code: 0.45", "{until: 0.6, weights: {code: .nan", "tokenize.phases.0.weights.code"),
         ("docs: {set: prose", "docs: {thresholds: {words: [.nan, null]}, set: prose", "thresholds.words.0"),
+        ("docs: {set: prose", "docs: {thresholds: {words: [500, 50]}, set: prose",
+         "thresholds.words: 500 to 50 is no range"),
         ("parent: hybrid-fp8", "parent: hybrid-fp9", "compress.parent is 'hybrid-fp9'"),
         ("hybrid-bf16: {architecture: hybrid", "hybrid-bf16: {architecture: hybird", "hybird"),
         ("vocab_size: 4096", "vocab_size: 4095", "multiple of 16"),
