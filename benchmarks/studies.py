@@ -317,10 +317,10 @@ def labels(scale: Scale, tokens: Path, scratch: Path) -> dict[str, Training]:
 
 def label_blends(config: TokenizeConfig, tokens: Mapping[str, int], budget: int) -> dict[str, Blend]:
     """Of the two arms: one phase with the profile's mean weight of each domain; `tokens` of each training file."""
-    domains: dict[str, float] = {}
+    domains = {domain: 0.0 for phase in config.phases for domain in phase.weights}
     for name, weight in mean_weights(blend(config.phases, tokens, budget, config.repeats)["phases"]).items():
         domain = name.removeprefix("train/").partition("-")[0]
-        domains[domain] = domains.get(domain, 0.0) + weight
+        domains[domain] += weight
     arms = {}
     for name, labels in (("top labels", TOP), ("bottom labels", BOTTOM)):
         phase = Phase.model_validate({"until": 1.0, "weights": domains, "labels": labels})

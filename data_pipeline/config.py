@@ -75,7 +75,8 @@ class InstalledSource(Section):
 
     kind: Literal["installed"]
     roots: Literal["all"] | Annotated[list[str], Field(min_length=1)]
-    megabytes: dict[Literal["code", "docs", "headers", "reference"], float] = Field(min_length=1)   # of each domain
+    megabytes: dict[Literal["code", "docs", "headers", "reference"], Annotated[float, Field(gt=0)]] = Field(
+        min_length=1)                           # of each domain
 
 
 class FilesSource(Section):
@@ -170,18 +171,36 @@ class ClassifierConfig(Section):
     label: int = 0                  # which output is the score
     batch: int = Field(default=64, ge=1)
 
+    @property
+    def name(self) -> str:
+        """What its scores are called."""
+        return f"{self.model}[{self.label}]" if self.label else self.model
+
 
 class AnnotateConfig(Section):
     """What is read, and what is found out about each document."""
 
     sources: list[Source] = Field(min_length=1)
-    shard_megabytes: float = Field(gt=0)        # text a worker holds at a time
+    shard_megabytes: FiniteFloat = Field(gt=0)  # text a worker holds at a time
     mask: list[Literal["email", "ip", "phone", "secret"]]
     held_out: HeldOutConfig
     minhash: MinHashConfig
     substring: SubstringConfig
     decontamination: DecontaminationConfig
     scorers: list[Literal["fluency", "reference", "structure"] | ClassifierConfig] = Field(min_length=1)
+
+    @property
+    def scorer_names(self) -> list[str]:
+        """What the values of the column `scores` are called."""
+        return [scorer if isinstance(scorer, str) else scorer.name for scorer in self.scorers]
+
+    @model_validator(mode="after")
+    def scorers_have_names_of_their_own(self) -> AnnotateConfig:
+        """Raises ValueError where two have one: the histogram of one would hide the other's."""
+        names = self.scorer_names
+        if twice := [name for place, name in enumerate(names) if name in names[:place]]:
+            raise ValueError(f"scorers: {twice[0]} stands in it twice\nTake one away.")
+        return self
 
 
 # curate: what is cut, and what it is labelled
@@ -200,6 +219,14 @@ class RulesConfig(Section):
     set: Literal["code", "prose", "reference", "web"]
     labels: list[Label] = Field(min_length=1)
     thresholds: dict[str, tuple[FiniteFloat | None, FiniteFloat | None]] = {}   # feature -> (low, high), for the set's
+
+    @model_validator(mode="after")
+    def thresholds_are_ranges(self) -> RulesConfig:
+        """Raises ValueError for a low above its high, which every document of the labels would break."""
+        for feature, (low, high) in self.thresholds.items():
+            if low is not None and high is not None and low > high:
+                raise ValueError(f"thresholds.{feature}: {low:g} to {high:g} is no range\nThe lower one comes first.")
+        return self
 
 
 class PerplexityConfig(Section):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
 
 PADDING = 1024              # ids a model may have beyond its tokenizer's: vocabularies are rounded up
 
@@ -57,7 +57,7 @@ class Geometry(Section):
     position_embedding: Literal["none", "rope"] = "none"
     rope_theta: float = Field(default=10_000.0, gt=0)
     norm_epsilon: float = Field(default=1e-5, gt=0)
-    init_method_std: float = 0.02
+    init_method_std: FiniteFloat = Field(default=0.02, gt=0)
     sequence_length: int = Field(ge=1)
 
     @field_validator("pattern")

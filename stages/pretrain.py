@@ -34,6 +34,7 @@ def pretrain(stage: Stage) -> dict[str, Any]:
     tokens = stage.input("tokens")
     stage.run_only = RUN_ONLY
     check_tokenizer(stage.place("tokenizer", "tokenizer.model"), tokens / "tokens.json")
+    check_budget(tokens / "blend.json", recipe.tokens)
     with stage.output("checkpoints", stage.variant) as out:
         run = stage.run_job({
             "task": "pretrain", "model": config.model_dump(mode="json"), "recipe": recipe.model_dump(mode="json"),
@@ -59,6 +60,16 @@ def check_tokenizer(model: Path, tokens: Path) -> None:
         raise StageError(
             f"{tokens}: made with tokenizer {str(made_with)[:12]}, and {model} is {digest[:12]}.\n"
             "Run `dvc repro tokenize` again, with tokenize.tokenizer null."
+        )
+
+
+def check_budget(blend: Path, tokens: int) -> None:
+    """Raise StageError for more tokens than those for which it was counted how often each file is read."""
+    made_for = json.loads(blend.read_text()).get("tokens", tokens)
+    if tokens > made_for:
+        raise StageError(
+            f"{blend}: made for {made_for:,} tokens, and pretrain.tokens is {tokens:,}: files would be read more often "
+            "than tokenize.repeats says.\nRun the stage `tokenize` with it first, or lower it."
         )
 
 

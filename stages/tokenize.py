@@ -30,7 +30,7 @@ def tokenize(stage: Stage) -> dict[str, Any]:
     from data_pipeline.curated import manifest, shards
     from data_pipeline.schema import Blend
     from data_pipeline.tokenize import tokenization
-    from data_pipeline.tokenize.blend import blend
+    from data_pipeline.tokenize.blend import blend, shortfalls
     from data_pipeline.tokenize.hub_tokenizer import HubTokenizer
     from data_pipeline.tokenize.indexed_dataset import token_dtype
     from data_pipeline.tokenize.tokenizer import MODEL_FILE
@@ -52,6 +52,8 @@ def tokenize(stage: Stage) -> dict[str, Any]:
         heldout, config.validation_kilobytes_per_domain * 1000, stage.params.seed, model, stage.scratch
     )
     mixture = blend(config.phases, {name: counts.tokens for name, counts in files.items()}, budget, config.repeats)
+    for line in shortfalls(config.phases, mixture, config.repeats):
+        print(line, flush=True)
     contents = {
         "vocab_size": tokenizer.vocab_size,
         "eod_id": tokenizer.eod_id,

@@ -156,6 +156,24 @@ def test_closure_follows_imports_inside_functions_and_skips_the_frame() -> None:
     assert used == {"stages/tokenizer.py", "data_pipeline/tokenize/tokenizer.py", "data_pipeline/curated.py"}
 
 
+def settings_read(function: str, file: Path) -> set[str]:
+    """Fields of `evaluate` that a function of `file` reads of its `config`."""
+    (found,) = (node for node in ast.walk(ast.parse(file.read_text()))
+                if isinstance(node, ast.FunctionDef) and node.name == function)
+    nodes = [node for node in ast.walk(found) if isinstance(node, ast.Attribute | ast.Subscript)
+             and isinstance(node.value, ast.Name) and node.value.id == "config"]
+    return {node.attr if isinstance(node, ast.Attribute) else ast.literal_eval(node.slice) for node in nodes}
+
+
+@pytest.mark.parametrize(("stage", "file"), [
+    ("items", ROOT / "stages/items.py"), ("reference", ROOT / "stages/reference.py"), ("evaluate", WORKER)])
+def test_of_evaluate_a_stage_depends_on_what_it_reads(stage: str, file: Path) -> None:
+    """Else what the reference is asked, or what is written, would make every model be asked anew."""
+    assert {f"evaluate.{name}" for name in settings_read(stage, file)} == {
+        name for name in STAGES[stage]["params"] if name.startswith("evaluate")}
+    assert settings_read("items", ROOT / "stages/items.py") >= {"items_per_task"}
+
+
 def test_a_threshold_reruns_the_cut_and_not_the_annotation(tmp_path: Path) -> None:
     """As DVC sees it, in a repository whose lock says that both stages ran."""
     for name in ("stages", "data_pipeline", "model", "kernels", "requirements.lock"):

@@ -56,7 +56,8 @@ def curate(
         scratch: for finished shards: an interrupted call goes on where it was.
         cache: file that keeps a language model's answers, where synthesis is enabled.
 
-    Raises DataError for a rule about no feature, a shard that fails, and a domain with no document left.
+    Raises DataError for a rule about no feature, a shard that fails, a domain with no document left, and synthesis that
+    finds nothing to rephrase.
     """
     manifest = json.loads((annotated / "manifest.json").read_text())
     shards = [annotated / f"part-{index:05d}.parquet" for index in range(manifest["shards"])]
@@ -74,6 +75,11 @@ def curate(
         funnel = _funnel(pieces, manifest)
         if config.synthesis.enabled:
             synthesis = synthesize(_parents(pieces, config), config.synthesis, seed, cache, progress)
+            if not synthesis.requests:
+                raise DataError(
+                    f"curate.synthesis: no document to rephrase in {config.synthesis.megabytes:g} megabytes of the "
+                    f"domains {', '.join(config.language.domains) or '(none)'}.\n"
+                    "Raise megabytes, add to curate.language.domains, or set enabled to false, in params.yaml.")
             pieces.append(_cut_synthetic(synthesis, cut, manifest, shards, seed, directory, pool))
             funnel += _synthetic_rows(synthesis, pieces[-1], funnel)
     reports = [piece.report for piece in pieces]
@@ -194,7 +200,7 @@ def _parents(pieces: list[Piece], config: CurateConfig) -> Iterator[Parent]:
     """Training documents in natural language, with their labels."""
     for piece in pieces:
         table = pq.read_table(piece.file("train"), columns=list(Parent._fields))
-        for row in table.filter(pc.is_in(table["domain"], pa.array(config.language.domains))).to_pylist():
+        for row in table.filter(pc.is_in(table["domain"], pa.array(config.language.domains, pa.string()))).to_pylist():
             yield Parent(**row)
 
 

@@ -29,7 +29,7 @@ from data_pipeline.annotate.quality.quality_labels import (
     thresholds,
 )
 from data_pipeline.annotate.step import text_id
-from data_pipeline.config import CurateConfig, DataError, Label
+from data_pipeline.config import AnnotateConfig, CurateConfig, DataError, Label
 from data_pipeline.curate.heuristics import Rule, first_broken, reason, rules_of
 from data_pipeline.text.language import codes
 
@@ -90,8 +90,8 @@ def cut_of(config: CurateConfig, annotated: dict[str, Any]) -> Cut:
         raise DataError(f"curate.language.keep names {', '.join(unknown)}, which no text is found to be in.\n"
                         f"Choose from CLD2's codes, in params.yaml: {', '.join(sorted(codes()))}")
     rules = {domain: rules_of(rules, f"curate.rules.{domain}") for domain, rules in config.rules.items()}
-    scorers = [name if isinstance(name, str) else name["model"] for name in annotated["config"]["scorers"]]
-    return Cut(config, rules, scorers, annotated["config"]["decontamination"]["ngram"])
+    given = AnnotateConfig.model_validate(annotated["config"])
+    return Cut(config, rules, given.scorer_names, given.decontamination.ngram)
 
 
 class Survey(NamedTuple):

@@ -47,7 +47,7 @@ def pinned(config: AnnotateConfig) -> AnnotateConfig:
 
 
 def identity(config: AnnotateConfig) -> dict[str, Any]:
-    """JSON values by what `config`, as `pinned` gives it, names: sources, evaluation sets and models.
+    """JSON values by what `config`, as `pinned` gives it, names: sources, evaluation sets and scorers.
 
     Raises DataError for a source or a file that is not there.
     """
@@ -56,7 +56,7 @@ def identity(config: AnnotateConfig) -> dict[str, Any]:
         "sources": [_of_source(source) for source in config.sources],
         "against": {name: f"{PACKAGE} {VERSION}" if name == PAPER_TASKS else stamp([name])
                     for name in config.decontamination.against},
-        "scorers": {one.model: stamp([one.model]) if Path(one.model).exists() else one.revision for one in models},
+        "scorers": {one.name: stamp([one.model]) if Path(one.model).exists() else one.revision for one in models},
     }
 
 

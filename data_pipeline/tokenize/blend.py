@@ -33,10 +33,16 @@ def blend(phases: Sequence[Phase], tokens: Mapping[str, int], budget: int, repea
         file, 0 for one that no phase reads.
 
     Raises:
-        DataError: a phase weighs a domain that has no tokens in the phase's labels, or weighs nothing; or the files
-            cannot fill the budget.
+        DataError: a phase weighs a domain that has no tokens in the phase's labels, or weighs nothing; no phase says
+            what a domain weighs, be it 0; or the files cannot fill the budget.
     """
     sources = [files_of(number, phase, tokens) for number, phase in enumerate(phases)]
+    domains = {name.removeprefix("train/").partition("-")[0] for name in tokens if name.startswith("train/")}
+    if bare := sorted(domains.difference(*(phase.weights for phase in phases))):
+        raise DataError(
+            f"tokenize.phases: no weight for domain `{bare[0]}`, which is curated and would never be trained on.\n"
+            "Give it one in a phase, 0 where that is meant, or take it out of annotate.sources."
+        )
     room = {name: repeats * count for name, count in tokens.items()}
     drawn = dict.fromkeys((name for name in sorted(tokens) if name.startswith("train/")), 0.0)
     weights: list[dict[str, float]] = [{} for _ in phases]
@@ -60,6 +66,21 @@ def blend(phases: Sequence[Phase], tokens: Mapping[str, int], budget: int, repea
         ],
         "repeats": {name: given / tokens[name] if given else 0.0 for name, given in drawn.items()},
     }
+
+
+def shortfalls(phases: Sequence[Phase], mixture: Mapping[str, Any], repeats: float) -> list[str]:
+    """A line for each domain of a phase that gives less than its weight in `mixture`, what `blend` returned."""
+    lines = []
+    for number, (phase, mixed) in enumerate(zip(phases, mixture["phases"], strict=True)):
+        asked = _positive(phase)
+        for domain, weight in asked.items():
+            share = weight / sum(asked.values())
+            given = sum(part for name, part in mixed["weights"].items() if name.startswith(f"train/{domain}-"))
+            if given < share * (1 - ROUNDING):
+                lines.append(
+                    f"tokenize.phases[{number}] (until {phase.until}): domain `{domain}`, read {repeats:g} times in "
+                    f"all, gives {given:.4g} of the phase, not the {share:.4g} it weighs; the others give more.")
+    return lines
 
 
 def files_of(number: int, phase: Phase, tokens: Mapping[str, int]) -> dict[str, list[str]]:

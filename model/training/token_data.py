@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,12 @@ class TrainingData:
                 )
         self.file_of_sample, self.position_in_file = self._draw(phases, samples)
         drawn = np.bincount(self.file_of_sample, minlength=len(self.names))
+        ends = pairwise([0, *(round(phase["until"] * samples) for phase in phases)])
+        left_out = [f"the phase until {phase['until']}" for phase, (start, end) in zip(phases, ends, strict=True)
+                    if start == end] + [name for name, count in zip(self.names, drawn, strict=True) if not count]
+        if left_out and is_main_process():
+            print(f"{tokens / 'blend.json'}: of {samples} sample{'s' * (samples > 1)} there is none for "
+                  f"{', '.join(left_out)}.", flush=True)
         with main_process_first(), _whole(cache) as directory:
             config = GPTDatasetConfig(
                 random_seed=seed, sequence_length=sequence_length, split="1,0,0", path_to_cache=str(directory),

@@ -16,6 +16,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import functools
 import gc
 import hashlib
 import itertools
@@ -220,12 +221,16 @@ class Stage:
         }
 
     def _filled(self, name: str) -> str:
-        """A parameter's name in dvc.yaml with what it says of the member, as `model.${item.architecture}`."""
+        """A parameter's name in dvc.yaml with what it says of the member, as `model.${item.architecture}`, or of
+        another parameter, as `variants.${compress.parent}`."""
         def fill(match: re.Match[str]) -> str:
-            member = self.params.variants[self.variant or ""]
-            return str(getattr(member, match[1])) if match[1] else str(self.variant)
+            first, *fields = match[1].split(".")
+            if first in ("key", "item") and not fields:
+                return str(self.variant)
+            value = self.params.variants[self.variant or ""] if first == "item" else getattr(self.params, first)
+            return str(functools.reduce(getattr, fields, value))
 
-        return re.sub(r"\$\{(?:key|item)(?:\.(\w+))?\}", fill, name)
+        return re.sub(r"\$\{([\w.]+)\}", fill, name)
 
     def parameters(self) -> dict[str, Any]:
         """The sections this stage depends on, as plain values."""

@@ -29,6 +29,7 @@ from model.config import Geometry, ModelConfig, PretrainConfig, Section
 from stages.frame.launch import LauncherConfig
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]        # NumPy takes no other
+COMPRESSED = {"compressed", "compressed-random"}    # what compress writes beside the variants
 T = TypeVar("T")
 
 
@@ -170,7 +171,7 @@ class Params(Section):
     tokenizer: TokenizerConfig
     tokenize: TokenizeConfig
     model: dict[str, Geometry]
-    variants: dict[str, Variant]
+    variants: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")], Variant]      # they name directories
     pretrain: PretrainConfig
     compress: CompressConfig
     models: Annotated[list[str], Once]
@@ -182,6 +183,11 @@ class Params(Section):
     @model_validator(mode="after")
     def names_refer_to_something(self) -> Params:
         """Raise ValueError for a name that nothing defines, or settings of different sections that contradict."""
+        if lacking := {"hybrid", "transformer"} - self.model.keys():
+            raise ValueError(f"`model` has no {' and no '.join(sorted(lacking))}, which the stage benchmark times\n"
+                             "Keep it under that name; no variant needs to train it.")
+        if taken := sorted(COMPRESSED & self.variants.keys()):
+            raise ValueError(f"variants.{taken[0]}: the stage compress writes a model of that name\nChoose another.")
         for name, variant in self.variants.items():
             if variant.architecture not in self.model:
                 raise ValueError(
@@ -192,7 +198,7 @@ class Params(Section):
         self._check_domains()
         if self.compress.parent not in self.variants:
             raise ValueError(f"compress.parent is '{self.compress.parent}', which `variants` does not define")
-        known = {*self.variants, "compressed", "compressed-random"}
+        known = COMPRESSED | self.variants.keys()
         if unknown := [name for name in self.models if name not in known]:
             raise ValueError(f"models names {unknown}, known are {sorted(known)}")
         return self

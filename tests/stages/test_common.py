@@ -143,6 +143,15 @@ def test_resume_state_outlives_what_no_result_depends_on(tokens, code):
     assert pretraining().scratch == before
 
 
+def test_another_variant_costs_compress_neither_result_nor_resume_state(tokens):
+    def depends(*overrides: str) -> dict:
+        params = load_params(ROOT / "params.yaml", overrides)
+        return Stage("compress", params, None, None, ("compress", "pretrain", "variants")).depends()
+
+    assert depends("variants.other={architecture: transformer, precision: bf16, seed: 5}") == depends()
+    assert depends("variants.hybrid-fp8.fp8_recipe=unscaled") != depends()
+
+
 def test_why_an_older_resume_state_is_not_used_is_said(tokens, code, capsys):
     before = pretraining().scratch
     assert capsys.readouterr().out == ""

@@ -63,6 +63,16 @@ def test_a_killed_run_goes_on_to_the_very_same_results(workplace):
     check_records(records, workplace)
 
 
+def test_a_blend_of_fewer_tokens_is_refused(workplace):
+    """How often files are read was counted for those of blend.json: 1,536 would be beyond tokenize.repeats."""
+    file = workplace / "data/toy/tokens/blend.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tokens": 1535}))
+    refused = run(workplace, *COMMAND, "hybrid-bf16", check=False)
+    assert refused.returncode == 1 and refused.stderr == (
+        "data/toy/tokens/blend.json: made for 1,535 tokens, and pretrain.tokens is 1,536: files would be read more "
+        "often than tokenize.repeats says.\nRun the stage `tokenize` with it first, or lower it.\n")
+
+
 def check_records(records: Path, workplace: Path) -> None:
     training, validation = rows(records / "training.csv"), rows(records / "validation.csv")
     assert list(training[0]) == ["step", "tokens", "loss", "grad_norm", "learning_rate", "skipped", "spike"]

@@ -200,3 +200,13 @@ def test_repeats_are_reported_and_bounded(done, fresh):
     assert failed.returncode == 1 and "Traceback" not in failed.stderr
     assert "tokenize.phases[3] (until 1.0): needs 50,000,000 tokens; its files, read 1.5 times" in failed.stderr
     assert not list(fresh.glob(".scratch/tokenize-*/shards"))           # before any work
+
+    asked = "tokenize.phases=[{until: 1.0, weights: {code: 0.1, docs: 0.9}, labels: [high, medium-high, medium, low]}]"
+    said = run(fresh, "-m", "stages.tokenize", "--out", "mine", "--set", asked, "--set", "tokenize.repeats=1", "--set",
+               "pretrain.tokens=100000").stdout
+    given = files_of(fresh / "mine/data/tokens/tokens.json", "docs") / 100_000
+    assert f"domain `docs`, read 1 times in all, gives {given:.4g} of the phase, not the 0.9 it weighs" in said
+
+
+def files_of(tokens: Path, domain: str) -> int:
+    return sum(file["tokens"] for name, file in read(tokens)["files"].items() if name.startswith(f"train/{domain}-"))

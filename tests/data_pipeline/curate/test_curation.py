@@ -13,7 +13,7 @@ import pytest
 from data_pipeline.annotate.annotation import annotate
 from data_pipeline.annotate.quality.quality_labels import weighted_quantiles
 from data_pipeline.annotate.step import text_id
-from data_pipeline.config import CurateConfig, DataError, ExecutorConfig
+from data_pipeline.config import AnnotateConfig, CurateConfig, DataError, ExecutorConfig
 from data_pipeline.curate import cut as cutting
 from data_pipeline.curate.curation import Records, curate
 from data_pipeline.text.ngrams import ngram_hashes
@@ -292,6 +292,25 @@ def test_a_language_that_is_never_found_is_named(annotated, tmp_path):
     language = {"keep": ["en", "nb", "EN", "he", "zh", "un"], "share": 0.3, "domains": ["docs"]}
     with pytest.raises(DataError, match=r"curate\.language\.keep names EN, nb, which.*\n.* nn, no, "):
         run(annotated, curate_config(language=language), tmp_path)
+
+
+def test_two_outputs_of_a_classifier_are_two_scorers():
+    """Else the histogram of one would stand over the thresholds of the other."""
+    given = annotate_config(Path()).model_dump()
+    both = given | {"scorers": [{"model": "m"}, {"model": "m", "label": 1}]}
+    assert cutting.cut_of(curate_config(), {"config": both}).scorers == ["m", "m[1]"]
+    for twice in (["fluency", "fluency"], [{"model": "m"}, {"model": "m", "revision": "1"}]):
+        with pytest.raises(ValueError, match="stands in it twice"):
+            AnnotateConfig.model_validate(given | {"scorers": twice})
+
+
+@pytest.mark.parametrize(("domains", "megabytes"), [([], 10), (["docs"], 1e-6)])
+def test_rephrasing_that_asks_nothing_is_refused(annotated, tmp_path, domains, megabytes):
+    """It is enabled, and would change nothing: no endpoint is asked, nor a key."""
+    language, synthesis = {"keep": ["en"], "share": 0.3, "domains": domains}, curate_config().synthesis.model_dump()
+    synthesis |= {"enabled": True, "megabytes": megabytes}
+    with pytest.raises(DataError, match=rf"^curate\.synthesis: .* {megabytes:g} megabytes .*\n.*language\.domains"):
+        run(annotated, curate_config(language=language, synthesis=synthesis), tmp_path)
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0.2, 0.2), (0, 5e5), (37, 90_000), (-9.0, -2.0)])

@@ -3,7 +3,7 @@ from random import Random
 import pytest
 
 from data_pipeline.config import DataError, Phase
-from data_pipeline.tokenize.blend import blend, share_out
+from data_pipeline.tokenize.blend import blend, share_out, shortfalls
 
 TOKENS = {"train/code-high": 300, "train/code-medium": 100, "train/code-low": 700, "train/docs-high": 50,
           "train/docs-low": 0, "validation/code": 40}
@@ -32,6 +32,13 @@ def test_a_domain_without_tokens_is_named():
         phase_weights([Phase(until=1.0, weights={"poems": 1}, labels=["high"])])
 
 
+def test_a_domain_that_no_phase_weighs_is_named():
+    """Its text would be read, curated and tokenized, and never trained on. A weight of 0 says that this is meant."""
+    with pytest.raises(DataError, match=r"phases: no weight for domain `docs`, .*\nGive it one.* 0 "):
+        phase_weights([Phase(until=1.0, weights={"code": 1}, labels=["high"])])
+    assert phase_weights([Phase(until=1.0, weights={"code": 1, "docs": 0}, labels=["high"])])
+
+
 @pytest.mark.parametrize("weights", [{}, {"code": 0.0}, {"code": 1.5, "docs": -0.5}])
 def test_weights_that_weigh_nothing_are_named(weights):
     with pytest.raises(DataError, match=r"phases\[0\]\.weights"):
@@ -49,6 +56,10 @@ def test_what_a_file_cannot_give_its_domain_does_then_the_other_domains_by_weigh
     assert first == {"train/a-high": pytest.approx(0), "train/a-low": pytest.approx(200 / 300),
                      "train/b-high": pytest.approx(50 / 300), "train/c-high": pytest.approx(50 / 300)}
     assert mixture["repeats"]["train/a-low"] == mixture["repeats"]["train/a-high"] == pytest.approx(2)
+    assert shortfalls(phases, mixture, 2) == [
+        "tokenize.phases[0] (until 0.75): domain `a`, read 2 times in all, gives 0.6667 of the phase, not the 0.8 it "
+        "weighs; the others give more."]
+    assert not shortfalls(phases, blend(phases, tokens, 20, 2), 2)
 
 
 def test_a_corpus_too_small_for_the_budget_is_an_error_and_one_just_large_enough_is_used_up():
@@ -62,7 +73,7 @@ def test_a_corpus_too_small_for_the_budget_is_an_error_and_one_just_large_enough
     with pytest.raises(DataError, match=r"phases\[1\] \(until 1\.0\): needs 840 tokens.*read 1 .*300 at most"):
         blend(phases, TOKENS, 4200, 1)
     with pytest.raises(DataError, match=r"needs 400 tokens.*read 1 .*300 at most"):     # a label named twice is one
-        blend([Phase(until=1.0, weights={"code": 1}, labels=["high", "high"])], TOKENS, 400, 1)
+        blend([Phase(until=1.0, weights={"code": 1, "docs": 0}, labels=["high", "high"])], TOKENS, 400, 1)
 
 
 def test_no_file_passes_the_bound_whatever_the_corpus():

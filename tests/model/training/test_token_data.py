@@ -113,6 +113,16 @@ def test_one_reading_s_worth_of_samples_holds_every_document(tmp_path):
         assert {file: file.stat().st_mtime_ns for file in (tmp_path / f"cache-{readings}").iterdir()} == written
 
 
+def test_phases_and_files_that_a_short_run_leaves_out_are_named(tokens, tmp_path, capsys):
+    TrainingData(tokens, 16, 5, 1, tmp_path / "five")
+    assert capsys.readouterr().out == ""
+    data = TrainingData(tokens, 16, 1, 1, tmp_path / "one")
+    (name,) = {name for name, file in zip(data.names, data.files, strict=True) if file}
+    others = ", ".join(other for other in data.names if other != name)
+    assert capsys.readouterr().out == (
+        f"{tokens}/blend.json: of 1 sample there is none for the phase until 1.0, {others}.\n")
+
+
 def one_file(directory: Path, lengths: list[int]) -> Path:
     """A tokens directory with one training file, its document number n as often the id n as `lengths` says."""
     with IndexedDatasetWriter(directory / "train/code-high", len(lengths)) as writer:
