@@ -47,5 +47,5 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
     ranked, ids = scaled.topk(min(sampling.top_k or scaled.shape[-1], scaled.shape[-1]))
     probabilities = ranked.softmax(-1)
     likelier = probabilities.cumsum(-1) - probabilities         # of all tokens before this one; 0 for the first
-    kept = probabilities.masked_fill(likelier >= sampling.top_p, 0)
+    kept = probabilities.masked_fill((likelier >= sampling.top_p) & (likelier > 0), 0)     # float32 has 0 for 1e-46
     return ids.gather(1, torch.multinomial(kept, 1, generator=generator))[:, 0]
