@@ -43,11 +43,14 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_GIGABYTES = 5.0       # transformers' own
 LAYER_TYPES = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*", "mlp": "-"}
 # What HybridLM computes, whatever the file says of it: another value would be another model. Absent means this value.
+# The second names of a bias and of the limits of dt are those that transformers prefers.
 FIXED = {
-    "mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "use_conv_bias": True, "use_bias": False,
-    "mamba_proj_bias": False, "mlp_bias": False, "attention_bias": False, "tie_word_embeddings": False,
-    "sliding_window": None, "hidden_act": "relu2", "rope_scaling": None,
+    "mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "use_conv_bias": True, "mamba_conv_bias": True,
+    "use_bias": False, "mamba_proj_bias": False, "mlp_bias": False, "attention_bias": False,
+    "tie_word_embeddings": False, "sliding_window": None, "hidden_act": "relu2", "rope_scaling": None,
+    "is_causal": True,
 }
+LIMITS = ("time_step_limit", "mamba_dt_limit")
 NO_LIMIT = ([0.0, float("inf")], [0.0, {"__float__": "Infinity"}])      # of dt; the second as transformers 5 writes it
 
 
@@ -191,9 +194,9 @@ def read_config(directory: Path) -> ModelConfig:
                     f"{path}: {name} is {values[name]!r}; the model here is made for {expected!r}.\n"
                     "Take a model without it."
                 )
-        if values.get("time_step_limit", NO_LIMIT[0]) not in NO_LIMIT:
+        if limited := [name for name in LIMITS if values.get(name, NO_LIMIT[0]) not in NO_LIMIT]:
             raise ModelError(
-                f"{path}: time_step_limit is {values['time_step_limit']}; the model here puts no limits to dt.\n"
+                f"{path}: {limited[0]} is {values[limited[0]]}; the model here puts no limits to dt.\n"
                 "Take a model without it."
             )
         rope = values.get("rope_parameters") or {}
