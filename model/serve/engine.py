@@ -99,7 +99,7 @@ class Text:
         found = [place for stop in self.stops if (place := whole.find(stop)) >= 0]
         if found:
             finish, whole = "stop", whole[: min(found)]
-        held = 0 if finish else max((size for stop in self.stops for size in range(1, len(stop))
+        held = 0 if finish else max((size for stop in self.stops for size in range(1, min(len(stop), len(whole) + 1))
                                      if whole.endswith(stop[:size])), default=0)
         text, self.held = whole[: len(whole) - held], whole[len(whole) - held :]
         if text or finish:

@@ -319,6 +319,11 @@ def test_stops_end_a_text_wherever_tokens_end(stops, expected, finish):
     assert ("".join(texts), ended) == (expected, finish)
 
 
+def test_a_stop_longer_than_any_text_costs_no_more_than_the_text():
+    """Compared with each of its beginnings, 10 MB of it would hold up everybody's texts for hours."""
+    assert written(["the", "the"], ["t" * 10**7], []) == (["the", "the"], "length")
+
+
 def test_what_may_begin_a_stop_waits_and_a_character_is_whole():
     assert written(["t", "t", "h", "e", "h"], ["th!", "hex"], [])[0] == ["t", "t", "heh"]
     assert written(["t", "<0xC3>", "<0xA9>", "h"], [], [])[0] == ["t", "é", "h"]
