@@ -355,8 +355,8 @@ def load(directory: Path, max_length: int, **options: Any) -> HarnessLM:
     config, state = hub.open_weights(directory)
     tokenizer = hub.check_vocabulary(directory, config.vocab_size)
     model = tensor_parallel.load(config, state, DTYPES[device], device, ranks)
-    return HarnessLM(model, tokenizer, hub.end_ids(directory), max_length, ranks=ranks,
-                     begin_id=hub.begin_id(directory), **options)
+    return HarnessLM(model, tokenizer, hub.end_ids(directory, config.vocab_size), max_length, ranks=ranks,
+                     begin_id=hub.begin_id(directory, config.vocab_size), **options)
 
 
 class LocalTask(ConfigurableTask):

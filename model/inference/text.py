@@ -37,10 +37,10 @@ class Vocabulary(NamedTuple):
 
 
 def read_vocabulary(directory: Path, config: ModelConfig) -> Vocabulary:
-    """The tokenizer of `directory`. Raises ModelError unless every id it gives is one of the model's."""
+    """The tokenizer of `directory`. Raises ModelError unless every id of it is one of the model's."""
     tokenizer = hub.check_vocabulary(directory, config.vocab_size)
     tokenizer.encode_special_tokens = True          # text that spells a control token stays text
-    return Vocabulary(tokenizer, hub.begin_id(directory), hub.end_ids(directory))
+    return Vocabulary(tokenizer, hub.begin_id(directory, config.vocab_size), hub.end_ids(directory, config.vocab_size))
 
 
 class Characters:
