@@ -40,6 +40,7 @@ from model.config import ModelError
 from model.evaluation.schema import ChoiceSample, Samples, TextSample
 from model.hybrid_lm import HybridLM
 from model.inference.caches import PrefixReader
+from model.inference.sampling import checked, likeliest
 from model.model_card import CardScore
 from model.processes import ONE_PROCESS, TensorRanks
 
@@ -172,7 +173,7 @@ class HarnessLM(TemplateLM):
         chosen: list[int] = []
         text = ""
         while len(chosen) < tokens:
-            token = int(logits[0].argmax())
+            token = checked(int(likeliest(logits)))
             if token in self._ends:
                 break
             chosen.append(token)

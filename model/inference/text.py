@@ -16,6 +16,7 @@ from model.costs import weights_bytes
 from model.hybrid_lm import HybridLM
 from model.inference.decoder import piece_tokens
 from model.inference.fp8_weights import LEAST_WIDTH, quantize_weights
+from model.inference.sampling import checked
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.bfloat16}     # fp8: weights alone
 GIB = 2**30
@@ -80,7 +81,7 @@ def pieces(vocabulary: Vocabulary, ids: Iterable[int], before: Sequence[int] = (
     for token in ids:
         if token in vocabulary.end_ids:
             break
-        if text := characters.add(token):
+        if text := characters.add(checked(token)):
             yield text
     if text := characters.rest():
         yield text

@@ -24,7 +24,7 @@ from torch import Tensor
 from model.hybrid_lm import HybridLM
 from model.inference.caches import ModelCaches
 from model.inference.decoder import Decoder
-from model.inference.sampling import Sampling, choose
+from model.inference.sampling import Sampling, checked, choose, likeliest
 from model.inference.text import Characters, Vocabulary
 from model.serve.prefix_cache import Piece, PrefixCache
 
@@ -282,10 +282,10 @@ class Engine:
 
     def _write(self, first: int, logits: Tensor) -> None:
         """The next token of the running texts from row `first` on; logits (texts, vocab)."""
-        likeliest: list[int] = logits.argmax(-1).tolist()
+        ids = [checked(token) for token in likeliest(logits).tolist()]
         goes_on = [
             self._add(text, int(choose(logits[row, None], text.sampling, text.generator))
-                      if text.sampling.temperature else likeliest[row])
+                      if text.sampling.temperature else ids[row])
             for row, text in enumerate(self.running[first:])
         ]
         self._leave([row for row, more in enumerate(goes_on, first) if not more])

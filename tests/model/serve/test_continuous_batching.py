@@ -15,6 +15,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from model.config import ModelError
 from model.hybrid_lm import HybridLM
 from model.inference.decoder import Decoder
 from model.inference.sampling import Sampling
@@ -280,6 +281,16 @@ def test_a_failure_is_told_and_those_that_waited_are_written(monkeypatch, capsys
     assert [event.error for event in events if event.error] == ["The model failed: RuntimeError."] * 2
     assert waits.tokens == alone(HYBRID_MODEL, waits)
     assert "out of memory" in capsys.readouterr().err and running.counts["failed"] == 2
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_a_failure(temperature):
+    running, events = engine(HYBRID_MODEL), []
+    running.decoder.logits = lambda x: x.new_full((len(x), 97), float("nan"))
+    submit(running, text([1, 2], 5, events, sampling=Sampling(temperature)))
+    with pytest.raises(ModelError, match="Logits are not finite"):
+        finish(running)
+    assert events == []
 
 
 def test_a_failure_that_no_log_can_take_is_told(monkeypatch):
