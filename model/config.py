@@ -192,7 +192,7 @@ class PretrainConfig(ScheduleConfig):
         checkpoints_kept: resume states kept, the latest included; a damaged one leaves the one before.
         recompute: symbols of the layers whose activations the backward computes again instead of keeping them.
         cuda_graph: whether a GPU replays forward and backward of a step as one CUDA graph; for one pipeline stage.
-        reset_at_documents: whether state, convolution and attention restart after an end-of-document token.
+        reset_at_documents: whether state, convolution and attention restart at an end-of-document token.
         check_kernels: whether a GPU's kernels are compared with float64 at this run's sizes before the first step.
     """
 

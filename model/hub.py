@@ -43,11 +43,14 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_GIGABYTES = 5.0       # transformers' own
 LAYER_TYPES = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*", "mlp": "-"}
 # What HybridLM computes, whatever the file says of it: another value would be another model. Absent means this value.
+# The second names of a bias and of the limits of dt are those that transformers prefers.
 FIXED = {
-    "mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "use_conv_bias": True, "use_bias": False,
-    "mamba_proj_bias": False, "mlp_bias": False, "attention_bias": False, "tie_word_embeddings": False,
-    "sliding_window": None, "hidden_act": "relu2", "rope_scaling": None,
+    "mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "use_conv_bias": True, "mamba_conv_bias": True,
+    "use_bias": False, "mamba_proj_bias": False, "mlp_bias": False, "attention_bias": False,
+    "tie_word_embeddings": False, "sliding_window": None, "hidden_act": "relu2", "rope_scaling": None,
+    "is_causal": True,
 }
+LIMITS = ("time_step_limit", "mamba_dt_limit")
 NO_LIMIT = ([0.0, float("inf")], [0.0, {"__float__": "Infinity"}])      # of dt; the second as transformers 5 writes it
 
 
@@ -191,9 +194,9 @@ def read_config(directory: Path) -> ModelConfig:
                     f"{path}: {name} is {values[name]!r}; the model here is made for {expected!r}.\n"
                     "Take a model without it."
                 )
-        if values.get("time_step_limit", NO_LIMIT[0]) not in NO_LIMIT:
+        if limited := [name for name in LIMITS if values.get(name, NO_LIMIT[0]) not in NO_LIMIT]:
             raise ModelError(
-                f"{path}: time_step_limit is {values['time_step_limit']}; the model here puts no limits to dt.\n"
+                f"{path}: {limited[0]} is {values[limited[0]]}; the model here puts no limits to dt.\n"
                 "Take a model without it."
             )
         rope = values.get("rope_parameters") or {}
@@ -297,7 +300,7 @@ def special_tokens(directory: Path, vocab_size: int) -> dict[str, Any]:
     """Content of generation_config.json, and the special ids that it does not name, by config.json.
 
     Raises:
-        ModelError: an id is none, or one of the ends is not below `vocab_size`; a file is not JSON.
+        ModelError: an id is none, or one that begins or ends texts is not below `vocab_size`; a file is not JSON.
     """
     config, own = directory / "config.json", directory / "generation_config.json"
     values = read_json(own) if own.exists() else {}
@@ -305,37 +308,35 @@ def special_tokens(directory: Path, vocab_size: int) -> dict[str, Any]:
     for name in SPECIAL_TOKENS:
         path = own if name in values else config
         values.setdefault(name, also.get(name))
-        ids = _ids(path, name, values[name])
-        if name == "eos_token_id" and (outside := [each for each in ids if not 0 <= each < vocab_size]):
-            raise ModelError(
-                f"{path}: eos_token_id holds {outside[0]}, and the model has ids below {vocab_size}.\n"
-                "Write the id there that ends a text, by the tokenizer."
-            )
+        _ids(path, name, values[name], None if name == "pad_token_id" else vocab_size)      # padding may be -1
     return values
 
 
-def begin_id(directory: Path) -> int | None:
-    """Id that begins a text, if any, by config.json. Raises ModelError where it is none."""
+def begin_id(directory: Path, vocab_size: int) -> int | None:
+    """Id that begins a text, if any, by config.json. Raises ModelError where it is none of `vocab_size`."""
     path = directory / "config.json"
-    return next(iter(_ids(path, "bos_token_id", read_json(path).get("bos_token_id"))), None)
+    return next(iter(_ids(path, "bos_token_id", read_json(path).get("bos_token_id"), vocab_size)), None)
 
 
-def end_ids(directory: Path) -> list[int]:
+def end_ids(directory: Path, vocab_size: int) -> list[int]:
     """Ids any of which ends a text: those of generation_config.json, as in transformers, else of config.json.
 
-    Raises ModelError where one is no id (transformers would stop at none of them and say nothing).
+    Raises ModelError where one is none of `vocab_size` (transformers would stop at none of them and say nothing).
     """
     for path in (directory / "generation_config.json", directory / "config.json"):
         if path.exists() and "eos_token_id" in (values := read_json(path)):
-            return _ids(path, "eos_token_id", values["eos_token_id"])
+            return _ids(path, "eos_token_id", values["eos_token_id"], vocab_size)
     return []
 
 
-def _ids(path: Path, name: str, found: Any) -> list[int]:
+def _ids(path: Path, name: str, found: Any, vocab_size: int | None) -> list[int]:
     ids = found if isinstance(found, list) and name == "eos_token_id" else [] if found is None else [found]
     if wrong := [each for each in ids if type(each) is not int]:
         several = " or a list of them" if name == "eos_token_id" else ""
         raise ModelError(f"{path}: {name} holds {wrong[0]!r}, which is no id.\nWrite a number{several} there.")
+    if vocab_size and (outside := [each for each in ids if not 0 <= each < vocab_size]):
+        raise ModelError(f"{path}: {name} holds {outside[0]}, and the model has ids below {vocab_size}.\n"
+                         "Write the tokenizer's id there.")
     return ids
 
 

@@ -154,6 +154,7 @@ def _args(config: ModelConfig) -> dict[str, Any]:
         "num_query_groups": config.num_query_groups, "kv_channels": config.head_dim,
         "mamba_state_dim": config.mamba_state_dim, "mamba_head_dim": config.mamba_head_dim,
         "mamba_num_groups": config.mamba_num_groups, "mamba_num_heads": config.mamba_num_heads,
+        "mamba_chunk_size": config.chunk_size,          # for `open_megatron`
         "position_embedding_type": "none", "normalization": "RMSNorm", "norm_epsilon": config.norm_epsilon,
         "add_position_embedding": True, "add_bias_linear": False, "add_qkv_bias": False, "squared_relu": True,
         "swiglu": False, "apply_layernorm_1p": False, "untie_embeddings_and_output_weights": True,

@@ -26,6 +26,7 @@ from model.compression.layerwise import Layerwise, Progress
 from model.compression.prune import Selection
 from model.config import ModelConfig, ModelError
 
+CUT = ("ffn_hidden_size", "mamba_head_dim", "mamba_num_heads")      # what a layer can lose units of
 HALVES = 2                      # even and odd sequences are kept apart
 NeuronScore = Literal["mean_then_l2", "l2_then_mean"]   # over the batch, then over the sequence
 
@@ -161,7 +162,16 @@ def top_of_groups(importance: Tensor, count: int, groups: int) -> Tensor:
 
 
 def select(parent: ModelConfig, smaller: ModelConfig, layers: list[int], importance: WidthImportance) -> Selection:
-    """The most important units of each axis on which `smaller` is narrower than the parent, in the kept `layers`."""
+    """The most important units of each axis on which `smaller` is narrower than the parent, in the kept `layers`.
+
+    Raises ValueError for a shape that no cut gives: another size of another axis, a wider one, uneven groups of heads.
+    """
+    for name in ModelConfig.model_fields:
+        asked, whole = getattr(smaller, name), getattr(parent, name)
+        if asked != whole and name not in ("pattern", "norm_epsilon") and not (name in CUT and asked < whole):
+            raise ValueError(f"{name}: {asked} cannot be cut from the parent's {whole}")
+    if smaller.mamba_num_heads % parent.mamba_num_groups:
+        raise ValueError(f"mamba_num_heads: {smaller.mamba_num_heads} heads in {parent.mamba_num_groups} equal groups")
     ffn, mamba = ([index for index in layers if parent.pattern[index] == symbol] for symbol in "-M")
     neurons = channels = heads = {}
     if smaller.ffn_hidden_size < parent.ffn_hidden_size:

@@ -40,6 +40,7 @@ from model.config import ModelError
 from model.evaluation.schema import ChoiceSample, Samples, TextSample
 from model.hybrid_lm import HybridLM
 from model.inference.caches import PrefixReader
+from model.inference.sampling import checked, likeliest
 from model.model_card import CardScore
 from model.processes import ONE_PROCESS, TensorRanks
 
@@ -172,7 +173,7 @@ class HarnessLM(TemplateLM):
         chosen: list[int] = []
         text = ""
         while len(chosen) < tokens:
-            token = int(logits[0].argmax())
+            token = checked(int(likeliest(logits)))
             if token in self._ends:
                 break
             chosen.append(token)
@@ -355,8 +356,8 @@ def load(directory: Path, max_length: int, **options: Any) -> HarnessLM:
     config, state = hub.open_weights(directory)
     tokenizer = hub.check_vocabulary(directory, config.vocab_size)
     model = tensor_parallel.load(config, state, DTYPES[device], device, ranks)
-    return HarnessLM(model, tokenizer, hub.end_ids(directory), max_length, ranks=ranks,
-                     begin_id=hub.begin_id(directory), **options)
+    return HarnessLM(model, tokenizer, hub.end_ids(directory, config.vocab_size), max_length, ranks=ranks,
+                     begin_id=hub.begin_id(directory, config.vocab_size), **options)
 
 
 class LocalTask(ConfigurableTask):

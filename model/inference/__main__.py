@@ -89,9 +89,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     started = time.perf_counter()
     first = None
-    for piece in text:
-        first = first or time.perf_counter() - started
-        print(piece, end="", flush=True)
+    try:
+        for piece in text:
+            first = first or time.perf_counter() - started
+            print(piece, end="", flush=True)
+    except ModelError as error:
+        print(error, file=sys.stderr)
+        return 1
     print()
     if first:
         print(f"first piece after {first:.2f} s, {time.perf_counter() - started:.2f} s in all", file=sys.stderr)

@@ -16,6 +16,7 @@ from model.costs import weights_bytes
 from model.hybrid_lm import HybridLM
 from model.inference.decoder import piece_tokens
 from model.inference.fp8_weights import LEAST_WIDTH, quantize_weights
+from model.inference.sampling import checked
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.bfloat16}     # fp8: weights alone
 GIB = 2**30
@@ -37,10 +38,10 @@ class Vocabulary(NamedTuple):
 
 
 def read_vocabulary(directory: Path, config: ModelConfig) -> Vocabulary:
-    """The tokenizer of `directory`. Raises ModelError unless every id it gives is one of the model's."""
+    """The tokenizer of `directory`. Raises ModelError unless every id of it is one of the model's."""
     tokenizer = hub.check_vocabulary(directory, config.vocab_size)
     tokenizer.encode_special_tokens = True          # text that spells a control token stays text
-    return Vocabulary(tokenizer, hub.begin_id(directory), hub.end_ids(directory))
+    return Vocabulary(tokenizer, hub.begin_id(directory, config.vocab_size), hub.end_ids(directory, config.vocab_size))
 
 
 class Characters:
@@ -80,7 +81,7 @@ def pieces(vocabulary: Vocabulary, ids: Iterable[int], before: Sequence[int] = (
     for token in ids:
         if token in vocabulary.end_ids:
             break
-        if text := characters.add(token):
+        if text := characters.add(checked(token)):
             yield text
     if text := characters.rest():
         yield text

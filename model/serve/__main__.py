@@ -79,11 +79,16 @@ def named(argument: str) -> tuple[str, Path]:
     return name, path
 
 
+def number(argument: str, least: int = 0) -> int:
+    """A number of `least` or more."""
+    if (found := int(argument)) < least:
+        raise argparse.ArgumentTypeError(f"{found} is less than {least}")
+    return found
+
+
 def positive(argument: str) -> int:
     """A number of 1 or more."""
-    if (number := int(argument)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number
+    return number(argument, 1)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -102,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--piece-tokens", type=positive, metavar="TOKENS",
                         help="of a long prompt read at once; twice as many, of all prompts, are read between two "
                              "steps at most; where pieces end, prompts are kept (default: 256, on a GPU 2048)")
-    parser.add_argument("--prefix-cache-mb", type=int, default=256, metavar="MB",
+    parser.add_argument("--prefix-cache-mb", type=number, default=256, metavar="MB",
                         help="of prompts kept, so that one that begins alike is not read again; 0: none "
                              "(default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])

@@ -24,7 +24,7 @@ from torch import Tensor
 from model.hybrid_lm import HybridLM
 from model.inference.caches import ModelCaches
 from model.inference.decoder import Decoder
-from model.inference.sampling import Sampling, choose
+from model.inference.sampling import Sampling, checked, choose, likeliest
 from model.inference.text import Characters, Vocabulary
 from model.serve.prefix_cache import Piece, PrefixCache
 
@@ -99,7 +99,7 @@ class Text:
         found = [place for stop in self.stops if (place := whole.find(stop)) >= 0]
         if found:
             finish, whole = "stop", whole[: min(found)]
-        held = 0 if finish else max((size for stop in self.stops for size in range(1, len(stop))
+        held = 0 if finish else max((size for stop in self.stops for size in range(1, min(len(stop), len(whole) + 1))
                                      if whole.endswith(stop[:size])), default=0)
         text, self.held = whole[: len(whole) - held], whole[len(whole) - held :]
         if text or finish:
@@ -282,10 +282,10 @@ class Engine:
 
     def _write(self, first: int, logits: Tensor) -> None:
         """The next token of the running texts from row `first` on; logits (texts, vocab)."""
-        likeliest: list[int] = logits.argmax(-1).tolist()
+        ids = [checked(token) for token in likeliest(logits).tolist()]
         goes_on = [
             self._add(text, int(choose(logits[row, None], text.sampling, text.generator))
-                      if text.sampling.temperature else likeliest[row])
+                      if text.sampling.temperature else ids[row])
             for row, text in enumerate(self.running[first:])
         ]
         self._leave([row for row, more in enumerate(goes_on, first) if not more])

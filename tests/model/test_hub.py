@@ -391,10 +391,10 @@ def test_a_pointer_of_git_lfs_is_called_one(saved):
 @pytest.mark.parametrize(("ids", "ends"), [(2, [2]), ([2, 11], [2, 11]), (None, []), ([], [])])
 def test_ends_of_text_are_one_id_or_several(saved, ids, ends):
     (saved / "generation_config.json").write_text(json.dumps({"eos_token_id": ids, "temperature": 0.6}))
-    assert hub.end_ids(saved) == ends
+    assert hub.end_ids(saved, 320) == ends
     assert hub.special_tokens(saved, 320)["temperature"] == 0.6
     (saved / "generation_config.json").unlink()
-    assert hub.end_ids(saved) == [2] and hub.special_tokens(saved, 320) == hub.SPECIAL_TOKENS
+    assert hub.end_ids(saved, 320) == [2] and hub.special_tokens(saved, 320) == hub.SPECIAL_TOKENS
 
 
 def test_special_ids_that_generation_config_does_not_name_are_those_of_config(tmp_path):
@@ -409,15 +409,19 @@ def test_special_ids_that_generation_config_does_not_name_are_those_of_config(tm
 @pytest.mark.parametrize("ids", ["</s>", [[2]], [2, None], 2.0, True, [2, "11"]])
 def test_what_is_no_id_does_not_end_texts(saved, ids):
     (saved / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
-    for read in (hub.end_ids, lambda directory: hub.special_tokens(directory, 320)):
+    for read in (hub.end_ids, hub.special_tokens):
         with pytest.raises(ModelError, match=r"generation_config\.json: eos_token_id holds .* no id\.\nWrite"):
-            read(saved)
+            read(saved, 320)
     (saved / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 320]}))
-    with pytest.raises(ModelError, match=r"eos_token_id holds 320, and the model has ids below 320\.\n"):
-        hub.special_tokens(saved, 320)
-    damage_config(saved, bos_token_id=[1, 2])
-    with pytest.raises(ModelError, match=r"config\.json: bos_token_id holds \[1, 2\], which is no id"):
-        hub.begin_id(saved)
+    for read in (hub.end_ids, hub.special_tokens):
+        with pytest.raises(ModelError, match=r"eos_token_id holds 320, and the model has ids below 320\.\n"):
+            read(saved, 320)
+    (saved / "generation_config.json").write_text("{}")
+    for begin, message in (([1, 2], r"\[1, 2\], which is no id"), (320, "320, and the model has"), (-1, "-1, and the")):
+        damage_config(saved, bos_token_id=begin)
+        for read in (hub.begin_id, hub.special_tokens):
+            with pytest.raises(ModelError, match=rf"config\.json: bos_token_id holds {message}"):
+                read(saved, 320)
 
 
 @pytest.mark.parametrize(("name", "content"), [
@@ -461,6 +465,9 @@ def test_a_tokenizer_cuts_and_fills_no_text(tmp_path):
     ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
     ({"mlp_hidden_act": "silu"}, "mlp_hidden_act is 'silu'"),
     ({"time_step_limit": [0.001, 0.1]}, "time_step_limit is"),
+    ({"mamba_dt_limit": [0.001, 0.1]}, "mamba_dt_limit is"),
+    ({"mamba_conv_bias": False}, "mamba_conv_bias is False"),
+    ({"is_causal": False}, "is_causal is False"),
     ({"hybrid_override_pattern": "MEM*-M-"}, "layer 1 of the pattern is 'E'"),
     ({"hybrid_override_pattern": "M-M*|M-"}, r"pattern: layer 4 of the pattern is '\|', which is no kind of layer\.\n"),
     ({"hybrid_override_pattern": "M-M*-M"}, r"unexpected backbone\.layers\.6"),

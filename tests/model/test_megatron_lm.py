@@ -134,6 +134,14 @@ def test_stock_megatron_reads_what_is_written_back(saved, tmp_path):
         assert relative(logits_of(model, IDS), torch.load(saved / "fused/logits.pt")[..., :90]) < 1e-6
 
 
+def test_what_megatron_has_outside_of_its_args_comes_back(saved, tmp_path, capsys):
+    imported = open_megatron(saved / "fused")
+    config = imported.config.model_copy(update={"chunk_size": 16})
+    save_megatron(tmp_path, config, imported.state, {})
+    assert "chunk_size 16: Megatron-LM has" in capsys.readouterr().out
+    assert open_megatron(tmp_path).config == config
+
+
 def test_a_transformer_has_no_megatron_hybrid(tmp_path):
     from tiny_engine import TRANSFORMER as BASELINE
 

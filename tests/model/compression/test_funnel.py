@@ -233,7 +233,7 @@ def test_models_are_scored_with_the_resets_they_were_trained_with(parent, tokens
     """The state of the documents before is gone, or is not, as in training."""
     recipe = RECIPE.model_copy(update={"reset_at_documents": resets})
     ids = data.validation[:2, :-1].clone()
-    ids[:, 9] = end_of_document(tokens)
+    ids[:, 10] = end_of_document(tokens)
     with process_groups():
         run = funnel.Funnel(parent.save(tmp_path), tokens, data, config, recipe, 1, ResultCache(tmp_path / "cache"),
                             silent, ONE_COPY)

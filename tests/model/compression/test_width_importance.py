@@ -9,6 +9,7 @@ from model.compression.comparison import compare
 from model.compression.importance import layer_importance, rank_correlation
 from model.compression.layerwise import Mask
 from model.compression.width_importance import (
+    WidthImportance,
     kept_share,
     select,
     top,
@@ -104,6 +105,18 @@ def test_what_is_dead_is_cut_first(parent, data):
     selection = select(parent.config, smaller, list(range(7)), importance)
     assert torch.equal(selection.neurons[4], kept)
     assert selection.mamba_heads[0][0] == 0 and selection.mamba_heads[0][1] in (2, 3)     # one of each group
+
+
+@pytest.mark.parametrize(("field", "size"), [
+    ("mamba_num_heads", 3), ("mamba_num_heads", 8), ("ffn_hidden_size", 64), ("hidden_size", 16),
+    ("mamba_state_dim", 4),
+])
+def test_a_shape_that_no_cut_gives_is_refused(parent, field, size):
+    heads = (parent.config.mamba_num_heads, parent.config.mamba_head_dim)
+    scores = WidthImportance({index: torch.rand(parent.config.ffn_hidden_size) for index in (1, 4, 6)},
+                             {index: torch.rand(heads) for index in (0, 2, 5)}, {})
+    with pytest.raises(ValueError, match=rf"{field}: {size}"):
+        select(parent.config, parent.config.model_copy(update={field: size}), list(range(7)), scores)
 
 
 def test_kept_share_and_ties():

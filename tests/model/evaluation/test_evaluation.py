@@ -356,6 +356,8 @@ def test_a_model_that_overflows_is_refused(exported: dict[str, Path]) -> None:
         model.model.get_parameter("backbone.layers.1.mixer.down_proj.weight").fill_(3e38)
     with pytest.raises(ModelError, match="A log-likelihood is not finite: activations overflow"):
         model.loglikelihood(requests("loglikelihood", [("x = ", "1"), ("x = ", "2")]))
+    with pytest.raises(ModelError, match="Logits are not finite: activations overflow"):
+        model.generate_until(requests("generate_until", [("x = ", {"until": [], "max_gen_toks": 2})]))
 
 
 def test_planned_memory_is_that_of_a_batch(exported: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -221,6 +221,12 @@ def test_hardly_any_temperature_takes_the_likeliest(temperature):
         assert frequencies([100.0, 130.0, -100.0], Sampling(temperature, *options)) == [0, 1, 0]
 
 
+@pytest.mark.parametrize("top_p", [1e-300, 1e-46, 1e-38])
+def test_hardly_any_top_p_takes_the_likeliest(top_p):
+    for top_k in (0, 2):
+        assert frequencies([1.0, 1.5, -1.0], Sampling(1.0, top_k, top_p)) == [0, 1, 0]
+
+
 @CONFIGS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cache_bytes_are_the_cost_models(config, dtype):

@@ -171,6 +171,13 @@ def test_weights_that_do_not_fit(directory, changes, message, capsys, monkeypatc
     refuse(directory, message, capsys, monkeypatch)
 
 
+def test_weights_whose_logits_are_no_numbers(directory, capsys):
+    change_tensors(directory, **{"lm_head.weight": torch.full((265, 32), 3e38)})
+    assert run(directory, "--max-new-tokens", "3") == 1
+    found = capsys.readouterr()
+    assert found.err.startswith("Logits are not finite: activations overflow.\n") and not found.out
+
+
 @pytest.mark.parametrize(("content", "message"), [
     (None, "not found"), ("{", "not a tokenizer"),
     (byte_tokenizer([*WORDS, "more"]).to_str(), "a tokenizer of 266 ids, the model has 265"),

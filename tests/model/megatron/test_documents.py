@@ -26,20 +26,20 @@ LENGTHS = [(1, 2, 5, 8, 3, 11), (30,), (16, 8, 6)]
 def packed() -> torch.Tensor:
     ids = torch.randint(1, HYBRID.vocab_size, (len(LENGTHS), 30), generator=torch.Generator().manual_seed(2))
     for row, lengths in zip(ids, LENGTHS, strict=True):
-        row[[sum(lengths[: i + 1]) - 1 for i in range(len(lengths) - 1)]] = EOD
+        row[[sum(lengths[: i + 1]) for i in range(len(lengths) - 1)]] = EOD
     return ids
 
 
 def split(ids: torch.Tensor) -> list[torch.Tensor]:
-    """Documents of `ids`, (1, length) each: cut behind every end-of-document token."""
-    return [document[None] for row in ids for document in row.tensor_split((row[:-1] == EOD).nonzero().flatten() + 1)]
+    """Documents of `ids`, (1, length) each: cut before every end-of-document token."""
+    return [document[None] for row in ids for document in row.tensor_split((row[1:] == EOD).nonzero().flatten() + 1)]
 
 
-def test_documents_are_numbered_from_their_ends():
+def test_documents_begin_with_the_mark_as_texts_do_that_are_served_and_evaluated():
     ids = torch.tensor([[5, 0, 0, 7, 8, 0], [0, 1, 2, 3, 4, 5]])
     documents = find_documents(ids, EOD)
     assert documents.seq_idx.dtype is torch.int32
-    assert documents.seq_idx.tolist() == [[0, 0, 1, 2, 2, 2], [0, 1, 1, 1, 1, 1]]
+    assert documents.seq_idx.tolist() == [[0, 1, 2, 2, 2, 3], [1, 1, 1, 1, 1, 1]]
     assert [document.shape[1] for document in split(packed())] == [length for row in LENGTHS for length in row]
 
 
@@ -99,7 +99,7 @@ def test_training_resets_where_the_recipe_says_so(reset, token_files, tmp_path):
     data = TrainingData(tokens, 16, 24, 1, tmp_path / "index")
     batch = torch.stack([data[sample] for sample in range(4)])
     inputs, labels = batch[:, :-1], batch[:, 1:]
-    assert (inputs[:, :-1] == EOD).any()
+    assert (inputs[:, 1:] == EOD).any()
     with torch.no_grad():
         logits = torch.cat([model(part).flatten(0, 1) for part in (split(inputs) if reset else [inputs])])
     assert loss == pytest.approx(F.cross_entropy(logits, labels.flatten()).item(), rel=1e-5)

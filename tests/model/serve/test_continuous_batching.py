@@ -15,6 +15,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from model.config import ModelError
 from model.hybrid_lm import HybridLM
 from model.inference.decoder import Decoder
 from model.inference.sampling import Sampling
@@ -282,6 +283,16 @@ def test_a_failure_is_told_and_those_that_waited_are_written(monkeypatch, capsys
     assert "out of memory" in capsys.readouterr().err and running.counts["failed"] == 2
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_a_failure(temperature):
+    running, events = engine(HYBRID_MODEL), []
+    running.decoder.logits = lambda x: x.new_full((len(x), 97), float("nan"))
+    submit(running, text([1, 2], 5, events, sampling=Sampling(temperature)))
+    with pytest.raises(ModelError, match="Logits are not finite"):
+        finish(running)
+    assert events == []
+
+
 def test_a_failure_that_no_log_can_take_is_told(monkeypatch):
     class Full(io.StringIO):
         def write(self, _):
@@ -317,6 +328,11 @@ def written(words: list[str], stops: list[str], end_ids: list[int]) -> tuple[lis
 def test_stops_end_a_text_wherever_tokens_end(stops, expected, finish):
     texts, ended = written(["the", "the", "th", "<0x21>"], stops, [])
     assert ("".join(texts), ended) == (expected, finish)
+
+
+def test_a_stop_longer_than_any_text_costs_no_more_than_the_text():
+    """Compared with each of its beginnings, 10 MB of it would hold up everybody's texts for hours."""
+    assert written(["the", "the"], ["t" * 10**7], []) == (["the", "the"], "length")
 
 
 def test_what_may_begin_a_stop_waits_and_a_character_is_whole():

@@ -315,6 +315,13 @@ def test_what_cannot_be_served(directories, options, message, capsys):
     assert message in error and error.strip().count("\n") == 1
 
 
+@pytest.mark.parametrize(("option", "value", "least"), [("--prefix-cache-mb", "-1", 0), ("--rows", "0", 1)])
+def test_sizes_without_a_meaning(option, value, least, capsys):
+    with pytest.raises(SystemExit):
+        main(["--model", "DIRECTORY", option, value])
+    assert f"argument {option}: {value} is less than {least}" in capsys.readouterr().err
+
+
 def test_a_port_in_use(directories, capsys):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
