@@ -128,16 +128,22 @@ def dvc(*arguments: str) -> str:
     return done.stdout
 
 
+def holder_of(lock: Path) -> str | None:
+    """The process that has this lock, as it wrote there; None where nobody has it."""
+    with contextlib.suppress(FileNotFoundError), lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read().strip() or "unknown"
+    return None
+
+
 def wait_for_lock(ours: Iterable[subprocess.Popen[bytes]] = ()) -> str | None:
     """The line that says who has DVC's lock, where it is none of `ours`."""
-    with contextlib.suppress(FileNotFoundError), DVC_LOCK.open() as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = lock.read().strip()
-            if holder not in {str(process.pid) for process in ours}:
-                return f"Waiting for {DVC_LOCK}, which process {holder or 'unknown'} has: let it end, or `kill -9` it."
-    return None
+    holder = holder_of(DVC_LOCK)
+    if holder is None or holder in {str(process.pid) for process in ours}:
+        return None
+    return f"Waiting for {DVC_LOCK}, which process {holder} has: let it end, or `kill -9` it."
 
 
 def _is_whole(lock: bytes) -> bool:
