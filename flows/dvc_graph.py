@@ -261,12 +261,9 @@ def graph() -> dict[str, Node]:
     priority: dict[str, int] = {}
     for name in reversed(order):
         priority[name] = 1 + max((priority[other] for other in needs if name in needs[other]), default=-1)
-    return {name: _node(name, needs[name], stages[name.split("@")[0]].get("meta", {}), priority[name])
-            for name in order}
-
-
-def _node(name: str, needs: set[str], meta: dict[str, Any], priority: int) -> Node:
-    return Node(name, frozenset(needs), bool(meta.get("exclusive")), int(meta.get("gpus", 0)), priority)
+    return {name: Node(name, frozenset(needs[name]), bool(meta.get("exclusive")), int(meta.get("gpus", 0)),
+                       priority[name])
+            for name in order for meta in [stages[name.split("@")[0]].get("meta", {})]}
 
 
 def visible_gpus() -> list[str]:
