@@ -8,7 +8,6 @@ Exits 1 only when `make reproduce` cannot work here.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
 import re
 import shutil
@@ -151,7 +150,7 @@ def repository() -> Iterator[Finding]:
     params = load_params()
     yield Finding("params.yaml", "ok", f"profile {params.profile}")
     holders = dvc_graph.busy()
-    if flow := _flow_running():
+    if flow := dvc_graph.holder_of(dvc_graph.FLOW_LOCK):
         yield Finding("locks", "warning", f"a flow is running (process {flow})", "Wait for it, or stop it.")
     if holders:
         yield Finding("locks", "warning", f"stages are running: processes {sorted(holders)}", "They end by themselves.")
@@ -170,19 +169,6 @@ def _output(*command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
-
-
-def _flow_running() -> str | None:
-    from flows.dvc_graph import FLOW_LOCK
-
-    if not FLOW_LOCK.exists():
-        return None
-    with FLOW_LOCK.open() as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return lock.read().strip() or "unknown"
-    return None
 
 
 CHECKS: list[Callable[[], Iterator[Finding]]] = [python, packages, engine, prefect, machine, repository, pages]

@@ -128,16 +128,22 @@ def dvc(*arguments: str) -> str:
     return done.stdout
 
 
+def holder_of(lock: Path) -> str | None:
+    """The process that has this lock, as it wrote there; None where nobody has it."""
+    with contextlib.suppress(FileNotFoundError), lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read().strip() or "unknown"
+    return None
+
+
 def wait_for_lock(ours: Iterable[subprocess.Popen[bytes]] = ()) -> str | None:
     """The line that says who has DVC's lock, where it is none of `ours`."""
-    with contextlib.suppress(FileNotFoundError), DVC_LOCK.open() as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = lock.read().strip()
-            if holder not in {str(process.pid) for process in ours}:
-                return f"Waiting for {DVC_LOCK}, which process {holder or 'unknown'} has: let it end, or `kill -9` it."
-    return None
+    holder = holder_of(DVC_LOCK)
+    if holder is None or holder in {str(process.pid) for process in ours}:
+        return None
+    return f"Waiting for {DVC_LOCK}, which process {holder} has: let it end, or `kill -9` it."
 
 
 def _is_whole(lock: bytes) -> bool:
@@ -255,12 +261,9 @@ def graph() -> dict[str, Node]:
     priority: dict[str, int] = {}
     for name in reversed(order):
         priority[name] = 1 + max((priority[other] for other in needs if name in needs[other]), default=-1)
-    return {name: _node(name, needs[name], stages[name.split("@")[0]].get("meta", {}), priority[name])
-            for name in order}
-
-
-def _node(name: str, needs: set[str], meta: dict[str, Any], priority: int) -> Node:
-    return Node(name, frozenset(needs), bool(meta.get("exclusive")), int(meta.get("gpus", 0)), priority)
+    return {name: Node(name, frozenset(needs[name]), bool(meta.get("exclusive")), int(meta.get("gpus", 0)),
+                       priority[name])
+            for name in order for meta in [stages[name.split("@")[0]].get("meta", {})]}
 
 
 def visible_gpus() -> list[str]:

@@ -97,6 +97,12 @@ class _NothingDrawn(TorchFunctionMode):
 def check_shapes(config: ModelConfig, shapes: Mapping[str, Shape], what: str) -> None:
     """Raise ModelError, naming the tensors, unless `shapes` has exactly the names and shapes of HybridLM(config)."""
     expected = {name: tuple(tensor.shape) for name, tensor in HybridLM.skeleton(config).state_dict().items()}
+    compare_shapes(expected, shapes, f"{what}: not the weights of pattern {config.pattern}",
+                   "Use the configuration that was written with these weights.")
+
+
+def compare_shapes(expected: Mapping[str, Shape], shapes: Mapping[str, Shape], wrong: str, cure: str) -> None:
+    """Raise ModelError, `wrong` with the tensors and then `cure`, unless names and shapes are those expected."""
     problems = [f"missing {name}" for name in expected if name not in shapes]
     problems += [f"unexpected {name}" for name in shapes if name not in expected]
     problems += [
@@ -106,10 +112,7 @@ def check_shapes(config: ModelConfig, shapes: Mapping[str, Shape], what: str) ->
     ]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise ModelError(
-            f"{what}: not the weights of pattern {config.pattern}: {shown}.\n"
-            "Use the configuration that was written with these weights."
-        )
+        raise ModelError(f"{wrong}: {shown}.\n{cure}")
 
 
 class Backbone(nn.Module):

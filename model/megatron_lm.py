@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from model.checkpoint import INDEX, CheckpointReader, save_weights, to_engine, to_hub
 from model.config import ModelConfig, ModelError, first_problem
-from model.hybrid_lm import HybridLM, Shape
+from model.hybrid_lm import HybridLM, Shape, compare_shapes
 from model.lazy_state import LazyState, Recipe, derive
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -336,18 +336,11 @@ def _check(directory: Path, config: ModelConfig, shapes: Mapping[str, Shape]) ->
     """Rows of the stored vocabulary. Raises ModelError unless `shapes` are those of `config`, but for more rows."""
     skeleton = to_engine(config, HybridLM.skeleton(config).state_dict()).skeleton
     rows = max(shapes.get(_EMBEDDING, (0,))[0], config.vocab_size)
-    problems = [f"missing {name}" for name in skeleton if name not in shapes]
-    problems += [f"unexpected {name}" for name in shapes if name not in skeleton]
-    for name, expected in skeleton.items():
-        wanted = (rows if name in (_EMBEDDING, _HEAD) else expected.shape[0], *expected.shape[1:])
-        if name in shapes and shapes[name] != wanted:
-            problems.append(f"{name} is {shapes[name]}, expected {wanted}")
-    if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise ModelError(
-            f"{directory / INDEX}: not the weights of pattern {config.pattern} as described beside it: {shown}.\n"
-            "Take weights and description from one and the same checkpoint; a model with more parts has no form here."
-        )
+    expected = {name: (rows if name in (_EMBEDDING, _HEAD) else tensor.shape[0], *tensor.shape[1:])
+                for name, tensor in skeleton.items()}
+    compare_shapes(
+        expected, shapes, f"{directory / INDEX}: not the weights of pattern {config.pattern} as described beside it",
+        "Take weights and description from one and the same checkpoint; a model with more parts has no form here.")
     return rows
 
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.megatron.distributed import process_groups  # before Megatron
+from tests.kernels.test_ssd import recurrence
 
 # isort: split
 from megatron.core import dist_checkpointing
@@ -60,17 +61,10 @@ def _scan(zxBCdt: Tensor, taps: Tensor, bias: Tensor, dt_bias: Tensor, A: Tensor
     padded = F.pad(xBC.transpose(1, 2), (taps.shape[1] - 1, 0))
     xBC = F.silu(F.conv1d(padded, taps[:, None], bias, groups=channels)).transpose(1, 2)
     states = (channels - heads * headdim) // 2
-    x, B, C = xBC.split([heads * headdim, states, states], -1)
-    x = x.unflatten(-1, (heads, headdim))
-    B, C = (each.unflatten(-1, (ngroups, -1)).repeat_interleave(heads // ngroups, 2) for each in (B, C))
-    step = F.softplus(dt + dt_bias)
-    state = x.new_zeros(len(x), heads, headdim, states // ngroups)
-    rows = []
-    for t in range(x.shape[1]):
-        state = torch.exp(step[:, t] * A)[..., None, None] * state + (
-            step[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]
-        rows.append((state @ C[:, t, ..., None]).squeeze(-1) + D[:, None] * x[:, t])
-    return (torch.stack(rows, 1).flatten(2) * F.silu(z)).float()
+    x, B, C = (each.unflatten(-1, (count, -1)) for each, count in zip(
+        xBC.split([heads * headdim, states, states], -1), (heads, ngroups, ngroups), strict=True))
+    y, _ = recurrence(x, dt, A, B, C, D, dt_bias, x.new_zeros(len(x), heads, headdim, states // ngroups))
+    return (y.flatten(2) * F.silu(z)).float()
 
 
 class _GatedNorm(nn.Module):

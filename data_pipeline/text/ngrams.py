@@ -20,15 +20,6 @@ REFERENCE = re.compile(r"&(?:#\d{1,7}|#[xX][0-9A-Fa-f]{1,6}|[A-Za-z][A-Za-z0-9]{
 ZERO_WIDTH_SPACE = "\u200b"
 
 
-def ngram_hashes(text: str, n: int) -> UInt64:
-    """64-bit hashes of the n-grams of words in `text`, in order, shape (max(0, words - n + 1),).
-
-    A text with fewer than n words has no n-gram: it can neither contaminate nor be found. Hashes are the same in every
-    process and version. In a text with zero-width spaces those of both readings follow each other, see `readings`.
-    """
-    return np.concatenate([ngrams_in(words, n) for words in readings(pa.table({"text": [text]}))])
-
-
 def readings(table: pa.Table) -> list[Words]:
     """The words of the column `text`, with what HTML's character references stand for.
 
@@ -51,7 +42,10 @@ def _unescaped(text: str) -> str:
 
 
 def ngrams_in(words: Words, n: int) -> UInt64:
-    """Hashes of the n-grams of these words, in order."""
+    """64-bit hashes of the n-grams of these words, in order. They are the same in every process and version.
+
+    A text with fewer than n words has none: it can neither contaminate nor be found.
+    """
     hashes = passages_of(words, n)
     return hashes[hashes != 0]
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import lru_cache, partial
@@ -82,21 +83,19 @@ def tokenize_shards(
 
 def most_tokens(shards: Sequence[Path], workers: Workers) -> dict[str, int]:
     """Tokens that each training file cannot exceed: one a byte of text and one a document. Raises DataError."""
-    most: dict[str, int] = {}
+    most: Counter[str] = Counter()
     for _, counts in workers.all(_most_tokens, shards, _name):
-        for name, count in counts.items():
-            most[name] = most.get(name, 0) + count
+        most.update(counts)
     return dict(sorted(most.items()))
 
 
-def _most_tokens(shard: Path) -> dict[str, int]:
-    most: dict[str, int] = {}
+def _most_tokens(shard: Path) -> Counter[str]:
+    most: Counter[str] = Counter()
     for batch in batches(shard, ("text", "domain", "label")):
         sizes = pc.add(pc.binary_length(batch["text"]).cast(pa.int64()), 1)
         groups = batch.append_column("size", sizes).group_by(["domain", "label"]).aggregate([("size", "sum")])
         for row in groups.to_pylist():
-            name = f"train/{row['domain']}-{row['label']}"
-            most[name] = most.get(name, 0) + row["size_sum"]
+            most[f"train/{row['domain']}-{row['label']}"] += row["size_sum"]
     return most
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -66,6 +66,7 @@ from model.training.token_data import end_of_document, text_digests
 from model.training.trainer import FREE_WHEN_RESUMED, check_identity
 
 GIB = 2**30
+Key = TypeVar("Key", str, int)
 
 
 @dataclass(frozen=True)
@@ -336,9 +337,9 @@ class Funnel:
         ranked = [*finalists, *asked[config.finalists :], *compared[config.ranked_by_task :]]
         return Rounds(zero_shot, task, short, [*ranked, *(index for index in order if index not in zero_shot)])
 
-    def _closeness_once(self, name: str, compute: Callable[[], dict[int, Closeness]]) -> dict[int, Closeness]:
-        plain = self.cache.once(name, lambda: {index: tuple(value) for index, value in compute().items()})
-        return {index: Closeness(*value) for index, value in plain.items()}
+    def _closeness_once(self, name: str, compute: Callable[[], dict[Key, Closeness]]) -> dict[Key, Closeness]:
+        plain = self.cache.once(name, lambda: {key: tuple(value) for key, value in compute().items()})
+        return {key: Closeness(*value) for key, value in plain.items()}
 
     def distil(self, selection: Selection, tokens: int, name: str) -> Distilled:
         """The parent cut to the selection, after `tokens` tokens of distillation."""
@@ -384,11 +385,8 @@ class Funnel:
 
     def closeness(self, name: str, models: Callable[[], Mapping[str, Mask | Layerwise]]) -> dict[str, Closeness]:
         """How close `models()` come to the parent on all held-out tokens, kept under `name`."""
-        def compute() -> dict[str, tuple[float, ...]]:
-            found = compare(self.teacher, models(), self.data.validation, self.config.micro_batch_size, self.progress)
-            return {key: tuple(value) for key, value in found.items()}
-
-        return {key: Closeness(*value) for key, value in self.cache.once(name, compute).items()}
+        return self._closeness_once(name, lambda: compare(
+            self.teacher, models(), self.data.validation, self.config.micro_batch_size, self.progress))
 
     def costs(self, winner: Candidate) -> dict[str, Any]:
         """Parameters, bytes and decode step of parent and winner, predicted and measured, and the largest error."""

@@ -17,8 +17,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NoReturn
@@ -238,15 +238,12 @@ def _follow(number: str, log: Path) -> str:
         time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
-class _on_stop:
-    """While entered, SIGTERM and SIGINT call `handler`: what was started elsewhere must not outlive the stage."""
-
-    def __init__(self, handler: Callable[[int, FrameType | None], NoReturn]):
-        self.handler = handler
-
-    def __enter__(self) -> None:
-        self.before = {number: signal.signal(number, self.handler) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+@contextmanager
+def _on_stop(handler: Callable[[int, FrameType | None], NoReturn]) -> Iterator[None]:
+    """While it lasts, SIGTERM and SIGINT call `handler`: what was started elsewhere must not outlive the stage."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)

@@ -155,11 +155,6 @@ class RuntimeConfig(ExecutorConfig):
         one node."""
         return self.launcher.model_copy(update={"nodes": 1, "processes_per_node": self.parallel.tensor})
 
-    @property
-    def data_parallel(self) -> int:
-        """Copies of the model that train side by side."""
-        return self.launcher.processes // (self.parallel.tensor * self.parallel.pipeline)
-
 
 class Params(Section):
     """All of params.yaml."""

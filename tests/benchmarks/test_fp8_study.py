@@ -47,23 +47,18 @@ def test_an_arm_goes_on_as_the_bf16_run_did_and_fp8_does_not(alike):
     assert sorted(path.name for path in directory.iterdir()) == ["BF16"]
 
 
-def test_an_arm_changes_what_it_says_and_nothing_else(alike, tokens, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("changes", "precision", "message"), [
+    ({"clip_grad": 2.0}, "fp8", r"state of another run: clip_grad 1\.0 and now 2\.0"),
+    ({}, "bf16", "FP8: the same loss as in BF16"),
+])
+def test_an_fp8_arm_is_fp8_and_nothing_else(changes, precision, message, alike, tokens, tmp_path, monkeypatch):
     class Careless(fp8_study.ArmTrainer):
-        def __init__(self, config, recipe, *rest):
-            super().__init__(config, recipe.model_copy(update={"clip_grad": 2.0} if rest[0] == "fp8" else {}), *rest)
+        def __init__(self, config, recipe, own, *rest):
+            careless = (recipe.model_copy(update=changes), precision) if own == "fp8" else (recipe, own)
+            super().__init__(config, *careless, *rest)
 
     monkeypatch.setattr(fp8_study, "ArmTrainer", Careless)
-    with pytest.raises(ModelError, match=r"state of another run: clip_grad 1\.0 and now 2\.0"):
-        trained(PAIR, tokens, shutil.copytree(alike[1], tmp_path / "scratch"), monkeypatch)
-
-
-def test_fp8_that_computes_in_bf16_is_an_error(alike, tokens, tmp_path, monkeypatch):
-    class Bf16(fp8_study.ArmTrainer):
-        def __init__(self, config, recipe, precision, *rest):
-            super().__init__(config, recipe, "bf16", *rest)
-
-    monkeypatch.setattr(fp8_study, "ArmTrainer", Bf16)
-    with pytest.raises(ModelError, match="FP8: the same loss as in BF16"):
+    with pytest.raises(ModelError, match=message):
         trained(PAIR, tokens, shutil.copytree(alike[1], tmp_path / "scratch"), monkeypatch)
 
 

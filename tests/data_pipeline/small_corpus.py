@@ -6,7 +6,7 @@ import ast
 import json
 import re
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,13 +18,17 @@ TRAIN = ("asyncio", "logging", "email", "concurrent", "html")
 HELD_OUT = ("http", "json", "unittest", "importlib", "xml")
 
 
-def write_curated(directory: Path, train: Iterable[str] = TRAIN, held_out: Iterable[str] = HELD_OUT) -> Path:
-    """`train` and `held_out` name standard-library packages: code as `code`, docstrings as `docs`. 13-grams."""
+def write_curated(
+    directory: Path, train: Iterable[str] = TRAIN, held_out: Iterable[str] = HELD_OUT, labels: Sequence[str] = ("high",)
+) -> Path:
+    """`train` and `held_out` name standard-library packages: code as `code`, docstrings as `docs`, which have the
+    `labels` in turn. 13-grams."""
     manifest: dict[str, object] = {"corpus_digest": "0" * 64, "decontamination_ngram": 13}
     for split, packages in (("train", train), ("heldout", held_out)):
         rows = [row for package in packages for row in _documents(package)]
         if split == "train":
-            rows = [{**row, "quality": 1.0, "label": "high"} for row in rows]
+            rows = [{**row, "quality": 1.0, "label": labels[number // 2 % len(labels)]}
+                    for number, row in enumerate(rows)]
         (directory / split).mkdir(parents=True)
         for number in range(2):
             pq.write_table(pa.Table.from_pylist(rows[number::2]), directory / split / f"part-{number:05d}.parquet")
@@ -38,6 +42,18 @@ def write_curated(directory: Path, train: Iterable[str] = TRAIN, held_out: Itera
         }
     (directory / "manifest.json").write_text(json.dumps(manifest))
     return directory
+
+
+def write_shards(directory: Path, rows: list[dict[str, str]], count: int) -> list[Path]:
+    """`rows` in order, divided among `count` files of unequal length."""
+    directory.mkdir(parents=True)
+    ends = [len(rows) * (number + 1) ** 2 // count**2 for number in range(count)]
+    files = []
+    for number, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        files.append(directory / f"part-{number:05d}.parquet")
+        pq.write_table(pa.Table.from_pylist(rows[start:end], pa.schema([(key, pa.string()) for key in rows[0]])),
+                       files[-1])
+    return files
 
 
 def byte_level_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:

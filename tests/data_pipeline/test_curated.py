@@ -9,6 +9,7 @@ import xxhash
 
 from data_pipeline.config import DataError
 from data_pipeline.curated import OVERSUPPLY, Survey, batches, manifest, sample, shards, survey, with_ids
+from tests.data_pipeline.small_corpus import write_shards
 
 
 def documents(count: int = 400, seed: int = 0) -> list[dict[str, str]]:
@@ -18,25 +19,13 @@ def documents(count: int = 400, seed: int = 0) -> list[dict[str, str]]:
             for text in texts]
 
 
-def write(directory: Path, rows: list[dict[str, str]], count: int) -> list[Path]:
-    """`rows` in order, divided among `count` files of unequal length."""
-    directory.mkdir()
-    ends = [len(rows) * (number + 1) ** 2 // count**2 for number in range(count)]
-    files = []
-    for number, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
-        files.append(directory / f"part-{number:05d}.parquet")
-        pq.write_table(pa.Table.from_pylist(rows[start:end], pa.schema([(key, pa.string()) for key in rows[0]])),
-                       files[-1])
-    return files
-
-
 def size(text: str) -> int:
     return len(text.encode())
 
 
 def test_sample_does_not_depend_on_the_number_of_shards_and_fills_its_room(tmp_path):
     rows = documents()
-    results = [sample(write(tmp_path / str(count), rows, count), 20_000, 3).to_pylist() for count in (1, 2, 7)]
+    results = [sample(write_shards(tmp_path / str(count), rows, count), 20_000, 3).to_pylist() for count in (1, 2, 7)]
     assert results[0] == results[1] == results[2]
     for domain in ("code", "docs"):
         chosen = [row for row in results[0] if row["domain"] == domain]
@@ -51,7 +40,7 @@ def shards_of(directory: Path) -> list[Path]:
 
 
 def test_every_document_is_as_likely(tmp_path):
-    files, hits = write(tmp_path / "one", documents(), 3), dict.fromkeys((row["id"] for row in documents()), 0)
+    files, hits = write_shards(tmp_path / "one", documents(), 3), dict.fromkeys((row["id"] for row in documents()), 0)
     for seed in range(40):
         for row in sample(files, 12_000, seed).to_pylist():
             hits[row["id"]] += 1
@@ -61,7 +50,7 @@ def test_every_document_is_as_likely(tmp_path):
 
 def test_a_large_sample_is_everything(tmp_path):
     rows = documents()
-    assert sample(write(tmp_path / "one", rows, 3), 1e9, 0).to_pylist() == rows
+    assert sample(write_shards(tmp_path / "one", rows, 3), 1e9, 0).to_pylist() == rows
 
 
 def test_the_survey_counts_everything_and_keeps_little():
@@ -84,7 +73,7 @@ def test_documents_that_do_not_fit_are_passed_over_but_one_is_always_chosen():
 
 def test_survey_lists_domains_by_size(tmp_path):
     rows = documents()
-    found = survey(write(tmp_path / "one", rows, 2), 100, 0)
+    found = survey(write_shards(tmp_path / "one", rows, 2), 100, 0)
     totals = {domain: sum(size(row["text"]) for row in rows if row["domain"] == domain) for domain in ("code", "docs")}
     assert [(domain, one.bytes) for domain, one in found.items()] == sorted(totals.items(), key=lambda item: item[1])
     assert list(with_ids([], ["a"])) == []
@@ -97,7 +86,7 @@ def test_damage_is_named(tmp_path):
         (tmp_path / "manifest.json").write_text(content)
         with pytest.raises(DataError, match=rf"manifest.json: no manifest .*{wrong}.*\nRun the `curate`"):
             manifest(tmp_path, "heldout", "corpus_digest")
-    file = write(tmp_path / "one", documents(50), 1)[0]
+    file = write_shards(tmp_path / "one", documents(50), 1)[0]
     with pytest.raises(DataError, match=r"part-00000.parquet: columns \['label'\] are missing"):
         list(batches(file, ("text", "label")))
     whole = file.read_bytes()
@@ -113,7 +102,7 @@ def test_damage_is_named(tmp_path):
 
 def test_no_documents_at_all_are_two_lines(tmp_path):
     """As the held-out shards are where annotate.held_out.fraction is 0."""
-    files = write(tmp_path / "heldout", documents(1), 1)
+    files = write_shards(tmp_path / "heldout", documents(1), 1)
     pq.write_table(pq.read_table(files[0]).slice(0, 0), files[0])
     with pytest.raises(DataError, match=r"heldout: no documents\.\nRaise annotate\.held_out\.fraction"):
         sample(files, 1000, 1)

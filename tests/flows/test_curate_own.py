@@ -16,6 +16,7 @@ import pytest
 from flows.curate_own import refuse_own_results, settings, sources_of, words
 from stages.frame.params import load_params
 from tests.data_pipeline.annotate_corpus import STDLIB
+from tests.data_pipeline.sources.test_sources_web import warc
 
 ROOT = Path(__file__).resolve().parents[2]
 Curate = Callable[..., subprocess.CompletedProcess[str]]
@@ -24,10 +25,7 @@ Curate = Callable[..., subprocess.CompletedProcess[str]]
 def page(words: str, number: int) -> bytes:
     body = f"<html><head><title>{number}</title></head><body><p>{words}</p></body></html>".encode()
     http = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n\r\n" + body
-    head = (f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: http://site{number}.org/page\r\n"
-            f"WARC-Record-ID: <urn:uuid:{number}>\r\nWARC-Date: 2024-01-01T00:00:00Z\r\n"
-            f"Content-Type: application/http; msgtype=response\r\nContent-Length: {len(http)}\r\n\r\n")
-    return head.encode() + http + b"\r\n\r\n"
+    return warc("response", f"http://site{number}.org/page", http, "application/http; msgtype=response")
 
 
 def write_texts(directory: Path) -> None:

@@ -14,10 +14,10 @@ from kernels.squared_relu import squared_relu
 from kernels.squared_relu_fp8 import squared_relu_backward_quantize, squared_relu_quantize
 from kernels.state_update import ssd_state_update
 from tests.closeness import relative_error
+from tests.kernels.gpu_cases import mixer_inputs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 HEADS, HEAD_DIM, GROUPS, STATE, EPSILON = 128, 64, 8, 128, 1e-5
-INNER, CHANNELS = HEADS * HEAD_DIM, HEADS * HEAD_DIM + 2 * GROUPS * STATE
 
 
 @pytest.fixture(autouse=True)
@@ -42,17 +42,11 @@ def compare(ours, exact, inputs: list[torch.Tensor], names: list[str], tolerance
 
 def test_mixer():
     """Convolution, scan and gated norm, over chunk boundaries and a last chunk that is cut."""
-    step = torch.exp(torch.empty(HEADS, device="cuda").uniform_(-6.9, -2.3))
-    inputs = [
-        normal(2, 600, INNER + CHANNELS + HEADS), 0.5 * normal(CHANNELS, 4), normal(CHANNELS),
-        step + torch.log(-torch.expm1(-step)), torch.empty(HEADS, device="cuda").uniform_(1, 16).log(),
-        normal(HEADS, dtype=torch.float32), normal(INNER),
-    ]
-
     def run(projected, *weights):
         return mix(projected, MixerWeights(*weights), GROUPS, STATE, 64, EPSILON)
 
-    compare(run, run, inputs, ["projected", *MixerWeights._fields], tolerance=1.2e-2)
+    compare(run, run, mixer_inputs(2, 600, HEADS, GROUPS, HEAD_DIM, STATE), ["projected", *MixerWeights._fields],
+            tolerance=1.2e-2)
 
 
 def test_norm_and_activation():

@@ -218,6 +218,8 @@ def flipped(content: bytes) -> bytes:
 
 
 class Trap:
+    """What a pickle runs as it is read."""
+
     def __reduce__(self):
         return Path.touch, (Path("sprung"),)
 

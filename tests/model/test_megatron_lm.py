@@ -18,6 +18,7 @@ from model.config import ModelError
 from model.hybrid_lm import HybridLM
 from model.integrity import write_sums
 from model.megatron_lm import open_megatron, read_args, save_megatron
+from tests.model.test_checkpoint import Trap
 
 IDS = torch.randint(90, (2, 40), generator=torch.Generator().manual_seed(1))
 KINDS = {
@@ -257,29 +258,22 @@ def test_what_is_no_checkpoint_is_named(saved, tmp_path):
     refused(r"\.metadata: not the index of a checkpoint")
 
 
-class Code:
-    """What a pickle runs as it is read."""
-
-    def __reduce__(self):
-        return Path.touch, (Path("ran"),)
-
-
 class Setter:
     """An object whose state goes through `__setstate__` or its dictionary."""
 
     def __init__(self):
-        self.value = Code()
+        self.value = Trap()
 
 
 def test_nothing_in_common_pt_is_executed(saved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(saved / "fused/iter_0000012", tmp_path / "iter_0000012")
-    poisoned = {"args": Namespace(**ARGS, hook=Code(), other=Setter()), "rest": [Code()]}
+    poisoned = {"args": Namespace(**ARGS, hook=Trap(), other=Setter()), "rest": [Trap()]}
     torch.save(poisoned, tmp_path / "iter_0000012/common.pt")
     imported = open_megatron(tmp_path / "iter_0000012")
-    assert imported.config.pattern == "M-M*-" and not Path("ran").exists()
+    assert imported.config.pattern == "M-M*-" and not Path("sprung").exists()
     torch.load(tmp_path / "iter_0000012/common.pt", weights_only=False)
-    assert Path("ran").exists(), "the pickle would have run code"
+    assert Path("sprung").exists(), "the pickle would have run code"
 
 
 def test_damage_of_ours_is_found_by_megatrons_reader_too(saved, tmp_path):

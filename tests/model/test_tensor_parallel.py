@@ -121,12 +121,8 @@ def check_that_only_parts_are_held(ranks: TensorRanks) -> None:
 
 def answers(directory: str, scratch: Path | None = None) -> dict[str, Any]:
     """All that evaluation asks of a model, and in how many batches the choices were scored."""
-    from lm_eval.api.instance import Instance
-
     from model.evaluation import harness
-
-    def asked(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
-        return [Instance(request_type=kind, doc={}, arguments=values, idx=0) for values in arguments]
+    from tests.model.evaluation.peers import requests
 
     model = harness.load(Path(directory), WINDOW, scratch=scratch)
     batches: list[int] = []
@@ -134,9 +130,9 @@ def answers(directory: str, scratch: Path | None = None) -> dict[str, Any]:
     model._batch_scores = lambda *args: batches.append(1) or scores(*args)          # type: ignore[method-assign]
     written = [(prompt, {"until": ["\n\n"], "max_gen_toks": WRITTEN, "do_sample": False}) for prompt in PROMPTS]
     return {
-        "choices": model.loglikelihood(asked("loglikelihood", PAIRS)), "batches": len(batches),
-        "rolling": model.loglikelihood_rolling(asked("loglikelihood_rolling", [(text,) for text in TEXTS])),
-        "texts": model.generate_until(asked("generate_until", written)),
+        "choices": model.loglikelihood(requests("loglikelihood", PAIRS)), "batches": len(batches),
+        "rolling": model.loglikelihood_rolling(requests("loglikelihood_rolling", [(text,) for text in TEXTS])),
+        "texts": model.generate_until(requests("generate_until", written)),
     }
 
 

@@ -126,19 +126,27 @@ def test_a_job_that_failed_says_how_and_is_not_tried_again(slurm: Path, monkeypa
         launch.launch(TWO, {}, slurm, "toy")
 
 
+def stop(code: str, directory: Path, started: Path, number: signal.Signals) -> None:
+    """Run a program in `directory`; once `started` is there, a signal ends it as it should."""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=directory, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    try:
+        while not started.exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        time.sleep(0.3)                 # it waits by now
+        process.send_signal(number)
+        assert process.wait(60) == 128 + number
+    finally:
+        process.kill()
+
+
 def test_a_stage_that_is_stopped_cancels_its_job(slurm: Path) -> None:
     code = (
         "from pathlib import Path; from stages.frame import launch; "
         "launch.torchrun_command = lambda *_: ['sleep', '30']; "
         "launch.launch(launch.LauncherConfig(kind='slurm', nodes=2), {}, Path.cwd(), 'toy')"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=slurm, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    while not (slurm / "state-42").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 128 + signal.SIGTERM
+    stop(code, slurm, slurm / "state-42", signal.SIGTERM)
     assert (slurm / "cancelled").read_text() == "42\n"
 
 
@@ -150,16 +158,7 @@ def test_a_stage_that_is_stopped_ends_its_torchrun_and_itself(tmp_path: Path, nu
         "launch.torchrun_command = lambda *_: ['bash', '-c', shell]; "
         "launch.launch(launch.LauncherConfig(kind='torchrun', processes_per_node=2), {}, Path.cwd(), 'toy')"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    try:
-        while not (tmp_path / "up").exists():
-            assert process.poll() is None
-            time.sleep(0.05)
-        time.sleep(0.3)                 # it waits by now
-        process.send_signal(number)
-        assert process.wait(60) == 128 + number
-    finally:
-        process.kill()
+    stop(code, tmp_path, tmp_path / "up", number)
     assert (tmp_path / "ended").exists()
 
 
@@ -177,7 +176,7 @@ def test_nodes_of_torchrun_need_a_place_to_meet(tmp_path: Path) -> None:
 def test_a_layout_must_fit_the_processes() -> None:
     changes = ("runtime.launcher.kind=torchrun", "runtime.launcher.processes_per_node=4", "runtime.parallel.tensor=2")
     params = load_params(ROOT / "params.yaml", changes)
-    assert params.runtime.launcher.processes == 4 and params.runtime.data_parallel == 2
+    assert params.runtime.launcher.processes == 4 and params.runtime.parallel.tensor == 2
     with pytest.raises(ParamsError, match=r"starts 4 processes, parallel\.tensor \(2\) x pipeline \(3\) = 6"):
         load_params(ROOT / "params.yaml", (*changes, "runtime.parallel.pipeline=3"))
 

@@ -31,15 +31,13 @@ def test_repository_file_is_valid_and_its_models_match_in_size():
     assert abs(hybrid / transformer - 1) < 0.02
 
 
-def test_unknown_key_suggests_the_nearest(tmp_path):
-    lines = refused(edited("  learning_rate: ", "  learning_rat: "), tmp_path)
-    assert any("unknown key `pretrain.learning_rat`" in line for line in lines)
-    assert "Did you mean `learning_rate`?" in lines
-
-
-def test_unknown_key_inside_a_named_entry(tmp_path):
-    lines = refused(edited("precision: fp8", "precison: fp8"), tmp_path)
-    assert "Did you mean `precision`?" in lines
+@pytest.mark.parametrize(("old", "new", "place"), [
+    ("  learning_rate", "  learning_rat", "pretrain"), ("precision", "precison", "variants.hybrid-fp8"),
+])
+def test_unknown_key_suggests_the_nearest(old, new, place, tmp_path):
+    lines = refused(edited(f"{old}: ", f"{new}: "), tmp_path)
+    assert any(f"unknown key `{place}.{new.strip()}`" in line for line in lines)
+    assert f"Did you mean `{old.strip()}`?" in lines
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ import numpy as np
 import polars as pl
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from tiny_corpus import contents, write_curated, write_params
+from tiny_corpus import contents, write_params
 
 from data_pipeline.tokenize import fast_tokenizer
 from data_pipeline.tokenize.tokenizer import Tokenizer
+from tests.data_pipeline.small_corpus import write_curated
 from tests.forked import run
 
 
@@ -22,7 +23,7 @@ def done(tmp_path_factory) -> Path:
     """A directory in which both stages have run."""
     directory = tmp_path_factory.mktemp("stages")
     write_params(directory, **{"pretrain.tokens": BUDGET, "runtime.workers": 2})
-    write_curated(directory / "data/tiny/curated")
+    write_curated(directory / "data/tiny/curated", labels=LABELS)
     run(directory, "-m", "stages.tokenizer")
     run(directory, "-m", "stages.tokenize")
     return directory
@@ -37,6 +38,7 @@ def fresh(done, tmp_path) -> Path:
 
 
 BUDGET = 300_000
+LABELS = ("high", "medium-high", "medium", "low")       # none is `medium-low`
 
 
 def read(path: Path) -> dict:
@@ -61,9 +63,8 @@ def test_tokenizer_stage_measures_held_out_text(done):
 def test_no_held_out_text_stops_the_tokenizer_before_its_work(tmp_path):
     """As `annotate.held_out.fraction: 0` leaves it."""
     write_params(tmp_path)
-    write_curated(tmp_path / "data/tiny/curated")
-    heldout = tmp_path / "data/tiny/curated/heldout/part-00000.parquet"
-    pl.read_parquet(heldout).clear().write_parquet(heldout)
+    for heldout in write_curated(tmp_path / "data/tiny/curated").glob("heldout/*.parquet"):
+        pl.read_parquet(heldout).clear().write_parquet(heldout)
     failed = run(tmp_path, "-m", "stages.tokenizer", check=False)
     assert failed.returncode == 1 and "annotate.held_out.fraction" in failed.stderr
     assert len(failed.stderr.strip().splitlines()) == 2 and "training" not in failed.stdout.lower()
@@ -106,7 +107,7 @@ def test_every_training_document_is_there_once_in_order_and_ended(done):
 
 def test_validation_is_held_out_and_limited(done):
     tokenizer = Tokenizer(done / "data/tiny/tokenizer/tokenizer.model")
-    heldout = pl.read_parquet(done / "data/tiny/curated/heldout/part-00000.parquet")
+    heldout = pl.read_parquet(done / "data/tiny/curated/heldout/*.parquet")
     for domain in ("code", "docs"):
         figures = read(done / "data/tiny/tokens/tokens.json")["files"][f"validation/{domain}"]
         stored = IndexedDataset(str(done / "data/tiny/tokens/validation" / domain))

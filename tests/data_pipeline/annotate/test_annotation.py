@@ -188,10 +188,8 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("work", ["read", "deduplicate", "score"])
-def test_an_interrupted_run_ends_the_same(corpus, annotated, in_shards, tmp_path, work):
-    """Stopped in the middle of `work`, with a half-written shard left behind."""
-    config = annotate_config(corpus, shard_megabytes=0.1)
+def stopped(config: AnnotateConfig, directory: Path, work: str) -> Path:
+    """The scratch directory of a run that ended in the middle of `work`."""
     calls = []
 
     def stop(step: int, total: int, **figures: object) -> None:
@@ -200,8 +198,15 @@ def test_an_interrupted_run_ends_the_same(corpus, annotated, in_shards, tmp_path
             raise Stop
 
     with pytest.raises(Stop):
-        run(config, tmp_path / "broken", progress=stop)
-    scratch = tmp_path / "broken" / "scratch"
+        run(config, directory / "broken", progress=stop)
+    return directory / "broken" / "scratch"
+
+
+@pytest.mark.parametrize("work", ["read", "deduplicate", "score"])
+def test_an_interrupted_run_ends_the_same(corpus, annotated, in_shards, tmp_path, work):
+    """Stopped in the middle of `work`, with a half-written shard left behind."""
+    config = annotate_config(corpus, shard_megabytes=0.1)
+    scratch = stopped(config, tmp_path, work)
     (directory,) = scratch.iterdir()
     directory.joinpath("round4-00001.partial").write_bytes(b"half")
     assert not (scratch / "resumed").exists()
@@ -221,21 +226,13 @@ def test_a_damaged_piece_is_made_again(few_files, tmp_path, capsys, work, anew):
     """The last of each kind of piece that a stop in the middle of `work` leaves, each in turn. What decisions and the
     shards before this round were made of is kept no longer."""
     config, whole = few_files
-    calls = []
-
-    def stop(step: int, total: int, **figures: object) -> None:
-        calls.append(figures["work"])
-        if calls.count(work) == 4:
-            raise Stop
-
-    with pytest.raises(Stop):
-        run(config, tmp_path / "broken", progress=stop)
-    kinds = {re.sub(r"[0-9]{4,}", "#", file.name): file.relative_to(tmp_path / "broken/scratch")
-             for file in sorted((tmp_path / "broken/scratch").rglob("[!.]*")) if file.is_file()}
+    broken = stopped(config, tmp_path, work)
+    kinds = {re.sub(r"[0-9]{4,}", "#", file.name): file.relative_to(broken)
+             for file in sorted(broken.rglob("[!.]*")) if file.is_file()}
     begun_anew = 0
     for kind, piece in kinds.items():
         scratch, out = tmp_path / kind / "scratch", tmp_path / kind / "out"
-        shutil.copytree(tmp_path / "broken/scratch", scratch)
+        shutil.copytree(broken, scratch)
         out.mkdir()
         content = bytearray((scratch / piece).read_bytes())
         content[len(content) // 2] ^= 1

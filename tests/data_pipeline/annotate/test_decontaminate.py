@@ -15,11 +15,10 @@ import pytest
 from data_pipeline import evaluation_sets
 from data_pipeline.annotate import decontaminate
 from data_pipeline.annotate.decontaminate import Decontaminate
-from data_pipeline.annotate.step import SCHEMA, text_id
 from data_pipeline.config import DataError, DecontaminationConfig
 from data_pipeline.sources.readers import strings
-from data_pipeline.text.ngrams import hash_set, is_in, ngram_hashes
-from tests.data_pipeline.annotate.here import Here
+from data_pipeline.text.ngrams import hash_set, is_in
+from tests.data_pipeline.annotate.here import column, cut, marked, run
 from tests.data_pipeline.annotate.questions import CLEAN, QUESTIONS, SETTINGS
 from tests.data_pipeline.plain_words import runs
 from tests.data_pipeline.real_texts import normalised
@@ -30,15 +29,7 @@ SITE_PACKAGES = Path(np.__file__).parent.parent
 def contamination(rows: list[tuple[str, bool]], n: int, against: list[str] | None = None, shards: int = 1) -> list[int]:
     """The column `contamination` of all shards."""
     step = Decontaminate(DecontaminationConfig(ngram=n, against=against or []), strings)
-    tables = [
-        pa.Table.from_pylist([
-            {"id": text_id(text), "text": text, "source": "s", "path": "p", "domain": "d", "license": "MIT",
-             "held_out": held_out} for text, held_out in rows[len(rows) * i // shards : len(rows) * (i + 1) // shards]
-        ], SCHEMA) for i in range(shards)
-    ]
-    decision = step.decide([step.survey(table) for table in tables], Here())
-    return [count for table, own in zip(tables, decision.shards, strict=True)
-            for count in step.apply(table, decision.shared, own)["contamination"].to_pylist()]
+    return column("contamination", run(step, [marked(part) for part in cut(rows, shards)]))
 
 
 def test_the_papers_sets_are_known_by_name():
@@ -47,16 +38,12 @@ def test_the_papers_sets_are_known_by_name():
     solution = evaluation_sets.load("openai/openai_humaneval")["test"][1]["prompt"]
     rows = [(clean, False), (f"{clean} {question}", False), (solution, False), (question, True),
             (f"{question} {solution}", False)]
-    table = pa.Table.from_pylist([
-        {"id": text_id(text), "text": text, "source": "s", "path": "p", "domain": "d", "license": "MIT",
-         "held_out": held_out} for text, held_out in rows], SCHEMA)
     for against, names in (
         (["paper-tasks"], [None, "HellaSwag", "HumanEval", None, "HumanEval"]),
         ([], [None, "held-out text", None, None, "held-out text"]),
     ):
         step = Decontaminate(DecontaminationConfig(ngram=13, against=against), strings)
-        decision = step.decide([step.survey(table)], Here())
-        filled = step.apply(table, decision.shared, decision.shards[0])
+        [filled] = run(step, [marked(rows)])
         assert filled["contaminated_by"].to_pylist() == names
         assert [count > 0 for count in filled["contamination"].to_pylist()] == [name is not None for name in names]
 
@@ -65,10 +52,8 @@ def test_a_file_is_named_by_the_documents_it_shares_words_with(tmp_path):
     text = " ".join(f"word{number}" for number in range(40))
     (tmp_path / "bench.jsonl").write_text(json.dumps({"question": text}))
     step = Decontaminate(DecontaminationConfig(ngram=13, against=[str(tmp_path / "bench.jsonl")]), strings)
-    table = pa.Table.from_pylist([{"text": f"before {text}", "held_out": False}], SCHEMA)
-    decision = step.decide([step.survey(table)], Here())
-    assert step.apply(table, decision.shared, decision.shards[0])["contaminated_by"].to_pylist() == [
-        str(tmp_path / "bench.jsonl")]
+    found = run(step, [marked([(f"before {text}", False)])])
+    assert column("contaminated_by", found) == [str(tmp_path / "bench.jsonl")]
 
 
 def expected(rows: list[tuple[str, bool]], n: int) -> list[int]:
@@ -108,7 +93,7 @@ def test_case_and_punctuation_do_not_count_and_order_does():
     rows = [(held, True), ("One, two -- THREE: four!\nfive? (six)", False), ("six five four three two one", False)]
     assert contamination(rows, 6) == [0, 1, 0]
     assert contamination(rows[1:], 6) == [0, 0]
-    assert len(ngram_hashes(held, 6)) == 1 and len(ngram_hashes(held, 7)) == 0
+    assert [contamination(rows[:2], n) for n in (6, 7)] == [[0, 1], [0, 0]]       # of more words than a text has
 
 
 def test_evaluation_files(tmp_path):

@@ -5,20 +5,12 @@ import pyarrow as pa
 import pytest
 
 from data_pipeline.annotate.hold_out import HoldOut, choose_held_out
-from data_pipeline.annotate.step import SCHEMA, text_id
 from data_pipeline.config import DataError, HeldOutConfig
-from tests.data_pipeline.annotate.here import Here
-
-
-def table(rows: list[dict[str, object]]) -> pa.Table:
-    base = {"path": "p", "license": "MIT"}
-    return pa.Table.from_pylist([{**base, "id": text_id(str(row["text"])), **row} for row in rows], SCHEMA)
+from tests.data_pipeline.annotate.here import run, table
 
 
 def marked(step: HoldOut, shards: list[pa.Table]) -> list[dict[str, object]]:
-    decision = step.decide([step.survey(shard) for shard in shards], Here())
-    return [row for shard, own in zip(shards, decision.shards, strict=True)
-            for row in step.apply(shard, decision.shared, own).to_pylist()]
+    return [row for shard in run(step, shards) for row in shard.to_pylist()]
 
 
 ROWS = [{"text": str(i), "source": f"package{i % 20}", "domain": ("code", "docs")[i % 2]} for i in range(60)]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import threading
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from tests.data_pipeline.sources.local_server import answering
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPOSITORY = re.compile(
@@ -144,14 +144,8 @@ def _entries(files: dict[str, bytes], below: str, recursive: bool) -> list[dict[
     return [*({"type": "directory", "path": name, "size": 0, "oid": "0"} for name in sorted(directories)), *found]
 
 
-@contextmanager
-def hub() -> Iterator[Hub]:
-    with Hub() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
+def hub() -> AbstractContextManager[Hub]:
+    return answering(Hub())
 
 
 def read_data_set(name: str, directory: str, **fields: Any) -> tuple[list[str], dict[str, int], str]:

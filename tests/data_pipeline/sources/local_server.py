@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
 
@@ -54,7 +55,14 @@ def serving(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A server, and clients that try again at once."""
     monkeypatch.setattr(streams, "WAITS", (0.01,) * 5)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with Server() as server:
+    with answering(Server()) as server:
+        yield server
+
+
+@contextmanager
+def answering(server: Any) -> Iterator[Any]:
+    """The server, which answers while the block lasts."""
+    with server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield server

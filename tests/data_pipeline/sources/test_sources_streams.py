@@ -3,7 +3,6 @@
 import gzip
 import random
 
-import pyarrow as pa
 import pytest
 from local_server import serving
 
@@ -11,15 +10,9 @@ from data_pipeline.config import DataError, FilesSource
 from data_pipeline.sources import PassedOver, pieces, streams
 from data_pipeline.sources.locations import locate
 from data_pipeline.sources.streams import Damage, chunks, decode
+from tests.data_pipeline.sources.test_sources_kinds import PACKERS
 
 TEXT = b"".join(b"%d %x\n" % (number, random.Random(number).getrandbits(64)) for number in range(30_000))
-
-
-def zstd(data: bytes) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.CompressedOutputStream(sink, "zstd") as stream:
-        stream.write(data)
-    return sink.getvalue().to_pybytes()
 
 
 def read(location) -> tuple[bytes, list[str]]:
@@ -63,7 +56,7 @@ def test_a_wrong_checksum_is_damage(tmp_path):
     assert damage == ["damaged gzip"] and data.endswith(b"more")
 
 
-@pytest.mark.parametrize(("name", "pack"), [("text.gz", gzip.compress), ("text.zst", zstd)])
+@pytest.mark.parametrize(("name", "pack"), [("text.gz", gzip.compress), ("text.zst", PACKERS["zst"])])
 def test_a_name_that_promises_compression(tmp_path, name, pack):
     (tmp_path / name).write_bytes(TEXT)
     assert read(tmp_path / name) == (TEXT, [])

@@ -3,8 +3,6 @@
 import sysconfig
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import sentencepiece
 import torch
@@ -14,6 +12,7 @@ from data_pipeline.config import DataError, ExecutorConfig
 from data_pipeline.tokenize import tokenization, tokenizer
 from data_pipeline.tokenize.tokenization import Counts, most_tokens, tokenize_shards
 from data_pipeline.workers.executor import workers
+from tests.data_pipeline.small_corpus import write_shards
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 LABELS = ["high", "medium", "low"]
@@ -33,14 +32,7 @@ def rows() -> list[dict[str, str]]:
 
 
 def write(directory: Path, count: int) -> list[Path]:
-    directory.mkdir(parents=True)
-    ends = [len(rows()) * (number + 1) ** 2 // count**2 for number in range(count)]
-    files = []
-    for number, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
-        files.append(directory / f"part-{number:05d}.parquet")
-        schema = pa.schema([(key, pa.string()) for key in ("text", "domain", "label")])
-        pq.write_table(pa.Table.from_pylist(rows()[start:end], schema), files[-1])
-    return files
+    return write_shards(directory, rows(), count)
 
 
 def run(shards: list[Path], model: Path, scratch: Path, count: int = 1) -> dict[str, Counts]:

@@ -3,27 +3,15 @@
 from pathlib import Path
 
 import pytest
-import torch
-import torch.nn.functional as F
 
 from model.compression.config import CompressConfig, MemoryBudget
 from model.compression.data import Data
-from model.hybrid_lm import HybridLM
-from tests.model.compression.markov import CONFIG, Weights, markov, write_tokens
+from tests.model.compression.markov import CONFIG, Weights, learnt, markov, write_tokens
 
 
 @pytest.fixture(scope="session")
 def parent() -> Weights:
-    torch.manual_seed(0)
-    model = HybridLM(CONFIG)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3)
-    for step in range(120):
-        batch = markov(16, 1000 + step)
-        loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return Weights(CONFIG, {name: tensor.detach().clone() for name, tensor in model.state_dict().items()})
+    return learnt(CONFIG, "cpu", steps=120, batch_size=16, rate=6e-3)
 
 
 @pytest.fixture(scope="session")

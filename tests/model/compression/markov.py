@@ -6,11 +6,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipeline.tokenize.indexed_dataset import IndexedDatasetWriter
 from model.checkpoint import save_weights
 from model.config import ModelConfig
+from model.hybrid_lm import HybridLM
 
 CONFIG = ModelConfig(
     pattern="M-M*-M-", hidden_size=32, ffn_hidden_size=48, num_attention_heads=2, num_query_groups=1, head_dim=16,
@@ -42,6 +44,20 @@ def markov(count: int, seed: int) -> Tensor:
         chance = table[tokens[:, -2] % 2, tokens[:, -1]].softmax(-1)
         tokens = torch.cat([tokens, torch.multinomial(chance, 1, generator=generator)], 1)
     return tokens
+
+
+def learnt(config: ModelConfig, device: str, steps: int, batch_size: int, rate: float) -> Weights:
+    """A model that has learnt the chain, on `device`."""
+    torch.manual_seed(0)
+    model = HybridLM(config).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    for step in range(steps):
+        batch = markov(batch_size, 1000 + step).to(device)
+        loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return Weights(config, {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()})
 
 
 def write_tokens(directory: Path, bytes_a_token: int = 2) -> None:

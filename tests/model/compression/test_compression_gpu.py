@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from kernels.forward_kl import forward_kl
 from kernels.mixer import triton as mixer_triton
@@ -16,7 +15,7 @@ from model.megatron.distributed import ONE_COPY, process_groups
 from model.megatron.layerwise import MegatronLayerwise
 from model.megatron.precision import Precision
 from model.megatron.spec import build_model
-from tests.model.compression.markov import CONFIG, Weights, markov, silent
+from tests.model.compression.markov import CONFIG, Weights, learnt, markov, silent
 from tests.model.compression.plain import PlainLayerwise
 from tests.tiny_engine import RECIPE
 
@@ -30,16 +29,7 @@ GPU = CONFIG.model_copy(update={
 
 @pytest.fixture(scope="module")
 def trained() -> Weights:
-    torch.manual_seed(0)
-    model = HybridLM(GPU).cuda()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
-    for step in range(150):
-        batch = markov(32, 1000 + step).cuda()
-        loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return Weights(GPU, {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()})
+    return learnt(GPU, "cuda", steps=150, batch_size=32, rate=4e-3)
 
 
 def test_the_plain_model_runs_the_kernels_and_is_close_to_float64(trained, monkeypatch):

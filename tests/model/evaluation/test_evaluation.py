@@ -11,31 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data_pipeline.config import TokenizerConfig
-from data_pipeline.tokenize import fast_tokenizer, tokenizer
-from model import costs, hub
-from model.config import ModelConfig, ModelError
+from model import costs
+from model.config import ModelError
 from model.evaluation import harness
 from model.evaluation.schema import ChoiceSample
 from model.hybrid_lm import HybridLM
-from tests.data_pipeline.small_corpus import write_curated
 from tests.held_bytes import HeldBytes
+from tests.model.evaluation.peers import CONFIGS, export, harness_adapter, requests
 
 GIB = 2**30
 WINDOW = 48
-CONFIG = {
-    "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4, "num_query_groups": 2, "head_dim": 8,
-    "sequence_length": 64, "vocab_size": 512, "init_method_std": 0.2,
-}
-MAMBA = {"mamba_num_heads": 4, "mamba_head_dim": 16, "mamba_state_dim": 8, "mamba_num_groups": 2, "chunk_size": 16}
-CONFIGS = {
-    "hybrid": ModelConfig(pattern="M-M*-", **CONFIG, **MAMBA),
-    "transformer": ModelConfig(pattern="*-*-", position_embedding="rope", **CONFIG),
-}
 TEXT = Path(harness.__file__).read_text()
 PAIRS = [
     ("def add(a, b):\n", "    return a + b\n"),          # white space at the boundary goes to the continuation
@@ -53,19 +39,7 @@ TEXTS = [TEXT[:1500], "short", TEXT[3000:3100], "漢字" * 30]
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Hub directories of a random hybrid and a random Transformer, with a tokenizer trained on the standard library."""
-    root = tmp_path_factory.mktemp("hub")
-    curated = write_curated(root / "curated", train=["logging"], held_out=["json"])
-    tokenizer.train(curated, TokenizerConfig(vocab_size=512, training_megabytes=1), 1, root)
-    torch.manual_seed(3)
-    for name, config in CONFIGS.items():
-        hub.save(root / name, config, HybridLM(config).state_dict(), {}, "float32")
-        fast_tokenizer.export(root / "tokenizer.model", root / name)
-    return {name: root / name for name in CONFIGS}
-
-
-def requests(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
-    return [Instance(request_type=kind, doc={}, arguments=values, idx=0) for values in arguments]
+    return export(tmp_path_factory.mktemp("hub"), CONFIGS)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -73,13 +47,7 @@ def test_same_scores_as_the_harness_adapter_for_transformers(
     exported: dict[str, Path], name: str
 ) -> None:
     ours = harness.load(exported[name], WINDOW)
-    theirs = HFLM(
-        pretrained=AutoModelForCausalLM.from_pretrained(exported[name], local_files_only=True),
-        tokenizer=AutoTokenizer.from_pretrained(exported[name], local_files_only=True),
-        batch_size=3,
-        logits_cache=False,     # in 0.4.13 it mixes up requests with the same tokens split at another place
-        max_length=WINDOW,
-    )
+    theirs = harness_adapter(exported[name], WINDOW, batch_size=3)
     assert ours.prefix_token_id == theirs.prefix_token_id
     for text in [*TEXTS, *(context + continuation for context, continuation in PAIRS)]:
         assert ours.tok_encode(text) == theirs.tok_encode(text)
@@ -118,12 +86,7 @@ def test_same_text_as_the_harness_adapter_for_transformers(
 ) -> None:
     """Greedy text, cut at a stop sequence, and of a prompt too long for the window."""
     ours = harness.load(exported[name], WINDOW)
-    theirs = HFLM(
-        pretrained=AutoModelForCausalLM.from_pretrained(exported[name], local_files_only=True),
-        tokenizer=AutoTokenizer.from_pretrained(exported[name], local_files_only=True),
-        batch_size=1,
-        max_length=WINDOW,
-    )
+    theirs = harness_adapter(exported[name], WINDOW)
     free = [(prompt, {"until": [], "max_gen_toks": 20, "do_sample": False})
             for prompt in ("def add(a, b):", TEXT[:900], "x")]
     expected = theirs.generate_until(requests("generate_until", free), disable_tqdm=True)
@@ -144,8 +107,7 @@ def test_texts_begin_with_the_id_that_begins_them(exported: dict[str, Path], tmp
     names = json.loads((directory / "tokenizer_config.json").read_text()) | {"bos_token": "<s>"}
     (directory / "tokenizer_config.json").write_text(json.dumps(names))
     ours = harness.load(directory, WINDOW)
-    theirs = HFLM(pretrained=AutoModelForCausalLM.from_pretrained(directory, local_files_only=True), max_length=WINDOW,
-                  tokenizer=AutoTokenizer.from_pretrained(directory, local_files_only=True), batch_size=1)
+    theirs = harness_adapter(directory, WINDOW)
     rolling = requests("loglikelihood_rolling", [(text,) for text in TEXTS])
     assert ours.prefix_token_id == theirs.prefix_token_id == 1 != ours.eot_token_id
     assert ours.loglikelihood_rolling(rolling) == pytest.approx(

@@ -14,21 +14,16 @@ import lm_eval
 import pytest
 import torch
 import yaml
-from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_pipeline import evaluation_sets
-from data_pipeline.config import DataError, TokenizerConfig
-from data_pipeline.tokenize import fast_tokenizer, tokenizer
-from model import hub
-from model.config import ModelConfig
+from data_pipeline.config import DataError
 from model.evaluation import harness, paper_size, paper_tasks
 from model.evaluation.paper_size import PAPER_SIZES
 from model.evaluation.paper_tasks import FOLDERS, PAPER_TASKS, REGISTRY, run_paper_tasks
 from model.evaluation.schema import PaperScore, PaperTask
 from model.hybrid_lm import HybridLM
-from tests.data_pipeline.small_corpus import write_curated
+from tests.model.evaluation.peers import CONFIGS, export, harness_adapter
 
 WINDOW = 192
 OTHER_FOLDERS = {"humaneval_plus": ["humaneval"], "mbpp_plus": ["mbpp"], "truthfulqa_mc2": ["truthfulqa"]}
@@ -88,16 +83,8 @@ class Few:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random hybrid with a tokenizer of a thousand pieces."""
-    root = tmp_path_factory.mktemp("hub")
-    curated = write_curated(root / "curated", train=["logging"], held_out=["json"])
-    tokenizer.train(curated, TokenizerConfig(vocab_size=1024, training_megabytes=1), 1, root)
-    torch.manual_seed(3)
-    config = ModelConfig(pattern="M-*-", hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2,
-                         head_dim=8, sequence_length=64, vocab_size=1024, init_method_std=0.2, mamba_num_heads=4,
-                         mamba_head_dim=16, mamba_state_dim=8, mamba_num_groups=2, chunk_size=16)
-    hub.save(root / "hybrid", config, HybridLM(config).state_dict(), {}, "float32")
-    fast_tokenizer.export(root / "tokenizer.model", root / "hybrid")
-    return root / "hybrid"
+    config = CONFIGS["hybrid"].model_copy(update={"pattern": "M-*-", "vocab_size": 1024})
+    return export(tmp_path_factory.mktemp("hub"), {"hybrid": config})["hybrid"]
 
 
 class Keeps(harness.HarnessLM):
@@ -138,10 +125,7 @@ def test_every_task_is_scored_or_says_why(found: dict[str, PaperScore]) -> None:
 
 @pytest.mark.parametrize("task", ["winogrande", "hellaswag"])
 def test_the_harnesss_own_numbers(exported: Path, model: Keeps, task: str) -> None:
-    theirs = HFLM(
-        pretrained=AutoModelForCausalLM.from_pretrained(exported, local_files_only=True),
-        tokenizer=AutoTokenizer.from_pretrained(exported, local_files_only=True),
-        batch_size=8, logits_cache=False, max_length=WINDOW)
+    theirs = harness_adapter(exported, WINDOW, batch_size=8)
     [ours] = run_paper_tasks(model, [OF[task]], Few(), 99, "none")
     with mock.patch.object(datasets, "load_dataset", Few().load):
         expected = lm_eval.simple_evaluate(

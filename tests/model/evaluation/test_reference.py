@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -17,6 +16,7 @@ from model.config import ModelError
 from model.evaluation import reference
 from model.evaluation.reference import ReferenceLM
 from tests.data_pipeline.small_corpus import write_curated
+from tests.model.evaluation.peers import requests
 
 WINDOW = 48
 TEXT = Path(reference.__file__).read_text()
@@ -41,10 +41,10 @@ def test_scores_are_those_of_the_harness_adapter(llama: tuple[Any, Any]) -> None
     ours = ReferenceLM(model, words.backend_tokenizer, [words.bos_token_id], WINDOW)
     theirs = HFLM(pretrained=model, tokenizer=words, batch_size=4, logits_cache=False, max_length=WINDOW)
     assert ours.prefix_token_id == theirs.prefix_token_id
-    asked = [Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=0) for pair in PAIRS]
+    asked = requests("loglikelihood", PAIRS)
     assert [score for score, _ in ours.loglikelihood(asked)] == pytest.approx(
         [score for score, _ in theirs.loglikelihood(asked, disable_tqdm=True)], abs=1e-4)
-    whole = [Instance(request_type="loglikelihood_rolling", doc={}, arguments=(text,), idx=0) for text in CONTEXTS]
+    whole = requests("loglikelihood_rolling", [(text,) for text in CONTEXTS])
     assert ours.loglikelihood_rolling(whole) == pytest.approx(
         theirs.loglikelihood_rolling(whole, disable_tqdm=True), rel=1e-5)
 
@@ -56,8 +56,7 @@ def test_prefixes_are_read_once(llama: tuple[Any, Any], monkeypatch: pytest.Monk
     monkeypatch.setattr(reference.LlamaPrefixReader, "read",
                         lambda self, ids: read.append(tuple(ids.shape)) or original(self, ids))
     ours = ReferenceLM(model, words.backend_tokenizer, [words.bos_token_id], WINDOW)
-    ours.loglikelihood([Instance(request_type="loglikelihood", doc={}, arguments=(TEXT[:80], choice), idx=0)
-                        for _, choice in PAIRS[:4]])
+    ours.loglikelihood(requests("loglikelihood", [(TEXT[:80], choice) for _, choice in PAIRS[:4]]))
     (stems, shared), (rows, rest) = read
     assert stems < rows == 4 and shared > 3 * rest
 
@@ -77,6 +76,5 @@ def test_a_package_that_is_missing_or_another_version(monkeypatch: pytest.Monkey
 def test_the_weights_say_what_everybody_knows() -> None:
     model = reference.load(WINDOW)
     answers = (" Paris", " London", " purple", " the the")
-    scores = model.loglikelihood([Instance(request_type="loglikelihood", doc={}, idx=0,
-                                           arguments=("The capital of France is", answer)) for answer in answers])
+    scores = model.loglikelihood(requests("loglikelihood", [("The capital of France is", word) for word in answers]))
     assert scores[0][1] and max(scores) == scores[0] and -1 < scores[0][0] < 0

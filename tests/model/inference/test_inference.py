@@ -8,24 +8,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.config import ModelConfig, ModelError
+from model.config import ModelError
 from model.costs import Deployment, memory
 from model.hybrid_lm import HybridLM, rotary_factors, rotate
 from model.inference.decoder import Decoder
 from model.inference.fp8_weights import quantize_weights
 from model.inference.sampling import Sampling, choose
 from tests.held_bytes import HeldBytes
+from tests.model.test_hybrid_lm import HYBRID, TRANSFORMER
 from tests.tiny_engine import random_model
 
-HYBRID = ModelConfig(
-    pattern="M-M*-M-", hidden_size=48, ffn_hidden_size=80, num_attention_heads=4, num_query_groups=2, head_dim=16,
-    mamba_num_heads=6, mamba_head_dim=8, mamba_state_dim=16, mamba_num_groups=2, chunk_size=16, sequence_length=64,
-    vocab_size=97,
-)
-TRANSFORMER = ModelConfig(
-    pattern="*-*-", hidden_size=48, ffn_hidden_size=80, num_attention_heads=4, num_query_groups=2, head_dim=16,
-    position_embedding="rope", sequence_length=64, vocab_size=97,
-)
 CONFIGS = pytest.mark.parametrize("config", [HYBRID, TRANSFORMER], ids=["hybrid", "transformer"])
 
 

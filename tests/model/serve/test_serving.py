@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from model.serve.engine import Limits
 from model.serve.server import PAGE, Server
 from tests.model.inference.test_text_generation import CONFIG, WORDS, byte_tokenizer
 from tests.tiny_engine import random_model
+from tests.waiting import wait_for
 
 TURN = "<pad>"          # a control token that is none of the named ones
 LONGEST = 20_000
@@ -68,14 +69,6 @@ def client(directories: dict[str, Path]) -> Iterator[httpx.Client]:
         server.should_exit = True
         thread.join(20)
         assert not thread.is_alive()
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return value
 
 
 def ask(client: httpx.Client, path: str = "completions", **body: Any) -> dict[str, Any]:

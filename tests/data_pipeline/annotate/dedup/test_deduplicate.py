@@ -3,32 +3,20 @@
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from data_pipeline.annotate.dedup.deduplicate import Deduplicate, id_numbers
-from data_pipeline.annotate.step import SCHEMA, text_id
+from data_pipeline.annotate.step import text_id
 from data_pipeline.config import MinHashConfig
-from tests.data_pipeline.annotate.here import Here
+from tests.data_pipeline.annotate.here import column, cut, marked, run
 
 RECIPE = MinHashConfig(shingle_characters=24, bands=20, rows=13)
 SITE_PACKAGES = Path(np.__file__).parent.parent
 
 
-def table(rows: list[tuple[str, bool]]) -> pa.Table:
-    return pa.Table.from_pylist([
-        {"id": text_id(text), "text": text, "source": "s", "path": "p", "domain": "d", "license": "MIT",
-         "held_out": held_out} for text, held_out in rows
-    ], SCHEMA)
-
-
 def deduplicate(shards: list[list[tuple[str, bool]]]) -> list[str | None]:
     """The column `duplicate` of all shards."""
-    step, tables = Deduplicate(RECIPE, seed=1), [table(rows) for rows in shards]
-    decision = step.decide([step.survey(shard) for shard in tables], Here())
-    assert decision.shared == {}
-    return [reason for shard, own in zip(tables, decision.shards, strict=True)
-            for reason in step.apply(shard, decision.shared, own)["duplicate"].to_pylist()]
+    return column("duplicate", run(Deduplicate(RECIPE, seed=1), [marked(rows) for rows in shards], shares=False))
 
 
 def families(random: np.random.Generator, count: int) -> list[list[str]]:
@@ -44,16 +32,12 @@ def families(random: np.random.Generator, count: int) -> list[list[str]]:
     return result
 
 
-def cut(rows: list[tuple[str, bool]], shards: int) -> list[list[tuple[str, bool]]]:
-    return [rows[len(rows) * i // shards : len(rows) * (i + 1) // shards] for i in range(shards)]
-
-
 def test_ids_are_numbers_in_the_same_order():
     texts = [str(number) for number in range(50)]
-    numbers = id_numbers(table([(text, False) for text in texts]))
+    numbers = id_numbers(marked([(text, False) for text in texts]))
     order = np.lexsort((numbers[:, 1], numbers[:, 0]))
     assert [texts[index] for index in order] == sorted(texts, key=text_id)
-    assert id_numbers(table([])).shape == (0, 2)
+    assert id_numbers(marked([])).shape == (0, 2)
 
 
 def test_copies():

@@ -6,32 +6,25 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from data_pipeline.annotate.dedup import substring
 from data_pipeline.annotate.dedup.substring import Substring, without
-from data_pipeline.annotate.step import SCHEMA, text_id
+from data_pipeline.annotate.step import text_id
 from data_pipeline.config import SubstringConfig
-from tests.data_pipeline.annotate.here import Here
+from tests.data_pipeline.annotate.here import column, cut, run, table
 
 Row = dict[str, object]
 
 
 def row(text: str, **fields: object) -> Row:
-    base = {"source": "s", "path": "p", "domain": "web", "license": "MIT", "held_out": False, "duplicate": None}
-    return {**base, "id": text_id(text), "text": text, **fields}
+    return {"text": text, "domain": "web", **fields}
 
 
 def repeats(rows: list[Row], length: int, shards: int = 1) -> list[list[int]]:
     """The column `repeats` of all shards."""
     step = Substring(SubstringConfig(bytes=length, domains=["web"]))
-    tables = [pa.Table.from_pylist(rows[len(rows) * i // shards : len(rows) * (i + 1) // shards], SCHEMA)
-              for i in range(shards)]
-    decision = step.decide([step.survey(table) for table in tables], Here())
-    assert decision.shared == {}
-    return [spans for table, own in zip(tables, decision.shards, strict=True)
-            for spans in step.apply(table, decision.shared, own)["repeats"].to_pylist()]
+    return column("repeats", run(step, [table(part) for part in cut(rows, shards)], shares=False))
 
 
 def spans_of(covered: np.ndarray) -> list[int]:

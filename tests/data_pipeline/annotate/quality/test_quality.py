@@ -21,10 +21,10 @@ from data_pipeline.annotate.quality import classifier, fluency, reference, struc
 from data_pipeline.annotate.quality.quality import Quality
 from data_pipeline.annotate.quality.quality_labels import keys_of
 from data_pipeline.annotate.quality.training_text import TrainingText
-from data_pipeline.annotate.step import SCHEMA, text_id
+from data_pipeline.annotate.step import SCHEMA
 from data_pipeline.config import ClassifierConfig, DataError
 from data_pipeline.text.words import ngrams_of, texts_of, words_of
-from tests.data_pipeline.annotate.here import Here
+from tests.data_pipeline.annotate.here import run, table
 from tests.data_pipeline.plain_words import words_of_text
 
 OWN = ["fluency", "reference", "structure"]
@@ -34,11 +34,6 @@ PROSE = (
     "it to the end. If the task fails, the error is kept with its result, so that whoever asks for it will see what "
     "happened. A task that was cancelled before it began never runs, and asking for its result raises an error."
 )
-
-
-def table(rows: list[dict[str, object]]) -> pa.Table:
-    base = {"source": "s", "path": "p", "domain": "docs", "license": "MIT", "held_out": False}
-    return pa.Table.from_pylist([{**base, "id": text_id(str(row["text"])), **row} for row in rows], SCHEMA)
 
 
 def pages(packages: str, domain: str, source: str) -> list[dict[str, object]]:
@@ -67,11 +62,6 @@ def corpus() -> pa.Table:
     odd = [{**row, "text": f"{row['text']} {number}"} for number, row in enumerate(pages("json", "docs", "third"))]
     odd = [{**row, "held_out": True} for row in odd] + [{**row, "duplicate": "copy"} for row in shuffled(odd, 2)]
     return table(library + other + odd)
-
-
-def run(step: Quality, shards: list[pa.Table]) -> list[pa.Table]:
-    decision = step.decide([step.survey(shard) for shard in shards], Here())
-    return [step.apply(shard, decision.shared, own) for shard, own in zip(shards, decision.shards, strict=True)]
 
 
 def scores_by_id(shards: list[pa.Table]) -> dict[str, tuple[list[float] | None, float | None]]:
