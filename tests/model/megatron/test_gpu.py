@@ -125,8 +125,8 @@ def test_a_captured_step_is_the_eager_one(groups, monkeypatch, config, precision
 @pytest.mark.parametrize("recompute", ["", "M"])
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_products_add_their_gradients_to_the_buffers(groups, monkeypatch, precision, recompute):
-    """Over two micro-batches, anew at each step, and but for one rounding to BF16 as Megatron's hooks add them, who still
-    add those of layers that recompute."""
+    """Over two micro-batches, anew at each step, and but for one rounding to BF16 as Megatron's hooks add them, which
+    still add those of layers that recompute."""
     model, ddp, step = stepped(False, precision, recompute, WIDE)
     monkeypatch.setattr(optimizer, "accumulate_in_products", lambda _: None)
     other, others, apart = stepped(False, precision, recompute, WIDE)
