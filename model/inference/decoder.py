@@ -14,7 +14,7 @@ from torch import Tensor
 from model.config import ModelError
 from model.hybrid_lm import HybridLM
 from model.inference.caches import ModelCaches
-from model.inference.sampling import Sampling, choose
+from model.inference.sampling import Sampling, checked, choose
 
 GREEDY = Sampling()
 
@@ -152,7 +152,8 @@ class Decoder(ModelCaches):
     def stream(
         self, ids: Tensor, tokens: int, sampling: Sampling = GREEDY, generator: torch.Generator | None = None
     ) -> Iterator[Tensor]:
-        """Up to `tokens` tokens (batch,) after the prompts `ids` (batch, sequence), each as soon as it is chosen.
+        """Up to `tokens` tokens (batch,) after the prompts `ids` (batch, sequence), each as soon as it is chosen; -1, and
+        no more that mean anything in that sequence, where logits are not finite (`sampling.checked`).
 
         Raises:
             ModelError: as `prefill`; or the decoder has taken up something else between two tokens.
@@ -167,13 +168,16 @@ class Decoder(ModelCaches):
                 if (self._begun, self._length) != (begun, ids.shape[1] + written - 1):
                     raise ModelError("The decoder has other sequences, or other tokens of these, than this stream's.\n"
                                      "Have a Decoder for each stream.")
-                logits = self.decode(chosen)
+                logits = self.decode(chosen.clamp_min(0))
 
     def generate(
         self, ids: Tensor, tokens: int, sampling: Sampling = GREEDY, generator: torch.Generator | None = None
     ) -> Tensor:
-        """`tokens` tokens after the prompts `ids` (batch, sequence) -> (batch, tokens)."""
-        return torch.stack(list(self.stream(ids, tokens, sampling, generator)), 1)
+        """`tokens` tokens after the prompts `ids` (batch, sequence) -> (batch, tokens). Raises ModelError as `stream`, and
+        where logits are not finite."""
+        chosen = torch.stack(list(self.stream(ids, tokens, sampling, generator)), 1)
+        checked(int(chosen.min()))
+        return chosen
 
     def _advance(self, ids: Tensor) -> Tensor:
         if self.device.type != "cuda":

@@ -179,6 +179,19 @@ def test_greedy_takes_the_likeliest_token(config, ids):
     assert torch.equal(logits[:, 19:-1].argmax(-1), generated)
 
 
+@CONFIGS
+def test_logits_that_are_no_numbers_give_no_tokens(config, ids):
+    """From the start, and of one sequence of the batch, whose neighbours go on as they were."""
+    model = random_model(config)
+    expected = Decoder(model, max_length=30, batch=3).generate(ids[:, :20], 4)
+    decoder = Decoder(model, max_length=30, batch=3)
+    decoder.logits = lambda x, whole=decoder.logits: whole(x).index_fill(0, torch.tensor([1]), math.nan)
+    found = torch.stack(list(decoder.stream(ids[:, :20], 4)), 1)
+    assert (found[1] == -1).all() and torch.equal(found[[0, 2]], expected[[0, 2]])
+    with pytest.raises(ModelError, match="Logits are not finite"):
+        decoder.generate(ids[:, :20], 4)
+
+
 def test_sampling_follows_the_softmax(ids):
     """Frequencies of the first token of 4096 sequences against its probabilities, within five standard deviations."""
     model = random_model(HYBRID)
