@@ -152,8 +152,8 @@ class Decoder(ModelCaches):
     def stream(
         self, ids: Tensor, tokens: int, sampling: Sampling = GREEDY, generator: torch.Generator | None = None
     ) -> Iterator[Tensor]:
-        """Up to `tokens` tokens (batch,) after the prompts `ids` (batch, sequence), each as soon as it is chosen; -1, and
-        no more that mean anything in that sequence, where logits are not finite (`sampling.checked`).
+        """Up to `tokens` tokens (batch,) after the prompts `ids` (batch, sequence), each as soon as it is chosen: -1
+        where a sequence's logits are not finite, and no sense in it from there (`sampling.checked`).
 
         Raises:
             ModelError: as `prefill`; or the decoder has taken up something else between two tokens.
@@ -173,8 +173,10 @@ class Decoder(ModelCaches):
     def generate(
         self, ids: Tensor, tokens: int, sampling: Sampling = GREEDY, generator: torch.Generator | None = None
     ) -> Tensor:
-        """`tokens` tokens after the prompts `ids` (batch, sequence) -> (batch, tokens). Raises ModelError as `stream`, and
-        where logits are not finite."""
+        """`tokens` tokens after the prompts `ids` (batch, sequence) -> (batch, tokens).
+
+        Raises ModelError as `stream`, and where logits are not finite.
+        """
         chosen = torch.stack(list(self.stream(ids, tokens, sampling, generator)), 1)
         checked(int(chosen.min()))
         return chosen
