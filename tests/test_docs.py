@@ -32,7 +32,8 @@ def test_the_guide_shows_what_the_stages_take() -> None:
 def test_the_guide_to_gpus_shows_launchers_and_layouts() -> None:
     common = {"executor": "local", "workers": 1, "slots": 1, "threads": 1, "stage_timeout_minutes": 60}
     torchrun, slurm = (RuntimeConfig(**common, **block["runtime"]) for block in blocks("gpu.md"))
-    assert (torchrun.launcher.kind, torchrun.data_parallel) == ("torchrun", 2)
+    assert torchrun.launcher.kind == "torchrun"
+    assert torchrun.launcher.processes == 2 * torchrun.parallel.tensor * torchrun.parallel.pipeline
     assert slurm.launcher.processes == 1536 and slurm.launcher.slurm.directives == ["--exclusive"]
 
 
