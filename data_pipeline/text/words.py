@@ -227,11 +227,9 @@ def _memory(column: pa.ChunkedArray) -> list[tuple[int, int, int]]:
 
 
 def one_text(text: str) -> Texts:
-    """`text` alone. Numba compiles anew for a writable array: it takes the same code as a shard."""
+    """`text` alone."""
     data = text.encode()
-    offsets = np.array([0, len(data)])
-    offsets.flags.writeable = False
-    return Texts(np.frombuffer(data, np.uint8), offsets)
+    return _read_only(np.frombuffer(data, np.uint8), np.array([0, len(data)]))
 
 
 def _view(column: pa.ChunkedArray) -> Texts:
@@ -241,8 +239,14 @@ def _view(column: pa.ChunkedArray) -> Texts:
     _, offsets, data = array.buffers()
     buffer = np.frombuffer(data or b"", np.uint8)
     if offsets is None:
-        return Texts(buffer, np.zeros(1, np.int64))
-    return Texts(buffer, np.frombuffer(offsets, np.int64)[array.offset : array.offset + len(array) + 1])
+        return _read_only(buffer, np.zeros(1, np.int64))
+    return _read_only(buffer, np.frombuffer(offsets, np.int64)[array.offset : array.offset + len(array) + 1])
+
+
+def _read_only(buffer: UInt8, offsets: Int64) -> Texts:
+    """Numba compiles for a writable array anew, and some of Arrow's are."""
+    buffer.flags.writeable = offsets.flags.writeable = False
+    return Texts(buffer, offsets)
 
 
 def _words(texts: Texts) -> Words:

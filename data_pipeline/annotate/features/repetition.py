@@ -53,7 +53,8 @@ def count_n_grams(
 ) -> int:
     """Characters in the commonest 2-, 3- and 4-gram, and under repeats of 5- to 10-grams; keys grow word by word."""
     mask = table_mask(words)
-    keys[:words] = hashes[:words]
+    for index in range(words):          # a slice of a slice takes Numba seconds to compile
+        keys[index] = hashes[index]
     power = uint64(1)
     repeats = True
     for n in range(2, 11):

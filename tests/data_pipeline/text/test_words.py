@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 import data_pipeline.text
-from data_pipeline.text.words import Words, mix, mix64, ngrams_of, passages_of, texts_of, words, words_of
+from data_pipeline.text.words import Words, mix, mix64, ngrams_of, one_text, passages_of, texts_of, words, words_of
 from tests.data_pipeline.plain_words import folded, runs, words_of_text
 
 SENTENCE = (
@@ -124,6 +124,12 @@ def test_view_of_slices_chunks_and_empty_tables():
         buffer, offsets = texts_of(table)
         assert [bytes(buffer[a:b]) for a, b in pairwise(offsets)] == expected[start:stop]
         assert len(words_of(table).first) == stop - start + 1
+
+
+def test_numba_compiles_once_for_texts_from_anywhere():
+    columns = pa.array(["a b", "c"]), pa.array(["a b"], pa.large_string()), pa.chunked_array([["a"], ["b"]])
+    for texts in [one_text("a b"), *(texts_of(pa.table({"text": column})) for column in columns)]:
+        assert not texts.buffer.flags.writeable and not texts.offsets.flags.writeable
 
 
 def test_words_are_found_once_for_a_column_and_never_taken_for_another():
