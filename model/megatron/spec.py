@@ -151,8 +151,9 @@ def transformer_config(
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # Fusions of Megatron's that need CUDA extensions. Transformer Engine's turns queries and keys in one pass each,
-        # where Megatron's own takes several.
+        # Fusions of Megatron's that need CUDA extensions; that of gradients comes with DDP's buffers and without Apex
+        # (`compat.accumulate_in_products`). Transformer Engine's turns queries and keys in one pass each, where
+        # Megatron's own takes several.
         apply_rope_fusion=compat.TRANSFORMER_ENGINE,
         bias_dropout_fusion=False,
         gradient_accumulation_fusion=False,

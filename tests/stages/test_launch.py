@@ -176,7 +176,8 @@ def test_nodes_of_torchrun_need_a_place_to_meet(tmp_path: Path) -> None:
 def test_a_layout_must_fit_the_processes() -> None:
     changes = ("runtime.launcher.kind=torchrun", "runtime.launcher.processes_per_node=4", "runtime.parallel.tensor=2")
     params = load_params(ROOT / "params.yaml", changes)
-    assert params.runtime.launcher.processes == 4 and params.runtime.parallel.tensor == 2
+    assert params.runtime.launcher.processes == 4
+    assert (params.runtime.parallel.tensor, params.runtime.parallel.pipeline) == (2, 1)      # two copies
     with pytest.raises(ParamsError, match=r"starts 4 processes, parallel\.tensor \(2\) x pipeline \(3\) = 6"):
         load_params(ROOT / "params.yaml", (*changes, "runtime.parallel.pipeline=3"))
 
