@@ -12,6 +12,8 @@ keeps, each learnt from a wrong result or a hang:
 - lock entries of dead processes are dropped after a look at the command line: the number may belong to another by now;
 - DVC rewrites `dvc.lock` and its rwlock in place: a kill or a full disk in that moment leaves half a file, which ends
   every later command. So a copy of the last whole `dvc.lock` is kept, and put back;
+- what DVC did with a stage stands in no word of its own: the stage's shell marks that the command ran, and what DVC
+  restored is younger than that mark;
 - DVC trusts times, sizes and modes of files: what it restored from its cache is hashed, and made again where it is not
   what was recorded (`stages.frame.outputs`).
 """
@@ -60,6 +62,7 @@ ENVIRONMENT = {
 RWLOCK, DVC_LOCK = Path(".dvc/tmp/rwlock"), Path(".dvc/tmp/lock")
 LOCK, LOCK_COPY = Path("dvc.lock"), Path(".dvc/tmp/dvc.lock.whole")
 FLOW_LOCK = Path(".dvc/tmp/flow.lock")
+STAGE_SHELL = Path(__file__).with_name("bash")
 LOGS = Path("logs")
 RESUMES = "Run the same command again: it resumes."
 SECONDS_TO_UNWIND = 4.0           # of a stage that is told to end, before it is killed
@@ -512,14 +515,17 @@ class StageRunner:
         return None
 
     def _repro(self, node: Node, gpus: list[str], on_line: Callable[[str], None]) -> str:
-        node.log.parent.mkdir(parents=True, exist_ok=True)
-        environment = os.environ | ENVIRONMENT
+        mark = FLOW_LOCK.with_name(f"{node.name}.mark").absolute()
+        for directory in (node.log.parent, mark.parent):
+            directory.mkdir(parents=True, exist_ok=True)
+        environment = os.environ | ENVIRONMENT | {"SHELL": str(STAGE_SHELL), "STAGE_MARK": str(mark)}
         if self.queues:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         with self.turn:
             if self.stopped:
                 raise StageFailed(f"{node.name}: not started; the flow was stopped.\nRun the same command again.")
             node.log.unlink(missing_ok=True)
+            mark.write_bytes(b"")
             with node.log.open("w") as log:
                 process = subprocess.Popen(
                     [*DVC, "repro", "--single-item", node.name], env=environment, stdin=subprocess.DEVNULL,
@@ -569,9 +575,9 @@ class StageRunner:
             raise failure(node, _last_words(text))
         with self.turn:
             keep_lock()
-        if "didn't change, skipping" in text:
-            return "cached"
-        return "restored" if "is cached - skipping run" in text else "ran"
+        if mark.stat().st_size:
+            return "ran"
+        return "restored" if outputs.any_since(node.name, mark.stat().st_mtime_ns) else "cached"
 
     def stop(self) -> None:
         """End every running stage and start no other."""

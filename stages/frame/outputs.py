@@ -66,6 +66,12 @@ def of_stage(stage: str) -> list[Output]:
     return []
 
 
+def any_since(stage: str, time_ns: int) -> bool:
+    """Whether a file of a stage that has ended was put in its place, or changed, at that time or later."""
+    return any(path.lstat().st_ctime_ns >= time_ns for output in of_stage(stage)
+               for path in (output.path, *output.path.rglob("*")))
+
+
 def damaged(path: Path, largest: float) -> list[Damage]:
     """Of the outputs that are `path`, lie below it or hold it, the files that are not what dvc.lock says (`verify`).
 

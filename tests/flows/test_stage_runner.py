@@ -111,6 +111,20 @@ def test_stages_run_side_by_side_and_exclusive_ones_alone(repository: Path, node
     }
 
 
+def test_what_dvc_did_is_not_read_from_words(repository: Path) -> None:
+    """Nor does a stage that writes DVC's own pass for one that did nothing."""
+    says = "Stage 'says' didn't change, skipping. Stage 'says' is cached - skipping run"
+    stage = {"cmd": f'echo "{says}" | tee out', "deps": ["work.py"], "outs": ["out"]}
+    (repository / "dvc.yaml").write_text(json.dumps({"stages": {"says": stage}}))
+    dvc_graph.allow_no_git()
+    node = Node("says", frozenset(), False, 0, 0)
+    assert StageRunner(1, 5).run(node, ignore, ignore) == "ran"
+    assert says in node.log.read_text()
+    assert StageRunner(1, 5).run(node, ignore, ignore) == "cached"
+    (repository / "out").unlink()
+    assert StageRunner(1, 5).run(node, ignore, ignore) == "restored"
+
+
 def test_slots_go_to_the_longest_way_first(nodes: dict[str, Node]) -> None:
     runner = StageRunner(1, 5)
     started: list[str] = []
