@@ -48,7 +48,7 @@ from data_pipeline.config import AnnotateConfig, FilesSource, InstalledSource, M
 from data_pipeline.curate.heuristics import first_broken, rules_of
 from data_pipeline.sources import Document, pieces, read_piece
 from data_pipeline.storage import write_table
-from data_pipeline.workers.executor import Here, Processes, Workers
+from data_pipeline.workers.executor import InProcess, Processes, Workers
 from data_pipeline.workers.meter import Meter
 from stages.frame.params import Params, load_params
 
@@ -125,7 +125,7 @@ def our_seconds(params: Params, found: Read, directory: Path) -> tuple[Clock, Cl
         for name in ("apply", "survey", "decide") if isinstance(step, GlobalStep) else ("apply",):
             clocks = (clock, deciding) if name == "decide" else (clock,)
             setattr(step, name, timed(*clocks, name=step.name)(getattr(step, name)))
-    for shard in annotated(plan, found, directory, Workers(Here())):
+    for shard in annotated(plan, found, directory, Workers(InProcess())):
         table = pq.read_table(shard, schema=SCHEMA)
         with timed(clock, name="rules"):
             for domain, config in params.curate.rules.items():

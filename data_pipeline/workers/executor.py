@@ -186,7 +186,7 @@ def workers(config: ExecutorConfig) -> Iterator[Workers]:
 
 def _backend(config: ExecutorConfig) -> Backend:
     if config.executor == "local":
-        return Here() if config.workers == 1 else Processes(config.workers)
+        return InProcess() if config.workers == 1 else Processes(config.workers)
     from data_pipeline.workers import clusters
 
     kinds: dict[str, Callable[[ExecutorConfig], Backend]] = {
@@ -195,8 +195,8 @@ def _backend(config: ExecutorConfig) -> Backend:
     return kinds[config.executor](config)
 
 
-class Here(Backend):
-    """One worker: this process."""
+class InProcess(Backend):
+    """One worker, the calling process."""
 
     slots = 1
 

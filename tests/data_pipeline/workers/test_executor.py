@@ -14,7 +14,7 @@ import pytest
 from data_pipeline.config import DataError, ExecutorConfig
 from data_pipeline.workers import clusters
 from data_pipeline.workers.clusters import Dask, Slurm
-from data_pipeline.workers.executor import Here, Workers, workers
+from data_pipeline.workers.executor import InProcess, Workers, workers
 from tests.namespaces import on_full
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -92,7 +92,7 @@ def test_results_keep_the_order_of_items_and_polars_works_here_and_in_workers(po
 def test_a_bad_shard_is_named_and_the_others_are_done(pool, capfd, tmp_path):
     """What is raised names the first; each of the others that failed is on stderr. Killed workers are replaced, with
     four deaths among two, and a shard that was killed is done again. (It takes submitit 30 seconds to notice.)"""
-    killing = type(pool.backend) not in (Here, Slurm)
+    killing = type(pool.backend) not in (InProcess, Slurm)
     mark = str(tmp_path / "mark")
     items, done = [0, 1, 2, *([3, mark] if killing else []), 4], []
     with pytest.raises(DataError) as raised:

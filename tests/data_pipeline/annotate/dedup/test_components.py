@@ -18,8 +18,7 @@ from data_pipeline.annotate.dedup.deduplicate import COPY, COPY_OF_HELD_OUT, NEA
 from data_pipeline.annotate.passes import Arrays, Groups, Held, Passes
 from data_pipeline.config import MinHashConfig
 from data_pipeline.text.words import UInt64
-from data_pipeline.workers.executor import Here as OneWorker
-from data_pipeline.workers.executor import Processes, Workers
+from data_pipeline.workers.executor import InProcess, Processes, Workers
 from tests.data_pipeline.annotate.here import Here
 
 BANDS = 7
@@ -187,7 +186,7 @@ def test_passes_cut_short_go_on(tmp_path: Path) -> None:
     stops = 0
     while True:
         try:
-            found = decided(table, 6, 20, Stopping(tmp_path, Workers(OneWorker())))
+            found = decided(table, 6, 20, Stopping(tmp_path, Workers(InProcess())))
             break
         except Stop:
             stops += 1
