@@ -161,10 +161,12 @@ def beats_chance(right: int, items: int, chance: float, comparisons: int = 1) ->
 
 def equivalence(estimate: Estimate, margin: float, or_better: bool = False, comparisons: int = 1) -> Decision:
     """Two one-sided tests (Schuirmann 1987): holds where the 90 % interval lies within the margin, with `or_better`
-    above its lower end. Does not hold where the effect lies beyond the margin at 95 %, over both sides and, with
+    above its lower end; what is needed is then what tells the effect that was seen from that end, else no effect from
+    either. Does not hold where the effect lies beyond the margin at 95 %, over both sides and, with
     `comparisons` of which any may decide so, over all of them."""
     sides, power = (1, POWER) if or_better else (2, (1 + POWER) / 2)
-    return _decided(estimate, -margin, math.inf if or_better else margin, 2 * ALPHA, comparisons * sides, margin, power)
+    above, distance = (math.inf, abs(estimate.value + margin)) if or_better else (margin, margin)
+    return _decided(estimate, -margin, above, 2 * ALPHA, comparisons * sides, distance, power)
 
 
 def tasks_equivalence(tasks: Sequence[Estimate], overall: Estimate, margin: float) -> Decision:

@@ -154,6 +154,9 @@ def test_needed_is_named_where_undecided_only():
     found = equivalence(certain(0.0, 0.1), 0.1)
     assert found.needed["item"] == pytest.approx(100 * (2 * stats.norm.ppf(0.95)) ** 2, abs=3)
     assert found.seen == pytest.approx(0.1 * stats.norm.ppf(0.95))
+    better = equivalence(certain(0.3, 0.3), 0.1, or_better=True)        # 0.4 above its bound, not 0.1
+    quantiles = stats.norm.ppf(0.95) + stats.norm.ppf(0.9)
+    assert better.needed["item"] == pytest.approx(100 * (quantiles * 0.3 / 0.4) ** 2, abs=3)
 
 
 @pytest.mark.parametrize(("items", "chance", "comparisons"), [(100, 0.25, 1), (41, 0.5, 7), (60, 0.125, 2)])
