@@ -63,7 +63,7 @@ from model.megatron.limits import check_model
 from model.megatron.precision import Precision, PrecisionName
 from model.megatron.spec import build_model
 from model.training.token_data import end_of_document, text_digests
-from model.training.trainer import FREE_WHEN_RESUMED, check_identity
+from model.training.trainer import FREE_WHEN_RESUMED, check_identity, recipe_identity
 
 GIB = 2**30
 Key = TypeVar("Key", str, int)
@@ -185,8 +185,7 @@ class Funnel:
         """Raise ModelError where results are kept of another parent, text, seed or settings."""
         recipe = recipe_of(self.config, self.school.pretrain, self.config.distillation_tokens,
                            self.config_of_parent.sequence_length)
-        settings = recipe.model_dump(mode="json") | self.config.model_dump(mode="json")
-        own = {name: value for name, value in settings.items() if name not in FREE_WHEN_RESUMED} | {
+        own = recipe_identity(recipe) | self.config.model_dump(mode="json", exclude=set(FREE_WHEN_RESUMED)) | {
             "seed": self.seed, "parent": sha256(self.parent / SUMS)} | text_digests(self.school.tokens)
         check_identity(self.cache.directory, self.cache.once("identity", lambda: own), own)
 

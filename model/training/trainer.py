@@ -153,7 +153,7 @@ class Trainer:
                 "Raise it, or lower pretrain.global_batch_size."
             )
         self.identity = (
-            config.model_dump(mode="json") | recipe.model_dump(mode="json", exclude=set(FREE_WHEN_RESUMED))
+            config.model_dump(mode="json") | recipe_identity(recipe)
             | {"precision": precision, "seed": seed} | token_data.text_digests(tokens)
             | {name: path and sha256(path / SUMS) for name, path in
                ({"start": lesson.start, "teacher": lesson.teacher} if lesson else {}).items()}
@@ -453,6 +453,13 @@ class Trainer:
         if self.precision.emulated:
             metrics["fp8_emulated"] = 1
         return metrics
+
+
+def recipe_identity(recipe: PretrainConfig) -> dict[str, Any]:
+    """What of a recipe a resume state depends on. A state of a run with resets that does not say where documents begin
+    may be of one in which they ended with their mark."""
+    begins = {"documents begin": "with the mark"} if recipe.reset_at_documents else {}
+    return recipe.model_dump(mode="json", exclude=set(FREE_WHEN_RESUMED)) | begins
 
 
 def check_identity(state: Path, of_state: Mapping[str, Any], own: Mapping[str, Any]) -> None:

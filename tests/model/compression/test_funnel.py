@@ -203,6 +203,20 @@ def test_what_another_compression_kept_is_refused(compress, planted, config, tmp
         compress(planted, config.model_copy(update={"micro_batch_size": 2}), tmp_path, kill)
 
 
+def test_results_kept_of_other_resets_are_refused(parent, tokens, data, config, tmp_path, monkeypatch):
+    """Of documents that ended with their mark."""
+    recipe = RECIPE.model_copy(update={"reset_at_documents": True})
+    with process_groups(), pytest.raises(ModelError, match="documents begin None and now with the mark"):
+        run = funnel.Funnel(parent.save(tmp_path), tokens, data, config, recipe, 1, ResultCache(tmp_path / "cache"),
+                            silent)
+        now = funnel.recipe_identity
+        monkeypatch.setattr(funnel, "recipe_identity", lambda recipe: {
+            name: value for name, value in now(recipe).items() if name != "documents begin"})
+        run.check_identity()
+        monkeypatch.undo()
+        run.check_identity()
+
+
 @pytest.mark.parametrize(("layout", "what"), [
     (Parallelism(tensor=2), r"num_query_groups \(1\) cannot be split over 2"),
     (Parallelism(pipeline=7), "none of")])
