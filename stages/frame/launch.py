@@ -73,6 +73,14 @@ class LauncherConfig(BaseModel):
                              "Set kind to torchrun or slurm, or nodes and processes_per_node to 1.")
         return self
 
+    @model_validator(mode="after")
+    def rendezvous_has_an_effect(self) -> LauncherConfig:
+        """Raise ValueError for a place to meet of nodes that do not meet there."""
+        if self.rendezvous and (self.kind != "torchrun" or self.nodes == 1):
+            raise ValueError(f"rendezvous ({self.rendezvous}) is for torchrun of several nodes, not for kind "
+                             f"`{self.kind}` of {self.nodes}\nLeave it out, or set kind to torchrun and nodes.")
+        return self
+
     @property
     def processes(self) -> int:
         """Processes of one job, over all nodes."""
