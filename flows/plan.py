@@ -1,7 +1,7 @@
 """Say what every stage of a profile will take: time, GPU-hours, memory of a GPU, disk; of pretraining by part.
 
     python -m flows.plan nemotron-h-56b                         each variant of the profile
-    python -m flows.plan nemotron-h-8b --machine h200 --set runtime.parallel.tensor=1
+    python -m flows.plan nemotron-h-8b --machine h200 --set runtime.parallel.tensor=4
     python -m flows.plan nemotron-h-56b --nvidia                pretraining, beside NVIDIA's recipe for speed
 
 The layout is `runtime.launcher` and `runtime.parallel`; without a profile, params.yaml is read. Exits 1 where a stage

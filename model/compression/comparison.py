@@ -45,7 +45,7 @@ def compare(
     """
     sums = torch.zeros(len(models), 4, dtype=torch.float64, device=parent.device)
     rows = ROWS[parent.device.type]
-    for chosen in parent.share(sequences).split(batch_size):
+    for chosen in parent.batches(sequences, batch_size):
         batch = sequences[chosen].to(parent.device)
         inputs, targets = batch[:, :-1], batch[:, 1:].reshape(-1)
         states = parent.states(models, inputs)
@@ -125,7 +125,7 @@ def task_accuracy(
     """
     length = LENGTH if asked.shape[-1] == CONTEXT + LENGTH else _quarters(asked.shape[-1])[1]
     right = torch.zeros(len(models), dtype=torch.int64, device=parent.device)
-    for chosen in parent.share(asked).split(batch_size):
+    for chosen in parent.batches(asked, batch_size):
         rows = asked[chosen].flatten(0, 1).to(parent.device)
         states = parent.states(models, rows[:, :-1])
         next(states)                                                    # the whole parent's

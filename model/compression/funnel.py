@@ -63,7 +63,7 @@ from model.megatron.limits import check_model
 from model.megatron.precision import Precision, PrecisionName
 from model.megatron.spec import build_model
 from model.training.token_data import end_of_document, text_digests
-from model.training.trainer import FREE_WHEN_RESUMED, check_identity
+from model.training.trainer import FREE_WHEN_RESUMED, check_identity, recipe_identity
 
 GIB = 2**30
 Key = TypeVar("Key", str, int)
@@ -182,12 +182,14 @@ class Funnel:
         self._teacher: Layerwise | None = None
 
     def check_identity(self) -> None:
-        """Raise ModelError where results are kept of another parent, text, seed or settings."""
+        """Raise ModelError where results are kept of another parent, text, seed or settings, or of a pipeline that
+        leaves out other candidates."""
         recipe = recipe_of(self.config, self.school.pretrain, self.config.distillation_tokens,
                            self.config_of_parent.sequence_length)
-        settings = recipe.model_dump(mode="json") | self.config.model_dump(mode="json")
-        own = {name: value for name, value in settings.items() if name not in FREE_WHEN_RESUMED} | {
-            "seed": self.seed, "parent": sha256(self.parent / SUMS)} | text_digests(self.school.tokens)
+        own = recipe_identity(recipe) | self.config.model_dump(mode="json", exclude=set(FREE_WHEN_RESUMED)) | {
+            "seed": self.seed, "parent": sha256(self.parent / SUMS),
+            "pipeline": self.parallelism.pipeline if self.parallelism.pipeline > 1 else None,
+        } | text_digests(self.school.tokens)
         check_identity(self.cache.directory, self.cache.once("identity", lambda: own), own)
 
     @property
@@ -279,6 +281,9 @@ class Funnel:
         if not cells:
             raise ModelError(f"compress: none of {len(maximal)} candidates has layers for {layout.pipeline} pipeline "
                              "stages.\nLower runtime.parallel.pipeline, or change the budgets.")
+        if len(cells) < len(maximal) and is_main_process():
+            print(f"compress: {len(maximal) - len(cells)} of {len(maximal)} candidates are left out: {layout.pipeline} "
+                  "pipeline stages (runtime.parallel) do not divide their layers.", flush=True)
         return [make_candidate(parent, cell, self.layers, self.widths, config.memory, self.order) for cell in cells]
 
     def mask(self, selection: Selection) -> Mask:

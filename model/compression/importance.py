@@ -34,8 +34,7 @@ def layer_importance(model: Layerwise, sequences: Tensor, batch_size: int, progr
     pattern = model.config.pattern
     masks = [Mask(frozenset([layer])) for layer in range(len(pattern))]
     scores = torch.zeros(len(pattern), len(sequences), dtype=torch.float64, device=model.device)
-    mine = model.share(sequences)
-    for samples in mine.split(batch_size):
+    for samples in model.batches(sequences, batch_size):
         rows = samples.to(model.device)
         states = model.hidden(sequences[samples], masks)
         whole = next(states)

@@ -117,9 +117,11 @@ class Layerwise(TensorRanks):
 
     # --- The walk -----------------------------------------------------------------------------------------------------
 
-    def share(self, samples: Tensor) -> Tensor:
-        """Indices of the samples that this data-parallel copy works on."""
-        return torch.arange(self.replica, len(samples), self.replicas)
+    def batches(self, samples: Tensor, size: int) -> Sequence[Tensor]:
+        """Indices of the samples that this data-parallel copy works on, at most `size` at a time; of fewer samples than
+        copies some have none."""
+        mine = torch.arange(len(samples))[self.replica :: self.replicas]
+        return mine.split(size) if len(mine) else ()
 
     @torch.no_grad()
     def hidden(self, ids: Tensor, masks: Sequence[Mask] = ()) -> Iterator[Tensor | None]:

@@ -73,8 +73,8 @@ class Grid(NamedTuple):
     """The candidates as far as they are known before anything is measured.
 
     Attributes:
-        student: the one with the most parameters, of those that the pipeline can split.
-        candidates: how many.
+        student: the one with the most parameters.
+        candidates: how many, of those that the pipeline can split.
         kept: share of the parent's layers they have, mean. A ranking runs a candidate from its first changed layer on
             only (`layerwise`); which that is the weights say, so that the plan has the most it can take.
     """
@@ -91,8 +91,8 @@ class Grid(NamedTuple):
             raise ModelError(f"compress: none of {len(cells)} candidates has layers for {pipeline} pipeline stages.\n"
                              "Lower runtime.parallel.pipeline, or change the budgets.")
         largest = max(split, key=lambda cell: costs.parameters(cell.config(parent)))
-        layers = sum(sum(cell.counts.values()) for cell in cells)
-        return cls(_spread(parent, largest), len(cells), layers / len(cells) / len(parent.pattern))
+        layers = sum(sum(cell.counts.values()) for cell in split)
+        return cls(_spread(parent, largest), len(split), layers / len(split) / len(parent.pattern))
 
 
 def _spread(parent: ModelConfig, cell: Cell) -> ModelConfig:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -68,8 +68,6 @@ def width_importance(
     """
     check_samples(sequences)
     config, count = model.config, len(sequences)
-    sums: dict[tuple[str, int], Tensor] = {}        # of the even and of the odd sequences
-    samples = model.share(sequences)
 
     def add(axis: str, index: int, activation: Tensor) -> None:
         values = (activation if model.batch_first else activation.transpose(0, 1)).float().abs()
@@ -77,10 +75,7 @@ def width_importance(
             values = values.double()
         else:                                                                   # (batch, channels)
             values = values.mean(dim=1).double().square()
-        key = axis, index
-        if key not in sums:
-            sums[key] = values.new_zeros(HALVES, *values.shape[1:])
-        sums[key].index_add_(0, (samples_now % HALVES).to(values.device), values)
+        sums[axis, index].index_add_(0, (samples_now % HALVES).to(values.device), values)
 
     def by_position(axis: str) -> bool:
         return axis == "neurons" and ffn_score == "mean_then_l2"
@@ -89,8 +84,12 @@ def width_importance(
         """(this process's channels,) of what was added up over `samples` sequences."""
         return (total / samples).norm(dim=0) if by_position(axis) else total.sqrt()
 
+    sums: dict[tuple[str, int], Tensor] = {         # of the even and of the odd sequences; also where there are none
+        (axis, index): torch.zeros(HALVES, *sequences.shape[1:] * by_position(axis), module.weight.shape[1],
+                                   dtype=torch.float64, device=model.device)
+        for axis, index, module in _scored(model)}
     with _hooks(model, add):
-        for samples_now in samples.split(batch_size):
+        for samples_now in model.batches(sequences, batch_size):
             for _ in model.hidden(sequences[samples_now]):
                 pass
             progress(int(samples_now[-1]) + 1, count)
@@ -127,15 +126,21 @@ def _reliability(found: Mapping[tuple[str, int], Tensor], config: ModelConfig) -
     return {axis: sum(values) / len(values) for axis, values in correlations.items()}
 
 
+def _scored(model: Layerwise) -> list[tuple[str, int, Any]]:
+    """Axis, layer, and the module whose input is scored."""
+    axes = {"M": "mamba", "-": "neurons"}
+    return [(axes[symbol], index, module) for index, module in model.contractions.items()
+            if (symbol := model.config.pattern[index]) in axes]
+
+
 @contextmanager
 def _hooks(model: Layerwise, add: Callable[[str, int, Tensor], None]) -> Iterator[None]:
     """Every activation that is scored goes to `add(axis, layer, activation)` while the block runs."""
     def read_input(axis: str, index: int, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         add(axis, index, inputs[0])
 
-    axes = {"M": "mamba", "-": "neurons"}
-    handles = [module.register_forward_pre_hook(partial(read_input, axes[symbol], index))
-               for index, module in model.contractions.items() if (symbol := model.config.pattern[index]) in axes]
+    handles = [module.register_forward_pre_hook(partial(read_input, axis, index))
+               for axis, index, module in _scored(model)]
     try:
         yield
     finally:

@@ -35,6 +35,7 @@ from model.config import PADDING, ModelError
 from model.integrity import check_sums, write_sums
 from model.megatron.distributed import device, is_main_process, main_process_first
 
+DOCUMENTS = 2**31 - 1           # in a file: Megatron's indices of samples have int32 numbers of them
 FIGURES = {"all", "first"}      # that stand beside those of domains: of all, and of the first evaluation
 
 
@@ -122,8 +123,9 @@ def check(tokens: Path, vocab_size: int) -> None:
     """See that the token files are whole and hold no ids but the model's.
 
     Raises:
-        ModelError: tokens.json cannot be read, a file is missing or is not of the size tokens.json says,
-            token_bytes.npy is not a number for each id, or the vocabulary is another than the model's.
+        ModelError: tokens.json cannot be read, a file is missing, is not of the size tokens.json says or has more
+            documents than Megatron can number, token_bytes.npy is not a number for each id, or the vocabulary is
+            another than the model's.
     """
     contents = _contents(tokens)
     if not vocab_size - PADDING < contents["vocab_size"] <= vocab_size:
@@ -152,6 +154,11 @@ def check(tokens: Path, vocab_size: int) -> None:
                 f"{data}: {data.stat().st_size} bytes, and tokens.json says {figures['tokens']} tokens of {item_size} "
                 "each.\n"
                 "The file is truncated or of another run: run `dvc repro tokenize` again."
+            )
+        if figures["documents"] > DOCUMENTS:
+            raise ModelError(
+                f"{data}: {figures['documents']:,} documents, of which Megatron can number {DOCUMENTS:,} in a file.\n"
+                "Divide its domain among several in annotate.sources, so that each has fewer."
             )
 
 

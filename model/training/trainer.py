@@ -153,7 +153,7 @@ class Trainer:
                 "Raise it, or lower pretrain.global_batch_size."
             )
         self.identity = (
-            config.model_dump(mode="json") | recipe.model_dump(mode="json", exclude=set(FREE_WHEN_RESUMED))
+            config.model_dump(mode="json") | recipe_identity(recipe)
             | {"precision": precision, "seed": seed} | token_data.text_digests(tokens)
             | {name: path and sha256(path / SUMS) for name, path in
                ({"start": lesson.start, "teacher": lesson.teacher} if lesson else {}).items()}
@@ -226,6 +226,12 @@ class Trainer:
                                         "untrained": untrained, "identity": self.identity},
                                  self.log.files() if self.log else ())
         self.resume.collect(wait=True)
+        if self.guard.skipped == self.steps:
+            raise ModelError(f"{self.scratch / 'training.csv'}: in none of {self.steps} steps were loss and gradient "
+                             "finite, so that nothing was learned.\nLower the learning rate, or train in BF16.")
+        if self.guard.skipped and is_main_process():
+            print(f"{self.scratch / 'training.csv'}: {self.guard.skipped} of {self.steps} updates were skipped, as "
+                  "loss or gradient were not finite.", flush=True)
         if self.lesson is None:
             self.check_learned(untrained, rows[-1]["loss"])
         if self.log is None:
@@ -421,7 +427,7 @@ class Trainer:
         }
 
     def _metrics(self, training: list[Row], validation: list[Row], seconds: float) -> dict[str, float]:
-        done = [row["loss"] for row in training if not row["skipped"]]      # some: the model has learned something
+        done = [row["loss"] for row in training if not row["skipped"]]
         tail = done[-max(1, self.steps // 20):]
         first = next(row for row in validation if row["step"] > 0 and row["domain"] == "all")
         at_end = {row["domain"]: row["bits_per_byte"] for row in validation if row["step"] == self.steps}
@@ -453,6 +459,13 @@ class Trainer:
         if self.precision.emulated:
             metrics["fp8_emulated"] = 1
         return metrics
+
+
+def recipe_identity(recipe: PretrainConfig) -> dict[str, Any]:
+    """What of a recipe a resume state depends on. A state of a run with resets that does not say where documents begin
+    may be of one in which they ended with their mark."""
+    begins = {"documents begin": "with the mark"} if recipe.reset_at_documents else {}
+    return recipe.model_dump(mode="json", exclude=set(FREE_WHEN_RESUMED)) | begins
 
 
 def check_identity(state: Path, of_state: Mapping[str, Any], own: Mapping[str, Any]) -> None:

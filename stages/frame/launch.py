@@ -73,6 +73,14 @@ class LauncherConfig(BaseModel):
                              "Set kind to torchrun or slurm, or nodes and processes_per_node to 1.")
         return self
 
+    @model_validator(mode="after")
+    def rendezvous_has_an_effect(self) -> LauncherConfig:
+        """Raise ValueError for a place to meet of nodes that do not meet there."""
+        if self.rendezvous and (self.kind != "torchrun" or self.nodes == 1):
+            raise ValueError(f"rendezvous ({self.rendezvous}) is for torchrun of several nodes, not for kind "
+                             f"`{self.kind}` of {self.nodes}\nLeave it out, or set kind to torchrun and nodes.")
+        return self
+
     @property
     def processes(self) -> int:
         """Processes of one job, over all nodes."""
@@ -175,19 +183,27 @@ def _by_slurm(launcher: LauncherConfig, job: Path, name: str) -> str:
                          "Run the stage on a login node, or choose another launcher.")
     script = job.with_suffix(".sbatch")
     script.write_text(slurm_script(launcher, job, name))
+    under_way = job.with_suffix(".slurm")           # the number of its job
+    if under_way.exists():
+        left = under_way.read_text()
+        print(f"Cancelling Slurm job {left}, which a stage that was killed left.", flush=True)
+        if _cancel(left):
+            _follow(left, Path(os.devnull))
     kept: set[Path] | None = None
     while True:
         number = _submit(script)
+        under_way.write_text(number)
         print(f"Waiting for Slurm job {number} (`squeue -j {number}`); its log: {job.parent}/slurm-{number}.log",
               flush=True)
 
         def stop(signum: int, frame: FrameType | None, number: str = number) -> NoReturn:
-            with suppress(subprocess.TimeoutExpired):
-                subprocess.run(["scancel", number], timeout=ANSWER)
+            if _cancel(number):
+                under_way.unlink()
             sys.exit(128 + signum)
 
         with _on_stop(stop):
             state = _follow(number, job.parent / f"slurm-{number}.log")
+        under_way.unlink()
         if state not in RESUBMITTED:
             return f"Slurm job {number} ended as {state}."
         before, kept = kept, {path for end in ("step-*", "*.pt", "*.json") for path in job.parent.rglob(end)}
@@ -205,6 +221,14 @@ def _submit(script: Path) -> str:
         said = " ".join((done.stderr or done.stdout).split()) or f"exit status {done.returncode}"
         raise ModelError(f"sbatch refused {script}: {said}\nCorrect runtime.launcher in params.yaml.")
     return found[0]
+
+
+def _cancel(number: str) -> bool:
+    """Whether Slurm knows the job, which it is told to end. Who stops a stage may soon kill it and all that it started:
+    not this."""
+    with suppress(subprocess.TimeoutExpired):
+        return not subprocess.run(["scancel", number], timeout=ANSWER, start_new_session=True).returncode
+    return False
 
 
 def _follow(number: str, log: Path) -> str:

@@ -116,6 +116,14 @@ class ParallelConfig(Section):
     sequence: bool = False
     pipeline: int = Field(default=1, ge=1)
 
+    @model_validator(mode="after")
+    def sequence_has_ranks(self) -> ParallelConfig:
+        """Raise ValueError for a sequence that is to be split over one tensor-parallel process."""
+        if self.sequence and self.tensor == 1:
+            raise ValueError("sequence is split over the tensor-parallel processes, and tensor is 1\n"
+                             "Set sequence to false, or raise tensor.")
+        return self
+
 
 class RuntimeConfig(ExecutorConfig):
     """How to run, never what: no stage depends on it.

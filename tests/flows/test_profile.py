@@ -11,6 +11,7 @@ import torch
 from ruamel.yaml import YAML
 
 from flows import profile
+from flows.plan import compression_grid
 from model.megatron.optimizer import build_schedule
 from stages.frame.params import ParamsError, load_params
 
@@ -119,3 +120,13 @@ def test_the_papers_schedule(
         schedule.step(round(share * steps))
         found[share] = optimizer.param_groups[0]["lr"] / peak
     assert list(found.values()) == pytest.approx([1, 0.352, 0.105, 0.0115, 0.01], abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["nemotron-h-8b", "nemotron-h-56b"])
+def test_the_published_sizes_are_not_compressed_with_a_laptops_rounds_and_states(here: Path, name: str) -> None:
+    profile.apply(name)
+    params = load_params("params.yaml")
+    compress = params.compress
+    assert compress.checkpoint_every >= params.pretrain.checkpoint_every        # a state is of as many gigabytes
+    assert compress.ranked_by_agreement >= min(400, compression_grid(params).candidates)
+    assert 1 / (2 * compress.task_items**0.5) < 0.02                # standard error of an accuracy, at most

@@ -118,12 +118,22 @@ def test_a_job_that_failed_says_how_and_is_not_tried_again(slurm: Path, monkeypa
     with pytest.raises(ModelError, match=r"16 processes ended without a result: Slurm job 42 ended as OUT_OF_MEMORY"):
         launch.launch(TWO, {}, slurm, "toy")
     assert len((slurm / "sbatch-calls").read_text().splitlines()) == 1
-    (slurm / "tools/sacct").write_text("#!/bin/bash\necho 'Slurm accounting storage is disabled' >&2; exit 1\n")
-    with pytest.raises(ModelError, match="what became of Slurm job 43: Slurm accounting storage is disabled"):
-        launch.launch(TWO, {}, slurm, "toy")
     (slurm / "refuse").touch()
     with pytest.raises(ModelError, match=r"sbatch refused .*invalid partition.*\n.*runtime\.launcher"):
         launch.launch(TWO, {}, slurm, "toy")
+    (slurm / "refuse").unlink()
+    (slurm / "tools/sacct").write_text("#!/bin/bash\necho 'Slurm accounting storage is disabled' >&2; exit 1\n")
+    with pytest.raises(ModelError, match="what became of Slurm job 43: Slurm accounting storage is disabled"):
+        launch.launch(TWO, {}, slurm, "toy")
+
+
+def wait_for(path: Path) -> None:
+    """A minute at most."""
+    for _ in range(1200):
+        if path.exists():
+            return
+        time.sleep(0.05)
+    pytest.fail(f"{path} never came")
 
 
 def stop(code: str, directory: Path, started: Path, number: signal.Signals) -> None:
@@ -140,14 +150,43 @@ def stop(code: str, directory: Path, started: Path, number: signal.Signals) -> N
         process.kill()
 
 
+STAGE = (
+    "from pathlib import Path; from stages.frame import launch; "
+    "launch.torchrun_command = lambda *_: ['sleep', '30']; "
+    "launch.launch(launch.LauncherConfig(kind='slurm', nodes=2), {}, Path.cwd(), 'toy')"
+)
+
+
 def test_a_stage_that_is_stopped_cancels_its_job(slurm: Path) -> None:
-    code = (
-        "from pathlib import Path; from stages.frame import launch; "
-        "launch.torchrun_command = lambda *_: ['sleep', '30']; "
-        "launch.launch(launch.LauncherConfig(kind='slurm', nodes=2), {}, Path.cwd(), 'toy')"
-    )
-    stop(code, slurm, slurm / "state-42", signal.SIGTERM)
-    assert (slurm / "cancelled").read_text() == "42\n"
+    stop(STAGE, slurm, slurm / "job.slurm", signal.SIGTERM)
+    assert (slurm / "cancelled").read_text() == "42\n" and not (slurm / "job.slurm").exists()
+
+
+def test_a_job_is_cancelled_though_the_stage_is_killed_meanwhile(slurm: Path) -> None:
+    """As a flow kills all that its stage started, where Slurm takes long to answer."""
+    (slurm / "tools/scancel").write_text(f"#!/bin/bash\ntouch told; sleep 1\n{PROGRAMS['scancel']}\n")
+    process = subprocess.Popen([sys.executable, "-c", STAGE], cwd=slurm, start_new_session=True,
+                               env=os.environ | {"PYTHONPATH": str(ROOT)})
+    wait_for(slurm / "job.slurm")
+    time.sleep(0.3)                     # it waits by now
+    process.terminate()
+    wait_for(slurm / "told")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    wait_for(slurm / "cancelled")
+
+
+def test_a_job_that_a_killed_stage_left_ends_before_another_begins(
+    slurm: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (slurm / "state-41").write_text("RUNNING")
+    (slurm / "job.slurm").write_text("41")
+    worker(monkeypatch, 'cp state-41 found; cp "$1" "${1%.json}-result.json"')
+    assert launch.launch(TWO, {"answer": 1}, slurm, "toy") == {"answer": 1}
+    assert (slurm / "cancelled").read_text() == "41\n" and (slurm / "found").read_text() == "CANCELLED by 0\n"
+    assert "Cancelling Slurm job 41, which a stage that was killed left." in capfd.readouterr().out
+    assert launch.launch(TWO, {"answer": 2}, slurm, "toy") == {"answer": 2}         # nothing is left of one that ended
+    assert (slurm / "cancelled").read_text() == "41\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -9,7 +9,7 @@ import torch
 
 from model.compression import comparison
 from model.compression import plan as plan_module
-from model.compression.candidates import closed_budgets
+from model.compression.candidates import closed_budgets, maximal_cells
 from model.compression.importance import layer_importance
 from model.compression.layerwise import Mask
 from model.compression.plan import Grid, check, importance_passes, layout_of, refusal, steps
@@ -66,6 +66,11 @@ def test_the_student_suits_the_pipeline(config):
     cut = config.model_copy(update={"ffn_widths": [48]})
     cells = {len(Grid.of(CONFIG, cut, stages).student.pattern) for stages in (1, 2)}
     assert len(Grid.of(CONFIG, cut, 2).student.pattern) % 2 == 0 and max(cells) < len(CONFIG.pattern)
+    every = maximal_cells(CONFIG, config.ffn_widths, config.min_attention_layers, closed_budgets(CONFIG, config))
+    even = [layers for cell in every if (layers := sum(cell.counts.values())) % 2 == 0]
+    grid = Grid.of(CONFIG, config, 2)
+    assert grid.candidates == len(even) < len(every)
+    assert grid.kept == pytest.approx(sum(even) / len(even) / len(CONFIG.pattern))
     with pytest.raises(ModelError, match=r"candidates has layers for 97 pipeline stages\.\nLower runtime\.parallel"):
         Grid.of(CONFIG, cut, 97)
 

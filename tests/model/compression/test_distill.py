@@ -1,6 +1,7 @@
 """Distillation: what it does to a student, its micro-batches and its resume."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from model.compression.comparison import compare
 from model.compression.distill import School
 from model.compression.prune import Selection, cut
 from model.compression.resume import ResultCache
+from model.config import ModelError
 from model.hybrid_lm import HybridLM
 from model.megatron.distributed import ONE_COPY, process_groups
 from model.megatron.precision import choose_precision
 from model.megatron.spec import build_model
 from model.training.distillation import Distiller
+from model.training.spike_guard import SpikeGuard
 from tests.model.compression.markov import CONFIG, Weights, markov, silent
 from tests.model.compression.plain import PlainLayerwise
 from tests.tiny_engine import RECIPE
@@ -98,6 +101,19 @@ def test_a_killed_distillation_goes_on_with_the_same_result(distil, tmp_path, un
     assert (tmp_path / "run" / "resumed").exists() == (last_step > 2)      # a state every second step
     one, other = load_weights(done.directory)[1], load_weights(unbroken.directory)[1]
     assert all(torch.equal(one[name], tensor) for name, tensor in other.items())
+
+
+@pytest.mark.parametrize("skipped", [range(2, 6), range(1, 7)])
+def test_updates_that_did_not_take_place_are_said(distil, tmp_path, capsys, monkeypatch, skipped):
+    check = SpikeGuard.check
+    monkeypatch.setattr(SpikeGuard, "check", lambda guard, step, loss, norm: check(
+        guard, step, math.nan if step in skipped else loss, norm))
+    if len(skipped) == 6:
+        with pytest.raises(ModelError, match=r"training\.csv: in none of 6 steps .*\n"):
+            distil(tmp_path)
+    else:
+        distil(tmp_path)
+        assert "training.csv: 4 of 6 updates were skipped" in capsys.readouterr().out
 
 
 def test_a_student_that_was_damaged_is_trained_again(distil, tmp_path, unbroken):

@@ -203,6 +203,38 @@ def test_what_another_compression_kept_is_refused(compress, planted, config, tmp
         compress(planted, config.model_copy(update={"micro_batch_size": 2}), tmp_path, kill)
 
 
+def test_results_kept_of_other_resets_are_refused(parent, tokens, data, config, tmp_path, monkeypatch):
+    """Of documents that ended with their mark."""
+    recipe = RECIPE.model_copy(update={"reset_at_documents": True})
+    with process_groups(), pytest.raises(ModelError, match="documents begin None and now with the mark"):
+        run = funnel.Funnel(parent.save(tmp_path), tokens, data, config, recipe, 1, ResultCache(tmp_path / "cache"),
+                            silent)
+        now = funnel.recipe_identity
+        monkeypatch.setattr(funnel, "recipe_identity", lambda recipe: {
+            name: value for name, value in now(recipe).items() if name != "documents begin"})
+        run.check_identity()
+        monkeypatch.undo()
+        run.check_identity()
+
+
+def test_a_pipeline_leaves_out_candidates_which_is_said_and_keeps_nothing_for_another(
+        tokens, data, config, tmp_path, capsys):
+    geometry = CONFIG.model_copy(update={"pattern": "M-M*-M-*"})
+    parent = Weights(geometry, HybridLM(geometry).state_dict()).save(tmp_path)
+    with process_groups():
+        run = funnel.Funnel(parent, tokens, data, config, RECIPE, 1, ResultCache(tmp_path / "cache"), silent)
+        run.check_identity()
+        layers = [len(candidate.layers) for candidate in run.candidates()]
+        assert "left out" not in capsys.readouterr().out
+        run.parallelism = Parallelism(pipeline=2)
+        even = [count for count in layers if count % 2 == 0]
+        assert 0 < len(even) < len(layers) and [len(candidate.layers) for candidate in run.candidates()] == even
+        said = capsys.readouterr().out
+        assert f"{len(layers) - len(even)} of {len(layers)} candidates are left out: 2 pipeline stages" in said
+        with pytest.raises(ModelError, match="pipeline None and now 2"):
+            run.check_identity()
+
+
 @pytest.mark.parametrize(("layout", "what"), [
     (Parallelism(tensor=2), r"num_query_groups \(1\) cannot be split over 2"),
     (Parallelism(pipeline=7), "none of")])

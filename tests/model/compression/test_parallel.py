@@ -63,8 +63,9 @@ def scores(model, other) -> dict:
     })
 
 
-def score_job(directory: str, parallelism: dict) -> dict:
-    """`scores` of the parent by the engine, in one of several processes."""
+def score_job(directory: str, parallelism: dict, second_has_none: bool = False) -> dict:
+    """`scores` of the parent by the engine, in one of several processes; where there are more data-parallel copies than
+    samples the second has none."""
     from model.compression.funnel import Funnel
     from model.megatron.distributed import Parallelism, process_groups
 
@@ -72,7 +73,10 @@ def score_job(directory: str, parallelism: dict) -> dict:
         loader = Funnel.__new__(Funnel)
         loader.scored_in, loader.parallelism, loader.seed, loader.eod_id = (
             "float32", Parallelism(**parallelism), 1, None)
-        return scores(loader.load(Path(directory) / "parent"), loader.load(Path(directory) / "other"))
+        model = loader.load(Path(directory) / "parent")
+        if second_has_none:
+            model.replica, model.replicas = 1000 * model.replica, 1
+        return scores(model, loader.load(Path(directory) / "other"))
 
 
 def divergence_job(vocab: int) -> list[float]:
@@ -125,7 +129,8 @@ def test_scores_on_two_processes_are_the_plain_models_on_one(parent, other, dire
     expected = scores(*(PlainLayerwise(HybridLM.from_state(*weights)) for weights in (parent, other)))
     jobs = [{"function": f"{HERE}.score_job", "directory": str(directory), "parallelism": layout}
             for layout in LAYOUTS.values()]
-    for layout, found in zip(LAYOUTS, run_processes(2, jobs, tmp_path), strict=True):
+    jobs.append(jobs[-1] | {"second_has_none": True})
+    for layout, found in zip([*LAYOUTS, "more copies than samples"], run_processes(2, jobs, tmp_path), strict=True):
         for name, values in expected.items():
             assert flat(found[name]) == pytest.approx(flat(values), rel=2e-4, abs=1e-6), (layout, name)
     assert len(set(flat(expected["continuation"]))) > 1

@@ -211,6 +211,7 @@ def validate(tokens):
     (whole, edit(tokenizer_digest=None), "tokens.json: without tokenizer_digest"),
     (whole, write("token_bytes.npy", None), "token_bytes.npy: cannot be read"),
     (whole, write("token_bytes.npy", b""), "token_bytes.npy: cannot be read"),
+    (whole, edit("train/code-low", documents=2**31), r"train/code-low.bin: 2,147,483,648 documents, of which Megatron"),
     (whole, token_bytes(63), r"of shape \(63,\)"),
     (lambda tokens: check(tokens, 63), lambda tokens: check(tokens, 512), "vocabulary of 64 ids, and the model has 63"),
     (validate, edit("validation/code", bytes=1), "by token_bytes.npy its tokens are not the 1 "),

@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections import Counter
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -432,6 +432,17 @@ def test_the_state_of_another_run_is_refused(tokens, unbroken, tmp_path, changes
     with pytest.raises(ModelError, match=f"resume: the state of another run: {name} .* and now ") as error:
         train_job(str(tokens), str(tmp_path / "out"), str(tmp_path / "scratch"), {}, **changes)
     assert str(error.value).count("\n") == 1
+
+
+def test_a_state_of_resets_that_does_not_say_where_documents_begin_is_refused(tokens, tmp_path):
+    """It was written when their mark was the last token of each."""
+    recipe = RECIPE.model_copy(update={"reset_at_documents": True, "checkpoint_every": 2})
+    with process_groups():
+        for refused in (nullcontext(), pytest.raises(ModelError, match="documents begin None and now with the mark")):
+            with closing(Trainer(HYBRID, recipe, "float32", 1, tokens, tmp_path, ONE_COPY)) as run, refused:
+                if not (tmp_path / "resume").exists():
+                    run.identity.pop("documents begin", None)
+                run.run(lambda *_, **__: None)
 
 
 @pytest.mark.parametrize(("file", "old", "new"), [
