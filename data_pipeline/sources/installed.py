@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ast
 import io
+import os
 import re
 import sysconfig
 import tokenize
@@ -167,12 +168,14 @@ def _distribution_files(name: str, package: Distribution) -> list[SourceFile]:
 def _standard_library_files() -> list[SourceFile]:
     root = Path(sysconfig.get_paths()["stdlib"])
     files = []
-    for file in root.rglob("*.py"):
-        path = PurePosixPath(file.relative_to(root).as_posix())
-        if _wanted(path, "python") and "_bundled" not in path.parts:
-            kind: Kind = "topics" if path == PurePosixPath("pydoc_data/topics.py") else "python"
-            source = f"python/{PurePosixPath(path.parts[0]).stem}"
-            files.append(SourceFile(source, str(path), STANDARD_LIBRARY_LICENSE, kind, file, _size(file)))
+    for directory, folders, names in os.walk(root):
+        folders[:] = set(folders) - TEST_DIRECTORIES - {"_bundled"}     # in site-packages there may be any number
+        for file in (Path(directory, name) for name in names if name.endswith(".py")):
+            path = PurePosixPath(file.relative_to(root).as_posix())
+            if _wanted(path, "python"):
+                kind: Kind = "topics" if path == PurePosixPath("pydoc_data/topics.py") else "python"
+                source = f"python/{PurePosixPath(path.parts[0]).stem}"
+                files.append(SourceFile(source, str(path), STANDARD_LIBRARY_LICENSE, kind, file, _size(file)))
     return files
 
 

@@ -3,6 +3,7 @@
 The interpreter's matrix products of bfloat16 are wrong, so it gets float32; on a GPU both half precisions are run.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,6 +32,35 @@ def replace_once(function: Callable[..., Any]) -> interpreter._LangPatchScope:
 
 
 interpreter._patch_lang = replace_once
+
+# What the interpreter makes anew for each value of a kernel: NumPy's types in a table, a type of its block, constants
+# that are its shape.
+numpy_type = functools.cache(interpreter._get_np_dtype)
+make_tensor = language.tensor.__init__
+
+
+@functools.cache
+def block_type(scalar: language.dtype, *sizes: int) -> language.block_type:
+    return language.block_type(scalar, list(sizes))
+
+
+@functools.cache
+def shape_and_numel(*sizes: int) -> tuple[language.tuple, language.constexpr]:
+    made = object.__new__(language.tensor)
+    make_tensor(made, None, block_type(language.int1, *sizes) if sizes else language.int1)
+    return made.shape, made.numel
+
+
+def tensor_of_kept_shape(self: language.tensor, handle: interpreter.TensorHandle, of: language.dtype) -> None:
+    self.handle, self.type, self.dtype = handle, of, of.scalar
+    self.shape, self.numel = shape_and_numel(*(of.shape if of.is_block() else ()))
+
+
+language.pointer_type.__hash__ = language.dtype.__hash__        # which it loses with an equality of its own
+interpreter._get_np_dtype = lambda of: numpy_type(of.scalar)
+language.tensor.__init__ = tensor_of_kept_shape
+language.block_type.with_element_ty = lambda self, scalar: block_type(scalar, *self.shape)
+language.block_type.to_ir = lambda self, builder: self
 # Of no effect without `debug`: sums of integers are computed once more in 64 bits, and nobody is told.
 interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
 
