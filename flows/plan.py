@@ -1,7 +1,7 @@
 """Say what every stage of a profile will take: time, GPU-hours, memory of a GPU, disk; of pretraining by part.
 
     python -m flows.plan nemotron-h-56b                         each variant of the profile
-    python -m flows.plan nemotron-h-8b --machine h200 --set runtime.parallel.tensor=1
+    python -m flows.plan nemotron-h-8b --machine h200 --set runtime.launcher.nodes=96
     python -m flows.plan nemotron-h-56b --nvidia                pretraining, beside NVIDIA's recipe for speed
 
 The layout is `runtime.launcher` and `runtime.parallel`; without a profile, params.yaml is read. Exits 1 where a stage
@@ -257,8 +257,9 @@ def _row(label: str, values: Sequence[float], found: dict[str, Plan], form: str)
     return {"": label} | {name: format(value, form) for name, value in zip(found, values, strict=True)}
 
 
-def refusals(params: Params, grid: compression.Grid, found: dict[str, Plan], machine: Machine) -> list[str]:
-    """For each stage that does not fit: by how much, and the nearest layout that does."""
+def refusals(params: Params, grid: compression.Grid | None, found: dict[str, Plan], machine: Machine) -> list[str]:
+    """For each stage that does not fit (without `grid`, of pretraining): by how much, and the nearest layout that does.
+    """
     lines = []
     for name, one in found.items():
         if one.fits:
@@ -271,6 +272,8 @@ def refusals(params: Params, grid: compression.Grid, found: dict[str, Plan], mac
         else:
             lines.append(f"Nearest that fits: {nearest.layout}: {nearest.memory.total / GIB:.1f} GiB, "
                          f"{nearest.tokens_per_second:,.0f} tokens/s.")
+    if grid is None:
+        return lines
     tensor = params.runtime.one_model.processes
     wrong = [compression.refusal(params.model_of(params.compress.parent), params.compress,
                                  params.recipe_of(params.compress.parent), compression_layout(params), machine, grid)]
@@ -312,7 +315,7 @@ def main() -> None:
           f"{layout.processes} x {machine.name}\n{layout}\n\n{describe(found)}")
     if stages:
         print(f"\n{describe_steps(stages)}")
-    if grid and (wrong := refusals(params, grid, found, machine)):
+    if wrong := refusals(params, grid, found, machine):
         sys.exit("\n" + "\n".join(wrong))
 
 
