@@ -276,7 +276,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises ModelError."""
     try:
         values = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ModelError(
             f"{path}: not found.\nGive a directory that `export` wrote or that was downloaded whole; in the Hub's "
             "cache it is snapshots/COMMIT."
