@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from durable import new_directory
-from stages.frame.common import OWN_TOKENIZER, Stage, StageError, plain_errors, run_stage
+from stages.frame.common import OWN_TOKENIZER, Stage, StageError, out_directory, plain_errors, run_stage
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -328,7 +328,7 @@ def convert(arguments: list[str]) -> None:
     source.add_argument("--from-megatron", type=Path, metavar="DIR",
                         help="a torch_dist checkpoint of Megatron-LM or Megatron-Bridge")
     source.add_argument("--from-checkpoint", type=Path, metavar="DIR", help="a training checkpoint")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write")
+    parser.add_argument("--out", type=out_directory, required=True, metavar="DIR", help="directory to write")
     parser.add_argument("--to", choices=("hub", "megatron"), help="form of a training checkpoint (default: hub)")
     parser.add_argument("--tokenizer", type=Path, metavar="PATH",
                         help="tokenizer.model, for a checkpoint without one; of --from-megatron, a Hub directory")
