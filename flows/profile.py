@@ -30,7 +30,9 @@ BASE = "cpu"
 
 
 def names() -> list[str]:
-    """The profiles there are, the base first."""
+    """The profiles there are, the base first. Raises ParamsError where there is no folder of them."""
+    if not PROFILES.is_dir():
+        raise ParamsError(f"{PROFILES.absolute()}: not found.\nRun from the repository's root.")
     return sorted((file.stem for file in PROFILES.glob("*.yaml")), key=lambda name: (name != BASE, name))
 
 

@@ -25,6 +25,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_from_another_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["profile"])
+    with pytest.raises(ParamsError, match=r"/profiles: not found\.\nRun from the repository's root\."):
+        profile.main()
+
+
 def test_the_checked_in_parameters_are_the_cpu_profile() -> None:
     assert (ROOT / "params.yaml").read_text() == (ROOT / "profiles/cpu.yaml").read_text(), REGENERATE
 
