@@ -31,6 +31,7 @@ from typing import Any
 from data_pipeline.config import PAPER_TASKS
 from flows import SOCKS
 from flows.console import table
+from stages.frame.common import out_directory
 from stages.frame.params import read_yaml, refuse_unread
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -183,7 +184,8 @@ def main() -> None:
     parser.add_argument("source", nargs="+", type=words, help="files, wildcards, directories; archives also by address")
     parser.add_argument("--domain", default="web", type=domain_name,
                         help="code, docs, reference, or another name for text of the web")
-    parser.add_argument("--out", type=Path, default=Path("curated-own"), help="directory for results (curated-own)")
+    parser.add_argument("--out", type=out_directory, default=Path("curated-own"),
+                        help="directory for results (curated-own)")
     parser.add_argument("--text-column", default="text", help="of JSONL and Parquet (text)")
     parser.add_argument("--extractor", help="of web pages: justext, as Nemotron-CC, or resiliparse (justext)")
     parser.add_argument("--languages", type=str.split, default=[], help="to keep, as in 'en de' (those of params.yaml)")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 from flows import dvc_graph
@@ -12,6 +13,8 @@ from stages.frame.params import load_params
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m flows.mend", description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     try:
         dvc_graph.allow_no_git()
         if not dvc_graph.busy():                # else a stage runs, and DVC will wait for it

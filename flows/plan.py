@@ -257,8 +257,9 @@ def _row(label: str, values: Sequence[float], found: dict[str, Plan], form: str)
     return {"": label} | {name: format(value, form) for name, value in zip(found, values, strict=True)}
 
 
-def refusals(params: Params, grid: compression.Grid, found: dict[str, Plan], machine: Machine) -> list[str]:
-    """For each stage that does not fit: by how much, and the nearest layout that does."""
+def refusals(params: Params, grid: compression.Grid | None, found: dict[str, Plan], machine: Machine) -> list[str]:
+    """For each stage that does not fit (without `grid`, of pretraining): by how much, and the nearest layout that does.
+    """
     lines = []
     for name, one in found.items():
         if one.fits:
@@ -271,6 +272,8 @@ def refusals(params: Params, grid: compression.Grid, found: dict[str, Plan], mac
         else:
             lines.append(f"Nearest that fits: {nearest.layout}: {nearest.memory.total / GIB:.1f} GiB, "
                          f"{nearest.tokens_per_second:,.0f} tokens/s.")
+    if grid is None:
+        return lines
     tensor = params.runtime.one_model.processes
     wrong = [compression.refusal(params.model_of(params.compress.parent), params.compress,
                                  params.recipe_of(params.compress.parent), compression_layout(params), machine, grid)]
@@ -289,7 +292,7 @@ def main() -> None:
         prog="python -m flows.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("profile", nargs="?", help="of profiles/; without it, params.yaml as it stands")
-    parser.add_argument("--machine", choices=MACHINES, default="h100", help="kind of GPU (h100)")
+    parser.add_argument("--machine", choices=MACHINES, help="kind of GPU (that of the profile's name, or h100)")
     parser.add_argument("--nvidia", action="store_true", help="pretraining alone, beside NVIDIA's recipe")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a parameter")
     options = parser.parse_args()
@@ -299,20 +302,20 @@ def main() -> None:
             file = Path(directory, f"{options.profile}.yaml")
             file.write_text(profile.resolve(options.profile))
         params = load_params(file, tuple(options.set))
+    machine = MACHINES[options.machine or (params.profile if params.profile in MACHINES else "h100")]
     try:
-        found = plans(params, MACHINES[options.machine], options.nvidia)
+        found = plans(params, machine, options.nvidia)
         grid = None if options.nvidia else compression_grid(params)
-        stages = steps(params, grid, found, MACHINES[options.machine]) if grid else []
+        stages = steps(params, grid, found, machine) if grid else []
     except ModelError as error:
         sys.exit(str(error))
     layout = layout_of(params)
     recipe = params.pretrain
-    machine = MACHINES[options.machine]
     print(f"{params.profile}: {recipe.tokens:,} tokens in batches of {recipe.global_batch_size} sequences, on "
           f"{layout.processes} x {machine.name}\n{layout}\n\n{describe(found)}")
     if stages:
         print(f"\n{describe_steps(stages)}")
-    if grid and (wrong := refusals(params, grid, found, machine)):
+    if wrong := refusals(params, grid, found, machine):
         sys.exit("\n" + "\n".join(wrong))
 
 

@@ -3,9 +3,9 @@
     python -m flows.profile              list the profiles
     python -m flows.profile smoke        write params.yaml for one
 
-params.yaml is always the resolved file: what stands there is what runs. Values tuned there by hand are lost when a
-profile is written; put what should stay into profiles/. In an overlay a mapping is merged, anything else replaces what
-stood there, and null removes the key (JSON merge patch, RFC 7396).
+params.yaml is always the resolved file: what stands there is what runs. Values tuned there by hand go to
+params.yaml.orig when a profile is written; put what should stay into profiles/. In an overlay a mapping is merged,
+anything else replaces what stood there, and null removes the key (JSON merge patch, RFC 7396).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ BASE = "cpu"
 
 
 def names() -> list[str]:
-    """The profiles there are, the base first."""
+    """The profiles there are, the base first. Raises ParamsError where there is no folder of them."""
+    if not PROFILES.is_dir():
+        raise ParamsError(f"{PROFILES.absolute()}: not found.\nRun from the repository's root.")
     return sorted((file.stem for file in PROFILES.glob("*.yaml")), key=lambda name: (name != BASE, name))
 
 
@@ -90,9 +93,11 @@ def merge(values: dict[str, Any], overlay: dict[str, Any]) -> list[str]:
 
 
 def apply(name: str, target: Path = Path("params.yaml")) -> None:
-    """Write `target` for the profile `name`, whole or not at all. Raises ParamsError if it would not be valid."""
+    """Write `target` for the profile `name`, whole or not at all; one that is no profile's is kept, and named. Raises
+    ParamsError if it would not be valid."""
     text = resolve(name)
-    if target.exists() and target.read_text() == text:
+    before = target.read_text() if target.exists() else None
+    if before == text:
         return
     with replacing(target) as partial:
         partial.write_text(text)
@@ -100,6 +105,19 @@ def apply(name: str, target: Path = Path("params.yaml")) -> None:
             load_params(partial)
         except ParamsError as error:
             raise ParamsError(str(error).replace(str(partial), f"profiles/{name}.yaml")) from None
+        if before is not None and not _is_a_profile(before):
+            kept = target.with_name(f"{target.name}.orig")
+            kept.write_text(before)
+            print(f"{target} was no profile as it stands in profiles/: kept as {kept}.", flush=True)
+
+
+def _is_a_profile(text: str) -> bool:
+    """Whether it is what the profile that it names resolves to."""
+    name = re.search(r"^profile: *(\S+)", text, re.M)
+    try:
+        return name is not None and resolve(name[1]) == text
+    except ParamsError:
+        return False
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from functools import partial
 
 from flows import PREFECT_HOME
 from flows.dvc_graph import LOGS, GraphError, check_places
-from model.serve.loopback import Application, own_pages_only
+from model.serve.loopback import Application, own_pages_only, port_number
 from stages.frame.common import die_with_parent
 
 RECORD = PREFECT_HOME / "server.json"             # {"url"} of the pages; locked by the process that serves them
@@ -83,8 +83,8 @@ def start(port: int = 0) -> str:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
-        except OSError:
-            raise SystemExit(f"Port {port} is in use.\nChoose another: make ui PORT={port + 1}") from None
+        except OSError as error:
+            raise SystemExit(f"Port {port} cannot be had: {error}.\nChoose another: make ui PORT={port + 1}") from None
         url = f"http://127.0.0.1:{probe.getsockname()[1]}"
     check_database()
     environment = os.environ | {"PREFECT_API_URL": f"{url}/api"}      # the pages call 4200 unless the server has it
@@ -164,7 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m flows.server", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--port", type=int, default=PORT)
+    parser.add_argument("--port", type=port_number, default=PORT)
     options = parser.parse_args()
     try:
         check_places()

@@ -130,6 +130,9 @@ def read_description(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
     try:
         content = json.loads(description.read_text())
         return ModelConfig(**content["model"]), content["training"]
+    except (FileNotFoundError, NotADirectoryError):
+        raise ModelError(f"{description}: not found.\nGive a training checkpoint, such as pretrain, compress or "
+                         "`python -m stages.export --from-hub` writes.") from None
     except (OSError, ValueError, KeyError, ValidationError) as error:
         raise ModelError(
             f"{description}: not a model description ({' '.join(str(error).split())[:200]}).\n"

@@ -157,6 +157,12 @@ def _read(file: Path, name: str) -> Tensor:
     return tensor
 
 
+def dtype_of(state: LazyState) -> Literal["float32", "bfloat16"]:
+    """The dtype in which `save` rounds nothing of `state`."""
+    held = {tensor.dtype for name, tensor in state.skeleton.items() if not name.endswith(FLOAT32_PARAMETERS)}
+    return "bfloat16" if held == {torch.bfloat16} else "float32"
+
+
 def _as_stored(name: str, dtype: torch.dtype) -> Recipe:
     """A copy, for views of one fused weight cannot be stored."""
     return lambda get: get(name).detach().to(torch.float32 if name.endswith(FLOAT32_PARAMETERS) else dtype,
@@ -276,7 +282,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises ModelError."""
     try:
         values = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ModelError(
             f"{path}: not found.\nGive a directory that `export` wrote or that was downloaded whole; in the Hub's "
             "cache it is snapshots/COMMIT."

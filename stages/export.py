@@ -15,7 +15,7 @@ By hand, outside the pipeline (DIR must not exist yet):
     python -m stages.export --from-megatron SAVED --out DIR [--tokenizer HUB_DIR]
         so does a hybrid that Megatron-LM or Megatron-Bridge saved (torch_dist), with the tokenizer of a Hub directory
     python -m stages.export --from-checkpoint CHECKPOINT --out DIR [--tokenizer tokenizer.model] [--dtype bfloat16]
-        and back: the same weights, tokenizer and training record give the same bytes
+        and back: the same weights, tokenizer and training record give the same bytes. Without --dtype none is rounded
     python -m stages.export --from-checkpoint CHECKPOINT --to megatron --out DIR
         or back to Megatron-LM: a release with args, in the checkpoint's dtypes
 """
@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from durable import new_directory
-from stages.frame.common import OWN_TOKENIZER, Stage, StageError, plain_errors, run_stage
+from stages.frame.common import OWN_TOKENIZER, Stage, StageError, out_directory, plain_errors, run_stage
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -58,12 +58,13 @@ def export(stage: Stage) -> dict[str, Any]:
 
 
 def to_hub(
-    weights: Path, tokenizer: Path, out: Path, dtype: Literal["float32", "bfloat16"], shard_gigabytes: float
+    weights: Path, tokenizer: Path, out: Path, dtype: Literal["float32", "bfloat16"] | None, shard_gigabytes: float
 ) -> dict[str, Any]:
     """Write and check the Hub form of a training checkpoint in the directory `out`; its metrics.
 
     Args:
         tokenizer: the SentencePiece model, or the folder of an imported tokenizer.
+        dtype: None is the checkpoint's, float32 where it has several.
     """
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")     # read when the libraries are imported
     from data_pipeline.tokenize import fast_tokenizer
@@ -72,6 +73,9 @@ def to_hub(
     from model.integrity import write_sums
 
     config, state, training = checkpoint.open_weights(weights)
+    if not tokenizer.exists():
+        raise StageError(f"{tokenizer}: not found.\nGive the tokenizer: --tokenizer tokenizer.model.")
+    dtype = dtype or hub.dtype_of(state)
     if tokenizer.is_dir():
         hub.check_vocabulary(tokenizer, config.vocab_size)
         special_tokens = hub.read_json(tokenizer / "generation_config.json")
@@ -324,12 +328,12 @@ def convert(arguments: list[str]) -> None:
     source.add_argument("--from-megatron", type=Path, metavar="DIR",
                         help="a torch_dist checkpoint of Megatron-LM or Megatron-Bridge")
     source.add_argument("--from-checkpoint", type=Path, metavar="DIR", help="a training checkpoint")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write")
+    parser.add_argument("--out", type=out_directory, required=True, metavar="DIR", help="directory to write")
     parser.add_argument("--to", choices=("hub", "megatron"), help="form of a training checkpoint (default: hub)")
     parser.add_argument("--tokenizer", type=Path, metavar="PATH",
                         help="tokenizer.model, for a checkpoint without one; of --from-megatron, a Hub directory")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"),
-                        help="of weights in Hugging Face form; elsewhere they stay as they are (default: bfloat16)")
+                        help="of weights in Hugging Face form; elsewhere, and without it, they stay as they are")
     options = parser.parse_args(arguments)
     exported = options.from_checkpoint and options.to != "megatron"
     for name, used in (("to", options.from_checkpoint), ("dtype", exported),
@@ -350,9 +354,7 @@ def convert(arguments: list[str]) -> None:
             from model.hub import SHARD_GIGABYTES
 
             tokenizer = options.tokenizer or options.from_checkpoint / OWN_TOKENIZER
-            if not tokenizer.exists():
-                raise StageError(f"{tokenizer}: not found.\nGive the tokenizer: --tokenizer tokenizer.model.")
-            facts = to_hub(options.from_checkpoint, tokenizer, out, options.dtype or "bfloat16", SHARD_GIGABYTES)
+            facts = to_hub(options.from_checkpoint, tokenizer, out, options.dtype, SHARD_GIGABYTES)
     print(options.out, json.dumps(facts))
 
 

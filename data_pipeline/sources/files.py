@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from data_pipeline.config import DataError, FilesSource, WebSource
 from data_pipeline.sources.columns import require_text
 from data_pipeline.sources.kinds import How, Kind, kind_of, not_read
-from data_pipeline.sources.locations import locate, nothing
+from data_pipeline.sources.locations import locate, nothing, place
 from data_pipeline.sources.piece import Item, PassedOver, PassedOverPiece, Piece, batches, seeded
 from data_pipeline.sources.readers import Part, is_one_value, open_parquet, passed_over, read_part
 from data_pipeline.sources.streams import SLICE, changed_at, has_mark, is_url, look
@@ -49,9 +49,11 @@ def file_pieces(
     file they named that lacks the text column.
     """
     found: dict[str, list[Part | PassedOver]] = {}
+    first: dict[str, str] = {}
     over: set[PassedOver] = set()
     for path in source.paths:
-        files, entries = locate(path)
+        located, entries = locate(path)
+        files = {first.setdefault(place(file), file): how for file, how in located.items()}     # each once
         for file, how in files.items():
             if how != "found" or file not in found:
                 found[file] = list(_parts(file, how, source, shard_bytes, kinds))

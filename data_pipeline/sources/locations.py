@@ -60,6 +60,11 @@ def _located(path: str) -> Iterator[tuple[str | PassedOver, How]]:
                 yield _no_file(match), "matched"
 
 
+def place(file: str) -> str:
+    """Where a file or address lies, however its directory is spelt."""
+    return file if is_url(file) else str(Path(file).parent.resolve() / Path(file).name)
+
+
 def is_file(path: str) -> bool:
     """Whether `path` is a regular file."""
     return stat.S_ISREG(_mode(path))

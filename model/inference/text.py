@@ -136,7 +136,9 @@ def activation_bytes(config: ModelConfig, prompt: int, dtype: torch.dtype, devic
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes of memory that are free on `device`, or of the machine's."""
+    """Bytes of memory that are free on `device`, or of the machine's. Raises ModelError where there is no GPU."""
     if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ModelError("--device cuda: PyTorch has no GPU here.\nTake --device cpu.")
         return torch.cuda.mem_get_info(device)[0]
     return int(psutil.virtual_memory().available)

@@ -22,6 +22,7 @@ from model.config import ModelError
 from model.costs import sequence_bytes
 from model.inference.text import DTYPES, check_directory, check_memory, load_model, read_vocabulary
 from model.serve.engine import Engine, Limits
+from model.serve.loopback import port_number
 from model.serve.server import Served, Server
 
 
@@ -97,7 +98,8 @@ def main(arguments: list[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=named, action="append", required=True, metavar="NAME=DIRECTORY",
                         help="a model to serve; again for another")
-    parser.add_argument("--port", type=int, default=8000, help="of 127.0.0.1 (default: %(default)s); 0: a free one")
+    parser.add_argument("--port", type=port_number, default=8000,
+                        help="of 127.0.0.1 (default: %(default)s); 0: a free one")
     parser.add_argument("--max-length", type=positive, default=0, metavar="TOKENS",
                         help="a text may have, its prompt included (default: what the model was trained with)")
     parser.add_argument("--rows", type=positive, default=16, metavar="TEXTS",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -10,6 +11,13 @@ from starlette.responses import PlainTextResponse
 Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
 Application = Callable[[dict[str, Any], Receive, Send], Awaitable[None]]
+
+
+def port_number(argument: str) -> int:
+    """The number of a port."""
+    if not 0 <= (found := int(argument)) < 2**16:
+        raise argparse.ArgumentTypeError(f"{found} is not from 0 to 65535")
+    return found
 
 
 def own_pages_only(application: Application, port: int) -> Application:

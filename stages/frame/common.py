@@ -94,7 +94,7 @@ class Stage:
 
         Raises StageError naming the stage that makes it.
         """
-        return self._existing(self.place(*parts), _maker(parts))
+        return self._existing(self.place(*parts), self.out_data.joinpath(*parts), _maker(parts))
 
     def place(self, *parts: str) -> Path:
         """Where `input` looks."""
@@ -105,11 +105,13 @@ class Stage:
         """An existing record of another stage under runs/PROFILE/; under `--out` as `input`."""
         stage = parts[0] if len(parts) < 3 else f"{parts[0]}@{parts[1]}"
         ours = self.out_records.joinpath(*parts)
-        return self._existing(ours if ours.exists() else self.records_root.joinpath(*parts), stage)
+        return self._existing(ours if ours.exists() else self.records_root.joinpath(*parts), ours, stage)
 
-    def _existing(self, path: Path, maker: str) -> Path:
+    def _existing(self, path: Path, ours: Path, maker: str) -> Path:
         if not path.exists():
             raise StageError(f"{path}: not found; stage `{maker}` writes it.\nRun `dvc repro {maker}` first.")
+        if path != ours:
+            print(f"Reads {path}: there is no {ours}.", flush=True)
         self.verify(path)
         self.inputs.append(path)
         return path
@@ -265,6 +267,15 @@ def go_offline() -> None:
         os.environ.update(TQDM_DISABLE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error")
 
 
+def out_directory(argument: str) -> Path:
+    """A directory, which need not exist, for argparse."""
+    path = Path(argument)
+    nearest = next(place for place in (path, *path.parents, Path()) if place.exists())
+    if not nearest.is_dir():
+        raise argparse.ArgumentTypeError(f"{nearest} is a file, not a directory")
+    return path
+
+
 def die_with_parent(number: int = signal.SIGKILL) -> None:
     """Have Linux send this process a signal when the one that started it ends, in whatever way that ends."""
     PRCTL(PR_SET_PDEATHSIG, number)
@@ -383,7 +394,7 @@ def run_stage(
         clusters = (params.runtime.executor, params.runtime.launcher.kind)
         die_with_parent(signal.SIGTERM if "slurm" in clusters else signal.SIGKILL)      # time to cancel jobs
     stage = Stage(name, params, variant, options.out, sections)
-    with _only_one(stage), plain_errors():
+    with plain_errors(), _only_one(stage):
         started = time.time()
         metrics = function(stage)
         if wrong := [key for key, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]:
@@ -412,7 +423,7 @@ def _parser(name: str, description: str | None, has_members: bool) -> argparse.A
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="parameter file (params.yaml)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a parameter")
     parser.add_argument("--settings", help="where messages say that settings are changed (in the parameter file)")
-    parser.add_argument("--out", type=Path, metavar="DIR",
+    parser.add_argument("--out", type=out_directory, metavar="DIR",
                         help="write under DIR/data, DIR/runs and DIR/.scratch instead of data/, runs/ and .scratch/")
     return parser
 

@@ -322,7 +322,7 @@ def _place(path: Path, overrides: tuple[str, ...], item: Any) -> str:
 
 def _explain(place: str, item: Any) -> str:
     """Two lines for one pydantic error: what is wrong, what to do."""
-    location = ".".join(str(part) for part in item["loc"]) or "(whole file)"
+    location = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         close = difflib.get_close_matches(str(item["loc"][-1]), _known_keys(item["loc"][:-1]), n=1)
         hint = f"Did you mean `{close[0]}`?" if close else "Remove it."
@@ -330,6 +330,8 @@ def _explain(place: str, item: Any) -> str:
     if item["type"] == "missing":
         return f"{place}: `{location}` is missing.\nAdd it; profiles/ has examples."
     message, _, remedy = item["msg"].removeprefix("Value error, ").partition("\n")
+    if isinstance(item["input"], dict):                 # the message names the fields
+        return f"{place}: {f'`{location}`: ' * bool(location)}{message}.\n{remedy or 'Correct the value.'}"
     return f"{place}: `{location}`: {message} (got {item['input']!r:.80}).\n{remedy or 'Correct the value.'}"
 
 

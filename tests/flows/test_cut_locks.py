@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from flows import dvc_graph
+from flows import dvc_graph, mend
 
 WHOLE = "schema: '2.0'\nstages:\n" + "".join(f"""\
   {name}:
@@ -35,6 +35,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     Path(".dvc/tmp").mkdir(parents=True)
     return tmp_path
+
+
+def test_asking_how_to_mend_mends_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dvc_graph, "allow_no_git", lambda: pytest.fail("it began"))
+    for argument in ("--help", "pretrain"):
+        monkeypatch.setattr(sys, "argv", ["mend", argument])
+        with pytest.raises(SystemExit):
+            mend.main()
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

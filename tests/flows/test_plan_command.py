@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -92,11 +94,20 @@ ALONE = (*ONE, "models=[hybrid-fp8]")           # the 56B fits two GPUs and not 
         "compress does not fit: 3 short distillations take",
         "Nearest that fits: tensor 8 + sequence, pipeline 1, data 768, micro-batch 1, recompute M-"]),
     ("nemotron-h-8b", ONE, ["hybrid-bf16 does not fit: ", "Nearest that fits: tensor"]),
+    ("nemotron-h-8b", (*ONE, "--nvidia"), ["hybrid-bf16 does not fit: ", "Nearest that fits: tensor"]),
     ("nemotron-h-8b", ("runtime.parallel.pipeline=5", "runtime.launcher.nodes=195"), [
         "52 layers cannot be split into 5 pipeline stages"]),
 ])
 def test_what_does_not_fit_is_refused_with_the_nearest_that_does(
     run: Run, profile: str, settings: tuple[str, ...], words: list[str]
 ) -> None:
-    _, code = run(profile, *(part for setting in settings for part in ("--set", setting)))
+    _, code = run(profile, *(part if part == "--nvidia" else f"--set={part}" for part in settings))
     assert not [word for word in words if word not in str(code)]
+
+
+def test_the_guide_shows_what_the_command_says(run: Run) -> None:
+    guide = (ROOT / "docs/gpu.md").read_text().split("## Before it is started")[1]
+    [command] = re.findall(r"^    python -m flows.plan (.*--set.*)$", guide, re.M)
+    _, code = run(*shlex.split(command))
+    [shown] = re.findall(r"^    (hybrid-bf16 does not fit.*)\n    (Nearest.*) \.\.\.$", guide, re.M)
+    assert "\n".join(shown) in str(code)

@@ -26,6 +26,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_from_another_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["profile"])
+    with pytest.raises(ParamsError, match=r"/profiles: not found\.\nRun from the repository's root\."):
+        profile.main()
+
+
 def test_the_checked_in_parameters_are_the_cpu_profile() -> None:
     assert (ROOT / "params.yaml").read_text() == (ROOT / "profiles/cpu.yaml").read_text(), REGENERATE
 
@@ -36,6 +43,18 @@ def test_every_profile_is_valid_and_says_its_name(here: Path, name: str) -> None
     assert load_params("params.yaml").profile == name
     assert profile.describe(name)
     assert not list(here.glob(".params*"))
+
+
+def test_values_of_ones_own_are_kept(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, kept = here / "params.yaml", here / "params.yaml.orig"
+    for name in ("cpu", "smoke", "cpu", "cpu"):
+        profile.apply(name)
+    assert not kept.exists() and not capsys.readouterr().out
+    for mine in (file.read_text().replace("tokens: 196_608", "tokens: 400_000"), "profile: none\n", "{"):
+        file.write_text(mine)
+        profile.apply("cpu")
+        assert kept.read_text() == mine and profile.resolve("cpu") == file.read_text()
+        assert "kept as params.yaml.orig" in capsys.readouterr().out
 
 
 def test_an_overlay_changes_what_it_names_and_keeps_the_comments(here: Path) -> None:

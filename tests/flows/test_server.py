@@ -183,7 +183,15 @@ def test_a_port_in_use_is_named(apart: dict[str, str]) -> None:
         command = [sys.executable, "-m", "flows.server", "--port", str(port)]
         done = subprocess.run(command, env=apart, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.splitlines() == [f"Port {port} is in use.", f"Choose another: make ui PORT={port + 1}"]
+    assert done.stderr.splitlines() == [f"Port {port} cannot be had: [Errno 98] Address already in use.",
+                                        f"Choose another: make ui PORT={port + 1}"]
+
+
+def test_a_number_that_is_no_port(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["server", "--port", "70000"])
+    with pytest.raises(SystemExit):
+        server.main()
+    assert "argument --port: 70000 is not from 0 to 65535" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -92,8 +92,8 @@ def test_output_appears_whole_or_not_at_all(stage):
     assert [path.name for path in stage.data_root.iterdir()] == ["tokenizer"]
 
 
-def test_under_out_what_lies_there_comes_first(stage):
-    """Data and records alike: else one would be of another model than the other."""
+def test_under_out_what_lies_there_comes_first(stage, capsys):
+    """Data and records alike: else one would be of another model than the other. What does not is said."""
     apart = Stage("benchmark", stage.params, None, Path("mine"), ("benchmark",))
     for place, look in (("data/cpu", apart.input), ("runs/cpu", apart.record), ("mine/data", apart.input),
                         ("mine/runs", apart.record)):
@@ -101,6 +101,16 @@ def test_under_out_what_lies_there_comes_first(stage):
         file.parent.mkdir(parents=True)
         file.touch()
         assert look("items", "items.json") == file
+    assert capsys.readouterr().out.splitlines() == [
+        f"Reads {kind}/cpu/items/items.json: there is no mine/{kind}/items/items.json." for kind in ("data", "runs")]
+
+
+@pytest.mark.parametrize("place", ["file", "file/mine/deeper"])
+def test_a_file_is_no_place_for_results(place, tmp_path):
+    (tmp_path / "file").touch()
+    for command in (["stages.tokenizer"], ["stages.export", "--from-hub", "hub"], ["flows.curate_own", "file"]):
+        done = forked.run(tmp_path, "-m", *command, "--out", place, check=False)
+        assert done.returncode == 2 and "argument --out: file is a file, not a directory" in done.stderr
 
 
 def pretraining(*overrides: str) -> Stage:

@@ -138,14 +138,16 @@ def test_another_vocabulary_is_an_error(done, tmp_path, monkeypatch):
         export(stage_of(NAMES[0]))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", NAMES)
-def test_export_import_export_gives_the_same_bytes(done, tmp_path, name):
+def test_export_import_export_gives_the_same_bytes(done, tmp_path, name, dtype):
+    """The way back says no dtype."""
     convert(["--from-checkpoint", str(done / f"data/tiny/checkpoints/{name}"), "--out", str(tmp_path / "a"),
-             "--tokenizer", str(done / "data/tiny/tokenizer/tokenizer.model")])
+             "--tokenizer", str(done / "data/tiny/tokenizer/tokenizer.model"), "--dtype", dtype])
     convert(["--from-hub", str(tmp_path / "a"), "--out", str(tmp_path / "checkpoint")])
     convert(["--from-checkpoint", str(tmp_path / "checkpoint"), "--out", str(tmp_path / "b")])
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    assert json.loads((tmp_path / "a/config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert json.loads((tmp_path / "a/config.json").read_text())["torch_dtype"] == dtype
     assert not (tmp_path / "a/chat_template.jinja").exists(), "a base model is not trained for one"
     config, state, training = checkpoint.load_weights(tmp_path / "checkpoint")
     assert training == {"precision": "bf16", "tokens": 12}
@@ -219,6 +221,8 @@ def test_what_cannot_be_converted_is_named_before_any_work(done, tmp_path, monke
         convert(["--from-hub", str(tmp_path / "missing"), *out])
     with pytest.raises(StageError, match=r"tokenizer: not found\.\nGive the tokenizer"):
         convert(["--from-checkpoint", str(done / f"data/tiny/checkpoints/{NAMES[0]}"), *out])
+    with pytest.raises(StageError, match=r"missing/model\.json: not found"):
+        convert(["--from-checkpoint", str(tmp_path / "missing"), *out])
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     with pytest.raises(StageError, match="out: exists"):

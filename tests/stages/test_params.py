@@ -126,6 +126,13 @@ def test_override_and_its_errors():
         load_params(ROOT / "params.yaml", ("seed.x=1",))
 
 
+def test_what_is_wrong_between_sections_is_said_without_their_content():
+    with pytest.raises(ParamsError) as error:
+        load_params(ROOT / "params.yaml", ("compress.parent=nosuch",))
+    said = "params.yaml: compress.parent is 'nosuch', which `variants` does not define.\nCorrect the value."
+    assert str(error.value) == f"{ROOT / said}"
+
+
 def test_an_override_reaches_a_field_of_a_list():
     params = load_params(ROOT / "params.yaml", ("annotate.sources.0.roots=[numpy]", "tokenize.phases.3.until=1.0"))
     assert params.annotate.sources[0].roots == ["numpy"] and len(params.tokenize.phases) == 4

@@ -68,6 +68,16 @@ def test_documents_do_not_depend_on_the_cuts(tmp_path, shard_bytes):
     assert len(pieces(source(tmp_path), 1, 1000)) > 10
 
 
+def test_a_file_named_in_two_ways_is_read_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "link").symlink_to("texts")
+    (tmp_path / "texts/a.jsonl").write_bytes(jsonl(*RECORDS[:3]))
+    for paths in (("texts/a.jsonl", "./texts/a.jsonl"), ("texts", "link/*", "texts/../texts/a.jsonl"),
+                  (tmp_path / "texts/a.jsonl", "link")):
+        assert len(texts(read(*paths))) == 3
+
+
 def test_order_of_files_is_seeded(tmp_path):
     for number in range(20):
         (tmp_path / f"{number:02d}.txt").write_text(str(number))

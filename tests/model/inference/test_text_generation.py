@@ -201,6 +201,16 @@ def test_options_without_a_meaning_or_without_room(directory, options, message, 
     refuse(directory, message, capsys, monkeypatch, *options)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(directory, capsys, monkeypatch):
+    refuse(directory, "--device cuda: PyTorch has no GPU here.", capsys, monkeypatch, "--device", "cuda")
+
+
+def test_a_file_in_place_of_a_directory(directory, capsys, monkeypatch):
+    file = directory / "model.safetensors"
+    refuse(file, f"{file}/config.json: not found.", capsys, monkeypatch)
+
+
 def test_an_empty_prompt_needs_a_token_to_start_from(directory, capsys):
     path = directory / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token_id": None}))

@@ -310,11 +310,14 @@ def test_what_cannot_be_served(directories, options, message, capsys):
     assert message in error and error.strip().count("\n") == 1
 
 
-@pytest.mark.parametrize(("option", "value", "least"), [("--prefix-cache-mb", "-1", 0), ("--rows", "0", 1)])
-def test_sizes_without_a_meaning(option, value, least, capsys):
+@pytest.mark.parametrize(("option", "value", "why"), [
+    ("--prefix-cache-mb", "-1", "less than 0"), ("--rows", "0", "less than 1"),
+    ("--port", "65536", "not from 0 to 65535"),
+])
+def test_numbers_without_a_meaning(option, value, why, capsys):
     with pytest.raises(SystemExit):
         main(["--model", "DIRECTORY", option, value])
-    assert f"argument {option}: {value} is less than {least}" in capsys.readouterr().err
+    assert f"argument {option}: {value} is {why}" in capsys.readouterr().err
 
 
 def test_a_port_in_use(directories, capsys):
