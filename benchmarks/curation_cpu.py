@@ -42,7 +42,7 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 from loguru import logger
 
 from data_pipeline.annotate.annotation import WORK, Round, _files, _run, rounds
-from data_pipeline.annotate.reading import READ_SCHEMA, Part, Quota, Read
+from data_pipeline.annotate.reading import READ_SCHEMA, Quota, Read, ReadRows
 from data_pipeline.annotate.step import SCHEMA, GlobalStep
 from data_pipeline.config import AnnotateConfig, FilesSource, InstalledSource, MinHashConfig
 from data_pipeline.curate.heuristics import first_broken, rules_of
@@ -95,7 +95,7 @@ def as_read(documents: list[Document], shards: int, directory: Path) -> Read:
     for number in range(shards):
         file, rows = directory / f"read-{number}.parquet", documents[number::shards]
         write_table(pa.Table.from_pylist([row._asdict() for row in rows], READ_SCHEMA), file)
-        parts.append([Part(str(file), None, sum(len(row.text.encode()) for row in rows))])
+        parts.append([ReadRows(str(file), None, sum(len(row.text.encode()) for row in rows))])
     return Read(parts, {}, {})
 
 

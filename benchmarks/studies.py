@@ -66,7 +66,7 @@ from model.compression.config import CompressConfig
 from model.compression.data import read_data
 from model.compression.distill import Objective
 from model.compression.funnel import Funnel
-from model.compression.layerwise import Mask
+from model.compression.layerwise import Kept
 from model.compression.prune import Selection
 from model.compression.resume import ResultCache
 from model.compression.width_importance import NeuronScore, select, top, width_importance
@@ -518,7 +518,7 @@ def compression(task: Task) -> Iterator[Funnel]:
                      silent)
 
 
-def closeness(run: Funnel, models: Mapping[str, Mask | Path]) -> dict[str, Closeness]:
+def closeness(run: Funnel, models: Mapping[str, Kept | Path]) -> dict[str, Closeness]:
     """Of masked parents and of checkpoints, one of them loaded at a time."""
     found = {}
     for name, model in models.items():

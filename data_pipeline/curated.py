@@ -57,7 +57,7 @@ def batches(file: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
         raise DataError(f"{file}: cannot be read ({reason}).\nRun the `curate` stage again.") from None
 
 
-class Survey:
+class DomainSurvey:
     """What is known of a domain: its bytes of UTF-8 text, and documents to choose samples of up to `room` bytes from.
 
     Documents no larger than `room` stand in an order drawn by lot. Kept is the beginning of it, OVERSUPPLY x `room`
@@ -104,15 +104,15 @@ class Survey:
         return chosen or [self._smallest[1]]
 
 
-def survey(files: Sequence[Path], room: float, seed: int) -> dict[str, Survey]:
+def survey(files: Sequence[Path], room: float, seed: int) -> dict[str, DomainSurvey]:
     """Each domain of `files`, smallest first. Does not depend on how the documents are divided among files."""
-    found: dict[str, Survey] = {}
+    found: dict[str, DomainSurvey] = {}
     for file in files:
         for batch in batches(file, ("id", "domain", "text")):
             sizes = pc.binary_length(batch["text"]).to_pylist()
             for domain, identity, size in zip(batch["domain"].to_pylist(), batch["id"].to_pylist(), sizes, strict=True):
                 if domain not in found:
-                    found[domain] = Survey(room)
+                    found[domain] = DomainSurvey(room)
                 found[domain].add(xxhash.xxh3_64_intdigest(identity.encode(), seed=seed), size, identity)
     return dict(sorted(found.items(), key=lambda item: (item[1].bytes, item[0])))
 

@@ -20,7 +20,7 @@ class Refused(Record):
     where: list[str]                # examples: file, and the place in it
 
 
-class PassedOver(Record):
+class PassedOverCount(Record):
     """passed_over.json, by unit (files, packages, WARC records) and kind."""
 
     count: int

@@ -15,7 +15,7 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
-from flows.dvc_graph import Node, Progress
+from flows.dvc_graph import Node, ProgressLine
 
 SECONDS_BETWEEN_UPDATES = 2.0
 
@@ -63,7 +63,7 @@ class ProgressBar:
         self.id: UUID | None = None
         self.updated = 0.0
 
-    def update(self, progress: Progress) -> None:
+    def update(self, progress: ProgressLine) -> None:
         now = time.monotonic()
         if now - self.updated < SECONDS_BETWEEN_UPDATES and progress.step < progress.total:
             return

@@ -105,7 +105,7 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Progress:
+class ProgressLine:
     """The line `step 120/2000 loss 3.412 lr 3.0e-04 tok/s 8123 eta 00:03:41`."""
 
     step: int
@@ -113,7 +113,7 @@ class Progress:
     text: str
 
     @classmethod
-    def parse(cls, line: str) -> Progress | None:
+    def parse(cls, line: str) -> ProgressLine | None:
         match = re.match(r"step (\d+)/(\d+)(?: |$)", line)
         return cls(int(match[1]), max(int(match[2]), 1), line) if match else None
 
@@ -646,6 +646,6 @@ def _last_words(log: str) -> str:
     if signalled := re.search(r"^ERROR: failed to reproduce .*, exited with -(\d+)$", log, re.MULTILINE):
         number = signal.Signals(int(signalled[1]))
         return f"ended by {number.name}" + (", most likely for want of memory." * (number == signal.SIGKILL) or ".")
-    lines = [line for line in log.splitlines() if line.strip() and not Progress.parse(line)]
+    lines = [line for line in log.splitlines() if line.strip() and not ProgressLine.parse(line)]
     said = [line for line in lines if not line.startswith((" ", "Traceback (", "ERROR: failed to reproduce"))]
     return " ".join((said or lines)[-2:]) or "no output"

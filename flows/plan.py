@@ -25,7 +25,7 @@ from flows import profile
 from flows.console import table
 from model import costs
 from model.compression import plan as compression
-from model.compression.plan import CHECKPOINT, STATE, Step
+from model.compression.plan import CHECKPOINT, STATE, PlannedStep
 from model.config import ModelConfig, ModelError
 from model.evaluation import paper_size
 from model.training.plan import (
@@ -96,7 +96,7 @@ CURATION, TOKENIZATION, TEXT_A_TOKEN = 5.67e6, 52.6e6, 100.1e6 / 27_921_734
 DOCUMENT = 4000                 # bytes of text a document
 
 
-class Decision(NamedTuple):
+class PlannedDecision(NamedTuple):
     """What workers decide over all documents between the passes over shards (docs/data.md, "At a snapshot's size").
 
     Attributes:
@@ -111,39 +111,41 @@ class Decision(NamedTuple):
     disk: float
     seconds: tuple[float, float, float]
 
-    def step(self, name: str, size: float, shards: float, workers: int) -> Step:
+    def step(self, name: str, size: float, shards: float, workers: int) -> PlannedStep:
         """Of `size` documents, bytes of text or n-grams in so many shards."""
         parts = math.ceil(size / self.part)
         each, shard, pair = self.seconds
         taken = each * size + shard * shards + pair * parts**2
-        return Step(name, taken / min(workers, parts), cores=min(workers, parts), disk=self.disk * size,
+        return PlannedStep(name, taken / min(workers, parts), cores=min(workers, parts), disk=self.disk * size,
                     host=self.held * min(1.0, size / self.part))
 
 
-NEAR_DUPLICATES = Decision(2**23, 1.1e9, 177 + 120, (8.7e-6, 8e-3, 6e-3))
-REPEATED_STRINGS = Decision(2**30, 1.2e9, 1.3 + 0.17, (9.8e-9, 3e-3, 1e-3))
-EVALUATION_TEXT = Decision(2**25, 1.9e9, 8 + 24, (0.3e-6, 4e-4, 2e-4))
+NEAR_DUPLICATES = PlannedDecision(2**23, 1.1e9, 177 + 120, (8.7e-6, 8e-3, 6e-3))
+REPEATED_STRINGS = PlannedDecision(2**30, 1.2e9, 1.3 + 0.17, (9.8e-9, 3e-3, 1e-3))
+EVALUATION_TEXT = PlannedDecision(2**25, 1.9e9, 8 + 24, (0.3e-6, 4e-4, 2e-4))
 TEXT_AN_NGRAM = 8.6             # bytes of Markdown and of Python, 13 words in a row from every word on
 
 
-def steps(params: Params, grid: compression.Grid, pretraining: Mapping[str, Plan], machine: Machine) -> list[Step]:
+def steps(
+    params: Params, grid: compression.Grid, pretraining: Mapping[str, Plan], machine: Machine
+) -> list[PlannedStep]:
     """The stages in their order. Raises ModelError for a layout that cannot be."""
     parent = params.model_of(params.compress.parent)
     text, workers, recipe = text_bytes(params), params.runtime.workers, params.pretrain
     ids = text / TEXT_A_TOKEN * token_dtype(params.tokenizer.vocab_size)().itemsize
     # Curation writes all text twice at most, before it is compressed: annotated, and what was kept.
     shards = text / 1e6 / params.annotate.shard_megabytes
-    rows = [Step("curation", text / CURATION / workers, cores=workers, disk=2 * text),
+    rows = [PlannedStep("curation", text / CURATION / workers, cores=workers, disk=2 * text),
             NEAR_DUPLICATES.step("its near-duplicates", text / DOCUMENT, shards, workers),
             *([REPEATED_STRINGS.step("its repeated strings", text, shards, workers)]        # at most: of all domains
               if params.annotate.substring.domains else []),
             EVALUATION_TEXT.step("its evaluation text", params.annotate.held_out.fraction * text / TEXT_AN_NGRAM,
                                  shards, workers),                      # that of the sets besides is small
-            Step("tokenization", text / TOKENIZATION / workers, cores=workers, disk=ids)]
+            PlannedStep("tokenization", text / TOKENIZATION / workers, cores=workers, disk=ids)]
     for names in _kinds(params):
         one = pretraining[names[0]]
         size = costs.parameters(one.config)
-        rows.append(Step(f"pretraining {names[0]}" + f" and {len(names) - 1} like it" * (len(names) > 1),
+        rows.append(PlannedStep(f"pretraining {names[0]}" + f" and {len(names) - 1} like it" * (len(names) > 1),
                          len(names) * 86_400 * one.days, one.layout.processes, memory=one.memory.total,
                          disk=len(names) * size * (STATE * (recipe.checkpoints_kept + 1) + CHECKPOINT),
                          host=size * STATE / one.layout.tensor / one.layout.pipeline))       # its copy of a state
@@ -157,12 +159,12 @@ def steps(params: Params, grid: compression.Grid, pretraining: Mapping[str, Plan
         shard = min(size, max(1e9 * params.export.shard_gigabytes, table))
         taken = inference_seconds(config, evaluated_tokens(params), machine, tensor)
         taken += writing_seconds(config, written, asked.context_tokens, machine, tensor)
-        rows += [Step(f"export {name}", None, disk=size, host=shard),
-                 Step(f"evaluation {name}", taken, tensor, memory=costs.evaluation_bytes(config, tensor))]
+        rows += [PlannedStep(f"export {name}", None, disk=size, host=shard),
+                 PlannedStep(f"evaluation {name}", taken, tensor, memory=costs.evaluation_bytes(config, tensor))]
     return [*rows, benchmark_step(params, grid.student, machine)]
 
 
-def benchmark_step(params: Params, compressed: ModelConfig, machine: Machine) -> Step:
+def benchmark_step(params: Params, compressed: ModelConfig, machine: Machine) -> PlannedStep:
     """At least: the floors of reading prompts and of decoding, which the benchmark reports itself; weights of all three
     models beside their caches at the longest context. The published pairs, which take what memory there is, are not
     counted."""
@@ -176,7 +178,7 @@ def benchmark_step(params: Params, compressed: ModelConfig, machine: Machine) ->
         + 3 * (context <= asked.longest_prompt) * costs.prefill_floor(config, context, ceilings)
         for config in models for context in asked.contexts)
     held = sum(costs.memory(config, costs.Deployment.of(max(asked.contexts), asked.batch)).total for config in models)
-    return Step("benchmark, at least", seconds, tensor, memory=held / tensor + machine.reserved)
+    return PlannedStep("benchmark, at least", seconds, tensor, memory=held / tensor + machine.reserved)
 
 
 def evaluated(params: Params, grid: compression.Grid) -> dict[str, ModelConfig]:
@@ -212,7 +214,7 @@ def evaluated_tokens(params: Params) -> float:
     return text + 3 * config.items_per_context * config.context_tokens * sum(config.context_multiples)
 
 
-def describe_steps(found: Sequence[Step]) -> str:
+def describe_steps(found: Sequence[PlannedStep]) -> str:
     """Stages as a table, a row each."""
     def cell(value: float | None, form: str = ",.1f") -> str:
         return format(value, form) if value else "-"

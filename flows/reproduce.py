@@ -33,7 +33,7 @@ from prefect.states import Cancelled, Completed, Crashed
 
 from flows import artifacts, dvc_graph, server
 from flows.console import Console, clock, table
-from flows.dvc_graph import GpuTaken, GraphError, Node, Progress, StageFailed, StageRunner
+from flows.dvc_graph import GpuTaken, GraphError, Node, ProgressLine, StageFailed, StageRunner
 from flows.profile import apply, resolve
 from stages.frame.common import _commit, die_with_parent
 from stages.frame.params import ParamsError, load_params
@@ -133,7 +133,7 @@ def run_stage(run: Run, node: Node) -> State:
             run.console.say(node.name, f"has GPU {taken.gpus}")
         elif line.startswith("Waiting for "):      # a GPU, a lock, other nodes, Slurm: else it would look hung
             run.console.say(node.name, line)
-        if progress := Progress.parse(line):
+        if progress := ProgressLine.parse(line):
             run.console.progress(node.name, line)
             bar.update(progress)
 

@@ -32,7 +32,7 @@ from data_pipeline.annotate.mask import Mask
 from data_pipeline.annotate.normalise import Normalise
 from data_pipeline.annotate.passes import Arrays, Passes
 from data_pipeline.annotate.quality.quality import Quality
-from data_pipeline.annotate.reading import PIECES_PER_SHARD, Part, Read, load, read
+from data_pipeline.annotate.reading import PIECES_PER_SHARD, Read, ReadRows, load, read
 from data_pipeline.annotate.step import SCHEMA, GlobalStep, Step
 from data_pipeline.config import AnnotateConfig, ExecutorConfig
 from data_pipeline.sources import Piece, digest, pieces
@@ -109,7 +109,7 @@ def _read(config: AnnotateConfig, cut: list[list[Piece]], directory: Path, pool:
         found = read(config, cut, directory / "read", pool, lambda share, new: meter("read", share, new))
         write_json(found._asdict(), record)
     stored = json.loads(record.read_text())
-    return Read([[Part(*part) for part in shard] for shard in stored["shards"]], stored["refusals"],
+    return Read([[ReadRows(*part) for part in shard] for shard in stored["shards"]], stored["refusals"],
                 stored["passed_over"])
 
 
@@ -125,7 +125,7 @@ class GoneError(Exception):
 class Job(NamedTuple):
     """One shard of one round."""
 
-    source: list[Part] | Path                       # as read, or the round before
+    source: list[ReadRows] | Path                       # as read, or the round before
     target: Path
     steps: list[Decided]
     surveys: list[tuple[GlobalStep, Path]]          # to make, and where
@@ -168,7 +168,7 @@ def _later(directory: Path, number: int, index: int, last: int) -> bool:
 def _jobs(
     number: int, steps: Round, following: list[GlobalStep], directory: Path, found: Read
 ) -> Iterator[Job]:
-    sources: Sequence[list[Part] | Path] = found.shards if number == 0 else _files(directory, number, found)
+    sources: Sequence[list[ReadRows] | Path] = found.shards if number == 0 else _files(directory, number, found)
     undecided = [step for step in following if not _is_decided(step, directory, len(found.shards))]
     for index, (source, target) in enumerate(zip(sources, _files(directory, number + 1, found), strict=True)):
         surveys = [(step, _survey(step, directory, index)) for step in undecided]

@@ -36,7 +36,7 @@ Refusals = dict[str, dict[str, dict[str, Any]]]         # domain -> reason -> {"
 Passed = dict[str, dict[str, dict[str, Any]]]           # unit -> what -> {"count": n, "where": [...]}
 
 
-class Part(NamedTuple):
+class ReadRows(NamedTuple):
     """Rows of a file of documents as read; all of them where `rows` is None."""
 
     file: str
@@ -47,7 +47,7 @@ class Part(NamedTuple):
 class Read(NamedTuple):
     """What reading came to: the parts of each shard, in order, what was refused and what was passed over."""
 
-    shards: list[list[Part]]
+    shards: list[list[ReadRows]]
     refusals: Refusals
     passed_over: Passed
 
@@ -129,7 +129,7 @@ def read(
     shard_bytes = int(config.shard_megabytes * 1e6)
     refusals: Refusals = defaultdict(lambda: defaultdict(lambda: {"documents": 0, "where": []}))
     passed: Passed = defaultdict(lambda: defaultdict(lambda: {"count": 0, "where": []}))
-    parts: list[Part] = []
+    parts: list[ReadRows] = []
     failures: list[tuple[str, str]] = []
     for index, (source, found) in enumerate(zip(config.sources, cut, strict=True)):
         quota = Quota(limits_of(source))
@@ -228,7 +228,7 @@ class _Files:
 
 def _take(
     receipt: dict[str, Any], quota: Quota, refusals: Refusals, passed: Passed, directory: Path
-) -> Iterator[Part]:
+) -> Iterator[ReadRows]:
     """The parts of a piece that count; what does not is counted in `refusals` and `passed`."""
     rows: Counter[int] = Counter()
     chosen: dict[int, list[int]] = defaultdict(list)
@@ -253,7 +253,7 @@ def _take(
     for place in sorted(chosen):
         everything = len(chosen[place]) == rows[place]
         file = str(directory / receipt["files"][place])
-        yield Part(file, None if everything else chosen[place], sizes[place])
+        yield ReadRows(file, None if everything else chosen[place], sizes[place])
 
 
 def _count(entry: dict[str, Any], key: str, where: str) -> None:
@@ -263,9 +263,9 @@ def _count(entry: dict[str, Any], key: str, where: str) -> None:
         del entry["where"][EXAMPLES:]
 
 
-def _pack(parts: list[Part], limit: int) -> Iterator[list[Part]]:
+def _pack(parts: list[ReadRows], limit: int) -> Iterator[list[ReadRows]]:
     """Neighbouring parts, together no more than `limit` bytes where one alone is not."""
-    shard: list[Part] = []
+    shard: list[ReadRows] = []
     for part in parts:
         if shard and sum(other.bytes for other in shard) + part.bytes > limit:
             yield shard
@@ -275,7 +275,7 @@ def _pack(parts: list[Part], limit: int) -> Iterator[list[Part]]:
         yield shard
 
 
-def load(parts: list[Part]) -> pa.Table:
+def load(parts: list[ReadRows]) -> pa.Table:
     """The documents of a shard as read: the other columns of SCHEMA are null."""
     tables = []
     for part in parts:

@@ -23,8 +23,18 @@ import pyarrow.parquet as pq
 from data_pipeline.annotate.quality.quality_labels import merge
 from data_pipeline.annotate.step import SCHEMA
 from data_pipeline.config import AnnotateConfig, CurateConfig, DataError, ExecutorConfig
-from data_pipeline.curate.cut import EXAMPLES, SHORTENED, STEPS, Cut, Survey, apply, cut_of, survey, with_thresholds
-from data_pipeline.curate.cut import Example as CutExample
+from data_pipeline.curate.cut import (
+    EXAMPLES,
+    SHORTENED,
+    STEPS,
+    Cut,
+    Removal,
+    ScoreSurvey,
+    apply,
+    cut_of,
+    survey,
+    with_thresholds,
+)
 from data_pipeline.curate.synthesis import Parent, Synthesis, annotate, synthesize
 from data_pipeline.schema import Dropped, Example, FunnelStep, Histogram
 from data_pipeline.storage import place, write_json, write_table
@@ -36,7 +46,7 @@ LICENSE = "license"             # the reason of a refusal that has a row of its 
 WORK = {"survey": 30, "cut": 70}
 
 
-class Records(NamedTuple):
+class CurationRecords(NamedTuple):
     """What the report shows of a curation."""
 
     funnel: list[FunnelStep]
@@ -47,7 +57,7 @@ class Records(NamedTuple):
 def curate(
     annotated: Path, config: CurateConfig, seed: int, out: Path, scratch: Path, cache: Path, executor: ExecutorConfig,
     progress: Progress,
-) -> Records:
+) -> CurationRecords:
     """Write `out/train/part-*.parquet`, `out/heldout/part-*.parquet` and `out/manifest.json`.
 
     Args:
@@ -85,12 +95,12 @@ def curate(
     reports = [piece.report for piece in pieces]
     _refuse_empty(funnel, reports, manifest)
     _write(pieces, out, manifest)
-    return Records(funnel, _histograms(cut, reports), _dropped(reports, manifest))
+    return CurationRecords(funnel, _histograms(cut, reports), _dropped(reports, manifest))
 
 
-def _survey(cut: Cut, shards: list[Path], pool: Workers, meter: Meter) -> Survey:
+def _survey(cut: Cut, shards: list[Path], pool: Workers, meter: Meter) -> ScoreSurvey:
     """The surveys of all shards as one: as large as one, because samples are bounded."""
-    found = Survey({}, {})
+    found = ScoreSurvey({}, {})
     meter("survey", 0.0, 0)
     surveys = pool.all(partial(survey_shard, cut=cut), shards, lambda shard: f"annotated shard {shard.name}")
     for done, (_, one) in enumerate(surveys, start=1):
@@ -103,12 +113,12 @@ def _survey(cut: Cut, shards: list[Path], pool: Workers, meter: Meter) -> Survey
     return found
 
 
-def survey_shard(shard: Path, cut: Cut) -> Survey:
+def survey_shard(shard: Path, cut: Cut) -> ScoreSurvey:
     """`cut.survey` of an annotated shard, in a worker."""
     return survey(pq.read_table(shard, schema=SCHEMA), cut)
 
 
-class Piece(NamedTuple):
+class CutPiece(NamedTuple):
     """A shard after the cut: PREFIX-train.parquet, PREFIX-heldout.parquet, and PREFIX.json."""
 
     prefix: Path
@@ -133,8 +143,8 @@ class Piece(NamedTuple):
         return all(file.exists() for file in (self.record, self.file("train"), self.file("heldout")))
 
 
-def _cut(cut: Cut, shards: list[Path], directory: Path, pool: Workers, meter: Meter) -> list[Piece]:
-    pieces = [Piece(directory / f"cut-{index:05d}") for index in range(len(shards))]
+def _cut(cut: Cut, shards: list[Path], directory: Path, pool: Workers, meter: Meter) -> list[CutPiece]:
+    pieces = [CutPiece(directory / f"cut-{index:05d}") for index in range(len(shards))]
     missing = [(shard, piece) for shard, piece in zip(shards, pieces, strict=True) if not piece.is_whole]
     meter("cut", 1 - len(missing) / len(shards), 0)
     jobs = pool.all(partial(cut_shard, cut=cut), missing, lambda job: f"annotated shard {job[0].name}")
@@ -143,7 +153,7 @@ def _cut(cut: Cut, shards: list[Path], directory: Path, pool: Workers, meter: Me
     return pieces
 
 
-def cut_shard(job: tuple[Path, Piece], cut: Cut, best: list[int] | None = None) -> int:
+def cut_shard(job: tuple[Path, CutPiece], cut: Cut, best: list[int] | None = None) -> int:
     """Cut one shard and write what stays and what is to be said about it, in a worker; its number of documents."""
     source, piece = job
     table = pq.read_table(source, schema=SCHEMA).combine_chunks()
@@ -170,7 +180,7 @@ def _contents(table: pa.Table) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _funnel(pieces: list[Piece], manifest: dict[str, Any]) -> list[FunnelStep]:
+def _funnel(pieces: list[CutPiece], manifest: dict[str, Any]) -> list[FunnelStep]:
     """The rows of every step, a domain each. A document refused for its licence was read, and then was not."""
     left: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     reasons: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
@@ -196,7 +206,7 @@ def _funnel(pieces: list[Piece], manifest: dict[str, Any]) -> list[FunnelStep]:
     ]
 
 
-def _parents(pieces: list[Piece], config: CurateConfig) -> Iterator[Parent]:
+def _parents(pieces: list[CutPiece], config: CurateConfig) -> Iterator[Parent]:
     """Training documents in natural language, with their labels."""
     for piece in pieces:
         table = pq.read_table(piece.file("train"), columns=list(Parent._fields))
@@ -207,16 +217,16 @@ def _parents(pieces: list[Piece], config: CurateConfig) -> Iterator[Parent]:
 def _cut_synthetic(
     synthesis: Synthesis, cut: Cut, manifest: dict[str, Any], shards: list[Path], seed: int, directory: Path,
     pool: Workers,
-) -> Piece:
+) -> CutPiece:
     """Synthetic documents through the steps that every document went through, and the same cut: one more shard."""
     config = AnnotateConfig.model_validate(manifest["config"])
-    source, piece = directory / "synthetic.parquet", Piece(directory / "cut-synthetic")
+    source, piece = directory / "synthetic.parquet", CutPiece(directory / "cut-synthetic")
     write_table(annotate(synthesis, shards, config, seed, directory, pool), source)
     cut_shard((source, piece), cut, [int(document.quality) for document in synthesis.documents])
     return piece
 
 
-def _synthetic_rows(synthesis: Synthesis, piece: Piece, funnel: list[FunnelStep]) -> list[FunnelStep]:
+def _synthetic_rows(synthesis: Synthesis, piece: CutPiece, funnel: list[FunnelStep]) -> list[FunnelStep]:
     """One more step, which adds; its reasons are of requests and replies that gave no document that stays."""
     report, rows = piece.report, []
     for before in funnel[-len({row.domain for row in funnel}) :]:
@@ -249,7 +259,7 @@ def _refuse_empty(funnel: list[FunnelStep], reports: list[dict[str, Any]], manif
             )
 
 
-def _write(pieces: list[Piece], out: Path, annotated: dict[str, Any]) -> None:
+def _write(pieces: list[CutPiece], out: Path, annotated: dict[str, Any]) -> None:
     """The curated Parquet and its manifest. The digest is over ids and labels in order, however they lie in shards."""
     manifest: dict[str, Any] = {
         "corpus_digest": "", "decontamination_ngram": annotated["config"]["decontamination"]["ngram"]
@@ -295,13 +305,13 @@ def _dropped(reports: list[dict[str, Any]], manifest: dict[str, Any]) -> dict[st
     for domain in manifest["domains"]:
         refused = manifest["refusals"].get(domain, {})
         counts = Counter({why: entry["documents"] for why, entry in refused.items()})
-        examples: dict[str, list[CutExample]] = defaultdict(list)
+        examples: dict[str, list[Removal]] = defaultdict(list)
         for report in reports:
             for by_domain in report["reasons"].values():
                 counts.update(by_domain.get(domain, {}))
             counts[SHORTENED] += report["shortened"].get(domain, 0)
             for why, shown in report["examples"].get(domain, {}).items():
-                examples[why] += [CutExample(*example) for example in shown]
+                examples[why] += [Removal(*example) for example in shown]
         found[domain] = {}
         for why in [*refused, *sorted(examples.keys() - refused.keys())]:        # "empty" may be a reason of both
             where = refused[why]["where"] if why in refused else []

@@ -94,14 +94,14 @@ def cut_of(config: CurateConfig, annotated: dict[str, Any]) -> Cut:
     return Cut(config, rules, given.scorer_names, given.decontamination.ngram)
 
 
-class Survey(NamedTuple):
+class ScoreSurvey(NamedTuple):
     """Of one shard or more: a sample of scores by domain, and the ranges of what is measured."""
 
     samples: dict[str, Sample]
     ranges: Ranges
 
 
-def survey(table: pa.Table, cut: Cut) -> Survey:
+def survey(table: pa.Table, cut: Cut) -> ScoreSurvey:
     """What thresholds need to know of a shard: samples of its scores and the range of each measure."""
     domains, scored = _column(table, "domain"), _scored(table, cut)
     samples, ranges = {}, {}
@@ -111,10 +111,10 @@ def survey(table: pa.Table, cut: Cut) -> Survey:
         samples[domain] = sample_of(chosen["id"].to_pylist(), _scores(chosen), chosen["perplexity"].to_numpy(), sizes)
         for name, values in measures(chosen, domain, cut).items():
             ranges[name, domain] = (float(values.min()), float(values.max()))
-    return Survey(samples, ranges)
+    return ScoreSurvey(samples, ranges)
 
 
-def with_thresholds(cut: Cut, found: Survey) -> Cut:
+def with_thresholds(cut: Cut, found: ScoreSurvey) -> Cut:
     """`cut` with the thresholds that follow from the surveys of all shards."""
     return Cut(
         cut.config, cut.rules, cut.scorers, cut.ngram,
@@ -145,7 +145,7 @@ def measures(table: pa.Table, domain: str, cut: Cut) -> dict[str, NDArray[Any]]:
     return found | dict(zip(cut.scorers, _scores(table).T, strict=True))
 
 
-class Example(NamedTuple):
+class Removal(NamedTuple):
     """A document that went, or a string that was taken out."""
 
     key: int                # xxh3-64 of the id: the lowest are shown
@@ -162,11 +162,11 @@ class Report:
     left: dict[str, dict[str, list[int]]]               # step -> domain -> what is left to train on after it
     reasons: dict[str, dict[str, dict[str, int]]]       # step -> domain -> reason -> documents
     shortened: dict[str, int]                           # domain -> documents that repeated strings were taken out of
-    examples: dict[str, dict[str, list[Example]]]       # domain -> reason
+    examples: dict[str, dict[str, list[Removal]]]       # domain -> reason
     histograms: dict[tuple[str, str], NDArray[np.int64]]    # (measure, domain) -> documents in each bin
 
 
-class Result(NamedTuple):
+class CutShard(NamedTuple):
     """A shard after the cut."""
 
     train: pa.Table         # with quality and label
@@ -174,7 +174,7 @@ class Result(NamedTuple):
     report: Report
 
 
-class Rows:
+class CutRows:
     """The rows of a shard on their way through the cut."""
 
     def __init__(self, table: pa.Table, cut: Cut, best: NDArray[np.int64] | None):
@@ -190,7 +190,7 @@ class Rows:
         self.left: dict[str, dict[str, list[int]]] = {}
         self.reasons: dict[str, dict[str, Counter[str]]] = {}
         self.shortened: Counter[str] = Counter()
-        self.examples: dict[str, dict[str, list[Example]]] = defaultdict(lambda: defaultdict(list))
+        self.examples: dict[str, dict[str, list[Removal]]] = defaultdict(lambda: defaultdict(list))
 
     def drop(self, step: str, reasons: dict[int, tuple[str, str]], places: dict[int, int] | None = None) -> None:
         """Rows that go, with reason and value, if they are still there; `places` says where in the text to look."""
@@ -211,7 +211,7 @@ class Rows:
         if len(shown) == EXAMPLES and key > shown[-1].key:
             return
         source, path = (self.table[name][row].as_py() for name in ("source", "path"))
-        shown.append(Example(key, source, path, value, excerpt))
+        shown.append(Removal(key, source, path, value, excerpt))
         shown.sort()
         del shown[EXAMPLES:]
 
@@ -223,13 +223,13 @@ class Rows:
         }
 
 
-def apply(table: pa.Table, cut: Cut, best: NDArray[np.int64] | None = None) -> Result:
+def apply(table: pa.Table, cut: Cut, best: NDArray[np.int64] | None = None) -> CutShard:
     """Cut one annotated shard.
 
     Args:
         best: ensemble values (0 to 19) where they are known beforehand, as of synthetic documents.
     """
-    rows = Rows(table, cut, best)
+    rows = CutRows(table, cut, best)
     rows.count("read")
     rows.drop("language", _language(rows))
     duplicates = table["duplicate"].to_pylist()
@@ -248,10 +248,10 @@ def apply(table: pa.Table, cut: Cut, best: NDArray[np.int64] | None = None) -> R
     reasons = {step: {domain: dict(sorted(counts.items())) for domain, counts in by_domain.items()}
                for step, by_domain in rows.reasons.items()}
     examples = {domain: dict(by_reason) for domain, by_reason in rows.examples.items()}
-    return Result(train, heldout, Report(rows.left, reasons, dict(rows.shortened), examples, _histograms(table, cut)))
+    return CutShard(train, heldout, Report(rows.left, reasons, dict(rows.shortened), examples, _histograms(table, cut)))
 
 
-def _language(rows: Rows) -> dict[int, tuple[str, str]]:
+def _language(rows: CutRows) -> dict[int, tuple[str, str]]:
     config = rows.cut.config.language
     codes, shares = rows.table["language"].to_pylist(), rows.table["language_share"].to_pylist()
     found = {}
@@ -264,7 +264,7 @@ def _language(rows: Rows) -> dict[int, tuple[str, str]]:
     return found
 
 
-def _heuristics(rows: Rows) -> tuple[dict[int, tuple[str, str]], dict[int, int]]:
+def _heuristics(rows: CutRows) -> tuple[dict[int, tuple[str, str]], dict[int, int]]:
     """Documents without text, and those that break a rule and have a label the rules apply to, or none."""
     found = {row: ("empty", "no text after normalisation") for row, text in enumerate(rows.texts) if not text.strip()}
     places: dict[int, int] = {}
@@ -293,7 +293,7 @@ def _place(feature: str, text: str) -> int:
     return match.start() if match else 0
 
 
-def _perplexity(rows: Rows) -> dict[int, tuple[str, str]]:
+def _perplexity(rows: CutRows) -> dict[int, tuple[str, str]]:
     config = rows.cut.config.perplexity
     values = rows.table["perplexity"].to_pylist()
     found = {}
@@ -304,14 +304,14 @@ def _perplexity(rows: Rows) -> dict[int, tuple[str, str]]:
     return found
 
 
-def _contaminated(rows: Rows) -> dict[int, tuple[str, str]]:
+def _contaminated(rows: CutRows) -> dict[int, tuple[str, str]]:
     limit, ngram = rows.cut.config.contamination, rows.cut.ngram
     counts, sets = rows.table["contamination"].to_pylist(), rows.table["contaminated_by"].to_pylist()
     return {row: (f"shares {ngram} words in a row with {name}", f"{count} runs of {ngram} words > {limit}")
             for row, (count, name) in enumerate(zip(counts, sets, strict=True)) if (count or 0) > limit}
 
 
-def _without_repeats(rows: Rows) -> dict[int, tuple[str, str]]:
+def _without_repeats(rows: CutRows) -> dict[int, tuple[str, str]]:
     """Take repeated strings out of training text; documents with too little left."""
     found = {}
     for row, spans in enumerate(rows.table["repeats"].to_pylist()):
@@ -328,7 +328,7 @@ def _without_repeats(rows: Rows) -> dict[int, tuple[str, str]]:
     return found
 
 
-def _documents(rows: Rows, chosen: Bool) -> pa.Table:
+def _documents(rows: CutRows, chosen: Bool) -> pa.Table:
     """The columns of the curated Parquet that both splits have."""
     table = rows.table.select(["source", "path", "domain", "license"]).filter(pa.array(chosen))
     texts = [rows.texts[row] for row in np.flatnonzero(chosen)]

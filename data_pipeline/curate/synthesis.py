@@ -317,7 +317,7 @@ def annotate(
     for step in (Normalise(), Mask(config.mask), Language(), Features()):
         table, written = step.apply(table), step.apply(written)
     deduplicate, decontaminate = Deduplicate(config.minhash, seed), Decontaminate(config.decontamination, strings)
-    jobs = [Survey(shard, number, scratch, deduplicate, decontaminate) for number, shard in enumerate(shards)]
+    jobs = [CorpusShard(shard, number, scratch, deduplicate, decontaminate) for number, shard in enumerate(shards)]
     missing = [job for job in jobs if not all(job.target(step).exists() for step in job.steps)]
     for _ in pool.all(_survey_shard, missing, lambda job: f"survey of {job.shard.name}"):
         pass
@@ -326,7 +326,7 @@ def annotate(
     return with_column(_decided(decontaminate, table, jobs, pool), "duplicate", reasons)
 
 
-class Survey(NamedTuple):
+class CorpusShard(NamedTuple):
     """One shard of the corpus, to be noted down for the synthetic documents' sake."""
 
     shard: Path
@@ -345,7 +345,7 @@ class Survey(NamedTuple):
         return Surveys(self.scratch, f"earlier-{step.name}", self.number + 1).file(self.number)
 
 
-def _survey_shard(job: Survey) -> None:
+def _survey_shard(job: CorpusShard) -> None:
     """In a worker. Of two copies a held-out one stays: that is what the corpus is to the synthetic documents."""
     table = pq.read_table(job.shard, schema=SCHEMA).combine_chunks()
     write_arrays(job.decontaminate.survey(table), job.target(job.decontaminate))
@@ -353,7 +353,7 @@ def _survey_shard(job: Survey) -> None:
     write_arrays(job.deduplicate.survey(earlier), job.target(job.deduplicate))
 
 
-def _decided(step: GlobalStep, table: pa.Table, jobs: Sequence[Survey], pool: Workers) -> pa.Table:
+def _decided(step: GlobalStep, table: pa.Table, jobs: Sequence[CorpusShard], pool: Workers) -> pa.Table:
     """`table` as the shard after all others."""
     scratch = jobs[0].scratch
     surveys = Surveys(scratch, f"earlier-{step.name}", len(jobs) + 1)

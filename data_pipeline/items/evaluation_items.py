@@ -99,7 +99,7 @@ class EvaluationItems:
 
 
 @dataclass(frozen=True)
-class Document:
+class HeldOutDocument:
     """A held-out document that items are made of."""
 
     id: str
@@ -128,10 +128,10 @@ def build(
     Raises DataError where a domain or task gets no item at all, or a recall item cannot fit the context.
     """
     ngram, heldout = manifest(curated, "decontamination_ngram", "heldout")
-    documents = [Document(**row) for batch in _batches(curated, "heldout", ["id", "domain", "text"])
+    documents = [HeldOutDocument(**row) for batch in _batches(curated, "heldout", ["id", "domain", "text"])
                  for row in batch.to_pylist()]
     by_domain = {domain: [document for document in documents if document.domain == domain] for domain in heldout}
-    wanted, costs = OVERSUPPLY * items_per_task, Costs(encode)
+    wanted, costs = OVERSUPPLY * items_per_task, TextCosts(encode)
     domain_bytes = 1000 * bits_per_byte_kilobytes
     texts = {
         domain: _texts(members, domain_bytes, random.Random(f"{seed}:texts:{domain}"))
@@ -214,7 +214,7 @@ def _seen_in_training(texts: Sequence[str], curated: Path, n: int) -> list[str]:
 # --- bits per byte ------------------------------------------------------------------------------------------------
 
 
-def _texts(documents: list[Document], domain_bytes: int, rng: random.Random) -> list[TextItem]:
+def _texts(documents: list[HeldOutDocument], domain_bytes: int, rng: random.Random) -> list[TextItem]:
     """Whole documents, or their first lines up to a twelfth of the domain's bytes."""
     longest = min(16_384, max(512, domain_bytes // DOCUMENTS_PER_DOMAIN))
     items = []
@@ -250,7 +250,7 @@ def _up_to_bytes(items: list[TextItem], size: int) -> list[TextItem]:
 
 
 def _syntax_pairs(
-    documents: list[Document], wanted: int, context_size: int, costs: Costs, rng: random.Random
+    documents: list[HeldOutDocument], wanted: int, context_size: int, costs: TextCosts, rng: random.Random
 ) -> list[ChoiceItem]:
     """A true line and the same line with a fault, after the lines before it.
 
@@ -332,7 +332,7 @@ def _recall(wanted: int, pairs: int, context_tokens: int, rng: random.Random) ->
 
 
 def _context_tasks(
-    documents: list[Document], length: int, count_tokens: CountTokens, seed: str
+    documents: list[HeldOutDocument], length: int, count_tokens: CountTokens, seed: str
 ) -> list[tuple[str, Iterator[Asked]]]:
     """The tasks of `context_items` at `length` tokens."""
     texts = [document.text for document in documents]
@@ -367,7 +367,7 @@ def lzma_size(data: bytes) -> int:
 COMPRESSORS = (deflate_size, lzma_size)
 
 
-class Costs:
+class TextCosts:
     """What a text costs without any training of a model: bytes by either compressor, and tokens."""
 
     def __init__(self, encode: Encode):
@@ -400,7 +400,7 @@ def control(items: EvaluationItems, window_bytes: int, encode: Encode) -> dict[s
     A compressor's `bits_per_byte(_DOMAIN)_compressor`; `TASK_accuracy_control`, the best of the compressors and of
     taking the fewest tokens; a guess's `TASK_accuracy_chance`.
     """
-    sizes = Costs(encode).measures
+    sizes = TextCosts(encode).measures
     metrics: dict[str, float] = {}
     bits, size = 0, 0
     for domain, documents in items.texts.items():

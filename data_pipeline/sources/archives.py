@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from lzma import LZMAError
 from typing import IO, NamedTuple, Self
 
-from data_pipeline.sources.streams import CHUNK, Damage, Joined
+from data_pipeline.sources.streams import CHUNK, Gap, Joined
 
 TAR_ERRORS = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, struct.error)
 ZIP_ERRORS = (zipfile.BadZipFile, NotImplementedError, zlib.error, LZMAError, OSError, EOFError, ValueError,
@@ -22,10 +22,10 @@ class Member(NamedTuple):
     """An entry of an archive."""
 
     name: str
-    data: Iterator[bytes | Damage] | None       # None for what is no file: a link, a device
+    data: Iterator[bytes | Gap] | None       # None for what is no file: a link, a device
 
 
-def tar_members(data: Iterator[bytes | Damage]) -> Iterator[Member | Damage]:
+def tar_members(data: Iterator[bytes | Gap]) -> Iterator[Member | Gap]:
     """The members of a tar stream, each to be read before the next; after a damaged header from the next whole one."""
     stream, state = Joined(data), {"damaged": False, "ended": False}
 
@@ -45,7 +45,7 @@ def tar_members(data: Iterator[bytes | Damage]) -> Iterator[Member | Damage]:
         with tarfile.open(fileobj=stream, mode="r|", tarinfo=Header, ignore_zeros=True) as archive:
             while info := archive.next():
                 if state["damaged"]:
-                    yield Damage("damaged tar")
+                    yield Gap("damaged tar")
                 state["damaged"] = False
                 archive.members.clear()         # type: ignore[attr-defined]  # which it keeps, of all there are
                 if not info.isdir():
@@ -56,40 +56,40 @@ def tar_members(data: Iterator[bytes | Damage]) -> Iterator[Member | Damage]:
     if stream.damage is not None:
         yield stream.damage
     elif state["damaged"] or not state["ended"]:
-        yield Damage("damaged tar" if state["damaged"] else "truncated tar")
+        yield Gap("damaged tar" if state["damaged"] else "truncated tar")
 
 
-def zip_members(file: IO[bytes]) -> Iterator[Member | Damage]:
+def zip_members(file: IO[bytes]) -> Iterator[Member | Gap]:
     """The members of a ZIP file, as its directory lists them."""
     try:
         archive = zipfile.ZipFile(file)
     except ZIP_ERRORS:
-        yield Damage("damaged zip")
+        yield Gap("damaged zip")
         return
     if not archive.infolist() and archive.start_dir:        # nothing listed, and bytes before the list
-        yield Damage("damaged zip")
+        yield Gap("damaged zip")
     for info in archive.infolist():
         if not info.filename.endswith("/"):             # as info.is_dir() asks, which a damaged, empty name breaks
             is_link = stat.S_ISLNK(info.external_attr >> 16)        # whose bytes are the name of a file
             yield Member(info.filename, None if is_link else _zip_blocks(archive, info))
 
 
-def _zip_blocks(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[bytes | Damage]:
+def _zip_blocks(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[bytes | Gap]:
     if info.flag_bits & 1:
-        yield Damage("encrypted zip")
+        yield Gap("encrypted zip")
         return
     try:
         with archive.open(info) as file:
             yield from _blocks(file, "zip", ZIP_ERRORS)
     except NotImplementedError:
-        yield Damage("packing that is not read")
+        yield Gap("packing that is not read")
     except ZIP_ERRORS:
-        yield Damage("damaged zip")
+        yield Gap("damaged zip")
 
 
-def _blocks(file: IO[bytes], kind: str, errors: tuple[type[Exception], ...]) -> Iterator[bytes | Damage]:
+def _blocks(file: IO[bytes], kind: str, errors: tuple[type[Exception], ...]) -> Iterator[bytes | Gap]:
     try:
         while block := file.read(CHUNK):
             yield block
     except errors:
-        yield Damage(f"damaged {kind}")
+        yield Gap(f"damaged {kind}")

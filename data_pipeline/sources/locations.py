@@ -16,7 +16,7 @@ from fsspec.utils import glob_translate
 from data_pipeline.config import DataError
 from data_pipeline.sources.kinds import How, Kind, endings, suffix
 from data_pipeline.sources.piece import PassedOver
-from data_pipeline.sources.streams import Damage, chunks, is_url, shown
+from data_pipeline.sources.streams import Gap, chunks, is_url, shown
 
 COMMON_CRAWL = "https://data.commoncrawl.org/"
 CRAWLS = ("crawl-data/", "cc-index/", "contrib/")       # at the root of Common Crawl's address
@@ -166,7 +166,7 @@ def matches(pattern: str) -> Callable[[str], bool]:
 def _listed(path: str) -> Iterator[str]:
     """The lines of a listing as files and addresses. Raises DataError for one that is damaged or leads nowhere."""
     parts = list(chunks(path))
-    if damage := [part.reason for part in parts if isinstance(part, Damage)]:
+    if damage := [part.reason for part in parts if isinstance(part, Gap)]:
         raise DataError(f"annotate.sources: {shown(path)}: {damage[0]}.\n"
                         "A list of files must be whole: fetch it again.")
     text = os.fsdecode(b"".join(part for part in parts if isinstance(part, bytes)).removeprefix(b"\xef\xbb\xbf"))

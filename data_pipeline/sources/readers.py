@@ -27,7 +27,7 @@ from data_pipeline.sources.piece import Item, PassedOver, Refusal, checked
 from data_pipeline.sources.streams import (
     CHUNK,
     SLICE,
-    Damage,
+    Gap,
     Joined,
     chunks,
     decode,
@@ -94,7 +94,7 @@ class Stream(NamedTuple):
     """Bytes to read documents from."""
 
     name: str                           # as shown; a member's after its archive's and a slash
-    data: Iterator[bytes | Damage]      # unpacked
+    data: Iterator[bytes | Gap]      # unpacked
     source: FilesSource
     kinds: frozenset[Kind] | None       # that are read; None stands for all
     part: Part | None                   # None for a member of an archive
@@ -189,7 +189,7 @@ def _zip(stream: Stream) -> Iterator[Item]:
         yield stream.refused(str(damage))
 
 
-def _members(members: Iterator[Member | Damage], stream: Stream) -> Iterator[Item]:
+def _members(members: Iterator[Member | Gap], stream: Stream) -> Iterator[Item]:
     """Documents of the files in an archive. As in a directory, hidden ones are passed over."""
     if stream.depth == DEEPEST:
         yield stream.refused(f"more than {DEEPEST} archives within each other")
@@ -199,7 +199,7 @@ def _members(members: Iterator[Member | Damage], stream: Stream) -> Iterator[Ite
         yield stream.refused("empty")
         return
     for member in chain([first], members):
-        if isinstance(member, Damage):
+        if isinstance(member, Gap):
             yield stream.refused(member.reason)
             continue
         name = f"{stream.name}/{shown(member.name)}"
@@ -218,7 +218,7 @@ def _whole(stream: Stream) -> Iterator[IO[bytes]]:
     """A stream as a file that can be read at any place. Raises _Damaged."""
     with tempfile.SpooledTemporaryFile(IN_MEMORY) as file:
         for item in stream.data:
-            if isinstance(item, Damage):
+            if isinstance(item, Gap):
                 raise _Damaged(item.reason)
             file.write(item)
         file.seek(0)
@@ -295,7 +295,7 @@ def _entries(stream: Stream) -> Iterator[Entry | Refusal]:
         line = line.removeprefix(BYTE_ORDER_MARK) if offset == 0 and isinstance(line, bytes) else line
         if isinstance(line, bytes) and not line.strip():
             continue
-        record = line.reason if isinstance(line, Damage) else _parse(line)
+        record = line.reason if isinstance(line, Gap) else _parse(line)
         place = f"byte {offset}"
         yield stream.refused(record, place) if isinstance(record, str) else (place, record)
 
@@ -309,7 +309,7 @@ def _values(stream: Stream) -> Iterator[Entry | Refusal]:
     held, size, wanted = [""], 0, 0             # characters; a value that goes on is tried again at twice the size
     number, depth, is_object, is_lost = 0, 0, True, False
     for item in chain(stream.data, [None]):
-        if isinstance(item, Damage):
+        if isinstance(item, Gap):
             yield stream.refused(item.reason)
             continue
         held.append(decoder.decode(item or b"", final=item is None))
@@ -367,7 +367,7 @@ def _value(text: str, start: int, is_last: bool) -> tuple[Any, int] | str | None
     return (value, end) if is_last or end < len(text) else None
 
 
-def split_lines(data: Iterable[bytes | Damage], offset: int) -> Iterator[tuple[int, bytes | Damage]]:
+def split_lines(data: Iterable[bytes | Gap], offset: int) -> Iterator[tuple[int, bytes | Gap]]:
     """Lines without their ends, each with the offset of its first byte; a line cut by damage is left out.
 
     One longer than LARGEST_RECORD is given as damage.
@@ -375,7 +375,7 @@ def split_lines(data: Iterable[bytes | Damage], offset: int) -> Iterator[tuple[i
     begun: list[bytes] = []
     size = 0
     for chunk in data:
-        if isinstance(chunk, Damage):
+        if isinstance(chunk, Gap):
             offset += size
             begun, size = [], 0
             yield offset, chunk
@@ -383,7 +383,7 @@ def split_lines(data: Iterable[bytes | Damage], offset: int) -> Iterator[tuple[i
         *whole, rest = chunk.split(b"\n")
         for end in whole:
             size += len(end)
-            yield offset, b"".join([*begun, end]) if size <= LARGEST_RECORD else Damage("too large")
+            yield offset, b"".join([*begun, end]) if size <= LARGEST_RECORD else Gap("too large")
             offset += size + 1
             begun, size = [], 0
         size += len(rest)
@@ -392,7 +392,7 @@ def split_lines(data: Iterable[bytes | Damage], offset: int) -> Iterator[tuple[i
         else:
             begun.clear()
     if size:
-        yield offset, b"".join(begun) if size <= LARGEST_RECORD else Damage("too large")
+        yield offset, b"".join(begun) if size <= LARGEST_RECORD else Gap("too large")
 
 
 def _parse(line: bytes) -> dict[str, Any] | str:
@@ -482,7 +482,7 @@ def _bytes(stream: Stream) -> Generator[Refusal, None, bytes | None]:
     data: list[bytes] = []
     size = 0
     for chunk in stream.data:
-        if isinstance(chunk, Damage):
+        if isinstance(chunk, Gap):
             yield stream.refused(chunk.reason)
             continue
         data.append(chunk)
@@ -513,10 +513,10 @@ def _page(stream: Stream) -> Iterator[Item]:
     data = yield from _bytes(stream)
     if data is None:
         return
-    text = page(data, None, stream.source.extractor) if data.strip() else Damage("empty")
+    text = page(data, None, stream.source.extractor) if data.strip() else Gap("empty")
     if isinstance(text, str) and not text.strip():
         text = NO_TEXT
-    yield stream.refused(text.reason) if isinstance(text, Damage) else stream.checked(text, "")
+    yield stream.refused(text.reason) if isinstance(text, Gap) else stream.checked(text, "")
 
 
 def _parquet(stream: Stream) -> Iterator[Item]:
@@ -588,8 +588,8 @@ def _all_values(text: str) -> Iterator[Any]:
         yield value
 
 
-def _undamaged(item: bytes | Damage) -> bytes:
-    if isinstance(item, Damage):
+def _undamaged(item: bytes | Gap) -> bytes:
+    if isinstance(item, Gap):
         raise ValueError(item.reason)
     return item
 

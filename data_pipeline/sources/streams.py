@@ -63,7 +63,7 @@ codecs.register_error(UNREADABLE, lambda error: ("\udc80", error.end))      # ty
 URL_SIGNS = "!#$%&'()*+,/:;=?@[]~"      # that stand in an address as they are
 
 
-class Damage(NamedTuple):
+class Gap(NamedTuple):
     """A place where bytes are missing: what comes next does not continue what came before."""
 
     reason: str
@@ -87,7 +87,7 @@ def shown(location: str) -> str:
     return os.fsencode(location).decode(errors="backslashreplace")
 
 
-def chunks(location: str, start: int = 0) -> Iterator[bytes | Damage]:
+def chunks(location: str, start: int = 0) -> Iterator[bytes | Gap]:
     """The bytes of a file or an address, unpacked, from byte `start` of a plain file.
 
     Raises DataError for what cannot be opened or goes on failing.
@@ -108,13 +108,13 @@ def look(file: str, size: int = HEAD) -> tuple[bytes, bool]:
         return peeked(unpacked(raw, file), size)[0], True
 
 
-def peeked(data: Iterator[bytes | Damage], size: int = HEAD) -> tuple[bytes, Iterator[bytes | Damage]]:
+def peeked(data: Iterator[bytes | Gap], size: int = HEAD) -> tuple[bytes, Iterator[bytes | Gap]]:
     """The first `size` bytes, as far as they are undamaged, and all of the data."""
-    taken: list[bytes | Damage] = []
+    taken: list[bytes | Gap] = []
     head = b""
     for item in data:
         taken.append(item)
-        if isinstance(item, Damage):
+        if isinstance(item, Gap):
             break
         head += item
         if len(head) >= size:
@@ -122,7 +122,7 @@ def peeked(data: Iterator[bytes | Damage], size: int = HEAD) -> tuple[bytes, Ite
     return head[:size], chain(taken, data)
 
 
-def unpacked(raw: io.BufferedReader, name: str) -> Iterator[bytes | Damage]:
+def unpacked(raw: io.BufferedReader, name: str) -> Iterator[bytes | Gap]:
     """What a stream holds, unpacked as often as it is packed."""
     packing = _packing(raw, name)
     if packing is None:
@@ -135,7 +135,7 @@ def unpacked(raw: io.BufferedReader, name: str) -> Iterator[bytes | Damage]:
     yield from unpacked_again(data, "")
 
 
-def unpacked_again(data: Iterator[bytes | Damage], name: str) -> Iterator[bytes | Damage]:
+def unpacked_again(data: Iterator[bytes | Gap], name: str) -> Iterator[bytes | Gap]:
     """Data that may be packed itself, up to its first damage: what comes after it cannot be unpacked."""
     stream = Joined(data)
     yield from unpacked(io.BufferedReader(stream), name)
@@ -162,10 +162,10 @@ def _plain(raw: io.BufferedReader) -> Iterator[bytes]:
 class Joined(io.RawIOBase):
     """Data as a file to read, up to the first damage, which is kept."""
 
-    def __init__(self, data: Iterator[bytes | Damage]) -> None:
+    def __init__(self, data: Iterator[bytes | Gap]) -> None:
         self._data = data
         self._rest = memoryview(b"")
-        self.damage: Damage | None = None
+        self.damage: Gap | None = None
 
     def readable(self) -> bool:
         return True
@@ -175,7 +175,7 @@ class Joined(io.RawIOBase):
             item = next(self._data, None)
             if item is None:
                 return 0
-            if isinstance(item, Damage):
+            if isinstance(item, Gap):
                 self.damage = item
             else:
                 self._rest = memoryview(item)
@@ -198,7 +198,7 @@ def _open(location: str, buffer: int = CHUNK) -> io.BufferedReader:
         ) from error
 
 
-def _gunzip(raw: io.BufferedReader, _: str) -> Iterator[bytes | Damage]:
+def _gunzip(raw: io.BufferedReader, _: str) -> Iterator[bytes | Gap]:
     """Members one after another; after damage, from the next one on."""
     data, decoder, lost = b"", None, False
     while block := raw.read(SLICE):
@@ -208,7 +208,7 @@ def _gunzip(raw: io.BufferedReader, _: str) -> Iterator[bytes | Damage]:
                 data = data.lstrip(b"\0")       # some writers pad with zeros
                 if data and not data.startswith(GZIP):
                     if not lost:
-                        yield Damage("damaged gzip")
+                        yield Gap("damaged gzip")
                         lost = True
                     member = GZIP_MEMBER.search(data)
                     data = data[member.start() :] if member else data[1 - GZIP_HEADER_BYTES :]
@@ -219,7 +219,7 @@ def _gunzip(raw: io.BufferedReader, _: str) -> Iterator[bytes | Damage]:
                 out = decoder.decompress(data, CHUNK)
             except zlib.error:
                 if not lost:
-                    yield Damage("damaged gzip")
+                    yield Gap("damaged gzip")
                 data, decoder, lost = data[1:], None, True
                 continue
             if out:
@@ -229,12 +229,12 @@ def _gunzip(raw: io.BufferedReader, _: str) -> Iterator[bytes | Damage]:
     if decoder is not None:
         yield decoder.flush()
         if not decoder.eof:
-            yield Damage("truncated gzip")
+            yield Gap("truncated gzip")
     elif data.strip(b"\0") and not lost:
-        yield Damage("damaged gzip")
+        yield Gap("damaged gzip")
 
 
-def _unxz(raw: io.BufferedReader, _: str) -> Iterator[bytes | Damage]:
+def _unxz(raw: io.BufferedReader, _: str) -> Iterator[bytes | Gap]:
     """Streams one after another; what follows damage is lost."""
     decoder = None
     while block := raw.read(SLICE):
@@ -247,21 +247,21 @@ def _unxz(raw: io.BufferedReader, _: str) -> Iterator[bytes | Damage]:
             try:
                 out = decoder.decompress(block, CHUNK)
             except lzma.LZMAError:
-                yield Damage("damaged xz")
+                yield Gap("damaged xz")
                 return
             if out:
                 yield out
             block, decoder = (decoder.unused_data, None) if decoder.eof else (b"", decoder)
     if decoder is not None:
-        yield Damage("truncated xz")
+        yield Gap("truncated xz")
 
 
-def _unarrow(raw: io.BufferedReader, packing: str) -> Iterator[bytes | Damage]:
+def _unarrow(raw: io.BufferedReader, packing: str) -> Iterator[bytes | Gap]:
     """Frames or streams one after another, as Arrow unpacks them; what follows damage is lost, and up to a PAGE of what
     stands before it, for the read that meets it gives nothing."""
     stream = pa.CompressedInputStream(pa.PythonFile(raw, "r"), packing)
     pages: list[bytes] = []
-    damage: Damage | None = None
+    damage: Gap | None = None
     try:
         while page := stream.read(PAGE):
             pages.append(page)
@@ -270,16 +270,16 @@ def _unarrow(raw: io.BufferedReader, packing: str) -> Iterator[bytes | Damage]:
                 pages.clear()
     except OSError as error:
         if "ictionary" in str(error):
-            damage = Damage("zstd with a dictionary, which is not read")
+            damage = Gap("zstd with a dictionary, which is not read")
         else:
-            damage = Damage(f"{'truncated' if 'runcated' in str(error) else 'damaged'} {packing}")
+            damage = Gap(f"{'truncated' if 'runcated' in str(error) else 'damaged'} {packing}")
     if pages:
         yield b"".join(pages)
     if damage:
         yield damage
 
 
-UNPACK: dict[str, Callable[[io.BufferedReader, str], Iterator[bytes | Damage]]] = {
+UNPACK: dict[str, Callable[[io.BufferedReader, str], Iterator[bytes | Gap]]] = {
     "gzip": _gunzip, "xz": _unxz, "bz2": _unarrow, "zstd": _unarrow, "lz4": _unarrow,
 }
 
@@ -417,7 +417,7 @@ def wide_encoding(data: bytes) -> str | None:
     return None
 
 
-def in_utf8(data: Iterator[bytes | Damage]) -> Iterator[bytes | Damage]:
+def in_utf8(data: Iterator[bytes | Gap]) -> Iterator[bytes | Gap]:
     """Data as it is, or written anew in UTF-8 where a byte-order mark says that it is UTF-16 or UTF-32.
 
     What cannot be decoded becomes bytes that are not UTF-8 either, so that it is seen where it stands.
@@ -429,5 +429,5 @@ def in_utf8(data: Iterator[bytes | Damage]) -> Iterator[bytes | Damage]:
         return
     decoder = codecs.getincrementaldecoder(encoding)(UNREADABLE)
     for item in data:
-        yield item if isinstance(item, Damage) else decoder.decode(item).encode(errors="surrogatepass")
+        yield item if isinstance(item, Gap) else decoder.decode(item).encode(errors="surrogatepass")
     yield decoder.decode(b"", final=True).encode(errors="surrogatepass")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.config import DataError, ExecutorConfig
-from data_pipeline.workers.executor import ONE_THREAD, Answer, Backend, Function, call
+from data_pipeline.workers.executor import ONE_THREAD, Backend, CallResult, Function, call
 
 SECONDS_BETWEEN_LOOKS = 0.2     # at Slurm jobs and Dask's workers
 # Seconds a Dask worker is left alone at first: killed before its nanny heard that it runs, it has no successor.
@@ -57,7 +57,7 @@ class Dask(Backend):
     def start(self, calls: list[tuple[int, Function, Any]]) -> None:
         self.waiting += calls
 
-    def finished(self, seconds: float) -> list[tuple[int, Answer]]:
+    def finished(self, seconds: float) -> list[tuple[int, CallResult]]:
         started = time.monotonic()
         while time.monotonic() - started < seconds:
             self._place()
@@ -127,7 +127,7 @@ class Ray(Backend):
             self.futures[number] = self.call.remote(function, item).future()
             self.futures[number].add_done_callback(lambda _, number=number: self.done.put(number))
 
-    def finished(self, seconds: float) -> list[tuple[int, Answer]]:
+    def finished(self, seconds: float) -> list[tuple[int, CallResult]]:
         with suppress(queue.Empty):
             number = self.done.get(timeout=seconds)
             return [(number, _answer_of(self.futures.pop(number)))]
@@ -165,7 +165,7 @@ class Slurm(Backend):
             jobs = [self.executor.submit(call, function, item) for _, function, item in calls]
         self.jobs |= {number: job for (number, _, _), job in zip(calls, jobs, strict=True)}
 
-    def finished(self, seconds: float) -> list[tuple[int, Answer]]:
+    def finished(self, seconds: float) -> list[tuple[int, CallResult]]:
         started = time.monotonic()
         while not (done := [number for number, job in self.jobs.items() if job.done()]):
             if time.monotonic() - started > seconds:
@@ -173,7 +173,7 @@ class Slurm(Backend):
             time.sleep(SECONDS_BETWEEN_LOOKS)
         return [(number, self._answer(self.jobs.pop(number))) for number in done]
 
-    def _answer(self, job: Any) -> Answer:
+    def _answer(self, job: Any) -> CallResult:
         error = job.exception()
         return _lost(error) if error else job.result()
 
@@ -182,19 +182,19 @@ class Slurm(Backend):
             job.cancel()
 
 
-def _answer_of(future: Any) -> Answer:
+def _answer_of(future: Any) -> CallResult:
     """What a call that has ended gave; the worker that holds it may still die before it is fetched."""
     try:
-        answer: Answer = future.result()
+        answer: CallResult = future.result()
     except Exception as error:
         return _lost(error)
     return answer
 
 
-def _lost(error: BaseException) -> Answer:
+def _lost(error: BaseException) -> CallResult:
     """`call` raises nothing: what a scheduler reports is a worker's death, or a worker that cannot import the code."""
     if type(error).__name__ in ("KilledWorker", "WorkerCrashedError", "OutOfMemoryError", "UncompletedJobError",
                                 "NodeDiedError", "ActorDiedError"):
-        return Answer(killed=True)
+        return CallResult(killed=True)
     said = " ".join(f"{type(error).__name__}: {error}".split())
-    return Answer(error=f"{said[:400]}\nInstall this project at the same path on every worker, or use `local`.")
+    return CallResult(error=f"{said[:400]}\nInstall this project at the same path on every worker, or use `local`.")

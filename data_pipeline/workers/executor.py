@@ -33,7 +33,7 @@ AHEAD = 4                   # times the slots: items done before their turn, at 
 ONE_THREAD = dict.fromkeys(("POLARS_MAX_THREADS", "OMP_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
 
 
-class Answer(NamedTuple):
+class CallResult(NamedTuple):
     """What became of a call: `killed`, or `error` (with the traceback where it is nobody's mistake), or the result."""
 
     result: Any = None
@@ -50,17 +50,17 @@ class Outcome(NamedTuple, Generic[Item, Result]):
     error: str | None       # two lines
 
 
-def call(function: Function, item: Any) -> Answer:
+def call(function: Function, item: Any) -> CallResult:
     """function(item) in a worker; an exception becomes text, so that it need not be pickled."""
     try:
-        return Answer(function(item))
+        return CallResult(function(item))
     except DataError as error:
-        return Answer(error=str(error))
+        return CallResult(error=str(error))
     except OSError as error:
-        return Answer(error=f"{error}\nMend that and run the same command again; finished shards are kept.")
+        return CallResult(error=f"{error}\nMend that and run the same command again; finished shards are kept.")
     except Exception as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())
-        return Answer(error=f"{said}\nFinished shards are kept; the traceback is above.",
+        return CallResult(error=f"{said}\nFinished shards are kept; the traceback is above.",
                       traceback=traceback.format_exc())
 
 
@@ -79,7 +79,7 @@ class Backend(ABC):
         """Hand over calls: number, function, item."""
 
     @abstractmethod
-    def finished(self, seconds: float) -> list[tuple[int, Answer]]:
+    def finished(self, seconds: float) -> list[tuple[int, CallResult]]:
         """The numbers and answers of calls that have ended, as soon as there are some; none after `seconds`."""
 
     @abstractmethod
@@ -108,7 +108,7 @@ class Workers:
         waiting = iter(items)
         started: dict[int, Item] = {}           # and not yet given back
         attempts: Counter[int] = Counter()
-        answers: dict[int, Answer] = {}
+        answers: dict[int, CallResult] = {}
         again: list[int] = []                   # killed, to be started anew
         while True:
             free = min(self.backend.slots - len(self.under_way) - len(again), AHEAD * self.backend.slots - len(started))
@@ -159,7 +159,7 @@ def refuse(failures: list[tuple[str, str]]) -> None:
         raise DataError(f"{name}: {error}")
 
 
-def _final(answer: Answer, name: str, attempt: int) -> Answer:
+def _final(answer: CallResult, name: str, attempt: int) -> CallResult:
     """`answer`, or what is made of the last of several deaths; says what a person watching should know."""
     if answer.traceback:
         print(answer.traceback, file=sys.stderr, flush=True)
@@ -169,7 +169,7 @@ def _final(answer: Answer, name: str, attempt: int) -> Answer:
         print(f"{name}: its worker was killed; trying again ({attempt + 1} of {ATTEMPTS}).", file=sys.stderr,
               flush=True)
         return answer
-    return Answer(error=f"its worker was killed {ATTEMPTS} times, most likely for want of memory.\n"
+    return CallResult(error=f"its worker was killed {ATTEMPTS} times, most likely for want of memory.\n"
                         "Lower annotate.shard_megabytes or runtime.workers in params.yaml and run the same command "
                         "again.")
 
@@ -201,12 +201,12 @@ class InProcess(Backend):
     slots = 1
 
     def __init__(self) -> None:
-        self.answers: list[tuple[int, Answer]] = []
+        self.answers: list[tuple[int, CallResult]] = []
 
     def start(self, calls: list[tuple[int, Function, Any]]) -> None:
         self.answers += [(number, call(function, item)) for number, function, item in calls]
 
-    def finished(self, seconds: float) -> list[tuple[int, Answer]]:
+    def finished(self, seconds: float) -> list[tuple[int, CallResult]]:
         done, self.answers = self.answers, []
         return done
 
@@ -242,7 +242,7 @@ class Processes(Backend):
         pids = ", ".join(str(process.pid) for _, process in self.busy.values())
         return f"They are with processes {pids}: `kill -9` one that hangs, and its item is tried again."
 
-    def finished(self, seconds: float) -> list[tuple[int, Answer]]:
+    def finished(self, seconds: float) -> list[tuple[int, CallResult]]:
         done = []
         for pipe in wait(list(self.busy), seconds):
             assert isinstance(pipe, Connection)
@@ -252,7 +252,7 @@ class Processes(Backend):
                 self.idle.append((process, pipe))
             except (EOFError, OSError):
                 process.join()
-                done.append((number, Answer(killed=True)))
+                done.append((number, CallResult(killed=True)))
         return done
 
     def close(self) -> None:

@@ -19,14 +19,14 @@ LARGEST = torch.finfo(torch.float8_e4m3fn).max
 LEAST_SCALE = torch.finfo(torch.float32).tiny       # a smaller one may be 0, and 0 / 0 is no number
 
 
-class Rows(NamedTuple):
+class RowScaled(NamedTuple):
     """A matrix in FP8 with a scale a row."""
 
     values: Tensor              # (rows, columns) float8_e4m3fn
     scales: Tensor              # (rows, 1) float32: the tensor is about values * scales
 
 
-def quantize_rows(x: Tensor) -> Rows:
+def quantize_rows(x: Tensor) -> RowScaled:
     """x (rows, columns) rounded to E4M3, each row scaled so that its largest value is the format's; a row that is not
     finite has a scale that is not.
 
@@ -36,17 +36,17 @@ def quantize_rows(x: Tensor) -> Rows:
         from kernels.fp8_linear import triton as fp8_linear_triton
 
         if fp8_linear_triton.supports(x):
-            return Rows(*fp8_linear_triton.quantize_rows(x))
+            return RowScaled(*fp8_linear_triton.quantize_rows(x))
         warn_of_slowness("quantize_rows", fp8_linear_triton.TAKES, x.dtype,
                          f"columns side by side: {not x.stride(1) > 1}")
     largest = x.abs().amax(1, keepdim=True).float()
     scales = torch.where(largest == 0, 1.0, (largest / LARGEST).clamp_min(LEAST_SCALE))
     values = (x.float() / scales).clamp_(-LARGEST, LARGEST)
-    return Rows(values.to(torch.float8_e4m3fn), scales)
+    return RowScaled(values.to(torch.float8_e4m3fn), scales)
 
 
 @outside_autocast
-def fp8_linear(x: Tensor, weight: Rows) -> Tensor:
+def fp8_linear(x: Tensor, weight: RowScaled) -> Tensor:
     """x W^T of the rounded x and W; products are summed in float32.
 
     On a GPU by FP8 tensor cores; elsewhere the same values are multiplied in float32.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.forward_kl import row_sums
-from model.compression.layerwise import Layerwise, Mask
+from model.compression.layerwise import Kept, Layerwise
 from model.config import ModelError
 
 ROWS = {"cpu": 256, "cuda": 8192}       # tokens whose distributions are in float32 at one time
@@ -34,7 +34,7 @@ class Closeness(NamedTuple):
 
 @torch.no_grad()
 def compare(
-    parent: Layerwise, models: Mapping[str, Mask | Layerwise], sequences: Tensor, batch_size: int,
+    parent: Layerwise, models: Mapping[str, Kept | Layerwise], sequences: Tensor, batch_size: int,
     progress: Callable[..., None],
 ) -> dict[str, Closeness]:
     """Closeness of every model to the parent, whose distributions are computed once a batch.
@@ -113,7 +113,7 @@ def _quarters(length: int) -> tuple[int, int]:
 
 @torch.no_grad()
 def task_accuracy(
-    parent: Layerwise, models: Mapping[str, Mask | Layerwise], asked: Tensor, batch_size: int,
+    parent: Layerwise, models: Mapping[str, Kept | Layerwise], asked: Tensor, batch_size: int,
     progress: Callable[..., None],
 ) -> dict[str, float]:
     """Share of items each model answers rightly; a distractor as likely as the truth counts as wrong.

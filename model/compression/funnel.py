@@ -39,7 +39,7 @@ from model.compression.data import Data
 from model.compression.distill import Distilled, School, recipe_of
 from model.compression.importance import layer_importance, mean_ranks, split_half_correlation
 from model.compression.latency import LatencyTable, measure_table, step_seconds
-from model.compression.layerwise import Layerwise, Mask
+from model.compression.layerwise import Kept, Layerwise
 from model.compression.plan import check
 from model.compression.prune import Selection, cut_checkpoint
 from model.compression.resume import ResultCache
@@ -286,9 +286,9 @@ class Funnel:
                   "pipeline stages (runtime.parallel) do not divide their layers.", flush=True)
         return [make_candidate(parent, cell, self.layers, self.widths, config.memory, self.order) for cell in cells]
 
-    def mask(self, selection: Selection) -> Mask:
+    def mask(self, selection: Selection) -> Kept:
         """The parent with only what the selection keeps."""
-        return Mask.of(self.config_of_parent, selection)
+        return Kept.of(self.config_of_parent, selection)
 
     def cut(self, selection: Selection, name: str) -> Path:
         """The checkpoint of the parent cut to the selection, made if it is not there."""
@@ -307,7 +307,7 @@ class Funnel:
         held_out = evenly(data.validation, config.ranking_samples)
         order = sorted(range(len(candidates)), key=lambda index: -candidates[index].importance)
 
-        def close(models: Mapping[int, Mask | Layerwise]) -> dict[int, Closeness]:
+        def close(models: Mapping[int, Kept | Layerwise]) -> dict[int, Closeness]:
             found = compare(self.teacher, {str(index): model for index, model in models.items()}, held_out,
                             config.micro_batch_size, self.progress)
             return {int(name): value for name, value in found.items()}
@@ -388,7 +388,7 @@ class Funnel:
             "seeds": [self.seed + draw for draw in range(self.config.random_draws)],
         }
 
-    def closeness(self, name: str, models: Callable[[], Mapping[str, Mask | Layerwise]]) -> dict[str, Closeness]:
+    def closeness(self, name: str, models: Callable[[], Mapping[str, Kept | Layerwise]]) -> dict[str, Closeness]:
         """How close `models()` come to the parent on all held-out tokens, kept under `name`."""
         return self._closeness_once(name, lambda: compare(
             self.teacher, models(), self.data.validation, self.config.micro_batch_size, self.progress))

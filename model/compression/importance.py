@@ -9,7 +9,7 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from model.compression.layerwise import Layerwise, Mask, Progress
+from model.compression.layerwise import Kept, Layerwise, Progress
 from model.config import ModelError
 
 
@@ -32,7 +32,7 @@ def layer_importance(model: Layerwise, sequences: Tensor, batch_size: int, progr
     """
     check_samples(sequences)
     pattern = model.config.pattern
-    masks = [Mask(frozenset([layer])) for layer in range(len(pattern))]
+    masks = [Kept(frozenset([layer])) for layer in range(len(pattern))]
     scores = torch.zeros(len(pattern), len(sequences), dtype=torch.float64, device=model.device)
     for samples in model.batches(sequences, batch_size):
         rows = samples.to(model.device)

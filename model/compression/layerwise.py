@@ -28,7 +28,7 @@ Progress = Callable[..., None]
 
 
 @dataclass(frozen=True)
-class Mask:
+class Kept:
     """What of a model is kept.
 
     Attributes:
@@ -40,7 +40,7 @@ class Mask:
     neurons: Mapping[int, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, config: ModelConfig, selection: Selection) -> Mask:
+    def of(cls, config: ModelConfig, selection: Selection) -> Kept:
         """The mask that keeps what `selection` keeps of a model of `config`.
 
         Raises:
@@ -124,7 +124,7 @@ class Layerwise(TensorRanks):
         return mine.split(size) if len(mine) else ()
 
     @torch.no_grad()
-    def hidden(self, ids: Tensor, masks: Sequence[Mask] = ()) -> Iterator[Tensor | None]:
+    def hidden(self, ids: Tensor, masks: Sequence[Kept] = ()) -> Iterator[Tensor | None]:
         """Output of the final norm (batch, sequence, hidden) of the whole model, then under each mask.
 
         A masked model runs from its first changed layer on: before it it is the whole one. Every process must exhaust
@@ -155,14 +155,14 @@ class Layerwise(TensorRanks):
                         x = self.layer(index, x)
             yield self._done(x)
 
-    def states(self, models: Mapping[str, Mask | Layerwise], ids: Tensor) -> Iterator[Tensor | None]:
+    def states(self, models: Mapping[str, Kept | Layerwise], ids: Tensor) -> Iterator[Tensor | None]:
         """`hidden` of this model whole, then of `models` in their order: masks on it, itself, or others in its layout.
         """
-        masked = self.hidden(ids, [model for model in models.values() if isinstance(model, Mask)])
+        masked = self.hidden(ids, [model for model in models.values() if isinstance(model, Kept)])
         whole = next(masked)
         yield whole
         for model in models.values():
-            if isinstance(model, Mask):
+            if isinstance(model, Kept):
                 yield next(masked)
             else:
                 yield whole if model is self else next(model.hidden(ids))
@@ -174,7 +174,7 @@ class Layerwise(TensorRanks):
         return None
 
     @contextmanager
-    def _only(self, mask: Mask) -> Iterator[None]:
+    def _only(self, mask: Kept) -> Iterator[None]:
         """A block in which activations of neurons that are not kept are zero."""
         size = self.config.ffn_hidden_size // self.tensor_ranks
         hooks = []

@@ -49,7 +49,7 @@ RANKED_MOVED = 66, 86
 STATE, CHECKPOINT = BF16 + 3 * FP32, BF16
 
 
-class Step(NamedTuple):
+class PlannedStep(NamedTuple):
     """A step's cost.
 
     Attributes:
@@ -118,7 +118,7 @@ def distillation(
 def steps(
     parent: ModelConfig, config: CompressConfig, pretrain: PretrainConfig, layout: Layout, machine: Machine,
     grid: Grid,
-) -> list[Step]:
+) -> list[PlannedStep]:
     """Every step on GPUs under `layout`, whose micro-batch is compression's.
 
     Raises:
@@ -167,8 +167,8 @@ def steps(
     beside = max(held_parameters(grid.student, pretrain, False, layout, stage)[0]
                  for stage in (0, layout.pipeline - 1))
 
-    def step(name: str, seconds: float, memory: float, disk: float = 0.0) -> Step:
-        return Step(name, seconds, layout.processes, memory=memory, disk=disk)
+    def step(name: str, seconds: float, memory: float, disk: float = 0.0) -> PlannedStep:
+        return PlannedStep(name, seconds, layout.processes, memory=memory, disk=disk)
 
     return [
         step("layer importance", turns(config.importance_samples) * importance_passes(

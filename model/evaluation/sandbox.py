@@ -77,14 +77,14 @@ main()
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ProgramOutcome:
     """`passed`: the program came to its last line and ended with status 0; `reason`: why not, in a few words."""
 
     passed: bool
     reason: str
 
 
-def run(program: str, seconds: float = 10.0, memory_bytes: int = 2 * GIBIBYTE) -> Outcome:
+def run(program: str, seconds: float = 10.0, memory_bytes: int = 2 * GIBIBYTE) -> ProgramOutcome:
     """Run a Python program in an empty directory that is removed afterwards, with its output thrown away.
 
     Raises ModelError where no program can be run apart.
@@ -113,11 +113,11 @@ def run(program: str, seconds: float = 10.0, memory_bytes: int = 2 * GIBIBYTE) -
     if ready != "ready":
         raise _refusal(errors)
     if process.returncode == 124:                               # as timeout(1) says it
-        return Outcome(False, f"no end within {seconds:g} s")
+        return ProgramOutcome(False, f"no end within {seconds:g} s")
     if process.returncode:
-        return Outcome(False, f"status {process.returncode}")
+        return ProgramOutcome(False, f"status {process.returncode}")
     ended = proof.startswith(secret)                            # a program that forks says it twice
-    return Outcome(ended, "" if ended else "ended before its last line")
+    return ProgramOutcome(ended, "" if ended else "ended before its last line")
 
 
 def _refusal(why: str) -> ModelError:
@@ -133,7 +133,7 @@ class CodeEval:
 
     def compute(
         self, references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int] = (1,), **_: Any
-    ) -> tuple[dict[str, float], dict[int, list[Outcome]]]:
+    ) -> tuple[dict[str, float], dict[int, list[ProgramOutcome]]]:
         """pass@k, averaged over problems, and every outcome; `references` are the tests."""
         outcomes = {
             number: [run(f"{candidate}\n{test}") for candidate in candidates]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from kernels.fp8_linear import Rows, fp8_linear, quantize_rows
+from kernels.fp8_linear import RowScaled, fp8_linear, quantize_rows
 from model.config import ModelError
 
 MULTIPLE = 16               # of FP8 matrix products' sizes
@@ -28,7 +28,7 @@ class FP8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., inputs) -> (..., outputs) in x's dtype."""
-        return fp8_linear(x, Rows(self.weight, self.scale))
+        return fp8_linear(x, RowScaled(self.weight, self.scale))
 
 
 def quantize_weights(module: nn.Module) -> None:

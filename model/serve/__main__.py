@@ -23,10 +23,10 @@ from model.costs import sequence_bytes
 from model.inference.text import DTYPES, check_directory, check_memory, load_model, read_vocabulary
 from model.serve.engine import Engine, Limits
 from model.serve.loopback import port_number
-from model.serve.server import Served, Server
+from model.serve.server import ServedModel, Server
 
 
-def load(name: str, directory: Path, limits: Limits, dtype: str, device: torch.device) -> Served:
+def load(name: str, directory: Path, limits: Limits, dtype: str, device: torch.device) -> ServedModel:
     """The model of `directory`, ready to serve; a `max_length` of 0 is the length it was trained with.
 
     Raises:
@@ -41,7 +41,7 @@ def load(name: str, directory: Path, limits: Limits, dtype: str, device: torch.d
     caches = {"rows": (limits.rows + 1) * sequence, "kept prompts": limits.prefix_bytes}
     check_memory(f"{name}: {limits.rows} texts of {limits.max_length} tokens", caches, config, limits.max_length,
                  dtype, device, "Take fewer --rows, a smaller --max-length or --prefix-cache-mb, or a smaller --dtype.")
-    return Served(name, Engine(load_model(directory, config, dtype, device), vocabulary, limits), encode)
+    return ServedModel(name, Engine(load_model(directory, config, dtype, device), vocabulary, limits), encode)
 
 
 def chat_encoder(directory: Path) -> Callable[[list[dict[str, str]]], list[int]] | None:

@@ -26,7 +26,7 @@ from model.inference.caches import ModelCaches
 from model.inference.decoder import Decoder
 from model.inference.sampling import Sampling, checked, choose, likeliest
 from model.inference.text import Characters, Vocabulary
-from model.serve.prefix_cache import Piece, PrefixCache
+from model.serve.prefix_cache import CachedPiece, PrefixCache
 
 COUNTED = ("prompt_tokens", "cached_tokens", "generated_tokens", "finished_stop", "finished_length", "cancelled",
            "failed", "refused")
@@ -110,7 +110,7 @@ class Text:
 class Prompt:
     """Of a text that waits: the `pieces` that have been read before, and the ids that are `left`."""
 
-    def __init__(self, text: Text, pieces: list[Piece]):
+    def __init__(self, text: Text, pieces: list[CachedPiece]):
         self.text, self.pieces = text, pieces
         self.start = pieces[-1].end if pieces else 0
         self.left = text.ids[self.start :]
@@ -131,7 +131,7 @@ class Engine:
         self.running: list[Text] = []           # by row
         self.reading: Text | None = None        # in the reader
         self.position = 0                       # tokens of it that have been read
-        self._pieces: list[Piece] = []          # of it, as far as they are kept
+        self._pieces: list[CachedPiece] = []          # of it, as far as they are kept
         self._on_gpu = self.decoder.device.type == "cuda"
         self.closing = False
         self._changed = threading.Condition()

@@ -16,7 +16,7 @@ from torch import Tensor
 Key = tuple[int, tuple[int, ...]]       # number of the piece before, 0 for none; own tokens, compared one by one
 
 
-class Piece(NamedTuple):
+class CachedPiece(NamedTuple):
     """What a model holds after the tokens of a piece: `states` of all tokens up to its `end`, `keys_values` of its own
     tokens, `hidden` (hidden,) of its last token before the last norm."""
 
@@ -41,20 +41,20 @@ class PrefixCache:
 
     def __init__(self, piece_tokens: int, most_bytes: int):
         self.piece_tokens, self.most_bytes, self.nbytes = piece_tokens, most_bytes, 0
-        self._kept: OrderedDict[Key, Piece] = OrderedDict()
+        self._kept: OrderedDict[Key, CachedPiece] = OrderedDict()
         self._numbers = 0
 
-    def find(self, ids: list[int]) -> list[Piece]:
+    def find(self, ids: list[int]) -> list[CachedPiece]:
         """The pieces that the prompt `ids` begins with, one after the other."""
-        found: list[Piece] = []
+        found: list[CachedPiece] = []
         while piece := self._kept.get(self._key(found, ids)):
             found.append(piece)
         self._use(found)
         return found
 
     def keep(
-        self, before: list[Piece], ids: list[int], states: list[Tensor], keys_values: list[Tensor], hidden: Tensor
-    ) -> Piece | None:
+        self, before: list[CachedPiece], ids: list[int], states: list[Tensor], keys_values: list[Tensor], hidden: Tensor
+    ) -> CachedPiece | None:
         """Copy what the model holds after the piece of `ids` that follows `before`, unless it is kept; None where there
         is no room for it, or the one before it is gone."""
         size = sum(tensor.nbytes for tensor in (*states, *keys_values, hidden))
@@ -65,7 +65,7 @@ class PrefixCache:
             self._use([*before, kept])
             return kept
         self._numbers += 1
-        piece = Piece(self._numbers, key, (before[-1].end if before else 0) + len(key[1]),
+        piece = CachedPiece(self._numbers, key, (before[-1].end if before else 0) + len(key[1]),
                       [tensor.clone() for tensor in states], [tensor.clone() for tensor in keys_values], hidden.clone())
         self._kept[key] = piece
         self._use(before)
@@ -74,10 +74,10 @@ class PrefixCache:
             self.nbytes -= self._kept.popitem(last=False)[1].nbytes
         return piece if key in self._kept else None
 
-    def _key(self, before: list[Piece], ids: list[int]) -> Key:
+    def _key(self, before: list[CachedPiece], ids: list[int]) -> Key:
         number, end = (before[-1].number, before[-1].end) if before else (0, 0)
         return number, tuple(ids[end : end + self.piece_tokens])
 
-    def _use(self, pieces: list[Piece]) -> None:
+    def _use(self, pieces: list[CachedPiece]) -> None:
         for piece in reversed(pieces):
             self._kept.move_to_end(piece.key)

@@ -30,7 +30,7 @@ POLICY = "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; st
 SECONDS_TO_END = 3
 
 
-class Served(NamedTuple):
+class ServedModel(NamedTuple):
     """A model under its name; `encode` puts a conversation into token ids, None for a model without a chat template."""
 
     name: str
@@ -38,7 +38,7 @@ class Served(NamedTuple):
     encode: Callable[[list[dict[str, str]]], list[int]] | None
 
 
-class Answer:
+class Completion:
     """A text that has been asked for, and the answer it becomes.
 
     Raises:
@@ -133,7 +133,7 @@ class Answer:
 class Events(StreamingResponse):
     """An answer in events to a client, which may go before the first of them or after any."""
 
-    def __init__(self, answer: Answer):
+    def __init__(self, answer: Completion):
         super().__init__(answer.events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         self.answer = answer
 
@@ -150,18 +150,18 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def application(models: dict[str, Served], port: int) -> Any:
+def application(models: dict[str, ServedModel], port: int) -> Any:
     """The ASGI application at 127.0.0.1:`port`, for its own pages and programs."""
     started = int(time.time())
 
-    def served(body: Body) -> Served:
+    def served(body: Body) -> ServedModel:
         if body.model not in models:
             raise ApiError(404, f"There is no model {body.model!r}, but {', '.join(models)}.", "model",
                            "model_not_found")
         return models[body.model]
 
     async def answer(request: Request, body: Body, ids: list[int], tokens: int) -> Response:
-        asked = Answer(served(body).engine, body, ids, tokens)
+        asked = Completion(served(body).engine, body, ids, tokens)
         return Events(asked) if body.stream else await asked.whole(request)
 
     async def complete(request: Request) -> Response:
@@ -217,7 +217,7 @@ def application(models: dict[str, Served], port: int) -> Any:
 class Server(uvicorn.Server):
     """uvicorn with the engines' threads. On Ctrl-C the engines end first, so that clients are told and go."""
 
-    def __init__(self, models: dict[str, Served], port: int):
+    def __init__(self, models: dict[str, ServedModel], port: int):
         super().__init__(uvicorn.Config(application(models, port), log_level="warning",
                                         timeout_graceful_shutdown=SECONDS_TO_END))
         self.engines = [served.engine for served in models.values()]

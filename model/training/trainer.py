@@ -57,7 +57,7 @@ UNIGRAM_TOKENS = 1_000_000      # of the training text, from which unigram frequ
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """What a training run records; on the first process, empty on others.
 
     Attributes:
@@ -87,7 +87,7 @@ def train(
     scratch: Path,
     progress: Callable[..., None],
     parallelism: Parallelism = ONE_COPY,
-) -> Run:
+) -> TrainingRun:
     """Train `config` on the token files and write its weights and model.json to `out`.
 
     Args:
@@ -179,7 +179,7 @@ class Trainer:
         self.tokens, self.validation_sets = tokens, self._validation_sets(tokens)
         self.eod_id = token_data.end_of_document(tokens)
 
-    def train(self, architecture: str, out: Path, progress: Callable[..., None]) -> Run:
+    def train(self, architecture: str, out: Path, progress: Callable[..., None]) -> TrainingRun:
         """Train to the end and write the weights and model.json to `out`, which says they are an `architecture`'s."""
         with closing(self):
             run = self.run(progress)
@@ -191,7 +191,7 @@ class Trainer:
             checkpoint.describe(out, self.config, training | token_data.digests(self.tokens))
         return run
 
-    def run(self, progress: Callable[..., None]) -> Run:
+    def run(self, progress: Callable[..., None]) -> TrainingRun:
         """Train from the latest resume state, or the start, to the end."""
         first, seconds, restored = 0, 0.0, self.resume.restore()
         if restored:
@@ -235,10 +235,10 @@ class Trainer:
         if self.lesson is None:
             self.check_learned(untrained, rows[-1]["loss"])
         if self.log is None:
-            return Run([], [], [], {}, first or None)
+            return TrainingRun([], [], [], {}, first or None)
         self.log.close()
         training, validation = self.log.rows("training"), self.log.rows("validation")
-        return Run(training, validation, self.log.rows("fp8_statistics"),
+        return TrainingRun(training, validation, self.log.rows("fp8_statistics"),
                    self._metrics(training, validation, seconds), first or None)
 
     def close(self) -> None:

@@ -480,7 +480,7 @@ def provenance(stage: Stage, started: float, resumed: bool) -> Provenance:
     """
     import resource
 
-    from stages.frame.schema import Code, Machine, Provenance
+    from stages.frame.schema import Code, MachineRecord, Provenance
 
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return Provenance(
@@ -495,7 +495,7 @@ def provenance(stage: Stage, started: float, resumed: bool) -> Provenance:
         inputs={str(path): _digest(path) for path in dict.fromkeys(stage.inputs)},
         code=Code(commit=_commit(), digest=code_digest()),
         versions=_versions(),
-        machine=Machine(**_machine()),
+        machine=MachineRecord(**_machine()),
     )
 
 

@@ -17,7 +17,7 @@ class Code(Record):
     digest: str                     # SHA-256 of the first-party code
 
 
-class Machine(Record):
+class MachineRecord(Record):
     """Where it ran."""
 
     processor: str
@@ -40,7 +40,7 @@ class Provenance(Record):
     inputs: dict[str, str]
     code: Code
     versions: dict[str, str]
-    machine: Machine
+    machine: MachineRecord
 
 
 class TrainingRow(Record):

@@ -20,7 +20,7 @@ from stages.frame.common import Progress, die_with_parent, write
 
 
 def pretrain(job: dict[str, Any], progress: Callable[..., None]) -> Any:
-    """Train a model: `model.training.trainer.Run`."""
+    """Train a model: `model.training.trainer.TrainingRun`."""
     from model.config import ModelConfig, PretrainConfig
     from model.megatron.distributed import Parallelism
     from model.training.trainer import train

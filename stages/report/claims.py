@@ -18,7 +18,7 @@ from model import costs
 from model.presets import PRESETS
 from stages.report import statistics
 from stages.report.records import Pair, RecordError, Records, pairs
-from stages.report.statistics import Answer, Decision, Estimate, Source, equivalence, mean, over_seeds, superiority
+from stages.report.statistics import Answer, Estimate, Source, Verdict, equivalence, mean, over_seeds, superiority
 from stages.report.study_schema import WORDS, Comparison, Measurement, Study
 
 
@@ -106,7 +106,7 @@ def times(logarithm: float) -> str:
     return f"{math.exp(logarithm):.2f} times"
 
 
-def line(measure: str, decision: Decision, show: Show) -> Evidence:
+def line(measure: str, decision: Verdict, show: Show) -> Evidence:
     """The evidence of one decision: value and interval, each as `show` writes it."""
     low, high = map(show, decision.estimate.interval(decision.alpha))
     unit = "".join(high.partition(" ")[1:])             # said once, where both have the same
@@ -114,7 +114,7 @@ def line(measure: str, decision: Decision, show: Show) -> Evidence:
         f"{1 - decision.alpha:.0%} interval {low.removesuffix(unit)} to {high}"))
 
 
-def told(decision: Decision, show: Show) -> str:
+def told(decision: Verdict, show: Show) -> str:
     """The estimate, its interval, the smallest difference in sight, and what would decide."""
     _, text, interval = line("", decision, show)
     if math.isnan(decision.seen):
@@ -127,7 +127,7 @@ def told(decision: Decision, show: Show) -> str:
     return text
 
 
-def with_control(decision: Decision, control: Decision | None, name: str, show: Show) -> tuple[Answer, str]:
+def with_control(decision: Verdict, control: Verdict | None, name: str, show: Show) -> tuple[Answer, str]:
     """Answer and reason of an equivalence beside its negative control."""
     if control is None:
         return Answer.UNDECIDED, f"{told(decision, show)}. Nothing is told without a control: {name} was not measured"
@@ -144,7 +144,7 @@ def together(parts: Sequence[tuple[Answer, str, Evidence]]) -> Finding:
             [evidence for *_, evidence in sorted(parts, key=lambda part: order.index(part[0]))])
 
 
-def in_order(show: Show, decisions: Mapping[str, Decision]) -> Finding:
+def in_order(show: Show, decisions: Mapping[str, Verdict]) -> Finding:
     """Of order claims that must all hold, by what was measured."""
     return together([(decision.answer, told(decision, show), line(name, decision, show))
                      for name, decision in decisions.items()])
@@ -291,7 +291,7 @@ def tasks(records: Records, candidate: Sequence[str], reference: Sequence[str], 
         """By task: pairs, sides, items."""
         return [np.array([[graded(records, model)[task] for model in pair] for pair in of], float) for task in counted]
 
-    def judged(of: Sequence[Pair]) -> tuple[str, Decision]:
+    def judged(of: Sequence[Pair]) -> tuple[str, Verdict]:
         """By what: the mean or, where one task by itself fails, that."""
         by_task = [statistics.accuracy_gain(*both.mean(0)) for both in right(of)]
         overall = statistics.average(by_task)
@@ -439,7 +439,7 @@ def least_of_items(measured: Measurement) -> float:
     return 2 / (measured.items + 2) ** 2 if measured.items else 0.0
 
 
-def compared(study: Study, item: Comparison, candidate: str, comparisons: int) -> Decision:
+def compared(study: Study, item: Comparison, candidate: str, comparisons: int) -> Verdict:
     """`candidate`, the comparison's own or its control, against the reference."""
     def values(of: str | float) -> Any:
         found = np.asarray(study.measurement(of).values if isinstance(of, str) else of)

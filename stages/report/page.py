@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 
 from model.evaluation.schema import REFERENCE, REFERENCE_IS
 from stages.frame.common import write
-from stages.frame.schema import Machine, Provenance
+from stages.frame.schema import MachineRecord, Provenance
 from stages.report import figures
 from stages.report.claims import Claim, counts, plain
 from stages.report.records import LABELS, DataRecords, RecordError, Records
@@ -105,7 +105,7 @@ def number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else plain(value, f",.{digits}f")
 
 
-def machine(of: Machine) -> str:
+def machine(of: MachineRecord) -> str:
     """A machine in words."""
     return "; ".join(filter(None, (of.accelerator, f"{of.processor}, {of.cores} cores, {of.memory_gib:g} GiB")))
 

@@ -31,7 +31,7 @@ class Row(BaseModel):
     answer: Answer
 
 
-class Result(BaseModel):
+class Claims(BaseModel):
     """Of claims.json, what README says."""
 
     claims: list[Row]
@@ -42,7 +42,7 @@ def table() -> str:
     """
     reader = Reader(RESULTS, lambda _: "Copy reports/PROFILE/claims.json of a run there.")
     profiles = {path.stem.removeprefix("claims-"): {
-        (row.number, row.title): row.answer for row in reader.read(Result, path.name).claims}
+        (row.number, row.title): row.answer for row in reader.read(Claims, path.name).claims}
         for path in sorted(RESULTS.glob("claims-*.json"))}
     template = Template(Path(__file__).with_name("readme.md.jinja").read_text(), trim_blocks=True)
     return template.render(profiles=profiles, marks=MARKS)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import TypeAdapter, ValidationError
 
 from data_pipeline.config import DataError, Label
-from data_pipeline.schema import Blend, Dropped, FunnelStep, Histogram, PassedOver, Refused
+from data_pipeline.schema import Blend, Dropped, FunnelStep, Histogram, PassedOverCount, Refused
 from model.benchmark.schema import DecodeRepeat, DecodeRow
 from model.compression.schema import CandidateRecord, Controls, Costs, Importance
 from model.evaluation.schema import PaperScore, PaperTask, Samples, Scores
@@ -130,8 +130,8 @@ class DataRecords:
 
     refused: dict[str, dict[str, Refused]] = _record(
         dict[str, dict[str, Refused]], "annotate", "refused.json", empty=True)
-    passed_over: dict[str, dict[str, PassedOver]] = _record(
-        dict[str, dict[str, PassedOver]], "annotate", "passed_over.json", empty=True)
+    passed_over: dict[str, dict[str, PassedOverCount]] = _record(
+        dict[str, dict[str, PassedOverCount]], "annotate", "passed_over.json", empty=True)
     funnel: list[FunnelStep] = _record(list[FunnelStep], "curate", "funnel.json")
     histograms: dict[str, dict[str, Histogram]] = _record(dict[str, dict[str, Histogram]], "curate", "histograms.json")
     dropped: dict[str, dict[str, Dropped]] = _record(

@@ -71,7 +71,7 @@ class Estimate(NamedTuple):
         return self.value - half, self.value + half
 
 
-class Decision(NamedTuple):
+class Verdict(NamedTuple):
     """`seen`: the smallest difference in sight, half the interval; `needed`: units that would decide, by kind, where
     the answer is undecided and they can be named."""
 
@@ -159,7 +159,7 @@ def beats_chance(right: int, items: int, chance: float, comparisons: int = 1) ->
     return bool(special.bdtrc(right - 1, items, chance) < ALPHA / comparisons / 2)
 
 
-def equivalence(estimate: Estimate, margin: float, or_better: bool = False, comparisons: int = 1) -> Decision:
+def equivalence(estimate: Estimate, margin: float, or_better: bool = False, comparisons: int = 1) -> Verdict:
     """Two one-sided tests (Schuirmann 1987): holds where the 90 % interval lies within the margin, with `or_better`
     above its lower end; what is needed is then what tells the effect that was seen from that end, else no effect from
     either. Does not hold where the effect lies beyond the margin at 95 %, over both sides and, with
@@ -169,13 +169,13 @@ def equivalence(estimate: Estimate, margin: float, or_better: bool = False, comp
     return _decided(estimate, -margin, above, 2 * ALPHA, comparisons * sides, distance, power)
 
 
-def tasks_equivalence(tasks: Sequence[Estimate], overall: Estimate, margin: float) -> Decision:
+def tasks_equivalence(tasks: Sequence[Estimate], overall: Estimate, margin: float) -> Verdict:
     """Not worse in the mean over tasks, and in none by itself beyond the margin: one that is decides."""
     decision, *each = (equivalence(estimate, margin, True, len(tasks) + 1) for estimate in (overall, *tasks))
     return next((one for one in (decision, *each) if one.answer is Answer.FAILS), decision)
 
 
-def superiority(estimate: Estimate, least: float = 0.0, comparisons: int = 1) -> Decision:
+def superiority(estimate: Estimate, least: float = 0.0, comparisons: int = 1) -> Verdict:
     """Whether the effect is above `least`: holds, or does not, where the 95 % interval lies on one side of it. With
     `comparisons` of which any may decide against it, that side is taken at 95 % over all of them."""
     return _decided(estimate, least, math.inf, ALPHA, comparisons, abs(estimate.value - least), POWER)
@@ -194,7 +194,7 @@ def all_of(answers: Sequence[Answer]) -> Answer:
 
 
 def _decided(estimate: Estimate, above: float, below: float, alpha: float, comparisons: int, distance: float,
-             power: float) -> Decision:
+             power: float) -> Verdict:
     """Holds where the interval lies between two bounds; one corrected for `comparisons` fails beyond one of them.
     With what must be drawn to tell `distance`: normal quantiles, and Guenther's (1981) correction for t."""
     low, high = estimate.interval(alpha)
@@ -207,7 +207,7 @@ def _decided(estimate: Estimate, above: float, below: float, alpha: float, compa
     if answer is Answer.UNDECIDED and factor < MOST and all(source.drawn for source in estimate.sources):
         for source in estimate.sources:
             needed[source.unit] += math.ceil(max(factor, 1) * source.drawn + quantile**2 / 2)
-    return Decision(answer, estimate, alpha, needed)
+    return Verdict(answer, estimate, alpha, needed)
 
 
 def _check_same(ours: NDArray[Any], theirs: NDArray[Any], lengths_only: bool = False) -> None:

@@ -8,7 +8,7 @@ import pytest
 import xxhash
 
 from data_pipeline.config import DataError
-from data_pipeline.curated import OVERSUPPLY, Survey, batches, manifest, sample, shards, survey, with_ids
+from data_pipeline.curated import OVERSUPPLY, DomainSurvey, batches, manifest, sample, shards, survey, with_ids
 from tests.data_pipeline.small_corpus import write_shards
 
 
@@ -54,7 +54,7 @@ def test_a_large_sample_is_everything(tmp_path):
 
 
 def test_the_survey_counts_everything_and_keeps_little():
-    domain = Survey(room=1000)
+    domain = DomainSurvey(room=1000)
     for lot in random.Random(1).sample(range(100_000), 20_000):
         domain.add(lot, 10, f"{lot:06d}")
         assert len(domain._kept) <= 2 * OVERSUPPLY * 100 + 1
@@ -64,7 +64,7 @@ def test_the_survey_counts_everything_and_keeps_little():
 
 
 def test_documents_that_do_not_fit_are_passed_over_but_one_is_always_chosen():
-    domain = Survey(room=200)
+    domain = DomainSurvey(room=200)
     for lot, length in enumerate((52, 503, 62, 150, 72)):
         domain.add(lot, length, str(length))
     assert domain.choose(200) == ["52", "62", "72"]

@@ -49,6 +49,7 @@ def test_a_profile_is_planned_stage_by_stage(run: Run) -> None:
     printed, code = run("nemotron-h-56b")
     assert all(row in printed for row in ROWS) and all(f"\n{stage} " in printed for stage in STAGES)
     assert code is None
+    assert "1 x H200" in run("h200")[0] and "8 x H100" in run("nemotron-h-8b", "--set=runtime.launcher.nodes=1")[0]
 
 
 def test_what_is_decided_between_the_passes_is_planned_by_its_formula() -> None:

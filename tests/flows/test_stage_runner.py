@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from flows import dvc_graph
-from flows.dvc_graph import GpuTaken, GraphError, Node, Progress, StageFailed, StageRunner
+from flows.dvc_graph import GpuTaken, GraphError, Node, ProgressLine, StageFailed, StageRunner
 from tests.namespaces import on_full
 
 
@@ -257,7 +257,7 @@ def test_while_a_stage_computes_the_next_ones_get_ready() -> None:
     ("step 3/3", (3, 3)), ("steps 3/4 of the way", None), ("at step 3/4 eta 00:00:01", None),
 ])
 def test_lines_of_a_stage(line: str, expected: GpuTaken | tuple[int, int] | None) -> None:
-    progress = Progress.parse(line)
+    progress = ProgressLine.parse(line)
     assert (GpuTaken.parse(line) or (progress and (progress.step, progress.total))) == expected
 
 
@@ -355,7 +355,7 @@ def test_lines_are_watched_and_a_watcher_that_breaks_does_no_harm(repository: Pa
         raise ConnectionError
 
     assert StageRunner(2, 5).run(nodes["first"], ignore, watch) == "ran"
-    steps = [progress.step for line in seen if (progress := Progress.parse(line))]
+    steps = [progress.step for line in seen if (progress := ProgressLine.parse(line))]
     assert steps == list(range(1, 11))
     assert Path("logs/first.log").read_text().splitlines() == seen
 

@@ -5,7 +5,7 @@ import torch
 from triton_device import DEVICE, PRECISIONS
 
 # isort: split
-from kernels.fp8_linear import Rows, fp8_linear, quantize_rows
+from kernels.fp8_linear import RowScaled, fp8_linear, quantize_rows
 from kernels.fp8_linear import triton as fp8_linear_triton
 from tests.closeness import relative_error
 
@@ -43,7 +43,7 @@ def test_on_a_gpu(tokens):
     x, w = torch.randn(tokens, 512).bfloat16(), torch.randn(256, 512).bfloat16()
     weight = quantize_rows(w)
     expected = fp8_linear(x.float(), weight)
-    y = fp8_linear(x.cuda(), Rows(*(tensor.cuda() for tensor in weight)))
+    y = fp8_linear(x.cuda(), RowScaled(*(tensor.cuda() for tensor in weight)))
     assert relative_error(y.cpu(), expected.double()) < 6e-3
 
 
@@ -58,8 +58,9 @@ def test_the_kernel_rounds_as_pytorch_does(dtype):
     assert (values.cpu().float() != expected.values.float()).double().mean() < (5e-3 if DEVICE == "cuda" else 3e-2)
 
 
-@pytest.mark.parametrize("quantize", [quantize_rows, lambda x: Rows(*fp8_linear_triton.quantize_rows(x.to(DEVICE)))],
-                         ids=["PyTorch", "kernel"])
+@pytest.mark.parametrize(
+    "quantize", [quantize_rows, lambda x: RowScaled(*fp8_linear_triton.quantize_rows(x.to(DEVICE)))],
+    ids=["PyTorch", "kernel"])
 def test_rows_that_are_not_finite_and_rows_of_next_to_nothing(quantize):
     x = torch.tensor([[torch.nan, 2.0, 0.0], [-torch.inf, 1.0, 0.0], [1e-44, 0.0, 0.0], [1.0, 2.0, 0.0]])
     values, scales = quantize(x)

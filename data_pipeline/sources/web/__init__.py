@@ -16,14 +16,14 @@ from resiliparse.parse.encoding import bytes_to_str, detect_encoding
 from data_pipeline.config import FilesSource
 from data_pipeline.sources.licenses import UNKNOWN
 from data_pipeline.sources.piece import Document, Item, PassedOver, Refusal, checked
-from data_pipeline.sources.streams import SLICE, Damage, unpacked, wide_encoding
+from data_pipeline.sources.streams import SLICE, Gap, unpacked, wide_encoding
 from data_pipeline.sources.web.main_text import EXTRACTORS
 
 HTML_TYPES = frozenset({"text/html", "application/xhtml+xml"})
 LARGEST_PAGE = 10_000_000           # bytes of HTML: its tree takes many times that
 LARGEST_RECORD = 64_000_000
 LARGEST_HEADER = 1 << 16
-DAMAGED, NO_TEXT, CUT = Damage("damaged record"), Damage("no main text"), Damage("page cut short by the crawler")
+DAMAGED, NO_TEXT, CUT = Gap("damaged record"), Gap("no main text"), Gap("page cut short by the crawler")
 STATUS = re.compile(rb"HTTP/\d(?:\.\d)?[ \t]+(\d{3})\b")
 CHARSET = re.compile(r"""charset\s*=\s*["']?([\w.:-]+)""", re.IGNORECASE)
 CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]{1,8})[ \t]*(?:;[^\r\n]*)?\r?\n")
@@ -37,20 +37,20 @@ RECORD_END = re.compile(rb"\r?\n\r?\n|\s*(?:WARC/[01]\.|$)")
 LOOK_AHEAD = 16                     # bytes after a record: line ends and the next one's mark
 
 
-def archive(data: Iterable[bytes | Damage], name: str, source: FilesSource) -> Iterator[Item]:
+def archive(data: Iterable[bytes | Gap], name: str, source: FilesSource) -> Iterator[Item]:
     """The documents of a WARC or WET file; records of other types are passed over. A page of which the archive says
     that it is not whole is a document, and counted."""
     for number, record in enumerate(records(data)):
         where = f"{name}, record {number}"
-        found = record if isinstance(record, Damage) else _document(record, where, source)
-        if isinstance(found, Damage | Refusal):
+        found = record if isinstance(record, Gap) else _document(record, where, source)
+        if isinstance(found, Gap | Refusal):
             found = Refusal(source.domain, found.reason, where)
         yield found
         if isinstance(found, Document) and isinstance(record, bytes) and _is_truncated(record):
             yield Refusal(source.domain, CUT.reason, where)
 
 
-def records(data: Iterable[bytes | Damage]) -> Iterator[bytes | Damage]:
+def records(data: Iterable[bytes | Gap]) -> Iterator[bytes | Gap]:
     """Whole WARC records, and one damage for each place where there is none.
 
     Records are cut here and not by FastWARC, which gives up at the first damaged one and does not know all versions. A
@@ -58,7 +58,7 @@ def records(data: Iterable[bytes | Damage]) -> Iterator[bytes | Damage]:
     """
     buffer, lost = bytearray(), False
     for chunk in chain(data, [None]):
-        gap = chunk if isinstance(chunk, Damage) else None
+        gap = chunk if isinstance(chunk, Gap) else None
         if isinstance(chunk, bytes):
             buffer += chunk
         while buffer:
@@ -71,7 +71,7 @@ def records(data: Iterable[bytes | Damage]) -> Iterator[bytes | Damage]:
             size = _record_size(buffer, ended=not isinstance(chunk, bytes))
             if size is None:
                 break
-            if isinstance(size, Damage):
+            if isinstance(size, Gap):
                 if gap is None:         # which stands for what it cut off
                     yield size
                 del buffer[: len(MARK)]
@@ -92,7 +92,7 @@ def _find_next(buffer: bytearray) -> bool:
     return found is not None
 
 
-def _record_size(buffer: bytearray, ended: bool) -> int | Damage | None:
+def _record_size(buffer: bytearray, ended: bool) -> int | Gap | None:
     """Bytes of the record that begins the buffer; None where more are needed to know."""
     if not buffer.startswith(MARK):
         return DAMAGED if ended or len(buffer) >= LOOK_AHEAD else None
@@ -104,13 +104,13 @@ def _record_size(buffer: bytearray, ended: bool) -> int | Damage | None:
         return DAMAGED
     size = header.end() + int(length[1])
     if size > LARGEST_RECORD:
-        return Damage("too large")
+        return Gap("too large")
     if len(buffer) < size + LOOK_AHEAD and not ended:
         return None
     return size if len(buffer) >= size and RECORD_END.match(buffer, size) else DAMAGED
 
 
-def _document(record: bytes, where: str, source: FilesSource) -> Document | Refusal | PassedOver | Damage:
+def _document(record: bytes, where: str, source: FilesSource) -> Document | Refusal | PassedOver | Gap:
     """The document of a record, or why there is none."""
     headers, body = _parsed(record)
     kind, content_type = headers.get("warc-type", "without a type").lower(), headers.get("content-type", "")
@@ -125,11 +125,11 @@ def _document(record: bytes, where: str, source: FilesSource) -> Document | Refu
     is_http = content_type.lower().startswith("application/http") or body.startswith(b"HTTP/")
     if kind == "response" and not is_http:
         return PassedOver("WARC records", f"response of {target.scheme or 'no address'}", where)
-    text: str | bytes | Damage = body
+    text: str | bytes | Gap = body
     if kind != "conversion":
         payload_type = headers.get("warc-identified-payload-type")
         text = _answer(body, payload_type, source) if is_http else _resource(body, payload_type or content_type, source)
-    if isinstance(text, Damage):
+    if isinstance(text, Gap):
         return text
     return checked(text, host or "unknown", address, source.domain, UNKNOWN) if text.strip() else NO_TEXT
 
@@ -150,13 +150,13 @@ def _parsed(data: bytes) -> tuple[dict[str, str], bytes]:
     return headers, data[end.end() :] if end else b""
 
 
-def _answer(data: bytes, payload_type: str | None, source: FilesSource) -> str | Damage:
+def _answer(data: bytes, payload_type: str | None, source: FilesSource) -> str | Gap:
     """Main text of an HTTP response."""
     status = STATUS.match(data)
     if status is None:
         return DAMAGED
     if status[1] != b"200":
-        return Damage("not HTTP 200")
+        return Gap("not HTTP 200")
     headers, body = _parsed(data)
     codings = f"{headers.get('content-encoding', '')},{headers.get('transfer-encoding', '')}".lower().split(",")
     try:
@@ -167,20 +167,20 @@ def _answer(data: bytes, payload_type: str | None, source: FilesSource) -> str |
     return _resource(body, payload_type or "", source, headers.get("content-type", ""))
 
 
-def _resource(body: bytes, content_type: str, source: FilesSource, header: str = "") -> str | Damage:
+def _resource(body: bytes, content_type: str, source: FilesSource, header: str = "") -> str | Gap:
     """Main text of a page of this type, or of that of the HTTP header, which names the charset."""
     if (content_type or header).partition(";")[0].strip().lower() not in HTML_TYPES:
-        return Damage("not HTML")
+        return Gap("not HTML")
     charset = CHARSET.search(header or content_type)
     return page(body, charset[1] if charset else None, source.extractor)
 
 
-def page(html: bytes, charset: str | None, extractor: str) -> str | Damage:
+def page(html: bytes, charset: str | None, extractor: str) -> str | Gap:
     """The main text of an HTML page; `charset` is what its server says of it."""
     if len(html) > LARGEST_PAGE:
-        return Damage("too large")
+        return Gap("too large")
     text = EXTRACTORS[extractor](_decoded(html, charset))
-    return Damage("not HTML") if text is None else text
+    return Gap("not HTML") if text is None else text
 
 
 def _undone(coding: str, body: bytes) -> bytes:

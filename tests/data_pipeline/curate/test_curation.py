@@ -16,7 +16,7 @@ from data_pipeline.annotate.quality.quality_labels import weighted_quantiles
 from data_pipeline.annotate.step import text_id
 from data_pipeline.config import AnnotateConfig, CurateConfig, DataError, ExecutorConfig
 from data_pipeline.curate import cut as cutting
-from data_pipeline.curate.curation import Records, curate
+from data_pipeline.curate.curation import CurationRecords, curate
 from data_pipeline.text.ngrams import ngrams_in, readings
 from tests.data_pipeline.annotate_corpus import LABELS, REPEAT, annotate_config, curate_config, write_corpus
 
@@ -30,7 +30,7 @@ def silent(step: int, total: int, **figures: object) -> None:
     assert 0 <= step <= total
 
 
-def run(annotated: Path, config: CurateConfig, directory: Path, executor: ExecutorConfig = HERE) -> Records:
+def run(annotated: Path, config: CurateConfig, directory: Path, executor: ExecutorConfig = HERE) -> CurationRecords:
     (directory / "out").mkdir(parents=True)
     return curate(annotated, config, 1, directory / "out", directory / "scratch", directory / "cache", executor, silent)
 

@@ -213,7 +213,7 @@ def test_compressor_bits_of_windows_by_hand() -> None:
 
 def test_equal_costs_share_the_credit() -> None:
     item = ChoiceItem("x", "pqrs tuvw ", ("kj", "hg"), 0)
-    measures = evaluation_items.Costs(list).measures
+    measures = evaluation_items.TextCosts(list).measures
     assert evaluation_items.cheapest_accuracy([item, replace(item, answer=1)], measures) == pytest.approx(0.5)
     repeated = ChoiceItem("y", "the quick brown fox, the quick ", ("brown fox", "vjzkqxwyuabc"), 0)
     assert evaluation_items.cheapest_accuracy([repeated], measures) == 1

@@ -12,7 +12,7 @@ import pytest
 from data_pipeline.config import DataError, FilesSource
 from data_pipeline.sources import Document, Refusal, digest, pieces, read_piece, readers, streams
 from data_pipeline.sources.readers import split_lines
-from data_pipeline.sources.streams import Damage
+from data_pipeline.sources.streams import Gap
 
 WHOLE = 10**12
 
@@ -226,7 +226,7 @@ def test_lines_across_chunks():
     for size in range(1, 9):
         cut = [data[at : at + size] for at in range(0, len(data), size)]
         assert list(split_lines(cut, 10)) == [(10, b"one"), (14, b""), (15, b"two and more"), (28, b"three")]
-    gap = Damage("gap")
+    gap = Gap("gap")
     assert list(split_lines([b"one\ntw", gap, b"four\n"], 0)) == [(0, b"one"), (6, gap), (6, b"four")]
 
 

@@ -9,7 +9,7 @@ from local_server import serving
 from data_pipeline.config import DataError, FilesSource
 from data_pipeline.sources import PassedOver, pieces, streams
 from data_pipeline.sources.locations import locate
-from data_pipeline.sources.streams import Damage, chunks, decode
+from data_pipeline.sources.streams import Gap, chunks, decode
 from tests.data_pipeline.sources.test_sources_kinds import PACKERS
 
 TEXT = b"".join(b"%d %x\n" % (number, random.Random(number).getrandbits(64)) for number in range(30_000))
@@ -18,7 +18,7 @@ TEXT = b"".join(b"%d %x\n" % (number, random.Random(number).getrandbits(64)) for
 def read(location) -> tuple[bytes, list[str]]:
     found = list(chunks(str(location)))
     return b"".join(item for item in found if isinstance(item, bytes)), [
-        item.reason for item in found if isinstance(item, Damage)
+        item.reason for item in found if isinstance(item, Gap)
     ]
 
 

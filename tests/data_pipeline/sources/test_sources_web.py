@@ -17,7 +17,7 @@ from justext import get_stoplist
 
 from data_pipeline.config import WebSource
 from data_pipeline.sources import Document, PassedOver, Refusal, pieces, read_piece, web
-from data_pipeline.sources.streams import Damage
+from data_pipeline.sources.streams import Gap
 from data_pipeline.sources.web import main_text
 
 PARAGRAPH = (
@@ -281,7 +281,7 @@ def test_strange_pages(page, extractor):
 
 
 def test_a_gap_stands_for_what_it_cuts_off():
-    record, gap = RECORDS[0], Damage("gap")
+    record, gap = RECORDS[0], Gap("gap")
     assert list(web.records([record + record[:50], gap, record[60:] + record])) == [record[:-4], gap, record[:-4]]
     assert list(web.records([record[:50], gap, gap, record])) == [gap, gap, record[:-4]]
 

@@ -47,10 +47,10 @@ class Pending(executor.Backend):
     def start(self, calls: list[tuple[int, executor.Function, Any]]) -> None:
         self.number = calls[0][0]
 
-    def finished(self, seconds: float) -> list[tuple[int, executor.Answer]]:
+    def finished(self, seconds: float) -> list[tuple[int, executor.CallResult]]:
         assert seconds == executor.SECONDS_BETWEEN_WORDS
         self.asked += 1
-        return [(self.number, executor.Answer("done"))] if self.asked == 3 else []
+        return [(self.number, executor.CallResult("done"))] if self.asked == 3 else []
 
     def close(self) -> None:
         pass

@@ -11,7 +11,7 @@ from model.compression import comparison
 from model.compression import plan as plan_module
 from model.compression.candidates import closed_budgets, maximal_cells
 from model.compression.importance import layer_importance
-from model.compression.layerwise import Mask
+from model.compression.layerwise import Kept
 from model.compression.plan import Grid, check, importance_passes, layout_of, refusal, steps
 from model.config import ModelError
 from model.hybrid_lm import HybridLM
@@ -102,7 +102,7 @@ def test_a_comparison_holds_five_times_its_logits(monkeypatch, paper):
         judge.over_tensor_ranks = lambda value, operation=None: value
         judge.head = lambda ranks=ranks: model.lm_head.weight[: 8192 // ranks]
         with HeldBytes(model.parameters()) as held:
-            comparison.compare(judge, {"late": Mask(frozenset([5])), "itself": judge}, sequences, 1, silent)
+            comparison.compare(judge, {"late": Kept(frozenset([5])), "itself": judge}, sequences, 1, silent)
         assert held.most == pytest.approx(5 * 4 * 64 * 8192 / ranks, rel=0.05)
     found, grid = planned(PARENT, paper, SPLIT)
     ranked = found[f"ranking of {min(400, grid.candidates)}"].memory

@@ -8,7 +8,7 @@ from scipy.stats import spearmanr
 
 from model.compression.comparison import compare
 from model.compression.importance import layer_importance, mean_ranks, rank_correlation, split_half_correlation
-from model.compression.layerwise import Mask
+from model.compression.layerwise import Kept
 from model.compression.prune import Selection, cut
 from model.config import ModelError
 from model.hybrid_lm import HybridLM
@@ -66,7 +66,7 @@ def test_it_chooses_well_among_all_subsets(parent, data):
     for gone in (2, 3):
         subsets = list(itertools.combinations(range(7), gone))
         kept = {subset: Selection([i for i in range(7) if i not in subset]) for subset in subsets}
-        models = {str(subset): Mask.of(parent.config, selection) for subset, selection in kept.items()}
+        models = {str(subset): Kept.of(parent.config, selection) for subset, selection in kept.items()}
         kl = {name: value.kl for name, value in compare(teacher, models, data.validation, 8, silent).items()}
         nearest = sorted(kl, key=kl.get)
         for order in (scores.mean(1), mean_ranks(scores)):

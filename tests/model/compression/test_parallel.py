@@ -10,7 +10,7 @@ from pydantic_core import to_jsonable_python
 from model.checkpoint import load_weights, save_weights
 from model.compression.comparison import compare, task_accuracy, task_items
 from model.compression.importance import layer_importance
-from model.compression.layerwise import Mask
+from model.compression.layerwise import Kept
 from model.compression.prune import Selection, cut
 from model.compression.width_importance import width_importance
 from model.hybrid_lm import HybridLM
@@ -40,11 +40,11 @@ def directory(parent, tmp_path_factory) -> Path:
     return directory
 
 
-def masks() -> dict[str, Mask]:
+def masks() -> dict[str, Kept]:
     generator = torch.Generator().manual_seed(5)
     neurons = {layer: torch.randperm(48, generator=generator)[:32].sort().values for layer in (1, 4)}
-    return {"late": Mask(frozenset([5])), "early": Mask(frozenset([0])), "both": Mask(frozenset([2, 3]), neurons),
-            "nothing": Mask(frozenset()), "neurons": Mask(frozenset(), {4: neurons[4]})}
+    return {"late": Kept(frozenset([5])), "early": Kept(frozenset([0])), "both": Kept(frozenset([2, 3]), neurons),
+            "nothing": Kept(frozenset()), "neurons": Kept(frozenset(), {4: neurons[4]})}
 
 
 def scores(model, other) -> dict:

@@ -7,7 +7,7 @@ from torch import Tensor
 from model.compression.candidates import random_selection, reverse_selection
 from model.compression.comparison import compare
 from model.compression.importance import layer_importance, rank_correlation
-from model.compression.layerwise import Mask
+from model.compression.layerwise import Kept
 from model.compression.width_importance import (
     WidthImportance,
     kept_share,
@@ -146,7 +146,7 @@ def test_importance_beats_random_beats_reverse_at_every_ffn_cut(parent, data):
         selections = {"importance": chosen, "reverse": reverse_selection(parent.config, shape, layers, importance)}
         for seed in range(5):
             selections[f"random {seed}"] = random_selection(parent.config, shape, torch.Generator().manual_seed(seed))
-        models = {name: Mask.of(parent.config, kept) for name, kept in selections.items()}
+        models = {name: Kept.of(parent.config, kept) for name, kept in selections.items()}
         kl = {name: value.kl for name, value in compare(teacher, models, data.validation, 8, silent).items()}
         random = sum(kl[f"random {seed}"] for seed in range(5)) / 5
         assert kl["importance"] < 0.6 * random and random < kl["reverse"], (width, kl)

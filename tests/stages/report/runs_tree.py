@@ -16,7 +16,7 @@ from data_pipeline.schema import (
     Example,
     FunnelStep,
     Histogram,
-    PassedOver,
+    PassedOverCount,
     Refused,
     TokenFile,
 )
@@ -28,7 +28,7 @@ from stages.frame.params import Params, load_params
 from stages.frame.schema import (
     Code,
     DistillationRow,
-    Machine,
+    MachineRecord,
     Provenance,
     TrainingRow,
     ValidationRow,
@@ -97,7 +97,7 @@ class Tree:
             started=f"2026-11-29T10:{self.clock:02d}:00Z", wall_seconds=40 + 7.5 * self.clock, resumed=False,
             peak_memory_gib=1.234, parameters={"profile": "cpu"}, inputs={f"data/cpu/{stage}": "a3" * 32},
             code=Code(commit="0d51f3a" + "0" * 33, digest="5c" * 32), versions={"python": "3.11.2", "torch": "2.13.0"},
-            machine=Machine(processor="Some CPU <2> & more", cores=2, memory_gib=24.0))}
+            machine=MachineRecord(processor="Some CPU <2> & more", cores=2, memory_gib=24.0))}
         for name, content in files.items():
             stem, _, kind = name.rpartition("_")
             if kind == "json":
@@ -110,7 +110,7 @@ class Tree:
         self.record(
             "annotate", None, {"documents": 5810, "shards": 4},
             refused_json={DOMAINS[0]: {"empty": Refused(documents=3, where=["a.jsonl, byte 7"])}},
-            passed_over_json={"files": {".png": PassedOver(count=1234, where=["<b>.png", "b.png", "c.png"])}})
+            passed_over_json={"files": {".png": PassedOverCount(count=1234, where=["<b>.png", "b.png", "c.png"])}})
         reasons = {"heuristics": {"digits > 0.2": 12, "stop_words < 2": 40}, "language": {"share of en < 0.3": 3},
                    "decontaminate": {"shares 13 words in a row with HumanEval": 4,
                                      "shares 13 words in a row with held-out text": 15}}
