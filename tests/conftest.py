@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,8 @@ if not torch.cuda.is_available():
 # One thread a process, as the stages compute (`runtime.threads`): pytest's workers share the cores, and the threads of
 # several wait for one another so busily that small models train ten times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:       # as in a shell's background: what tests start inherits it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from data_pipeline.tokenize.indexed_dataset import IndexedDatasetWriter
 

@@ -25,7 +25,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from flows import dvc_graph, server
 from flows.console import Console
 from flows.dvc_graph import Node, StageRunner
-from tests.archive import oddly_surrounded
+from tests.archive import ROOT, oddly_surrounded
 
 
 def results(output: str) -> dict[str, str]:
@@ -204,6 +204,7 @@ def test_what_a_stage_waits_for_is_shown(repository: Path, capsys: pytest.Captur
 def test_what_cannot_start_says_so_in_two_lines(
     repository: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], url: str | None, said: str
 ) -> None:
+    (repository / "profiles").symlink_to(ROOT / "profiles")
     monkeypatch.setattr(dvc_graph, "PREFECT_HOME", repository / ".prefect")
     monkeypatch.setattr(server, "RECORD", repository / ".prefect/server.json")
     monkeypatch.setattr(signal, "signal", lambda *_: None)          # the tests' own stay
