@@ -28,6 +28,8 @@ def report(stage: Stage) -> dict[str, int]:
     # --out DIR writes to DIR/reports.
     directory = Path("reports", stage.params.profile) if stage.out_data == stage.data_root else (
         stage.out_data.with_name("reports"))
+    if stage.out_records != stage.records_root:
+        print(f"Reads {stage.records_root}, nothing of {stage.out_records}.", flush=True)
     stage.verify(stage.records_root)
     records, studies = Records(stage.params, stage.records_root), load_studies()
     found = claims(records, studies)

@@ -249,9 +249,10 @@ def test_every_study_is_shown_or_named(runs):
     assert "inference_8b</code>, 2026-11-28: Up to 3 times faster inference (asked: its least, 1.8); 47B is" in text
 
 
-def test_out_directory_takes_the_report(runs, tmp_path):
+def test_out_directory_takes_the_report(runs, tmp_path, capsys):
     report(Stage("report", load_params(ROOT / "params.yaml"), None, tmp_path / "elsewhere", ("profile",)))
     assert (tmp_path / "elsewhere/reports/index.html").exists() and not Path("reports").exists()
+    assert f"Reads runs/cpu, nothing of {tmp_path / 'elsewhere/runs'}.\n" in capsys.readouterr().out
 
 
 # --- The page of a curation -------------------------------------------------------------------------------------------
