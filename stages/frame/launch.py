@@ -189,6 +189,9 @@ def _by_slurm(launcher: LauncherConfig, job: Path, name: str) -> str:
         print(f"Cancelling Slurm job {left}, which a stage that was killed left.", flush=True)
         if _cancel(left):
             _follow(left, Path(os.devnull))
+        else:
+            print(f"scancel did not take Slurm job {left}: it is gone, or runs beside the next (`squeue -j {left}`).",
+                  flush=True)
     kept: set[Path] | None = None
     while True:
         number = _submit(script)

@@ -187,6 +187,10 @@ def test_a_job_that_a_killed_stage_left_ends_before_another_begins(
     assert "Cancelling Slurm job 41, which a stage that was killed left." in capfd.readouterr().out
     assert launch.launch(TWO, {"answer": 2}, slurm, "toy") == {"answer": 2}         # nothing is left of one that ended
     assert (slurm / "cancelled").read_text() == "41\n"
+    (slurm / "job.slurm").write_text("40")
+    (slurm / "tools/scancel").write_text("#!/bin/bash\nexit 1\n")
+    assert launch.launch(TWO, {"answer": 3}, slurm, "toy") == {"answer": 3}
+    assert "scancel did not take Slurm job 40" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
