@@ -148,7 +148,7 @@ def steps(
         rows.append(PlannedStep(f"pretraining {names[0]}" + f" and {len(names) - 1} like it" * (len(names) > 1),
                                 len(names) * 86_400 * one.days, one.layout.processes, memory=one.memory.total,
                                 disk=len(names) * size * (STATE * (recipe.checkpoints_kept + 1) + CHECKPOINT),
-                                host=size * STATE / one.layout.tensor / one.layout.pipeline))       # its copy of a state
+                                host=size * STATE / one.layout.tensor / one.layout.pipeline))  # its copy of a state
     rows += compression.steps(parent, params.compress, params.recipe_of(params.compress.parent),
                               compression_layout(params), machine, grid)
     tensor, asked = params.runtime.one_model.processes, params.evaluate
