@@ -85,7 +85,8 @@ def supports(logits: Tensor) -> bool:
     return logits.is_cuda and logits.itemsize <= 4 and logits.is_contiguous()
 
 
-def _lanes(logits: Tensor, tiles: RowTiles) -> dict[str, int]:
+def lanes(logits: Tensor, tiles: RowTiles) -> dict[str, int]:
+    """Launch parameters: lanes of a row, 16 bytes each, and warps."""
     width = _VECTOR_BYTES // logits.itemsize
     return {"LANES": tiles.bytes // _VECTOR_BYTES, "WIDTH": width, "num_warps": tiles.warps}
 
@@ -96,7 +97,7 @@ def losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     rows, vocab = logits.shape
     values, log_sum_exps = (logits.new_empty(rows, dtype=torch.float32) for _ in range(2))
     _losses_kernel[(rows,)](
-        logits, labels, values, log_sum_exps, logits.stride(0), vocab, **_lanes(logits, LOSSES)
+        logits, labels, values, log_sum_exps, logits.stride(0), vocab, **lanes(logits, LOSSES)
     )
     return values, log_sum_exps
 
@@ -106,7 +107,7 @@ def backward(logits: Tensor, labels: Tensor, log_sum_exps: Tensor, dlosses: Tens
     """The logits become their gradient: dlosses * (softmax - one_hot)."""
     rows, vocab = logits.shape
     _gradient_kernel[(rows,)](
-        logits, labels, log_sum_exps, dlosses, dlosses.stride(0), logits.stride(0), vocab, **_lanes(logits, GRADIENT)
+        logits, labels, log_sum_exps, dlosses, dlosses.stride(0), logits.stride(0), vocab, **lanes(logits, GRADIENT)
     )
 
 
