@@ -39,48 +39,39 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         if cross_entropy_triton.supports(rows):
             return cross_entropy_triton.losses(rows, targets)[0].view_as(labels)
         warn_of_slowness("cross_entropy", cross_entropy_triton.TAKES, rows.dtype, f"contiguous: {rows.is_contiguous()}")
-    return CrossEntropy.apply(rows, targets).view_as(labels)
+    return _CrossEntropy.apply(rows, targets).view_as(labels)
 
 
-class CrossEntropy(torch.autograd.Function):
-    """For a CPU, a few rows at a time; logits (..., vocab), labels (...) -> losses (...) float32.
+class _CrossEntropy(torch.autograd.Function):
+    """For a CPU, a few rows at a time; logits (rows, vocab), labels (rows,) -> losses (rows,) float32.
 
     The forward leaves softmax - one_hot in the logits' dtype, so that the backward is one product.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        """logits (..., vocabulary), labels (...) int64 -> losses (...); the gradient is made with them."""
-        gradient = torch.empty_like(logits)
-        losses = _losses_and_gradient(logits.flatten(0, -2), labels.flatten(), gradient.flatten(0, -2))
+        ignored = labels == IGNORED
+        targets = labels.masked_fill(ignored, 0)
+        if len(labels) and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]:
+            raise ArgumentError(f"cross_entropy: labels lie between {int(targets.min())} and {int(targets.max())}.\n"
+                                f"They must lie between 0 and {logits.shape[1] - 1}, or be {IGNORED}.")
+        gradient, losses = torch.empty_like(logits), torch.empty_like(labels, dtype=torch.float32)
+        for start in range(0, len(labels), _ROWS):
+            block = slice(start, start + _ROWS)
+            values = logits[block].to(torch.float32, copy=True)
+            target = targets[block, None]
+            of_target = values.gather(1, target).squeeze(1)
+            largest = values.amax(-1, keepdim=True)
+            values.sub_(largest).exp_()
+            total = values.sum(-1, keepdim=True)
+            torch.sub(torch.log(total).add_(largest).squeeze(1), of_target, out=losses[block])
+            values.div_(total).scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
+            gradient[block] = values.masked_fill_(ignored[block, None], 0)
         ctx.save_for_backward(gradient)
-        return losses.view_as(labels)
+        return losses.masked_fill_(ignored, 0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor, None]:
-        """dlosses (...) -> the gradient of the logits, in place."""
         (gradient,) = ctx.saved_tensors
         return gradient.mul_(dlosses.to(gradient.dtype).unsqueeze(-1)), None    # a second backward is an error
-
-
-def _losses_and_gradient(logits: Tensor, labels: Tensor, gradient: Tensor) -> Tensor:
-    """Losses (rows,) of logits (rows, vocab), and into `gradient` softmax - one_hot."""
-    ignored = labels == IGNORED
-    targets = labels.masked_fill(ignored, 0)
-    if len(labels) and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]:
-        raise ArgumentError(f"cross_entropy: labels lie between {int(targets.min())} and {int(targets.max())}.\n"
-                            f"They must lie between 0 and {logits.shape[1] - 1}, or be {IGNORED}.")
-    losses = torch.empty_like(labels, dtype=torch.float32)
-    for start in range(0, len(labels), _ROWS):
-        block = slice(start, start + _ROWS)
-        values = logits[block].to(torch.float32, copy=True)
-        target = targets[block, None]
-        of_target = values.gather(1, target).squeeze(1)
-        largest = values.amax(-1, keepdim=True)
-        values.sub_(largest).exp_()
-        total = values.sum(-1, keepdim=True)
-        torch.sub(torch.log(total).add_(largest).squeeze(1), of_target, out=losses[block])
-        values.div_(total).scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
-        gradient[block] = values.masked_fill_(ignored[block, None], 0)
-    return losses.masked_fill_(ignored, 0)

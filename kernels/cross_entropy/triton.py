@@ -36,17 +36,6 @@ def _log_sum_exp(row, vocab, LANES: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _write_gradient(row, label, log_sum_exp, weight, vocab, LANES: tl.constexpr, WIDTH: tl.constexpr):
-    lane = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    tiles = tl.cdiv(vocab, LANES * WIDTH)
-    for tile in range(tiles):
-        at = (tiles - 1 - tile) * LANES * WIDTH + lane
-        values = tl.load(row + at, at < vocab, 0.0).to(tl.float32)
-        gradient = tl.exp(values - log_sum_exp) - tl.where(at == label, 1.0, 0.0)
-        tl.store(row + at, (weight * gradient).to(row.dtype.element_ty), at < vocab)
-
-
-@triton.jit
 def _logit_of(row, label, vocab):
     """The label's logit; NaN for a label out of range, rather than another row's."""
     return tl.load(row + label, (label >= 0) & (label < vocab), float("nan")).to(tl.float32)
@@ -69,7 +58,15 @@ def _gradient_kernel(
     r = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + r)
     weight = tl.where(label == IGNORED, 0.0, tl.load(weights + r * weights_stride))
-    _write_gradient(logits + r * stride, label, tl.load(log_sum_exps + r), weight, vocab, LANES, WIDTH)
+    log_sum_exp = tl.load(log_sum_exps + r)
+    row = logits + r * stride
+    lane = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    tiles = tl.cdiv(vocab, LANES * WIDTH)
+    for tile in range(tiles):
+        at = (tiles - 1 - tile) * LANES * WIDTH + lane
+        values = tl.load(row + at, at < vocab, 0.0).to(tl.float32)
+        gradient = tl.exp(values - log_sum_exp) - tl.where(at == label, 1.0, 0.0)
+        tl.store(row + at, (weight * gradient).to(row.dtype.element_ty), at < vocab)
 
 
 # Fastest on an H200 at a vocabulary of 131072.
