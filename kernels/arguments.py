@@ -70,8 +70,13 @@ def check_any(operation: str, **tensors: Tensor) -> None:
 
 def warn_of_slowness(operation: str, takes: str, dtype: torch.dtype, *given: str) -> None:
     """UserWarning, by Python's default once of an operation and what was given: PyTorch's operations run on a GPU where
-    the CUDA kernels `take` something else. Not for float64, which is asked for as a referee. Give sizes of the model,
-    and of others what holds of them: else every length would be a warning of its own."""
+    the CUDA kernels `take` something else. Not for float64, which is asked for as a referee. A compiler formats no
+    symbolic size: give sizes of the model, and of others what holds of them."""
     if dtype != torch.float64:
         warnings.warn(f"{operation}: the CUDA kernels do not take {', '.join([str(dtype), *given])}; PyTorch's "
                       f"slower operations run.\nThe kernels take {takes}.", UserWarning, stacklevel=2)
+
+
+# What torch.compiler.assume_constant_result does, which imports the compiler (two seconds): the warning would break its
+# graph.
+warn_of_slowness._dynamo_marked_constant = True     # type: ignore[attr-defined]

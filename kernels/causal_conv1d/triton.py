@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import cdiv, grid, program
-from kernels.operation import Operation
+from kernels.operation import operation
 
 TAPS = 4
 
@@ -261,8 +261,7 @@ def run_forward(
 def run_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, first: Tensor | None, documents: Tensor | None, dx: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Write dx, of any strides whose channels lie side by side. Returns the gradients of
-    weight and bias, and of the inputs before the first token (float32)."""
+    """Write dx, of any strides whose channels lie side by side. Returns the other gradients of `convolve_backward`."""
     b, t, channels = x.shape
     stretches = cdiv(t, BACKWARD.tokens)
     programs, is_reversed = grid(b, cdiv(channels, BACKWARD.channels), stretches)
@@ -279,12 +278,34 @@ def run_backward(
     return dweight.copy_(total[:TAPS].T), dbias.copy_(total[TAPS]), dfirst
 
 
-@Operation
+@operation("nemotron_h::causal_conv1d")
 def convolve(x: Tensor, weight: Tensor, bias: Tensor, first: Tensor | None, documents: Tensor | None) -> Tensor:
     """y (batch, sequence, channels), contiguous. Arguments as `causal_conv1d`, `first` its initial state."""
     y = x.new_empty(x.shape)
     run_forward(x, weight, bias, first, documents, y)
     return y
+
+
+@convolve.register_fake
+def _like(x: Tensor, *_: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@operation("nemotron_h::causal_conv1d_backward")
+def convolve_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, first: Tensor | None, documents: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias, and of the inputs before the first token (float32)."""
+    dx = x.new_empty(x.shape)
+    return dx, *run_backward(dy, x, weight, bias, first, documents, dx)
+
+
+@convolve_backward.register_fake
+def _gradients_like(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *_: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dfirst = x.new_empty(x.shape[0], TAPS - 1, x.shape[2], dtype=torch.float32)
+    return x.new_empty(x.shape), torch.empty_like(weight), torch.empty_like(bias), dfirst
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -295,8 +316,7 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, first, documents = ctx.saved_tensors
     if dy.stride(2) != 1:
         dy = dy.contiguous()
-    dx = x.new_empty(x.shape)
-    dweight, dbias, dfirst = run_backward(dy, x, weight, bias, first, documents, dx)
+    dx, dweight, dbias, dfirst = convolve_backward(dy, x, weight, bias, first, documents)
     return dx, dweight, dbias, None if first is None else dfirst.to(first.dtype), None
 
 

@@ -99,6 +99,12 @@ def losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return values, log_sum_exps
 
 
+@losses.register_fake
+def _losses_like(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    rows = labels.shape[0]
+    return logits.new_empty(rows, dtype=torch.float32), logits.new_empty(rows, dtype=torch.float32)
+
+
 @torch.library.custom_op("nemotron_h::cross_entropy_backward", mutates_args=("logits",))
 def backward(logits: Tensor, labels: Tensor, log_sum_exps: Tensor, dlosses: Tensor) -> None:
     """The logits become their gradient: dlosses * (softmax - one_hot)."""

@@ -51,3 +51,8 @@ def divergences(student: Tensor, teacher: Tensor, gradient: Tensor) -> Tensor:
     values = student.new_empty(rows, dtype=torch.float32)
     _kernel[(rows,)](student, teacher, values, gradient, vocab, 1 / rows, **lanes(student, ROW))
     return values
+
+
+@divergences.register_fake
+def _like(student: Tensor, teacher: Tensor, gradient: Tensor) -> Tensor:
+    return student.new_empty(student.shape[0], dtype=torch.float32)

@@ -43,3 +43,8 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     _quantize_kernel[(rows,)](x, values, scales, x.stride(0), columns, LARGEST=LARGEST, LEAST=LEAST_SCALE, BLOCK=block,
                               num_warps=min(16, max(1, block // WIDTH)))
     return values, scales
+
+
+@quantize_rows.register_fake
+def _like(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(x.shape[0], 1, dtype=torch.float32)

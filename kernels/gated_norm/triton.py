@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import cdiv, power_of_2
-from kernels.operation import Operation
+from kernels.operation import operation
 
 
 class NormTiles(NamedTuple):
@@ -123,12 +123,17 @@ def _fitted(tiles: NormTiles, block: int) -> tuple[int, int]:
     return rows, min(16, max(1, tiles.warps * rows * block // tiles.elements))
 
 
-@Operation
+@operation("nemotron_h::gated_rms_norm")
 def normalise(x: Tensor, gate: Tensor | None, weight: Tensor, groups: int, epsilon: float) -> Tensor:
     """y (rows, channels), contiguous."""
     y = x.new_empty(x.shape)
     run_forward(x, gate, weight, groups, epsilon, y)
     return y
+
+
+@normalise.register_fake
+def _like(x: Tensor, gate: Tensor | None, weight: Tensor, groups: int, epsilon: float) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 def run_backward(
@@ -153,6 +158,24 @@ def run_backward(
     return partial.sum(0)
 
 
+@operation("nemotron_h::gated_rms_norm_backward")
+def normalise_backward(
+    dy: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor, groups: int, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, gate (empty without one) and weight (float32)."""
+    dx, dgate = x.new_empty(x.shape), x.new_empty(0 if gate is None else gate.shape)
+    dweight = run_backward(dy, x, gate, weight, groups, epsilon, dx, None if gate is None else dgate)
+    return dx, dgate, dweight
+
+
+@normalise_backward.register_fake
+def _gradients_like(
+    dy: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor, groups: int, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dgate = x.new_empty(0 if gate is None else gate.shape)
+    return x.new_empty(x.shape), dgate, x.new_empty(weight.shape, dtype=torch.float32)
+
+
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.groups, ctx.epsilon = inputs
     ctx.save_for_backward(*tensors)
@@ -160,9 +183,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, gate, weight = ctx.saved_tensors
-    dx, dgate = x.new_empty(x.shape), None if gate is None else gate.new_empty(gate.shape)
-    dweight = run_backward(dy.contiguous(), x, gate, weight, ctx.groups, ctx.epsilon, dx, dgate)
-    return dx, dgate, dweight.to(weight.dtype), None, None
+    dx, dgate, dweight = normalise_backward(dy.contiguous(), x, gate, weight, ctx.groups, ctx.epsilon)
+    return dx, None if gate is None else dgate, dweight.to(weight.dtype), None, None
 
 
 normalise.register_autograd(_differentiate, setup_context=_keep)

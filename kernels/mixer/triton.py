@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels.causal_conv1d import triton as causal_conv1d_triton
 from kernels.gated_norm import triton as gated_norm_triton
-from kernels.operation import Operation
+from kernels.operation import operation
 from kernels.ssd import triton as ssd_triton
 
 
@@ -33,7 +33,7 @@ def prepared(projected: Tensor, weights: Any, documents: Tensor | None) -> tuple
             D.float(), norm_weight, None if documents is None else documents.to(torch.int32).contiguous())
 
 
-@Operation
+@operation("nemotron_h::mixer")
 def mix(
     projected: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor,
     norm_weight: Tensor, groups: int, state_dim: int, epsilon: float, documents: Tensor | None,
@@ -51,20 +51,23 @@ def mix(
     return y, convolved, scanned, step, decay, states
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    projected, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, ctx.groups, _, ctx.epsilon, documents = inputs
-    ctx.save_for_backward(
-        projected, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, *output[1:], documents
-    )
-    ctx.set_materialize_grads(False)
+@mix.register_fake
+def _outputs_like(
+    projected: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor,
+    norm_weight: Tensor, groups: int, state_dim: int, epsilon: float, documents: Tensor | None,
+) -> tuple[Tensor, ...]:
+    y, convolved, scanned = (_rows_like(projected, len(like)) for like in (norm_weight, conv_bias, norm_weight))
+    _, step, decay, states = ssd_triton.kept_like(scanned.unflatten(-1, (len(D), -1)), state_dim)
+    return y, convolved, scanned, step, decay, states
 
 
-def _differentiate(ctx: Any, dy: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    (projected, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, convolved, scanned, step, decay, states,
-     documents) = ctx.saved_tensors
-    groups = ctx.groups
-    if not _is_packed(dy) or dy.stride() != _rows_like(projected, dy.shape[2]).stride():
-        dy = _rows_like(projected, dy.shape[2]).copy_(dy)
+@operation("nemotron_h::mixer_backward")
+def mix_backward(
+    dy: Tensor, projected: Tensor, conv_weight: Tensor, conv_bias: Tensor, A_log: Tensor, D: Tensor,
+    norm_weight: Tensor, convolved: Tensor, scanned: Tensor, step: Tensor, decay: Tensor, states: Tensor, groups: int,
+    epsilon: float, documents: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of projected, conv_weight, conv_bias, dt_bias, A_log, D and norm_weight (the last four float32)."""
     heads, inner, state_dim = len(D), len(norm_weight), states.shape[3]
     widths = [inner, len(conv_bias), heads]
     gate, xBC, _ = projected.split(widths, -1)
@@ -72,7 +75,7 @@ def _differentiate(ctx: Any, dy: Tensor, *unused: Tensor | None) -> tuple[Tensor
     dgate, dxBC, ddt = dprojected.split(widths, -1)
     dscanned = _rows_like(projected, inner)
     dnorm_weight = gated_norm_triton.run_backward(
-        _flat(dy), _flat(scanned), _flat(gate), norm_weight, groups, ctx.epsilon, _flat(dscanned), _flat(dgate)
+        _flat(dy), _flat(scanned), _flat(gate), norm_weight, groups, epsilon, _flat(dscanned), _flat(dgate)
     )
     x, B, C = _heads(convolved, heads, inner, groups, state_dim)
     dx, dB, dC = _heads(dconvolved, heads, inner, groups, state_dim)
@@ -83,7 +86,32 @@ def _differentiate(ctx: Any, dy: Tensor, *unused: Tensor | None) -> tuple[Tensor
     dconv_weight, dconv_bias, _ = causal_conv1d_triton.run_backward(
         dconvolved, xBC, conv_weight, conv_bias, None, documents, dxBC
     )
-    gradients = (dconv_weight, dconv_bias, ddt_bias, dA * A, dD, dnorm_weight)
+    return dprojected, dconv_weight, dconv_bias, ddt_bias.clone(), dA * A, dD.clone(), dnorm_weight
+
+
+@mix_backward.register_fake
+def _gradients_like(
+    dy: Tensor, projected: Tensor, conv_weight: Tensor, conv_bias: Tensor, A_log: Tensor, D: Tensor,
+    norm_weight: Tensor, *_: Any
+) -> tuple[Tensor, ...]:
+    return (_rows_like(projected, projected.shape[2]), torch.empty_like(conv_weight), torch.empty_like(conv_bias),
+            *(torch.empty_like(tensor, dtype=torch.float32) for tensor in (D, A_log, D, norm_weight)))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    projected, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, ctx.groups, _, ctx.epsilon, documents = inputs
+    ctx.save_for_backward(
+        projected, conv_weight, conv_bias, A_log, D, norm_weight, *output[1:], documents, dt_bias
+    )
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, documents, dt_bias = ctx.saved_tensors
+    projected, conv_weight, conv_bias, A_log, D, norm_weight, *_kept = tensors
+    if not _is_packed(dy) or dy.stride() != _rows_like(projected, dy.shape[2]).stride():
+        dy = _rows_like(projected, dy.shape[2]).copy_(dy)
+    dprojected, *gradients = mix_backward(dy, *tensors, ctx.groups, ctx.epsilon, documents)
     parameters = (conv_weight, conv_bias, dt_bias, A_log, D, norm_weight)
     converted = (gradient.to(like.dtype) for gradient, like in zip(gradients, parameters, strict=True))
     return dprojected, *converted, None, None, None, None

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import cdiv
-from kernels.operation import Operation
+from kernels.operation import operation
 
 BLOCK, WARPS = 4096, 8
 
@@ -40,7 +40,7 @@ def supports(x: Tensor) -> bool:
     return x.is_cuda and x.is_floating_point() and x.itemsize <= 4 and x.is_contiguous()
 
 
-@Operation
+@operation("nemotron_h::squared_relu")
 def activate(x: Tensor) -> Tensor:
     """relu(x)^2; x contiguous, any shape -> the same shape and dtype."""
     y = torch.empty_like(x)
@@ -48,15 +48,30 @@ def activate(x: Tensor) -> Tensor:
     return y
 
 
+@activate.register_fake
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@operation("nemotron_h::squared_relu_backward")
+def activate_backward(dy: Tensor, x: Tensor) -> Tensor:
+    """2 relu(x) dy; dy and x contiguous, of one shape and dtype, as the result."""
+    dx = torch.empty_like(x)
+    _backward_kernel[(cdiv(x.numel(), BLOCK),)](x, dy, dx, x.numel(), BLOCK=BLOCK, num_warps=WARPS)
+    return dx
+
+
+@activate_backward.register_fake
+def _gradient_like(dy: Tensor, x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
 def _keep(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
 def _differentiate(ctx: Any, dy: Tensor) -> Tensor:
-    (x,) = ctx.saved_tensors
-    dx = torch.empty_like(x)
-    _backward_kernel[(cdiv(x.numel(), BLOCK),)](x, dy.contiguous(), dx, x.numel(), BLOCK=BLOCK, num_warps=WARPS)
-    return dx
+    return activate_backward(dy.contiguous(), *ctx.saved_tensors)
 
 
 activate.register_autograd(_differentiate, setup_context=_keep)

@@ -135,3 +135,10 @@ def quantize_transpose(h: Tensor, dy: Tensor | None, operation: str, format: str
         QUADS=size.rows // 4, COLUMNS=size.columns, num_warps=size.warps,
     )
     return out, transposed, inverse_scale
+
+
+@quantize_transpose.register_fake
+def _like(h: Tensor, dy: Tensor | None, operation: str, format: str) -> tuple[Tensor, Tensor, Tensor]:
+    rows, channels = h.shape
+    return (h.new_empty(rows, channels, dtype=DTYPES[format]), h.new_empty(channels, rows, dtype=DTYPES[format]),
+            h.new_empty((), dtype=torch.float32))

@@ -28,7 +28,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.launch import cdiv, grid, program
-from kernels.operation import Operation
+from kernels.operation import operation
 from kernels.ssd import KERNEL_SIZES, LARGEST_STATE
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -516,9 +516,7 @@ def run_forward(
     b, t, h, p = x.shape
     g, n = B.shape[2:]
     chunks = cdiv(t, CHUNK)
-    final = x.new_empty(b, h, n, p, dtype=torch.float32)
-    step, decay = (x.new_empty(b, h, chunks * CHUNK, dtype=torch.float32) for _ in range(2))
-    states = x.new_empty(b, chunks, h, n, p)
+    final, step, decay, states = kept_like(x, n)
     programs, is_reversed = grid(b, cdiv(h, DECAYS.size), chunks)
     _decays_kernel[programs](
         dt, dt_bias, A, step, decay, *_strides(dt), t, h, chunks, chunks * CHUNK,
@@ -592,7 +590,7 @@ def run_backward(
     return dA, dD, ddt_bias, dinitial
 
 
-@Operation
+@operation("nemotron_h::chunk_scan")
 def scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, initial: Tensor | None,
     documents: Tensor | None,
@@ -601,6 +599,44 @@ def scan(
     float32 and the states (b, chunks, h, n, p). Arguments as `chunk_scan`, but initial is (b, h, n, p)."""
     y = x.new_empty(x.shape)
     return y, *run_forward(x, dt, A, B, C, D, dt_bias, initial, documents, y)
+
+
+@scan.register_fake
+def _outputs_like(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *_: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), *kept_like(x, B.shape[-1])
+
+
+def kept_like(x: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The final state, step, decay and states."""
+    b, t, h, p = x.shape
+    chunks = (t + CHUNK - 1) // CHUNK
+    step = x.new_empty(b, h, chunks * CHUNK, dtype=torch.float32)
+    return (x.new_empty(b, h, n, p, dtype=torch.float32), step, torch.empty_like(step),
+            x.new_empty(b, chunks, h, n, p))
+
+
+@operation("nemotron_h::chunk_scan_backward")
+def scan_backward(
+    dy: Tensor, dfinal: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, step: Tensor,
+    decay: Tensor, states: Tensor, documents: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, dt, A, B, C, D, dt_bias and the initial state (b, h, n, p)."""
+    dx, ddt, dB, dC = (tensor.new_empty(tensor.shape) for tensor in (x, dt, B, C))
+    dA, dD, ddt_bias, dinitial = run_backward(
+        dy, dfinal, x, A, B, C, D, step, decay, states, documents, dx, ddt, dB, dC
+    )
+    return dx, ddt, dA, dB, dC, dD.clone(), ddt_bias.clone(), dinitial
+
+
+@scan_backward.register_fake
+def _gradients_like(
+    dy: Tensor, dfinal: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
+    *_: Tensor | None
+) -> tuple[Tensor, ...]:
+    dinitial = x.new_empty(x.shape[0], x.shape[2], B.shape[3], x.shape[3], dtype=torch.float32)
+    return *(tensor.new_empty(tensor.shape) for tensor in (x, dt, A, B, C, D, D)), dinitial
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -615,11 +651,8 @@ def _differentiate(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, *_: Tenso
     dy = torch.zeros_like(x) if dy is None else _laid_out(dy)
     if dfinal is not None:
         dfinal = dfinal.contiguous()
-    dx, ddt, dB, dC = (tensor.new_empty(tensor.shape) for tensor in (x, dt, B, C))
-    dA, dD, ddt_bias, dinitial = run_backward(
-        dy, dfinal, x, A, B, C, D, step, decay, states, documents, dx, ddt, dB, dC
-    )
-    return dx, ddt, dA, dB, dC, dD, ddt_bias, dinitial if ctx.has_initial else None, None
+    *gradients, dinitial = scan_backward(dy, dfinal, x, dt, A, B, C, D, step, decay, states, documents)
+    return *gradients, dinitial if ctx.has_initial else None, None
 
 
 scan.register_autograd(_differentiate, setup_context=_keep)

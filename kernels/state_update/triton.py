@@ -106,6 +106,13 @@ def advance_scan(
     return y
 
 
+@advance_scan.register_fake
+def _scan_like(
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 @torch.library.custom_op("nemotron_h::conv_state_update", mutates_args=("state",))
 def advance_conv(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """y (batch, channels), contiguous; shapes as in `kernels.state_update`."""
@@ -116,3 +123,8 @@ def advance_conv(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tens
         K=weight.shape[1], BLOCK=CONV_CHANNELS, num_warps=1,
     )
     return y
+
+
+@advance_conv.register_fake
+def _conv_like(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty(x.shape)

@@ -68,3 +68,9 @@ def test_splits(dtype, tolerance, heads, positions, monkeypatch):
     token = (at_positions(q, positions), keys, values, torch.tensor(positions))
     y = cached_attention_triton.attend(*(tensor.to(DEVICE) for tensor in token))
     assert relative_error(y.cpu(), at_positions(exact(q, keys, values), positions)) < tolerance
+
+
+def test_the_operator_is_well_registered():
+    q, keys, values = (tensor.to(DEVICE, PRECISIONS[0][0]) for tensor in random_tensors(2, 4, 2, 20, 32))
+    arguments = (q[:, :, 0].contiguous(), keys, values, torch.tensor([19, 19], device=DEVICE))
+    torch.library.opcheck(cached_attention_triton.attend, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -62,3 +62,9 @@ def test_rows_of_any_stride(dtype, _):
     sliced = wide.transpose(0, 1)[..., 7:52]
     whole = kernel.convolve(x, weight, bias, first, None)
     assert torch.equal(kernel.convolve(sliced, weight, bias, first, None), whole)
+
+
+@pytest.mark.parametrize("dtype, _", PRECISIONS)
+def test_the_operator_is_well_registered(dtype, _):
+    torch.library.opcheck(kernel.convolve.registered, (*tensors(5, dtype), None),
+                          test_utils=("test_schema", "test_faketensor"))

@@ -74,3 +74,29 @@ def test_the_gradient_takes_the_place_of_the_logits():
     assert torch.equal(copy.detach(), logits.grad) and not torch.equal(copy.detach(), before)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         values.sum().backward()
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_the_operators_are_well_registered():
+    logits, labels = torch.randn(4, 40, device=DEVICE), torch.arange(4, device=DEVICE)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(cross_entropy_triton.losses, (logits, labels), test_utils=checks)
+    torch.library.opcheck(cross_entropy_triton.losses, (logits.requires_grad_(), labels),
+                          test_utils=("test_autograd_registration",))
+    logits = logits.detach()
+    ones = torch.ones(4, device=DEVICE)
+    torch.library.opcheck(cross_entropy_triton.backward, (logits, labels, ones, ones), test_utils=checks)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_a_compiled_head_gives_the_same():
+    hidden = torch.randn(3, 15, 32, device=DEVICE, requires_grad=True)
+    weight = torch.randn(200, 32, device=DEVICE, requires_grad=True)
+    labels = torch.randint(0, 200, (3, 15), device=DEVICE)
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        return cross_entropy_triton.losses((hidden @ weight.t()).flatten(0, 1), labels.flatten())[0].sum()
+
+    expected = torch.autograd.grad(loss(hidden, weight), (hidden, weight))
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(torch.autograd.grad(compiled(hidden, weight), (hidden, weight)), expected)

@@ -66,3 +66,8 @@ def test_rows_that_are_not_finite_and_rows_of_next_to_nothing(quantize):
     values, scales = quantize(x)
     assert scales.flatten().isfinite().tolist() == [False, False, True, True]
     assert (values.float() * scales)[2:].isfinite().all()
+
+
+def test_the_operator_is_well_registered():
+    x = torch.randn(3, 20, device=DEVICE)
+    torch.library.opcheck(fp8_linear_triton.quantize_rows, (x,), test_utils=("test_schema", "test_faketensor"))

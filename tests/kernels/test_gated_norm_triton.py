@@ -46,3 +46,9 @@ def test_without_a_gate_it_is_rms_norm(dtype, tolerance):
     y = kernel.normalise(x, None, weight, 1, EPSILON)
     expected = torch.nn.functional.rms_norm(exact[0], (48,), exact[1], EPSILON)
     compare(y, expected, (x, weight), exact, tolerance)
+
+
+@pytest.mark.parametrize("dtype, _", PRECISIONS)
+def test_the_operator_is_well_registered(dtype, _):
+    arguments = (*tensors(dtype), 2, EPSILON)
+    torch.library.opcheck(kernel.normalise.registered, arguments, test_utils=("test_schema", "test_faketensor"))

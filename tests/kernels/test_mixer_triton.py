@@ -63,3 +63,10 @@ def test_values_and_gradients_equal_the_parts(dtype, tolerance, time_first, leng
     true = torch.autograd.grad(expected, exact, dy.double())
     for name, a, b in zip(("projected", *MixerWeights._fields), mine, true, strict=True):
         assert relative_error(a.cpu(), b) < 2 * tolerance, name
+
+
+def test_the_operator_is_well_registered():
+    values = tensors(5, PRECISIONS[0][0])
+    values[0] = values[0].transpose(0, 1)
+    arguments = (*values, GROUPS, STATE, EPSILON, None)
+    torch.library.opcheck(mixer_triton.mix.registered, arguments, test_utils=("test_schema", "test_faketensor"))

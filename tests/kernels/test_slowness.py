@@ -88,13 +88,14 @@ def test_float64_is_no_mistake() -> None:
         warn_of_slowness("chunk_scan", "bfloat16", torch.float64)
 
 
-def test_once_of_each() -> None:
+def test_once_of_each_and_within_a_compilers_graph() -> None:
     def step(x: Tensor) -> Tensor:
         warn_of_slowness("chunk_scan", "bfloat16", x.dtype, f"contiguous: {x.is_contiguous()}, head_dim {x.shape[1]}")
         return x + 1
 
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("default")
-        for size in (48, 48, 80, 48):
-            assert (step(torch.zeros(3, size)) == 1).all()
-    assert [str(warning.message).split(";")[0].rsplit(" ", 1)[1] for warning in told] == ["48", "80"]
+    for run in (step, torch.compile(step, fullgraph=True, backend="eager")):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("default")
+            for size in (48, 48, 80, 48):
+                assert (run(torch.zeros(3, size)) == 1).all()
+        assert [str(warning.message).split(";")[0].rsplit(" ", 1)[1] for warning in told] == ["48", "80"]

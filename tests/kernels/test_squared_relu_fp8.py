@@ -111,3 +111,9 @@ def test_degenerate_tensors_keep_the_rules(run, value, dtype):
     for filled in (h, torch.full_like(h, value)):
         assert same(run("none", filled, filled, "e4m3"), filled, "e4m3")
         assert same(run("squared_relu", filled, filled, "e4m3"), F.relu(filled).square(), "e4m3")
+
+
+def test_the_operator_is_well_registered():
+    h = torch.randn(16, 32).to(DEVICE, PRECISIONS[-1])
+    torch.library.opcheck(kernel.quantize_transpose, (h, h, "squared_relu_backward", "e5m2"),
+                          test_utils=("test_schema", "test_faketensor"))

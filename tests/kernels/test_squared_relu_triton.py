@@ -22,9 +22,14 @@ def test_value_and_gradient_are_pytorchs(dtype, tolerance, shape):
     assert relative_error(mine, true) < tolerance
 
 
+def test_the_operator_is_well_registered():
+    x = torch.randn(3, 32).to(DEVICE, PRECISIONS[0][0])
+    torch.library.opcheck(kernel.activate.registered, (x,), test_utils=("test_schema", "test_faketensor"))
 
-def test_a_second_derivative_is_refused():
-    """Of all `kernels.operation`s."""
+
+@pytest.mark.parametrize("run", [kernel.activate, kernel.activate.registered])
+def test_a_second_derivative_is_refused(run):
+    """Of all `kernels.operation`s, eager or of a compiler."""
     x = torch.randn(3, 32, requires_grad=True, device=DEVICE)
     with pytest.raises(RuntimeError, match="differentiable once: create_graph"):
-        torch.autograd.grad(kernel.activate(x).sum(), x, create_graph=True)
+        torch.autograd.grad(run(x).sum(), x, create_graph=True)

@@ -76,3 +76,10 @@ def test_inputs_are_read_where_they_lie(small_tiles, dtype, _):
     views = values | {name: part.unflatten(-1, values[name].shape[2:]) for name, part in zip(names, parts, strict=True)}
     arguments = [[v[name].to(DEVICE) for name in NAMES[:7]] for v in (values, views)]
     assert torch.equal(ssd_triton.scan(*arguments[0], None, None)[0], ssd_triton.scan(*arguments[1], None, None)[0])
+
+
+def test_the_operator_is_well_registered(small_tiles):
+    values = inputs(1, 5, 4, 16, 2, 32, PRECISIONS[0][0])
+    arguments = [values[name].to(DEVICE).requires_grad_() for name in NAMES[:7]]
+    torch.library.opcheck(ssd_triton.scan.registered, (*arguments, None, None),
+                          test_utils=("test_schema", "test_faketensor"))

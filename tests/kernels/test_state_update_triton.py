@@ -68,3 +68,14 @@ def test_the_convolution_is_conv1d(dtype, taps, monkeypatch):
     outputs = [state_update_triton.advance_conv(carried, device[0][:, t], *device[1:]) for t in range(TOKENS)]
     assert relative_error(torch.stack(outputs, 1).cpu(), expected) < (1e-5 if dtype == torch.float32 else 6e-3)
     assert torch.equal(carried.cpu(), x[:, 1 - taps :])
+
+
+def test_the_operators_are_well_registered():
+    values = inputs(2, 1, 4, 8, 2, 16, torch.float32)
+    state = values.pop("initial_state").to(DEVICE)
+    x, dt, B, C = (values[name][:, 0].to(DEVICE) for name in ("x", "dt", "B", "C"))
+    A, D, dt_bias = (values[name].to(DEVICE) for name in ("A", "D", "dt_bias"))
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(state_update_triton.advance_scan, (state, x, dt, A, B, C, D, dt_bias), test_utils=checks)
+    x, weight, bias, window = (tensor.detach().to(DEVICE) for tensor in tensors(torch.float32, 1))
+    torch.library.opcheck(state_update_triton.advance_conv, (window, x[:, 0], weight, bias), test_utils=checks)
