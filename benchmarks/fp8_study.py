@@ -15,8 +15,9 @@ from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
 from model.config import ModelConfig, ModelError, PretrainConfig
-from model.megatron.distributed import ONE_COPY, process_groups, release_memory
+from model.megatron.distributed import ONE_COPY, process_groups
 from model.presets import hybrid_pattern
+from model.processes import release_memory
 from model.training.trainer import Trainer
 
 MARGIN = 0.001          # of the loss: the paper's "< 0.1 %"

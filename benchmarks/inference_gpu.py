@@ -24,11 +24,12 @@ import torch
 from model import hub
 from model.benchmark.decode import step_seconds
 from model.benchmark.roofline import measure_ceilings, seconds
-from model.benchmark.serving import DTYPE, PAIRS, PAPER, Size, release, serve_pair
+from model.benchmark.serving import DTYPE, PAIRS, PAPER, Size, serve_pair
 from model.config import ModelConfig
 from model.hybrid_lm import HybridLM
 from model.inference.decoder import Decoder
 from model.presets import PRESETS
+from model.processes import release_memory
 
 TINY = {"hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4, "num_query_groups": 2, "head_dim": 16,
         "mamba_num_heads": 16, "mamba_head_dim": 16, "mamba_state_dim": 16, "mamba_num_groups": 2, "vocab_size": 512}
@@ -51,7 +52,7 @@ ASKED = {"8b": Asked(2.2, 5.0), "47b": Asked(1.2, None)}
 
 def measure_pair(name: str, tiny: bool, device: torch.device) -> dict[str, Any]:
     ceilings = measure_ceilings(device, DTYPE, PAIRS[name].fp8)
-    release()
+    release_memory()
     print(f"copy {ceilings.bytes_per_second / 1e12:.2f} TB/s, products {ceilings.flops_per_second / 1e12:.0f} TFLOP/s "
           f"BF16, {ceilings.layer_flops_per_second / 1e12:.0f} as the layers'")
     print(f"{'model':15} {'weights':>7} {'batch':>5} {'peak GiB':>8} {'first token s':>13} {'floor':>6} {'step ms':>8} "
@@ -132,7 +133,7 @@ def main() -> None:
             figures[part] = beside_transformers(arguments.tiny, device)
         else:
             figures[part] = measure_pair(part, arguments.tiny, device)
-        release()
+        release_memory()
         if arguments.out:
             arguments.out.write_text(json.dumps(figures, indent=1) + "\n")
 

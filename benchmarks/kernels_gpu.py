@@ -273,7 +273,7 @@ def main() -> None:
     print(f"copy {bandwidth / 1e12:.2f} TB/s, BF16 matrix product {rate / 1e12:.0f} TFLOP/s\n")
     with parallel_compilation():
         rows = measure(only & set(OPS), bandwidth, rate)
-        streamed = streaming.measure(only, bandwidth, rate)
+        streamed = streaming.measure(only, bandwidth)
     if arguments.out:
         figures = {"machine": machine, "copy_bytes_per_second": bandwidth, "bf16_flops_per_second": rate,
                    "rows": rows, "streaming": streamed}

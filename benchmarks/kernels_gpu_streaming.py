@@ -16,14 +16,14 @@ from torch import Tensor
 
 from benchmarks.gpu_timing import extra_gib, graph_milliseconds, milliseconds
 from kernels.cached_attention import token_attention
-from kernels.cross_entropy import cross_entropy, linear_cross_entropy
+from kernels.cross_entropy import cross_entropy
 from kernels.fp8_quantize import quantize
 from kernels.squared_relu_fp8 import DTYPES, quantize_transpose, squared_relu_backward_quantize, squared_relu_quantize
 from kernels.state_update import ssd_state_update
 
 HEADS, HEAD_DIM, GROUPS, STATE = 128, 64, 8, 128
 INNER, CHANNELS, IN_PROJ = 8192, 10240, 18560
-HIDDEN, VOCAB, TOKENS = 4096, 131_072, 8192
+VOCAB, TOKENS = 131_072, 8192
 QUERY_HEADS, KV_HEADS, ATTENTION_HEAD_DIM, CONTEXT = 32, 8, 128, 65_536
 
 
@@ -52,7 +52,7 @@ def state_inputs(batch: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
             C.unflatten(-1, (GROUPS, STATE)), torch.ones(HEADS, device="cuda"), torch.randn(HEADS, device="cuda") - 4)
 
 
-def state_update_rows(bandwidth: float, _: float) -> Iterator[Row]:
+def state_update_rows(bandwidth: float) -> Iterator[Row]:
     kernels: dict[str, Callable[..., Tensor]] = {"ours": ssd_state_update}
     if find_spec("mamba_ssm"):
         from mamba_ssm.ops.triton.selective_state_update import selective_state_update
@@ -80,7 +80,7 @@ def state_update_rows(bandwidth: float, _: float) -> Iterator[Row]:
                           None, errors)
 
 
-def token_attention_rows(bandwidth: float, _: float) -> Iterator[Row]:
+def token_attention_rows(bandwidth: float) -> Iterator[Row]:
     """One token over caches of 65,536, beside PyTorch's flash attention, which learns the length at its launch."""
     for batch in (1, 6, 48):
         q = torch.randn(batch, QUERY_HEADS, ATTENTION_HEAD_DIM, device="cuda", dtype=torch.bfloat16)
@@ -112,7 +112,7 @@ def composed(values: Tensor, format: str) -> tuple[Tensor, Tensor, Tensor]:
     return rounded, rounded.t().contiguous(), scale.reciprocal()
 
 
-def fp8_rows(bandwidth: float, _: float) -> Iterator[Row]:
+def fp8_rows(bandwidth: float) -> Iterator[Row]:
     """Forward, gradient and plain; the compiled peer is the composition."""
     ops: list[tuple[str, str, Callable[..., Any], Callable[..., Tensor], int]] = [
         ("relu2 fp8", "e4m3", lambda h, dy: squared_relu_quantize(h), lambda h, dy: F.relu(h).square(), 6),
@@ -138,7 +138,7 @@ def fp8_rows(bandwidth: float, _: float) -> Iterator[Row]:
                 yield Row(op, f"{TOKENS}x{channels}", name, time, floor / time, None, [wrong])
 
 
-def cross_entropy_rows(bandwidth: float, _: float) -> Iterator[Row]:
+def cross_entropy_rows(bandwidth: float) -> Iterator[Row]:
     """Of given logits, forward and backward; peak memory beyond the logits and, for PyTorch, their gradient."""
     logits = torch.randn(TOKENS, VOCAB, device="cuda", dtype=torch.bfloat16).requires_grad_()
     labels = torch.randint(VOCAB, (TOKENS,), device="cuda")
@@ -166,50 +166,16 @@ def cross_entropy_rows(bandwidth: float, _: float) -> Iterator[Row]:
         yield Row("entropy", f"{TOKENS}x{VOCAB}", name, time, 3 * logits.nbytes / bandwidth * 1e3 / time, extra, errors)
 
 
-def linear_cross_entropy_rows(_: float, rate: float) -> Iterator[Row]:
-    """The mean loss of a head, forward and backward; peak memory beyond inputs and gradients."""
-
-    def fused(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        row_weights = torch.full(labels.shape, 1 / len(labels), device="cuda")
-        return linear_cross_entropy(hidden, weight, labels, row_weights)[0]
-
-    def full(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy((hidden @ weight.t()).float(), labels)
-
-    hidden = torch.randn(TOKENS, HIDDEN, device="cuda", dtype=torch.bfloat16).requires_grad_()
-    weight = (HIDDEN**-0.5 * torch.randn(VOCAB, HIDDEN, device="cuda")).bfloat16().requires_grad_()
-    labels = torch.randint(VOCAB, (TOKENS,), device="cuda")
-    few = TOKENS // 8
-    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden[:few], weight)]
-    expected = F.cross_entropy(exact[0] @ exact[1].t(), labels[:few])
-    truth = [expected.detach(), *torch.autograd.grad(expected, exact)]
-    del exact, expected
-    for name, run in (("ours", fused), ("torch full logits", full),
-                      ("the same, compiled", torch.compile(full, dynamic=False))):
-        loss = run(hidden[:few], weight, labels[:few])
-        found = [loss.detach(), *torch.autograd.grad(loss, (hidden, weight))]
-        errors = [relative_error(a, b) for a, b in zip((found[0], found[1][:few], found[2]), truth, strict=True)]
-        del loss, found
-
-        def both(run: Any = run) -> Any:
-            return torch.autograd.grad(run(hidden, weight, labels), (hidden, weight))
-
-        time, extra = milliseconds(both), extra_gib(both, hidden.nbytes + weight.nbytes)
-        floor = 6 * TOKENS * HIDDEN * VOCAB / rate * 1e3
-        yield Row("head", f"{TOKENS}x{HIDDEN}", name, time, floor / time, extra, errors)
+OPS = {"state": state_update_rows, "attention": token_attention_rows, "fp8": fp8_rows, "entropy": cross_entropy_rows}
 
 
-OPS = {"state": state_update_rows, "attention": token_attention_rows, "fp8": fp8_rows, "entropy": cross_entropy_rows,
-       "head": linear_cross_entropy_rows}
-
-
-def measure(only: set[str], bandwidth: float, rate: float) -> list[dict[str, Any]]:
+def measure(only: set[str], bandwidth: float) -> list[dict[str, Any]]:
     """Rows of the ops asked for, printed as they come."""
     rows: list[dict[str, Any]] = []
     for op, run in OPS.items():
         if op not in only:
             continue
-        for row in run(bandwidth, rate):
+        for row in run(bandwidth):
             if not rows:
                 print(f"\n{'op':10} {'shape':>12} {'kernel':18} {'ms':>8} {'floor':>6} {'extra GiB':>9}  errors")
             extra = "" if row.extra_gib is None else f"{row.extra_gib:.2f}"

@@ -37,11 +37,12 @@ from model.compression.funnel import Funnel
 from model.compression.resume import ResultCache, from_main_process
 from model.config import ModelConfig
 from model.integrity import is_whole
-from model.megatron.distributed import Parallelism, device, is_main_process, process_groups, release_memory
+from model.megatron.distributed import Parallelism, device, is_main_process, process_groups
 from model.megatron.engine_checkpoint import save_model
 from model.megatron.precision import Precision
 from model.megatron.spec import build_model
 from model.presets import PRESETS
+from model.processes import release_memory
 from stages.frame.params import load_params
 
 GIB = 2**30

@@ -129,19 +129,10 @@ def open_weights(directory: Path | str) -> tuple[ModelConfig, LazyState]:
     """
     directory = Path(directory)
     config = read_config(directory)
-    files = check_files(directory, config)
+    state = check_files(directory, config)
     if (directory / SUMS).exists():         # others publish without
         check_sums(directory)
-    ours = names_there(config)
-    places: dict[str, tuple[Path, str]] = {}
-    shapes: State = {}
-    for file in files:
-        with safe_open(directory / file, framework="pt") as tensors:
-            for name in tensors.keys():     # noqa: SIM118
-                rows = tensors.get_slice(name)
-                places[ours(name)] = directory / file, name
-                shapes[ours(name)] = torch.empty(rows.get_shape(), dtype=rows[:0].dtype, device="meta")
-    return config, LazyState(shapes, lambda name: _read(*places[name]))
+    return config, state
 
 
 def _read(file: Path, name: str) -> Tensor:
@@ -220,8 +211,9 @@ def read_config(directory: Path) -> ModelConfig:
             f"{path}: holds a value of another kind ({error}).\nExport or download the model again.") from None
 
 
-def check_files(directory: Path, config: ModelConfig) -> list[str]:
-    """Names of the directory's weight files, whose headers have been compared with `config`. Raises ModelError."""
+def check_files(directory: Path, config: ModelConfig) -> LazyState:
+    """The weights of the directory, as `open_weights`, of which only headers have been compared with `config`. Raises
+    ModelError."""
     index = directory / INDEX
     placed = _places(index) if index.exists() else {}
     files = sorted(set(placed.values())) or [WEIGHTS]
@@ -231,12 +223,14 @@ def check_files(directory: Path, config: ModelConfig) -> list[str]:
             "Remove the one that is not the model, or download it again."
         )
     names = names_there(config)
-    shapes: dict[str, Shape] = {}
-    held: set[str] = set()
+    skeleton: State = {}
+    places: dict[str, tuple[Path, str]] = {}
     for file in files:
         try:
             with safe_open(directory / file, framework="pt") as tensors:
-                found = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+                rows = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+                found = {name: torch.empty(of.get_shape(), dtype=of[:0].dtype, device="meta")
+                         for name, of in rows.items()}
         except (OSError, SafetensorError) as error:
             raise ModelError(
                 f"{directory / file}: cannot be read: {_why(directory / file, error)}.\n"
@@ -247,21 +241,20 @@ def check_files(directory: Path, config: ModelConfig) -> list[str]:
                 f"{directory / file}: holds {misplaced[0]}, which {index.name} places elsewhere.\n"
                 "Export or download the model again; two versions may be mixed."
             )
-        held |= set(found)
-        for name, shape in found.items():
-            if names(name) in shapes:
+        for name, tensor in found.items():
+            if names(name) in skeleton:
                 raise ModelError(
                     f"{directory / file}: {name} is there twice, under another name that means the same.\n"
                     "Export or download the model again; two versions may be mixed."
                 )
-            shapes[names(name)] = shape
-    if lacking := [name for name in placed if name not in held]:
+            skeleton[names(name)], places[names(name)] = tensor, (directory / file, name)
+    if lacking := [name for name in placed if names(name) not in places]:
         raise ModelError(
             f"{index}: places {lacking[0]} in {placed[lacking[0]]}, which does not hold it.\n"
             "Export or download the model again; two versions may be mixed."
         )
-    check_shapes(config, shapes, str(directory))
-    return files
+    check_shapes(config, {name: tuple(tensor.shape) for name, tensor in skeleton.items()}, str(directory))
+    return LazyState(skeleton, lambda name: _read(*places[name]))
 
 
 def _places(index: Path) -> dict[str, str]:

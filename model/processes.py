@@ -46,6 +46,13 @@ def job_processes() -> contextlib.AbstractContextManager[None]:
     return torch_processes() if "RANK" in os.environ else contextlib.nullcontext()
 
 
+def release_memory() -> None:
+    """Give a device's memory back that models gone by now have held: some, as Megatron's, refer to themselves."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 class TensorRanks:
     """The processes that a layer and the vocabulary are split over, seen from one of them; at first there is no other.
 

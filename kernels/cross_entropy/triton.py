@@ -1,8 +1,7 @@
 """`kernels.cross_entropy` on CUDA: one pass over a row of logits gives its loss, a second writes its gradient in place.
 
 A program has one row. The largest value and the sum of exponentials are kept for each of some lanes and scaled again
-when a lane's maximum grows; the lanes meet once, at the end. The second pass walks backwards: where loss and gradient
-come together, it finds in the second-level cache what the first read last.
+when a lane's maximum grows; the lanes meet once, at the end.
 """
 
 from __future__ import annotations
@@ -37,17 +36,6 @@ def _log_sum_exp(row, vocab, LANES: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _write_gradient(row, label, log_sum_exp, weight, vocab, LANES: tl.constexpr, WIDTH: tl.constexpr):
-    lane = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    tiles = tl.cdiv(vocab, LANES * WIDTH)
-    for tile in range(tiles):
-        at = (tiles - 1 - tile) * LANES * WIDTH + lane
-        values = tl.load(row + at, at < vocab, 0.0).to(tl.float32)
-        gradient = tl.exp(values - log_sum_exp) - tl.where(at == label, 1.0, 0.0)
-        tl.store(row + at, (weight * gradient).to(row.dtype.element_ty), at < vocab)
-
-
-@triton.jit
 def _logit_of(row, label, vocab):
     """The label's logit; NaN for a label out of range, rather than another row's."""
     return tl.load(row + label, (label >= 0) & (label < vocab), float("nan")).to(tl.float32)
@@ -70,26 +58,20 @@ def _gradient_kernel(
     r = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + r)
     weight = tl.where(label == IGNORED, 0.0, tl.load(weights + r * weights_stride))
-    _write_gradient(logits + r * stride, label, tl.load(log_sum_exps + r), weight, vocab, LANES, WIDTH)
-
-
-@triton.jit
-def _losses_and_gradient_kernel(
-    logits, labels, weights, losses, stride, vocab, LANES: tl.constexpr, WIDTH: tl.constexpr
-):
-    r = tl.program_id(0).to(tl.int64)
-    label = tl.load(labels + r)
-    of_label = _logit_of(logits + r * stride, label, vocab)            # before the barriers, so not overwritten yet
-    log_sum_exp = _log_sum_exp(logits + r * stride, vocab, LANES, WIDTH)
-    tl.store(losses + r, tl.where(label == IGNORED, 0.0, log_sum_exp - of_label))
-    weight = tl.where(label == IGNORED, 0.0, tl.load(weights + r))
-    _write_gradient(logits + r * stride, label, log_sum_exp, weight, vocab, LANES, WIDTH)
+    log_sum_exp = tl.load(log_sum_exps + r)
+    row = logits + r * stride
+    lane = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    tiles = tl.cdiv(vocab, LANES * WIDTH)
+    for tile in range(tiles):
+        at = (tiles - 1 - tile) * LANES * WIDTH + lane
+        values = tl.load(row + at, at < vocab, 0.0).to(tl.float32)
+        gradient = tl.exp(values - log_sum_exp) - tl.where(at == label, 1.0, 0.0)
+        tl.store(row + at, (weight * gradient).to(row.dtype.element_ty), at < vocab)
 
 
 # Fastest on an H200 at a vocabulary of 131072.
 LOSSES = RowTiles(bytes=8192, warps=8)
 GRADIENT = RowTiles(bytes=32768, warps=32)
-BOTH = RowTiles(bytes=32768, warps=32)
 
 
 TAKES = "at most 4 bytes an element and contiguous logits"
@@ -100,7 +82,8 @@ def supports(logits: Tensor) -> bool:
     return logits.is_cuda and logits.itemsize <= 4 and logits.is_contiguous()
 
 
-def _lanes(logits: Tensor, tiles: RowTiles) -> dict[str, int]:
+def lanes(logits: Tensor, tiles: RowTiles) -> dict[str, int]:
+    """Launch parameters: lanes of a row, 16 bytes each, and warps."""
     width = _VECTOR_BYTES // logits.itemsize
     return {"LANES": tiles.bytes // _VECTOR_BYTES, "WIDTH": width, "num_warps": tiles.warps}
 
@@ -111,7 +94,7 @@ def losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     rows, vocab = logits.shape
     values, log_sum_exps = (logits.new_empty(rows, dtype=torch.float32) for _ in range(2))
     _losses_kernel[(rows,)](
-        logits, labels, values, log_sum_exps, logits.stride(0), vocab, **_lanes(logits, LOSSES)
+        logits, labels, values, log_sum_exps, logits.stride(0), vocab, **lanes(logits, LOSSES)
     )
     return values, log_sum_exps
 
@@ -127,24 +110,8 @@ def backward(logits: Tensor, labels: Tensor, log_sum_exps: Tensor, dlosses: Tens
     """The logits become their gradient: dlosses * (softmax - one_hot)."""
     rows, vocab = logits.shape
     _gradient_kernel[(rows,)](
-        logits, labels, log_sum_exps, dlosses, dlosses.stride(0), logits.stride(0), vocab, **_lanes(logits, GRADIENT)
+        logits, labels, log_sum_exps, dlosses, dlosses.stride(0), logits.stride(0), vocab, **lanes(logits, GRADIENT)
     )
-
-
-@torch.library.custom_op("nemotron_h::cross_entropy_gradient", mutates_args=("logits",))
-def replace_by_gradient(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """Losses (rows,) of the logits, which become weights * (softmax - one_hot)."""
-    rows, vocab = logits.shape
-    values = logits.new_empty(rows, dtype=torch.float32)
-    _losses_and_gradient_kernel[(rows,)](
-        logits, labels, weights, values, logits.stride(0), vocab, **_lanes(logits, BOTH)
-    )
-    return values
-
-
-@replace_by_gradient.register_fake
-def _values_like(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    return logits.new_empty(labels.shape[0], dtype=torch.float32)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

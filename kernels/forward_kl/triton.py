@@ -11,12 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.cross_entropy.triton import _log_sum_exp
+from kernels.cross_entropy.triton import _log_sum_exp, lanes
 from kernels.launch import RowTiles
 
 ROW = RowTiles(bytes=16384, warps=16)
 TAKES = "at most 4 bytes an element and contiguous logits"
-_VECTOR_BYTES = 16
 
 
 @triton.jit
@@ -50,11 +49,7 @@ def divergences(student: Tensor, teacher: Tensor, gradient: Tensor) -> Tensor:
     """KL of each row (rows,) float32; (softmax(student) - softmax(teacher)) / rows is written to `gradient`."""
     rows, vocab = student.shape
     values = student.new_empty(rows, dtype=torch.float32)
-    width = _VECTOR_BYTES // student.itemsize
-    _kernel[(rows,)](
-        student, teacher, values, gradient, vocab, 1 / rows, LANES=ROW.bytes // _VECTOR_BYTES, WIDTH=width,
-        num_warps=ROW.warps,
-    )
+    _kernel[(rows,)](student, teacher, values, gradient, vocab, 1 / rows, **lanes(student, ROW))
     return values
 
 

@@ -12,7 +12,6 @@ ceilings.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ from model.hybrid_lm import HybridLM
 from model.inference.decoder import Decoder, piece_tokens
 from model.inference.random_weights import random_model
 from model.presets import PRESETS
-from model.processes import ONE_PROCESS, TensorRanks
+from model.processes import ONE_PROCESS, TensorRanks, release_memory
 from model.tensor_parallel import part_of
 
 DTYPE, STATE_DTYPE = torch.bfloat16, torch.float32
@@ -93,7 +92,7 @@ def published_pairs(
     figures: dict[str, Any] = {}
     for name in names:
         ceilings = measure_ceilings(device, DTYPE, PAIRS[name].fp8, ranks.tensor_ranks)
-        release()
+        release_memory()
         first, second = serve_pair(name, PAPER, device, ceilings, ranks=ranks)
         for row in (first, second):
             figures |= {f"{row.model}_served_{key}": value for key, value in row._asdict().items() if key != "model"}
@@ -110,7 +109,7 @@ def serve_pair(
     pair = PAIRS[name]
     for model in pair.models:
         yield serve(model, geometries[model], pair.fp8, size, device, ceilings, ranks)
-        release()
+        release_memory()
 
 
 def serve(
@@ -165,12 +164,5 @@ def prompt_activations(model: HybridLM, tokens: int) -> int:
     torch.cuda.synchronize()
     taken = torch.cuda.max_memory_allocated() - before
     del decoder
-    release()
+    release_memory()
     return taken
-
-
-def release() -> None:
-    """Give freed memory back to the device."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -16,8 +16,9 @@ from model.compression.config import CompressConfig
 from model.compression.resume import ResultCache, from_main_process
 from model.config import PretrainConfig, ScheduleConfig
 from model.integrity import is_whole
-from model.megatron.distributed import Parallelism, device, is_main_process, release_memory
+from model.megatron.distributed import Parallelism, device, is_main_process
 from model.megatron.precision import Precision, PrecisionName, choose_precision
+from model.processes import release_memory
 from model.training.distillation import Lesson
 from model.training.trainer import Trainer
 

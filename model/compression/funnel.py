@@ -57,11 +57,12 @@ from model.config import ModelConfig, ModelError, PretrainConfig
 from model.hybrid_lm import HybridLM
 from model.inference.decoder import Decoder
 from model.integrity import SUMS, is_whole
-from model.megatron.distributed import ONE_COPY, Parallelism, device, is_main_process, release_memory
+from model.megatron.distributed import ONE_COPY, Parallelism, device, is_main_process
 from model.megatron.layerwise import MegatronLayerwise
 from model.megatron.limits import check_model
 from model.megatron.precision import Precision, PrecisionName
 from model.megatron.spec import build_model
+from model.processes import release_memory
 from model.training.token_data import end_of_document, text_digests
 from model.training.trainer import FREE_WHEN_RESUMED, check_identity, recipe_identity
 

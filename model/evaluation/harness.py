@@ -19,7 +19,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,12 +40,10 @@ from model.config import ModelError
 from model.evaluation.schema import ChoiceSample, Samples, TextSample
 from model.hybrid_lm import HybridLM
 from model.inference.caches import PrefixReader
+from model.inference.decoder import Decoder
 from model.inference.sampling import checked, likeliest
 from model.model_card import CardScore
 from model.processes import ONE_PROCESS, TensorRanks
-
-if TYPE_CHECKING:
-    from model.inference.decoder import Decoder
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": costs.EVALUATION_TOKENS}   # on a CPU, what stays in its cache is fastest
 LENGTH_MULTIPLE = {"cpu": 1, "cuda": 128}           # on a GPU every other length is compiled or planned for anew
@@ -163,8 +161,6 @@ class HarnessLM(TemplateLM):
     @functools.cached_property
     def decoder(self) -> Decoder:
         """Caches of the model, made when something is first generated."""
-        from model.inference.decoder import Decoder  # imports torch's compiler, for which scoring has no use
-
         return Decoder(self.model, self.choice_length)
 
     def _likeliest(self, prompt: list[int], tokens: int, stops: Sequence[str]) -> str:

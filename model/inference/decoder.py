@@ -61,17 +61,6 @@ class Decoder(ModelCaches):
             raise ModelError("The decoder's sequences are of unlike length.\nBegin new ones with `prefill`.")
         return self._length
 
-    @position.setter
-    def position(self, position: int) -> None:
-        """Forget the tokens from `position` on. Raises ModelError where that cannot be: a Mamba-2 state holds all."""
-        held = self.position
-        if not 0 <= position <= held or (position < held and "M" in self.model.config.pattern):
-            raise ModelError(
-                f"position {position} after {held} tokens: the caches cannot go there.\n"
-                "Give the prompt up to there to `prefill`; only a model without Mamba-2 layers can go back."
-            )
-        self.claim(position)
-
     def claim(self, position: int) -> None:
         """Take the caches, whatever is in them, for those of `position` tokens: for measuring. Raises ModelError for a
         position that they do not have."""

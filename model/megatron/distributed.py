@@ -7,7 +7,6 @@ answers those names with the CPU, so that the same trainer, optimizer, schedules
 from __future__ import annotations
 
 import contextlib
-import gc
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -110,13 +109,6 @@ def process_groups(parallelism: Parallelism = ONE_COPY) -> Iterator[None]:
             yield
         finally:
             parallel_state.destroy_model_parallel()
-
-
-def release_memory() -> None:
-    """Give a device's memory back that models gone by now have held: Megatron's refer to themselves."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def is_main_process() -> bool:

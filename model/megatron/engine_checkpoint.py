@@ -35,7 +35,7 @@ from model.megatron.distributed import device, is_main_process
 
 def save_model(directory: Path, model: MambaModel) -> None:
     """Write the weights of all processes' parts of `model`, in their dtypes, to `directory` (made if absent)."""
-    _save({"model": model.sharded_state_dict(metadata=_groups())}, directory)
+    _Writing({"model": model.sharded_state_dict(metadata=_groups())}, directory, in_background=False).finish()
 
 
 def load_model(directory: Path, model: MambaModel) -> None:
@@ -171,10 +171,6 @@ class ResumeState:
 
 def _groups() -> dict[str, Any]:
     return {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-
-
-def _save(contents: dict[str, Any], directory: Path) -> None:
-    _Writing(contents, directory, in_background=False).finish()
 
 
 class _Writing:

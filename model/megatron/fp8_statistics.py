@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kernels.fp8_quantize import largest_magnitude, scale_of
+from kernels.squared_relu_fp8 import DTYPES
 from model.megatron import compat  # noqa: F401    # before Megatron
 
 # isort: split
@@ -25,8 +26,6 @@ from model.megatron.feed_forward import FusedMLP
 from model.megatron.precision import Precision, Role
 from model.training.run_log import Row
 
-_TYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
-
 
 def statistics(x: Tensor, scale: Tensor, format: str) -> Tensor:
     """Of `x` times `scale` () rounded to an FP8 `format`, saturating: (amax, underflow, saturated, snr), float32.
@@ -35,9 +34,9 @@ def statistics(x: Tensor, scale: Tensor, format: str) -> Tensor:
     elements beyond the format's range. snr: 10 log10 of x's energy over that of the error, in decibels.
     """
     exact = x.detach().float()
-    limit = torch.finfo(_TYPES[format]).max
+    limit = torch.finfo(DTYPES[format]).max
     scaled = exact * scale
-    rounded = scaled.clamp(-limit, limit).to(_TYPES[format]).float() / scale
+    rounded = scaled.clamp(-limit, limit).to(DTYPES[format]).float() / scale
     nonzero = exact != 0
     lost = (nonzero & (rounded == 0)).sum() / nonzero.sum().clamp_min(1)
     saturated = (scaled.abs() > limit * (1 + 1e-6)).float().mean()      # not the value the scale was made for

@@ -125,11 +125,9 @@ class Stage:
             raise StageError(f"{found[0]}" + (f" And {len(found) - 1} more." if found[1:] else "") + "\n"
                              f"`dvc repro {makers}` makes it again; `dvc commit {makers}` takes it for right.")
 
-    @contextlib.contextmanager
-    def output(self, *parts: str) -> Iterator[Path]:
+    def output(self, *parts: str) -> contextlib.AbstractContextManager[Path]:
         """data/PROFILE/PARTS, as `durable.new_directory` makes it."""
-        with durable.new_directory(self.out_data.joinpath(*parts)) as directory:
-            yield directory
+        return durable.new_directory(self.out_data.joinpath(*parts))
 
     def run_job(self, job: dict[str, Any], one_model: bool = False) -> dict[str, Any]:
         """Run `job` (a task of `stages.frame.worker` and its settings) where runtime.launcher says, laid out by

@@ -23,9 +23,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NoReturn
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from model.config import ModelError
+from model.config import ModelError, Section
 from stages.frame import worker
 from stages.frame.common import Progress, die_with_parent
 
@@ -37,27 +37,23 @@ SILENT = 900.0              # seconds that accounting may have nothing to say, a
 RESUBMITTED = ("TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL")
 
 
-class SlurmJob(BaseModel):
+class SlurmJob(Section):
     """What sbatch is told, besides nodes and GPUs."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     minutes: int = Field(default=240, ge=1)                     # a job's limit; the run may take several jobs
     partition: str | None = None
     account: str | None = None
-    directives: list[str] = []                                  # more of them, as in `--exclusive`
-    setup: list[str] = []                                       # shell lines before srun: modules, containers
+    directives: list[str] = Field(default_factory=list)         # more of them, as in `--exclusive`
+    setup: list[str] = Field(default_factory=list)              # shell lines before srun: modules, containers
 
 
-class LauncherConfig(BaseModel):
+class LauncherConfig(Section):
     """Processes of pretraining, compression, evaluation and the benchmark: one GPU each, on one or several nodes.
 
     Attributes:
         kind: `here` is this process alone; `torchrun` starts them from here; `slurm` submits a job that does.
         rendezvous: `host:port` at which the nodes of a torchrun of several meet; the same command runs on each.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["here", "torchrun", "slurm"] = "here"
     nodes: int = Field(default=1, ge=1)

@@ -191,7 +191,11 @@ class Params(Section):
                              "Keep it under that name; no variant needs to train it.")
         if taken := sorted(COMPRESSED & self.variants.keys()):
             raise ValueError(f"variants.{taken[0]}: the stage compress writes a model of that name\nChoose another.")
+        first: dict[Variant, str] = {}
         for name, variant in self.variants.items():
+            if (one := first.setdefault(variant, name)) != name:        # of one seed the report compares one alone
+                raise ValueError(f"variants.{one} and variants.{name} are one and the same training\n"
+                                 "Give one of them another seed, or leave it out.")
             if variant.architecture not in self.model:
                 raise ValueError(
                     f"variants.{name}.architecture is '{variant.architecture}', which `model` does not define "

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.causal_conv1d import causal_conv1d
-from kernels.cross_entropy import cross_entropy, linear_cross_entropy
+from kernels.cross_entropy import cross_entropy
 from kernels.forward_kl import forward_kl
 from kernels.gated_norm import gated_rms_norm, rms_norm
 from kernels.mixer import MixerWeights, mix
@@ -240,8 +240,6 @@ def run_smallest() -> None:
     logits = normal(9, 50).requires_grad_()
     labels = torch.arange(9, device="cuda")
     cross_entropy(logits * 1, labels.masked_fill(labels == 0, -100)).sum().backward()
-    linear_cross_entropy(normal(9, 16).requires_grad_(), normal(50, 16), labels,
-                         torch.ones(1, device="cuda").expand(9))[0].backward()
     forward_kl(normal(9, 50).requires_grad_(), normal(9, 50)).backward()
     ssd_state_update(normal(3, 2, 12, 20), normal(3, 2, 12), normal(3, 2), -torch.ones(2, device="cuda"),
                      normal(3, 1, 20), normal(3, 1, 20), torch.ones(2, device="cuda"), torch.ones(2, device="cuda"))

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kernels.cached_attention import prompt_attention, token_attention
 from kernels.causal_conv1d import causal_conv1d
-from kernels.cross_entropy import cross_entropy, linear_cross_entropy
+from kernels.cross_entropy import cross_entropy
 from kernels.forward_kl import forward_kl
 from kernels.fp8_linear import fp8_linear, quantize_rows
 from kernels.gated_norm import gated_rms_norm, rms_norm
@@ -20,7 +20,6 @@ DOCUMENTS = torch.tensor([[0] * 9 + [1] * 11] * 2, dtype=torch.int32)
 OPERATIONS = {
     "causal_conv1d": (lambda x, w, b: causal_conv1d(x, w, b, seq_idx=DOCUMENTS), (2, 20, 8), (8, 4), (8,)),
     "cross_entropy": (lambda x: cross_entropy(1 * x, LABELS), (6, 20)),
-    "linear_cross_entropy": (lambda x, w: linear_cross_entropy(x, w, LABELS, torch.ones(6))[0], (6, 16), (20, 16)),
     "forward_kl": (lambda x, y: forward_kl(x, y.detach()), (6, 20), (6, 20)),
     "rms_norm": (lambda x, w: rms_norm(x, w, 1e-5), (5, 16), (16,)),
     "gated_rms_norm": (lambda x, z, w: gated_rms_norm(x, z, w, 2, 1e-5), (5, 16), (5, 16), (16,)),

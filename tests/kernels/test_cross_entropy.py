@@ -1,4 +1,4 @@
-"""Cross-entropy, alone and fused with the linear layer before it, against PyTorch's in float64."""
+"""Cross-entropy against PyTorch's in float64."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def triton_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    for name in ("LOSSES", "GRADIENT", "BOTH"):
+    for name in ("LOSSES", "GRADIENT"):
         monkeypatch.setattr(cross_entropy_triton, name, cross_entropy_triton.RowTiles(bytes=512, warps=2))
 
 
@@ -76,65 +76,6 @@ def test_the_gradient_takes_the_place_of_the_logits():
         values.sum().backward()
 
 
-def linear_inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(3, 15, 32, generator=generator).to(DEVICE, dtype).requires_grad_()
-    weight = torch.randn(200, 32, generator=generator).to(DEVICE, dtype).requires_grad_()
-    labels = torch.randint(0, 200, (3, 15), generator=generator).to(DEVICE)
-    mask = torch.rand(3, 15, generator=generator) < 0.7
-    return hidden, weight, labels, (mask / mask.sum()).to(DEVICE)
-
-
-@pytest.fixture(params=["reference", "triton"])
-def blocks(request, monkeypatch):
-    """Blocks of 16 rows of float32 logits, by the reference's arithmetic and by the Triton kernel."""
-    monkeypatch.setattr(cross_entropy, "_BLOCK_BYTES", 16 * 200 * 4)
-    if request.param == "triton":
-        monkeypatch.setattr(cross_entropy, "_replace_by_gradient", cross_entropy_triton.replace_by_gradient)
-    elif DEVICE == "cuda":
-        monkeypatch.setattr(cross_entropy_triton, "supports", lambda logits: False)
-
-
-@pytest.mark.usefixtures("small_tiles", "blocks")
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
-def test_linear_is_a_linear_layer_and_pytorchs_loss(dtype):
-    hidden, weight, labels, row_weights = linear_inputs(dtype)
-    exact = [tensor.detach().cpu().double().requires_grad_() for tensor in (hidden, weight)]
-    total, losses = cross_entropy.linear_cross_entropy(hidden, weight, labels, row_weights)
-    logits = (exact[0] @ exact[1].t()).flatten(0, 1)
-    expected = F.cross_entropy(logits, labels.cpu().flatten(), reduction="none").view(3, 15)
-    expected_total = (row_weights.cpu().double() * expected).sum()
-    assert losses.shape == labels.shape and not losses.requires_grad
-    assert relative_error(losses, expected) < TOLERANCE[dtype]
-    assert relative_error(total, expected_total) < TOLERANCE[dtype]
-    mine = torch.autograd.grad(2.5 * total, (hidden, weight))
-    for a, b in zip(mine, torch.autograd.grad(2.5 * expected_total, exact), strict=True):
-        assert a.dtype == dtype and relative_error(a, b) < 2 * TOLERANCE[dtype]
-
-
-@pytest.mark.usefixtures("small_tiles", "blocks")
-def test_linear_computes_only_what_is_asked_for():
-    hidden, weight, labels, row_weights = linear_inputs(torch.float32)
-    both = torch.autograd.grad(cross_entropy.linear_cross_entropy(hidden, weight, labels, row_weights)[0],
-                               (hidden, weight))
-    for frozen, (leaf, gradient) in (("weight", (hidden, both[0])), ("hidden", (weight, both[1]))):
-        arguments = (hidden, weight.detach()) if frozen == "weight" else (hidden.detach(), weight)
-        total, losses = cross_entropy.linear_cross_entropy(*arguments, labels, row_weights)
-        assert torch.equal(torch.autograd.grad(total, leaf)[0], gradient)
-        with torch.no_grad():
-            torch.testing.assert_close(cross_entropy.linear_cross_entropy(*arguments, labels, row_weights),
-                                       (total, losses))
-    empty = cross_entropy.linear_cross_entropy(hidden[:0], weight, labels[:0], row_weights[:0])[0]
-    assert empty == 0 and not torch.autograd.grad(empty, weight)[0].any()
-
-
-def test_linear_keeps_no_logits():
-    """What autograd keeps between the passes is the two gradients."""
-    hidden, weight, labels, row_weights = linear_inputs(torch.float32)
-    total, _ = cross_entropy.linear_cross_entropy(hidden, weight, labels, row_weights)
-    assert [tensor.shape for tensor in total.grad_fn.saved_tensors] == [(45, 32), (200, 32)]
-
-
 @pytest.mark.usefixtures("small_tiles")
 def test_the_operators_are_well_registered():
     logits, labels = torch.randn(4, 40, device=DEVICE), torch.arange(4, device=DEVICE)
@@ -145,12 +86,13 @@ def test_the_operators_are_well_registered():
     logits = logits.detach()
     ones = torch.ones(4, device=DEVICE)
     torch.library.opcheck(cross_entropy_triton.backward, (logits, labels, ones, ones), test_utils=checks)
-    torch.library.opcheck(cross_entropy_triton.replace_by_gradient, (logits, labels, ones), test_utils=checks)
 
 
 @pytest.mark.usefixtures("small_tiles")
 def test_a_compiled_head_gives_the_same():
-    hidden, weight, labels, _ = linear_inputs(torch.float32)
+    hidden = torch.randn(3, 15, 32, device=DEVICE, requires_grad=True)
+    weight = torch.randn(200, 32, device=DEVICE, requires_grad=True)
+    labels = torch.randint(0, 200, (3, 15), device=DEVICE)
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
         return cross_entropy_triton.losses((hidden @ weight.t()).flatten(0, 1), labels.flatten())[0].sum()

@@ -57,6 +57,8 @@ def test_unknown_key_suggests_the_nearest(old, new, place, tmp_path):
         ("megabytes: {code: 7, docs: 6", "megabytes: {code: 7, docs: 0", "megabytes.docs"),
         ("  transformer-bf16: {", "  compressed: {", "variants.compressed: the stage compress writes a model"),
         ("  transformer-bf16: {", "  ../mine: {", "variants.../mine.[key]"),
+        ("variants:\n", "variants:\n  again: {architecture: hybrid, precision: bf16, seed: 1}\n",
+         "variants.again and variants.hybrid-bf16 are one and the same training"),
         ("  transformer:  ", "  baseline:  ", "`model` has no transformer, which the stage benchmark times"),
         ("num_query_groups: 2", "num_query_groups: 3", "must be a multiple of"),
         ("pattern: M-M", "pattern: Mx-M", "model.hybrid.pattern"),
@@ -94,7 +96,7 @@ def test_warmup_and_decay_fit_into_the_run(tmp_path):
 
 
 def test_a_variant_may_have_an_fp8_recipe_of_its_own(tmp_path):
-    arm = "another-unscaled: {architecture: hybrid, precision: fp8, seed: 1, fp8_recipe: unscaled}"
+    arm = "another-unscaled: {architecture: hybrid, precision: fp8, seed: 4, fp8_recipe: unscaled}"
     (tmp_path / "params.yaml").write_text(edited("variants:\n", f"variants:\n  {arm}\n"))
     params = load_params(tmp_path / "params.yaml")
     assert params.recipe_of("hybrid-fp8") == params.pretrain and params.pretrain.fp8_recipe == "current"

@@ -240,19 +240,6 @@ def test_cache_bytes_are_the_cost_models(config, dtype):
     assert decoder.cache_bytes == memory(config, Deployment.of(50, 3, 8 * dtype.itemsize)).cache
 
 
-@CONFIGS
-def test_only_what_the_caches_hold_can_be_gone_back_to(config, ids):
-    model = random_model(config)
-    decoder = Decoder(model, max_length=40, batch=3)
-    decoder.prefill(ids[:, :20])
-    for position in (21, -1, *([10] if "M" in config.pattern else [])):
-        with pytest.raises(ModelError, match=f"position {position} after 20 tokens"):
-            decoder.position = position
-    if "M" not in config.pattern:
-        decoder.position = 10
-        torch.testing.assert_close(decoder.decode(ids[:, 10]), Decoder(model, 40, 3).prefill(ids[:, :11]))
-
-
 def test_a_stream_does_not_go_on_from_other_sequences(ids):
     decoder = Decoder(random_model(HYBRID), 40, batch=3)
     changes = (lambda: decoder.generate(ids[:, 9:18], 1), lambda: decoder.decode(ids[:, 9]),
