@@ -72,6 +72,7 @@ LAYOUTS = {
     "tp4": Layout(processes=4, tensor=4, sequence=True),
     "tp2 dp2": Layout(processes=4, tensor=2, sequence=True, distributed_optimizer=True),
 }
+KERNELS, PRECISIONS = ("ours", "captured", "stock"), ("fp8", "bf16")
 STEPS_OF_WHOLE, STATE_AFTER, GLOBAL_BATCH = 30, 20, 8
 ROUNDING = 5e-3                 # of a loss in FP8, as in tests/model/training/test_trainer_gpu.py
 
@@ -364,13 +365,16 @@ def main() -> None:
     if arguments.worker:
         return work(Case(*json.loads(arguments.worker)), arguments.out)
     layouts = (arguments.layouts or ("tp2,dp2" if arguments.whole else "one,tp2,dp2")).split(",")
-    if unknown := set(layouts) - LAYOUTS.keys():
-        parser.error(f"--layouts: {', '.join(unknown)} is none of {', '.join(LAYOUTS)}")
+    kernels, precisions = arguments.kernels.split(","), arguments.precisions.split(",")
+    for name, given, known in (("layouts", layouts, LAYOUTS), ("kernels", kernels, KERNELS),
+                               ("precisions", precisions, PRECISIONS)):
+        if unknown := sorted(set(given) - set(known)):
+            parser.error(f"--{name}: {', '.join(unknown)} is none of {', '.join(known)}")
     if arguments.whole and len(layouts) > 2:
         parser.error("--layouts: --whole takes one, or two of which the second goes on from the first one's state")
     cases = [Case(layout, arguments.model or ("nemotron_h_8b" if arguments.whole else "8b"), arguments.layers,
-                  arguments.kernels.split(","), arguments.precisions.split(","), arguments.recompute,
-                  arguments.bf16_gradients, arguments.tiny) for layout in layouts]
+                  kernels, precisions, arguments.recompute, arguments.bf16_gradients, arguments.tiny)
+             for layout in layouts]
     if bool(arguments.whole) != bool(arguments.scratch):
         parser.error("--whole and --scratch go together: token files, and a directory with 130 GB free")
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

@@ -835,8 +835,9 @@ def machine() -> str:
 
 
 def identity(scale: Scale, tokens: Path, parents: Sequence[Path]) -> str:
-    parts = [*token_data.text_digests(tokens).values(), str(scale), code_digest(), Path(__file__).read_text(),
-             *(sha256(parent / SUMS) for parent in parents)]
+    own = (__file__, recall_study.__file__, fp8_study.__file__)         # of no package that code_digest reads
+    parts = [*token_data.text_digests(tokens).values(), str(scale), code_digest(),
+             *(Path(file).read_text() for file in own), *(sha256(parent / SUMS) for parent in parents)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 

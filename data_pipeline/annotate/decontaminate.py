@@ -13,7 +13,7 @@ ones are found in text that never saw them and are passed over, with a count.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_pipeline import evaluation_sets
-from data_pipeline.annotate.passes import Arrays, Groups, Made, Passes, part_of, parted, taken, total
+from data_pipeline.annotate.passes import Arrays, Groups, Made, Passes, Places, part_of, parted, taken, total
 from data_pipeline.annotate.step import Decision, GlobalStep, with_column
 from data_pipeline.config import PAPER_TASKS, DataError, DecontaminationConfig
 from data_pipeline.text.ngrams import hash_set, is_in, ngrams_in, readings
@@ -102,7 +102,9 @@ class Decontaminate(GlobalStep):
         groups = Groups(surveys, min(parts, len(surveys)))
         made = passes.exchange("sets", partial(_hashes, groups, parts, evaluation), groups.number, _set, parts)
         own = {"texts": texts, "lengths": np.arange(least if texts[1] else n, n + 1)} | of_sets
-        return Decision(Known(made, own), [{}] * len(surveys))
+        places: dict[str, tuple[Arrays, str]] = {name: (own, name) for name in own}
+        places |= {f"known{part}": (sets, "known") for part, sets in enumerate(made)}
+        return Decision(Places(places), [{}] * len(surveys))
 
     def _strings(self, name: str) -> Iterator[str]:
         if name in evaluation_sets.SETS:
@@ -140,22 +142,6 @@ class Decontaminate(GlobalStep):
             names[counts > best] = name
             best = np.maximum(best, counts)
         return names.tolist()
-
-
-class Known(Mapping[str, np.ndarray]):
-    """The arrays that all shards share: `own`, and `known0`, `known1` ..., the hash sets, read when asked for."""
-
-    def __init__(self, sets: Made, own: Arrays):
-        self.sets, self.own = sets, own
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.own[name] if name in self.own else self.sets[int(name.removeprefix("known"))]["known"]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter([*self.own, *(f"known{part}" for part in range(len(self.sets)))])
-
-    def __len__(self) -> int:
-        return len(self.own) + len(self.sets)
 
 
 def _hashes(groups: Groups, parts: int, evaluation: UInt64, group: int) -> Arrays:

@@ -146,31 +146,33 @@ def taken(given: Made, part: int, names: Sequence[str], bounds: str = "bounds") 
     return [np.concatenate(arrays) for arrays in zip(*pieces, strict=True)]
 
 
-class OfShard(Mapping[str, np.ndarray]):
-    """The arrays of one shard out of those of its group, where they are called NAMEshard; each read when asked for."""
+class Places(Mapping[str, np.ndarray]):
+    """Arrays by where they are, and what they are called there; each is read when asked for."""
 
-    def __init__(self, made: Arrays, names: Sequence[str], shard: int):
-        self.made, self.names, self.shard = made, names, shard
+    def __init__(self, places: Mapping[str, tuple[Arrays, str]]):
+        self.places = places
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self.made[f"{name}{self.shard}"]
+        arrays, there = self.places[name]
+        return arrays[there]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
+        return iter(self.places)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.places)
 
 
 class OfShards(Sequence[Arrays]):
-    """The arrays of each shard out of what was made of each group."""
+    """The arrays of each shard out of what was made of each group, where they are called NAMEshard."""
 
     def __init__(self, made: Made, names: Sequence[str], groups: Groups):
         self.made, self.names, self.groups = made, names, groups
 
     def __getitem__(self, shard: int) -> Arrays:            # type: ignore[override]
         shard = range(len(self))[shard]
-        return OfShard(self.made[self.groups.group_of(shard)], self.names, shard)
+        made = self.made[self.groups.group_of(shard)]
+        return Places({name: (made, f"{name}{shard}") for name in self.names})
 
     def __len__(self) -> int:
         return len(self.groups.surveys)

@@ -28,7 +28,6 @@ from data_pipeline.curate.cut import (
     SHORTENED,
     STEPS,
     Cut,
-    Removal,
     ScoreSurvey,
     apply,
     cut_of,
@@ -134,7 +133,7 @@ class CutPiece(NamedTuple):
 
     @property
     def report(self) -> dict[str, Any]:
-        """How many documents went at each step, and the rest of `cut.Report`."""
+        """`cut.CutShard.report`, and what each split holds."""
         return dict(json.loads(self.record.read_text()))
 
     @property
@@ -160,13 +159,8 @@ def cut_shard(job: tuple[Path, CutPiece], cut: Cut, best: list[int] | None = Non
     result = apply(table, cut, None if best is None else np.array(best, dtype=np.int64))
     write_table(result.train, piece.file("train"))
     write_table(result.heldout, piece.file("heldout"))
-    report = result.report
-    histograms = [[*key, counts.tolist()] for key, counts in report.histograms.items()]
-    record = {
-        "left": report.left, "reasons": report.reasons, "shortened": report.shortened, "examples": report.examples,
-        "histograms": histograms, "train": _contents(result.train), "heldout": _contents(result.heldout),
-    }
-    write_json(record, piece.record)
+    contents = {"train": _contents(result.train), "heldout": _contents(result.heldout)}
+    write_json(result.report | contents, piece.record)
     return int(table.num_rows)
 
 
@@ -305,18 +299,18 @@ def _dropped(reports: list[dict[str, Any]], manifest: dict[str, Any]) -> dict[st
     for domain in manifest["domains"]:
         refused = manifest["refusals"].get(domain, {})
         counts = Counter({why: entry["documents"] for why, entry in refused.items()})
-        examples: dict[str, list[Removal]] = defaultdict(list)
+        examples: dict[str, list[list[Any]]] = defaultdict(list)        # as `Removal`
         for report in reports:
             for by_domain in report["reasons"].values():
                 counts.update(by_domain.get(domain, {}))
             counts[SHORTENED] += report["shortened"].get(domain, 0)
             for why, shown in report["examples"].get(domain, {}).items():
-                examples[why] += [Removal(*example) for example in shown]
+                examples[why] += shown
         found[domain] = {}
         for why in [*refused, *sorted(examples.keys() - refused.keys())]:        # "empty" may be a reason of both
             where = refused[why]["where"] if why in refused else []
             found[domain][why] = Dropped(documents=counts[why], examples=[
                 *(Example(source=place, path="", value=why, excerpt="") for place in where),
-                *(Example(source=kept.source, path=kept.path, value=kept.value, excerpt=kept.excerpt)
-                  for kept in sorted(examples[why])[:EXAMPLES])])
+                *(Example(source=source, path=path, value=value, excerpt=excerpt)
+                  for _, source, path, value, excerpt in sorted(examples[why])[:EXAMPLES])])
     return found

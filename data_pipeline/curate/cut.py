@@ -155,23 +155,19 @@ class Removal(NamedTuple):
     excerpt: str
 
 
-@dataclass
-class Report:
-    """What the cut did to some documents. Sizes are [documents, bytes]."""
-
-    left: dict[str, dict[str, list[int]]]               # step -> domain -> what is left to train on after it
-    reasons: dict[str, dict[str, dict[str, int]]]       # step -> domain -> reason -> documents
-    shortened: dict[str, int]                           # domain -> documents that repeated strings were taken out of
-    examples: dict[str, dict[str, list[Removal]]]       # domain -> reason
-    histograms: dict[tuple[str, str], NDArray[np.int64]]    # (measure, domain) -> documents in each bin
-
-
 class CutShard(NamedTuple):
-    """A shard after the cut."""
+    """A shard after the cut.
 
-    train: pa.Table         # with quality and label
+    Attributes:
+        train: with quality and label.
+        report: JSON values: `left` (step -> domain -> documents and bytes to train on after it), `reasons` (step ->
+            domain -> reason -> documents), `shortened` (domain -> documents that repeated strings were taken out of),
+            `examples` (domain -> reason -> `Removal`) and `histograms` (measure, domain, documents in each bin).
+    """
+
+    train: pa.Table
     heldout: pa.Table
-    report: Report
+    report: dict[str, Any]
 
 
 class CutRows:
@@ -245,10 +241,9 @@ def apply(table: pa.Table, cut: Cut, best: NDArray[np.int64] | None = None) -> C
     train = _documents(rows, rows.stays)
     train = train.append_column("quality", pa.array(rows.best[rows.stays].astype(np.float64)))
     train = train.append_column("label", pa.array(rows.labels[rows.stays].tolist(), pa.string()))
-    reasons = {step: {domain: dict(sorted(counts.items())) for domain, counts in by_domain.items()}
-               for step, by_domain in rows.reasons.items()}
-    examples = {domain: dict(by_reason) for domain, by_reason in rows.examples.items()}
-    return CutShard(train, heldout, Report(rows.left, reasons, dict(rows.shortened), examples, _histograms(table, cut)))
+    return CutShard(train, heldout, {
+        "left": rows.left, "reasons": rows.reasons, "shortened": rows.shortened, "examples": rows.examples,
+        "histograms": _histograms(table, cut)})
 
 
 def _language(rows: CutRows) -> dict[int, tuple[str, str]]:
@@ -336,14 +331,16 @@ def _documents(rows: CutRows, chosen: Bool) -> pa.Table:
     return table.add_column(0, "id", pa.array([text_id(text) for text in texts], pa.string()))
 
 
-def _histograms(table: pa.Table, cut: Cut) -> dict[tuple[str, str], NDArray[np.int64]]:
+def _histograms(table: pa.Table, cut: Cut) -> list[tuple[str, str, list[int]]]:
+    """Measure, domain, documents in each bin."""
     domains, scored = _column(table, "domain"), _scored(table, cut)
-    found = {}
+    found = []
     for domain in sorted(set(domains[scored])):
         chosen = table.filter(pa.array(scored & (domains == domain)))
         for name, values in measures(chosen, domain, cut).items():
             bins = cut.edges[name, domain]
-            found[name, domain] = np.histogram(np.clip(values.astype(np.float64), bins[0], bins[-1]), bins)[0]
+            counts = np.histogram(np.clip(values.astype(np.float64), bins[0], bins[-1]), bins)[0]
+            found.append((name, domain, counts.tolist()))
     return found
 
 

@@ -50,30 +50,34 @@ def ngrams_in(words: Words, n: int) -> UInt64:
     return hashes[hashes != 0]
 
 
+@njit(inline="always")
+def slot_of(table: UInt64, key: np.uint64) -> np.uint64:
+    """Where `key` stands in an open-addressed table of 64-bit hashes, or the empty place, a 0, where it would."""
+    mask = uint64(len(table) - 1)
+    slot = key & mask
+    while table[slot] != 0 and table[slot] != key:
+        slot = (slot + uint64(1)) & mask
+    return slot
+
+
 @njit(cache=True, nogil=True)
 def hash_set(hashes: UInt64) -> UInt64:
-    """An open-addressed table of 64-bit hashes, at most half full, for `is_in`. 0 is an empty place."""
+    """The table of these hashes, at most half full, for `is_in`."""
     size = 2
     while size < 2 * len(hashes):
         size *= 2
-    table, mask = np.zeros(size, np.uint64), uint64(size - 1)
+    table = np.zeros(size, np.uint64)
     for value in hashes:
         entry = max(value, uint64(1))
-        slot = entry & mask
-        while table[slot] != 0 and table[slot] != entry:
-            slot = (slot + uint64(1)) & mask
-        table[slot] = entry
+        table[slot_of(table, entry)] = entry
     return table
 
 
 @njit(cache=True, nogil=True)
 def is_in(hashes: UInt64, table: UInt64) -> NDArray[np.bool_]:
     """Which hashes stand in a `hash_set`: bool, shape of `hashes`."""
-    result, mask = np.zeros(len(hashes), np.bool_), uint64(len(table) - 1)
+    result = np.zeros(len(hashes), np.bool_)
     for index in range(len(hashes)):
         entry = max(hashes[index], uint64(1))
-        slot = entry & mask
-        while table[slot] != 0 and table[slot] != entry:
-            slot = (slot + uint64(1)) & mask
-        result[index] = table[slot] == entry
+        result[index] = table[slot_of(table, entry)] == entry
     return result

@@ -182,24 +182,17 @@ def _find_words(
 
 
 @njit(cache=True, nogil=True)
-def _roll(word_hashes: UInt64, first: Int64, n: int, result_first: Int64) -> UInt64:
-    """sum_k hash[i + k] BASE^k, from one window to the next by a division by BASE."""
+def _runs(hashes: UInt64, first: Int64, n: int, result_first: Int64) -> UInt64:
+    """sum_k hash[i + k] BASE^k of each run, mixed."""
     result = np.empty(result_first[-1], np.uint64)
-    highest = uint64(1)
-    for _ in range(n - 1):
-        highest *= uint64(BASE)
     for document in range(len(first) - 1):
-        start, out = first[document], result_first[document]
-        count = result_first[document + 1] - out
-        total, power = uint64(0), uint64(1)
-        for position in range(start, start + n if count else start):
-            total += word_hashes[position] * power
-            power *= uint64(BASE)
-        for index in range(count):
-            result[out + index] = mix64(total)
-            if index + 1 < count:
-                following = word_hashes[start + index + n]
-                total = (total - word_hashes[start + index]) * uint64(BASE_INVERSE) + following * highest
+        for run in range(result_first[document], result_first[document + 1]):
+            start = first[document] + run - result_first[document]
+            total, power = uint64(0), uint64(1)
+            for position in range(start, start + n):
+                total += hashes[position] * power
+                power *= uint64(BASE)
+            result[run] = mix64(total)
     return result
 
 
@@ -271,7 +264,7 @@ def ngrams_of(words: Words, n: int) -> tuple[UInt64, Int64]:
     """
     first = np.zeros_like(words.first)
     np.cumsum(np.maximum(np.diff(words.first) - n + 1, 0), out=first[1:])
-    return _roll(words.hashes, words.first, n, first), first
+    return _runs(words.hashes, words.first, n, first), first
 
 
 def passages_of(words: Words, n: int) -> UInt64:

@@ -1,9 +1,12 @@
 """Counts of operations that several GPUs' figures are told in."""
 
+import sys
+
 import pytest
 
 pytest.importorskip("triton", reason="`make test` installs Triton")
 
+from benchmarks import parallel_gpu
 from benchmarks.parallel_gpu import nvidia_flops_per_token
 from model.presets import PRESETS
 
@@ -13,3 +16,13 @@ def test_nvidias_count_gives_its_published_figure():
     TFLOP/s a GPU."""
     tokens = 384 * 8192 / 11.874 / 128
     assert tokens * nvidia_flops_per_token(PRESETS["nemotron_h_56b"]) == pytest.approx(877e12, abs=0.5e12)
+
+
+@pytest.mark.parametrize(("option", "given"), [("kernels", "captured,capture"), ("precisions", "fp16")])
+def test_no_row_is_called_what_was_not_measured(monkeypatch, capsys, option, given):
+    """Any other kernels than stock's were ours, under the name that was given."""
+    monkeypatch.setattr(sys, "argv", ["parallel_gpu", f"--{option}", given])
+    monkeypatch.setattr(parallel_gpu, "steps_of_layouts", lambda *_: None)
+    with pytest.raises(SystemExit, match="2"):
+        parallel_gpu.main()
+    assert f"--{option}: {given.split(',')[-1]} is none of" in capsys.readouterr().err

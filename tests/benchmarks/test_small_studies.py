@@ -249,6 +249,15 @@ def test_results_are_of_the_blend_that_lies_there(tokens, scale, tmp_path):
     assert before != studies.identity(scale, tmp_path, [])
 
 
+@pytest.mark.parametrize("module", [studies.recall_study, studies.fp8_study])
+def test_results_are_of_the_code_of_all_studies(tokens, scale, tmp_path, monkeypatch, module):
+    before = studies.identity(scale, tokens, [])
+    changed = tmp_path / "changed.py"
+    changed.write_text(Path(module.__file__).read_text() + "# changed\n")
+    monkeypatch.setattr(module, "__file__", str(changed))
+    assert before != studies.identity(scale, tokens, [])
+
+
 def test_records_can_be_read():
     found = load_studies(ROOT / FOLDER)
     assert found

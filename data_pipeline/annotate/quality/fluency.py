@@ -9,11 +9,12 @@ the perplexity filter that Nemotron-CC runs with KenLM (arXiv 2412.02595, sectio
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, uint64
+from numba import njit
 from numpy.typing import NDArray
 
 from data_pipeline.annotate.passes import Arrays
 from data_pipeline.annotate.quality.training_text import Bool, TrainingText
+from data_pipeline.text.ngrams import slot_of
 from data_pipeline.text.words import Int64, UInt64, Words, ngrams_of
 
 SMOOTHING = 20.0        # k, the pseudo-counts of the unigram behind each bigram
@@ -27,11 +28,8 @@ def train(text: TrainingText) -> Arrays:
     """Counts of words and of pairs of words within a document, as hash tables."""
     result: dict[str, np.ndarray] = {}
     for name, hashes in (("words", text.words.hashes), ("pairs", ngrams_of(text.words, 2)[0])):
-        keys, counts = np.unique(hashes, return_counts=True)
-        slots = 1 << (2 * len(keys)).bit_length()
-        table, table_counts = np.zeros(slots, np.uint64), np.zeros(slots, np.uint32)
-        _fill(table, table_counts, keys, counts)
-        result |= {f"fluency_{name}": table, f"fluency_{name}_counts": table_counts}
+        table, counts = _counted(*np.unique(hashes, return_counts=True))
+        result |= {f"fluency_{name}": table, f"fluency_{name}_counts": counts}
     return result
 
 
@@ -53,32 +51,17 @@ def mean_log2(words: Words, pairs: UInt64, scored: Bool, own: Bool, model: Array
     )
 
 
-@njit(inline="always")
-def _slot(table: UInt64, key: np.uint64) -> np.uint64:
-    """Where `key` stands, or the empty slot where it would."""
-    mask = uint64(len(table) - 1)
-    slot = key & mask
-    while table[slot] != 0 and table[slot] != key:
-        slot = (slot + uint64(1)) & mask
-    return slot
-
-
 @njit(cache=True, nogil=True)
-def _fill(table: UInt64, counts: UInt32, keys: UInt64, values: Int64) -> None:
-    for index in range(len(keys)):
-        slot = _slot(table, keys[index])
-        table[slot] = keys[index]
-        counts[slot] += values[index]
-
-
-@njit(cache=True, nogil=True)
-def _counted(hashes: UInt64) -> tuple[UInt64, UInt32]:
-    """A table of `hashes` and how often each stands there."""
+def _counted(hashes: UInt64, numbers: Int64) -> tuple[UInt64, UInt32]:
+    """A table of `hashes`, and how often each stands there, `numbers` of it at a time."""
     slots = 4
     while slots < 2 * len(hashes):
         slots *= 2
     table, counts = np.zeros(slots, np.uint64), np.zeros(slots, np.uint32)
-    _fill(table, counts, hashes, np.ones(len(hashes), np.int64))
+    for index in range(len(hashes)):
+        slot = slot_of(table, hashes[index])
+        table[slot] = hashes[index]
+        counts[slot] += numbers[index]
     return table, counts
 
 
@@ -88,8 +71,8 @@ def _mean_log2(
     words: UInt64, word_counts: UInt32, pairs: UInt64, pair_counts: UInt32, total: int, distinct: int,
 ) -> Float64:
     result = np.full(len(scored), np.nan)
-    own_words, own_word_counts = _counted(hashes[:0])
-    own_pairs, own_pair_counts = _counted(hashes[:0])
+    own_words, own_word_counts = _counted(hashes[:0], first[:0])
+    own_pairs, own_pair_counts = _counted(hashes[:0], first[:0])
     pair_start = 0
     for document in range(len(scored)):
         start, stop = first[document], first[document + 1]
@@ -103,19 +86,20 @@ def _mean_log2(
         kinds_and_total = total + distinct + 1.0
         is_own = own[document]
         if is_own:
-            own_words, own_word_counts = _counted(hashes[start:stop])
-            own_pairs, own_pair_counts = _counted(pair_hashes[first_pair:pair_start])
+            once = np.ones(stop - start, np.int64)
+            own_words, own_word_counts = _counted(hashes[start:stop], once)
+            own_pairs, own_pair_counts = _counted(pair_hashes[first_pair:pair_start], once)
             kinds_and_total -= stop - start
         previous, log_sum = 0.0, 0.0
         for index in range(start, stop):
-            single = float(word_counts[_slot(words, hashes[index])])
+            single = float(word_counts[slot_of(words, hashes[index])])
             if is_own:
-                single -= own_word_counts[_slot(own_words, hashes[index])]
+                single -= own_word_counts[slot_of(own_words, hashes[index])]
             if index > start:
                 pair = pair_hashes[first_pair + index - start - 1]
-                double = float(pair_counts[_slot(pairs, pair)])
+                double = float(pair_counts[slot_of(pairs, pair)])
                 if is_own:
-                    double -= own_pair_counts[_slot(own_pairs, pair)]
+                    double -= own_pair_counts[slot_of(own_pairs, pair)]
                 unigram = (single + 1.0) / kinds_and_total
                 log_sum += np.log2((double + SMOOTHING * unigram) / (previous + SMOOTHING))
             previous = single
