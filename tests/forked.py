@@ -12,7 +12,9 @@ import sys
 import tempfile
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest.mock import patch
 
+from flows.dvc_graph import ENVIRONMENT
 from tests.tiny_engine import PROCESSES, ROOT
 
 
@@ -36,6 +38,12 @@ def run(directory: Path, *command: str, check: bool = True) -> subprocess.Comple
         done = subprocess.CompletedProcess(command, process.exitcode or 0, said.read_text(), errors.read_text())
     assert not check or done.returncode == 0, done.stderr
     return done
+
+
+def dvc(*arguments: str) -> str:
+    """What DVC prints, called here as the flow calls it."""
+    with patch.dict(os.environ, ENVIRONMENT):
+        return run(Path.cwd(), "-m", "dvc", *arguments).stdout
 
 
 def _main(directory: Path, environment: dict[str, str], command: tuple[str, ...], said: str, errors: str) -> None:

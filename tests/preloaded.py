@@ -2,6 +2,9 @@
 
 import gc
 
+import dvc.cli.parser
+import dvc.repo  # noqa: F401
+import networkx  # noqa: F401    # as DVC's graph does
 import torch._dynamo  # noqa: F401    # as the first optimizer does
 
 import data_pipeline.curate.curation

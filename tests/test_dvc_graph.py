@@ -6,8 +6,6 @@ import ast
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -17,6 +15,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from stages.frame.params import Params
+from tests.forked import dvc
 
 ROOT = Path(__file__).resolve().parents[1]
 FIRST_PARTY = ("stages", "data_pipeline", "model", "kernels")
@@ -174,8 +173,9 @@ def test_of_evaluate_a_stage_depends_on_what_it_reads(stage: str, file: Path) ->
     assert settings_read("items", ROOT / "stages/items.py") >= {"items_per_task"}
 
 
-def test_a_threshold_reruns_the_cut_and_not_the_annotation(tmp_path: Path) -> None:
+def test_a_threshold_reruns_the_cut_and_not_the_annotation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As DVC sees it, in a repository whose lock says that both stages ran."""
+    monkeypatch.chdir(tmp_path)
     for name in ("stages", "data_pipeline", "model", "kernels", "requirements.lock"):
         (tmp_path / name).symlink_to(ROOT / name)
     shutil.copy(ROOT / "params.yaml", tmp_path)
@@ -187,10 +187,6 @@ def test_a_threshold_reruns_the_cut_and_not_the_annotation(tmp_path: Path) -> No
             path = tmp_path / out.replace("${profile}", "cpu")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("{}")
-
-    def dvc(*arguments: str) -> str:
-        command = [sys.executable, "-m", "dvc", *arguments]
-        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
 
     dvc("init", "--no-scm")
     dvc("commit", "--force", "--quiet")

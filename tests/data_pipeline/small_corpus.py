@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import re
 import sysconfig
@@ -66,6 +67,7 @@ def byte_level_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return made
 
 
+@functools.cache
 def _documents(package: str) -> list[dict[str, object]]:
     root = Path(sysconfig.get_paths()["stdlib"])
     rows = []

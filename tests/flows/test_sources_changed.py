@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +9,7 @@ from ruamel.yaml import YAML
 
 from flows import dvc_graph
 from flows.dvc_graph import GraphError
+from tests import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,7 +39,7 @@ def corpus(repository: Path) -> Path:
 
 
 def runs_after_repro() -> tuple[int, ...]:
-    subprocess.run([sys.executable, "-m", "dvc", "repro", "-q"], check=True, env=os.environ | dvc_graph.ENVIRONMENT)
+    forked.dvc("repro", "-q")
     return tuple(len(Path(f"{name}.log").read_text().split()) for name in ("annotate", "tokenize"))
 
 
@@ -51,14 +49,13 @@ def test_stages_run_again_when_a_file_of_theirs_changed_and_only_then(corpus: Pa
     assert runs_after_repro() == (2, 1)
     Path("theirs/tokenizer.json").write_text('{"model": null}')
     assert runs_after_repro() == (2, 2)
-    Path("bench.txt").write_text("another question")
     nodes = dvc_graph.graph()
     assert set(nodes) == {"annotate", "tokenize"}
     dvc_graph.look()
-    assert dvc_graph.stale(nodes) == {"annotate"}
-    assert runs_after_repro() == (3, 2)
-    dvc_graph.look()
     assert dvc_graph.stale(nodes) == set()
+    Path("bench.txt").write_text("another question")
+    dvc_graph.look()
+    assert dvc_graph.stale(nodes) == {"annotate"}
 
     Path("bench.txt").unlink()
     with pytest.raises(GraphError, match=r"bench\.txt: not found") as error:

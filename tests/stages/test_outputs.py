@@ -18,6 +18,7 @@ from flows.dvc_graph import StageRunner
 from stages.frame import outputs
 from stages.frame.common import Stage, StageError
 from stages.frame.params import load_params
+from tests import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = """
@@ -36,10 +37,6 @@ FILES = {"data/cpu/tokens/a.bin": b"one\n", "data/cpu/tokens/b.bin": b"two\n",
 RECORD = Path("runs/cpu/evaluate/x/metrics.json")
 
 
-def repro(*arguments: str) -> None:
-    subprocess.run([*dvc_graph.DVC, "repro", *arguments], env=os.environ | dvc_graph.ENVIRONMENT, check=True)
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("finished")
@@ -50,7 +47,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(directory)
         dvc_graph.allow_no_git()
-        repro()
+        forked.dvc("repro")
     return directory
 
 
@@ -144,7 +141,7 @@ def test_a_damaged_copy_is_not_restored_where_the_lock_lost_a_stage(repository: 
     outputs.LOCK.write_text(yaml.safe_dump(lock))
     dvc_graph.mend(1e9)
     assert not copy.exists()
-    repro()
+    forked.dvc("repro")
     assert tokens.read_bytes() == b"one\n"
 
 
@@ -185,7 +182,7 @@ def test_a_stage_refuses_a_damaged_input_and_the_cure_it_names_works(repository:
     with pytest.raises(StageError, match=r"^data/cpu/tokens/a\.bin: .*\n.*`dvc repro tokenize` ") as error:
         stage.input("tokens")
     assert str(error.value).count("\n") == 1
-    repro("tokenize")
+    forked.dvc("repro", "tokenize")
     stage.input("tokens")
     damage(RECORD)
     with pytest.raises(StageError, match="stage evaluate"):
@@ -199,7 +196,7 @@ def test_a_stage_refuses_a_directory_that_lacks_a_file_or_has_one_more(repositor
     stage = Stage("pretrain", load_params(), "hybrid-fp8", None, ("pretrain",))
     with pytest.raises(StageError, match=r"tokens/(b\.bin: gone|c\.bin: not the file).*\n`dvc repro tokenize`"):
         stage.input("tokens")
-    repro("tokenize")
+    forked.dvc("repro", "tokenize")
     stage.input("tokens")
     assert good()
 
@@ -217,7 +214,7 @@ def test_without_a_lock_all_copies_are_looked_at(repository: Path) -> None:
     copies = set(Path(".dvc/cache/files").rglob("*"))
     dvc_graph.mend(1e9)
     assert copies - set(Path(".dvc/cache/files").rglob("*")) == {copy_of(b"one\n")}
-    repro()
+    forked.dvc("repro")
     assert good()
 
 
