@@ -106,5 +106,7 @@ def _one(tokens: list[str]) -> bool:
         return value
     if tokens and tokens[-1].upper() == "WITH":
         tokens.pop()
-        tokens.pop()
+        _one(tokens)
+    if token.upper() in (")", "AND", "OR", "WITH"):
+        raise ValueError("no licence where one is due")
     return token in PERMISSIVE

@@ -285,12 +285,14 @@ UNPACK: dict[str, Callable[[io.BufferedReader, str], Iterator[bytes | Gap]]] = {
 
 
 class Download(io.RawIOBase):
-    """The body of a GET request, taken up again where the connection broke."""
+    """The body of a GET request, taken up again where the connection broke. Raises DataError where that is another body
+    by now, by its ETag or, without one, the date it was changed, or by its length."""
 
     def __init__(self, url: str) -> None:
         self._url = url
         self._position = 0
         self._end: int | None = None
+        self._version: str | None = None
         self._response: http.client.HTTPResponse | None = None
 
     def readable(self) -> bool:
@@ -328,9 +330,15 @@ class Download(io.RawIOBase):
             headers["Range"] = f"bytes={self._position}-"
         request = urllib.request.Request(urllib.parse.quote(self._url, URL_SIGNS), headers=headers)
         response = urllib.request.urlopen(request, timeout=TIMEOUT)
-        missing = self._position if response.status != 206 else 0       # a server without ranges starts anew
-        if response.length is not None:
-            self._end = response.length + (0 if response.status != 206 else self._position)
+        is_rest = response.status == 206
+        missing = 0 if is_rest else self._position          # a server without ranges starts anew
+        end = None if response.length is None else response.length + (self._position if is_rest else 0)
+        version = response.headers["ETag"] or response.headers["Last-Modified"]
+        if self._position and (version != self._version or (None not in (end, self._end) and end != self._end)):
+            response.close()
+            raise DataError(f"annotate.sources: {self._url} was changed on its server while it was read.\n"
+                            "Run again: it is read from its beginning.")
+        self._version, self._end = version, self._end if end is None else end
         while missing:
             skipped = response.read(min(missing, CHUNK))
             if not skipped:

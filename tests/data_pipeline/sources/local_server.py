@@ -1,5 +1,6 @@
 """A web server that answers wrongly when it is told to."""
 
+import hashlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,8 @@ from data_pipeline.sources import streams
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `files` by path; each entry of `faults` spoils one answer: a status, or `cut`."""
+    """Serves `files` by path; each entry of `faults` spoils one answer: a status, `cut`, or `changed`: cut, and another
+    file from then on."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -20,6 +22,8 @@ class Server(ThreadingHTTPServer):
         self.faults: list[int | str] = []
         self.requests: list[str | None] = []        # their ranges
         self.ranges = True
+        self.validator: str | None = None
+        self.changed = b""
 
     def address(self, path: str) -> str:
         return f"http://127.0.0.1:{self.server_port}{path}"
@@ -42,9 +46,13 @@ class Handler(BaseHTTPRequestHandler):
             start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(data) - start))
+        if self.server.validator:
+            self.send_header(self.server.validator, hashlib.sha256(data).hexdigest())
         self.end_headers()
-        end = start + (len(data) - start) // 2 if fault == "cut" else len(data)
+        end = start + (len(data) - start) // 2 if fault in ("cut", "changed") else len(data)
         self.wfile.write(data[start:end])
+        if fault == "changed":
+            self.server.files[self.path] = self.server.changed
 
     def log_message(self, *_: object) -> None:
         pass

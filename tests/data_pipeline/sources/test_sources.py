@@ -42,6 +42,9 @@ def metadata(**fields: str | list[str]) -> Message:
         ("GPL-2.0-only WITH Classpath-exception-2.0", False),
         ("LicenseRef-Proprietary", False),
         ("(MIT", False),
+        ("MIT OR)", False),
+        ("MIT OR AND", False),
+        ("MIT WITH OR", False),
         ("MIT MIT", False),
         ("MIT AND GNU GPL v3", False),                      # as two classifiers are read
         ("", False),

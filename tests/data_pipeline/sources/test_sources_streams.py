@@ -89,6 +89,16 @@ def test_a_broken_connection_is_taken_up_where_it_broke(server, ranges):
     assert server.requests[:3] == [None, f"bytes={half}-", f"bytes={half}-"]
 
 
+@pytest.mark.parametrize("ranges", [True, False])
+@pytest.mark.parametrize(("validator", "changed"), [
+    ("ETag", TEXT[::-1]), ("Last-Modified", TEXT[::-1]), (None, TEXT[1:])])
+def test_halves_of_two_files_are_not_joined(server, ranges, validator, changed):
+    server.files["/a"], server.changed = TEXT, changed
+    server.faults, server.ranges, server.validator = ["changed"], ranges, validator
+    with pytest.raises(DataError, match=r"/a was changed on its server while it was read\.\nRun again"):
+        read(server.address("/a"))
+
+
 def test_an_address_that_goes_on_failing_is_named(server, capsys):
     server.files["/a"] = TEXT
     server.faults = [503] * 6
