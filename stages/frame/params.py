@@ -191,17 +191,19 @@ class Params(Section):
                              "Keep it under that name; no variant needs to train it.")
         if taken := sorted(COMPRESSED & self.variants.keys()):
             raise ValueError(f"variants.{taken[0]}: the stage compress writes a model of that name\nChoose another.")
-        first: dict[Variant, str] = {}
+        first: dict[tuple[Any, ...], str] = {}
         for name, variant in self.variants.items():
-            if (one := first.setdefault(variant, name)) != name:        # of one seed the report compares one alone
-                raise ValueError(f"variants.{one} and variants.{name} are one and the same training\n"
-                                 "Give one of them another seed, or leave it out.")
             if variant.architecture not in self.model:
                 raise ValueError(
                     f"variants.{name}.architecture is '{variant.architecture}', which `model` does not define "
                     f"(it has: {', '.join(self.model)})"
                 )
             self._check_recipe(name)
+            recipe = self.recipe_of(name).fp8_recipe if variant.precision == "fp8" else None
+            trained = (variant.architecture, variant.precision, variant.seed, recipe)
+            if (one := first.setdefault(trained, name)) != name:        # of one seed the report compares one alone
+                raise ValueError(f"variants.{one} and variants.{name} are one and the same training\n"
+                                 "Give one of them another seed or fp8_recipe, or leave it out.")
         self._check_domains()
         if self.compress.parent not in self.variants:
             raise ValueError(f"compress.parent is '{self.compress.parent}', which `variants` does not define")

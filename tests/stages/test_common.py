@@ -159,7 +159,7 @@ def test_another_variant_costs_compress_neither_result_nor_resume_state(tokens):
         return Stage("compress", params, None, None, ("compress", "pretrain", "variants")).depends()
 
     assert depends("variants.other={architecture: transformer, precision: bf16, seed: 5}") == depends()
-    assert depends("variants.hybrid-fp8.fp8_recipe=unscaled") != depends()
+    assert depends("variants.hybrid-fp8.fp8_recipe=unscaled", "variants.hybrid-fp8-unscaled.seed=4") != depends()
 
 
 def test_why_an_older_resume_state_is_not_used_is_said(tokens, code, capsys):
