@@ -7,7 +7,6 @@ this module only puts them together and words the errors.
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -306,12 +305,13 @@ def load_params(path: Path | str = "params.yaml", overrides: tuple[str, ...] = (
         raise ParamsError("\n".join(_explain(_place(path, overrides, item), item) for item in error.errors())) from None
 
 
-def refuse_unread(path: Path | str, overrides: Sequence[str], sections: Sequence[str], reader: str) -> None:
-    """Raise ParamsError for an override of none of these sections, which would have no effect on `reader`, unless the
-    others cannot be without it: sources of a new domain want rules, too."""
-    read = dict.fromkeys((*sections, "profile", "runtime"))
+def refuse_unread(path: Path | str, overrides: Sequence[str], settings: Sequence[str], reader: str) -> None:
+    """Raise ParamsError for an override of none of these sections and settings, which would have no effect on `reader`,
+    unless the others cannot be without it: sources of a new domain want rules, too."""
+    read = dict.fromkeys((*settings, "profile", "runtime"))
     for assignment in overrides:
-        if re.split(r"[.=]", assignment)[0] not in read:
+        key = f"{assignment.partition('=')[0]}."
+        if not any(key.startswith(f"{name}.") or f"{name}.".startswith(key) for name in read):
             try:
                 load_params(path, tuple(other for other in overrides if other != assignment))
             except ParamsError:
