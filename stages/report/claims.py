@@ -347,7 +347,7 @@ def layer_importance(records: Records) -> Finding:
         bar = others[math.ceil(len(layers) / 4) - 1]
         found[f"{which} layer's importance above the top quarter's least"] = superiority(Estimate(
             end.importance - bar.importance, tuple(Source("sample", layer.standard_error**2, count, count - 1)
-                                                   for layer in (end, bar))), comparisons=2)
+                                                   for layer in (end, bar))).drawn_together(), comparisons=2)
     return in_order(plain, found)
 
 
@@ -380,7 +380,7 @@ def decoding(records: Records, model: str, other: str, grows: bool = False) -> F
     found = {f"{model} over {other} at {contexts[-1]:,} tokens": superiority(long, comparisons=1 + grows)}
     if grows:
         short = ratio(contexts[0])
-        growth = Estimate(long.value - short.value, long.sources + short.sources)
+        growth = Estimate(long.value - short.value, long.sources + short.sources).drawn_together()
         found[f"that over the same at {contexts[0]:,}"] = superiority(growth, comparisons=2)
     return in_order(times, found)
 

@@ -318,6 +318,10 @@ def test_ends_that_matter_least_fail_and_noise_is_undecided(records):
     assert found.answer is FAILS and found.evidence[0].measure.startswith("last layer")     # what decided comes first
     records.importance.layers[15].importance = records.importance.layers[14].importance
     assert claim(records, "layer_importance").answer is UNDECIDED
+    records.importance.layers[15].importance = 0.14         # each of 32 samples was measured on both layers
+    needed = 32 * ((1.96 + 1.282) * math.sqrt(2 * 0.02**2) / (0.14 - 0.112)) ** 2
+    (named,) = re.findall(r"about (\d+) samples would decide", claim(records, "layer_importance").because)
+    assert math.isclose(int(named), needed, rel_tol=0.02)
 
 
 def test_importance_is_known_as_well_as_the_samples_it_was_measured_on_say(records):
