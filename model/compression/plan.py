@@ -143,7 +143,7 @@ def steps(
     neurons = of_layer * parent.pattern.count("-") / layout.pipeline
     added = stream_seconds(NEURON_MOVED * neurons * layout.micro_batch_size, machine)
 
-    weights = max(held_parameters(parent, pretrain, False, layout, stage)[0] for stage in (0, layout.pipeline - 1))
+    weights = max(held_parameters(parent, pretrain, False, layout, stage)[0] for stage in range(layout.pipeline))
     hidden = tokens * parent.hidden_size * BF16 / (layout.tensor if layout.sequence else 1)
     candidates = min(config.ranked_by_agreement, grid.candidates)
     held = BF16 * weights + (machine.reserved if layout.processes > 1 else machine.reserved / 2)
@@ -165,7 +165,7 @@ def steps(
     kept = size * 2 * CHECKPOINT
     state = size * STATE * (pretrain.checkpoints_kept + 1)          # the newest while it is written
     beside = max(held_parameters(grid.student, pretrain, False, layout, stage)[0]
-                 for stage in (0, layout.pipeline - 1))
+                 for stage in range(layout.pipeline))
 
     def step(name: str, seconds: float, memory: float, disk: float = 0.0) -> PlannedStep:
         return PlannedStep(name, seconds, layout.processes, memory=memory, disk=disk)

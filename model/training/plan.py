@@ -286,7 +286,7 @@ def memory(
 ) -> TrainingMemory:
     """Bytes on the fullest pipeline stage."""
     return max((_stage_memory(config, recipe, fp8, layout, machine, teacher, stage)
-                for stage in {0, layout.pipeline - 1}), key=lambda memory: memory.total)
+                for stage in range(layout.pipeline)), key=lambda memory: memory.total)
 
 
 def _stage_memory(

@@ -203,10 +203,7 @@ class Stage:
         """What resume state depends on, by name: the parameters, the code and the libraries (requirements.lock) that
         dvc.yaml lists for the stage, and the inputs read so far. Settings of how to run, comments and times of files
         have no part in it."""
-        import yaml
-
-        stage = yaml.load((ROOT / "dvc.yaml").read_text(), yaml.CSafeLoader)["stages"][self.name]
-        stage = stage.get("do", stage)
+        stage = declared(self.name)
         prefixes = [self._filled(name) for name in stage["params"]]
         parameters = {
             name: value for name, value in _flat(self.params.model_dump(mode="json")).items()
@@ -236,6 +233,14 @@ class Stage:
         """The sections this stage depends on, as plain values."""
         values = self.params.model_dump(mode="json")
         return {name: values[name] for name in ("profile", *self.sections)} | {"variant": self.variant}
+
+
+def declared(stage: str) -> dict[str, Any]:
+    """What dvc.yaml says of a stage, of any of its members."""
+    import yaml
+
+    found: dict[str, Any] = yaml.load((ROOT / "dvc.yaml").read_text(), yaml.CSafeLoader)["stages"][stage]
+    return found.get("do", found)
 
 
 def gpu_names(visible: str) -> list[str]:
@@ -378,8 +383,9 @@ def run_stage(
     from stages.frame.params import load_params, refuse_unread
 
     params = load_params(options.params, tuple(options.set))
-    if sections and not options.settings:       # a flow gives all of its stages the same
-        refuse_unread(options.params, options.set, (*sections, *(("models", "variants") if members else ())), name)
+    if options.set and sections and not options.settings:       # a flow gives all of its stages the same
+        read = [re.sub(r"\.\$\{.*", "", setting) for setting in declared(name)["params"] if setting != "profile"]
+        refuse_unread(options.params, options.set, (*read, *(("models", "variants") if members else ())), name)
     DataError.settings = options.settings or f"in {options.params}"
     variant = getattr(options, "variant", None)
     if members and variant not in members(params):

@@ -7,7 +7,6 @@ this module only puts them together and words the errors.
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -191,17 +190,19 @@ class Params(Section):
                              "Keep it under that name; no variant needs to train it.")
         if taken := sorted(COMPRESSED & self.variants.keys()):
             raise ValueError(f"variants.{taken[0]}: the stage compress writes a model of that name\nChoose another.")
-        first: dict[Variant, str] = {}
+        first: dict[tuple[Any, ...], str] = {}
         for name, variant in self.variants.items():
-            if (one := first.setdefault(variant, name)) != name:        # of one seed the report compares one alone
-                raise ValueError(f"variants.{one} and variants.{name} are one and the same training\n"
-                                 "Give one of them another seed, or leave it out.")
             if variant.architecture not in self.model:
                 raise ValueError(
                     f"variants.{name}.architecture is '{variant.architecture}', which `model` does not define "
                     f"(it has: {', '.join(self.model)})"
                 )
             self._check_recipe(name)
+            recipe = self.recipe_of(name).fp8_recipe if variant.precision == "fp8" else None
+            trained = (variant.architecture, variant.precision, variant.seed, recipe)
+            if (one := first.setdefault(trained, name)) != name:        # of one seed the report compares one alone
+                raise ValueError(f"variants.{one} and variants.{name} are one and the same training\n"
+                                 "Give one of them another seed or fp8_recipe, or leave it out.")
         self._check_domains()
         if self.compress.parent not in self.variants:
             raise ValueError(f"compress.parent is '{self.compress.parent}', which `variants` does not define")
@@ -304,12 +305,13 @@ def load_params(path: Path | str = "params.yaml", overrides: tuple[str, ...] = (
         raise ParamsError("\n".join(_explain(_place(path, overrides, item), item) for item in error.errors())) from None
 
 
-def refuse_unread(path: Path | str, overrides: Sequence[str], sections: Sequence[str], reader: str) -> None:
-    """Raise ParamsError for an override of none of these sections, which would have no effect on `reader`, unless the
-    others cannot be without it: sources of a new domain want rules, too."""
-    read = dict.fromkeys((*sections, "profile", "runtime"))
+def refuse_unread(path: Path | str, overrides: Sequence[str], settings: Sequence[str], reader: str) -> None:
+    """Raise ParamsError for an override of none of these sections and settings, which would have no effect on `reader`,
+    unless the others cannot be without it: sources of a new domain want rules, too."""
+    read = dict.fromkeys((*settings, "profile", "runtime"))
     for assignment in overrides:
-        if re.split(r"[.=]", assignment)[0] not in read:
+        key = f"{assignment.partition('=')[0]}."
+        if not any(key.startswith(f"{name}.") or f"{name}.".startswith(key) for name in read):
             try:
                 load_params(path, tuple(other for other in overrides if other != assignment))
             except ParamsError:

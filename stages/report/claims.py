@@ -16,6 +16,7 @@ import numpy as np
 from data_pipeline.config import DataError
 from model import costs
 from model.presets import PRESETS
+from stages.frame.worker import RUN_ONLY
 from stages.report import statistics
 from stages.report.records import Pair, RecordError, Records, pairs
 from stages.report.statistics import Answer, Estimate, Source, Verdict, equivalence, mean, over_seeds, superiority
@@ -162,12 +163,13 @@ def evaluated(records: Records, candidate: Sequence[str], reference: Sequence[st
         learned(records, pair[1])
         if pair[0] == "compressed-random":
             distilled(records)
-        ours, theirs = ((records.items_digest(model), [of.task for of in records.paper_tasks(model)], {
-            task: len(items) for task, items in (records.scores(model) | graded(records, model)).items()})
-            for model in pair)
-        if ours != theirs:
-            files = " and ".join(f"evaluate/{model}" for model in pair)
-            raise RecordError(f"{files}: not the same items.\nRun the stage `evaluate` again for them.")
+    asked = {model: (records.items_digest(model), [of.task for of in records.paper_tasks(model)], {
+        task: len(items) for task, items in (records.scores(model) | graded(records, model)).items()})
+        for pair in known for model in pair}
+    for model, own in asked.items():
+        if own != asked[known[0][1]]:
+            raise RecordError(f"evaluate/{model} and evaluate/{known[0][1]}: not the same items.\n"
+                              "Run the stage `evaluate` again for them.")
     return known
 
 
@@ -200,6 +202,29 @@ def distilled(records: Records) -> None:
     if not end < start:
         raise DataError(f"compressed-random is no control: KL to the parent is {end:.3g} nats after distillation, "
                         f"{start:.3g} just cut.\nLower compress.learning_rate, and compress again.")
+
+
+def trained_alike(records: Records, of: Sequence[Pair]) -> None:
+    """Raise DataError for a pair of which one is larger, and RecordError where models were not all trained on the same
+    tokens by one recipe: after another was changed, and not all of them trained again."""
+    for pair in of:
+        ours, theirs = (records.metrics("pretrain", name)["parameters"] for name in pair)
+        if abs(ours / theirs - 1) > 0.05:
+            raise DataError(f"{' and '.join(pair)}: parameters are not alike.\n"
+                            "Change `model` until they are within 5 %, and train again.")
+    first, *others = dict.fromkeys(name for pair in of for name in pair)
+    for name in others:
+        if training(records, name) != training(records, first):
+            raise RecordError(f"pretrain/{first} and pretrain/{name}: not the same tokens and recipe.\n"
+                              "Run the stage `pretrain` again for them.")
+
+
+def training(records: Records, name: str) -> Any:
+    """What a model was trained on, by its digest, and how, but for what changes no result."""
+    made = records.provenance(f"pretrain@{name}")
+    recipe = {key: value for key, value in made.parameters.get("pretrain", {}).items()
+              if f"pretrain.{key}" not in RUN_ONLY}
+    return records.metrics("pretrain", name)["tokens"], sorted(made.inputs.values()), recipe
 
 
 def trained_gains(records: Records, of: Sequence[Pair]) -> list[float]:
@@ -245,13 +270,10 @@ def loss(records: Records, candidate: Sequence[str], reference: Sequence[str], b
                            for pair in known + evaluated(records, broken, reference))
         return *with_control(decision, seen[0] if seen else None, control, percent), [
             line(f"bits per byte saved, {' / '.join(known[0])}", decision, percent)]
-    trained = pairs(records.params, candidate, reference)
-    for pair in trained:
-        ours, theirs = (records.metrics("pretrain", name) for name in pair)
-        if abs(ours["parameters"] / theirs["parameters"] - 1) > 0.05 or ours["tokens"] != theirs["tokens"]:
-            return Answer.UNDECIDED, f"{' and '.join(pair)}: parameters or tokens are not alike", []
+    trained, failing = pairs(records.params, candidate, reference), pairs(records.params, broken, reference)
+    trained_alike(records, [*trained, *failing])
     gains, texts = trained_gains(records, trained), documents(records, known[0])
-    lost = trained_gains(records, pairs(records.params, broken, reference)) if broken else [
+    lost = trained_gains(records, failing) if broken else [
         half_trained_gain(records, name) for _, name in trained]
     least = least_variance(records, trained) if broken else 0.0         # without one the two are other models
     decision = rule(over_seeds(mean(gains, "seed", floor=least), texts))
@@ -266,6 +288,7 @@ def fp8_scaling(records: Records, scaled: Sequence[str], unscaled: Sequence[str]
     if not (found := pairs(records.params, scaled, unscaled)):
         return Answer.UNDECIDED, "this profile does not train FP8 without scales", []
     paired = pairs(records.params, scaled, bf16)
+    trained_alike(records, [*found, *paired])
     gain = mean(trained_gains(records, found), "seed", trained_gains(records, paired),
                 least_variance(records, paired) * len(paired) / len(found))
     return in_order(percent, {"bits per byte saved by scales": superiority(gain)})
@@ -277,6 +300,8 @@ def tasks(records: Records, candidate: Sequence[str], reference: Sequence[str], 
     if not (known := evaluated(records, candidate, reference)):
         return Answer.UNDECIDED, "this profile does not evaluate both", []
     failing, guesses = evaluated(records, broken, reference), chances(records, known[0][0])
+    if training:
+        trained_alike(records, [*known, *failing])
     counted, rows = [], []
     for task, guess in guesses.items():
         answers = [graded(records, model)[task] for model in known[0]]
@@ -322,7 +347,7 @@ def layer_importance(records: Records) -> Finding:
         bar = others[math.ceil(len(layers) / 4) - 1]
         found[f"{which} layer's importance above the top quarter's least"] = superiority(Estimate(
             end.importance - bar.importance, tuple(Source("sample", layer.standard_error**2, count, count - 1)
-                                                   for layer in (end, bar))), comparisons=2)
+                                                   for layer in (end, bar))).drawn_together(), comparisons=2)
     return in_order(plain, found)
 
 
@@ -355,7 +380,7 @@ def decoding(records: Records, model: str, other: str, grows: bool = False) -> F
     found = {f"{model} over {other} at {contexts[-1]:,} tokens": superiority(long, comparisons=1 + grows)}
     if grows:
         short = ratio(contexts[0])
-        growth = Estimate(long.value - short.value, long.sources + short.sources)
+        growth = Estimate(long.value - short.value, long.sources + short.sources).drawn_together()
         found[f"that over the same at {contexts[0]:,}"] = superiority(growth, comparisons=2)
     return in_order(times, found)
 

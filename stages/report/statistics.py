@@ -61,6 +61,11 @@ class Estimate(NamedTuple):
         parts = math.fsum(source.variance**2 / source.df for source in self.sources if source.variance)
         return self.error**4 / parts if parts else math.inf
 
+    def drawn_together(self) -> Estimate:
+        """With all sources as one, of units that are drawn for each at once, as a repeat at both of two contexts: of
+        these so many decide, and not so many for each."""
+        return Estimate(self.value, (self.sources[0]._replace(variance=self.error**2, df=self.df),))
+
     def half_width(self, alpha: float = 2 * ALPHA) -> float:
         """Of the interval with `alpha` outside, half of it on each side; by default that of two one-sided tests."""
         return self.error * float(special.stdtrit(self.df, 1 - alpha / 2))

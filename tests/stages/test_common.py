@@ -67,13 +67,19 @@ def test_set_needs_out_and_unknown_variants_are_listed():
 
 
 def test_a_setting_without_effect_is_refused(tmp_path):
-    def tried(stage, *settings):
-        return forked.run(tmp_path, "-m", f"stages.{stage}", *(word for one in settings for word in ("--set", one)),
-                          "--out", "out", "--params", str(ROOT / "params.yaml"), check=False).stderr
+    def tried(stage, *settings, member=None):
+        settings = [word for one in settings for word in ("--set", one)] + (["--variant", member] if member else [])
+        return forked.run(tmp_path, "-m", f"stages.{stage}", *settings, "--out", "out", "--params",
+                          str(ROOT / "params.yaml"), check=False).stderr
 
     assert tried("tokenizer", "pretrain.tokens=8") == (
         "--set pretrain.tokens=8: no effect on tokenizer.\nIt reads: seed, tokenizer, profile, runtime.\n")
     assert "no effect on curate" in tried("curate", "annotate.shard_megabytes=1")
+    assert "no effect on evaluate.\nIt reads: seed, evaluate.context_tokens, " in tried(
+        "evaluate", "evaluate.items_per_task=5", member="hybrid-fp8")
+    assert "no effect on reference" in tried("reference", "evaluate.generation=code")
+    assert "no effect on tokenize" in tried("tokenize", "pretrain.learning_rate=1e-3")
+    assert "items.json: not found" in tried("evaluate", "evaluate.generation=code", member="hybrid-fp8")
     assert "curated: not found" in tried("tokenizer", "tokenizer.vocab_size=512", "runtime.workers=1", "seed=2")
     sources = "annotate.sources=[{kind: files, paths: [x.jsonl], domain: web, license: MIT}]"
     assert "x.jsonl" in tried("annotate", sources, "annotate.substring.domains=[web]",      # of a domain that needs:
@@ -159,7 +165,7 @@ def test_another_variant_costs_compress_neither_result_nor_resume_state(tokens):
         return Stage("compress", params, None, None, ("compress", "pretrain", "variants")).depends()
 
     assert depends("variants.other={architecture: transformer, precision: bf16, seed: 5}") == depends()
-    assert depends("variants.hybrid-fp8.fp8_recipe=unscaled") != depends()
+    assert depends("variants.hybrid-fp8.fp8_recipe=unscaled", "variants.hybrid-fp8-unscaled.seed=4") != depends()
 
 
 def test_why_an_older_resume_state_is_not_used_is_said(tokens, code, capsys):

@@ -101,8 +101,7 @@ def check_records(records: Path, workplace: Path) -> None:
 
 def test_a_variant_trains_with_its_own_fp8_recipe(workplace):
     """The same seed without scales: the first loss is already another, and it is that of the recipe given outright."""
-    arm = "variants.control={architecture: hybrid, precision: fp8, seed: 1, fp8_recipe: unscaled}"
-    run(workplace, *COMMAND, "control", "--set", arm, *SHORT)
+    run(workplace, *COMMAND, "hybrid-fp8-unscaled", *SHORT)
     params = load_params(workplace / "params.yaml", ("tokenizer.vocab_size=512", *SHORT[1::2]))
     for scaling, same in (("unscaled", True), ("current", False)):
         recipe = params.pretrain.model_copy(update={"fp8_recipe": scaling})
@@ -110,7 +109,7 @@ def test_a_variant_trains_with_its_own_fp8_recipe(workplace):
             params.model_of("hybrid-fp8"), recipe, "hybrid", "fp8", 1, workplace / "data" / "toy" / "tokens",
             workplace / scaling, workplace / "scratch" / scaling, lambda *_, **__: None,
         )
-        written = (workplace / "runs" / "pretrain" / "control" / "training.csv").read_text()
+        written = (workplace / "runs" / "pretrain" / "hybrid-fp8-unscaled" / "training.csv").read_text()
         assert (written == csv_text(trained.training)) is same
 
 

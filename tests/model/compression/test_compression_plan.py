@@ -14,6 +14,7 @@ from model.compression.importance import layer_importance
 from model.compression.layerwise import Kept
 from model.compression.plan import Grid, check, importance_passes, layout_of, refusal, steps
 from model.config import ModelError
+from model.costs import layer_parameters
 from model.hybrid_lm import HybridLM
 from model.megatron.distributed import ONE_COPY
 from model.presets import PRESETS
@@ -88,6 +89,16 @@ def test_steps_answer_to_sizes_and_layout(paper):
     assert by_mean["neuron importance"].memory == found["layer importance"].memory
     wider, _ = planned(PARENT, paper, SPLIT._replace(processes=32))
     assert wider["layer importance"].seconds == pytest.approx(found["layer importance"].seconds / 2)
+
+
+def test_the_fullest_pipeline_stage_may_be_within(paper):
+    parent = PARENT.model_copy(update={"pattern": "M" * 12 + "*" + "-" * 13 + "M*" * 2 + "-" * 9 + "M" * 10 + "*--",
+                                       "vocab_size": 1024})
+    layout = SPLIT._replace(pipeline=4)
+    found, *_ = steps(parent, paper, RECIPE, layout, H100, Grid.of(parent, paper, layout.pipeline))
+    weights = 13 * layer_parameters(parent, "-")                # of two processes, in BF16
+    assert found.name == "layer importance"
+    assert found.memory > weights + forward_bytes(parent, layout) + H100.reserved
 
 
 def test_a_comparison_holds_five_times_its_logits(monkeypatch, paper):

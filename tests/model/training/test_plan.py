@@ -108,6 +108,8 @@ def test_each_means_of_saving_memory_saves_what_it_says() -> None:
             config, RECIPE, False, Layout(8, recompute=more), H100).activations
     staged = memory(config, RECIPE, False, Layout(8, pipeline=4), H100)
     assert staged.weights < base.weights / 2        # a quarter of the layers, and an embedding
+    wide = SMALL.model_copy(update={"pattern": "M*----M*", "ffn_hidden_size": 2**20})     # within: no embedding
+    assert memory(wide, RECIPE, False, Layout(4, pipeline=4), H100).weights > 4 * SMALL.hidden_size * 2**20
     in_fp8 = memory(config, RECIPE, True, Layout(8), H100)
     assert in_fp8.activations < base.activations
     body = parameters(config) - 2 * config.vocab_size * config.hidden_size

@@ -58,6 +58,9 @@ class FakeRecords:
         self.stages["benchmark", None] = {f"nemotron_h_{size}_parameters": count for size, count in (
             ("8b", 8_100_852_736), ("56b", 56_324_350_464), ("47b", 46_791_554_816))}
         self.stages["compress", None] = {"kl_parent_random_cut": 0.75, "kl_parent_random": 0.13}
+        self.provenance = Files({f"pretrain@{name}": SimpleNamespace(
+            parameters={"pretrain": {"learning_rate": 1e-3, "checkpoint_every": 50}}, inputs={"data/cpu/tokens": "a3"})
+            for name in self.variants})
         self.validation = Files({name: {0: 8, 5e5: draw.uniform(1.09, 1.11) * bits[name], 1e6: bits[name]}
                                  for name in self.variants})
         nats, size = draw.normal(1, 0.2, (3, 60)), draw.integers(300, 900, (3, 60))
@@ -205,8 +208,28 @@ def test_models_that_learned_nothing_or_differ_are_not_compared(records):
         assert claim(records, key).because.startswith("hybrid-fp8 learned nothing: ")
     assert {claim(records, key).answer for key in ("fp8_loss", "fp8_tasks")} == {HOLDS}     # a candidate may be worse
     records.stages["evaluate", "transformer-bf16"]["bits_per_byte_compressor"] = 2.9
-    records.stages["pretrain", "transformer-bf16-seed2"]["tokens"] = 5
-    assert claim(records, "hybrid_loss").because.endswith("parameters or tokens are not alike")
+    records.stages["pretrain", "transformer-bf16-seed2"]["parameters"] = 2e6
+    for key in ("hybrid_loss", "hybrid_tasks"):
+        assert "transformer-bf16-seed2: parameters are not alike" in claim(records, key).because
+
+
+@pytest.mark.parametrize("change", [
+    lambda records, name: records.stages["pretrain", name].update(tokens=5e5),
+    lambda records, name: records.provenance[f"pretrain@{name}"].inputs.update({"data/cpu/tokens": "b4"}),
+    lambda records, name: records.provenance[f"pretrain@{name}"].parameters["pretrain"].update(learning_rate=1e-2),
+])
+@pytest.mark.parametrize(("name", "keys"), [
+    ("hybrid-fp8-unscaled", ("fp8_loss", "fp8_scaling", "fp8_tasks", "hybrid_tasks")),      # no control of its scales
+    ("transformer-bf16-seed2", ("hybrid_loss", "hybrid_tasks")),
+])
+def test_models_of_other_trainings_are_not_compared(records, name, keys, change):
+    records.provenance[f"pretrain@{name}"].parameters["pretrain"]["checkpoint_every"] = 7
+    assert {claim(records, key).answer for key in keys} == {HOLDS}
+    change(records, name)
+    for key in keys:
+        found = claim(records, key)
+        assert found.answer is UNDECIDED and f"pretrain/{name}: not the same tokens and recipe" in found.because
+        assert found.because in records.reader.faults
 
 
 def test_a_candidate_that_learned_nothing_fails(records):
@@ -249,6 +272,9 @@ def test_other_items_are_a_record_to_mend(records):
     assert "60 and 60 items: not the same ones" in claim(records, "compressed_loss").because
     records.items_digest["compressed"] = "b"            # as many other ones
     assert claim(records, "compressed_tasks").because == found.because
+    for name in ("hybrid-bf16-seed2", "hybrid-fp8-seed2"):              # of one pair among several
+        records.items_digest[name] = "b"
+    assert "evaluate/hybrid-fp8-seed2 and evaluate/hybrid-bf16: not the same" in claim(records, "fp8_tasks").because
 
 
 def test_a_random_cut_that_its_distillation_ruined_is_no_control(records):
@@ -292,6 +318,10 @@ def test_ends_that_matter_least_fail_and_noise_is_undecided(records):
     assert found.answer is FAILS and found.evidence[0].measure.startswith("last layer")     # what decided comes first
     records.importance.layers[15].importance = records.importance.layers[14].importance
     assert claim(records, "layer_importance").answer is UNDECIDED
+    records.importance.layers[15].importance = 0.14         # each of 32 samples was measured on both layers
+    needed = 32 * ((1.96 + 1.282) * math.sqrt(2 * 0.02**2) / (0.14 - 0.112)) ** 2
+    (named,) = re.findall(r"about (\d+) samples would decide", claim(records, "layer_importance").because)
+    assert math.isclose(int(named), needed, rel_tol=0.02)
 
 
 def test_importance_is_known_as_well_as_the_samples_it_was_measured_on_say(records):
