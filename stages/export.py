@@ -78,7 +78,7 @@ def to_hub(
     dtype = dtype or hub.dtype_of(state)
     if tokenizer.is_dir():
         hub.check_vocabulary(tokenizer, config.vocab_size)
-        special_tokens = hub.read_json(tokenizer / "generation_config.json")
+        special_tokens = hub.special_tokens(tokenizer, config.vocab_size)
         hub.save(out, config, state, training, dtype, special_tokens=special_tokens, shard_gigabytes=shard_gigabytes)
         copy_tokenizer(tokenizer, out)
         ids = encoded_card(out)

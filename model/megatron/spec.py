@@ -226,14 +226,15 @@ class HybridStack(MambaStack):
         super().__init__(config, submodules, post_process=post_process, post_layer_norm=False, **options)
         self.post_layer_norm = True
         if post_process:
-            self.final_norm = MegatronRMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+            self.final_norm = MegatronRMSNorm(config, config.hidden_size)
 
 
 class MegatronRMSNorm(nn.RMSNorm):
-    """x / rms(x) * weight over the last axis, with the constructor a Megatron spec expects."""
+    """x / rms(x) * weight over the last axis, with the constructor a Megatron spec expects. The epsilon is the model's:
+    Megatron's MambaLayer gives none (0.16.1)."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+    def __init__(self, config: TransformerConfig, hidden_size: int, **_: Any):
+        super().__init__(hidden_size, eps=config.layernorm_epsilon, dtype=config.params_dtype)
         # Megatron reads it: the gradient of this weight is then a sum over ranks.
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
 

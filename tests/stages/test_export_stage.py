@@ -177,6 +177,24 @@ def test_an_imported_model_keeps_its_tokenizer(done, tmp_path, monkeypatch):
     assert "The weights of `owner/some-model`" in (again / "README.md").read_text()
 
 
+def test_a_given_hub_tokenizer_brings_its_special_ids(done, tmp_path):
+    """Those that only config.json names too, without which no text would end; ids of no token are refused."""
+    source = tmp_path / "source"
+    shutil.copytree(done / f"data/tiny/hub/{NAMES[0]}", source)
+    generation = source / "generation_config.json"
+    generation.write_text('{"eos_token_id": 1024}')
+    arguments = ["--from-checkpoint", str(done / f"data/tiny/checkpoints/{NAMES[0]}"), "--tokenizer", str(source)]
+    with pytest.raises(StageError, match=r"generation_config\.json: eos_token_id holds 1024, and the model has ids"):
+        convert([*arguments, "--out", str(tmp_path / "refused")])
+    generation.write_text('{"do_sample": true}')
+    convert([*arguments, "--out", str(tmp_path / "a")])
+    generation.unlink()
+    convert([*arguments, "--out", str(tmp_path / "b")])
+    for out, own in (("a", {"do_sample": True}), ("b", {})):
+        assert json.loads((tmp_path / out / "generation_config.json").read_text()) == own | hub.SPECIAL_TOKENS
+        assert json.loads((tmp_path / out / "config.json").read_text()).items() >= hub.SPECIAL_TOKENS.items()
+
+
 @pytest.mark.parametrize(("place", "said", "name"), [
     ("models--owner--some-model/snapshots/0123abcd", "elsewhere/other", "owner/some-model"),
     ("some-model", None, "some-model"), ("some-model", "owner/model-8B", "owner/model-8B"),

@@ -15,8 +15,10 @@ from model.megatron.spec import CausalAttention, build_model
 FLOAT32 = Precision("float32")
 
 
-@pytest.mark.parametrize("config", [HYBRID, TRANSFORMER, TRANSFORMER.model_copy(update={"rope_theta": 1.5})],
-                         ids=["hybrid", "transformer", "fractional rope_theta"])
+@pytest.mark.parametrize("config", [
+    HYBRID, TRANSFORMER, TRANSFORMER.model_copy(update={"rope_theta": 1.5}),
+    *(config.model_copy(update={"norm_epsilon": 0.01}) for config in (HYBRID, TRANSFORMER)),
+], ids=["hybrid", "transformer", "fractional rope_theta", "hybrid, norm_epsilon", "transformer, norm_epsilon"])
 def test_logits_are_those_of_hybrid_lm(config, tmp_path):
     torch.manual_seed(0)
     reference = HybridLM(config)
