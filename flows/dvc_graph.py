@@ -69,6 +69,7 @@ SECONDS_TO_UNWIND = 4.0           # of a stage that is told to end, before it is
 SECONDS_TO_UNLOCK = 3.0           # of DVC after that
 BYTES_TO_START = 2**22            # that the directories of a run must have room for
 STAGES_AHEAD = 2                  # that get ready for a GPU while another computes on it
+SECONDS_TO_WATCH = 5.0            # after a stage's end: where Prefect's server does not answer
 SECONDS_BETWEEN_LOOKS = 5.0       # at whether a stage is over its time
 NVIDIA_SMI = 60                   # seconds until it is given up
 SECONDS_TO_GATHER = 0.5           # in which stages that one other held up come to the queue, in any order
@@ -421,7 +422,8 @@ class StageRunner:
         Args:
             on_start: called when the stage gets its slot.
             on_line: called with every line it prints, from another thread in the caller's context; an exception there
-                is dropped, because watching must not harm the work.
+                is dropped, because watching must not harm the work. Lines that it has not come to SECONDS_TO_WATCH
+                after the end are in the log alone.
         Returns:
             `ran`, `restored` (from DVC's run cache) or `cached` (nothing to do after all).
         Raises:
@@ -532,10 +534,12 @@ class StageRunner:
                     stdout=log, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=die_with_parent,
                 )
             self.processes.add(process)
-        ended = threading.Event()
+        ended, past = threading.Event(), threading.Event()
         context = contextvars.copy_context()
 
         def watch(line: str) -> None:
+            if past.is_set():
+                return
             if GpuTaken.parse(line):
                 self._computes(node)
             on_line(line)
@@ -563,7 +567,8 @@ class StageRunner:
             ended.set()
             with contextlib.suppress(ProcessLookupError):       # where DVC was killed, its stage is left
                 os.killpg(process.pid, signal.SIGKILL)
-        watcher.join(5)
+        watcher.join(SECONDS_TO_WATCH)
+        past.set()
         text = node.log.read_text(errors="replace")
         where = f"Log: {node.log}. {RESUMES}"
         if self.stopped and status != 0:

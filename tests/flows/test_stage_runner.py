@@ -360,6 +360,26 @@ def test_lines_are_watched_and_a_watcher_that_breaks_does_no_harm(repository: Pa
     assert Path("logs/first.log").read_text().splitlines() == seen
 
 
+def test_a_watcher_that_is_held_up_is_left_behind(
+    repository: Path, nodes: dict[str, Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by Prefect's server. After the run it would log into a process that ends."""
+    monkeypatch.setattr(dvc_graph, "SECONDS_TO_WATCH", 0.1)
+    seen: list[str] = []
+    answers = threading.Event()
+
+    def watch(line: str) -> None:
+        seen.append(line)
+        answers.wait()
+
+    before = set(threading.enumerate())
+    assert StageRunner(2, 5).run(nodes["first"], ignore, watch) == "ran"
+    [watcher] = set(threading.enumerate()) - before
+    answers.set()
+    watcher.join()
+    assert len(seen) == 1 < len(Path("logs/first.log").read_text().splitlines())
+
+
 def test_who_has_the_lock_that_dvc_waits_for_is_said(
     repository: Path, nodes: dict[str, Node], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
