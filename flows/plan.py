@@ -159,8 +159,9 @@ def steps(
         shard = min(size, max(1e9 * params.export.shard_gigabytes, table))
         taken = inference_seconds(config, evaluated_tokens(params), machine, tensor)
         taken += writing_seconds(config, written, asked.context_tokens, machine, tensor)
+        held = costs.evaluation_bytes(config, asked.longest_context, tensor)
         rows += [PlannedStep(f"export {name}", None, disk=size, host=shard),
-                 PlannedStep(f"evaluation {name}", taken, tensor, memory=costs.evaluation_bytes(config, tensor))]
+                 PlannedStep(f"evaluation {name}", taken, tensor, memory=held)]
     return [*rows, benchmark_step(params, grid.student, machine)]
 
 
@@ -279,7 +280,8 @@ def refusals(params: Params, grid: compression.Grid | None, found: dict[str, Pla
     tensor = params.runtime.one_model.processes
     wrong = [compression.refusal(params.model_of(params.compress.parent), params.compress,
                                  params.recipe_of(params.compress.parent), compression_layout(params), machine, grid)]
-    wrong += [costs.evaluation_refusal(name, config, tensor, machine.memory, machine.name)
+    longest = params.evaluate.longest_context
+    wrong += [costs.evaluation_refusal(name, config, longest, tensor, machine.memory, machine.name)
               for name, config in evaluated(params, grid).items()]
     speed = benchmark_step(params, grid.student, machine)
     if speed.memory > machine.memory:

@@ -220,10 +220,11 @@ TENSOR_SIZES = (1, 2, 4, 8)     # GPUs that a layer may be split over, of one no
 GIB = 2**30
 
 
-def evaluation_bytes(config: ModelConfig, tensor: int = 1) -> float:
+def evaluation_bytes(config: ModelConfig, context: int, tensor: int = 1) -> float:
     """Bytes of each of the `tensor` GPUs that evaluate a model together, in BF16, at most.
 
-    Weights; what CUDA and, between GPUs, NCCL take for themselves; and of a full batch either the largest layer's
+    Weights; what CUDA and, between GPUs, NCCL take for themselves; and of a full batch, or of the longest request, of
+    `context` tokens, if that is more, either the largest layer's
     tensors beside the residual stream, its norm and what is added to it, or the hidden states of all tokens in BF16 and
     FP32, the head's weights in FP32, and logits and their logarithms in FP32.
     """
@@ -231,19 +232,22 @@ def evaluation_bytes(config: ModelConfig, tensor: int = 1) -> float:
     widths = {"M": config.in_proj_size + config.conv_channels + 2 * config.mamba_inner_size + states,
               "*": 2 * (config.attention_size + config.kv_size), "-": 2 * config.ffn_hidden_size}
     widest = max(widths[symbol] for symbol in config.pattern) / tensor
-    layers = 2 * EVALUATION_TOKENS * (3 * hidden + widest)
-    head = 6 * EVALUATION_TOKENS * hidden + 4 * config.vocab_size / tensor * (hidden + 2 * EVALUATION_LOGITS)
+    tokens = max(EVALUATION_TOKENS, context)
+    layers = 2 * tokens * (3 * hidden + widest)
+    head = 6 * tokens * hidden + 4 * config.vocab_size / tensor * (hidden + 2 * EVALUATION_LOGITS)
     return 2 * parameters(config) / tensor + max(layers, head) + (GIB if tensor == 1 else 2 * GIB)
 
 
-def evaluation_refusal(name: str, config: ModelConfig, tensor: int, memory: float, machine: str) -> str | None:
-    """None where the evaluation of a model over `tensor` GPUs fits into `memory` bytes of each; else, in two lines, by
-    how much it does not, and the nearest tensor-parallel size with which it does."""
-    needed = evaluation_bytes(config, tensor)
+def evaluation_refusal(
+    name: str, config: ModelConfig, context: int, tensor: int, memory: float, machine: str
+) -> str | None:
+    """None where the evaluation of a model over `tensor` GPUs, in `context` tokens, fits into `memory` bytes of each;
+    else, in two lines, by how much it does not, and the nearest tensor-parallel size with which it does."""
+    needed = evaluation_bytes(config, context, tensor)
     if needed <= memory:
         return None
     fitting = [size for size in TENSOR_SIZES if size > tensor and _splits(config, size)
-               and evaluation_bytes(config, size) <= memory]
+               and evaluation_bytes(config, context, size) <= memory]
     cure = (f"Nearest that fits: tensor {fitting[0]} (runtime.parallel, with runtime.launcher)." if fitting
             else "No tensor-parallel size fits: take a larger GPU, or leave the model out of `models`.")
     return (f"evaluation of {name} does not fit: {needed / GIB:.1f} GiB with tensor {tensor}, a {machine} has "

@@ -28,7 +28,7 @@ def evaluate(stage: Stage) -> dict[str, Any]:
     from data_pipeline.items import evaluation_items
     from model import hub
     from model.costs import parameters
-    from model.evaluation.harness import card_scores
+    from model.evaluation.harness import card_scores, cut_contexts
     from model.model_card import Measured, model_card
 
     items, controls = evaluation_items.read(asked)
@@ -38,10 +38,8 @@ def evaluate(stage: Stage) -> dict[str, Any]:
         "evaluate": stage.params.evaluate.model_dump(),
     }, one_model=True)
     metrics: dict[str, Any] = {**result["metrics"], **controls}
-    for task in items.tasks:
-        if cut := metrics.get(f"{task}_cut"):
-            print(f"{task}: {cut} of {metrics[f'{task}_items']} contexts lost their beginning, which may hold the "
-                  "answer: by this model's tokenizer they are too long.", flush=True)
+    for line in cut_contexts(metrics):
+        print(line, flush=True)
     training, text = hub.read_json(directory / "training.json"), json.loads(curated.read_text())
     is_its_own = training.get("corpus_digest") == text["corpus_digest"]         # not a model's from elsewhere
     measured = Measured(card_scores(metrics), text["train"] if is_its_own else {}, items.digest())

@@ -35,12 +35,13 @@ def reference(stage: Stage) -> dict[str, Any]:
     from model.evaluation.paper_tasks import PAPER_TASKS, run_paper_tasks
 
     items = evaluation_items.read(asked)[0].part(share)
-    longest = config.context_tokens * max(config.context_multiples)
     stage.take_gpus()
     model = reference.load(
-        config.context_tokens, choice_length=longest, scratch=stage.scratch, progress=Progress()
+        config.context_tokens, choice_length=config.longest_context, scratch=stage.scratch, progress=Progress()
     )
     result = harness.evaluate(model, *items.rows)
+    for line in harness.cut_contexts(result.metrics):
+        print(line, flush=True)
     paper = run_paper_tasks(
         model.within(config.context_tokens), PAPER_TASKS, evaluation_sets,
         max(2, round(share * config.paper_items)), "none")

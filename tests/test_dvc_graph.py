@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from stages.frame.params import Params
+from stages.frame.params import EvaluateConfig, Params
 from tests.forked import dvc
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -155,13 +155,16 @@ def test_closure_follows_imports_inside_functions_and_skips_the_frame() -> None:
     assert used == {"stages/tokenizer.py", "data_pipeline/tokenize/tokenizer.py", "data_pipeline/curated.py"}
 
 
-def settings_read(function: str, file: Path) -> set[str]:
-    """Fields of `evaluate` that a function of `file` reads of its `config`."""
+def settings_read(function: str, file: Path, config: str = "config") -> set[str]:
+    """Fields of `evaluate` that a function of `file` reads of its `config`, also by a property."""
     (found,) = (node for node in ast.walk(ast.parse(file.read_text()))
                 if isinstance(node, ast.FunctionDef) and node.name == function)
     nodes = [node for node in ast.walk(found) if isinstance(node, ast.Attribute | ast.Subscript)
-             and isinstance(node.value, ast.Name) and node.value.id == "config"]
-    return {node.attr if isinstance(node, ast.Attribute) else ast.literal_eval(node.slice) for node in nodes}
+             and isinstance(node.value, ast.Name) and node.value.id == config]
+    names = {node.attr if isinstance(node, ast.Attribute) else ast.literal_eval(node.slice) for node in nodes}
+    fields = EvaluateConfig.model_fields.keys()
+    return names & fields | {field for name in names - fields
+                             for field in settings_read(name, ROOT / "stages/frame/params.py", "self")}
 
 
 @pytest.mark.parametrize(("stage", "file"), [

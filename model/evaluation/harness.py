@@ -112,7 +112,7 @@ class HarnessLM(TemplateLM):
     def within(self, tokens: int) -> HarnessLM:
         """The same model, whose choices and generation see at most `tokens` tokens of context."""
         other = copy.copy(self)
-        other.choice_length, other.cut = tokens, set()
+        other.choice_length, other.cut = min(tokens, self.choice_length), set()
         other.__dict__.pop("decoder", None)
         return other
 
@@ -336,7 +336,7 @@ def _padded(rows: Sequence[list[int]], length: int) -> Tensor:
     return torch.tensor([row + [0] * (length - len(row)) for row in rows])
 
 
-def load(directory: Path, max_length: int, **options: Any) -> HarnessLM:
+def load(directory: Path, max_length: int, choice_length: int | None = None, **options: Any) -> HarnessLM:
     """The model and tokenizer of an exported Hub directory, on the GPU if there is one; split over the processes of
     this job, where there are several.
 
@@ -347,13 +347,13 @@ def load(directory: Path, max_length: int, **options: Any) -> HarnessLM:
     if device == "cuda":
         gpu, geometry = torch.cuda.get_device_properties(torch.cuda.current_device()), hub.read_config(directory)
         if wrong := costs.evaluation_refusal(
-                str(directory), geometry, ranks.tensor_ranks, gpu.total_memory, gpu.name):
+                str(directory), geometry, choice_length or max_length, ranks.tensor_ranks, gpu.total_memory, gpu.name):
             raise ModelError(wrong)
     config, state = hub.open_weights(directory)
     tokenizer = hub.check_vocabulary(directory, config.vocab_size)
     model = tensor_parallel.load(config, state, DTYPES[device], device, ranks)
-    return HarnessLM(model, tokenizer, hub.end_ids(directory, config.vocab_size), max_length, ranks=ranks,
-                     begin_id=hub.begin_id(directory, config.vocab_size), **options)
+    return HarnessLM(model, tokenizer, hub.end_ids(directory, config.vocab_size), max_length, choice_length,
+                     ranks=ranks, begin_id=hub.begin_id(directory, config.vocab_size), **options)
 
 
 class LocalTask(ConfigurableTask):
@@ -455,6 +455,13 @@ def evaluate(
     }
     scores |= {name: [int(row["acc"]) for row in samples[name]] for name in choices}
     return Evaluation(metrics, shown, scores)
+
+
+def cut_contexts(metrics: Mapping[str, Any]) -> list[str]:
+    """A line a task of `evaluate`'s figures with `_cut` items."""
+    return [f"{task}: {metrics[key]} of {metrics[f'{task}_items']} contexts lost their beginning, which may hold the "
+            "answer: by this model's tokenizer they are too long."
+            for key in metrics if (task := key.removesuffix("_cut")) != key]
 
 
 def card_scores(metrics: Mapping[str, Any]) -> list[CardScore]:

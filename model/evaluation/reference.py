@@ -52,7 +52,12 @@ class LlamaPrefixReader:
 
 
 class ReferenceLM(HarnessLM):
-    """A causal language model of transformers as the harness sees it."""
+    """A causal language model of transformers as the harness sees it, in no more positions than it has learned."""
+
+    def __init__(self, model: Any, *arguments: Any, **options: Any):
+        super().__init__(model, *arguments, **options)
+        positions = model.config.max_position_embeddings
+        self.max_length, self.choice_length = min(self.max_length, positions), min(self.choice_length, positions)
 
     def _backbone(self, ids: Tensor) -> Tensor:
         return cast(Tensor, cast(Any, self.model).model(ids).last_hidden_state)

@@ -94,6 +94,11 @@ class EvaluateConfig(Section):
     generation: Literal["none", "text", "code"]
     reference_share: float = Field(ge=0, le=1)
 
+    @property
+    def longest_context(self) -> int:
+        """Tokens of the longest context that is asked."""
+        return self.context_tokens * max(self.context_multiples)
+
 
 class BenchmarkConfig(Section):
     """`benchmark`: contexts and output in tokens, batch in sequences."""

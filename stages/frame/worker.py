@@ -59,16 +59,16 @@ def evaluate(job: dict[str, Any], progress: Callable[..., None]) -> dict[str, An
     from model.evaluation import harness
     from model.evaluation.paper_tasks import PAPER_TASKS, run_paper_tasks
     from model.processes import job_processes
+    from stages.frame.params import EvaluateConfig
 
-    config = job["evaluate"]
+    config = EvaluateConfig(**job["evaluate"])
     items, _ = evaluation_items.read(Path(job["items"]))
-    context = config["context_tokens"]
     with job_processes():
-        model = harness.load(Path(job["directory"]), context, choice_length=context * max(config["context_multiples"]),
+        model = harness.load(Path(job["directory"]), config.context_tokens, config.longest_context,
                              scratch=Path(job["scratch"]), progress=progress)
         result = harness.evaluate(model, *items.rows)
-        paper = run_paper_tasks(model.within(context), PAPER_TASKS, evaluation_sets, config["paper_items"],
-                                config["generation"])
+        paper = run_paper_tasks(model.within(config.context_tokens), PAPER_TASKS, evaluation_sets, config.paper_items,
+                                config.generation)
     return {"metrics": result.metrics, "samples": result.samples, "scores": result.scores, "paper": paper}
 
 

@@ -193,8 +193,11 @@ class Records(DataRecords):
         return self.reader.read(Scores, "evaluate", model, "scores.json")
 
     def items_digest(self, model: str) -> str:
-        """Of what a model was asked."""
-        return str(self.reader.read(dict[str, Any], "evaluate", model, "metrics.json").get("items_digest"))
+        """Of what a model was asked. Raises RecordError where its record does not say."""
+        file = ("evaluate", model, "metrics.json")
+        if digest := self.reader.read(dict[str, Any], *file).get("items_digest"):
+            return str(digest)
+        raise self.reader.fault("no `items_digest`", *file)
 
     def samples(self, model: str) -> Samples:
         """samples.json of a model."""

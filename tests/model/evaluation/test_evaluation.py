@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from model import costs
+from model import costs, hub
 from model.config import ModelError
 from model.evaluation import harness
 from model.evaluation.schema import ChoiceSample
@@ -183,9 +183,10 @@ def test_what_is_longer_than_the_window_is_scored_in_pieces(exported: dict[str, 
     [(score, greedy), _] = model.loglikelihood(requests("loglikelihood", [(context, continuation), ("short", " one")]))
     assert score == pytest.approx(expected, rel=1e-5) and not greedy
     assert model.cut == {(context, continuation)}
-    other = model.within(2 * WINDOW)
+    other = model.within(WINDOW // 2)
     other.loglikelihood(requests("loglikelihood", [("short", " one")]))
-    assert (other.choice_length, other.cut, model.choice_length) == (2 * WINDOW, set(), WINDOW)
+    assert (other.choice_length, other.cut, model.choice_length) == (WINDOW // 2, set(), WINDOW)
+    assert model.within(2 * WINDOW).choice_length == WINDOW
 
 
 def test_greedy_is_seen(exported: dict[str, Path]) -> None:
@@ -338,7 +339,7 @@ def test_planned_memory_is_that_of_a_batch(exported: dict[str, Path], monkeypatc
         judge = harness.HarnessLM(model, whole.encoder, [2], 511)
         with HeldBytes(model.parameters()) as held:
             judge._scores("rolling", [([1], [5] * 512)], 511)
-        planned = costs.evaluation_bytes(config) - 2 * costs.parameters(config) - GIB + besides
+        planned = costs.evaluation_bytes(config, 511) - 2 * costs.parameters(config) - GIB + besides
         assert 0.8 * planned < held.most < 1.05 * planned, widths
 
 
@@ -352,6 +353,11 @@ def test_a_gpu_that_is_too_small_is_told_before_weights_are_read(
                         lambda _: SimpleNamespace(name="small GPU", total_memory=GIB))
     with pytest.raises(ModelError, match=r"not fit: 1\.\d GiB with tensor 1, a small GPU has 1\.0\.\n.*larger GPU"):
         harness.load(tmp_path, WINDOW)
+    config = hub.read_config(tmp_path)
+    with pytest.raises(ModelError, match=r"not fit: (?!1\.)\d+\.\d GiB"):       # one context, longer than a full batch
+        harness.load(tmp_path, WINDOW, 2**20)
+    added = costs.evaluation_bytes(config, 2**20) - costs.evaluation_bytes(config, WINDOW)
+    assert added >= 2 * (2**20 - costs.EVALUATION_TOKENS) * 3 * config.hidden_size
 
 
 def test_contexts_that_lose_their_beginning_are_counted(exported: dict[str, Path]) -> None:
@@ -361,3 +367,5 @@ def test_contexts_that_lose_their_beginning_are_counted(exported: dict[str, Path
              for size in (1, 200, 400)]
     found = harness.evaluate(harness.load(exported["hybrid"], WINDOW), {"code": texts["code"][:1]}, {"recall": asked})
     assert (found.metrics["recall_cut"], found.metrics["recall_items"]) == (2, 3)
+    [said] = harness.cut_contexts(found.metrics)
+    assert said.startswith("recall: 2 of 3 contexts lost their beginning")

@@ -38,7 +38,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[LlamaForCausalLM, P
 
 def test_scores_are_those_of_the_harness_adapter(llama: tuple[Any, Any]) -> None:
     model, words = llama
-    ours = ReferenceLM(model, words.backend_tokenizer, [words.bos_token_id], WINDOW)
+    model.config.max_position_embeddings = WINDOW
+    ours = ReferenceLM(model, words.backend_tokenizer, [words.bos_token_id], 2 * WINDOW, 4 * WINDOW)
     theirs = HFLM(pretrained=model, tokenizer=words, batch_size=4, logits_cache=False, max_length=WINDOW)
     assert ours.prefix_token_id == theirs.prefix_token_id
     asked = requests("loglikelihood", PAIRS)

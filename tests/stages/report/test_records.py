@@ -80,6 +80,9 @@ def test_a_missing_metric_names_its_file(runs):
         records().metrics("evaluate", "compressed")["nothing"]
     with pytest.raises(RecordError, match="`models` lacks gpt-2"):
         records().metrics("evaluate", "gpt-2")
+    edit_json(runs / "evaluate/compressed/metrics.json", items_digest="")       # two that lack it are not alike
+    with pytest.raises(RecordError, match=r"evaluate/compressed/metrics\.json: no `items_digest`\.\nRun `dvc repro"):
+        records().items_digest("compressed")
 
 
 def test_a_model_that_was_not_measured_is_named(runs):
