@@ -149,7 +149,9 @@ def _read(file: Path, name: str) -> Tensor:
 
 
 def dtype_of(state: LazyState) -> Literal["float32", "bfloat16"]:
-    """The dtype in which `save` rounds nothing of `state`."""
+    """The dtype in which `save` rounds nothing of `state`. Raises ModelError where each rounds something."""
+    if wide := next((name for name, tensor in state.skeleton.items() if tensor.dtype == torch.float64), None):
+        raise ModelError(f"{wide} is float64, which an export rounds.\nSay to what: --dtype float32, or bfloat16.")
     held = {tensor.dtype for name, tensor in state.skeleton.items() if not name.endswith(FLOAT32_PARAMETERS)}
     return "bfloat16" if held == {torch.bfloat16} else "float32"
 

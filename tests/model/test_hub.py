@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from data_pipeline.tokenize import tokenizer
-from model import hub
+from model import hub, lazy_state
 from model.checkpoint import open_weights, save_weights
 from model.config import PADDING, ModelConfig, ModelError
 from model.hybrid_lm import HybridLM
@@ -311,6 +311,19 @@ def test_quantized_weights_are_refused(saved, dtype):
     save_file(state, saved / "model.safetensors")
     with pytest.raises(ModelError, match=rf"lm_head\.weight is {dtype}, a quantized weight.*\n"):
         hub.load(saved)
+
+
+def test_no_type_is_chosen_that_rounds(saved):
+    weights = lazy_state.skeleton(hub.load(saved, dtype=None)[1])
+
+    def chosen(dtypes):
+        cast = {name: tensor.to(dtypes.get(name, dtypes[""])) for name, tensor in weights.items()}
+        return hub.dtype_of(lazy_state.LazyState(cast, cast.__getitem__))
+
+    assert [chosen({"": dtype}) for dtype in (torch.bfloat16, torch.float16, torch.float32)] == [
+        "bfloat16", "float32", "float32"]
+    with pytest.raises(ModelError, match=r"A_log is float64, which an export rounds\.\nSay to what: --dtype"):
+        chosen({"": torch.bfloat16, "backbone.layers.0.mixer.A_log": torch.float64})
 
 
 def test_a_tensor_under_two_names_is_refused(tmp_path):
