@@ -36,11 +36,12 @@ from stages.frame.params import read_yaml, refuse_unread
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_UTF8 = re.compile("[\udc80-\udcff]")     # a byte of a name, as Python hands it over
-# Heuristics by domain: a set of rules, and the labels they are for. Those of the web are for lower quality
+# Heuristics by what a domain's name begins with: a set of rules, and the labels they are for. Those of the web are for lower quality
 # (Nemotron-CC, section 2.2); what is no running English has its own.
 EVERY_LABEL = ["high", "medium-high", "medium", "medium-low", "low"]
 RULES: dict[str, dict[str, Any]] = {
     "code": {"set": "code", "labels": EVERY_LABEL},
+    "headers": {"set": "code", "labels": EVERY_LABEL},
     "docs": {"set": "prose", "labels": EVERY_LABEL},
     "reference": {"set": "reference", "labels": EVERY_LABEL},
 }
@@ -98,7 +99,8 @@ def settings(
     labels: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What differs from params.yaml, by key."""
-    prose = [] if domain.split("_")[0] in ("code", "headers") else [domain]
+    kind = domain.split("_")[0]
+    prose = [] if kind in ("code", "headers") else [domain]
     return {
         "profile": "own",
         "annotate.sources": sources,
@@ -106,7 +108,7 @@ def settings(
         "annotate.held_out": {"fraction": 0, "unit": "document"},
         "annotate.substring.domains": prose,
         "curate.language.domains": [domain] if languages else prose,
-        "curate.rules": {domain: RULES.get(domain, WEB_RULES) | ({"labels": labels} if labels else {})},
+        "curate.rules": {domain: RULES.get(kind, WEB_RULES) | ({"labels": labels} if labels else {})},
     } | ({"curate.language.keep": languages} if languages else {}) | (
         {"annotate.decontamination.against": [PAPER_TASKS, *map(_absolute, against)]} if against else {})
 
@@ -183,7 +185,7 @@ def main() -> None:
     )
     parser.add_argument("source", nargs="+", type=words, help="files, wildcards, directories; archives also by address")
     parser.add_argument("--domain", default="web", type=domain_name,
-                        help="code, docs, reference, or another name for text of the web")
+                        help="code, docs, reference or headers, or what begins so (code_x); another name for text of the web")
     parser.add_argument("--out", type=out_directory, default=Path("curated-own"),
                         help="directory for results (curated-own)")
     parser.add_argument("--text-column", default="text", help="of JSONL and Parquet (text)")

@@ -177,7 +177,9 @@ def test_settings_are_valid_for_text_and_for_code() -> None:
         assert params.curate.rules[domain].set == name
         assert params.annotate.held_out.fraction == 0
         assert params.curate.language.domains == ([] if domain == "code" else [domain])
-    assert settings([], "code")["curate.language.domains"] == []
+    for domain in ("code_mine", "headers"):             # by the beginning, as labels have it
+        values = settings([], domain)
+        assert values["curate.rules"][domain]["set"] == "code" and values["curate.language.domains"] == []
     assert settings([], "code", ["en"])["curate.language.domains"] == ["code"]         # as it was asked for
     values = settings([], "web", ["de"], ["bench.jsonl"], ["low"])
     assert values["curate.language.keep"] == ["de"] and values["curate.rules"]["web"]["labels"] == ["low"]
