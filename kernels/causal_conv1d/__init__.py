@@ -72,24 +72,16 @@ def _by_document(
     return y[position - reach].view_as(x)
 
 
-def final_conv_state(
-    x: Tensor, taps: int, initial_state: Tensor | None = None, seq_idx: Tensor | None = None
-) -> Tensor:
+def final_conv_state(x: Tensor, taps: int, initial_state: Tensor) -> Tensor:
     """The initial state (batch, taps - 1, channels) of what follows x (batch, sequence, channels): its last inputs,
-    with `initial_state` before them, zeros where they are not of the last document. Arguments and errors:
-    `causal_conv1d`'s."""
+    with `initial_state` before them. Errors: `causal_conv1d`'s."""
     count = taps - 1
     check_shapes("final_conv_state", x=(x, "batch sequence channels"),
-                 initial_state=(initial_state, f"batch {count} channels"), seq_idx=(seq_idx, "batch sequence"))
+                 initial_state=(initial_state, f"batch {count} channels"))
     check_any("final_conv_state", x=x)
-    if seq_idx is None and x.shape[1] >= count:
+    if x.shape[1] >= count:
         return x[:, x.shape[1] - count:].clone()
-    before = x.new_zeros(x.shape[0], count, x.shape[2]) if initial_state is None else initial_state.to(x.dtype)
-    inputs = torch.cat([before, x[:, -count:]], 1)[:, -count:]
-    if seq_idx is None:
-        return inputs
-    documents = torch.cat([seq_idx[:, :1].expand(-1, count), seq_idx[:, -count:]], 1)[:, -count:]
-    return inputs * (documents == documents[:, -1:])[..., None]
+    return torch.cat([initial_state.to(x.dtype), x], 1)[:, -count:]
 
 
 class _Convolution(torch.autograd.Function):

@@ -108,8 +108,8 @@ def step_seconds(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found: dict[str, float] = {}
     for number, (name, config) in enumerate(configs.items(), start=1):
-        found[name] = decode_seconds(config, workload.batch, workload.context, device=device,
-                                     steps=workload.decode_tokens, repeats=workload.repeats, seed=seed)
+        found[name] = decode_seconds(
+            config, workload.batch, workload.context, device, workload.decode_tokens, workload.repeats, seed)
         progress(number, len(configs), milliseconds=1e3 * found[name])
     return found
 

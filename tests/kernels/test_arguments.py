@@ -57,7 +57,7 @@ def state(**changes):
     (lambda on: causal_conv1d(on(zeros(2, 5, 6)), on(zeros(7, 4)), on(zeros(6))), r"weight has the shape \(7, 4\)"),
     (lambda on: causal_conv1d(on(zeros(2, 5, 6)), on(zeros(6, 4)), on(zeros(6)), on(zeros(2, 4, 6))), "initial_state"),
     (lambda on: final_conv_state(on(zeros(2, 5, 6)), 4, on(zeros(1, 3, 6))), "initial_state has the shape"),
-    (lambda on: final_conv_state(on(zeros(2, 0, 6)), 4), "x, of the shape .* is empty"),
+    (lambda on: final_conv_state(on(zeros(2, 0, 6)), 4, on(zeros(2, 3, 6))), "x, of the shape .* is empty"),
     (lambda on: gated_rms_norm(on(zeros(3, 100)), on(zeros(3, 100)), on(zeros(100)), 3, 1e-5),
      r"channels \(100\) cannot be divided among groups \(3\)"),
     (lambda on: gated_rms_norm(on(zeros(3, 8)), on(zeros(3, 8).bfloat16()), on(zeros(8)), 2, 1e-5), "gate is"),
