@@ -355,13 +355,13 @@ def test_errors_say_what_to_change(tokens, tmp_path, change, message):
 
 
 def test_validation_does_not_depend_on_micro_batches(tokens, tmp_path):
-    """Of a fiftieth of 2,048 tokens in two domains: one sequence of each."""
+    """Of a fiftieth of 8,000 tokens in two domains: five sequences of each, in 5, 3 and 1 micro-batches."""
     seen = []
     for number, size in enumerate((1, 2, 8)):
-        recipe = RECIPE.model_copy(update={"tokens": 2048, "validation_micro_batch_size": size})
+        recipe = RECIPE.model_copy(update={"tokens": 8000, "validation_micro_batch_size": size})
         with process_groups():
             trainer = Trainer(HYBRID, recipe, "float32", 1, tokens, tmp_path / str(number), ONE_COPY)
-            assert [len(data.sequences) for data in trainer.validation_sets.values()] == [1, 1]
+            assert [len(data.sequences) for data in trainer.validation_sets.values()] == [5, 5]
             seen.append([value for row in trainer.validate(0) for value in (row["loss"], row["bits_per_byte"])])
             trainer.close()
     assert seen[1] == pytest.approx(seen[0], rel=1e-5) and seen[2] == pytest.approx(seen[0], rel=1e-5)
