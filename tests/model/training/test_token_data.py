@@ -216,7 +216,7 @@ def validate(tokens):
     (lambda tokens: check(tokens, 63), lambda tokens: check(tokens, 512), "vocabulary of 64 ids, and the model has 63"),
     (validate, edit("validation/code", bytes=1), "by token_bytes.npy its tokens are not the 1 "),
     (validate, token_bytes(64), "its tokens are not the"),
-    (validate, token_bytes(60), "its tokens are not the"),
+    (validate, token_bytes(63), "its tokens are not the"),
     (validate, edit("validation/code", tokens=0), "no text to validate on"),
     (lambda tokens: validation(tokens, "poems", 16), whole, "validation/poems"),
     (lambda tokens: validation(tokens, "code", 100_000), whole, "fewer than one sequence"),
