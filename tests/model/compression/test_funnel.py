@@ -1,6 +1,8 @@
 """The whole search and distillation on a tiny parent: what it finds, and that a kill changes nothing."""
 
 import copy
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from model import costs
 from model.checkpoint import describe, load_weights, read_description
 from model.compression import funnel
 from model.compression.candidates import random_selection
+from model.compression.comparison import Closeness
 from model.compression.funnel import evenly
 from model.compression.prune import cut
 from model.compression.resume import ResultCache
@@ -149,6 +152,34 @@ def test_the_random_control_is_drawn_by_its_seed_alone(planted):
         config, state = cut(*planted, selection)
         assert sorted(config.pattern) == sorted("M-*-") and (config.mamba_num_heads, config.ffn_hidden_size) == (2, 32)
         HybridLM.from_state(config, state)
+
+
+@pytest.mark.parametrize(("asked", "finalists", "expected"), [(4, 2, [3, 0, 1, 4, 2, 6, 5]),
+                                                              (2, 1, [1, 4, 0, 3, 2, 6, 5])])
+def test_rounds_add_up_ranks(data, config, tmp_path, monkeypatch, asked, finalists, expected):
+    """Of agreement, accuracy and the task; of equal sums the nearer parent goes on, and a distillation has the word."""
+    candidates = [SimpleNamespace(importance=importance, selection=index)
+                  for index, importance in enumerate((0.9, 0.7, 0.95, 0.6, 0.8, 0.5, 0.55))]
+    cut = {2: (0.2, 0.5, 0.4), 0: (0.5, 0.9, 0.5), 4: (0.4, 0.8, 0.6), 1: (0.3, 0.7, 0.8), 3: (0.1, 0.6, 0.7)}
+    distilled = {"short-0": 0.9, "short-3": 0.8, "short-1": 0.7}
+    answers = {0: 0.8, 3: 0.6, 4: 0.3, 1: 0.2}
+
+    def compared(teacher, models, held_out, *_):
+        assert torch.equal(held_out, evenly(data.validation, 8))
+        return {name: Closeness(*cut[model], 0.0) if isinstance(model, int) else Closeness(distilled[model], 0, 0, 0)
+                for name, model in models.items()}
+
+    monkeypatch.setattr(funnel, "compare", compared)
+    monkeypatch.setattr(funnel, "task_accuracy", lambda _, models, *__: {name: answers[int(name)] for name in models})
+    run = SimpleNamespace(
+        config=config.model_copy(update={"ranked_by_agreement": 5, "ranked_by_task": asked, "finalists": finalists}),
+        data=data, seed=1, cache=ResultCache(tmp_path), progress=silent, teacher=None, mask=int, load=str,
+        distil=lambda selection, tokens, name: SimpleNamespace(directory=name))
+    run._closeness_once = partial(funnel.Funnel._closeness_once, run)
+    rounds = funnel.Funnel.rounds(run, candidates)
+    assert rounds.order == expected and list(rounds.short) == ([0, 3] if asked == 4 else [1])
+    assert set(rounds.zero_shot) == {0, 1, 2, 3, 4} and set(rounds.task) == set([1, 4, 0, 3][:asked])
+    assert funnel._ranks({"a": 1, "b": 2, "c": 1}, lambda value: value) == {"a": 0, "b": 2, "c": 0}
 
 
 def test_sequences_are_taken_evenly():
