@@ -1,6 +1,7 @@
 """The whole search and distillation on a tiny parent: what it finds, and that a kill changes nothing."""
 
 import copy
+import math
 from functools import partial
 from types import SimpleNamespace
 
@@ -180,6 +181,25 @@ def test_rounds_add_up_ranks(data, config, tmp_path, monkeypatch, asked, finalis
     assert rounds.order == expected and list(rounds.short) == ([0, 3] if asked == 4 else [1])
     assert set(rounds.zero_shot) == {0, 1, 2, 3, 4} and set(rounds.task) == set([1, 4, 0, 3][:asked])
     assert funnel._ranks({"a": 1, "b": 2, "c": 1}, lambda value: value) == {"a": 0, "b": 2, "c": 0}
+
+
+def test_figures_are_of_the_models_they_name(data, config, monkeypatch):
+    """Models are numbers here, and what is measured on one is its number."""
+    run = SimpleNamespace(
+        data=data, config=config, seed=1, config_of_parent=None, order=None, widths=None, teacher=1, mask=int,
+        _loaded=lambda name, directory: {name: directory},
+        closeness=lambda _, models: {name: Closeness(model, model / 10, 0, 100 * model)
+                                     for name, model in models().items()})
+    found = funnel.Funnel.measure(run, {"compressed": 4, "random": 5}, {"compressed": 2, "random": 3})
+    kl = {"cut": 4, "compressed": 2, "random_cut": 5, "random": 3}
+    bits = {"parent": 1, "compressed": 2, "random": 3, "compressed_cut": 4, "random_cut": 5}
+    assert found == pytest.approx({f"kl_parent_{name}": model for name, model in kl.items()} | {
+        "agreement_cut": 0.4, "agreement_compressed": 0.2, "agreement_random": 0.3} | {
+        f"validation_bits_per_byte_{name}": 100 * model / 2 / math.log(2) for name, model in bits.items()})
+    monkeypatch.setattr(funnel, "reverse_selection", lambda *_: 7)
+    monkeypatch.setattr(funnel, "random_selection", lambda *drawn: 10 * drawn[-1].initial_seed())
+    assert funnel.Funnel.controls(run, SimpleNamespace(config=None)) == {
+        "reverse": 7, "random": [10, 20], "seeds": [1, 2]}
 
 
 def test_sequences_are_taken_evenly():

@@ -65,10 +65,10 @@ def test_losses_are_those_of_a_plain_pytorch_loop(tokens, unbroken, tmp_path):
 def test_an_id_beyond_the_vocabulary_is_refused(tokens, tmp_path):
     damaged = shutil.copytree(tokens, tmp_path / "tokens")
     for file in (damaged / "train").glob("*.bin"):
-        np.memmap(file, "uint16", "r+")[:] = 60_000
+        np.memmap(file, "uint16", "r+")[:] = HYBRID.vocab_size
     with (
         process_groups(), closing(Trainer(HYBRID, RECIPE, "float32", 1, damaged, tmp_path, ONE_COPY)) as broken,
-        pytest.raises(ModelError, match="holds the id 60000"),
+        pytest.raises(ModelError, match=f"holds the id {HYBRID.vocab_size}"),
     ):
         broken.train_step(1)
 
