@@ -125,6 +125,19 @@ def test_a_decoding_step_reads_weights_and_caches_and_writes_states(fp8):
     assert 3 * costs.sequence_bytes(BASE, 17, torch.bfloat16, torch.float32) == states + growing == decoder.cache_bytes
 
 
+def test_an_evaluation_that_does_not_fit_names_the_least_size_that_does():
+    config = PRESETS["nemotron_h_8b"]
+    needed = {size: costs.evaluation_bytes(config, size) for size in costs.TENSOR_SIZES}
+
+    def refusal(memory: float, **changes) -> str | None:
+        return costs.evaluation_refusal("8b", config.model_copy(update=changes), 1, memory, "GPU")
+
+    assert refusal(needed[1]) is None
+    assert str(refusal(needed[4])).endswith("\nNearest that fits: tensor 4 (runtime.parallel, with runtime.launcher).")
+    assert "\nNo tensor-parallel size fits" in str(refusal(needed[4], num_query_groups=2))     # 4 does not divide them
+    assert "\nNo tensor-parallel size fits" in str(refusal(needed[8] - 1))
+
+
 def test_a_prompt_takes_its_layers_attention_and_one_tokens_head():
     config, tokens = tiny(pattern="*-*-", position_embedding="rope"), 16
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):

@@ -12,7 +12,7 @@ from model.benchmark import serving as serving_benchmark
 from model.benchmark.decode import decode_seconds, measure, prefill_seconds
 from model.benchmark.serving import published_pairs
 from model.config import ModelConfig, ModelError
-from model.costs import Ceilings
+from model.costs import Ceilings, sequence_bytes
 from model.inference.decoder import Decoder
 from model.inference.random_weights import random_model
 from stages.benchmark import benchmark, published_models
@@ -144,6 +144,22 @@ def test_published_pairs_become_metrics(monkeypatch):
     assert figures["output_ratio_47b"] == figures[f"nemotron_h_47b_{rate}"] / figures[f"nemotron_h_56b_{rate}"]
     assert figures["nemotron_h_56b_served_weights"] == "fp8" and figures["nemotron_h_56b_served_batch"] == 2
     json.dumps(figures)
+
+
+def test_prompts_are_served_one_by_one_and_decoded_together(monkeypatch):
+    monkeypatch.setattr(serving_benchmark, "prefill_seconds", lambda *_: 0.5)
+    monkeypatch.setattr(serving_benchmark, "step_seconds", lambda _, position, *__: {36: 0.25}[position])
+    size = serving_benchmark.Size(context=32, output=8, steps=2, repeats=2, largest_batch=2)
+    row = serving_benchmark.serve("tiny", TINY, False, size, CPU, Ceilings(1e9, 1e9, 1e9))
+    assert row.output_tokens_per_second == 2 * 8 / (2 * 0.5 + 8 * 0.25)
+    assert (row.prefill_tokens_per_second, row.decode_tokens_per_second, row.step_milliseconds) == (64, 8, 250)
+
+
+def test_as_many_sequences_as_caches_and_logits_fit():
+    one = sequence_bytes(TINY, 40, torch.bfloat16, torch.float32) + 6 * TINY.vocab_size
+    assert [serving_benchmark.fitting_batch("tiny", TINY, 40, free) for free in (one, 3 * one - 1)] == [1, 2]
+    with pytest.raises(ModelError, match="tiny: 40 tokens need"):
+        serving_benchmark.fitting_batch("tiny", TINY, 40, one - 1)
 
 
 def test_published_models():

@@ -107,6 +107,7 @@ def test_one_reading_s_worth_of_samples_holds_every_document(tmp_path):
         data = TrainingData(tokens, 16, int(readings * 2000), 1, tmp_path / f"cache-{readings}")
         samples = [data[sample] for sample in range(2000)]
         assert np.bincount(np.concatenate([sample[:-1] for sample in samples]), minlength=2000).tolist() == lengths
+        assert (np.diff(data.files[0].shuffle_index[:2000]) != 1).mean() > 0.99
         written = {file: file.stat().st_mtime_ns for file in (tmp_path / f"cache-{readings}").iterdir()}
         again = TrainingData(tokens, 16, int(readings * 2000), 1, tmp_path / f"cache-{readings}")
         assert all(torch.equal(again[number], sample) for number, sample in enumerate(samples))
