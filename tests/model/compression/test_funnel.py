@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from scipy.stats import sem
 
 from model import costs
 from model.checkpoint import describe, load_weights, read_description
@@ -16,6 +17,7 @@ from model.compression.comparison import Closeness
 from model.compression.funnel import evenly
 from model.compression.prune import cut
 from model.compression.resume import ResultCache
+from model.compression.width_importance import WidthImportance
 from model.config import ModelError
 from model.hybrid_lm import HybridLM
 from model.megatron.distributed import ONE_COPY, Parallelism, process_groups
@@ -119,6 +121,17 @@ def test_the_records_have_what_the_report_reads(unbroken, planted, data):
         logits = HybridLM.from_state(*planted)(data.validation[:, :-1])
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).double(), data.validation[:, 1:].flatten())
     assert result.metrics["validation_bits_per_byte_parent"] == pytest.approx(loss.item() / 2 / 0.693147181, rel=1e-5)
+
+
+def test_the_record_of_importance_has_means_standard_errors_and_shares(config):
+    scores = torch.rand(7, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    widths = WidthImportance({index: index * torch.arange(48.0) for index in (6, 1)}, {0: 3 * torch.ones(4, 16)}, {})
+    record = funnel.importance_record(CONFIG, scores, widths, config)
+    assert [layer.importance for layer in record.layers] == pytest.approx(scores.mean(1).tolist())
+    assert [layer.standard_error for layer in record.layers] == pytest.approx(sem(scores.numpy(), axis=1).tolist())
+    assert [(entry.index, entry.kept_share_of_importance[16]) for entry in record.ffn] == [
+        (index, pytest.approx(sum(range(32, 48)) / sum(range(48)))) for index in (1, 6)]
+    assert record.mamba_heads == {0: [12.0] * 4} and record.samples == {"layers": 8, "widths": 16}
 
 
 def test_neurons_without_scores_are_not_called_reliable(compress, parent, config, unbroken):
