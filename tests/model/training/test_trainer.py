@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import math
 import shutil
 from collections import Counter
@@ -390,6 +391,9 @@ def test_a_run_that_learned_nothing_fails(tokens, tmp_path, monkeypatch, changes
     with pytest.raises(ModelError, match=r"not below its validation loss before training .*learned nothing") as error:
         train_job(str(tokens), str(tmp_path / "out"), str(tmp_path / "scratch"), {}, **changes)
     assert str(error.value).count("\n") == 1
+    with (tmp_path / "scratch" / "validation.csv").open() as file:
+        before, *_, after = (float(row["loss"]) for row in csv.DictReader(file) if row["domain"] == "all")
+    assert f"ends at {after:.4f} nats" in str(error.value) and f"({before:.4f})" in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
