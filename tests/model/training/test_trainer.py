@@ -8,6 +8,7 @@ from contextlib import closing, nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +25,9 @@ from model.megatron import optimizer
 from model.megatron.distributed import ONE_COPY, process_groups
 from model.megatron.engine_checkpoint import save_model
 from model.megatron.optimizer import build_schedule
+from model.megatron.precision import Precision
 from model.training import trainer
+from model.training.spike_guard import SpikeGuard
 from model.training.token_data import TrainingData, validation
 from model.training.trainer import Trainer, train
 
@@ -341,6 +344,19 @@ def test_training_learns(tokens, tmp_path):
     assert run.metrics["validation_bits_per_byte"] < run.metrics["validation_bits_per_byte_first"]
     assert run.metrics["validation_first_tokens"] == 64 * 15
     assert "fp8_emulated" not in run.metrics
+
+
+def test_the_final_loss_is_of_the_last_twentieth_without_skipped_steps():
+    run = SimpleNamespace(steps=60, tokens_per_step=64, config=HYBRID, unigram_loss=4.0, guard=SpikeGuard(10.0, 3),
+                          precision=Precision("bf16"))
+    training = [{"loss": float(step), "skipped": int(step == 59)} for step in range(1, 61)]
+    validation = [{"step": step, "tokens": 64 * step, "domain": domain, "bits_per_byte": step + place / 4}
+                  for step in (0, 30, 60) for place, domain in enumerate(("code", "docs", "all"))]
+    with process_groups():
+        found = Trainer._metrics(run, training, validation, 12.0)
+    assert found["final_loss"] == (57 + 58 + 60) / 3 and found["tokens_per_second"] == 60 * 64 / 12
+    assert (found["validation_bits_per_byte_first"], found["validation_first_tokens"]) == (30.5, 64 * 30)
+    assert [found[f"validation_bits_per_byte{name}"] for name in ("", "_code", "_docs")] == [60.5, 60.0, 60.25]
 
 
 @pytest.mark.parametrize(("change", "message"), [
