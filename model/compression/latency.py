@@ -129,7 +129,7 @@ def _sum(layers: Mapping[Key, float], config: ModelConfig) -> float:
 def _make_monotonic(layers: dict[Key, float]) -> None:
     """Make each entry at least that of every layer that is no wider, as the search takes for granted; noise breaks it.
     """
-    for key in sorted(layers):
+    for key in layers:
         narrower = [value for other, value in layers.items()
                     if other[0] == key[0] and all(a <= b for a, b in zip(other[1:], key[1:], strict=True))]
         layers[key] = max(narrower)
