@@ -36,8 +36,8 @@ from stages.frame.params import read_yaml, refuse_unread
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_UTF8 = re.compile("[\udc80-\udcff]")     # a byte of a name, as Python hands it over
-# Heuristics by what a domain's name begins with: a set of rules, and the labels they are for. Those of the web are for lower quality
-# (Nemotron-CC, section 2.2); what is no running English has its own.
+# Heuristics by what a domain's name begins with: a set of rules, and the labels they are for. Those of the web are for
+# lower quality (Nemotron-CC, section 2.2); what is no running English has its own.
 EVERY_LABEL = ["high", "medium-high", "medium", "medium-low", "low"]
 RULES: dict[str, dict[str, Any]] = {
     "code": {"set": "code", "labels": EVERY_LABEL},
@@ -185,7 +185,7 @@ def main() -> None:
     )
     parser.add_argument("source", nargs="+", type=words, help="files, wildcards, directories; archives also by address")
     parser.add_argument("--domain", default="web", type=domain_name,
-                        help="code, docs, reference or headers, or what begins so (code_x); another name for text of the web")
+                        help="code, headers, docs, reference or what begins so (code_x); any other for text of the web")
     parser.add_argument("--out", type=out_directory, default=Path("curated-own"),
                         help="directory for results (curated-own)")
     parser.add_argument("--text-column", default="text", help="of JSONL and Parquet (text)")

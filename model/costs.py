@@ -246,8 +246,8 @@ def evaluation_refusal(
     needed = evaluation_bytes(config, context, tensor)
     if needed <= memory:
         return None
-    fitting = [size for size in TENSOR_SIZES if size > tensor and _splits(config, size)
-               and evaluation_bytes(config, context, size) <= memory]
+    fitting = [size for size in TENSOR_SIZES
+               if _splits(config, size) and evaluation_bytes(config, context, size) <= memory]
     cure = (f"Nearest that fits: tensor {fitting[0]} (runtime.parallel, with runtime.launcher)." if fitting
             else "No tensor-parallel size fits: take a larger GPU, or leave the model out of `models`.")
     return (f"evaluation of {name} does not fit: {needed / GIB:.1f} GiB with tensor {tensor}, a {machine} has "

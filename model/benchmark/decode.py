@@ -68,12 +68,11 @@ def measure(
 
 
 def decode_seconds(
-    config: ModelConfig, batch: int, context: int, dtype: torch.dtype = torch.bfloat16, device: str = "cuda",
-    fp8: bool = False, state_dtype: torch.dtype = torch.float32, steps: int = 32, repeats: int = 5, seed: int = 0,
+    config: ModelConfig, batch: int, context: int, device: str, steps: int, repeats: int, seed: int
 ) -> float:
-    """Seconds of one decoding step of `batch` sequences at `context` tokens, with random weights and caches:
+    """Seconds of one decoding step of `batch` sequences at `context` tokens, with random weights, in BF16, and caches:
     `step_seconds`. On a GPU a step is a CUDA graph."""
-    decoder = Decoder(random_model(config, dtype, device, fp8, seed), context, batch, state_dtype)
+    decoder = Decoder(random_model(config, torch.bfloat16, device, seed=seed), context, batch)
     fill_caches(decoder, seed)
     return step_seconds(decoder, context, steps, repeats)
 

@@ -50,18 +50,16 @@ class Budget(NamedTuple):
     Attributes:
         name: what is limited, with the unit of `limit`: "memory (bytes)".
         cost: of a geometry, whatever the order of its layers.
-        field: of params.yaml, which gives the limit as a share of the parent's cost; empty for a limit set outright.
+        field: of params.yaml, which gives the limit as a share of the parent's cost.
     """
 
     name: str
     limit: float
     cost: Callable[[ModelConfig], float]
-    field: str = ""
+    field: str
 
     def raised_to(self, cost: float, parent: ModelConfig) -> str:
         """What to do so that `cost` is within."""
-        if not self.field:
-            return f"Raise the limit of {self.name} to {cost:,.6g}."
         return f"Raise {self.field} above {math.ceil(1e4 * cost / self.cost(parent)) / 1e4:.4f}."
 
 

@@ -108,8 +108,8 @@ def step_seconds(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found: dict[str, float] = {}
     for number, (name, config) in enumerate(configs.items(), start=1):
-        found[name] = decode_seconds(config, workload.batch, workload.context, device=device,
-                                     steps=workload.decode_tokens, repeats=workload.repeats, seed=seed)
+        found[name] = decode_seconds(
+            config, workload.batch, workload.context, device, workload.decode_tokens, workload.repeats, seed)
         progress(number, len(configs), milliseconds=1e3 * found[name])
     return found
 
@@ -129,7 +129,7 @@ def _sum(layers: Mapping[Key, float], config: ModelConfig) -> float:
 def _make_monotonic(layers: dict[Key, float]) -> None:
     """Make each entry at least that of every layer that is no wider, as the search takes for granted; noise breaks it.
     """
-    for key in sorted(layers):
+    for key in layers:
         narrower = [value for other, value in layers.items()
                     if other[0] == key[0] and all(a <= b for a, b in zip(other[1:], key[1:], strict=True))]
         layers[key] = max(narrower)

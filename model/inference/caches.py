@@ -203,8 +203,8 @@ class PrefixReader(ModelCaches):
     Nothing is decoded, so there is no graph to capture: `model.inference.decoder.Decoder` has that.
     """
 
-    def __init__(self, model: HybridLM, max_length: int, batch: int, state_dtype: torch.dtype = torch.float32):
-        super().__init__(model, max_length, batch, state_dtype)
+    def __init__(self, model: HybridLM, max_length: int, batch: int):
+        super().__init__(model, max_length, batch, torch.float32)
         self.position = 0           # tokens read
 
     def read(self, ids: Tensor) -> Tensor:

@@ -47,8 +47,7 @@ class RunLog:
     def append(self, name: str, row: Row) -> None:
         """Add `row` to NAME.csv; the first row makes the header."""
         path = self._path(name)
-        is_new = not path.exists() or not path.stat().st_size
-        text = (",".join(row) + "\n" if is_new else "") + ",".join(map(str, row.values())) + "\n"
+        text = ("" if path.exists() else ",".join(row) + "\n") + ",".join(map(str, row.values())) + "\n"
         self.sums.setdefault(path, hashlib.sha256()).update(text.encode())
         with path.open("a") as file:
             file.write(text)

@@ -12,6 +12,7 @@ from transformers.models.qwen2 import Qwen2ForCausalLM
 from model import costs
 from model.config import ModelConfig
 from model.hybrid_lm import HybridLM
+from model.inference.decoder import Decoder
 from model.presets import PEERS, PRESETS
 
 # A million tokens in the paper's unit, 4.5 bits a weight; keys and values of 4 bits and FP32 states are inferred.
@@ -105,6 +106,48 @@ def test_cache_bytes_equal_what_transformers_allocates():
     taps = config.conv_kernel
     assert ours.conv_state * taps == sum(4 * layer.conv_states[0].numel() for layer in mamba) * (taps - 1)
     assert ours.weights == 4 * elements(model)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_decoding_step_reads_weights_and_caches_and_writes_states(fp8):
+    model = HybridLM.skeleton(BASE, torch.bfloat16)
+    decoder = Decoder(model, 17, 3)
+    states, growing = (3 * sum(cache.nbytes for cache in caches)
+                       for caches in (decoder.states(0), decoder.keys_values(0, 0, 17)))
+    layers, head = elements(model.backbone.layers), model.lm_head.weight.numel()
+    moved = layers * (1 if fp8 else 2) + 2 * head + growing + 2 * states
+
+    def floor(*ceilings: float) -> float:
+        return costs.decode_floor(BASE, 3, 17, torch.bfloat16, torch.float32, fp8, costs.Ceilings(*ceilings))
+
+    assert floor(1.0, math.inf, math.inf) == moved
+    assert floor(math.inf, 1.0, 2.0) == 3 * costs.flops_per_token(BASE, 17) / 2
+    assert 3 * costs.sequence_bytes(BASE, 17, torch.bfloat16, torch.float32) == states + growing == decoder.cache_bytes
+
+
+def test_an_evaluation_that_does_not_fit_names_the_least_size_that_does():
+    config = PRESETS["nemotron_h_8b"]
+    needed = {size: costs.evaluation_bytes(config, 8192, size) for size in costs.TENSOR_SIZES}
+
+    def refusal(memory: float, **changes) -> str | None:
+        return costs.evaluation_refusal("8b", config.model_copy(update=changes), 8192, 1, memory, "GPU")
+
+    assert refusal(needed[1]) is None
+    assert str(refusal(needed[4])).endswith("\nNearest that fits: tensor 4 (runtime.parallel, with runtime.launcher).")
+    assert "\nNo tensor-parallel size fits" in str(refusal(needed[4], num_query_groups=2))     # 4 does not divide them
+    assert "\nNo tensor-parallel size fits" in str(refusal(needed[8] - 1))
+
+
+def test_a_prompt_takes_its_layers_attention_and_one_tokens_head():
+    config, tokens = tiny(pattern="*-*-", position_embedding="rope"), 16
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        HybridLM(config).backbone(torch.zeros(1, tokens, dtype=torch.int64))
+    pairs = 2 * 2 * 2 * config.attention_size * tokens**2       # of two layers, scores and values, all of the square
+    head = 2 * config.vocab_size * config.hidden_size
+    layers, others = (costs.prefill_floor(config, tokens, costs.Ceilings(math.inf, *rates))
+                      for rates in ((math.inf, 1.0), (1.0, math.inf)))
+    assert layers == counter.get_total_flops() - pairs
+    assert others == pairs / 2 + head                               # a token sees half of them
 
 
 def test_56b_takes_the_papers_29_and_a_half_gib_and_47b_alone_fits_with_a_million_tokens():

@@ -12,7 +12,7 @@ from model.benchmark import serving as serving_benchmark
 from model.benchmark.decode import decode_seconds, measure, prefill_seconds
 from model.benchmark.serving import published_pairs
 from model.config import ModelConfig, ModelError
-from model.costs import Ceilings
+from model.costs import Ceilings, decode_floor, prefill_floor, sequence_bytes
 from model.inference.decoder import Decoder
 from model.inference.random_weights import random_model
 from stages.benchmark import benchmark, published_models
@@ -20,6 +20,7 @@ from stages.frame.common import Stage
 from stages.frame.params import load_params
 
 CPU = torch.device("cpu")
+SLOW = Ceilings(1e3, 1e4, 1e5)
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ModelConfig(
     pattern="M*-", hidden_size=32, ffn_hidden_size=32, num_attention_heads=2, num_query_groups=1, head_dim=16,
@@ -42,6 +43,7 @@ def test_records(tmp_path, monkeypatch):
     model = tmp_path / "runs" / params.profile / "compress" / "model.json"
     model.parent.mkdir(parents=True)
     model.write_text(TINY.model_dump_json())
+    monkeypatch.setattr(decode_benchmark, "measure_ceilings", lambda *_, **__: SLOW)
     metrics = benchmark(stage)
 
     rows = list(csv.DictReader((stage.records / "decode.csv").open()))
@@ -59,7 +61,8 @@ def test_records(tmp_path, monkeypatch):
             assert float(row["prefill_tokens_per_second"]) == pytest.approx(32 / first, rel=1e-4)
             assert float(row["output_tokens_per_second"]) == pytest.approx(
                 16 / (first + 16 / float(row["tokens_per_second"])), rel=1e-4)
-            assert float(row["prefill_of_floor"]) > 0 and float(row["decode_of_floor"]) > 0
+            if row["model"] == "compressed":
+                assert float(row["prefill_of_floor"]) == pytest.approx(prefill_floor(TINY, 32, SLOW) / first, rel=1e-4)
         else:
             assert row["time_to_first_token_seconds"] == row["output_tokens_per_second"] == ""
     cache = {(row["model"], row["context"]): float(row["cache_mib"]) * 2**20 for row in rows}
@@ -78,10 +81,13 @@ def test_median_spread_and_turns(monkeypatch):
         return next(seconds)
 
     monkeypatch.setattr(decode_benchmark, "decode_tokens", scripted)
+    monkeypatch.setattr(decode_benchmark, "measure_ceilings", lambda *_, **__: SLOW)
     wider = TINY.model_copy(update={"ffn_hidden_size": 64})
     (one, ones), (two, twos) = measure({"one": TINY, "two": wider}, [32], 2, 4, 3, 0, 8, 0, torch.float32, CPU, quiet)
     assert (one.model, one.context) == ("one", 32)
     assert one.tokens_per_second == pytest.approx(2 * 4 / 4.0)
+    assert one.decode_of_floor == pytest.approx(
+        decode_floor(TINY, 2, 32, torch.float32, torch.float32, False, SLOW) / (4.0 / 4))
     assert one.seconds_per_token_spread == pytest.approx((8.0 - 2.0) / 2 / (2 * 4))
     assert two.tokens_per_second == pytest.approx(2 * 4 / 20.0)
     assert ones == pytest.approx([2 / 8, 4 / 8, 8 / 8])
@@ -104,13 +110,10 @@ def test_decoding_fills_the_context(monkeypatch):
     assert len(decoders) == 2 and speed.tokens_per_second > 0
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-def test_seconds_of_a_step(fp8, monkeypatch):
+def test_seconds_of_a_step(monkeypatch):
     runs = iter([90.0, 8.0, 4.0, 16.0])
     monkeypatch.setattr(decode_benchmark, "decode_tokens", lambda *_: next(runs))
-    config = TINY.model_copy(update={"mamba_num_heads": 16})            # FP8 wants multiples of 16
-    found = decode_seconds(config, 2, 64, torch.float32, "cpu", fp8, torch.bfloat16, steps=4, repeats=3)
-    assert found == 4.0 / 4                                             # the fastest, but for the first
+    assert decode_seconds(TINY, 2, 64, "cpu", 4, 3, 0) == 4.0 / 4       # the fastest, but for the first
 
 
 def test_seconds_of_a_prompt_are_the_fastest_repeats(monkeypatch):
@@ -147,6 +150,22 @@ def test_published_pairs_become_metrics(monkeypatch):
     assert figures["output_ratio_47b"] == figures[f"nemotron_h_47b_{rate}"] / figures[f"nemotron_h_56b_{rate}"]
     assert figures["nemotron_h_56b_served_weights"] == "fp8" and figures["nemotron_h_56b_served_batch"] == 2
     json.dumps(figures)
+
+
+def test_prompts_are_served_one_by_one_and_decoded_together(monkeypatch):
+    monkeypatch.setattr(serving_benchmark, "prefill_seconds", lambda *_: 0.5)
+    monkeypatch.setattr(serving_benchmark, "step_seconds", lambda _, position, *__: {36: 0.25}[position])
+    size = serving_benchmark.Size(context=32, output=8, steps=2, repeats=2, largest_batch=2)
+    row = serving_benchmark.serve("tiny", TINY, False, size, CPU, Ceilings(1e9, 1e9, 1e9))
+    assert row.output_tokens_per_second == 2 * 8 / (2 * 0.5 + 8 * 0.25)
+    assert (row.prefill_tokens_per_second, row.decode_tokens_per_second, row.step_milliseconds) == (64, 8, 250)
+
+
+def test_as_many_sequences_as_caches_and_logits_fit():
+    one = sequence_bytes(TINY, 40, torch.bfloat16, torch.float32) + 6 * TINY.vocab_size
+    assert [serving_benchmark.fitting_batch("tiny", TINY, 40, free) for free in (one, 3 * one - 1)] == [1, 2]
+    with pytest.raises(ModelError, match="tiny: 40 tokens need"):
+        serving_benchmark.fitting_batch("tiny", TINY, 40, one - 1)
 
 
 def test_published_models():

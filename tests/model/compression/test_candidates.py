@@ -10,7 +10,7 @@ import torch
 from flows.profile import resolve
 from model import costs
 from model.compression import candidates
-from model.compression.candidates import Budget, keep_top_layers, make_candidate, share_budget
+from model.compression.candidates import Budget, keep_top_layers, make_candidate, reverse_selection, share_budget
 from model.compression.width_importance import WidthImportance
 from model.config import ModelConfig, ModelError
 from model.presets import PRESETS
@@ -22,7 +22,7 @@ def budget(**changes) -> costs.Deployment:
 
 
 def memory_budget(deployment, limit) -> Budget:
-    return Budget("memory (bytes)", limit, lambda config: costs.memory(config, deployment).total)
+    return Budget("memory (bytes)", limit, lambda config: costs.memory(config, deployment).total, "")
 
 
 def maximal_cells(config, widths, least_attention, deployment, limit):
@@ -50,15 +50,19 @@ def test_cells_equal_brute_force(seed):
     latency = {symbol: draw.uniform(1, 3) for symbol in "M*-"}
     costs_of = [lambda c: costs.memory(c, deployment).total, costs.parameters,
                 lambda c: sum(latency[symbol] for symbol in c.pattern)]
-    smallest = config.model_copy(update={"pattern": "".join(sorted(set(pattern))), "ffn_hidden_size": min(widths)})
-    budgets = [Budget("", cost(smallest) + (cost(config) - cost(smallest)) * draw.uniform(0.05, 0.95), cost)
+    attention = draw.randint(0, pattern.count("*"))
+    least = {symbol: min(1, pattern.count(symbol)) for symbol in "M*-"}
+    least["*"] = max(least["*"], attention)
+    smallest = config.model_copy(update={"pattern": "".join(symbol * count for symbol, count in least.items()),
+                                         "ffn_hidden_size": min(widths)})
+    budgets = [Budget("", cost(smallest) + (cost(config) - cost(smallest)) * draw.uniform(0.05, 0.95), cost, "")
                for cost in costs_of[: 1 + seed % 3]]
-    counts = [range(min(1, pattern.count(symbol)), pattern.count(symbol) + 1) for symbol in "M*-"]
+    counts = [range(least[symbol], pattern.count(symbol) + 1) for symbol in "M*-"]
     fitting = [cell for point in itertools.product(*counts, widths) if all(
         each.cost((cell := candidates.Cell(*point)).config(config)) <= each.limit for each in budgets)]
     expected = sorted(cell for cell in fitting if not any(
         other != cell and all(x >= y for x, y in zip(other, cell, strict=True)) for other in fitting))
-    assert candidates.maximal_cells(config, widths, 0, budgets) == expected and expected
+    assert candidates.maximal_cells(config, widths, attention, budgets) == expected and expected
 
 
 def test_the_papers_search_holds_nemotron_h_47b(tmp_path, monkeypatch):
@@ -133,3 +137,6 @@ def test_a_candidate_counts_what_is_kept():
     assert found.memory == costs.memory(found.config, budget())
     other = make_candidate(config, cell, [4.0, 2.0, 3.0, 1.0], scores(config, neurons), budget(), [3.0, 1.0, 2.0, 4.0])
     assert other.layers == [0, 2, 3] and other.importance == pytest.approx((4 + 3 + 1 / 64) / 10)
+    least = [reverse_selection(config, found.config, layers, scores(config, neurons))
+             for layers in ([4.0, 2.0, 3.0, 1.0], [4.0, 1.0, 3.0, 2.0])]
+    assert [kept.layers for kept in least] == [[0, 2, 3], [0, 1, 2]] and least[1].neurons[1].tolist() == [1]

@@ -17,8 +17,9 @@ def documents(tokens, name):
 
 def test_all_samples_lie_in_the_last_phase(tokens, tmp_path):
     count = 400
-    samples = torch.stack(list(last_phase(tokens, CONFIG.sequence_length, count, 1, tmp_path)))
-    assert samples.shape == (count, CONFIG.sequence_length + 1)
+    drawn = last_phase(tokens, CONFIG.sequence_length, count, 1, tmp_path)
+    samples = torch.stack(list(drawn))
+    assert drawn.start >= round(0.9 * len(drawn.data)) and samples.shape == (count, CONFIG.sequence_length + 1)
     odd = documents(tokens, "train/odd-high")
     text = [tuple(document) for document in samples_to_documents(samples)]
     share = sum(document in odd for document in text) / len(text)

@@ -1,17 +1,23 @@
 """The whole search and distillation on a tiny parent: what it finds, and that a kill changes nothing."""
 
 import copy
+import math
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+from scipy.stats import sem
 
 from model import costs
 from model.checkpoint import describe, load_weights, read_description
 from model.compression import funnel
 from model.compression.candidates import random_selection
+from model.compression.comparison import Closeness
 from model.compression.funnel import evenly
 from model.compression.prune import cut
 from model.compression.resume import ResultCache
+from model.compression.width_importance import WidthImportance
 from model.config import ModelError
 from model.hybrid_lm import HybridLM
 from model.megatron.distributed import ONE_COPY, Parallelism, process_groups
@@ -117,6 +123,17 @@ def test_the_records_have_what_the_report_reads(unbroken, planted, data):
     assert result.metrics["validation_bits_per_byte_parent"] == pytest.approx(loss.item() / 2 / 0.693147181, rel=1e-5)
 
 
+def test_the_record_of_importance_has_means_standard_errors_and_shares(config):
+    scores = torch.rand(7, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    widths = WidthImportance({index: index * torch.arange(48.0) for index in (6, 1)}, {0: 3 * torch.ones(4, 16)}, {})
+    record = funnel.importance_record(CONFIG, scores, widths, config)
+    assert [layer.importance for layer in record.layers] == pytest.approx(scores.mean(1).tolist())
+    assert [layer.standard_error for layer in record.layers] == pytest.approx(sem(scores.numpy(), axis=1).tolist())
+    assert [(entry.index, entry.kept_share_of_importance[16]) for entry in record.ffn] == [
+        (index, pytest.approx(sum(range(32, 48)) / sum(range(48)))) for index in (1, 6)]
+    assert record.mamba_heads == {0: [12.0] * 4} and record.samples == {"layers": 8, "widths": 16}
+
+
 def test_neurons_without_scores_are_not_called_reliable(compress, parent, config, unbroken):
     assert unbroken[0].metrics["neuron_split_half_correlation"] > 0.5
     state = {name: tensor.zero_() if name.endswith("up_proj.weight") else tensor
@@ -149,6 +166,53 @@ def test_the_random_control_is_drawn_by_its_seed_alone(planted):
         config, state = cut(*planted, selection)
         assert sorted(config.pattern) == sorted("M-*-") and (config.mamba_num_heads, config.ffn_hidden_size) == (2, 32)
         HybridLM.from_state(config, state)
+
+
+@pytest.mark.parametrize(("asked", "finalists", "expected"), [(4, 2, [3, 0, 1, 4, 2, 6, 5]),
+                                                              (2, 1, [1, 4, 0, 3, 2, 6, 5])])
+def test_rounds_add_up_ranks(data, config, tmp_path, monkeypatch, asked, finalists, expected):
+    """Of agreement, accuracy and the task; of equal sums the nearer parent goes on, and a distillation has the word."""
+    candidates = [SimpleNamespace(importance=importance, selection=index)
+                  for index, importance in enumerate((0.9, 0.7, 0.95, 0.6, 0.8, 0.5, 0.55))]
+    cut = {2: (0.2, 0.5, 0.4), 0: (0.5, 0.9, 0.5), 4: (0.4, 0.8, 0.6), 1: (0.3, 0.7, 0.8), 3: (0.1, 0.6, 0.7)}
+    distilled = {"short-0": 0.9, "short-3": 0.8, "short-1": 0.7}
+    answers = {0: 0.8, 3: 0.6, 4: 0.3, 1: 0.2}
+
+    def compared(teacher, models, held_out, *_):
+        assert torch.equal(held_out, evenly(data.validation, 8))
+        return {name: Closeness(*cut[model], 0.0) if isinstance(model, int) else Closeness(distilled[model], 0, 0, 0)
+                for name, model in models.items()}
+
+    monkeypatch.setattr(funnel, "compare", compared)
+    monkeypatch.setattr(funnel, "task_accuracy", lambda _, models, *__: {name: answers[int(name)] for name in models})
+    run = SimpleNamespace(
+        config=config.model_copy(update={"ranked_by_agreement": 5, "ranked_by_task": asked, "finalists": finalists}),
+        data=data, seed=1, cache=ResultCache(tmp_path), progress=silent, teacher=None, mask=int, load=str,
+        distil=lambda selection, tokens, name: SimpleNamespace(directory=name))
+    run._closeness_once = partial(funnel.Funnel._closeness_once, run)
+    rounds = funnel.Funnel.rounds(run, candidates)
+    assert rounds.order == expected and list(rounds.short) == ([0, 3] if asked == 4 else [1])
+    assert set(rounds.zero_shot) == {0, 1, 2, 3, 4} and set(rounds.task) == set([1, 4, 0, 3][:asked])
+    assert funnel._ranks({"a": 1, "b": 2, "c": 1}, lambda value: value) == {"a": 0, "b": 2, "c": 0}
+
+
+def test_figures_are_of_the_models_they_name(data, config, monkeypatch):
+    """Models are numbers here, and what is measured on one is its number."""
+    run = SimpleNamespace(
+        data=data, config=config, seed=1, config_of_parent=None, order=None, widths=None, teacher=1, mask=int,
+        _loaded=lambda name, directory: {name: directory},
+        closeness=lambda _, models: {name: Closeness(model, model / 10, 0, 100 * model)
+                                     for name, model in models().items()})
+    found = funnel.Funnel.measure(run, {"compressed": 4, "random": 5}, {"compressed": 2, "random": 3})
+    kl = {"cut": 4, "compressed": 2, "random_cut": 5, "random": 3}
+    bits = {"parent": 1, "compressed": 2, "random": 3, "compressed_cut": 4, "random_cut": 5}
+    assert found == pytest.approx({f"kl_parent_{name}": model for name, model in kl.items()} | {
+        "agreement_cut": 0.4, "agreement_compressed": 0.2, "agreement_random": 0.3} | {
+        f"validation_bits_per_byte_{name}": 100 * model / 2 / math.log(2) for name, model in bits.items()})
+    monkeypatch.setattr(funnel, "reverse_selection", lambda *_: 7)
+    monkeypatch.setattr(funnel, "random_selection", lambda *drawn: 10 * drawn[-1].initial_seed())
+    assert funnel.Funnel.controls(run, SimpleNamespace(config=None)) == {
+        "reverse": 7, "random": [10, 20], "seeds": [1, 2]}
 
 
 def test_sequences_are_taken_evenly():

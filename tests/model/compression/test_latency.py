@@ -14,7 +14,7 @@ WIDTHS = [CONFIG.model_copy(update={"ffn_hidden_size": width}) for width in (48,
 
 def machine(config) -> float:
     """Seconds a step on a machine whose layers add up."""
-    return 5e-3 + sum({"M": 3e-4, "*": 2e-4, "-": 1e-5 * config.ffn_hidden_size}[symbol] for symbol in config.pattern)
+    return 5e-3 + sum({"M": 2e-4, "*": 3e-4, "-": 1e-5 * config.ffn_hidden_size}[symbol] for symbol in config.pattern)
 
 
 def whole(count):
@@ -29,6 +29,7 @@ def test_layers_that_add_up_are_predicted_exactly(monkeypatch):
     assert table.seconds(unseen) == pytest.approx(machine(unseen))
     record = table.record()
     assert record["overhead_milliseconds"] == pytest.approx(5.0)
+    assert [layer["milliseconds"] for layer in record["layers"] if layer["symbol"] != "-"] == pytest.approx([0.2, 0.3])
     assert {tuple(layer["widths"][:1]) for layer in record["layers"] if layer["symbol"] == "-"} == {(48,), (32,), (16,)}
 
 
@@ -48,10 +49,10 @@ def test_a_step_that_something_else_slowed_down_is_no_measure(monkeypatch):
         return {name: machine(config) * (1.5 if name in slowed else 1.0) for name, config in configs.items()}
 
     monkeypatch.setattr(latency, "step_seconds", disturbed)
-    measure_table(CONFIG, WIDTHS, whole(5), WORKLOAD, 1, silent)
-    slowed.append("3")                                              # one of the whole models
-    with pytest.raises(ModelError, match=r"(?s)compress.latency: a step of .* nothing beside it"):
-        measure_table(CONFIG, WIDTHS, whole(5), WORKLOAD, 1, silent)
+    measure_table(CONFIG, WIDTHS, whole(7), WORKLOAD, 1, silent)
+    slowed.append("3")                                              # one of the whole models, the others are within
+    with pytest.raises(ModelError, match=r"(?s)compress.latency: a step of \*-M- .* nothing beside it"):
+        measure_table(CONFIG, WIDTHS, whole(7), WORKLOAD, 1, silent)
 
 
 def test_an_unknown_layer_and_a_fit_to_too_few_models_are_refused(monkeypatch):

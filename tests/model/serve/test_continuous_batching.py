@@ -186,9 +186,11 @@ def test_prompts_used_longest_ago_are_forgotten_from_their_ends():
         finish(running)
         return one.cached
 
-    first, second = torch.randint(0, 97, (2, 24), generator=generator).tolist()
+    first, second, third = torch.randint(0, 97, (3, 24), generator=generator).tolist()
     read(first)
     size = running.prefixes.nbytes
+    running.prefixes.most_bytes = 2 * size
+    assert [read(ids) for ids in (second, first, third, first)] == [0, 24, 0, 24]
     running.prefixes.most_bytes = int(1.7 * size)               # both have three pieces
     read(second)
     assert running.prefixes.nbytes <= running.prefixes.most_bytes

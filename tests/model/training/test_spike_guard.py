@@ -5,14 +5,14 @@ import math
 import pytest
 
 from model.config import ModelError
-from model.training.spike_guard import WARM, SpikeGuard
+from model.training.spike_guard import WARM, WINDOW, SpikeGuard
 
 
 def test_a_spike_is_a_multiple_of_the_running_median_and_is_applied():
     guard = SpikeGuard(spike_factor=5.0, max_skipped_steps=3)
-    assert [guard.check(step, 2.0, 100.0 if step == 3 else 1.0) for step in range(1, WARM + 1)] == ["update"] * WARM
-    assert guard.check(17, 2.0, 4.9) == "update"
-    assert guard.check(18, 2.0, 5.1) == "spike"
+    assert [guard.check(step, 2.0, 100.0 if step == 3 else 2.0) for step in range(1, WARM + 1)] == ["update"] * WARM
+    assert guard.check(17, 2.0, 10.1) == "spike"
+    assert guard.check(18, 2.0, 9.9) == "update"
     assert (guard.spikes, guard.skipped) == (1, 0)
 
 
@@ -30,10 +30,11 @@ def test_steps_that_are_not_finite_are_skipped_and_counted_until_there_are_too_m
 
 def test_a_restored_guard_checks_as_the_one_that_was_saved():
     guard = SpikeGuard(5.0, 3)
-    for step in range(1, 40):
+    for step in range(1, 200):
         guard.check(step, math.nan if step % 13 == 0 else 2.0, 1.0 + step % 3)
     restored = SpikeGuard(5.0, 3)
     restored.load_state_dict(guard.state_dict())
-    assert restored.state_dict() == guard.state_dict()
     for norm in (9.9, 10.1):
-        assert restored.check(40, 2.0, norm) == guard.check(40, 2.0, norm)
+        assert restored.state_dict() == guard.state_dict() and len(guard.norms) == WINDOW
+        assert restored.check(200, 2.0, norm) == guard.check(200, 2.0, norm)
+    assert restored.state_dict() == guard.state_dict()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import math
 import shutil
 from collections import Counter
@@ -7,6 +8,7 @@ from contextlib import closing, nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +25,9 @@ from model.megatron import optimizer
 from model.megatron.distributed import ONE_COPY, process_groups
 from model.megatron.engine_checkpoint import save_model
 from model.megatron.optimizer import build_schedule
+from model.megatron.precision import Precision
 from model.training import trainer
+from model.training.spike_guard import SpikeGuard
 from model.training.token_data import TrainingData, validation
 from model.training.trainer import Trainer, train
 
@@ -65,10 +69,10 @@ def test_losses_are_those_of_a_plain_pytorch_loop(tokens, unbroken, tmp_path):
 def test_an_id_beyond_the_vocabulary_is_refused(tokens, tmp_path):
     damaged = shutil.copytree(tokens, tmp_path / "tokens")
     for file in (damaged / "train").glob("*.bin"):
-        np.memmap(file, "uint16", "r+")[:] = 60_000
+        np.memmap(file, "uint16", "r+")[:] = HYBRID.vocab_size
     with (
         process_groups(), closing(Trainer(HYBRID, RECIPE, "float32", 1, damaged, tmp_path, ONE_COPY)) as broken,
-        pytest.raises(ModelError, match="holds the id 60000"),
+        pytest.raises(ModelError, match=f"holds the id {HYBRID.vocab_size}"),
     ):
         broken.train_step(1)
 
@@ -342,6 +346,19 @@ def test_training_learns(tokens, tmp_path):
     assert "fp8_emulated" not in run.metrics
 
 
+def test_the_final_loss_is_of_the_last_twentieth_without_skipped_steps():
+    run = SimpleNamespace(steps=60, tokens_per_step=64, config=HYBRID, unigram_loss=4.0, guard=SpikeGuard(10.0, 3),
+                          precision=Precision("bf16"))
+    training = [{"loss": float(step), "skipped": int(step == 59)} for step in range(1, 61)]
+    validation = [{"step": step, "tokens": 64 * step, "domain": domain, "bits_per_byte": step + place / 4}
+                  for step in (0, 30, 60) for place, domain in enumerate(("code", "docs", "all"))]
+    with process_groups():
+        found = Trainer._metrics(run, training, validation, 12.0)
+    assert found["final_loss"] == (57 + 58 + 60) / 3 and found["tokens_per_second"] == 60 * 64 / 12
+    assert (found["validation_bits_per_byte_first"], found["validation_first_tokens"]) == (30.5, 64 * 30)
+    assert [found[f"validation_bits_per_byte{name}"] for name in ("", "_code", "_docs")] == [60.5, 60.0, 60.25]
+
+
 @pytest.mark.parametrize(("change", "message"), [
     ({"tokens": 10}, "pretrain.tokens"),
     ({"learning_rate": 1e30, "min_learning_rate": 0.0, "clip_grad": 1e30, "max_skipped_steps": 2}, "training diverged"),
@@ -355,13 +372,13 @@ def test_errors_say_what_to_change(tokens, tmp_path, change, message):
 
 
 def test_validation_does_not_depend_on_micro_batches(tokens, tmp_path):
-    """Of a fiftieth of 2,048 tokens in two domains: one sequence of each."""
+    """Of a fiftieth of 8,000 tokens in two domains: five sequences of each, in 5, 3 and 1 micro-batches."""
     seen = []
     for number, size in enumerate((1, 2, 8)):
-        recipe = RECIPE.model_copy(update={"tokens": 2048, "validation_micro_batch_size": size})
+        recipe = RECIPE.model_copy(update={"tokens": 8000, "validation_micro_batch_size": size})
         with process_groups():
             trainer = Trainer(HYBRID, recipe, "float32", 1, tokens, tmp_path / str(number), ONE_COPY)
-            assert [len(data.sequences) for data in trainer.validation_sets.values()] == [1, 1]
+            assert [len(data.sequences) for data in trainer.validation_sets.values()] == [5, 5]
             seen.append([value for row in trainer.validate(0) for value in (row["loss"], row["bits_per_byte"])])
             trainer.close()
     assert seen[1] == pytest.approx(seen[0], rel=1e-5) and seen[2] == pytest.approx(seen[0], rel=1e-5)
@@ -390,6 +407,9 @@ def test_a_run_that_learned_nothing_fails(tokens, tmp_path, monkeypatch, changes
     with pytest.raises(ModelError, match=r"not below its validation loss before training .*learned nothing") as error:
         train_job(str(tokens), str(tmp_path / "out"), str(tmp_path / "scratch"), {}, **changes)
     assert str(error.value).count("\n") == 1
+    with (tmp_path / "scratch" / "validation.csv").open() as file:
+        before, *_, after = (float(row["loss"]) for row in csv.DictReader(file) if row["domain"] == "all")
+    assert f"ends at {after:.4f} nats" in str(error.value) and f"({before:.4f})" in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
