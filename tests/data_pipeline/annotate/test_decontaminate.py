@@ -180,7 +180,8 @@ def test_short_evaluation_texts_are_looked_for_whole_or_counted(tmp_path, capsys
     short = {"q": "Which planet is the third one from the sun?", "a": "Earth",
              "zh": "哪一颗行星是离太阳第三近的行星？"}
     long = "A farmer has nine cows and buys four more of them at the market in town, how many has he?"
-    (tmp_path / "task.jsonl").write_text(json.dumps(short) + "\n" + json.dumps({"q": long.replace("nine", "nine\u200b")}))
+    two_readings = {"q": long.replace("nine", "nine\u200b")}
+    (tmp_path / "task.jsonl").write_text(json.dumps(short) + "\n" + json.dumps(two_readings))
     rows = [("So “which planet is the THIRD one from the sun” was asked.", False), ("Earth is a planet.", False),
             ("Which planet is the third one from a star?", False), ("问：哪一颗行星是离太阳第三近的行星", False),
             (long, False),
