@@ -33,6 +33,9 @@ def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_contents_are_on_the_disk_before_the_name(tmp_path: Path, order: list[str]) -> None:
     durable.write(tmp_path / "metrics.json", "{}\n")
     durable.write_checked(tmp_path / "piece.pt", b"scores")
+    for name in ("curated", ".curated.partial"):        # of a run before, and of one that was killed
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "before").touch()
     with durable.new_directory(tmp_path / "curated") as directory:
         (directory / "train").mkdir()
         (directory / "train/part.parquet").write_bytes(b"PAR1")
@@ -41,6 +44,7 @@ def test_contents_are_on_the_disk_before_the_name(tmp_path: Path, order: list[st
         "disk part.parquet", "rename curated"]
     assert (tmp_path / "metrics.json").read_text() == "{}\n"
     assert durable.read_checked(tmp_path / "piece.pt") == b"scores"
+    assert [path.name for path in (tmp_path / "curated").iterdir()] == ["train"]
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:

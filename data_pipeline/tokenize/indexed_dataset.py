@@ -54,9 +54,7 @@ class IndexedDatasetWriter:
 
     def add(self, ids: Sequence[int] | np.ndarray) -> None:
         """Append one document. Its ids include the end-of-document mark."""
-        tokens = np.asarray(ids, dtype=self.dtype)
-        self._bin.write(tokens.data)
-        self.lengths.append(len(tokens))
+        self.extend(np.asarray(ids), np.array([len(ids)]))
 
     def extend(self, ids: np.ndarray, lengths: np.ndarray) -> None:
         """Append documents that stand one after the other in `ids`, of these `lengths` in tokens."""

@@ -50,10 +50,13 @@ def test_the_papers_sets_are_known_by_name():
 
 def test_a_file_is_named_by_the_documents_it_shares_words_with(tmp_path):
     text = " ".join(f"word{number}" for number in range(40))
-    (tmp_path / "bench.jsonl").write_text(json.dumps({"question": text}))
-    step = Decontaminate(DecontaminationConfig(ngram=13, against=[str(tmp_path / "bench.jsonl")]), strings)
-    found = run(step, [marked([(f"before {text}", False)])])
-    assert column("contaminated_by", found) == [str(tmp_path / "bench.jsonl")]
+    files = [str(tmp_path / name) for name in ("bench.jsonl", "the_same.jsonl")]
+    for file in files:
+        Path(file).write_text(json.dumps({"question": text}))
+    step = Decontaminate(DecontaminationConfig(ngram=13, against=files), strings)
+    held_out = text.replace("word", "term")
+    found = run(step, [marked([(f"before {text}", False), (held_out, True), (f"before {held_out}", False)])])
+    assert column("contaminated_by", found) == [files[0], None, "held-out text"]
 
 
 def expected(rows: list[tuple[str, bool]], n: int) -> list[int]:
@@ -177,7 +180,8 @@ def test_short_evaluation_texts_are_looked_for_whole_or_counted(tmp_path, capsys
     short = {"q": "Which planet is the third one from the sun?", "a": "Earth",
              "zh": "哪一颗行星是离太阳第三近的行星？"}
     long = "A farmer has nine cows and buys four more of them at the market in town, how many has he?"
-    (tmp_path / "task.jsonl").write_text(json.dumps(short) + "\n" + json.dumps({"q": long}))
+    two_readings = {"q": long.replace("nine", "nine\u200b")}
+    (tmp_path / "task.jsonl").write_text(json.dumps(short) + "\n" + json.dumps(two_readings))
     rows = [("So “which planet is the THIRD one from the sun” was asked.", False), ("Earth is a planet.", False),
             ("Which planet is the third one from a star?", False), ("问：哪一颗行星是离太阳第三近的行星", False),
             (long, False),

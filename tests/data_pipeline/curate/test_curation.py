@@ -5,6 +5,7 @@ import json
 import shutil
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -13,10 +14,11 @@ import pytest
 
 from data_pipeline.annotate.annotation import annotate
 from data_pipeline.annotate.quality.quality_labels import weighted_quantiles
-from data_pipeline.annotate.step import text_id
+from data_pipeline.annotate.step import SCHEMA, text_id
 from data_pipeline.config import AnnotateConfig, CurateConfig, DataError, ExecutorConfig
 from data_pipeline.curate import cut as cutting
 from data_pipeline.curate.curation import CurationRecords, curate
+from data_pipeline.curate.heuristics import Rule
 from data_pipeline.text.ngrams import ngrams_in, readings
 from tests.data_pipeline.annotate_corpus import LABELS, REPEAT, annotate_config, curate_config, write_corpus
 
@@ -137,6 +139,8 @@ def test_labels_are_byte_weighted_percentiles_over_what_is_eligible(curated, bef
         pairs = zip(eligible["id"], best, strict=True)
         found = [(train[identity]["quality"], value) for identity, value in pairs if identity in train]
         assert len(found) > 10 and all(quality == value for quality, value in found)
+        edges = curated[1].histograms["perplexity"][domain].edges
+        assert (edges[0], edges[-1]) == pytest.approx((eligible["perplexity"].min(), eligible["perplexity"].max()))
 
 
 def test_histograms_hold_every_eligible_document_and_the_thresholds(curated):
@@ -175,7 +179,8 @@ def test_dropped_shows_what_broke_each_rule(curated, before):
 def test_what_reading_and_the_cut_drop_for_one_reason_is_counted_together(annotated, curated, tmp_path):
     shutil.copytree(annotated, tmp_path / "annotated")
     manifest = json.loads((annotated / "manifest.json").read_text())
-    manifest["refusals"] = {"docs": {"empty": {"documents": 2, "where": ["a.jsonl, byte 0"]}}}
+    manifest["refusals"] = {"docs": {"empty": {"documents": 2, "where": ["a.jsonl, byte 0"]},
+                                     "license": {"documents": 3, "where": ["b"]}}}
     (tmp_path / "annotated/manifest.json").write_text(json.dumps(manifest))
     stays = set(read(curated[0], "train").filter(domain="docs")["path"].head(1))
     for file in (tmp_path / "annotated").glob("part-*.parquet"):
@@ -186,6 +191,63 @@ def test_what_reading_and_the_cut_drop_for_one_reason_is_counted_together(annota
     entry = records.dropped["docs"]["empty"]
     assert entry.documents == went > 2
     assert [example.value for example in entry.examples][:2] == ["empty", "no text after normalisation"]
+    was_read, licensed = (row for row in records.funnel if row.domain == "docs" and row.step in ("read", "license"))
+    assert was_read.documents == licensed.documents + 3 and licensed.reasons == {"not permissive": 3}
+
+
+def row_of(number: int, text: str = "", **values: Any) -> dict[str, Any]:
+    """A row of the annotated Parquet that every step of the cut leaves alone."""
+    text = text or f"This is document {number} of those that stay."
+    return {"id": text_id(str(number)), "text": text, "source": "s", "path": str(number), "domain": "docs",
+            "license": "MIT", "masked": 0, "language": "en", "language_share": 0.9, "held_out": False,
+            "features": {"characters": len(text), "longest_line": max(map(len, text.split("\n"))), "encoded_run": 0},
+            "scores": [0.7, 0.0], "perplexity": 50.0, "contamination": 0} | values
+
+
+def test_each_step_takes_what_it_should_and_nothing_else():
+    low, removed = {"scores": [0.0, 0.0]}, "zz" + "b" * 30
+    encoded, long_line = "a b\n" * 300 + "Q" * 300, "a\n" * 600 + "b" * 1001
+    rows = [
+        row_of(0), row_of(1, language="de"), row_of(2, language_share=0.2, perplexity=999.0),
+        *(row_of(number, duplicate="copy", scores=None, perplexity=None) for number in range(3, 12)),
+        row_of(12, duplicate="near-duplicate", scores=None, perplexity=None),
+        row_of(13, "too short", repeats=[0, 3]), row_of(14, long_line),
+        row_of(15, encoded, features={"characters": 1500, "longest_line": 300, "encoded_run": 300}),
+        row_of(16, perplexity=101.0, **low), row_of(17, perplexity=100.0, **low), row_of(18, perplexity=300.0),
+        row_of(19, contamination=1, contaminated_by="held-out text"),
+        row_of(20, f"{removed} and what stays of it zzz", repeats=[0, 32, 54, 57]),
+        row_of(21, f"{removed} little", repeats=[0, 32]),
+        row_of(22, held_out=True, scores=None, perplexity=None), row_of(23, "c", domain="code", **low),
+    ]
+    table = pa.Table.from_pylist(rows, SCHEMA)
+    rules = [Rule("longest_line", None, 1000, "r"), Rule("encoded_run", None, 255, "r"),
+             Rule("characters", 20, None, "r")]
+    config = curate_config(rules={"docs": {"set": "prose", "labels": LABELS}})
+    cut = cutting.Cut(config, {"docs": rules}, ["fluency", "structure"], 13,
+                      dict.fromkeys(DOMAINS, np.tile(np.arange(1, 20) / 20, (2, 1))), {"docs": 100.0})
+    ranges = cutting.survey(table, cut).ranges
+    assert ranges["perplexity", "docs"] == (50, 300) and ranges["characters", "docs"] == (9, 2201)
+    assert ranges["language_share", "docs"] == pytest.approx((0.9, 0.9)) and ("language_share", "code") not in ranges
+    cut.edges.update({key: cutting.edges(*values) for key, values in ranges.items()})
+    result = cutting.apply(table, cut)
+    assert {step: dict(why["docs"]) for step, why in result.report["reasons"].items()} == {
+        "language": {"language de": 1, "share of en < 0.3": 1}, "copies": {"copy": 9},
+        "near_duplicates": {"near-duplicate": 1},
+        "heuristics": {"characters < 20": 1, "longest_line > 1000": 1, "encoded_run > 255": 1},
+        "perplexity": {"perplexity": 1}, "decontaminate": {"shares 13 words in a row with held-out text": 1},
+        "substring": {"little but repeats": 1}, "held_out": {"held out": 1}}
+    assert result.train["path"].to_pylist() == ["0", "17", "18", "20", "23"]
+    assert result.train["label"].to_pylist() == ["medium", "low", "medium", "medium", "low"]
+    assert result.train["text"][3].as_py() == " and what stays of it "
+    assert result.heldout["path"].to_pylist() == ["22"] and result.report["shortened"] == {"docs": 2}
+    shown = result.report["examples"]["docs"]
+    assert [one.key for one in shown["copy"]] == sorted(cutting.keys_of([row["id"] for row in rows[3:12]]))[:6]
+    assert {one.excerpt for one in shown["substring"]} == {removed}
+    assert shown["longest_line > 1000"][0].excerpt.count("b") == 450
+    assert shown["encoded_run > 255"][0].excerpt.count("Q") == 300
+    unscored = pa.Table.from_pylist([row_of(0, scores=None, perplexity=None)], SCHEMA)
+    assert cutting.apply(unscored, cut, np.array([19])).train["label"].to_pylist() == ["high"]
+    assert cutting.apply(unscored, cut, np.array([0])).train["label"].to_pylist() == ["low"]
 
 
 def test_repeated_strings_stay_once(curated, before):
@@ -267,8 +329,10 @@ def test_a_damaged_cut_is_made_again(annotated, curated, tmp_path, capsys, file)
     assert capsys.readouterr().out.count(f"{piece}: damaged; made again.") == 1 and piece.read_bytes() == content
 
 
-@pytest.mark.parametrize(("split", "part"), [("train", "to train on"), ("heldout", "held out")])
-def test_a_domain_left_empty_is_named_with_what_took_it(annotated, tmp_path, split, part):
+@pytest.mark.parametrize(("split", "said"), [
+    ("train", r"to train on is left; most went for: words < 10000 \(\d\d\), .*\nRead"),
+    ("heldout", r"held out is left; .*\nRaise annotate\.held_out\.fraction, read")])
+def test_a_domain_left_empty_is_named_with_what_took_it(annotated, tmp_path, split, said):
     rules = {"docs": {"set": "prose", "labels": LABELS, "thresholds": {"words": (10_000, None)}}}
     copy = tmp_path / "annotated"
     if split == "heldout":                  # nothing of it was held out
@@ -277,8 +341,7 @@ def test_a_domain_left_empty_is_named_with_what_took_it(annotated, tmp_path, spl
             frame = pl.read_parquet(file)
             frame.filter((pl.col("domain") != "docs") | ~pl.col("held_out")).write_parquet(file)
         rules = {}
-    expected = rf"`docs`: no document {part} is left; most went for: .*\n.*curate\.rules\.docs"
-    with pytest.raises(DataError, match=expected):
+    with pytest.raises(DataError, match=rf"`docs`: no document {said} more .*curate\.rules\.docs"):
         run(copy if split == "heldout" else annotated, curate_config(rules=rules), tmp_path)
 
 

@@ -23,6 +23,7 @@ from data_pipeline.curate.heuristics import first_broken, rules_of
 from data_pipeline.curate.prompts import BYTES_PER_TOKEN, DISTILL, DIVERSE_QA, TASKS, TASKS_OF_LABEL, WIKIPEDIA
 from data_pipeline.curate.synthesis import (
     Drop,
+    Request,
     Synthesis,
     Synthetic,
     annotate,
@@ -73,14 +74,14 @@ def test_text_with_braces_is_asked_about_as_it_is():
 
 
 def test_selection_fits_and_does_not_depend_on_order():
-    documents = [parent(number, label) for number in range(60) for label in ("low", "medium")]
+    documents = [parent(number, label, 200 + 40 * number) for number in range(60) for label in ("low", "medium")]
     documents = [document._replace(id=f"{index:032x}") for index, document in enumerate(documents)]
     chosen = select(documents, 0.01, seed=1)
     size = sum(len(document.text) for document in chosen)
     assert 0.008e6 < size <= 0.01e6
     assert {document.label for document in chosen} == {"low"}
-    shuffled = random.Random(5).sample(documents, len(documents))
-    assert select(shuffled, 0.01, seed=1) == chosen
+    for order in range(9):
+        assert select(random.Random(order).sample(documents, len(documents)), 0.01, seed=1) == chosen
     assert select(documents, 0.01, seed=2) != chosen
     assert set(chosen) < set(select(documents, 0.02, seed=1))       # a larger budget adds, so answers are used again
     huge = parent(99, length=20_000)
@@ -146,7 +147,10 @@ def test_questions_follow_the_text_they_are_about():
 def test_a_question_on_several_lines():
     reply = Reply("**Question 1:** Which?\nA) One\nB) Two\nAnswer: B) Two,\nsince one is less.\n", "stop")
     text = postprocess(DIVERSE_QA, SOURCE, reply)
-    assert text == f"{SOURCE}\n\nQuestion: Which?\nA) One\nB) Two\nAnswer: B) Two,\nsince one is less."
+    pair = "Question: Which?\nA) One\nB) Two\nAnswer: B) Two,\nsince one is less."
+    assert text == f"{SOURCE}\n\n{pair}"
+    [made] = documents_of(parent(5), [(Request("diverse_qa", 2 * SOURCE), reply)])
+    assert made.text == f"{2 * SOURCE}\n\n{pair}" and made.written == pair      # compared with the corpus by this alone
 
 
 def test_passages_of_a_document_are_joined_and_short_results_dropped():

@@ -47,7 +47,7 @@ def test_weights_that_weigh_nothing_are_named(weights):
 
 def test_what_a_file_cannot_give_its_domain_does_then_the_other_domains_by_weight():
     tokens = {"train/a-high": 10, "train/a-low": 100, "train/b-high": 1000, "train/c-high": 1000}
-    phases = [Phase(until=0.75, weights={"a": 0.8, "b": 0.1, "c": 0.1}, labels=["high", "low"]),
+    phases = [Phase(until=0.75, weights={"a": 8, "b": 1, "c": 1}, labels=["high", "low"]),
               Phase(until=1.0, weights={"a": 0.2, "b": 0.8}, labels=["high"])]
     mixture = blend(phases, tokens, 400, 2)
     first, last = (phase["weights"] for phase in mixture["phases"])
@@ -66,6 +66,7 @@ def test_a_corpus_too_small_for_the_budget_is_an_error_and_one_just_large_enough
     phases = [Phase(until=0.8, weights={"code": 0.5, "docs": 0.5}, labels=["high", "low"]),
               Phase(until=1.0, weights={"code": 1}, labels=["high"])]
     mixture = blend(phases, TOKENS, 4 * 1050, 4)
+    assert mixture["repeats"].keys() == {name for name in TOKENS if name.startswith("train/")}
     for name in ("code-high", "code-low", "docs-high"):
         assert mixture["repeats"][f"train/{name}"] == pytest.approx(4)
     with pytest.raises(DataError, match=r"phases\[0\] \(until 0\.8\): needs 3,440 tok.*read 4 .*3,340 .*\n.*repeats"):

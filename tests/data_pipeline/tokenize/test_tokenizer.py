@@ -92,7 +92,7 @@ def test_training_texts_are_balanced_and_give_the_remainder_to_large_domains(cur
     for text in library.training_texts(curated, config, 3):
         sizes[domain_of[text]] += len(text.encode())
     assert sizes[small] == available[small]
-    assert 0.5 * available[small] < sizes[large] <= 1.5 * available[small]
+    assert 1.4 * available[small] < sizes[large] <= 1.5 * available[small]
 
 
 def test_a_line_of_a_megabyte_trains():

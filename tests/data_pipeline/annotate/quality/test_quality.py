@@ -92,16 +92,22 @@ def test_scores_do_not_depend_on_shards(corpus, count):
 
 def test_training_text_is_bounded_and_the_same_for_any_shards(corpus, monkeypatch):
     monkeypatch.setattr(training_text, "WORDS", 20_000)
+    monkeypatch.setattr(training_text, "LONGEST_DOCUMENT", 3000)
     whole, parts = training_text.survey(corpus), [training_text.survey(corpus.take(part)) for part in
                                                   np.array_split(np.arange(len(corpus))[::-1], 5)]
+    lengths = np.diff(words_of(corpus).first).tolist()
+    scored = [(row, length) for row, length in zip(corpus.to_pylist(), lengths, strict=True)
+              if not row["held_out"] and not row["duplicate"]]
+    long = [row["id"] for row, length in scored if length > 3000 and not row["source"].startswith("python/")]
+    assert long and set(training_text.collect([whole], "long").keys) <= set(keys_of(long))
     for part in ("reference", "corpus"):
         expected = training_text.collect([whole], part)
         assert 10_000 < len(expected.hashes) <= 20_000
         assert all(len(shard[f"{part}_hashes"]) <= 20_000 for shard in parts)
         for ours, theirs in zip(training_text.collect(parts, part), expected, strict=True):
             assert np.array_equal(ours, theirs)
-        ids = [row["id"] for row in corpus.to_pylist() if not row["held_out"] and not row["duplicate"]
-               and row["source"].startswith("python/") == (part == "reference")]
+        ids = [row["id"] for row, length in scored
+               if length <= 3000 and row["source"].startswith("python/") == (part == "reference")]
         keys = np.sort(keys_of(ids))
         assert np.array_equal(expected.keys, keys[: len(expected.keys)])
     step = Quality(OWN, 1)      # scores of what was left out of the training text too
