@@ -4,6 +4,7 @@ import math
 import re
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -99,7 +100,8 @@ def records():
 
 
 def claim(records, key, studies=None):
-    (found,) = [item for item in claims(records, studies or {}) if item.key == key]
+    with patch("stages.report.claims.WORDS", [words for words in WORDS if words["key"] == key]):
+        (found,) = claims(records, studies or {})
     return found
 
 
