@@ -520,7 +520,8 @@ class StageRunner:
         mark = FLOW_LOCK.with_name(f"{node.name}.mark").absolute()
         for directory in (node.log.parent, mark.parent):
             directory.mkdir(parents=True, exist_ok=True)
-        environment = os.environ | ENVIRONMENT | {"SHELL": str(STAGE_SHELL), "STAGE_MARK": str(mark)}
+        environment = os.environ | ENVIRONMENT | {
+            "SHELL": str(STAGE_SHELL), "STAGE_MARK": str(mark), "STAGE_FLOW": str(os.getpid())}
         if self.queues:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         with self.turn:

@@ -36,6 +36,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 import durable
 
 if TYPE_CHECKING:
@@ -284,6 +286,14 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
     PRCTL(PR_SET_PDEATHSIG, number)
 
 
+def die_with_flow(number: int = signal.SIGKILL) -> None:
+    """`die_with_parent`, of a stage; at once where the flow that started it (STAGE_FLOW, a process id) ended while it
+    was being imported: its parent is gone then, and no signal comes."""
+    die_with_parent(number)
+    if (flow := os.environ.get("STAGE_FLOW")) and not psutil.pid_exists(int(flow)):
+        signal.raise_signal(signal.SIGKILL)
+
+
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested values by dotted names."""
     found: dict[str, Any] = {}
@@ -396,7 +406,7 @@ def run_stage(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))    # let `finally` blocks run when a flow is cancelled
     if "DVC_STAGE" in os.environ:           # its parent is DVC; a shell, the parent by hand, may end and leave it
         clusters = (params.runtime.executor, params.runtime.launcher.kind)
-        die_with_parent(signal.SIGTERM if "slurm" in clusters else signal.SIGKILL)      # time to cancel jobs
+        die_with_flow(signal.SIGTERM if "slurm" in clusters else signal.SIGKILL)      # time to cancel jobs
     stage = Stage(name, params, variant, options.out, sections)
     with plain_errors(), _only_one(stage):
         started = time.time()

@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # Counts to ten in its scratch file, one count a progress line, and goes on from there when it was killed.
 WORK = """
 import pathlib, sys, time
-from stages.frame.common import die_with_parent
-die_with_parent()
+from stages.frame.common import die_with_flow
+die_with_flow()
 name, seconds, *inputs = sys.argv[1:]
 if pathlib.Path(f"break-{name}").exists():
     sys.exit("values.csv: column `loss` is missing.\\nRun `dvc repro first` again.")

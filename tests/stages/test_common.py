@@ -239,7 +239,8 @@ def test_a_stage_ends_with_the_dvc_that_started_it_and_not_with_a_shell(of_dvc: 
         "run_stage(toy, 'A stage.', ())\n"
     )
     starts = "import subprocess, sys; subprocess.run([sys.executable, 'toy.py', '--out', '.'])"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | ({"DVC_STAGE": "toy"} if of_dvc else {})
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "STAGE_FLOW": str(os.getpid())}
+    environment |= {"DVC_STAGE": "toy"} if of_dvc else {}
     (tmp_path / "params.yaml").symlink_to(ROOT / "params.yaml")
     parent = subprocess.Popen([sys.executable, "-c", starts], cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
     assert parent.stdout and parent.stdout.readline() == b"begun\n"
@@ -250,6 +251,10 @@ def test_a_stage_ends_with_the_dvc_that_started_it_and_not_with_a_shell(of_dvc: 
     assert bool(alive) != of_dvc
     for process in alive:
         process.kill()
+    if of_dvc:                                          # the flow ended before the stage could ask for a signal
+        late = subprocess.run([sys.executable, "toy.py", "--out", "."], cwd=tmp_path, capture_output=True,
+                              env=environment | {"STAGE_FLOW": str(2**22 + 1)})         # above any process id
+        assert (late.returncode, late.stdout) == (-signal.SIGKILL, b"")
 
 
 def test_a_stage_waits_for_its_gpus_and_has_them_until_it_ends(stage, capsys, monkeypatch):
