@@ -53,11 +53,12 @@ class IndexedDatasetWriter:
         return self
 
     def add(self, ids: Sequence[int] | np.ndarray) -> None:
-        """Append one document. Its ids include the end-of-document mark."""
+        """Append one document. Its ids include the end-of-document mark. Raises as `extend`."""
         self.extend(np.asarray(ids), np.array([len(ids)]))
 
     def extend(self, ids: np.ndarray, lengths: np.ndarray) -> None:
-        """Append documents that stand one after the other in `ids`, of these `lengths` in tokens."""
+        """Append documents that stand one after the other in `ids`, of these `lengths` in tokens. Raises OverflowError
+        for an id that the file's type does not hold."""
         if len(ids) and not 0 <= ids.min() <= ids.max() <= np.iinfo(self.dtype).max:
             raise OverflowError(f"ids from {ids.min()} to {ids.max()} do not fit {self.dtype}")
         self._bin.write(np.ascontiguousarray(ids, dtype=self.dtype).data)
