@@ -100,7 +100,7 @@ def mean(values: Sequence[float], unit: str, spread_of: Sequence[float] | None =
             without a floor it counts as unknown.
     """
     drawn = np.asarray(values if spread_of is None or len(values) > 1 else spread_of, dtype=float)
-    spread = float(drawn.var(ddof=1)) / len(values) if len(drawn) > 1 and np.ptp(drawn) > 0 else 0.0
+    spread = float(drawn.var(ddof=1)) / len(values) if np.ptp(drawn) > 0 else 0.0
     variance = max(spread, floor) if len(drawn) > 1 else 0.0
     return Estimate(float(np.mean(values)), (Source(unit, variance or math.nan, len(values), len(drawn) - 1),))
 
@@ -170,7 +170,7 @@ def equivalence(estimate: Estimate, margin: float, or_better: bool = False, comp
     either. Does not hold where the effect lies beyond the margin at 95 %, over both sides and, with
     `comparisons` of which any may decide so, over all of them."""
     sides, power = (1, POWER) if or_better else (2, (1 + POWER) / 2)
-    above, distance = (math.inf, abs(estimate.value + margin)) if or_better else (margin, margin)
+    above, distance = (math.inf, estimate.value + margin) if or_better else (margin, margin)
     return _decided(estimate, -margin, above, 2 * ALPHA, comparisons * sides, distance, power)
 
 
@@ -183,7 +183,7 @@ def tasks_equivalence(tasks: Sequence[Estimate], overall: Estimate, margin: floa
 def superiority(estimate: Estimate, least: float = 0.0, comparisons: int = 1) -> Verdict:
     """Whether the effect is above `least`: holds, or does not, where the 95 % interval lies on one side of it. With
     `comparisons` of which any may decide against it, that side is taken at 95 % over all of them."""
-    return _decided(estimate, least, math.inf, ALPHA, comparisons, abs(estimate.value - least), POWER)
+    return _decided(estimate, least, math.inf, ALPHA, comparisons, estimate.value - least, POWER)
 
 
 def controlled(answer: Answer, control: Answer | None) -> Answer:
@@ -201,7 +201,8 @@ def all_of(answers: Sequence[Answer]) -> Answer:
 def _decided(estimate: Estimate, above: float, below: float, alpha: float, comparisons: int, distance: float,
              power: float) -> Verdict:
     """Holds where the interval lies between two bounds; one corrected for `comparisons` fails beyond one of them.
-    With what must be drawn to tell `distance`: normal quantiles, and Guenther's (1981) correction for t."""
+    With what must be drawn to tell `distance`, of either sign: normal quantiles, and Guenther's (1981) correction for
+    t."""
     low, high = estimate.interval(alpha)
     fail_low, fail_high = estimate.interval(alpha / comparisons)
     answer = (Answer.HOLDS if above < low and high < below else

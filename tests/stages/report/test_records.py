@@ -95,3 +95,9 @@ def test_a_model_that_was_not_measured_is_named(runs):
 def test_what_is_not_a_number_stays_one_and_is_read(tmp_path):
     write_json(tmp_path / "x.json", {"loss": float("nan")})
     assert Reader(tmp_path).read(dict[str, float], "x.json")["loss"] != 0
+
+
+def test_a_record_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "metrics.json").write_bytes(b'{"loss\xff": 1}')
+    with pytest.raises(RecordError, match=r"metrics\.json: not UTF-8 \(invalid start byte\)\.\nRun `dvc repro"):
+        Reader(tmp_path).metrics()
