@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from itertools import count, islice
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from data_pipeline.workers import clusters
 from data_pipeline.workers.clusters import Dask, Slurm
 from data_pipeline.workers.executor import InProcess, Workers, workers
 from tests.namespaces import on_full
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -181,17 +183,14 @@ def test_workers_do_not_outlive_a_killed_parent(tmp_path):
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"}
     worker_file = tmp_path / "worker"
     parent = subprocess.Popen([sys.executable, str(script), str(worker_file)], env=environment)
-    while not (worker_file.exists() and worker_file.read_text()):
-        time.sleep(0.05)
-    worker = int(worker_file.read_text())
+    worker = int(wait_for(lambda: worker_file.exists() and worker_file.read_text()))
     parent.kill()
     parent.wait()
-    for _ in range(200):
-        if not alive(worker):
-            return
-        time.sleep(0.05)
-    os.kill(worker, signal.SIGKILL)
-    pytest.fail("the worker was still there ten seconds after its parent")
+    try:
+        wait_for(lambda: not alive(worker), seconds=10)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
 
 
 def alive(process: int) -> bool:
