@@ -119,7 +119,8 @@ def test_without_gradients(outside):
     assert not outside
 
 
-FAR = {"sequences": (2**30 + 64, 256), "tokens": (256, 2**26)}      # strides of a sequence and of a token, in elements
+# Sequences, tokens of each, and the strides of both, in elements.
+FAR = {"sequences": (3, 17, (2**30 + 64, 256)), "tokens": (1, 37, (256, 2**26))}
 
 
 def far_apart(strides: tuple[int, int], *shape: int) -> Tensor:
@@ -131,12 +132,12 @@ def far_apart(strides: tuple[int, int], *shape: int) -> Tensor:
     return torch.empty(span, dtype=torch.float16).as_strided(shape, (*strides, *within))
 
 
-@pytest.mark.parametrize("strides", FAR.values(), ids=FAR)
-def test_offsets_beyond_31_bits(strides, outside, monkeypatch):
+@pytest.mark.parametrize(("batch", "length", "strides"), FAR.values(), ids=FAR)
+def test_offsets_beyond_31_bits(batch, length, strides, outside, monkeypatch):
     """A sum in 32 bits would wrap around and point in front of the tensor, or elsewhere into it."""
     monkeypatch.setattr(ssd_triton, "CHUNK", 16)
     monkeypatch.setattr(ssd_triton, "SHARED_GRADIENTS", ssd_triton.SHARED_GRADIENTS._replace(size=16))
-    batch, length, single = 3, 37, {"dtype": torch.float32}
+    single = {"dtype": torch.float32}
     x, dt, B, C, y, dy, dx, ddt, dB, dC = (
         far_apart(strides, batch, length, *shape) for shape in (
             (2, 16), (2,), (1, 16), (1, 16), (2, 16), (2, 16), (2, 16), (2,), (1, 16), (1, 16)))
