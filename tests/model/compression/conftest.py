@@ -11,7 +11,7 @@ from tests.model.compression.markov import CONFIG, Weights, learnt, markov, writ
 
 @pytest.fixture(scope="session")
 def parent() -> Weights:
-    return learnt(CONFIG, "cpu", steps=120, batch_size=16, rate=6e-3)
+    return learnt(CONFIG, "cpu", steps=60, batch_size=16, rate=1e-2)
 
 
 @pytest.fixture(scope="session")
