@@ -120,8 +120,9 @@ class Study(Record):
             found = [known[name] for name in named]
             if len({(one.unit, one.better) for one in found}) > 1 or found[0].better is None:
                 raise ValueError(f"{named} differ in unit or direction, or have none")
-            if item.relative and min(value for one in found for value in one.values) <= 0:
-                raise ValueError(f"{named}: a ratio needs values above 0")
+            fixed = [] if isinstance(item.reference, str) else [item.reference]
+            if item.relative and min([*fixed, *(value for one in found for value in one.values)]) <= 0:
+                raise ValueError(f"{[*named, *fixed]}: a ratio needs values above 0")
             if item.paired and isinstance(item.reference, str):
                 length = len(known[item.reference].values)
                 if len(found[0].values) != length or (item.control and len(known[item.control].values) > length):

@@ -51,11 +51,11 @@ def test_a_record_that_cannot_be_used_is_two_lines(tmp_path, change, message):
     assert isinstance(load_studies(tmp_path)["position"], RecordError)
 
 
-def compared(candidate=(1.0, 2.0), reference=(1.0, 2.0), better="higher", **comparison):
+def compared(candidate=(1.0, 2.0), reference=(1.0, 2.0), better="higher", fixed="b", **comparison):
     def measured(name, values):
         return Measurement(name=name, values=list(values), unit="points", better=better)
 
-    asked = {"claim": "position", "candidate": "a", "reference": "b", "question": "better"} | comparison
+    asked = {"claim": "position", "candidate": "a", "reference": fixed, "question": "better"} | comparison
     return Study.model_validate(CONTENT | {"measurements": [measured("a", candidate), measured("b", reference)],
                                            "comparisons": [Comparison.model_validate(asked)]})
 
@@ -66,6 +66,7 @@ def test_comparisons_that_mean_nothing_are_refused():
         (lambda: compared((1.0,)), "differ in their number"),
         (lambda: compared(better=None), "or have none"),
         (lambda: compared((0.0, 1.0), relative=True), "above 0"),
+        (lambda: compared(relative=True, paired=False, fixed=0.0), "above 0"),
         (lambda: compared(question="equal"), "needs a margin"),
         (lambda: compared(control="a"), "takes no control"),
         (lambda: compared(claim="hybrid_loss"), "this study decides no claim"),
