@@ -98,6 +98,8 @@ class Reader:
             fault = "not found" if isinstance(error, FileNotFoundError) else str(error.strerror)
         except UnicodeDecodeError as error:
             fault = f"not UTF-8 ({error.reason})"
+        except RecursionError:
+            fault = "nested too deeply to be read"
         except ValueError as error:
             fault = f"not valid {path.suffix[1:].upper()} ({error})" if text.strip() else "empty"
         raise self.fault(fault, *parts)

@@ -97,7 +97,10 @@ def test_what_is_not_a_number_stays_one_and_is_read(tmp_path):
     assert Reader(tmp_path).read(dict[str, float], "x.json")["loss"] != 0
 
 
-def test_a_record_that_is_no_text_is_named(tmp_path):
-    (tmp_path / "metrics.json").write_bytes(b'{"loss\xff": 1}')
-    with pytest.raises(RecordError, match=r"metrics\.json: not UTF-8 \(invalid start byte\)\.\nRun `dvc repro"):
+@pytest.mark.parametrize(("content", "fault"), [
+    (b'{"loss\xff": 1}', r"not UTF-8 \(invalid start byte\)"), (b"[" * 100_000, "nested too deeply to be read"),
+])
+def test_a_record_that_is_no_text_is_named(tmp_path, content, fault):
+    (tmp_path / "metrics.json").write_bytes(content)
+    with pytest.raises(RecordError, match=rf"metrics\.json: {fault}\.\nRun `dvc repro"):
         Reader(tmp_path).metrics()
