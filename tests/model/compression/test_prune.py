@@ -126,7 +126,7 @@ def drawn_selection(data: st.DataObject) -> Selection:
     )
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.data())
 def test_cutting_tensor_by_tensor_on_disk_is_cutting_in_memory(tmp_path_factory, data):
     directory = tmp_path_factory.mktemp("cut")
