@@ -8,6 +8,7 @@ one, so only maximal ones are candidates; Nemotron-H-47B is such a point of the 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import pairwise, product
@@ -21,8 +22,6 @@ from model.compression.config import CompressConfig
 from model.compression.prune import Selection
 from model.compression.width_importance import WidthImportance, kept_share, select
 from model.config import ModelConfig, ModelError
-
-COUNTS = {"mamba": "M", "attention": "*", "ffn": "-"}
 
 
 class Cell(NamedTuple):
@@ -139,7 +138,7 @@ def _axes(parent: ModelConfig, ffn_widths: Sequence[int], min_attention_layers: 
     if min_attention_layers > (held := parent.pattern.count("*")):
         raise ModelError(f"compress.min_attention_layers: {min_attention_layers} layers of attention cannot be kept, "
                          f"the parent has {held}.\nLower it.")
-    for symbol in COUNTS.values():
+    for symbol in "M*-":
         most = parent.pattern.count(symbol)
         axes.append(range(min(max(1, min_attention_layers) if symbol == "*" else 1, most), most + 1))
     if bad := [width for width in ffn_widths if not 1 <= width <= parent.ffn_hidden_size]:
@@ -171,16 +170,8 @@ def _maximal(axes: Sequence[Sequence[int]], fits: Callable[[Cell], bool]) -> Ite
 
 def _deepest(cell: Cell, counts: Sequence[int], fits: Callable[[Cell], bool]) -> Cell | None:
     """`cell` with as many FFN layers as fit, by bisection; None when it does not fit with the fewest."""
-    if not fits(cell):
-        return None
-    fitting, beyond = 0, len(counts)
-    while beyond - fitting > 1:
-        middle = (fitting + beyond) // 2
-        if fits(cell._replace(ffn=counts[middle])):
-            fitting = middle
-        else:
-            beyond = middle
-    return cell._replace(ffn=counts[fitting])
+    fitting = bisect_left(counts, True, key=lambda count: not fits(cell._replace(ffn=count)))
+    return cell._replace(ffn=counts[fitting - 1]) if fitting else None
 
 
 def keep_top_layers(pattern: str, importance: Sequence[float], counts: Mapping[str, int]) -> list[int]:

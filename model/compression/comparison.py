@@ -8,7 +8,7 @@ is the model's answer, as in HellaSwag. Chance is a quarter. All models answer t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from model.config import ModelError
 
 ROWS = {"cpu": 256, "cuda": 8192}       # tokens whose distributions are in float32 at one time
 CHOICES = 4
-CONTEXT, LENGTH = 48, 16            # tokens; in shorter sequences three quarters and one quarter
+ITEM_TOKENS = 64        # of an item, at most; the last quarter are the continuation
+Name = TypeVar("Name", str, int)
 
 
 class Closeness(NamedTuple):
@@ -34,9 +35,9 @@ class Closeness(NamedTuple):
 
 @torch.no_grad()
 def compare(
-    parent: Layerwise, models: Mapping[str, Kept | Layerwise], sequences: Tensor, batch_size: int,
+    parent: Layerwise, models: Mapping[Name, Kept | Layerwise], sequences: Tensor, batch_size: int,
     progress: Callable[..., None],
-) -> dict[str, Closeness]:
+) -> dict[Name, Closeness]:
     """Closeness of every model to the parent, whose distributions are computed once a batch.
 
     Args:
@@ -83,7 +84,7 @@ def _sums(
 
 
 def task_items(sequences: Tensor, count: int, seed: int) -> Tensor:
-    """(count, CHOICES, context + length) int64, the true continuation first.
+    """(count, CHOICES, tokens of an item) int64, the true continuation first.
 
     Args:
         sequences: (n, length) int64 of held-out text, cut into as many stretches as they hold.
@@ -91,11 +92,12 @@ def task_items(sequences: Tensor, count: int, seed: int) -> Tensor:
     Raises:
         ModelError: fewer than CHOICES stretches, or than items asked for.
     """
-    context, length = (CONTEXT, LENGTH) if sequences.shape[1] >= CONTEXT + LENGTH else _quarters(sequences.shape[1])
-    stretches = sequences.unfold(1, context + length, context + length).flatten(0, 1)
+    size = min(sequences.shape[1], ITEM_TOKENS)
+    context = size - size // 4
+    stretches = sequences.unfold(1, size, size).flatten(0, 1)
     if len(stretches) < max(count, CHOICES):
         raise ModelError(
-            f"compress.task_items: {count} items of {context + length} tokens are more than the {len(stretches)} in "
+            f"compress.task_items: {count} items of {size} tokens are more than the {len(stretches)} in "
             "the held-out sequences.\nLower it, or raise compress.validation_samples."
         )
     generator = torch.Generator().manual_seed(seed)
@@ -107,15 +109,11 @@ def task_items(sequences: Tensor, count: int, seed: int) -> Tensor:
     return torch.cat([starts, ends], -1)
 
 
-def _quarters(length: int) -> tuple[int, int]:
-    return length - length // 4, length // 4
-
-
 @torch.no_grad()
 def task_accuracy(
-    parent: Layerwise, models: Mapping[str, Kept | Layerwise], asked: Tensor, batch_size: int,
+    parent: Layerwise, models: Mapping[Name, Kept | Layerwise], asked: Tensor, batch_size: int,
     progress: Callable[..., None],
-) -> dict[str, float]:
+) -> dict[Name, float]:
     """Share of items each model answers rightly; a distractor as likely as the truth counts as wrong.
 
     Args:
@@ -123,7 +121,7 @@ def task_accuracy(
         asked: what `task_items` gives. Data-parallel copies share them.
         batch_size: items at a time.
     """
-    length = LENGTH if asked.shape[-1] == CONTEXT + LENGTH else _quarters(asked.shape[-1])[1]
+    length = asked.shape[-1] // 4
     right = torch.zeros(len(models), dtype=torch.int64, device=parent.device)
     for chosen in parent.batches(asked, batch_size):
         rows = asked[chosen].flatten(0, 1).to(parent.device)

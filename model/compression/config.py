@@ -17,28 +17,23 @@ class MemoryBudget(Deployment):
     budget_fraction: float = Field(gt=0, lt=1)      # of what the parent takes
 
 
-class Workload(Section):
-    """What is decoded when time is measured."""
+class LatencyBudget(Section):
+    """A decode step measured on this machine, and what share of the parent's it may take; none: measured, not limited.
+    """
 
     context: int = Field(ge=1)
     batch: int = Field(ge=1)
     decode_tokens: int = Field(ge=1)
     repeats: int = Field(ge=1)
+    budget_fraction: float | None = Field(default=None, gt=0, lt=1)
 
     @model_validator(mode="after")
-    def tokens_end_at_the_context(self) -> Workload:
+    def tokens_end_at_the_context(self) -> LatencyBudget:
         """Raise ValueError where more tokens are decoded than the context has, which is where they end."""
         if self.decode_tokens > self.context:
             raise ValueError(f"decode_tokens ({self.decode_tokens}) must not exceed context ({self.context})\n"
                              "Steps are timed that end at the context: lower the first.")
         return self
-
-
-class LatencyBudget(Workload):
-    """A decode step measured on this machine, and what share of the parent's it may take; none: measured, not limited.
-    """
-
-    budget_fraction: float | None = Field(default=None, gt=0, lt=1)
 
 
 class CompressConfig(ScheduleConfig):

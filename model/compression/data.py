@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 
 from model.compression.config import CompressConfig
 from model.training.token_data import TrainingData, domains, validation
@@ -27,7 +26,7 @@ class Data:
         validation_bytes: UTF-8 bytes the predicted tokens of `validation` stand for.
     """
 
-    training: Sequence[Tensor]
+    training: Subset[Tensor]
     calibration: Tensor
     validation: Tensor
     validation_bytes: int
@@ -50,31 +49,16 @@ def read_data(tokens: Path, sequence_length: int, config: CompressConfig, seed: 
     per_domain = math.ceil(config.validation_samples / len(names))
     held_out = [validation(tokens, name, sequence_length).first(per_domain) for name in names]
     return Data(
-        training=Samples(samples.data, samples.start, distillation),
+        training=Subset(samples, range(distillation)),
         calibration=torch.stack([samples[distillation + number] for number in range(calibration)])[:, :-1],
         validation=torch.cat([domain.sequences for domain in held_out]),
         validation_bytes=sum(domain.bytes for domain in held_out),
     )
 
 
-class Samples(Sequence[Tensor]):
-    """`count` of a run's samples from number `start` on, read as they are asked for."""
-
-    def __init__(self, data: TrainingData, start: int, count: int):
-        self.data, self.start, self._count = data, start, count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: Any) -> Any:
-        if not 0 <= index < self._count:
-            raise IndexError(index)
-        return self.data[self.start + index]
-
-
-def last_phase(tokens: Path, sequence_length: int, count: int, seed: int, cache: Path) -> Samples:
+def last_phase(tokens: Path, sequence_length: int, count: int, seed: int, cache: Path) -> Subset[Tensor]:
     """The last `count` samples of a training run so long that all of them lie in its last phase."""
     phases = json.loads((tokens / "blend.json").read_text())["phases"]
     begins = phases[-2]["until"] if len(phases) > 1 else 0.0
     data = TrainingData(tokens, sequence_length, math.ceil((count + 1) / (1 - begins)), seed, cache)
-    return Samples(data, len(data) - count, count)
+    return Subset(data, range(len(data) - count, len(data)))

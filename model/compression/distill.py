@@ -6,10 +6,12 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from torch import Tensor
+from torch.utils.data import Subset
 
 from model import checkpoint
 from model.compression.config import CompressConfig
@@ -44,30 +46,20 @@ def recipe_of(config: CompressConfig, pretrain: PretrainConfig, tokens: int, seq
     })
 
 
+@dataclass
 class School:
-    """What all distillations of one compression share.
+    """What all distillations of one compression share."""
 
-    Args:
-        parent: its checkpoint.
-        samples: (sequence_length + 1,) int64 each, at least as many as the longest distillation needs.
-        tokens: the tokens directory they come from.
-        config: sizes and rates.
-        pretrain: the recipe the parent was trained by.
-        precision: of teacher and student.
-        seed: recorded with the students.
-        cache: remembers which students are done; their runs' states stand in directories beside it.
-        parallelism: the layout of the open process groups.
-        progress: called as progress(step, steps, loss=..., ...).
-    """
-
-    def __init__(
-        self, parent: Path, samples: Sequence[Tensor], tokens: Path, config: CompressConfig, pretrain: PretrainConfig,
-        precision: PrecisionName, seed: int, cache: ResultCache, parallelism: Parallelism,
-        progress: Callable[..., None],
-    ):
-        self.parent, self.samples, self.tokens, self.config, self.pretrain = parent, samples, tokens, config, pretrain
-        self.precision, self.seed, self.cache = precision, seed, cache
-        self.parallelism, self.progress = parallelism, progress
+    parent: Path                        # its checkpoint
+    samples: Sequence[Tensor] | Subset[Tensor]      # as of a Lesson, for the longest distillation
+    tokens: Path                        # the tokens directory they come from
+    config: CompressConfig              # sizes and rates
+    pretrain: PretrainConfig            # the recipe the parent was trained by
+    precision: PrecisionName            # of teacher and student
+    seed: int                           # recorded with the students
+    cache: ResultCache                  # of students that are done; their runs' states stand in directories beside it
+    parallelism: Parallelism            # the layout of the open process groups
+    progress: Callable[..., None]       # called as progress(step, steps, loss=..., ...)
 
     @property
     def number_format(self) -> Precision:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -33,7 +33,7 @@ from model.compression.candidates import (
     reverse_selection,
     share_budget,
 )
-from model.compression.comparison import Closeness, compare, task_accuracy, task_items
+from model.compression.comparison import Closeness, Name, compare, task_accuracy, task_items
 from model.compression.config import CompressConfig
 from model.compression.data import Data
 from model.compression.distill import Distilled, School, recipe_of
@@ -67,7 +67,6 @@ from model.training.token_data import end_of_document, text_digests
 from model.training.trainer import FREE_WHEN_RESUMED, check_identity, recipe_identity
 
 GIB = 2**30
-Key = TypeVar("Key", str, int)
 
 
 @dataclass(frozen=True)
@@ -309,9 +308,7 @@ class Funnel:
         order = sorted(range(len(candidates)), key=lambda index: -candidates[index].importance)
 
         def close(models: Mapping[int, Kept | Layerwise]) -> dict[int, Closeness]:
-            found = compare(self.teacher, {str(index): model for index, model in models.items()}, held_out,
-                            config.micro_batch_size, self.progress)
-            return {int(name): value for name, value in found.items()}
+            return compare(self.teacher, models, held_out, config.micro_batch_size, self.progress)
 
         masks = {index: self.mask(candidate.selection) for index, candidate in enumerate(candidates)}
         compared = order[: config.ranked_by_agreement]
@@ -321,13 +318,13 @@ class Funnel:
 
         asked = compared[: config.ranked_by_task]
 
-        def answer() -> dict[str, float]:
+        def answer() -> dict[int, float]:
             questions = task_items(data.validation, config.task_items, self.seed)
             together = max(1, config.micro_batch_size * held_out.shape[1] // questions[0].numel())
-            models = {str(index): masks[index] for index in asked}
+            models = {index: masks[index] for index in asked}
             return task_accuracy(self.teacher, models, questions, together, self.progress)
 
-        task = {int(name): value for name, value in self.cache.once("task", answer).items()}
+        task = self.cache.once("task", answer)
         ranks.append(_ranks(task, lambda value: -value))
         asked.sort(key=lambda index: (sum(rank[index] for rank in ranks), zero_shot[index].kl))
 
@@ -343,7 +340,7 @@ class Funnel:
         ranked = [*finalists, *asked[config.finalists :], *compared[config.ranked_by_task :]]
         return Rounds(zero_shot, task, short, [*ranked, *(index for index in order if index not in zero_shot)])
 
-    def _closeness_once(self, name: str, compute: Callable[[], dict[Key, Closeness]]) -> dict[Key, Closeness]:
+    def _closeness_once(self, name: str, compute: Callable[[], dict[Name, Closeness]]) -> dict[Name, Closeness]:
         plain = self.cache.once(name, lambda: {key: tuple(value) for key, value in compute().items()})
         return {key: Closeness(*value) for key, value in plain.items()}
 
@@ -458,7 +455,7 @@ def importance_record(
         samples={"layers": config.importance_samples, "widths": config.ffn_importance_samples},
         layers=[
             LayerImportance(index=index, symbol=symbol, importance=means[index],
-                            standard_error=_standard_error(scores[index]))
+                            standard_error=float(scores[index].std() / scores.shape[1] ** 0.5))
             for index, symbol in enumerate(parent.pattern)
         ],
         ffn=[
@@ -469,10 +466,6 @@ def importance_record(
         mamba_heads={index: values.tolist() for index, values in widths.mamba_heads().items()},
         reliability=widths.reliability,
     )
-
-
-def _standard_error(samples: Tensor) -> float:
-    return float(samples.std() / len(samples) ** 0.5)
 
 
 def candidate_records(

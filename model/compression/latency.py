@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from model.benchmark.decode import decode_seconds
-from model.compression.config import Workload
+from model.compression.config import LatencyBudget
 from model.config import ModelConfig, ModelError
 
 Key = tuple[str, int, int, int]     # type of layer, its widths, the hidden size
@@ -60,7 +60,7 @@ def layer_key(config: ModelConfig, symbol: str) -> Key:
 
 
 def measure_table(
-    parent: ModelConfig, geometries: Sequence[ModelConfig], whole: Sequence[ModelConfig], workload: Workload,
+    parent: ModelConfig, geometries: Sequence[ModelConfig], whole: Sequence[ModelConfig], workload: LatencyBudget,
     seed: int, progress: Callable[..., None],
 ) -> LatencyTable:
     """The table for every layer of `geometries` (any order of layers, hidden size and vocabulary as the parent's).
@@ -102,7 +102,7 @@ def measure_table(
 
 
 def step_seconds(
-    configs: Mapping[str, ModelConfig], workload: Workload, seed: int, progress: Callable[..., None]
+    configs: Mapping[str, ModelConfig], workload: LatencyBudget, seed: int, progress: Callable[..., None]
 ) -> dict[str, float]:
     """Measured seconds of a decode step of each model in BF16, one in memory at a time."""
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,7 +11,7 @@ before it runs the next.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -155,7 +155,7 @@ class Layerwise(TensorRanks):
                         x = self.layer(index, x)
             yield self._done(x)
 
-    def states(self, models: Mapping[str, Kept | Layerwise], ids: Tensor) -> Iterator[Tensor | None]:
+    def states(self, models: Mapping[Any, Kept | Layerwise], ids: Tensor) -> Iterator[Tensor | None]:
         """`hidden` of this model whole, then of `models` in their order: masks on it, itself, or others in its layout.
         """
         masked = self.hidden(ids, [model for model in models.values() if isinstance(model, Kept)])
@@ -177,18 +177,14 @@ class Layerwise(TensorRanks):
     def _only(self, mask: Kept) -> Iterator[None]:
         """A block in which activations of neurons that are not kept are zero."""
         size = self.config.ffn_hidden_size // self.tensor_ranks
-        hooks = []
-        for index, kept in mask.neurons.items():
-            if index in self.contractions:
-                whole = torch.zeros(self.config.ffn_hidden_size, device=self.device, dtype=self.dtype)
-                whole[kept.to(self.device)] = 1
-                mine = whole[self.tensor_rank * size :][:size]
-                hooks.append(self.contractions[index].register_forward_pre_hook(partial(_multiply, mine)))
-        try:
+        with ExitStack() as hooks:
+            for index, kept in mask.neurons.items():
+                if index in self.contractions:
+                    whole = torch.zeros(self.config.ffn_hidden_size, device=self.device, dtype=self.dtype)
+                    whole[kept.to(self.device)] = 1
+                    mine = whole[self.tensor_rank * size :][:size]
+                    hooks.enter_context(self.contractions[index].register_forward_pre_hook(partial(_multiply, mine)))
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def log_softmax(self, hidden: Tensor) -> Tensor:
         """(tokens, hidden) -> log-probabilities (tokens, this process's vocabulary), float32 or better."""

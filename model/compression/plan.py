@@ -15,7 +15,7 @@ import torch
 
 from model import costs
 from model.compression.candidates import Cell, closed_budgets, keep_top_layers, maximal_cells
-from model.compression.comparison import CHOICES, CONTEXT, LENGTH, ROWS
+from model.compression.comparison import CHOICES, ITEM_TOKENS, ROWS
 from model.compression.config import CompressConfig
 from model.compression.distill import recipe_of
 from model.config import ModelConfig, ModelError, PretrainConfig
@@ -154,7 +154,7 @@ def steps(
     judging = max(FP32 * logits * (4 + rows), FP32 * logits * (2 + rows) + forward_bytes(parent, layout))
     ranked = held + hidden * (min(candidates, layers / layout.pipeline) + 2) + judging
 
-    asked = config.task_items * CHOICES * (CONTEXT + LENGTH) / tokens / layout.data         # micro-batches
+    asked = config.task_items * CHOICES * ITEM_TOKENS / tokens / layout.data         # micro-batches
     finalists = min(config.finalists, candidates)
     # Parent and finalist; parent and two cuts, parent and student twice, parent and the controls' masks.
     models = 2 * finalists * config.ranking_samples + config.validation_samples * (3 + 4 + 2 + config.random_draws)

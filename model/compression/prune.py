@@ -18,14 +18,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from model.checkpoint import open_weights, save_weights
 from model.config import ModelConfig
-from model.lazy_state import Recipe, State, derive
+from model.lazy_state import LazyState, Recipe, derive
 
 _LAYER = re.compile(r"backbone\.layers\.(\d+)\.(.+)")
 _WRITES_RESIDUAL = ("embeddings.weight", "out_proj.weight", "o_proj.weight", "down_proj.weight")
@@ -48,15 +48,8 @@ class Selection:
     mamba_channels: Mapping[int, Tensor] = field(default_factory=dict)
 
 
-@overload
-def cut(config: ModelConfig, state: State, selection: Selection) -> tuple[ModelConfig, State]: ...
-@overload
-def cut(config: ModelConfig, state: Mapping[str, Tensor], selection: Selection
-        ) -> tuple[ModelConfig, Mapping[str, Tensor]]: ...
-def cut(
-    config: ModelConfig, state: Mapping[str, Tensor], selection: Selection
-) -> tuple[ModelConfig, Mapping[str, Tensor]]:
-    """The model of what is kept; `state` is left as it is. Of a dict a dict, else each tensor is cut when asked for.
+def cut(config: ModelConfig, state: Mapping[str, Tensor], selection: Selection) -> tuple[ModelConfig, LazyState]:
+    """The model of what is kept; `state` is left as it is, each tensor cut when asked for.
 
     Args:
         state: Hub names -> tensors.
@@ -85,8 +78,7 @@ def cut(
         if not match or index in position:
             renamed = f"backbone.layers.{position[index]}.{rest}" if match else name
             recipes[renamed] = partial(cut_one, name, index, rest)
-    smaller = derive(state, recipes)
-    return smaller_config, dict(smaller) if isinstance(state, dict) else smaller
+    return smaller_config, derive(state, recipes)
 
 
 def cut_checkpoint(parent: Path, out: Path, selection: Selection, training: Mapping[str, Any]) -> ModelConfig:

@@ -12,8 +12,8 @@ activations are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -69,8 +69,8 @@ def width_importance(
     check_samples(sequences)
     config, count = model.config, len(sequences)
 
-    def add(axis: str, index: int, activation: Tensor) -> None:
-        values = (activation if model.batch_first else activation.transpose(0, 1)).float().abs()
+    def add(axis: str, index: int, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        values = (inputs[0] if model.batch_first else inputs[0].transpose(0, 1)).float().abs()
         if by_position(axis):                                                   # (batch, sequence, channels)
             values = values.double()
         else:                                                                   # (batch, channels)
@@ -88,7 +88,9 @@ def width_importance(
         (axis, index): torch.zeros(HALVES, *sequences.shape[1:] * by_position(axis), module.weight.shape[1],
                                    dtype=torch.float64, device=model.device)
         for axis, index, module in _scored(model)}
-    with _hooks(model, add):
+    with ExitStack() as hooks:
+        for axis, index, module in _scored(model):
+            hooks.enter_context(module.register_forward_pre_hook(partial(add, axis, index)))
         for samples_now in model.batches(sequences, batch_size):
             for _ in model.hidden(sequences[samples_now]):
                 pass
@@ -131,21 +133,6 @@ def _scored(model: Layerwise) -> list[tuple[str, int, Any]]:
     axes = {"M": "mamba", "-": "neurons"}
     return [(axes[symbol], index, module) for index, module in model.contractions.items()
             if (symbol := model.config.pattern[index]) in axes]
-
-
-@contextmanager
-def _hooks(model: Layerwise, add: Callable[[str, int, Tensor], None]) -> Iterator[None]:
-    """Every activation that is scored goes to `add(axis, layer, activation)` while the block runs."""
-    def read_input(axis: str, index: int, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        add(axis, index, inputs[0])
-
-    handles = [module.register_forward_pre_hook(partial(read_input, axis, index))
-               for axis, index, module in _scored(model)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def kept_share(importance: Tensor, width: int) -> float:

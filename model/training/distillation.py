@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from model.megatron import compat  # noqa: F401    # before Megatron
 
@@ -40,7 +41,7 @@ class Lesson:
     """
 
     start: Path
-    samples: Sequence[Tensor]
+    samples: Sequence[Tensor] | Subset[Tensor]
     teacher: Path | None
 
 

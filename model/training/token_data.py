@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from model.megatron import compat  # noqa: F401    # before Megatron
 
@@ -173,7 +174,7 @@ def text_digests(tokens: Path) -> dict[str, str]:
     return {name: sha256(tokens / name) for name in ("tokens.json", "blend.json")}
 
 
-class TrainingData:
+class TrainingData(Dataset[Tensor]):
     """The samples of a whole training run, in order, each (sequence_length + 1,) int64.
 
     Sample i of N lies in the phase whose share of training it falls in, and is drawn from that phase's files in

@@ -19,7 +19,7 @@ def test_all_samples_lie_in_the_last_phase(tokens, tmp_path):
     count = 400
     drawn = last_phase(tokens, CONFIG.sequence_length, count, 1, tmp_path)
     samples = torch.stack(list(drawn))
-    assert drawn.start >= round(0.9 * len(drawn.data)) and samples.shape == (count, CONFIG.sequence_length + 1)
+    assert drawn.indices[0] >= round(0.9 * len(drawn.dataset)) and samples.shape == (count, CONFIG.sequence_length + 1)
     odd = documents(tokens, "train/odd-high")
     text = [tuple(document) for document in samples_to_documents(samples)]
     share = sum(document in odd for document in text) / len(text)

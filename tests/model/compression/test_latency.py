@@ -3,12 +3,12 @@
 import pytest
 
 from model.compression import latency
-from model.compression.config import Workload
+from model.compression.config import LatencyBudget
 from model.compression.latency import measure_table
 from model.config import ModelError
 from tests.model.compression.markov import CONFIG, silent
 
-WORKLOAD = Workload(context=64, batch=2, decode_tokens=2, repeats=1)
+WORKLOAD = LatencyBudget(context=64, batch=2, decode_tokens=2, repeats=1)
 WIDTHS = [CONFIG.model_copy(update={"ffn_hidden_size": width}) for width in (48, 32, 16)]
 
 
@@ -72,4 +72,4 @@ def test_steps_are_really_timed():
 
 def test_steps_before_the_first_token_are_refused():
     with pytest.raises(ValueError, match=r"decode_tokens \(20\) must not exceed context \(8\)"):
-        Workload(context=8, batch=1, decode_tokens=20, repeats=1)
+        LatencyBudget(context=8, batch=1, decode_tokens=20, repeats=1)
