@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.storage import WriteResult
 
 from model.config import ModelConfig, ModelError
-from model.hybrid_lm import HybridLM, check_shapes
+from model.hybrid_lm import HybridLM, check_shapes, compare_shapes
 from model.integrity import check_finite, check_sums, write_sums
 from model.lazy_state import LazyState, Recipe, State, derive, skeleton
 
@@ -107,15 +107,9 @@ def check_names(directory: Path, config: ModelConfig) -> None:
 def _check_names(directory: Path, config: ModelConfig, stored: State) -> None:
     wanted = {name: tuple(tensor.shape)
               for name, tensor in to_engine(config, HybridLM.skeleton(config).state_dict()).skeleton.items()}
-    there = {name: tuple(tensor.shape) for name, tensor in stored.items()}
-    for name in [*wanted, *there]:
-        if there.get(name) != wanted.get(name):
-            found = f"of shape {there[name]}" if name in there else "missing"
-            raise ModelError(
-                f"{directory / INDEX}: not the weights of this model: {name} is {found}; model.json asks for "
-                f"{wanted.get(name, 'none')}.\n"
-                "Use the weights and the model.json of one and the same checkpoint."
-            )
+    compare_shapes(wanted, {name: tuple(tensor.shape) for name, tensor in stored.items()},
+                   f"{directory / INDEX}: not the weights of the model in model.json",
+                   "Use the weights and the model.json of one and the same checkpoint.")
 
 
 def _tensors(index: Metadata) -> State:

@@ -41,7 +41,7 @@ from model.evaluation.schema import ChoiceSample, Samples, TextSample
 from model.hybrid_lm import HybridLM
 from model.inference.caches import PrefixReader
 from model.inference.decoder import Decoder
-from model.inference.sampling import checked, likeliest
+from model.inference.sampling import checked
 from model.model_card import CardScore
 from model.processes import ONE_PROCESS, TensorRanks
 
@@ -165,19 +165,15 @@ class HarnessLM(TemplateLM):
 
     def _likeliest(self, prompt: list[int], tokens: int, stops: Sequence[str]) -> str:
         """At most `tokens` tokens after `prompt`, cut before the first of `stops`."""
-        logits = self.decoder.prefill(torch.tensor([prompt], device=self._device))
         chosen: list[int] = []
         text = ""
-        while len(chosen) < tokens:
-            token = checked(int(likeliest(logits)))
-            if token in self._ends:
+        for token in self.decoder.stream(torch.tensor([prompt], device=self._device), tokens):
+            if checked(int(token)) in self._ends:
                 break
-            chosen.append(token)
+            chosen.append(int(token))
             text = self.encoder.decode(chosen, skip_special_tokens=True)
             if any(stop and stop in text for stop in stops):
                 break
-            if len(chosen) < tokens:
-                logits = self.decoder.decode(torch.tensor([token], device=self._device))
         return min((text.split(stop)[0] for stop in stops if stop), key=len, default=text)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -321,7 +317,6 @@ class HarnessLM(TemplateLM):
             return begun
         reader.fork(of_stem)
         return torch.cat([begun, reader.read(_padded([row[shared:] for row in rows], longest - shared))], 1)
-
 
     def _backbone(self, ids: Tensor) -> Tensor:
         """(rows, tokens) -> (rows, tokens, hidden), before the head."""

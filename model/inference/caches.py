@@ -42,11 +42,6 @@ class CachedMamba2:
         self.fixed, self.growing = [self.conv, self.state], list[Tensor]()
         self.A = mixer.decay_rates().detach()
 
-    def forget(self, rows: slice) -> None:
-        """Make the caches of sequences `rows` those of no token."""
-        self.conv[rows].zero_()
-        self.state[rows].zero_()
-
     def prefill(
         self, x: Tensor, rows: slice, start: int, rotation: Tensor | None = None, lengths: Tensor | None = None
     ) -> Tensor:
@@ -92,9 +87,6 @@ class CachedAttention:
         self.values = torch.zeros_like(self.keys)
         self.fixed, self.growing = list[Tensor](), [self.keys, self.values]
 
-    def forget(self, rows: slice) -> None:
-        """Nothing: a sequence's own keys and values are written before they are read."""
-
     def prefill(
         self, x: Tensor, rows: slice, start: int, rotation: Tensor | None = None, lengths: Tensor | None = None
     ) -> Tensor:
@@ -123,10 +115,6 @@ class CachedFeedForward:
     def __init__(self, mixer: FeedForward):
         self.mixer = mixer
         self.fixed, self.growing = list[Tensor](), list[Tensor]()
-
-    def forget(self, rows: slice) -> None:
-        """There is nothing to forget."""
-        pass
 
     def prefill(
         self, x: Tensor, rows: slice, start: int, rotation: Tensor | None = None, lengths: Tensor | None = None
@@ -179,9 +167,10 @@ class ModelCaches:
         return [cache[row] for _, layer in self._layers for cache in layer.fixed]
 
     def forget(self, rows: slice) -> None:
-        """Make the caches of sequences `rows` those of no token."""
-        for _, cache in self._layers:
-            cache.forget(rows)
+        """Make the caches of sequences `rows` those of no token. Keys and values are written before they are read."""
+        for _, layer in self._layers:
+            for cache in layer.fixed:
+                cache[rows].zero_()
 
     def read_rows(self, ids: Tensor, rows: slice, start: int, lengths: Tensor | None = None) -> Tensor:
         """The tokens from `start` on of sequences `rows`, ids (rows, tokens) -> (rows, tokens, hidden), before the last

@@ -17,20 +17,16 @@ def check_model(config: ModelConfig, precision: Precision, parallelism: Parallel
     """Raise ModelError where `config` cannot be built for `parallelism` and `precision` on this process's device."""
     check_split(config, parallelism)
     if precision.name == "fp8":
-        check_fp8_layers(len(config.pattern), precision.bf16_layers_at_start, precision.bf16_layers_at_end)
+        layers, start, end = len(config.pattern), precision.bf16_layers_at_start, precision.bf16_layers_at_end
+        if start + end >= layers:           # a run called FP8 would be a BF16 run
+            raise ModelError(
+                f"precision fp8: bf16_layers_at_start ({start}) and bf16_layers_at_end ({end}) leave none of {layers} "
+                "layers to compute in FP8.\nLower them, or choose a bf16 variant."
+            )
         if not precision.emulated:
             check_fp8_sizes(config, precision, parallelism.tensor)
     if device().type == "cuda" and precision.dtype is torch.bfloat16 and "M" in config.pattern:
         check_kernels(config)
-
-
-def check_fp8_layers(layers: int, bf16_at_start: int, bf16_at_end: int) -> None:
-    """Raise ModelError where BF16 ends leave no layer to FP8: a run called FP8 would be a BF16 run."""
-    if bf16_at_start + bf16_at_end >= layers:
-        raise ModelError(
-            f"precision fp8: bf16_layers_at_start ({bf16_at_start}) and bf16_layers_at_end ({bf16_at_end}) leave none "
-            f"of {layers} layers to compute in FP8.\nLower them, or choose a bf16 variant."
-        )
 
 
 def check_micro_batch(config: ModelConfig, precision: Precision, micro_batch_size: int) -> None:

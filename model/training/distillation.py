@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
@@ -26,6 +25,7 @@ from megatron.core.transformer.module import MegatronModule
 from kernels.forward_kl import forward_kl, row_sums
 from kernels.operation import once_differentiable
 from model.megatron.spec import HybridModel
+from model.processes import TensorRanks
 
 ROWS = 2048                 # of logits whose float32 copies exist at one time, where a process holds part of a row
 
@@ -106,24 +106,18 @@ class _VocabularyParallelKL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
-        group = parallel_state.get_tensor_model_parallel_group()
+        ranks = TensorRanks()
+        ranks.split_over(parallel_state.get_tensor_model_parallel_group())
         gradient = torch.empty_like(student)
-        exact = torch.promote_types(student.dtype, torch.float32)
         total = torch.zeros((), dtype=torch.float64, device=student.device)
         for logits, expected, out in zip(student.split(ROWS), teacher.split(ROWS), gradient.split(ROWS), strict=True):
-            pair = torch.stack([logits, expected]).to(exact)
-            most = pair.amax(-1, keepdim=True)
-            dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
-            pair -= most
-            sums = pair.exp().sum(-1, keepdim=True)
-            dist.all_reduce(sums, group=group)
-            logs, target = pair - sums.log()
+            logs, target = ranks.normalised(torch.stack([logits, expected]))
             chance = target.exp()
             total += row_sums(chance, target, logs).double().sum()
             out.copy_((logs.exp() - chance) / len(student))
-        dist.all_reduce(total, group=group)
+        ranks.over_tensor_ranks(total)
         ctx.save_for_backward(gradient)
-        return (total / len(student)).to(exact)
+        return (total / len(student)).to(torch.promote_types(student.dtype, torch.float32))
 
     @staticmethod
     @once_differentiable

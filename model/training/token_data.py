@@ -33,7 +33,7 @@ from megatron.core.datasets.utils import Split
 
 from durable import new_directory, sha256
 from model.config import PADDING, ModelError
-from model.integrity import check_sums, write_sums
+from model.integrity import is_whole, write_sums
 from model.megatron.distributed import device, is_main_process, main_process_first
 
 DOCUMENTS = 2**31 - 1           # in a file: Megatron's indices of samples have int32 numbers of them
@@ -291,12 +291,8 @@ class Prefetcher:
 def _whole(cache: Path) -> Iterator[Path]:
     """`cache` where it exists and is whole, else a directory that becomes it when the block ends well: Megatron would
     take an index file that is damaged, or that a killed process left half-written, for whole."""
-    if cache.exists() and is_main_process():
-        try:
-            check_sums(cache)
-        except ModelError as error:
-            print(f"{str(error).partition(chr(10))[0]} The index is made again.", flush=True)
-            shutil.rmtree(cache)
+    if cache.exists() and is_main_process() and not is_whole(cache):
+        shutil.rmtree(cache)
     if cache.exists():
         yield cache
         return
