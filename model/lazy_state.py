@@ -8,8 +8,10 @@ the last one by one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache, partial
+from functools import lru_cache
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 State = dict[str, Tensor]
@@ -62,32 +64,15 @@ def skeleton(state: Mapping[str, Tensor]) -> State:
 
 
 def compute_lazily(model: nn.Module, state: Mapping[str, Tensor], names: Callable[[str], str] = str) -> nn.Module:
-    """Let `model`, on the meta device, compute with `state` in float32: every layer has weights while it runs.
+    """Let `model`, on the meta device, compute with `state` in its dtype: every layer has weights while it runs.
 
     Args:
         model: whose layers stand in lists, called as modules. What is not in a list is called as well.
         names: from a name in `model` to that in `state`.
     """
-    for name, part in _parts(model, ""):
-        part.register_forward_pre_hook(partial(_fill, state, names, name))
-        part.register_forward_hook(_empty)
-    return model
+    from accelerate import cpu_offload
 
-
-def _parts(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    """What runs on its own: the members of lists, and modules with weights of their own."""
-    for name, child in module.named_children():
-        if isinstance(module, nn.ModuleList) or any(True for _ in child.parameters(recurse=False)):
-            yield prefix + name, child
-        else:
-            yield from _parts(child, f"{prefix}{name}.")
-
-
-def _fill(
-    state: Mapping[str, Tensor], names: Callable[[str], str], prefix: str, part: nn.Module, _: object
-) -> None:
-    part.load_state_dict({own: state[names(f"{prefix}.{own}")].float() for own in part.state_dict()}, assign=True)
-
-
-def _empty(part: nn.Module, *_: object) -> None:
-    part.to("meta")
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    layers = {type(layer).__name__ for layers in lists for layer in layers}
+    weights: Any = LazyState(model.state_dict(), lambda name: state[names(name)])
+    return cpu_offload(model, torch.device("cpu"), state_dict=weights, preload_module_classes=[*layers])
