@@ -44,7 +44,8 @@ def layer_importance(model: Layerwise, sequences: Tensor, batch_size: int, progr
                 scores[layer, rows] = squares / hidden.shape[-1]
         progress(int(samples[-1]) + 1, len(sequences))
     scores = model.total(scores).cpu()
-    _check_finite(scores, pattern)
+    for index, values in enumerate(scores):
+        check_finite(f"layer {index} (`{pattern[index]}`)", values)
     return scores
 
 
@@ -63,13 +64,11 @@ def check_samples(sequences: Tensor) -> None:
         )
 
 
-def _check_finite(scores: Tensor, pattern: str) -> None:
-    for index, values in enumerate(scores):
-        if not values.isfinite().all():
-            raise ModelError(
-                f"importance of layer {index} (`{pattern[index]}`) is {values.sum().item()}: activations overflow.\n"
-                "Check the weights, and that the calibration tokens are of the model's own tokenizer."
-            )
+def check_finite(what: str, scores: Tensor) -> None:
+    """Raise ModelError where a score of `what` is not finite."""
+    if not scores.isfinite().all():
+        raise ModelError(f"importance of {what}: an activation is not finite.\n"
+                         "Check the weights, and that the calibration tokens are of the model's own tokenizer.")
 
 
 def mean_ranks(scores: Tensor) -> Tensor:

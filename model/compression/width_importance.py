@@ -21,10 +21,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from model.compression.importance import check_samples, rank_correlation
+from model.compression.importance import check_finite, check_samples, rank_correlation
 from model.compression.layerwise import Layerwise, Progress
 from model.compression.prune import Selection
-from model.config import ModelConfig, ModelError
+from model.config import ModelConfig
 
 CUT = ("ffn_hidden_size", "mamba_head_dim", "mamba_num_heads")      # what a layer can lose units of
 HALVES = 2                      # even and odd sequences are kept apart
@@ -103,11 +103,7 @@ def width_importance(
         found[axis, index] = model.whole_units(scores).cpu()
     found = model.from_all_stages(found)
     for (axis, index), values in found.items():
-        if not values.isfinite().all():
-            raise ModelError(
-                f"importance of {axis}, layer {index}: an activation is not finite.\n"
-                "Check the weights, and that the calibration tokens are of the model's own tokenizer."
-            )
+        check_finite(f"{axis}, layer {index}", values)
     mamba = (config.mamba_num_heads, config.mamba_head_dim)
     return WidthImportance(
         neurons={index: values[-1] for (axis, index), values in found.items() if axis == "neurons"},
