@@ -27,14 +27,13 @@ from torch import Tensor
 
 from benchmarks import kernels_gpu_streaming as streaming
 from benchmarks.gpu_timing import ceilings, eager_milliseconds, graph_milliseconds, parallel_compilation
+from benchmarks.kernels_gpu_streaming import CHANNELS, GROUPS, HEAD_DIM, HEADS, IN_PROJ, INNER, STATE
 from kernels.causal_conv1d import causal_conv1d
 from kernels.gated_norm import gated_rms_norm
 from kernels.mixer import MixerWeights, mix
 from kernels.ssd import chunk_scan
 
-HEADS, HEAD_DIM, GROUPS, STATE, TAPS = 128, 64, 8, 128, 4
-INNER, CHANNELS = HEADS * HEAD_DIM, HEADS * HEAD_DIM + 2 * GROUPS * STATE
-IN_PROJ, HIDDEN = INNER + CHANNELS + HEADS, 4096
+TAPS, HIDDEN = 4, 4096
 EPSILON = 1e-5
 Inputs = list[Tensor]
 Op = Callable[..., Tensor]

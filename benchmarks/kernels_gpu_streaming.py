@@ -22,7 +22,8 @@ from kernels.squared_relu_fp8 import DTYPES, quantize_transpose, squared_relu_ba
 from kernels.state_update import ssd_state_update
 
 HEADS, HEAD_DIM, GROUPS, STATE = 128, 64, 8, 128
-INNER, CHANNELS, IN_PROJ = 8192, 10240, 18560
+INNER, CHANNELS = HEADS * HEAD_DIM, HEADS * HEAD_DIM + 2 * GROUPS * STATE
+IN_PROJ = INNER + CHANNELS + HEADS
 VOCAB, TOKENS = 131_072, 8192
 QUERY_HEADS, KV_HEADS, ATTENTION_HEAD_DIM, CONTEXT = 32, 8, 128, 65_536
 

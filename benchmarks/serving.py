@@ -34,6 +34,7 @@ import httpx
 import torch
 from tokenizers import Tokenizer, decoders, models
 
+from benchmarks.inference_gpu import SMALL
 from model import hub
 from model.config import ModelConfig
 from model.inference.random_weights import random_model
@@ -44,11 +45,7 @@ CONFIGS = {
         head_dim=64, mamba_num_heads=8, mamba_head_dim=64, mamba_state_dim=64, mamba_num_groups=2, chunk_size=128,
         sequence_length=512, vocab_size=8192, init_method_std=0.06,
     ),
-    "cuda": ModelConfig(
-        pattern="M-M-M-M*-M-M-M-M-M-", hidden_size=1024, ffn_hidden_size=4096, num_attention_heads=16,
-        num_query_groups=8, head_dim=64, mamba_num_heads=32, mamba_head_dim=64, mamba_state_dim=128,
-        mamba_num_groups=8, sequence_length=4096, vocab_size=32_768,
-    ),
+    "cuda": SMALL,
 }
 DTYPES: dict[str, Literal["float32", "bfloat16"]] = {"cpu": "float32", "cuda": "bfloat16"}
 SECONDS = {"cpu": 900, "cuda": 240}

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.inference_gpu import SMALL
 from model import costs
 from model.config import ModelConfig, PretrainConfig
 from model.megatron.distributed import ONE_COPY, Parallelism, device, process_groups
@@ -42,16 +43,12 @@ from model.megatron.step_graph import StepGraph
 # isort: split
 from megatron.core.distributed import finalize_model_grads
 
-PATTERN = "M-M-M-M*-M-M-M-M-M-"
 GEOMETRIES: dict[str, tuple[ModelConfig, int]] = {          # and sequences in a batch
     "8b": (ModelConfig(
-        pattern=PATTERN, hidden_size=4096, ffn_hidden_size=21_504, num_attention_heads=32, num_query_groups=8,
+        pattern=SMALL.pattern, hidden_size=4096, ffn_hidden_size=21_504, num_attention_heads=32, num_query_groups=8,
         head_dim=128, mamba_num_heads=128, mamba_head_dim=64, mamba_state_dim=128, mamba_num_groups=8,
         sequence_length=8192, vocab_size=131_072), 1),
-    "222m": (ModelConfig(
-        pattern=PATTERN, hidden_size=1024, ffn_hidden_size=4096, num_attention_heads=16, num_query_groups=8,
-        head_dim=64, mamba_num_heads=32, mamba_head_dim=64, mamba_state_dim=128, mamba_num_groups=8,
-        sequence_length=4096, vocab_size=32_768), 8),
+    "222m": (SMALL, 8),
 }
 TINY = {"hidden_size": 256, "ffn_hidden_size": 512, "num_attention_heads": 4, "num_query_groups": 2, "head_dim": 64,
         "mamba_num_heads": 16, "sequence_length": 512, "vocab_size": 1024}
