@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from string import ascii_lowercase
 
 from data_pipeline.config import DataError
 
 CUE = 8                         # digits of a copy that come again
 NEEDLES = 4
-KEY_LETTERS = "abcdefghijklmnopqrstuvwxyz"
 DIGITS = tuple("0123456789")
 RESERVED_TOKENS = 16            # for the question, and merges across the seams
 
@@ -95,11 +95,16 @@ def _check_room(enough: bool, length: int) -> None:
 
 
 def _pairs(count: int, rng: random.Random) -> list[str]:
-    """`count` lines `key = digit` with different keys of four letters and random digits."""
+    """`count` lines `key = digit` with different keys and random digits."""
+    return [f"{key} = {rng.choice(DIGITS)}\n" for key in draw_keys(count, rng)]
+
+
+def draw_keys(count: int, rng: random.Random) -> list[str]:
+    """`count` different keys of four letters."""
     keys: dict[str, None] = {}
     while len(keys) < count:
-        keys["".join(rng.choices(KEY_LETTERS, k=4))] = None
-    return [f"{key} = {rng.choice(DIGITS)}\n" for key in keys]
+        keys["".join(rng.choices(ascii_lowercase, k=4))] = None
+    return list(keys)
 
 
 def _longest(lines: list[str], tokens: int, count_tokens: CountTokens) -> list[str]:

@@ -318,11 +318,7 @@ def _recall(wanted: int, pairs: int, context_tokens: int, rng: random.Random) ->
         )
     items = []
     for number in range(wanted):
-        keys: list[str] = []
-        while len(keys) < pairs:
-            key = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=4))
-            if key not in keys:
-                keys.append(key)
+        keys = context_items.draw_keys(pairs, rng)
         values = rng.sample(range(10 ** (digits - 1), 10**digits), pairs)
         answer = rng.randrange(pairs)
         lines = [f"{key} = {value}\n" for key, value in zip(keys, values, strict=True)]
