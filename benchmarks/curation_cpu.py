@@ -46,7 +46,7 @@ from data_pipeline.annotate.reading import READ_SCHEMA, Quota, Read, ReadRows
 from data_pipeline.annotate.step import SCHEMA, GlobalStep
 from data_pipeline.config import AnnotateConfig, FilesSource, InstalledSource, MinHashConfig
 from data_pipeline.curate.heuristics import first_broken, rules_of
-from data_pipeline.sources import Document, pieces, read_piece
+from data_pipeline.sources import Document, pieces
 from data_pipeline.storage import write_table
 from data_pipeline.workers.executor import InProcess, Processes, Workers
 from data_pipeline.workers.meter import Meter
@@ -79,7 +79,7 @@ def sample(config: AnnotateConfig, seed: int, megabytes: float, files: list[str]
     quota = Quota({domain: 1e6 * megabytes * share / sum(shares.values()) for domain, share in shares.items()})
     documents = []
     for piece in pieces(source, seed, 1 << 20):
-        for document in read_piece(piece):
+        for document in piece.read():
             if not isinstance(document, Document) or not quota.wants(document.domain):
                 continue
             if quota.take(document.domain, len(document.text.encode())) is None:

@@ -19,7 +19,7 @@ import xxhash
 
 from data_pipeline.annotate.step import SCHEMA
 from data_pipeline.config import AnnotateConfig, DataError, InstalledSource, Source, domains_of
-from data_pipeline.sources import Document, PassedOver, Piece, Refusal, read_piece
+from data_pipeline.sources import Document, PassedOver, Piece, Refusal
 from data_pipeline.sources.streams import shown
 from data_pipeline.storage import write_json, write_table
 from data_pipeline.workers.executor import Workers, refuse
@@ -175,7 +175,7 @@ def read_one(reading: Reading) -> int:
     files, sure = _Files(reading.target, reading.file_bytes), Counter[str]()
     # In order: [domain, bytes, file or -1], [domain, reason, where], or what was passed over: [None, unit, what, where]
     items: list[list[Any]] = []
-    for found in read_piece(reading.piece):
+    for found in reading.piece.read():
         if isinstance(found, PassedOver):
             items.append([None, *found])
             continue

@@ -7,12 +7,12 @@ the cuts are.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from data_pipeline.config import FilesSource, HubSource, InstalledSource, Source, WebSource
 from data_pipeline.sources.piece import Document, Item, PassedOver, Piece, Refusal
 
-__all__ = ["Document", "Item", "PassedOver", "Piece", "Refusal", "digest", "pieces", "read_piece"]
+__all__ = ["Document", "Item", "PassedOver", "Piece", "Refusal", "digest", "pieces"]
 
 
 def pieces(source: Source, seed: int, shard_bytes: int) -> list[Piece]:
@@ -34,11 +34,6 @@ def pieces(source: Source, seed: int, shard_bytes: int) -> list[Piece]:
         case WebSource():
             from data_pipeline.sources.files import web_pieces
             return web_pieces(source, seed, shard_bytes)
-
-
-def read_piece(piece: Piece) -> Iterator[Item]:
-    """The documents and refusals of `piece`, one at a time, in a worker. Raises DataError; see `Piece.read`."""
-    return piece.read()
 
 
 def digest(found: Sequence[Piece]) -> str:

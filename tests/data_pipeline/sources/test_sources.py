@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.config import DataError, InstalledSource
-from data_pipeline.sources import Document, PassedOver, Refusal, digest, installed, pieces, read_piece
+from data_pipeline.sources import Document, PassedOver, Refusal, digest, installed, pieces
 from data_pipeline.sources.installed import SourceFile, closure, everything, installed_files, read_documents
 from data_pipeline.sources.licenses import UNKNOWN, is_permissive, license_of
 from data_pipeline.sources.python_source import docstring_pages, parse, without_docstrings
@@ -105,7 +105,7 @@ def test_a_package_that_does_not_list_its_files_is_passed_over(tmp_path, monkeyp
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: debians\nVersion: 1\nRequires-Dist: jinja2\n")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     first, *others = pieces(embedded(["debians"], "code"), 3, 10**9)
-    assert list(read_piece(first)) == [PassedOver("packages", "no list of files (RECORD)", "debians")]
+    assert list(first.read()) == [PassedOver("packages", "no list of files (RECORD)", "debians")]
     assert others == pieces(embedded(["jinja2"], "code"), 3, 10**9)
 
 
@@ -124,8 +124,8 @@ def test_pieces_cut_the_same_documents_anywhere():
     source = embedded(["jinja2", "tqdm"], "code", "docs")
     whole, small = pieces(source, 3, 10**9), pieces(source, 3, 20_000)
     assert len(whole) == 1 and len(small) > 20 and digest(whole) != digest(small)
-    taken = [item for piece in small[:20] for item in read_piece(piece)]
-    for item, expected in zip(taken, read_piece(pickle.loads(pickle.dumps(whole[0]))), strict=False):
+    taken = [item for piece in small[:20] for item in piece.read()]
+    for item, expected in zip(taken, pickle.loads(pickle.dumps(whole[0])).read(), strict=False):
         assert item == expected
     assert {item.domain for item in taken if isinstance(item, Document)} == {"code", "docs"}
 
@@ -133,7 +133,7 @@ def test_pieces_cut_the_same_documents_anywhere():
 def test_what_is_not_permissively_licensed_is_refused():
     """tqdm is under MPL-2.0 AND MIT."""
     found = [item for piece in pieces(embedded(["tqdm"], "code"), 3, 10**5)
-             if any(file.source == "tqdm" for file in piece.files) for item in read_piece(piece)]
+             if any(file.source == "tqdm" for file in piece.files) for item in piece.read()]
     from_tqdm = [item for item in found if isinstance(item, Refusal) and item.where.startswith("tqdm, ")]
     assert len(from_tqdm) > 20 and {(item.domain, item.reason) for item in from_tqdm} == {("code", "license")}
     documents = [item for item in found if isinstance(item, Document)]
@@ -144,7 +144,7 @@ def test_what_is_not_permissively_licensed_is_refused():
 def test_headers_of_wheels_are_a_domain_of_their_own():
     (package,) = pieces(embedded(["numpy"], "headers"), 3, 10**9)
     assert all(file.source == "numpy" for file in package.files)
-    headers = list(read_piece(package))
+    headers = list(package.read())
     assert all(document.domain == "headers" for document in headers)
     assert any("#define" in document.text and document.path.endswith("ndarraytypes.h") for document in headers)
 

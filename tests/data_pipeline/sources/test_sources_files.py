@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline.config import DataError, FilesSource
-from data_pipeline.sources import Document, Refusal, digest, pieces, read_piece, readers, streams
+from data_pipeline.sources import Document, Refusal, digest, pieces, readers, streams
 from data_pipeline.sources.readers import split_lines
 from data_pipeline.sources.streams import Gap
 
@@ -23,7 +23,7 @@ def source(*paths, **fields) -> FilesSource:
 
 def read(*paths, shard_bytes=WHOLE, seed=1, **fields) -> list[Document | Refusal]:
     found = pickle.loads(pickle.dumps(pieces(source(*paths, **fields), seed, shard_bytes)))
-    return [item for piece in found for item in read_piece(piece)]
+    return [item for piece in found for item in piece.read()]
 
 
 def texts(items) -> list[str]:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline.config import FilesSource
-from data_pipeline.sources import Document, pieces, read_piece
+from data_pipeline.sources import Document, pieces
 from data_pipeline.sources.streams import shown
 from tests.data_pipeline.sources.test_sources_kinds import PACKERS, csv_of, tar, zipped
 from tests.data_pipeline.sources.test_sources_web import PARAGRAPH, response, warc
@@ -180,7 +180,7 @@ def test_nothing_is_lost_in_silence(tmp_path, seed):
     found = pickle.loads(pickle.dumps(pieces(source, seed, maker.random.choice([100, 10_000, 10**7]))))
     read: Counter[str] = Counter()
     others: Counter[str] = Counter()
-    for item in (item for piece in found for item in read_piece(piece)):
+    for item in (item for piece in found for item in piece.read()):
         assert json.dumps(item, ensure_ascii=False).encode()
         (read if isinstance(item, Document) else others)[place_of(item, written, sites)] += 1
     for file, documents in written.items():

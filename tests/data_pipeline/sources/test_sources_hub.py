@@ -13,7 +13,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from data_pipeline.config import DataError, HubSource
-from data_pipeline.sources import Document, Refusal, hub, pieces, read_piece
+from data_pipeline.sources import Document, Refusal, hub, pieces
 
 REVISION = "0123456789012345678901234567890123456789"
 
@@ -24,7 +24,7 @@ def source(dataset, **fields) -> HubSource:
 
 def read(dataset, seed=1, **fields) -> list[Document | Refusal]:
     found = pickle.loads(pickle.dumps(pieces(source(dataset, **fields), seed, 10**6)))
-    return [item for piece in found for item in read_piece(piece)]
+    return [item for piece in found for item in piece.read()]
 
 
 @pytest.fixture(autouse=True)
@@ -143,7 +143,7 @@ def test_failures_on_the_way(parquet, monkeypatch, error, expected):
     found = pieces(source(parquet), 1, 10**6)
     monkeypatch.setattr(datasets.IterableDataset, "iter", fail)
     with pytest.raises(DataError, match=expected):
-        list(read_piece(found[0]))
+        list(found[0].read())
 
 
 def test_a_broken_file_is_named(parquet):

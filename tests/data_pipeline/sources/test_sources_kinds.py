@@ -18,7 +18,7 @@ import pytest
 from local_server import serving
 
 from data_pipeline.config import DataError, FilesSource, WebSource
-from data_pipeline.sources import Document, PassedOver, Refusal, locations, pieces, read_piece, readers, streams
+from data_pipeline.sources import Document, PassedOver, Refusal, locations, pieces, readers, streams
 from tests.data_pipeline.sources.test_sources_web import RECORDS as PAGES
 from tests.data_pipeline.sources.test_sources_web import html, warc
 
@@ -62,7 +62,7 @@ def zipped(**members: bytes) -> bytes:
 def read(*paths, kind=FilesSource, shard_bytes=10**9, **fields) -> list:
     source = kind(kind="web" if kind is WebSource else "files", paths=[os.fspath(path) for path in paths],
                   domain="own", **fields)
-    return [item for piece in pieces(source, 1, shard_bytes) for item in read_piece(piece)]
+    return [item for piece in pieces(source, 1, shard_bytes) for item in piece.read()]
 
 
 def texts(items) -> list[str]:

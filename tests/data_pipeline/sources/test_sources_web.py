@@ -16,7 +16,7 @@ from fastwarc.warc import ArchiveIterator, WarcRecord, WarcRecordType
 from justext import get_stoplist
 
 from data_pipeline.config import WebSource
-from data_pipeline.sources import Document, PassedOver, Refusal, pieces, read_piece, web
+from data_pipeline.sources import Document, PassedOver, Refusal, pieces, web
 from data_pipeline.sources.streams import Gap
 from data_pipeline.sources.web import main_text
 
@@ -51,7 +51,7 @@ def response(number: int, body: bytes | None = None, status="200 OK", headers="C
 
 def read(path, extractor="justext") -> list[Document | Refusal]:
     source = WebSource(kind="web", paths=[str(path)], extractor=extractor)
-    return [item for piece in pickle.loads(pickle.dumps(pieces(source, 1, 10**6))) for item in read_piece(piece)]
+    return [item for piece in pickle.loads(pickle.dumps(pieces(source, 1, 10**6))) for item in piece.read()]
 
 
 def numbers(items) -> list[int]:
