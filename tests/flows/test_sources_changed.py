@@ -43,20 +43,24 @@ def runs_after_repro() -> tuple[int, ...]:
     return tuple(len(Path(f"{name}.log").read_text().split()) for name in ("annotate", "tokenize"))
 
 
-def test_stages_run_again_when_a_file_of_theirs_changed_and_only_then(corpus: Path) -> None:
+def test_stages_run_again_when_a_file_of_theirs_changed_and_only_then(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert runs_after_repro() == (1, 1)
     Path("texts/b.txt").write_text("more text")
     assert runs_after_repro() == (2, 1)
     Path("theirs/tokenizer.json").write_text('{"model": null}')
     assert runs_after_repro() == (2, 2)
     Path("bench.txt").write_text("another question")
-    nodes = dvc_graph.graph()
-    assert set(nodes) == {"annotate", "tokenize"}
-    dvc_graph.look()
-    assert dvc_graph.stale(nodes) == {"annotate"}
-    assert runs_after_repro() == (3, 2)
-    dvc_graph.look()
-    assert dvc_graph.stale(nodes) == set()
+    with monkeypatch.context() as patch:
+        patch.setattr(dvc_graph, "dvc", forked.dvc)
+        nodes = dvc_graph.graph()
+        assert set(nodes) == {"annotate", "tokenize"}
+        dvc_graph.look()
+        assert dvc_graph.stale(nodes) == {"annotate"}
+        assert runs_after_repro() == (3, 2)
+        dvc_graph.look()
+        assert dvc_graph.stale(nodes) == set()
 
     Path("bench.txt").unlink()
     with pytest.raises(GraphError, match=r"bench\.txt: not found") as error:

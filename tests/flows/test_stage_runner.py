@@ -16,6 +16,7 @@ import pytest
 
 from flows import dvc_graph
 from flows.dvc_graph import GpuTaken, GraphError, Node, ProgressLine, StageFailed, StageRunner
+from tests import forked
 from tests.namespaces import on_full
 
 
@@ -96,7 +97,10 @@ def test_a_target_brings_what_it_needs_and_a_group_its_members(nodes: dict[str, 
         dvc_graph.select(nodes, ["secnd@left"])
 
 
-def test_stages_run_side_by_side_and_exclusive_ones_alone(repository: Path, nodes: dict[str, Node]) -> None:
+def test_stages_run_side_by_side_and_exclusive_ones_alone(
+    repository: Path, nodes: dict[str, Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dvc_graph, "dvc", forked.dvc)
     assert dvc_graph.stale(nodes) == set(nodes)
     assert set(run_all(nodes, StageRunner(2, 5)).values()) == {"ran"}
     times = history(repository)

@@ -56,6 +56,7 @@ def repository(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     subprocess.run(["cp", "-a", f"{finished}/.", tmp_path], check=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(dvc_graph, "SECONDS_TO_GATHER", 0)          # one stage after the other
+    monkeypatch.setattr(dvc_graph, "dvc", forked.dvc)
     outputs._cache.cache_clear()
     return tmp_path
 
