@@ -29,7 +29,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.launch import cdiv, grid, program
 from kernels.operation import operation
-from kernels.ssd import KERNEL_SIZES, LARGEST_STATE
+from kernels.ssd import KERNEL_SIZES, LARGEST_STATE, hopper
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -508,6 +508,11 @@ def _launched(tiles: ScanTiles, n: int, p: int) -> dict[str, int]:
     return {"num_warps": 8, "num_stages": 1}
 
 
+def _is_specialised(x: Tensor, n: int, p: int) -> bool:
+    """Whether kernels whose warps have an occupation each run here."""
+    return _tile(n) * _tile(p) <= TUNED_STATE and hopper.is_hopper(x.device)
+
+
 def run_forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, initial: Tensor | None,
     documents: Tensor | None, y: Tensor,
@@ -530,6 +535,12 @@ def run_forward(
         N=n, P=p, **_tiles(n, p), ROWS=rows, **_launched(STATE_WALK, rows, p),
     )
     programs, is_reversed = grid(b, g, chunks)
+    if _is_specialised(x, n, p):
+        hopper.outputs(
+            programs, x, B, C, D, step, decay, documents, states, y, _tile(n), _tile(p), HAS_DOCUMENTS=has_documents,
+            REVERSED=is_reversed,
+        )
+        return final, step, decay, states
     _outputs_kernel[programs](
         _tokens(x, CHUNK), _tokens(B, CHUNK), _tokens(C, CHUNK), D, step, decay, documents, _states(states),
         _tokens(y, CHUNK), t, h, g, chunks, chunks * CHUNK, HAS_DOCUMENTS=has_documents, REVERSED=is_reversed,
@@ -571,9 +582,15 @@ def run_backward(
         *halves, step, decay, documents, dscores, dx_half, dx, sums, *_strides(dx), t, h, g, chunks, padded,
         step.numel(), REVERSED=is_reversed, P=p, **rest, **_launched(ACROSS_GRADIENTS, n, p),
     )
-    some = SHARED_GRADIENTS.size
-    programs, is_reversed = grid(b, g, chunks * (CHUNK // some))
     for values, others, given, gradient in ((x, C, dstates, dB), (dy, B, states, dC)):
+        if _is_specialised(x, n, p):
+            hopper.shared_gradients(
+                programs, values, C, others, given, step, decay, documents, dscores, gradient, from_start, _tile(n),
+                _tile(p), OF_C=gradient is dC, HAS_DOCUMENTS=has_documents, REVERSED=is_reversed,
+            )
+            continue
+        some = SHARED_GRADIENTS.size
+        programs, is_reversed = grid(b, g, chunks * (CHUNK // some))
         _shared_gradients_kernel[programs](
             _tokens(values, some), _tokens(C, some), _tokens(others, CHUNK), _states(given), step, decay, documents,
             dscores, _tokens(gradient, some), from_start, t, h, g, chunks, padded, OF_C=gradient is dC,

@@ -1,0 +1,333 @@
+"""Parts of the scan on Hopper by warps with an occupation each (Triton's Gluon): one warp only loads, by TMA, and two
+warp groups compute, a half of a chunk's rows each. What is loaded and what is computed then wait for each other alone,
+and the loader needs no registers. Other GPUs run the kernels of the same names in `kernels.ssd.triton`, to which these
+are equal to the bit.
+
+Loads and products meet at barriers in shared memory: a tile's `full` counts the bytes that have come, its `empty` the
+warp groups that are done with it. Their phases alternate: what uses a tile for the n-th time waits for phase n % 2.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+CHUNK = 128
+SHARED_BYTES = 225 * 1024       # for tiles, of 227 KiB
+_ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether these kernels run there."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _tokens(tensor: Tensor, rows: int, size: int) -> TensorDescriptor:
+    """For tiles (rows, size) of a head or group of (b, t, heads, elements), zeros beyond its sizes."""
+    return _matrices(tensor, [1, rows, 1, size])
+
+
+def _matrices(tensor: Tensor, block: list[int]) -> TensorDescriptor:
+    layout = gl.NVMMASharedLayout.get_default_for(block, _ELEMENTS[tensor.dtype])
+    return TensorDescriptor(tensor, tensor.shape, tensor.stride(), block, layout)
+
+
+def _rows(tensor: Tensor) -> TensorDescriptor:
+    """For a chunk of (b, heads, tokens) float32."""
+    rows = tensor.flatten(0, 1)
+    return TensorDescriptor(rows, rows.shape, rows.stride(), [1, CHUNK], gl.NVMMASharedLayout(0, 32, 2))
+
+
+def outputs(
+    programs: tuple[int, int, int], x: Tensor, B: Tensor, C: Tensor, D: Tensor, step: Tensor, decay: Tensor,
+    documents: Tensor, states: Tensor, y: Tensor, n: int, p: int, **options: Any,
+) -> None:
+    """Write y from the states before each chunk, whose tiles are (n, p)."""
+    fixed = 2 * CHUNK * (2 * n + p)
+    outputs_kernel[programs](
+        _tokens(x, CHUNK, p), _tokens(B, CHUNK, n), _tokens(C, CHUNK, n), D, _rows(step), _rows(decay), documents,
+        _matrices(states.flatten(0, 2), [1, n, p]), _tokens(y, CHUNK // 2, p), *x.shape[1:3], states.shape[1],
+        R=x.shape[2] // B.shape[2], Q=CHUNK, N=n, P=p, STAGES=_stages(fixed, 2 * p * (CHUNK + n)), num_warps=4,
+        **options,
+    )
+
+
+def shared_gradients(
+    programs: tuple[int, int, int], values: Tensor, own: Tensor, others: Tensor, states: Tensor, step: Tensor,
+    decay: Tensor, documents: Tensor, dscores: Tensor, gradient: Tensor, from_start: Tensor, n: int, p: int,
+    **options: Any,
+) -> None:
+    """Write dB or dC from states, whose tiles are (n, p)."""
+    fixed = 2 * CHUNK * (2 * n + CHUNK)
+    shared_gradients_kernel[programs](
+        _tokens(values, CHUNK, p), _tokens(own, CHUNK // 2, n), _tokens(others, CHUNK, n),
+        _matrices(states.flatten(0, 2), [1, n, p]), _rows(step), _rows(decay), documents,
+        _matrices(dscores.flatten(0, 2), [1, CHUNK, CHUNK]), _tokens(gradient, CHUNK // 2, n), from_start,
+        *values.shape[1:3], *dscores.shape[1:3][::-1], from_start.shape[2], R=values.shape[2] // own.shape[2], Q=CHUNK,
+        N=n, P=p, STAGES=_stages(fixed, 2 * p * (CHUNK + n)), num_warps=4, **options,
+    )
+
+
+def _stages(fixed: int, tiles: int) -> int:
+    """Heads whose tiles fit into shared memory beside the fixed bytes; with each a row of steps and one of decays."""
+    return min(4, (SHARED_BYTES - fixed) // (tiles + 8 * CHUNK))
+
+
+@gluon.jit
+def _program(REVERSED: gl.constexpr):
+    """`kernels.launch.program`."""
+    if REVERSED:
+        b, at = gl.program_id(2), gl.program_id(0)
+    else:
+        b, at = gl.program_id(0), gl.program_id(2)
+    return b, gl.program_id(1), at
+
+
+@gluon.jit
+def _document(documents, b, t, length):
+    """`kernels.ssd.triton._document`."""
+    return gl.load(documents + b.to(gl.int64) * length + gl.minimum(gl.maximum(t, 0), length - 1))
+
+
+@gluon.jit
+def _row(tile, COLUMNS: gl.constexpr):
+    return tile._reinterpret(tile.dtype, [COLUMNS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon.jit
+def _barriers(STAGES: gl.constexpr):
+    """Of two sets of tiles that are loaded once, and of the stages."""
+    ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for once in gl.static_range(2):
+        mbarrier.init(ready.index(once), 1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), 1)
+        mbarrier.init(empty.index(stage), 2)
+    fence_async_shared()
+    return ready, full, empty
+
+
+@gluon.jit
+def _tiles(descriptor, COUNT: gl.constexpr):
+    return gl.allocate_shared_memory(descriptor.dtype, [COUNT] + descriptor.block_shape, descriptor.layout)
+
+
+@gluon.jit
+def _load_heads(
+    values, states, step, decay, tiles, full, empty, b, g, c, heads, chunks,
+    R: gl.constexpr, Q: gl.constexpr, STAGES: gl.constexpr,
+):
+    """A chunk of each head of a group in turn."""
+    value_tiles, state_tiles, step_tiles, decay_tiles = tiles
+    for r in range(R):
+        h, stage = g * R + r, r % STAGES
+        mbarrier.wait(empty.index(stage), (r // STAGES + 1) % 2)
+        is_full = full.index(stage)
+        mbarrier.expect(is_full, values.block_type.nbytes + states.block_type.nbytes + 8 * Q)
+        tma.async_copy_global_to_shared(decay, [b * heads + h, c * Q], is_full, decay_tiles.index(stage))
+        tma.async_copy_global_to_shared(step, [b * heads + h, c * Q], is_full, step_tiles.index(stage))
+        state = [(b * chunks + c) * heads + h, 0, 0]
+        tma.async_copy_global_to_shared(states, state, is_full, state_tiles.index(stage))
+        tma.async_copy_global_to_shared(values, [b, c * Q, h, 0], is_full, value_tiles.index(stage))
+
+
+@gluon.jit
+def _load_for_outputs(
+    x, states, step, decay, B, C, tiles, B_tile, C_tile, barriers, b, g, c, heads, chunks,
+    R: gl.constexpr, Q: gl.constexpr, STAGES: gl.constexpr,
+):
+    ready, full, empty = barriers
+    mbarrier.expect(ready.index(0), B.block_type.nbytes + C.block_type.nbytes)
+    tma.async_copy_global_to_shared(C, [b, c * Q, g, 0], ready.index(0), C_tile)
+    tma.async_copy_global_to_shared(B, [b, c * Q, g, 0], ready.index(0), B_tile)
+    _load_heads(x, states, step, decay, tiles, full, empty, b, g, c, heads, chunks, R, Q, STAGES)
+
+
+@gluon.jit
+def _compute_outputs(
+    HALF: gl.constexpr, tiles, B_tile, C_tile, y_tile, barriers, y, D, documents, b, g, c, length,
+    HAS_DOCUMENTS: gl.constexpr,
+    R: gl.constexpr, Q: gl.constexpr, N: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr,
+):
+    """The first or the second half of a chunk, of which the first one sees itself alone."""
+    x_tiles, state_tiles, step_tiles, decay_tiles = tiles
+    ready, full, empty = barriers
+    ROWS: gl.constexpr = Q // 2
+    SEEN: gl.constexpr = ROWS * (HALF + 1)
+    pairs: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SEEN, 16])
+    outputs: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, P, 16])
+    of_i: gl.constexpr = gl.SliceLayout(1, pairs)
+    of_j: gl.constexpr = gl.SliceLayout(0, pairs)
+    i, j = c * Q + HALF * ROWS + gl.arange(0, ROWS, of_i), c * Q + gl.arange(0, SEEN, of_j)
+    seen = i[:, None] >= j[None, :]
+    goes_on = i >= 0
+    if HAS_DOCUMENTS:
+        own = _document(documents, b, i, length)
+        seen = seen & (own[:, None] == _document(documents, b, j, length)[None, :])
+        goes_on = own == _document(documents, b, c * Q - 1, length)
+    Cs, Bs = C_tile.reshape([Q, N]).slice(HALF * ROWS, ROWS), B_tile.reshape([Q, N]).slice(0, SEEN)
+    mbarrier.wait(ready.index(0), 0)
+    scores = warpgroup_mma(Cs, Bs.permute([1, 0]), gl.zeros([ROWS, SEEN], gl.float32, pairs), use_acc=False)
+    scores = gl.where(seen, scores, 0.0)
+    for r in range(R):
+        h, stage = g * R + r, r % STAGES
+        skip = gl.load(D + h)
+        mbarrier.wait(full.index(stage), r // STAGES % 2)
+        xs, before = x_tiles.index(stage).reshape([Q, P]), state_tiles.index(stage).reshape([N, P])
+        ys = warpgroup_mma(Cs, before, gl.zeros([ROWS, P], gl.float32, outputs), use_acc=False, is_async=True)
+        decays, steps = _row(decay_tiles.index(stage), Q), _row(step_tiles.index(stage), Q).slice(0, SEEN).load(of_j)
+        i_decays, j_decays = decays.slice(HALF * ROWS, ROWS).load(of_i), decays.slice(0, SEEN).load(of_j)
+        mask = scores * gl.exp2(gl.minimum(i_decays[:, None] - j_decays[None, :], 0.0)) * steps[None, :]
+        mask = gl.convert_layout(mask.to(y.dtype), gl.DotOperandLayout(0, outputs, 2))
+        from_start = gl.where(goes_on, gl.exp2(i_decays), 0.0)
+        own_xs = xs.slice(HALF * ROWS, ROWS).load(outputs)
+        ys = warpgroup_mma_wait(0, [ys]) * gl.convert_layout(from_start, gl.SliceLayout(1, outputs))[:, None]
+        ys = warpgroup_mma(mask, xs.slice(0, SEEN), ys) + skip * own_xs
+        mbarrier.arrive(empty.index(stage))
+        tma.store_wait(0)
+        y_tile.reshape([ROWS, P]).store(ys.to(y.dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(y, [b, c * Q + HALF * ROWS, h, 0], y_tile)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def outputs_kernel(
+    x, B, C, D, step, decay, documents, states, y, length, heads, chunks,
+    HAS_DOCUMENTS: gl.constexpr, REVERSED: gl.constexpr,
+    R: gl.constexpr, Q: gl.constexpr, N: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr,
+):
+    """y = (C B^T * decay) (step x) + decay from the start * C state + D x, a chunk and a group."""
+    b, g, c = _program(REVERSED)
+    tiles = (_tiles(x, STAGES), _tiles(states, STAGES), _tiles(step, STAGES), _tiles(decay, STAGES))
+    B_tile, C_tile, y_tiles = _tiles(B, 1).index(0), _tiles(C, 1).index(0), _tiles(y, 2)
+    barriers = _barriers(STAGES)
+    gl.warp_specialize(
+        [
+            (_compute_outputs, (gl.constexpr(0), tiles, B_tile, C_tile, y_tiles.index(0), barriers, y, D, documents,
+                                b, g, c, length, HAS_DOCUMENTS, R, Q, N, P, STAGES)),
+            (_compute_outputs, (gl.constexpr(1), tiles, B_tile, C_tile, y_tiles.index(1), barriers, y, D, documents,
+                                b, g, c, length, HAS_DOCUMENTS, R, Q, N, P, STAGES)),
+            (_load_for_outputs, (x, states, step, decay, B, C, tiles, B_tile, C_tile, barriers, b, g, c, heads, chunks,
+                                 R, Q, STAGES)),
+        ],
+        [4, 1], [240, 24],
+    )
+
+
+@gluon.jit
+def _load_for_shared(
+    values, states, step, decay, own, others, dscores, tiles, own_tiles, others_tile, pairs_tile, barriers,
+    b, g, c, heads, groups, chunks,
+    OF_C: gl.constexpr, R: gl.constexpr, Q: gl.constexpr, STAGES: gl.constexpr,
+):
+    ready, full, empty = barriers
+    if OF_C:
+        mbarrier.expect(ready.index(0), 2 * own.block_type.nbytes)
+        for half in gl.static_range(2):
+            tma.async_copy_global_to_shared(
+                own, [b, c * Q + half * (Q // 2), g, 0], ready.index(0), own_tiles.index(half)
+            )
+    _load_heads(values, states, step, decay, tiles, full, empty, b, g, c, heads, chunks, R, Q, STAGES)
+    mbarrier.expect(ready.index(1), others.block_type.nbytes + dscores.block_type.nbytes)
+    tma.async_copy_global_to_shared(others, [b, c * Q, g, 0], ready.index(1), others_tile)
+    tma.async_copy_global_to_shared(dscores, [(b * chunks + c) * groups + g, 0, 0], ready.index(1), pairs_tile)
+
+
+@gluon.jit
+def _compute_shared(
+    HALF: gl.constexpr, tiles, own_tile, others_tile, pairs_tile, barriers, gradient, from_start, documents,
+    b, g, c, length, heads, padded, OF_C: gl.constexpr, HAS_DOCUMENTS: gl.constexpr,
+    R: gl.constexpr, Q: gl.constexpr, N: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr,
+):
+    """The first or the second half of a chunk."""
+    value_tiles, state_tiles, step_tiles, decay_tiles = tiles
+    ready, full, empty = barriers
+    ROWS: gl.constexpr = Q // 2
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    factors: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
+    of_row: gl.constexpr = gl.SliceLayout(1, layout)
+    t = c * Q + HALF * ROWS + gl.arange(0, ROWS, of_row)
+    passes = t >= 0
+    if HAS_DOCUMENTS:
+        state_at = c * Q - 1 if OF_C else c * Q + Q - 1
+        passes = _document(documents, b, t, length) == _document(documents, b, state_at, length)
+    sums = gl.zeros([ROWS, N], gl.float32, layout)
+    if OF_C:
+        mbarrier.wait(ready.index(0), 0)
+    for r in range(R):
+        h, stage = g * R + r, r % STAGES
+        mbarrier.wait(full.index(stage), r // STAGES % 2)
+        rows = value_tiles.index(stage).reshape([Q, P]).slice(HALF * ROWS, ROWS)
+        state = state_tiles.index(stage).reshape([N, P]).permute([1, 0])
+        decay, step = _row(decay_tiles.index(stage), Q), _row(step_tiles.index(stage), Q)
+        decays = decay.slice(HALF * ROWS, ROWS).load(of_row)
+        if OF_C:
+            dstart = warpgroup_mma(rows, state, gl.zeros([ROWS, N], gl.float32, layout), use_acc=False)
+            mbarrier.arrive(empty.index(stage))
+            dstart *= gl.where(passes, gl.exp2(decays), 0.0)[:, None]
+            row = (b * heads + h).to(gl.int64) * padded
+            gl.store(from_start + row + t, gl.sum(dstart * own_tile.reshape([ROWS, N]).load(layout), 1))
+            sums += dstart
+        else:
+            weight = gl.exp2(decay.slice(Q - 1, 1).load(of_row) - decays) * step.slice(HALF * ROWS, ROWS).load(of_row)
+            weight = gl.convert_layout(gl.where(passes, weight, 0.0), gl.SliceLayout(1, factors))
+            sums = warpgroup_mma((rows.load(factors) * weight[:, None]).to(rows.dtype), state, sums)
+            mbarrier.arrive(empty.index(stage))
+    mbarrier.wait(ready.index(1), 0)
+    # Pairs are there where an output, their column, is not before an input, their row: half 1 of dC and half 0 of dB
+    # have pairs with both halves.
+    FIRST: gl.constexpr = 0 if OF_C else HALF * ROWS
+    COUNT: gl.constexpr = ROWS * (HALF + 1) if OF_C else Q - HALF * ROWS
+    pairs = pairs_tile.reshape([Q, Q])
+    if OF_C:
+        pairs = pairs.permute([1, 0])
+    pairs = pairs.slice(HALF * ROWS, ROWS).slice(FIRST, COUNT, 1)
+    sums = warpgroup_mma(pairs, others_tile.reshape([Q, N]).slice(FIRST, COUNT), sums)
+    own_tile.reshape([ROWS, N]).store(sums.to(gradient.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(gradient, [b, c * Q + HALF * ROWS, g, 0], own_tile)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def shared_gradients_kernel(
+    values, own, others, states, step, decay, documents, dscores, gradient, from_start, length, heads, groups, chunks,
+    padded, OF_C: gl.constexpr, HAS_DOCUMENTS: gl.constexpr, REVERSED: gl.constexpr,
+    R: gl.constexpr, Q: gl.constexpr, N: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr,
+):
+    """dB from x, C and the gradients of the states after chunks, or dC and `from_start` from dy, B and the states
+    before: a chunk and a group."""
+    b, g, c = _program(REVERSED)
+    tiles = (_tiles(values, STAGES), _tiles(states, STAGES), _tiles(step, STAGES), _tiles(decay, STAGES))
+    own_tiles, others_tile, pairs_tile = _tiles(gradient, 2), _tiles(others, 1).index(0), _tiles(dscores, 1).index(0)
+    barriers = _barriers(STAGES)
+    gl.warp_specialize(
+        [
+            (_compute_shared, (gl.constexpr(0), tiles, own_tiles.index(0), others_tile, pairs_tile, barriers, gradient,
+                               from_start, documents, b, g, c, length, heads, padded, OF_C, HAS_DOCUMENTS,
+                               R, Q, N, P, STAGES)),
+            (_compute_shared, (gl.constexpr(1), tiles, own_tiles.index(1), others_tile, pairs_tile, barriers, gradient,
+                               from_start, documents, b, g, c, length, heads, padded, OF_C, HAS_DOCUMENTS,
+                               R, Q, N, P, STAGES)),
+            (_load_for_shared, (values, states, step, decay, own, others, dscores, tiles, own_tiles, others_tile,
+                                pairs_tile, barriers, b, g, c, heads, groups, chunks, OF_C, R, Q, STAGES)),
+        ],
+        [4, 1], [240, 24],
+    )
