@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-CHUNK = 128
+CHUNK = 128                     # the only one they take: the rows of a warp group's product are 64
 SHARED_BYTES = 225 * 1024       # for tiles, of 227 KiB
 _ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 

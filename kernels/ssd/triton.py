@@ -5,7 +5,8 @@ a chunk; it writes the state before each chunk in the inputs' type. A second one
 formed once for all heads of the group, and needs no order. The backward is the same, mirrored: a walk from the end for
 the gradient of the states, then everything else a chunk and a group at a time, so that the gradients of B and C are
 summed over the group's heads in registers and no atomics are needed. What needs no order reads its tiles by TMA: no
-registers hold them or their addresses on the way, which saves 4 to 13 % of the time. The walks are slower by it.
+registers hold them or their addresses on the way, which saves 4 to 13 % of the time. The walks are slower by it. On
+Hopper outputs, dB and dC are `kernels.ssd.hopper`'s.
 
 A gradient of a decay sums what the decay lets pass. Its largest part, a whole chunk's, is taken in the walk from the
 end, where the states' gradient is still float32: rounding both factors would lose what mamba_ssm keeps.
@@ -509,8 +510,8 @@ def _launched(tiles: ScanTiles, n: int, p: int) -> dict[str, int]:
 
 
 def _is_specialised(x: Tensor, n: int, p: int) -> bool:
-    """Whether kernels whose warps have an occupation each run here."""
-    return _tile(n) * _tile(p) <= TUNED_STATE and hopper.is_hopper(x.device)
+    """Whether the kernels of `kernels.ssd.hopper` take these inputs."""
+    return CHUNK == hopper.CHUNK and _tile(n) * _tile(p) <= TUNED_STATE and hopper.is_hopper(x.device)
 
 
 def run_forward(

@@ -8,6 +8,7 @@ from triton_device import DEVICE, PRECISIONS
 from test_ssd import NAMES, gradients, inputs, recurrence
 
 from kernels import launch
+from kernels.ssd import hopper
 from kernels.ssd import triton as ssd_triton
 from tests.closeness import relative_error
 
@@ -49,6 +50,32 @@ def test_values_and_gradients_equal_the_recurrence(small_tiles, monkeypatch, dty
 @pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
 def test_tiles_as_tuned_at_8b_width(dtype, tolerance):
     compare(inputs(1, 300, 32, 64, 2, 128, dtype), tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not hopper.is_hopper(torch.device(DEVICE)), reason="needs a Hopper GPU")
+@pytest.mark.parametrize("dtype, _", PRECISIONS)
+@pytest.mark.parametrize("length, heads, head_dim, groups, state_dim, own", [
+    (300, 4, 64, 2, 128, 77), (130, 4, 32, 1, 64, None), (257, 2, 128, 2, 64, 77), (1, 1, 16, 1, 16, None),
+    (700, 6, 64, 1, 128, 40), (513, 8, 64, 8, 128, None), (1024, 16, 128, 1, 16, 500),
+])
+def test_hoppers_kernels_equal_the_others_to_the_bit(
+    monkeypatch, dtype, _, length, heads, head_dim, groups, state_dim, own
+):
+    """`own` tokens a document."""
+    values = {name: value.to(DEVICE)
+              for name, value in inputs(2, length, heads, head_dim, groups, state_dim, dtype).items()}
+    x, dt, A, B, C, D, bias = (values[name] for name in NAMES[:7])
+    documents = None if own is None else (torch.arange(length, device=DEVICE) // own).int().expand(2, -1).contiguous()
+
+    def run() -> list[torch.Tensor]:
+        y, final, step, decay, states = ssd_triton.scan(x, dt, A, B, C, D, bias, None, documents)
+        return [y, final, *ssd_triton.scan_backward(x, final, x, dt, A, B, C, D, step, decay, states, documents)]
+
+    assert ssd_triton._is_specialised(x, state_dim, head_dim)
+    specialised = run()
+    monkeypatch.setattr(ssd_triton, "_is_specialised", lambda *_: False)
+    assert all(map(torch.equal, specialised, run()))
 
 
 @pytest.mark.parametrize("dtype, _", PRECISIONS)
