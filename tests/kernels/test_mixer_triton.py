@@ -62,7 +62,9 @@ def test_values_and_gradients_equal_the_parts(dtype, tolerance, time_first, leng
     mine = torch.autograd.grad(y, ours, dy.to(DEVICE))
     true = torch.autograd.grad(expected, exact, dy.double())
     for name, a, b in zip(("projected", *MixerWeights._fields), mine, true, strict=True):
-        assert relative_error(a.cpu(), b) < 2 * tolerance, name
+        # dt_bias' gradient is the sum of dt's, whose errors it keeps where they themselves cancel.
+        terms = true[0][..., -HEADS:] if name == "dt_bias" else b
+        assert relative_error(a.cpu(), b) < 2 * tolerance * max(1.0, (terms.norm() / b.norm()).item()), name
 
 
 def test_the_operator_is_well_registered():
