@@ -52,6 +52,23 @@ def _rows(tensor: Tensor) -> TensorDescriptor:
     return TensorDescriptor(rows, rows.shape, rows.stride(), [1, CHUNK], gl.NVMMASharedLayout(0, 32, 2))
 
 
+def walk(
+    values: Tensor, shared: Tensor, step: Tensor, decay: Tensor, documents: Tensor, given: Tensor, first: Tensor,
+    written: Tensor, last: Tensor, through: Tensor, n: int, p: int, *, backwards: bool, **options: Any,
+) -> None:
+    """Write a walk's states (tiles (n, p), halves of n rows multiples of 64) and its last one: from the start those
+    before each chunk, from x and B; backwards their gradients after each chunk, from dy and C, and with the states
+    given `through`."""
+    b, t, h = values.shape[:3]
+    tiles = 2 * CHUNK * (n + p) + 2 * n * p * backwards
+    walk_kernel[b, h](
+        _tokens(values, CHUNK, p), _tokens(shared, CHUNK, n), _rows(step), _rows(decay), documents,
+        _matrices(given.flatten(0, 2), [1, n, p]), first, _matrices(written.flatten(0, 2), [1, n // 2, p]), last,
+        through, t, h, h // shared.shape[2], written.shape[1], values.shape[3], BACKWARDS=backwards, Q=CHUNK, N=n, P=p,
+        STAGES=min(4, (SHARED_BYTES - 2 * n * p) // (tiles + 8 * CHUNK)), num_warps=4, **options,
+    )
+
+
 def outputs(
     programs: tuple[int, int, int], x: Tensor, B: Tensor, C: Tensor, D: Tensor, step: Tensor, decay: Tensor,
     documents: Tensor, states: Tensor, y: Tensor, n: int, p: int, **options: Any,
@@ -109,12 +126,12 @@ def _row(tile, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def _barriers(STAGES: gl.constexpr):
-    """Of two sets of tiles that are loaded once, and of the stages."""
-    ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+def _barriers(STAGES: gl.constexpr, ONCE: gl.constexpr = 2):
+    """Of sets of tiles that are loaded once, and of the stages."""
+    ready = gl.allocate_shared_memory(gl.int64, [ONCE, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for once in gl.static_range(2):
+    for once in gl.static_range(ONCE):
         mbarrier.init(ready.index(once), 1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), 1)
@@ -330,4 +347,137 @@ def shared_gradients_kernel(
                                 pairs_tile, barriers, b, g, c, heads, groups, chunks, OF_C, R, Q, STAGES)),
         ],
         [4, 1], [240, 24],
+    )
+
+
+@gluon.jit
+def _load_for_walk(
+    values, shared, step, decay, given, tiles, barriers, b, h, heads, ratio, chunks,
+    BACKWARDS: gl.constexpr, Q: gl.constexpr, STAGES: gl.constexpr,
+):
+    value_tiles, shared_tiles, step_tiles, decay_tiles, given_tiles = tiles
+    full, _, empty = barriers
+    for k in range(chunks):
+        c, stage = chunks - 1 - k if BACKWARDS else k, k % STAGES
+        mbarrier.wait(empty.index(stage), (k // STAGES + 1) % 2)
+        is_full = full.index(stage)
+        if BACKWARDS:
+            mbarrier.expect(
+                is_full, values.block_type.nbytes + shared.block_type.nbytes + given.block_type.nbytes + 8 * Q
+            )
+        else:
+            mbarrier.expect(is_full, values.block_type.nbytes + shared.block_type.nbytes + 8 * Q)
+        tma.async_copy_global_to_shared(decay, [b * heads + h, c * Q], is_full, decay_tiles.index(stage))
+        tma.async_copy_global_to_shared(step, [b * heads + h, c * Q], is_full, step_tiles.index(stage))
+        tma.async_copy_global_to_shared(values, [b, c * Q, h, 0], is_full, value_tiles.index(stage))
+        tma.async_copy_global_to_shared(shared, [b, c * Q, h // ratio, 0], is_full, shared_tiles.index(stage))
+        if BACKWARDS:
+            tma.async_copy_global_to_shared(
+                given, [(b * chunks + c) * heads + h, 0, 0], is_full, given_tiles.index(stage)
+            )
+
+
+@gluon.jit
+def _weigh_for_walk(
+    tiles, barriers, documents, b, length, chunks,
+    BACKWARDS: gl.constexpr, HAS_DOCUMENTS: gl.constexpr, Q: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr,
+):
+    """Inputs by what of them is left at a chunk's end; gradients of outputs by what its start's state is in them."""
+    value_tiles, _, step_tiles, decay_tiles, _ = tiles
+    full, weighed, _ = barriers
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // P, P // 8], [4, 1], [1, 0])
+    of_row: gl.constexpr = gl.SliceLayout(1, layout)
+    q = gl.arange(0, Q, of_row)
+    for k in range(chunks):
+        c, stage = chunks - 1 - k if BACKWARDS else k, k % STAGES
+        passes = q >= 0
+        if HAS_DOCUMENTS:
+            state_at = c * Q - 1 if BACKWARDS else c * Q + Q - 1
+            passes = _document(documents, b, c * Q + q, length) == _document(documents, b, state_at, length)
+        mbarrier.wait(full.index(stage), k // STAGES % 2)
+        decay = _row(decay_tiles.index(stage), Q)
+        if BACKWARDS:
+            weight = gl.exp2(decay.load(of_row))
+        else:
+            weight = gl.exp2(decay.slice(Q - 1, 1).load(of_row) - decay.load(of_row))
+            weight *= _row(step_tiles.index(stage), Q).load(of_row)
+        values = value_tiles.index(stage).reshape([Q, P])
+        values.store((values.load(layout) * gl.where(passes, weight, 0.0)[:, None]).to(values.dtype))
+        fence_async_shared()
+        mbarrier.arrive(weighed.index(stage))
+
+
+@gluon.jit
+def _compute_walk(
+    HALF: gl.constexpr, tiles, written_tile, barriers, documents, first, written, last, through,
+    b, h, length, heads, chunks, columns, BACKWARDS: gl.constexpr, HAS_FIRST: gl.constexpr, HAS_DOCUMENTS: gl.constexpr,
+    Q: gl.constexpr, N: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr,
+):
+    """The first or the second half of a state's rows."""
+    value_tiles, shared_tiles, _, decay_tiles, given_tiles = tiles
+    full, weighed, empty = barriers
+    ROWS: gl.constexpr = N // 2
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, P, 16])
+    of_row: gl.constexpr = gl.SliceLayout(1, layout)
+    n, p = HALF * ROWS + gl.arange(0, ROWS, of_row), gl.arange(0, P, gl.SliceLayout(0, layout))
+    at = (b * heads + h).to(gl.int64) * (N * columns) + (n[:, None] * columns + p[None, :])
+    there = (n >= 0)[:, None] & (p < columns)[None, :]
+    state = gl.zeros([ROWS, P], gl.float32, layout)
+    if HAS_FIRST:
+        state = gl.load(first + at, there, 0.0)
+    for k in range(chunks):
+        c, stage = chunks - 1 - k if BACKWARDS else k, k % STAGES
+        goes_on = True
+        if HAS_DOCUMENTS:
+            goes_on = _document(documents, b, c * Q - 1, length) == _document(documents, b, c * Q + Q - 1, length)
+        number = (b * chunks + c) * heads + h
+        tma.store_wait(0)
+        written_tile.reshape([ROWS, P]).store(state.to(written.dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(written, [number, HALF * ROWS, 0], written_tile)
+        mbarrier.wait(full.index(stage), k // STAGES % 2)
+        kept = gl.exp2(_row(decay_tiles.index(stage), Q).slice(Q - 1, 1).load(of_row))
+        if HAS_DOCUMENTS:
+            kept = gl.where(goes_on, kept, 0.0)
+        state *= kept[:, None]
+        if BACKWARDS:
+            given = given_tiles.index(stage).reshape([N, P]).slice(HALF * ROWS, ROWS).load(layout)
+            gl.store(through + number.to(gl.int64) * N + n, gl.sum(state * given.to(gl.float32), 1))
+        mbarrier.wait(weighed.index(stage), k // STAGES % 2)
+        shared = shared_tiles.index(stage).reshape([Q, N]).permute([1, 0]).slice(HALF * ROWS, ROWS)
+        state = warpgroup_mma(shared, value_tiles.index(stage).reshape([Q, P]), state)
+        mbarrier.arrive(empty.index(stage))
+    gl.store(last + at, state, there)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def walk_kernel(
+    values, shared, step, decay, documents, given, first, written, last, through, length, heads, ratio, chunks, columns,
+    BACKWARDS: gl.constexpr, HAS_FIRST: gl.constexpr, HAS_DOCUMENTS: gl.constexpr,
+    Q: gl.constexpr, N: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr,
+):
+    """A head's states before its chunks, or the gradients of those after them, one after another. Between the warp that
+    loads and the two groups that multiply a third one weighs the tokens, ahead of the products."""
+    b, h = gl.program_id(0), gl.program_id(1)
+    value_tiles, written_tiles = _tiles(values, STAGES), _tiles(written, 2)
+    given_tiles = value_tiles
+    if BACKWARDS:
+        given_tiles = _tiles(given, STAGES)
+    tiles = (value_tiles, _tiles(shared, STAGES), _tiles(step, STAGES), _tiles(decay, STAGES), given_tiles)
+    weighed, full, empty = _barriers(STAGES, STAGES)
+    barriers = (full, weighed, empty)
+    gl.warp_specialize(
+        [
+            (_compute_walk, (gl.constexpr(0), tiles, written_tiles.index(0), barriers, documents, first, written, last,
+                             through, b, h, length, heads, chunks, columns, BACKWARDS, HAS_FIRST, HAS_DOCUMENTS,
+                             Q, N, P, STAGES)),
+            (_compute_walk, (gl.constexpr(1), tiles, written_tiles.index(1), barriers, documents, first, written, last,
+                             through, b, h, length, heads, chunks, columns, BACKWARDS, HAS_FIRST, HAS_DOCUMENTS,
+                             Q, N, P, STAGES)),
+            (_weigh_for_walk, (tiles, barriers, documents, b, length, chunks, BACKWARDS, HAS_DOCUMENTS, Q, P, STAGES)),
+            (_load_for_walk, (values, shared, step, decay, given, tiles, barriers, b, h, heads, ratio, chunks, BACKWARDS,
+                              Q, STAGES)),
+        ],
+        [4, 4, 1], [160, 96, 24],
     )

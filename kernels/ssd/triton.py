@@ -436,6 +436,7 @@ STEP_GRADIENTS = ScanTiles(warps=4, stages=1, size=4)
 # Elements a matrix product's tiles have along their rows, at least: 128 bytes. For narrower ones ptxas 12.8, which
 # Triton 3.6 brings, adds offsets to a uniform register that nothing wrote, and products read whatever lies there.
 LEAST_WIDTH = 64
+LARGEST_WALKED = 128
 TUNED_STATE = 128 * 64          # elements of the largest state for which the pipelines above fit into shared memory
 
 
@@ -530,11 +531,17 @@ def run_forward(
     )
     rows, has_documents = _walked_rows(STATE_WALK, n, p), documents is not None
     documents = step if documents is None else documents
-    _state_walk_kernel[(b, h, _tile(n) // rows)](
-        x, B, step, decay, final if initial is None else initial, documents, states, final, *_strides(x, B), t, h,
-        h // g, chunks, chunks * CHUNK, HAS_INITIAL=initial is not None, HAS_DOCUMENTS=has_documents, Q=CHUNK,
-        N=n, P=p, **_tiles(n, p), ROWS=rows, **_launched(STATE_WALK, rows, p),
-    )
+    if _is_specialised(x, n, p) and n == LARGEST_WALKED:
+        hopper.walk(
+            x, B, step, decay, documents, states, final if initial is None else initial, states, final, step, n,
+            _tile(p), backwards=False, HAS_FIRST=initial is not None, HAS_DOCUMENTS=has_documents,
+        )
+    else:
+        _state_walk_kernel[(b, h, _tile(n) // rows)](
+            x, B, step, decay, final if initial is None else initial, documents, states, final, *_strides(x, B), t, h,
+            h // g, chunks, chunks * CHUNK, HAS_INITIAL=initial is not None, HAS_DOCUMENTS=has_documents, Q=CHUNK,
+            N=n, P=p, **_tiles(n, p), ROWS=rows, **_launched(STATE_WALK, rows, p),
+        )
     programs, is_reversed = grid(b, g, chunks)
     if _is_specialised(x, n, p):
         hopper.outputs(
@@ -563,11 +570,17 @@ def run_backward(
     documents = step if documents is None else documents
     dstates, dinitial = torch.empty_like(states), x.new_empty(b, h, n, p, dtype=torch.float32)
     through = x.new_empty(b, chunks, h, n, dtype=torch.float32)
-    _gradient_walk_kernel[(b, h, _tile(n) // rows)](
-        dy, C, decay, documents, states, dinitial if dfinal is None else dfinal, dstates, dinitial, through,
-        *_strides(dy, C), t, h, h // g, chunks, padded, HAS_FINAL=dfinal is not None, HAS_DOCUMENTS=has_documents,
-        Q=CHUNK, N=n, P=p, **_tiles(n, p), ROWS=rows, **_launched(GRADIENT_WALK, rows, p),
-    )
+    if _is_specialised(x, n, p) and n == LARGEST_WALKED:
+        hopper.walk(
+            dy, C, step, decay, documents, states, dinitial if dfinal is None else dfinal, dstates, dinitial, through,
+            n, _tile(p), backwards=True, HAS_FIRST=dfinal is not None, HAS_DOCUMENTS=has_documents,
+        )
+    else:
+        _gradient_walk_kernel[(b, h, _tile(n) // rows)](
+            dy, C, decay, documents, states, dinitial if dfinal is None else dfinal, dstates, dinitial, through,
+            *_strides(dy, C), t, h, h // g, chunks, padded, HAS_FINAL=dfinal is not None, HAS_DOCUMENTS=has_documents,
+            Q=CHUNK, N=n, P=p, **_tiles(n, p), ROWS=rows, **_launched(GRADIENT_WALK, rows, p),
+        )
     sums, from_start = x.new_empty(5, b, h, padded, dtype=torch.float32), torch.empty_like(step)
     own_scores = x.new_empty(b, g, padded, dtype=torch.float32)
     dscores = x.new_empty(b, chunks, g, CHUNK, CHUNK)
