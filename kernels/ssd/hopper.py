@@ -83,6 +83,20 @@ def outputs(
     )
 
 
+def input_gradients(
+    programs: tuple[int, int, int], x: Tensor, dy: Tensor, B: Tensor, C: Tensor, D: Tensor, step: Tensor, decay: Tensor,
+    documents: Tensor, dstates: Tensor, dscores: Tensor, dx: Tensor, sums: Tensor, own_scores: Tensor, n: int, p: int,
+    **options: Any,
+) -> None:
+    """Write dx, the gradient of scores, and of `kernels.ssd.triton`'s kernels of inputs' gradients what they sum."""
+    input_gradients_kernel[programs](
+        _tokens(x, CHUNK, p), _tokens(dy, CHUNK, p), _tokens(B, CHUNK, n), _tokens(C, CHUNK // 2, n), D, _rows(step),
+        _rows(decay), documents, _matrices(dstates.flatten(0, 2), [1, n, p]), dscores, _tokens(dx, CHUNK // 2, p), sums,
+        own_scores, *x.shape[1:3], B.shape[2], dstates.shape[1], step.shape[2], step.numel(), R=x.shape[2] // B.shape[2],
+        Q=CHUNK, N=n, P=p, STAGES=_stages(4 * CHUNK * n, 2 * p * (2 * CHUNK + n)), num_warps=4, **options,
+    )
+
+
 def shared_gradients(
     programs: tuple[int, int, int], values: Tensor, own: Tensor, others: Tensor, states: Tensor, step: Tensor,
     decay: Tensor, documents: Tensor, dscores: Tensor, gradient: Tensor, from_start: Tensor, n: int, p: int,
@@ -126,8 +140,8 @@ def _row(tile, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def _barriers(STAGES: gl.constexpr, ONCE: gl.constexpr = 2):
-    """Of sets of tiles that are loaded once, and of the stages."""
+def _barriers(STAGES: gl.constexpr, ONCE: gl.constexpr = 2, USERS: gl.constexpr = 2):
+    """Of sets of tiles that are loaded once, and of the stages, each with that many warp groups that use it."""
     ready = gl.allocate_shared_memory(gl.int64, [ONCE, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -135,7 +149,7 @@ def _barriers(STAGES: gl.constexpr, ONCE: gl.constexpr = 2):
         mbarrier.init(ready.index(once), 1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), 1)
-        mbarrier.init(empty.index(stage), 2)
+        mbarrier.init(empty.index(stage), USERS)
     fence_async_shared()
     return ready, full, empty
 
@@ -148,20 +162,23 @@ def _tiles(descriptor, COUNT: gl.constexpr):
 @gluon.jit
 def _load_heads(
     values, states, step, decay, tiles, full, empty, b, g, c, heads, chunks,
-    R: gl.constexpr, Q: gl.constexpr, STAGES: gl.constexpr,
+    R: gl.constexpr, Q: gl.constexpr, STAGES: gl.constexpr, more=None, more_tiles=None,
 ):
-    """A chunk of each head of a group in turn."""
+    """A chunk of each head of a group in turn; `more` are other values."""
     value_tiles, state_tiles, step_tiles, decay_tiles = tiles
     for r in range(R):
         h, stage = g * R + r, r % STAGES
         mbarrier.wait(empty.index(stage), (r // STAGES + 1) % 2)
         is_full = full.index(stage)
-        mbarrier.expect(is_full, values.block_type.nbytes + states.block_type.nbytes + 8 * Q)
+        VALUES: gl.constexpr = 1 if more is None else 2
+        mbarrier.expect(is_full, VALUES * values.block_type.nbytes + states.block_type.nbytes + 8 * Q)
         tma.async_copy_global_to_shared(decay, [b * heads + h, c * Q], is_full, decay_tiles.index(stage))
         tma.async_copy_global_to_shared(step, [b * heads + h, c * Q], is_full, step_tiles.index(stage))
         state = [(b * chunks + c) * heads + h, 0, 0]
         tma.async_copy_global_to_shared(states, state, is_full, state_tiles.index(stage))
         tma.async_copy_global_to_shared(values, [b, c * Q, h, 0], is_full, value_tiles.index(stage))
+        if more is not None:
+            tma.async_copy_global_to_shared(more, [b, c * Q, h, 0], is_full, more_tiles.index(stage))
 
 
 @gluon.jit
@@ -480,4 +497,150 @@ def walk_kernel(
                               Q, STAGES)),
         ],
         [4, 4, 1], [160, 96, 24],
+    )
+
+
+@gluon.jit
+def _load_for_inputs(
+    x, dy, states, step, decay, B, C, tiles, dy_tiles, B_tile, C_tiles, barriers, b, g, c, heads, chunks,
+    R: gl.constexpr, Q: gl.constexpr, STAGES: gl.constexpr,
+):
+    ready, full, empty, _ = barriers
+    mbarrier.expect(ready.index(0), B.block_type.nbytes + 2 * C.block_type.nbytes)
+    tma.async_copy_global_to_shared(B, [b, c * Q, g, 0], ready.index(0), B_tile)
+    for half in gl.static_range(2):
+        tma.async_copy_global_to_shared(C, [b, c * Q + half * (Q // 2), g, 0], ready.index(0), C_tiles.index(half))
+    _load_heads(x, states, step, decay, tiles, full, empty, b, g, c, heads, chunks, R, Q, STAGES, dy, dy_tiles)
+
+
+@gluon.jit
+def _compute_inputs(
+    BLOCK: gl.constexpr, tiles, dy_tiles, B_tile, C_tiles, barriers, D, documents, dscores, dx, sums, own_scores,
+    b, g, c, length, heads, groups, chunks, padded, plane, HAS_DOCUMENTS: gl.constexpr,
+    R: gl.constexpr, Q: gl.constexpr, N: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr,
+):
+    """A block of pairs (inputs j, outputs i): the first half of a chunk with itself (0), the first and the second (1),
+    the second with itself (2). Block 1 hands its part of dx, with that of the state at the end, to block 0."""
+    x_tiles, state_tiles, step_tiles, decay_tiles = tiles
+    ready, full, empty, handed = barriers
+    ROWS: gl.constexpr = Q // 2
+    J: gl.constexpr = BLOCK // 2
+    I: gl.constexpr = (BLOCK + 1) // 2
+    pairs: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    inputs: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, P, 16])
+    of_j: gl.constexpr = gl.SliceLayout(1, pairs)
+    of_i: gl.constexpr = gl.SliceLayout(0, pairs)
+    of_row: gl.constexpr = gl.SliceLayout(1, inputs)
+    j, i, k = gl.arange(0, ROWS, of_j), gl.arange(0, ROWS, of_i), gl.arange(0, ROWS, of_row)
+    first_j, first_i = c * Q + J * ROWS, c * Q + I * ROWS
+    seen = j[:, None] <= i[None, :] + (I - J) * ROWS
+    in_last = k >= 0
+    if HAS_DOCUMENTS:
+        own = _document(documents, b, first_j + j, length)
+        seen = seen & (own[:, None] == _document(documents, b, first_i + i, length)[None, :])
+        in_last = _document(documents, b, first_j + k, length) == _document(documents, b, c * Q + Q - 1, length)
+    Bs = B_tile.reshape([Q, N]).slice(J * ROWS, ROWS)
+    mbarrier.wait(ready.index(0), 0)
+    scores = warpgroup_mma(Bs, C_tiles.index(I).reshape([ROWS, N]).permute([1, 0]),
+                           gl.zeros([ROWS, ROWS], gl.float32, pairs), use_acc=False)
+    # From here on C's tiles hold what block 1 hands over, and dx.
+    mbarrier.arrive(handed.index(0))
+    mbarrier.wait(handed.index(0), 0)
+    part = C_tiles.index(0)._reinterpret(gl.float32, [ROWS, P], gl.NVMMASharedLayout(128, 32, 2))
+    dx_tile = C_tiles._reinterpret(dx.dtype, [4, 1, ROWS, 1, P], dx.layout).index(2 + J)
+    own_score = gl.zeros([ROWS], gl.float32, of_j)
+    if BLOCK != 1:
+        own_score = gl.sum(gl.where(j[:, None] == i[None, :], scores, 0.0), 1)
+        gl.store(own_scores + (b * groups + g).to(gl.int64) * padded + first_j + j, own_score)
+        scores = gl.where(seen & (j[:, None] < i[None, :]), scores, 0.0)
+    elif HAS_DOCUMENTS:
+        scores = gl.where(seen, scores, 0.0)
+    own_score = gl.convert_layout(own_score, of_row)
+    dscores_sum = gl.zeros([ROWS, ROWS], gl.float32, pairs)
+    plane = gl.cast(plane, gl.int64)
+    over = 4 * plane if BLOCK == 1 else 0 * plane
+    over_outputs = 4 * plane if BLOCK == 1 else 3 * plane
+    for r in range(R):
+        h, stage = g * R + r, r % STAGES
+        skip = gl.load(D + h)
+        row = (b * heads + h).to(gl.int64) * padded
+        mbarrier.wait(full.index(stage), r // STAGES % 2)
+        xs = x_tiles.index(stage).reshape([Q, P]).slice(J * ROWS, ROWS)
+        dys = dy_tiles.index(stage).reshape([Q, P]).slice(I * ROWS, ROWS)
+        dmask = warpgroup_mma(xs, dys.permute([1, 0]), gl.zeros([ROWS, ROWS], gl.float32, pairs), use_acc=False,
+                              is_async=True)
+        decay, step = _row(decay_tiles.index(stage), Q), _row(step_tiles.index(stage), Q).slice(J * ROWS, ROWS)
+        j_decays, i_decays = decay.slice(J * ROWS, ROWS).load(of_j), decay.slice(I * ROWS, ROWS).load(of_i)
+        factor = gl.exp2(gl.minimum(i_decays[None, :] - j_decays[:, None], 0.0))
+        if HAS_DOCUMENTS or BLOCK != 1:
+            factor = gl.where(seen, factor, 0.0)
+        factor *= step.load(of_j)[:, None]
+        mask = gl.convert_layout((scores * factor).to(dx.dtype), gl.DotOperandLayout(0, inputs, 2))
+        dmask = warpgroup_mma_wait(0, [dmask]) * factor
+        dscores_sum += dmask
+        G = dmask * scores
+        gl.store(sums + over + row + first_j + j, gl.sum(G, 1))
+        gl.store(sums + over_outputs + row + first_i + i, gl.sum(G, 0))
+        dxs = gl.zeros([ROWS, P], gl.float32, inputs)
+        if BLOCK != 0:
+            weight = gl.exp2(decay.slice(Q - 1, 1).load(of_row) - decay.slice(J * ROWS, ROWS).load(of_row))
+            weight = gl.where(in_last, weight * step.load(of_row), 0.0)
+            dxs = warpgroup_mma(Bs, state_tiles.index(stage).reshape([N, P]), dxs, use_acc=False) * weight[:, None]
+            gl.store(sums + plane + row + first_j + k, gl.sum(dxs * xs.load(inputs), 1))
+        dxs = warpgroup_mma(mask, dys, dxs)
+        if BLOCK == 1:
+            mbarrier.arrive(empty.index(stage))
+            mbarrier.wait(handed.index(2), (r + 1) % 2)
+            part.store(dxs)
+            mbarrier.arrive(handed.index(1))
+        else:
+            own_dys = dys.load(inputs).to(gl.float32)
+            gl.store(sums + 2 * plane + row + first_j + k, gl.sum(xs.load(inputs).to(gl.float32) * own_dys, 1))
+            dxs += (skip + own_score * step.load(of_row))[:, None] * own_dys
+            mbarrier.arrive(empty.index(stage))
+            if BLOCK == 0:
+                mbarrier.wait(handed.index(1), r % 2)
+                dxs += part.load(inputs)
+                mbarrier.arrive(handed.index(2))
+            tma.store_wait(0)
+            dx_tile.reshape([ROWS, P]).store(dxs.to(dx.dtype))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(dx, [b, first_j, h, 0], dx_tile)
+    at = ((b * chunks + c) * groups + g).to(gl.int64) * (Q * Q) + J * (ROWS * Q) + I * ROWS
+    gl.store(dscores + at + (j[:, None] * Q + i[None, :]), dscores_sum.to(dx.dtype))
+    tma.store_wait(0)
+
+
+@gluon.jit
+def input_gradients_kernel(
+    x, dy, B, C, D, step, decay, documents, dstates, dscores, dx, sums, own_scores, length, heads, groups, chunks,
+    padded, plane, HAS_DOCUMENTS: gl.constexpr, REVERSED: gl.constexpr,
+    R: gl.constexpr, Q: gl.constexpr, N: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr,
+):
+    """dx, the gradient of C B^T summed over a group's heads (transposed), and sums a token: a chunk and a group."""
+    b, g, c = _program(REVERSED)
+    tiles = (_tiles(x, STAGES), _tiles(dstates, STAGES), _tiles(step, STAGES), _tiles(decay, STAGES))
+    dy_tiles, B_tile, C_tiles = _tiles(dy, STAGES), _tiles(B, 1).index(0), _tiles(C, 2)
+    ready, full, empty = _barriers(STAGES, 1, 3)
+    handed = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(handed.index(0), 3)
+    mbarrier.init(handed.index(1), 1)
+    mbarrier.init(handed.index(2), 1)
+    fence_async_shared()
+    barriers = (ready, full, empty, handed)
+    gl.warp_specialize(
+        [
+            (_compute_inputs, (gl.constexpr(2), tiles, dy_tiles, B_tile, C_tiles, barriers, D, documents, dscores, dx,
+                               sums, own_scores, b, g, c, length, heads, groups, chunks, padded, plane, HAS_DOCUMENTS,
+                               R, Q, N, P, STAGES)),
+            (_compute_inputs, (gl.constexpr(1), tiles, dy_tiles, B_tile, C_tiles, barriers, D, documents, dscores, dx,
+                               sums, own_scores, b, g, c, length, heads, groups, chunks, padded, plane, HAS_DOCUMENTS,
+                               R, Q, N, P, STAGES)),
+            (_compute_inputs, (gl.constexpr(0), tiles, dy_tiles, B_tile, C_tiles, barriers, D, documents, dscores, dx,
+                               sums, own_scores, b, g, c, length, heads, groups, chunks, padded, plane, HAS_DOCUMENTS,
+                               R, Q, N, P, STAGES)),
+            (_load_for_inputs, (x, dy, dstates, step, decay, B, C, tiles, dy_tiles, B_tile, C_tiles, barriers, b, g, c,
+                                heads, chunks, R, Q, STAGES)),
+        ],
+        [4, 4, 1], [160, 160, 24],
     )

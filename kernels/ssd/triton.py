@@ -585,17 +585,24 @@ def run_backward(
     own_scores = x.new_empty(b, g, padded, dtype=torch.float32)
     dscores = x.new_empty(b, chunks, g, CHUNK, CHUNK)
     rest = {"HAS_DOCUMENTS": has_documents, "R": h // g, "Q": CHUNK, **_tiles(n, p)}
-    *halves, dx_half = (_tokens(tensor, CHUNK // 2) for tensor in (x, dy, B, C, dx))
-    programs, is_reversed = grid(b, g, 2 * chunks)
-    _input_gradients_kernel[programs](
-        *halves, D, step, decay, documents, _states(dstates), dscores, dx_half, sums, own_scores, t, h, g, chunks,
-        padded, step.numel(), REVERSED=is_reversed, **rest, **_launched(INPUT_GRADIENTS, n, p),
-    )
-    programs, is_reversed = grid(b, g, chunks)
-    _across_gradients_kernel[programs](
-        *halves, step, decay, documents, dscores, dx_half, dx, sums, *_strides(dx), t, h, g, chunks, padded,
-        step.numel(), REVERSED=is_reversed, P=p, **rest, **_launched(ACROSS_GRADIENTS, n, p),
-    )
+    if _is_specialised(x, n, p) and n == LARGEST_WALKED:
+        programs, is_reversed = grid(b, g, chunks)
+        hopper.input_gradients(
+            programs, x, dy, B, C, D, step, decay, documents, dstates, dscores, dx, sums, own_scores, n, _tile(p),
+            HAS_DOCUMENTS=has_documents, REVERSED=is_reversed,
+        )
+    else:
+        *halves, dx_half = (_tokens(tensor, CHUNK // 2) for tensor in (x, dy, B, C, dx))
+        programs, is_reversed = grid(b, g, 2 * chunks)
+        _input_gradients_kernel[programs](
+            *halves, D, step, decay, documents, _states(dstates), dscores, dx_half, sums, own_scores, t, h, g, chunks,
+            padded, step.numel(), REVERSED=is_reversed, **rest, **_launched(INPUT_GRADIENTS, n, p),
+        )
+        programs, is_reversed = grid(b, g, chunks)
+        _across_gradients_kernel[programs](
+            *halves, step, decay, documents, dscores, dx_half, dx, sums, *_strides(dx), t, h, g, chunks, padded,
+            step.numel(), REVERSED=is_reversed, P=p, **rest, **_launched(ACROSS_GRADIENTS, n, p),
+        )
     for values, others, given, gradient in ((x, C, dstates, dB), (dy, B, states, dC)):
         if _is_specialised(x, n, p):
             hopper.shared_gradients(
