@@ -63,16 +63,20 @@ def compile_scan(ratio: int, head_dim: int, state_dim: int) -> dict[str, Any]:
     launch = JITFunction.run
 
     def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool = False, **options: Any) -> None:
-        name = self.fn.__name__ + "".join(f", {k} {options[k]}" for k in ("PART", "OF_C") if k in options)
+        name = self.fn.__name__ + "".join(f", {k} {options[k]}" for k in ("BACKWARDS", "OF_C") if k in options)
         compiled[name] = launch(self, *arguments, grid=grid, warmup=True, **options)
 
-    with patch.object(JITFunction, "run", compile_only), patch.object(hopper, "is_hopper", lambda device: True):
-        batch, length, heads = 2, 1024, GROUPS * ratio
-        x, y, dx = (torch.empty(batch, length, heads, head_dim, dtype=torch.bfloat16) for _ in range(3))
-        B, C, dB, dC = (torch.empty(batch, length, GROUPS, state_dim, dtype=torch.bfloat16) for _ in range(4))
-        dt, one = torch.empty(batch, length, heads, dtype=torch.bfloat16), torch.empty(heads)
-        _, step, decay, states = ssd_triton.run_forward(x, dt, one, B, C, one, one, None, None, y)
-        ssd_triton.run_backward(y, None, x, one, B, C, one, step, decay, states, None, dx, torch.empty_like(dt), dB, dC)
+    batch, length, heads = 2, 1024, GROUPS * ratio
+    x, y, dx = (torch.empty(batch, length, heads, head_dim, dtype=torch.bfloat16) for _ in range(3))
+    B, C, dB, dC = (torch.empty(batch, length, GROUPS, state_dim, dtype=torch.bfloat16) for _ in range(4))
+    dt, one = torch.empty(batch, length, heads, dtype=torch.bfloat16), torch.empty(heads)
+    for is_hopper in (True, False):
+        there = patch.object(hopper, "is_hopper", lambda device, answer=is_hopper: answer)
+        with patch.object(JITFunction, "run", compile_only), there:
+            _, step, decay, states = ssd_triton.run_forward(x, dt, one, B, C, one, one, None, None, y)
+            ssd_triton.run_backward(
+                y, None, x, one, B, C, one, step, decay, states, None, dx, torch.empty_like(dt), dB, dC
+            )
     return compiled
 
 

@@ -1,7 +1,7 @@
-"""Parts of the scan on Hopper by warps with an occupation each (Triton's Gluon): one warp only loads, by TMA, and two
-warp groups compute, a half of a chunk's rows each. What is loaded and what is computed then wait for each other alone,
-and the loader needs no registers. Other GPUs run the kernels of the same names in `kernels.ssd.triton`, to which these
-are equal to the bit.
+"""Parts of the scan on Hopper by warps with an occupation each (Triton's Gluon): one warp only loads, by TMA, and warp
+groups compute, 64 rows of a product each. What is loaded and what is computed then wait for each other alone, and the
+loader needs no registers. Other GPUs and sizes run the kernels of `kernels.ssd.triton`. These are equal to them to the
+bit, but for dx of a chunk's first half, which is rounded once here and twice there, and the order of sums of x dy.
 
 Loads and products meet at barriers in shared memory: a tile's `full` counts the bytes that have come, its `empty` the
 warp groups that are done with it. Their phases alternate: what uses a tile for the n-th time waits for phase n % 2.
@@ -10,7 +10,6 @@ warp groups that are done with it. Their phases alternate: what uses a tile for 
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +24,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-CHUNK = 128                     # the only one they take: the rows of a warp group's product are 64
+from kernels.launch import grid
+
+CHUNK = 128                     # the only one they take: two halves of the 64 rows of a warp group's product
+WIDTH = 64                      # of a tile of a head, at most and at least
+LARGEST_STATE = 128             # state_dim whose tiles leave room for a pipeline
 SHARED_BYTES = 225 * 1024       # for tiles, of 227 KiB
 _ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
@@ -36,12 +39,22 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def _tokens(tensor: Tensor, rows: int, size: int) -> TensorDescriptor:
-    """For tiles (rows, size) of a head or group of (b, t, heads, elements), zeros beyond its sizes."""
-    return _matrices(tensor, [1, rows, 1, size])
+def takes(x: Tensor, B: Tensor) -> bool:
+    """Whether these kernels are for what `kernels.ssd.triton.supports` says the kernels take."""
+    return x.shape[3] <= WIDTH and B.shape[3] <= LARGEST_STATE and is_hopper(x.device)
 
 
-def _matrices(tensor: Tensor, block: list[int]) -> TensorDescriptor:
+def _tokens(tensor: Tensor, rows: int) -> TensorDescriptor:
+    """For tiles (rows, elements) of a head or group of (b, t, heads, elements), zeros beyond its sizes."""
+    return _tiled(tensor, [1, rows, 1, max(WIDTH, tensor.shape[3])])
+
+
+def _states(states: Tensor, rows: int) -> TensorDescriptor:
+    """For tiles (rows, p) of (b, chunks, heads, n, p)."""
+    return _tiled(states.flatten(0, 2), [1, rows, WIDTH])
+
+
+def _tiled(tensor: Tensor, block: list[int]) -> TensorDescriptor:
     layout = gl.NVMMASharedLayout.get_default_for(block, _ELEMENTS[tensor.dtype])
     return TensorDescriptor(tensor, tensor.shape, tensor.stride(), block, layout)
 
@@ -52,70 +65,66 @@ def _rows(tensor: Tensor) -> TensorDescriptor:
     return TensorDescriptor(rows, rows.shape, rows.stride(), [1, CHUNK], gl.NVMMASharedLayout(0, 32, 2))
 
 
-def walk(
-    values: Tensor, shared: Tensor, step: Tensor, decay: Tensor, documents: Tensor, given: Tensor, first: Tensor,
-    written: Tensor, last: Tensor, through: Tensor, n: int, p: int, *, backwards: bool, **options: Any,
-) -> None:
-    """Write a walk's states (tiles (n, p), halves of n rows multiples of 64) and its last one: from the start those
-    before each chunk, from x and B; backwards their gradients after each chunk, from dy and C, and with the states
-    given `through`."""
-    b, t, h = values.shape[:3]
-    tiles = 2 * CHUNK * (n + p) + 2 * n * p * backwards
-    walk_kernel[b, h](
-        _tokens(values, CHUNK, p), _tokens(shared, CHUNK, n), _rows(step), _rows(decay), documents,
-        _matrices(given.flatten(0, 2), [1, n, p]), first, _matrices(written.flatten(0, 2), [1, n // 2, p]), last,
-        through, t, h, h // shared.shape[2], written.shape[1], values.shape[3], BACKWARDS=backwards, Q=CHUNK, N=n, P=p,
-        STAGES=min(4, (SHARED_BYTES - 2 * n * p) // (tiles + 8 * CHUNK)), num_warps=4, **options,
-    )
+def _sizes(n: int, once: int, repeated: int) -> dict[str, int]:
+    """Tiles' sizes, and stages: as many times `repeated` elements of 2 bytes, a row of steps and one of decays as fit
+    into shared memory beside `once` elements."""
+    stages = min(4, (SHARED_BYTES - 2 * once) // (2 * repeated + 8 * CHUNK))
+    return {"Q": CHUNK, "N": n, "P": WIDTH, "STAGES": stages, "num_warps": 4}
 
 
-def outputs(
-    programs: tuple[int, int, int], x: Tensor, B: Tensor, C: Tensor, D: Tensor, step: Tensor, decay: Tensor,
-    documents: Tensor, states: Tensor, y: Tensor, n: int, p: int, **options: Any,
+def write_outputs(
+    x: Tensor, B: Tensor, C: Tensor, D: Tensor, step: Tensor, decay: Tensor, documents: Tensor | None,
+    initial: Tensor | None, states: Tensor, final: Tensor, y: Tensor,
 ) -> None:
-    """Write y from the states before each chunk, whose tiles are (n, p)."""
-    fixed = 2 * CHUNK * (2 * n + p)
+    """`kernels.ssd.triton._write_outputs`."""
+    _walk(x, B, step, decay, documents, states, initial, states, final, step, backwards=False)
+    n = max(WIDTH, B.shape[3])
+    programs, is_reversed = grid(x.shape[0], B.shape[2], states.shape[1])
     outputs_kernel[programs](
-        _tokens(x, CHUNK, p), _tokens(B, CHUNK, n), _tokens(C, CHUNK, n), D, _rows(step), _rows(decay), documents,
-        _matrices(states.flatten(0, 2), [1, n, p]), _tokens(y, CHUNK // 2, p), *x.shape[1:3], states.shape[1],
-        R=x.shape[2] // B.shape[2], Q=CHUNK, N=n, P=p, STAGES=_stages(fixed, 2 * p * (CHUNK + n)), num_warps=4,
-        **options,
+        _tokens(x, CHUNK), _tokens(B, CHUNK), _tokens(C, CHUNK), D, _rows(step), _rows(decay), documents,
+        _states(states, n), _tokens(y, CHUNK // 2), *x.shape[1:3], states.shape[1], HAS_DOCUMENTS=documents is not None,
+        REVERSED=is_reversed, R=x.shape[2] // B.shape[2], **_sizes(n, CHUNK * (2 * n + WIDTH), WIDTH * (CHUNK + n)),
     )
 
 
-def input_gradients(
-    programs: tuple[int, int, int], x: Tensor, dy: Tensor, B: Tensor, C: Tensor, D: Tensor, step: Tensor, decay: Tensor,
-    documents: Tensor, dstates: Tensor, dscores: Tensor, dx: Tensor, sums: Tensor, own_scores: Tensor, n: int, p: int,
-    **options: Any,
+def write_gradients(
+    dy: Tensor, dfinal: Tensor | None, x: Tensor, B: Tensor, C: Tensor, D: Tensor, step: Tensor, decay: Tensor,
+    states: Tensor, documents: Tensor | None, dstates: Tensor, dinitial: Tensor, through: Tensor, sums: Tensor,
+    own_scores: Tensor, dscores: Tensor, from_start: Tensor, dx: Tensor, dB: Tensor, dC: Tensor,
 ) -> None:
-    """Write dx, the gradient of scores, and of `kernels.ssd.triton`'s kernels of inputs' gradients what they sum."""
+    """`kernels.ssd.triton._write_gradients`."""
+    _walk(dy, C, step, decay, documents, states, dfinal, dstates, dinitial, through, backwards=True)
+    n = max(WIDTH, B.shape[3])
+    chunks, groups = dscores.shape[1:3]
+    programs, is_reversed = grid(x.shape[0], groups, chunks)
+    rest = {"HAS_DOCUMENTS": documents is not None, "REVERSED": is_reversed, "R": x.shape[2] // groups}
     input_gradients_kernel[programs](
-        _tokens(x, CHUNK, p), _tokens(dy, CHUNK, p), _tokens(B, CHUNK, n), _tokens(C, CHUNK // 2, n), D, _rows(step),
-        _rows(decay), documents, _matrices(dstates.flatten(0, 2), [1, n, p]), dscores, _tokens(dx, CHUNK // 2, p), sums,
-        own_scores, *x.shape[1:3], B.shape[2], dstates.shape[1], step.shape[2], step.numel(), R=x.shape[2] // B.shape[2],
-        Q=CHUNK, N=n, P=p, STAGES=_stages(4 * CHUNK * n, 2 * p * (2 * CHUNK + n)), num_warps=4, **options,
+        _tokens(x, CHUNK), _tokens(dy, CHUNK), _tokens(B, CHUNK), _tokens(C, CHUNK // 2), D, _rows(step), _rows(decay),
+        documents, _states(dstates, n), dscores, _tokens(dx, CHUNK // 2), sums, own_scores, *x.shape[1:3], groups,
+        chunks, step.shape[2], step.numel(), **rest,
+        **_sizes(n, 2 * CHUNK * max(n, 2 * WIDTH), WIDTH * (2 * CHUNK + n)),
     )
+    for values, others, given, gradient in ((x, C, dstates, dB), (dy, B, states, dC)):
+        shared_gradients_kernel[programs](
+            _tokens(values, CHUNK), _tokens(C, CHUNK // 2), _tokens(others, CHUNK), _states(given, n), _rows(step),
+            _rows(decay), documents, _tiled(dscores.flatten(0, 2), [1, CHUNK, CHUNK]), _tokens(gradient, CHUNK // 2),
+            from_start, *x.shape[1:3], groups, chunks, step.shape[2], OF_C=gradient is dC, **rest,
+            **_sizes(n, CHUNK * (2 * n + CHUNK), WIDTH * (CHUNK + n)),
+        )
 
 
-def shared_gradients(
-    programs: tuple[int, int, int], values: Tensor, own: Tensor, others: Tensor, states: Tensor, step: Tensor,
-    decay: Tensor, documents: Tensor, dscores: Tensor, gradient: Tensor, from_start: Tensor, n: int, p: int,
-    **options: Any,
+def _walk(
+    values: Tensor, shared: Tensor, step: Tensor, decay: Tensor, documents: Tensor | None, given: Tensor,
+    first: Tensor | None, written: Tensor, last: Tensor, through: Tensor, *, backwards: bool,
 ) -> None:
-    """Write dB or dC from states, whose tiles are (n, p)."""
-    fixed = 2 * CHUNK * (2 * n + CHUNK)
-    shared_gradients_kernel[programs](
-        _tokens(values, CHUNK, p), _tokens(own, CHUNK // 2, n), _tokens(others, CHUNK, n),
-        _matrices(states.flatten(0, 2), [1, n, p]), _rows(step), _rows(decay), documents,
-        _matrices(dscores.flatten(0, 2), [1, CHUNK, CHUNK]), _tokens(gradient, CHUNK // 2, n), from_start,
-        *values.shape[1:3], *dscores.shape[1:3][::-1], from_start.shape[2], R=values.shape[2] // own.shape[2], Q=CHUNK,
-        N=n, P=p, STAGES=_stages(fixed, 2 * p * (CHUNK + n)), num_warps=4, **options,
+    b, t, h = values.shape[:3]
+    n = max(WIDTH, shared.shape[3])
+    walk_kernel[b, h](
+        _tokens(values, CHUNK), _tokens(shared, CHUNK), _rows(step), _rows(decay), documents, _states(given, n), first,
+        _states(written, WIDTH), last, through, t, h, h // shared.shape[2], *written.shape[1:2], *written.shape[3:],
+        BACKWARDS=backwards, HAS_FIRST=first is not None, HAS_DOCUMENTS=documents is not None,
+        **_sizes(n, n * WIDTH, CHUNK * (n + WIDTH) + n * WIDTH * backwards),
     )
-
-
-def _stages(fixed: int, tiles: int) -> int:
-    """Heads whose tiles fit into shared memory beside the fixed bytes; with each a row of steps and one of decays."""
-    return min(4, (SHARED_BYTES - fixed) // (tiles + 8 * CHUNK))
 
 
 @gluon.jit
@@ -157,6 +166,156 @@ def _barriers(STAGES: gl.constexpr, ONCE: gl.constexpr = 2, USERS: gl.constexpr 
 @gluon.jit
 def _tiles(descriptor, COUNT: gl.constexpr):
     return gl.allocate_shared_memory(descriptor.dtype, [COUNT] + descriptor.block_shape, descriptor.layout)
+
+
+@gluon.jit
+def _load_for_walk(
+    values, shared, step, decay, given, tiles, barriers, b, h, heads, ratio, chunks,
+    BACKWARDS: gl.constexpr, Q: gl.constexpr, STAGES: gl.constexpr,
+):
+    value_tiles, shared_tiles, step_tiles, decay_tiles, given_tiles = tiles
+    full, _, empty = barriers
+    for k in range(chunks):
+        c, stage = chunks - 1 - k if BACKWARDS else k, k % STAGES
+        mbarrier.wait(empty.index(stage), (k // STAGES + 1) % 2)
+        is_full = full.index(stage)
+        if BACKWARDS:
+            mbarrier.expect(
+                is_full, values.block_type.nbytes + shared.block_type.nbytes + given.block_type.nbytes + 8 * Q
+            )
+        else:
+            mbarrier.expect(is_full, values.block_type.nbytes + shared.block_type.nbytes + 8 * Q)
+        tma.async_copy_global_to_shared(decay, [b * heads + h, c * Q], is_full, decay_tiles.index(stage))
+        tma.async_copy_global_to_shared(step, [b * heads + h, c * Q], is_full, step_tiles.index(stage))
+        tma.async_copy_global_to_shared(values, [b, c * Q, h, 0], is_full, value_tiles.index(stage))
+        tma.async_copy_global_to_shared(shared, [b, c * Q, h // ratio, 0], is_full, shared_tiles.index(stage))
+        if BACKWARDS:
+            tma.async_copy_global_to_shared(
+                given, [(b * chunks + c) * heads + h, 0, 0], is_full, given_tiles.index(stage)
+            )
+
+
+@gluon.jit
+def _weigh_for_walk(
+    tiles, barriers, documents, b, length, chunks,
+    BACKWARDS: gl.constexpr, HAS_DOCUMENTS: gl.constexpr, Q: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr,
+):
+    """Inputs by what of them is left at a chunk's end; gradients of outputs by what its start's state is in them."""
+    value_tiles, _, step_tiles, decay_tiles, _ = tiles
+    full, weighed, _ = barriers
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // P, P // 8], [4, 1], [1, 0])
+    of_row: gl.constexpr = gl.SliceLayout(1, layout)
+    q = gl.arange(0, Q, of_row)
+    for k in range(chunks):
+        c, stage = chunks - 1 - k if BACKWARDS else k, k % STAGES
+        passes = q >= 0
+        if HAS_DOCUMENTS:
+            state_at = c * Q - 1 if BACKWARDS else c * Q + Q - 1
+            passes = _document(documents, b, c * Q + q, length) == _document(documents, b, state_at, length)
+        mbarrier.wait(full.index(stage), k // STAGES % 2)
+        decay = _row(decay_tiles.index(stage), Q)
+        if BACKWARDS:
+            weight = gl.exp2(decay.load(of_row))
+        else:
+            weight = gl.exp2(decay.slice(Q - 1, 1).load(of_row) - decay.load(of_row))
+            weight *= _row(step_tiles.index(stage), Q).load(of_row)
+        values = value_tiles.index(stage).reshape([Q, P])
+        values.store((values.load(layout) * gl.where(passes, weight, 0.0)[:, None]).to(values.dtype))
+        fence_async_shared()
+        mbarrier.arrive(weighed.index(stage))
+
+
+@gluon.jit
+def _compute_walk(
+    PART: gl.constexpr, tiles, written_tiles, barriers, tensors, sizes, b, h,
+    BACKWARDS: gl.constexpr, HAS_FIRST: gl.constexpr, HAS_DOCUMENTS: gl.constexpr,
+    Q: gl.constexpr, N: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr,
+):
+    """64 rows of a state."""
+    value_tiles, shared_tiles, _, decay_tiles, given_tiles = tiles
+    full, weighed, empty = barriers
+    documents, first, written, last, through = tensors
+    length, heads, chunks, rows, columns = sizes
+    ROWS: gl.constexpr = 64
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, P, 16])
+    of_row: gl.constexpr = gl.SliceLayout(1, layout)
+    n, p = PART * ROWS + gl.arange(0, ROWS, of_row), gl.arange(0, P, gl.SliceLayout(0, layout))
+    at = (b * heads + h).to(gl.int64) * (rows * columns) + (n[:, None] * columns + p[None, :])
+    there = (n < rows)[:, None] & (p < columns)[None, :]
+    written_tile = written_tiles.index(PART)
+    state = gl.zeros([ROWS, P], gl.float32, layout)
+    if HAS_FIRST:
+        state = gl.load(first + at, there, 0.0)
+    for k in range(chunks):
+        c, stage = chunks - 1 - k if BACKWARDS else k, k % STAGES
+        goes_on = True
+        if HAS_DOCUMENTS:
+            goes_on = _document(documents, b, c * Q - 1, length) == _document(documents, b, c * Q + Q - 1, length)
+        number = (b * chunks + c) * heads + h
+        tma.store_wait(0)
+        written_tile.reshape([ROWS, P]).store(state.to(written.dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(written, [number, PART * ROWS, 0], written_tile)
+        mbarrier.wait(full.index(stage), k // STAGES % 2)
+        kept = gl.exp2(_row(decay_tiles.index(stage), Q).slice(Q - 1, 1).load(of_row))
+        if HAS_DOCUMENTS:
+            kept = gl.where(goes_on, kept, 0.0)
+        state *= kept[:, None]
+        if BACKWARDS:
+            given = given_tiles.index(stage).reshape([N, P]).slice(PART * ROWS, ROWS).load(layout)
+            gl.store(through + number.to(gl.int64) * rows + n, gl.sum(state * given.to(gl.float32), 1), n < rows)
+        mbarrier.wait(weighed.index(stage), k // STAGES % 2)
+        shared = shared_tiles.index(stage).reshape([Q, N]).permute([1, 0]).slice(PART * ROWS, ROWS)
+        state = warpgroup_mma(shared, value_tiles.index(stage).reshape([Q, P]), state)
+        mbarrier.arrive(empty.index(stage))
+    gl.store(last + at, state, there)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def walk_kernel(
+    values, shared, step, decay, documents, given, first, written, last, through, length, heads, ratio, chunks, rows,
+    columns, BACKWARDS: gl.constexpr, HAS_FIRST: gl.constexpr, HAS_DOCUMENTS: gl.constexpr,
+    Q: gl.constexpr, N: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr,
+):
+    """A head's states before its chunks, from x and B; or backwards the gradients of those after them, from dy and C,
+    and with the states given `through`; and the last one. Between the warp that loads and the groups that multiply
+    another one weighs the tokens, ahead of the products."""
+    b, h = gl.program_id(0), gl.program_id(1)
+    value_tiles, written_tiles = _tiles(values, STAGES), _tiles(written, N // 64)
+    given_tiles = value_tiles
+    if BACKWARDS:
+        given_tiles = _tiles(given, STAGES)
+    tiles = (value_tiles, _tiles(shared, STAGES), _tiles(step, STAGES), _tiles(decay, STAGES), given_tiles)
+    weighed, full, empty = _barriers(STAGES, STAGES, N // 64)
+    barriers, sizes = (full, weighed, empty), (length, heads, chunks, rows, columns)
+    tensors = (documents, first, written, last, through)
+    if N == 64:
+        gl.warp_specialize(
+            [
+                (_compute_walk, (gl.constexpr(0), tiles, written_tiles, barriers, tensors, sizes, b, h, BACKWARDS,
+                                 HAS_FIRST, HAS_DOCUMENTS, Q, N, P, STAGES)),
+                (_weigh_for_walk, (tiles, barriers, documents, b, length, chunks, BACKWARDS, HAS_DOCUMENTS, Q, P,
+                                   STAGES)),
+                (_load_for_walk, (values, shared, step, decay, given, tiles, barriers, b, h, heads, ratio, chunks,
+                                  BACKWARDS, Q, STAGES)),
+            ],
+            [4, 1], [96, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_compute_walk, (gl.constexpr(0), tiles, written_tiles, barriers, tensors, sizes, b, h, BACKWARDS,
+                                 HAS_FIRST, HAS_DOCUMENTS, Q, N, P, STAGES)),
+                (_compute_walk, (gl.constexpr(1), tiles, written_tiles, barriers, tensors, sizes, b, h, BACKWARDS,
+                                 HAS_FIRST, HAS_DOCUMENTS, Q, N, P, STAGES)),
+                (_weigh_for_walk, (tiles, barriers, documents, b, length, chunks, BACKWARDS, HAS_DOCUMENTS, Q, P,
+                                   STAGES)),
+                (_load_for_walk, (values, shared, step, decay, given, tiles, barriers, b, h, heads, ratio, chunks,
+                                  BACKWARDS, Q, STAGES)),
+            ],
+            [4, 4, 1], [160, 96, 24],
+        )
 
 
 @gluon.jit
@@ -266,6 +425,155 @@ def outputs_kernel(
 
 
 @gluon.jit
+def _load_for_inputs(
+    x, dy, states, step, decay, B, C, tiles, dy_tiles, B_tile, C_tiles, barriers, b, g, c, heads, chunks,
+    R: gl.constexpr, Q: gl.constexpr, STAGES: gl.constexpr,
+):
+    ready, full, empty, _ = barriers
+    mbarrier.expect(ready.index(0), B.block_type.nbytes + 2 * C.block_type.nbytes)
+    tma.async_copy_global_to_shared(B, [b, c * Q, g, 0], ready.index(0), B_tile)
+    for half in gl.static_range(2):
+        tma.async_copy_global_to_shared(C, [b, c * Q + half * (Q // 2), g, 0], ready.index(0), C_tiles.index(half))
+    _load_heads(x, states, step, decay, tiles, full, empty, b, g, c, heads, chunks, R, Q, STAGES, dy, dy_tiles)
+
+
+@gluon.jit
+def _compute_inputs(
+    BLOCK: gl.constexpr, tiles, barriers, tensors, sizes, b, g, c, HAS_DOCUMENTS: gl.constexpr,
+    R: gl.constexpr, Q: gl.constexpr, N: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr,
+):
+    """A block of pairs (inputs j, outputs i): the first half of a chunk with itself (0), the first and the second (1),
+    the second with itself (2). Block 1 hands its part of dx, with that of the state at the end, to block 0."""
+    per_head, dy_tiles, B_tile, C_tiles, handed_tiles = tiles
+    x_tiles, state_tiles, step_tiles, decay_tiles = per_head
+    ready, full, empty, handed = barriers
+    D, documents, dscores, dx, sums, own_scores = tensors
+    length, heads, groups, chunks, padded, plane = sizes
+    ROWS: gl.constexpr = Q // 2
+    INPUTS: gl.constexpr = BLOCK // 2
+    OUTPUTS: gl.constexpr = (BLOCK + 1) // 2
+    pairs: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    inputs: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, P, 16])
+    of_j: gl.constexpr = gl.SliceLayout(1, pairs)
+    of_i: gl.constexpr = gl.SliceLayout(0, pairs)
+    of_row: gl.constexpr = gl.SliceLayout(1, inputs)
+    j, i, k = gl.arange(0, ROWS, of_j), gl.arange(0, ROWS, of_i), gl.arange(0, ROWS, of_row)
+    first_j, first_i = c * Q + INPUTS * ROWS, c * Q + OUTPUTS * ROWS
+    seen = j[:, None] <= i[None, :] + (OUTPUTS - INPUTS) * ROWS
+    in_last = k >= 0
+    if HAS_DOCUMENTS:
+        own = _document(documents, b, first_j + j, length)
+        seen = seen & (own[:, None] == _document(documents, b, first_i + i, length)[None, :])
+        in_last = _document(documents, b, first_j + k, length) == _document(documents, b, c * Q + Q - 1, length)
+    Bs = B_tile.reshape([Q, N]).slice(INPUTS * ROWS, ROWS)
+    mbarrier.wait(ready.index(0), 0)
+    scores = warpgroup_mma(Bs, C_tiles.index(OUTPUTS).reshape([ROWS, N]).permute([1, 0]),
+                           gl.zeros([ROWS, ROWS], gl.float32, pairs), use_acc=False)
+    # From here on C's tiles, if large enough, hold what block 1 hands over, and dx.
+    mbarrier.arrive(handed.index(0))
+    mbarrier.wait(handed.index(0), 0)
+    part = handed_tiles.index(0)._reinterpret(gl.float32, [ROWS, P], gl.NVMMASharedLayout(128, 32, 2))
+    dx_tile = handed_tiles._reinterpret(dx.dtype, [4, 1, ROWS, 1, P], dx.layout).index(2 + INPUTS)
+    own_score = gl.zeros([ROWS], gl.float32, of_j)
+    if BLOCK != 1:
+        own_score = gl.sum(gl.where(j[:, None] == i[None, :], scores, 0.0), 1)
+        gl.store(own_scores + (b * groups + g).to(gl.int64) * padded + first_j + j, own_score)
+        scores = gl.where(seen & (j[:, None] < i[None, :]), scores, 0.0)
+    elif HAS_DOCUMENTS:
+        scores = gl.where(seen, scores, 0.0)
+    own_score = gl.convert_layout(own_score, of_row)
+    dscores_sum = gl.zeros([ROWS, ROWS], gl.float32, pairs)
+    plane = gl.cast(plane, gl.int64)
+    inputs_plane, outputs_plane = (4 * plane, 4 * plane) if BLOCK == 1 else (0 * plane, 3 * plane)
+    for r in range(R):
+        h, stage = g * R + r, r % STAGES
+        skip = gl.load(D + h)
+        row = (b * heads + h).to(gl.int64) * padded
+        mbarrier.wait(full.index(stage), r // STAGES % 2)
+        xs = x_tiles.index(stage).reshape([Q, P]).slice(INPUTS * ROWS, ROWS)
+        dys = dy_tiles.index(stage).reshape([Q, P]).slice(OUTPUTS * ROWS, ROWS)
+        dmask = warpgroup_mma(xs, dys.permute([1, 0]), gl.zeros([ROWS, ROWS], gl.float32, pairs), use_acc=False,
+                              is_async=True)
+        decay, step = _row(decay_tiles.index(stage), Q), _row(step_tiles.index(stage), Q).slice(INPUTS * ROWS, ROWS)
+        j_decays, i_decays = decay.slice(INPUTS * ROWS, ROWS).load(of_j), decay.slice(OUTPUTS * ROWS, ROWS).load(of_i)
+        factor = gl.exp2(gl.minimum(i_decays[None, :] - j_decays[:, None], 0.0))
+        if HAS_DOCUMENTS or BLOCK != 1:
+            factor = gl.where(seen, factor, 0.0)
+        factor *= step.load(of_j)[:, None]
+        mask = gl.convert_layout((scores * factor).to(dx.dtype), gl.DotOperandLayout(0, inputs, 2))
+        dmask = warpgroup_mma_wait(0, [dmask]) * factor
+        dscores_sum += dmask
+        G = dmask * scores
+        gl.store(sums + inputs_plane + row + first_j + j, gl.sum(G, 1))
+        gl.store(sums + outputs_plane + row + first_i + i, gl.sum(G, 0))
+        dxs = gl.zeros([ROWS, P], gl.float32, inputs)
+        if BLOCK != 0:
+            weight = gl.exp2(decay.slice(Q - 1, 1).load(of_row) - decay.slice(INPUTS * ROWS, ROWS).load(of_row))
+            weight = gl.where(in_last, weight * step.load(of_row), 0.0)
+            dxs = warpgroup_mma(Bs, state_tiles.index(stage).reshape([N, P]), dxs, use_acc=False) * weight[:, None]
+            gl.store(sums + plane + row + first_j + k, gl.sum(dxs * xs.load(inputs), 1))
+        dxs = warpgroup_mma(mask, dys, dxs)
+        if BLOCK == 1:
+            mbarrier.arrive(empty.index(stage))
+            mbarrier.wait(handed.index(2), (r + 1) % 2)
+            part.store(dxs)
+            mbarrier.arrive(handed.index(1))
+        else:
+            own_dys = dys.load(inputs).to(gl.float32)
+            gl.store(sums + 2 * plane + row + first_j + k, gl.sum(xs.load(inputs).to(gl.float32) * own_dys, 1))
+            dxs += (skip + own_score * step.load(of_row))[:, None] * own_dys
+            mbarrier.arrive(empty.index(stage))
+            if BLOCK == 0:
+                mbarrier.wait(handed.index(1), r % 2)
+                dxs += part.load(inputs)
+                mbarrier.arrive(handed.index(2))
+            tma.store_wait(0)
+            dx_tile.reshape([ROWS, P]).store(dxs.to(dx.dtype))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(dx, [b, first_j, h, 0], dx_tile)
+    at = ((b * chunks + c) * groups + g).to(gl.int64) * (Q * Q) + INPUTS * (ROWS * Q) + OUTPUTS * ROWS
+    gl.store(dscores + at + (j[:, None] * Q + i[None, :]), dscores_sum.to(dx.dtype))
+    tma.store_wait(0)
+
+
+@gluon.jit
+def input_gradients_kernel(
+    x, dy, B, C, D, step, decay, documents, dstates, dscores, dx, sums, own_scores, length, heads, groups, chunks,
+    padded, plane, HAS_DOCUMENTS: gl.constexpr, REVERSED: gl.constexpr,
+    R: gl.constexpr, Q: gl.constexpr, N: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr,
+):
+    """dx, the gradient of C B^T summed over a group's heads (transposed), and the sums a token of
+    `kernels.ssd.triton._input_gradients_kernel`: a chunk and a group."""
+    b, g, c = _program(REVERSED)
+    per_head = (_tiles(x, STAGES), _tiles(dstates, STAGES), _tiles(step, STAGES), _tiles(decay, STAGES))
+    dy_tiles, B_tile, C_tiles = _tiles(dy, STAGES), _tiles(B, 1).index(0), _tiles(C, 2)
+    handed_tiles = C_tiles
+    if N < 2 * P:
+        handed_tiles = gl.allocate_shared_memory(C.dtype, [2, 1, Q // 2, 1, 2 * P], C.layout)
+    ready, full, empty = _barriers(STAGES, 1, 3)
+    handed = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(handed.index(0), 3)
+    mbarrier.init(handed.index(1), 1)
+    mbarrier.init(handed.index(2), 1)
+    fence_async_shared()
+    tiles, barriers = (per_head, dy_tiles, B_tile, C_tiles, handed_tiles), (ready, full, empty, handed)
+    tensors, sizes = (D, documents, dscores, dx, sums, own_scores), (length, heads, groups, chunks, padded, plane)
+    gl.warp_specialize(
+        [
+            (_compute_inputs, (gl.constexpr(2), tiles, barriers, tensors, sizes, b, g, c, HAS_DOCUMENTS,
+                               R, Q, N, P, STAGES)),
+            (_compute_inputs, (gl.constexpr(1), tiles, barriers, tensors, sizes, b, g, c, HAS_DOCUMENTS,
+                               R, Q, N, P, STAGES)),
+            (_compute_inputs, (gl.constexpr(0), tiles, barriers, tensors, sizes, b, g, c, HAS_DOCUMENTS,
+                               R, Q, N, P, STAGES)),
+            (_load_for_inputs, (x, dy, dstates, step, decay, B, C, per_head, dy_tiles, B_tile, C_tiles, barriers, b, g,
+                                c, heads, chunks, R, Q, STAGES)),
+        ],
+        [4, 4, 1], [160, 160, 24],
+    )
+
+
+@gluon.jit
 def _load_for_shared(
     values, states, step, decay, own, others, dscores, tiles, own_tiles, others_tile, pairs_tile, barriers,
     b, g, c, heads, groups, chunks,
@@ -364,283 +672,4 @@ def shared_gradients_kernel(
                                 pairs_tile, barriers, b, g, c, heads, groups, chunks, OF_C, R, Q, STAGES)),
         ],
         [4, 1], [240, 24],
-    )
-
-
-@gluon.jit
-def _load_for_walk(
-    values, shared, step, decay, given, tiles, barriers, b, h, heads, ratio, chunks,
-    BACKWARDS: gl.constexpr, Q: gl.constexpr, STAGES: gl.constexpr,
-):
-    value_tiles, shared_tiles, step_tiles, decay_tiles, given_tiles = tiles
-    full, _, empty = barriers
-    for k in range(chunks):
-        c, stage = chunks - 1 - k if BACKWARDS else k, k % STAGES
-        mbarrier.wait(empty.index(stage), (k // STAGES + 1) % 2)
-        is_full = full.index(stage)
-        if BACKWARDS:
-            mbarrier.expect(
-                is_full, values.block_type.nbytes + shared.block_type.nbytes + given.block_type.nbytes + 8 * Q
-            )
-        else:
-            mbarrier.expect(is_full, values.block_type.nbytes + shared.block_type.nbytes + 8 * Q)
-        tma.async_copy_global_to_shared(decay, [b * heads + h, c * Q], is_full, decay_tiles.index(stage))
-        tma.async_copy_global_to_shared(step, [b * heads + h, c * Q], is_full, step_tiles.index(stage))
-        tma.async_copy_global_to_shared(values, [b, c * Q, h, 0], is_full, value_tiles.index(stage))
-        tma.async_copy_global_to_shared(shared, [b, c * Q, h // ratio, 0], is_full, shared_tiles.index(stage))
-        if BACKWARDS:
-            tma.async_copy_global_to_shared(
-                given, [(b * chunks + c) * heads + h, 0, 0], is_full, given_tiles.index(stage)
-            )
-
-
-@gluon.jit
-def _weigh_for_walk(
-    tiles, barriers, documents, b, length, chunks,
-    BACKWARDS: gl.constexpr, HAS_DOCUMENTS: gl.constexpr, Q: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr,
-):
-    """Inputs by what of them is left at a chunk's end; gradients of outputs by what its start's state is in them."""
-    value_tiles, _, step_tiles, decay_tiles, _ = tiles
-    full, weighed, _ = barriers
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // P, P // 8], [4, 1], [1, 0])
-    of_row: gl.constexpr = gl.SliceLayout(1, layout)
-    q = gl.arange(0, Q, of_row)
-    for k in range(chunks):
-        c, stage = chunks - 1 - k if BACKWARDS else k, k % STAGES
-        passes = q >= 0
-        if HAS_DOCUMENTS:
-            state_at = c * Q - 1 if BACKWARDS else c * Q + Q - 1
-            passes = _document(documents, b, c * Q + q, length) == _document(documents, b, state_at, length)
-        mbarrier.wait(full.index(stage), k // STAGES % 2)
-        decay = _row(decay_tiles.index(stage), Q)
-        if BACKWARDS:
-            weight = gl.exp2(decay.load(of_row))
-        else:
-            weight = gl.exp2(decay.slice(Q - 1, 1).load(of_row) - decay.load(of_row))
-            weight *= _row(step_tiles.index(stage), Q).load(of_row)
-        values = value_tiles.index(stage).reshape([Q, P])
-        values.store((values.load(layout) * gl.where(passes, weight, 0.0)[:, None]).to(values.dtype))
-        fence_async_shared()
-        mbarrier.arrive(weighed.index(stage))
-
-
-@gluon.jit
-def _compute_walk(
-    HALF: gl.constexpr, tiles, written_tile, barriers, documents, first, written, last, through,
-    b, h, length, heads, chunks, columns, BACKWARDS: gl.constexpr, HAS_FIRST: gl.constexpr, HAS_DOCUMENTS: gl.constexpr,
-    Q: gl.constexpr, N: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr,
-):
-    """The first or the second half of a state's rows."""
-    value_tiles, shared_tiles, _, decay_tiles, given_tiles = tiles
-    full, weighed, empty = barriers
-    ROWS: gl.constexpr = N // 2
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, P, 16])
-    of_row: gl.constexpr = gl.SliceLayout(1, layout)
-    n, p = HALF * ROWS + gl.arange(0, ROWS, of_row), gl.arange(0, P, gl.SliceLayout(0, layout))
-    at = (b * heads + h).to(gl.int64) * (N * columns) + (n[:, None] * columns + p[None, :])
-    there = (n >= 0)[:, None] & (p < columns)[None, :]
-    state = gl.zeros([ROWS, P], gl.float32, layout)
-    if HAS_FIRST:
-        state = gl.load(first + at, there, 0.0)
-    for k in range(chunks):
-        c, stage = chunks - 1 - k if BACKWARDS else k, k % STAGES
-        goes_on = True
-        if HAS_DOCUMENTS:
-            goes_on = _document(documents, b, c * Q - 1, length) == _document(documents, b, c * Q + Q - 1, length)
-        number = (b * chunks + c) * heads + h
-        tma.store_wait(0)
-        written_tile.reshape([ROWS, P]).store(state.to(written.dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(written, [number, HALF * ROWS, 0], written_tile)
-        mbarrier.wait(full.index(stage), k // STAGES % 2)
-        kept = gl.exp2(_row(decay_tiles.index(stage), Q).slice(Q - 1, 1).load(of_row))
-        if HAS_DOCUMENTS:
-            kept = gl.where(goes_on, kept, 0.0)
-        state *= kept[:, None]
-        if BACKWARDS:
-            given = given_tiles.index(stage).reshape([N, P]).slice(HALF * ROWS, ROWS).load(layout)
-            gl.store(through + number.to(gl.int64) * N + n, gl.sum(state * given.to(gl.float32), 1))
-        mbarrier.wait(weighed.index(stage), k // STAGES % 2)
-        shared = shared_tiles.index(stage).reshape([Q, N]).permute([1, 0]).slice(HALF * ROWS, ROWS)
-        state = warpgroup_mma(shared, value_tiles.index(stage).reshape([Q, P]), state)
-        mbarrier.arrive(empty.index(stage))
-    gl.store(last + at, state, there)
-    tma.store_wait(0)
-
-
-@gluon.jit
-def walk_kernel(
-    values, shared, step, decay, documents, given, first, written, last, through, length, heads, ratio, chunks, columns,
-    BACKWARDS: gl.constexpr, HAS_FIRST: gl.constexpr, HAS_DOCUMENTS: gl.constexpr,
-    Q: gl.constexpr, N: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr,
-):
-    """A head's states before its chunks, or the gradients of those after them, one after another. Between the warp that
-    loads and the two groups that multiply a third one weighs the tokens, ahead of the products."""
-    b, h = gl.program_id(0), gl.program_id(1)
-    value_tiles, written_tiles = _tiles(values, STAGES), _tiles(written, 2)
-    given_tiles = value_tiles
-    if BACKWARDS:
-        given_tiles = _tiles(given, STAGES)
-    tiles = (value_tiles, _tiles(shared, STAGES), _tiles(step, STAGES), _tiles(decay, STAGES), given_tiles)
-    weighed, full, empty = _barriers(STAGES, STAGES)
-    barriers = (full, weighed, empty)
-    gl.warp_specialize(
-        [
-            (_compute_walk, (gl.constexpr(0), tiles, written_tiles.index(0), barriers, documents, first, written, last,
-                             through, b, h, length, heads, chunks, columns, BACKWARDS, HAS_FIRST, HAS_DOCUMENTS,
-                             Q, N, P, STAGES)),
-            (_compute_walk, (gl.constexpr(1), tiles, written_tiles.index(1), barriers, documents, first, written, last,
-                             through, b, h, length, heads, chunks, columns, BACKWARDS, HAS_FIRST, HAS_DOCUMENTS,
-                             Q, N, P, STAGES)),
-            (_weigh_for_walk, (tiles, barriers, documents, b, length, chunks, BACKWARDS, HAS_DOCUMENTS, Q, P, STAGES)),
-            (_load_for_walk, (values, shared, step, decay, given, tiles, barriers, b, h, heads, ratio, chunks, BACKWARDS,
-                              Q, STAGES)),
-        ],
-        [4, 4, 1], [160, 96, 24],
-    )
-
-
-@gluon.jit
-def _load_for_inputs(
-    x, dy, states, step, decay, B, C, tiles, dy_tiles, B_tile, C_tiles, barriers, b, g, c, heads, chunks,
-    R: gl.constexpr, Q: gl.constexpr, STAGES: gl.constexpr,
-):
-    ready, full, empty, _ = barriers
-    mbarrier.expect(ready.index(0), B.block_type.nbytes + 2 * C.block_type.nbytes)
-    tma.async_copy_global_to_shared(B, [b, c * Q, g, 0], ready.index(0), B_tile)
-    for half in gl.static_range(2):
-        tma.async_copy_global_to_shared(C, [b, c * Q + half * (Q // 2), g, 0], ready.index(0), C_tiles.index(half))
-    _load_heads(x, states, step, decay, tiles, full, empty, b, g, c, heads, chunks, R, Q, STAGES, dy, dy_tiles)
-
-
-@gluon.jit
-def _compute_inputs(
-    BLOCK: gl.constexpr, tiles, dy_tiles, B_tile, C_tiles, barriers, D, documents, dscores, dx, sums, own_scores,
-    b, g, c, length, heads, groups, chunks, padded, plane, HAS_DOCUMENTS: gl.constexpr,
-    R: gl.constexpr, Q: gl.constexpr, N: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr,
-):
-    """A block of pairs (inputs j, outputs i): the first half of a chunk with itself (0), the first and the second (1),
-    the second with itself (2). Block 1 hands its part of dx, with that of the state at the end, to block 0."""
-    x_tiles, state_tiles, step_tiles, decay_tiles = tiles
-    ready, full, empty, handed = barriers
-    ROWS: gl.constexpr = Q // 2
-    J: gl.constexpr = BLOCK // 2
-    I: gl.constexpr = (BLOCK + 1) // 2
-    pairs: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    inputs: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, P, 16])
-    of_j: gl.constexpr = gl.SliceLayout(1, pairs)
-    of_i: gl.constexpr = gl.SliceLayout(0, pairs)
-    of_row: gl.constexpr = gl.SliceLayout(1, inputs)
-    j, i, k = gl.arange(0, ROWS, of_j), gl.arange(0, ROWS, of_i), gl.arange(0, ROWS, of_row)
-    first_j, first_i = c * Q + J * ROWS, c * Q + I * ROWS
-    seen = j[:, None] <= i[None, :] + (I - J) * ROWS
-    in_last = k >= 0
-    if HAS_DOCUMENTS:
-        own = _document(documents, b, first_j + j, length)
-        seen = seen & (own[:, None] == _document(documents, b, first_i + i, length)[None, :])
-        in_last = _document(documents, b, first_j + k, length) == _document(documents, b, c * Q + Q - 1, length)
-    Bs = B_tile.reshape([Q, N]).slice(J * ROWS, ROWS)
-    mbarrier.wait(ready.index(0), 0)
-    scores = warpgroup_mma(Bs, C_tiles.index(I).reshape([ROWS, N]).permute([1, 0]),
-                           gl.zeros([ROWS, ROWS], gl.float32, pairs), use_acc=False)
-    # From here on C's tiles hold what block 1 hands over, and dx.
-    mbarrier.arrive(handed.index(0))
-    mbarrier.wait(handed.index(0), 0)
-    part = C_tiles.index(0)._reinterpret(gl.float32, [ROWS, P], gl.NVMMASharedLayout(128, 32, 2))
-    dx_tile = C_tiles._reinterpret(dx.dtype, [4, 1, ROWS, 1, P], dx.layout).index(2 + J)
-    own_score = gl.zeros([ROWS], gl.float32, of_j)
-    if BLOCK != 1:
-        own_score = gl.sum(gl.where(j[:, None] == i[None, :], scores, 0.0), 1)
-        gl.store(own_scores + (b * groups + g).to(gl.int64) * padded + first_j + j, own_score)
-        scores = gl.where(seen & (j[:, None] < i[None, :]), scores, 0.0)
-    elif HAS_DOCUMENTS:
-        scores = gl.where(seen, scores, 0.0)
-    own_score = gl.convert_layout(own_score, of_row)
-    dscores_sum = gl.zeros([ROWS, ROWS], gl.float32, pairs)
-    plane = gl.cast(plane, gl.int64)
-    over = 4 * plane if BLOCK == 1 else 0 * plane
-    over_outputs = 4 * plane if BLOCK == 1 else 3 * plane
-    for r in range(R):
-        h, stage = g * R + r, r % STAGES
-        skip = gl.load(D + h)
-        row = (b * heads + h).to(gl.int64) * padded
-        mbarrier.wait(full.index(stage), r // STAGES % 2)
-        xs = x_tiles.index(stage).reshape([Q, P]).slice(J * ROWS, ROWS)
-        dys = dy_tiles.index(stage).reshape([Q, P]).slice(I * ROWS, ROWS)
-        dmask = warpgroup_mma(xs, dys.permute([1, 0]), gl.zeros([ROWS, ROWS], gl.float32, pairs), use_acc=False,
-                              is_async=True)
-        decay, step = _row(decay_tiles.index(stage), Q), _row(step_tiles.index(stage), Q).slice(J * ROWS, ROWS)
-        j_decays, i_decays = decay.slice(J * ROWS, ROWS).load(of_j), decay.slice(I * ROWS, ROWS).load(of_i)
-        factor = gl.exp2(gl.minimum(i_decays[None, :] - j_decays[:, None], 0.0))
-        if HAS_DOCUMENTS or BLOCK != 1:
-            factor = gl.where(seen, factor, 0.0)
-        factor *= step.load(of_j)[:, None]
-        mask = gl.convert_layout((scores * factor).to(dx.dtype), gl.DotOperandLayout(0, inputs, 2))
-        dmask = warpgroup_mma_wait(0, [dmask]) * factor
-        dscores_sum += dmask
-        G = dmask * scores
-        gl.store(sums + over + row + first_j + j, gl.sum(G, 1))
-        gl.store(sums + over_outputs + row + first_i + i, gl.sum(G, 0))
-        dxs = gl.zeros([ROWS, P], gl.float32, inputs)
-        if BLOCK != 0:
-            weight = gl.exp2(decay.slice(Q - 1, 1).load(of_row) - decay.slice(J * ROWS, ROWS).load(of_row))
-            weight = gl.where(in_last, weight * step.load(of_row), 0.0)
-            dxs = warpgroup_mma(Bs, state_tiles.index(stage).reshape([N, P]), dxs, use_acc=False) * weight[:, None]
-            gl.store(sums + plane + row + first_j + k, gl.sum(dxs * xs.load(inputs), 1))
-        dxs = warpgroup_mma(mask, dys, dxs)
-        if BLOCK == 1:
-            mbarrier.arrive(empty.index(stage))
-            mbarrier.wait(handed.index(2), (r + 1) % 2)
-            part.store(dxs)
-            mbarrier.arrive(handed.index(1))
-        else:
-            own_dys = dys.load(inputs).to(gl.float32)
-            gl.store(sums + 2 * plane + row + first_j + k, gl.sum(xs.load(inputs).to(gl.float32) * own_dys, 1))
-            dxs += (skip + own_score * step.load(of_row))[:, None] * own_dys
-            mbarrier.arrive(empty.index(stage))
-            if BLOCK == 0:
-                mbarrier.wait(handed.index(1), r % 2)
-                dxs += part.load(inputs)
-                mbarrier.arrive(handed.index(2))
-            tma.store_wait(0)
-            dx_tile.reshape([ROWS, P]).store(dxs.to(dx.dtype))
-            fence_async_shared()
-            tma.async_copy_shared_to_global(dx, [b, first_j, h, 0], dx_tile)
-    at = ((b * chunks + c) * groups + g).to(gl.int64) * (Q * Q) + J * (ROWS * Q) + I * ROWS
-    gl.store(dscores + at + (j[:, None] * Q + i[None, :]), dscores_sum.to(dx.dtype))
-    tma.store_wait(0)
-
-
-@gluon.jit
-def input_gradients_kernel(
-    x, dy, B, C, D, step, decay, documents, dstates, dscores, dx, sums, own_scores, length, heads, groups, chunks,
-    padded, plane, HAS_DOCUMENTS: gl.constexpr, REVERSED: gl.constexpr,
-    R: gl.constexpr, Q: gl.constexpr, N: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr,
-):
-    """dx, the gradient of C B^T summed over a group's heads (transposed), and sums a token: a chunk and a group."""
-    b, g, c = _program(REVERSED)
-    tiles = (_tiles(x, STAGES), _tiles(dstates, STAGES), _tiles(step, STAGES), _tiles(decay, STAGES))
-    dy_tiles, B_tile, C_tiles = _tiles(dy, STAGES), _tiles(B, 1).index(0), _tiles(C, 2)
-    ready, full, empty = _barriers(STAGES, 1, 3)
-    handed = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(handed.index(0), 3)
-    mbarrier.init(handed.index(1), 1)
-    mbarrier.init(handed.index(2), 1)
-    fence_async_shared()
-    barriers = (ready, full, empty, handed)
-    gl.warp_specialize(
-        [
-            (_compute_inputs, (gl.constexpr(2), tiles, dy_tiles, B_tile, C_tiles, barriers, D, documents, dscores, dx,
-                               sums, own_scores, b, g, c, length, heads, groups, chunks, padded, plane, HAS_DOCUMENTS,
-                               R, Q, N, P, STAGES)),
-            (_compute_inputs, (gl.constexpr(1), tiles, dy_tiles, B_tile, C_tiles, barriers, D, documents, dscores, dx,
-                               sums, own_scores, b, g, c, length, heads, groups, chunks, padded, plane, HAS_DOCUMENTS,
-                               R, Q, N, P, STAGES)),
-            (_compute_inputs, (gl.constexpr(0), tiles, dy_tiles, B_tile, C_tiles, barriers, D, documents, dscores, dx,
-                               sums, own_scores, b, g, c, length, heads, groups, chunks, padded, plane, HAS_DOCUMENTS,
-                               R, Q, N, P, STAGES)),
-            (_load_for_inputs, (x, dy, dstates, step, decay, B, C, tiles, dy_tiles, B_tile, C_tiles, barriers, b, g, c,
-                                heads, chunks, R, Q, STAGES)),
-        ],
-        [4, 4, 1], [160, 160, 24],
     )

@@ -6,7 +6,7 @@ formed once for all heads of the group, and needs no order. The backward is the 
 the gradient of the states, then everything else a chunk and a group at a time, so that the gradients of B and C are
 summed over the group's heads in registers and no atomics are needed. What needs no order reads its tiles by TMA: no
 registers hold them or their addresses on the way, which saves 4 to 13 % of the time. The walks are slower by it. On
-Hopper outputs, dB and dC are `kernels.ssd.hopper`'s.
+Hopper all but what a token's step and decay need is `kernels.ssd.hopper`'s, for sizes it takes.
 
 A gradient of a decay sums what the decay lets pass. Its largest part, a whole chunk's, is taken in the walk from the
 end, where the states' gradient is still float32: rounding both factors would lose what mamba_ssm keeps.
@@ -436,7 +436,6 @@ STEP_GRADIENTS = ScanTiles(warps=4, stages=1, size=4)
 # Elements a matrix product's tiles have along their rows, at least: 128 bytes. For narrower ones ptxas 12.8, which
 # Triton 3.6 brings, adds offsets to a uniform register that nothing wrote, and products read whatever lies there.
 LEAST_WIDTH = 64
-LARGEST_WALKED = 128
 TUNED_STATE = 128 * 64          # elements of the largest state for which the pipelines above fit into shared memory
 
 
@@ -510,9 +509,9 @@ def _launched(tiles: ScanTiles, n: int, p: int) -> dict[str, int]:
     return {"num_warps": 8, "num_stages": 1}
 
 
-def _is_specialised(x: Tensor, n: int, p: int) -> bool:
+def _is_specialised(x: Tensor, B: Tensor) -> bool:
     """Whether the kernels of `kernels.ssd.hopper` take these inputs."""
-    return CHUNK == hopper.CHUNK and _tile(n) * _tile(p) <= TUNED_STATE and hopper.is_hopper(x.device)
+    return CHUNK == hopper.CHUNK and hopper.takes(x, B)
 
 
 def run_forward(
@@ -520,41 +519,38 @@ def run_forward(
     documents: Tensor | None, y: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Write y, of any strides whose heads lie side by side. Returns the other outputs of `scan`."""
-    b, t, h, p = x.shape
-    g, n = B.shape[2:]
-    chunks = cdiv(t, CHUNK)
-    final, step, decay, states = kept_like(x, n)
+    b, t, h, _ = x.shape
+    final, step, decay, states = kept_like(x, B.shape[3])
+    chunks = states.shape[1]
     programs, is_reversed = grid(b, cdiv(h, DECAYS.size), chunks)
     _decays_kernel[programs](
         dt, dt_bias, A, step, decay, *_strides(dt), t, h, chunks, chunks * CHUNK,
         REVERSED=is_reversed, Q=CHUNK, BLOCK=DECAYS.size, num_warps=DECAYS.warps, num_stages=DECAYS.stages,
     )
-    rows, has_documents = _walked_rows(STATE_WALK, n, p), documents is not None
-    documents = step if documents is None else documents
-    if _is_specialised(x, n, p) and n == LARGEST_WALKED:
-        hopper.walk(
-            x, B, step, decay, documents, states, final if initial is None else initial, states, final, step, n,
-            _tile(p), backwards=False, HAS_FIRST=initial is not None, HAS_DOCUMENTS=has_documents,
-        )
-    else:
-        _state_walk_kernel[(b, h, _tile(n) // rows)](
-            x, B, step, decay, final if initial is None else initial, documents, states, final, *_strides(x, B), t, h,
-            h // g, chunks, chunks * CHUNK, HAS_INITIAL=initial is not None, HAS_DOCUMENTS=has_documents, Q=CHUNK,
-            N=n, P=p, **_tiles(n, p), ROWS=rows, **_launched(STATE_WALK, rows, p),
-        )
+    write = hopper.write_outputs if _is_specialised(x, B) else _write_outputs
+    write(x, B, C, D, step, decay, documents, initial, states, final, y)
+    return final, step, decay, states
+
+
+def _write_outputs(
+    x: Tensor, B: Tensor, C: Tensor, D: Tensor, step: Tensor, decay: Tensor, documents: Tensor | None,
+    initial: Tensor | None, states: Tensor, final: Tensor, y: Tensor,
+) -> None:
+    """Write the states before chunks, the final one and y."""
+    b, t, h, p = x.shape
+    g, n = B.shape[2:]
+    chunks, rows, has_documents = states.shape[1], _walked_rows(STATE_WALK, n, p), documents is not None
+    _state_walk_kernel[(b, h, _tile(n) // rows)](
+        x, B, step, decay, initial, documents, states, final, *_strides(x, B), t, h, h // g, chunks, chunks * CHUNK,
+        HAS_INITIAL=initial is not None, HAS_DOCUMENTS=has_documents, Q=CHUNK, N=n, P=p, **_tiles(n, p), ROWS=rows,
+        **_launched(STATE_WALK, rows, p),
+    )
     programs, is_reversed = grid(b, g, chunks)
-    if _is_specialised(x, n, p):
-        hopper.outputs(
-            programs, x, B, C, D, step, decay, documents, states, y, _tile(n), _tile(p), HAS_DOCUMENTS=has_documents,
-            REVERSED=is_reversed,
-        )
-        return final, step, decay, states
     _outputs_kernel[programs](
         _tokens(x, CHUNK), _tokens(B, CHUNK), _tokens(C, CHUNK), D, step, decay, documents, _states(states),
         _tokens(y, CHUNK), t, h, g, chunks, chunks * CHUNK, HAS_DOCUMENTS=has_documents, REVERSED=is_reversed,
         R=h // g, Q=CHUNK, **_tiles(n, p), **_launched(OUTPUTS, n, p),
     )
-    return final, step, decay, states
 
 
 def run_backward(
@@ -566,57 +562,14 @@ def run_backward(
     b, t, h, p = x.shape
     g, n = B.shape[2:]
     chunks, padded = states.shape[1], step.shape[2]
-    rows, has_documents = _walked_rows(GRADIENT_WALK, n, p), documents is not None
-    documents = step if documents is None else documents
     dstates, dinitial = torch.empty_like(states), x.new_empty(b, h, n, p, dtype=torch.float32)
     through = x.new_empty(b, chunks, h, n, dtype=torch.float32)
-    if _is_specialised(x, n, p) and n == LARGEST_WALKED:
-        hopper.walk(
-            dy, C, step, decay, documents, states, dinitial if dfinal is None else dfinal, dstates, dinitial, through,
-            n, _tile(p), backwards=True, HAS_FIRST=dfinal is not None, HAS_DOCUMENTS=has_documents,
-        )
-    else:
-        _gradient_walk_kernel[(b, h, _tile(n) // rows)](
-            dy, C, decay, documents, states, dinitial if dfinal is None else dfinal, dstates, dinitial, through,
-            *_strides(dy, C), t, h, h // g, chunks, padded, HAS_FINAL=dfinal is not None, HAS_DOCUMENTS=has_documents,
-            Q=CHUNK, N=n, P=p, **_tiles(n, p), ROWS=rows, **_launched(GRADIENT_WALK, rows, p),
-        )
     sums, from_start = x.new_empty(5, b, h, padded, dtype=torch.float32), torch.empty_like(step)
     own_scores = x.new_empty(b, g, padded, dtype=torch.float32)
     dscores = x.new_empty(b, chunks, g, CHUNK, CHUNK)
-    rest = {"HAS_DOCUMENTS": has_documents, "R": h // g, "Q": CHUNK, **_tiles(n, p)}
-    if _is_specialised(x, n, p) and n == LARGEST_WALKED:
-        programs, is_reversed = grid(b, g, chunks)
-        hopper.input_gradients(
-            programs, x, dy, B, C, D, step, decay, documents, dstates, dscores, dx, sums, own_scores, n, _tile(p),
-            HAS_DOCUMENTS=has_documents, REVERSED=is_reversed,
-        )
-    else:
-        *halves, dx_half = (_tokens(tensor, CHUNK // 2) for tensor in (x, dy, B, C, dx))
-        programs, is_reversed = grid(b, g, 2 * chunks)
-        _input_gradients_kernel[programs](
-            *halves, D, step, decay, documents, _states(dstates), dscores, dx_half, sums, own_scores, t, h, g, chunks,
-            padded, step.numel(), REVERSED=is_reversed, **rest, **_launched(INPUT_GRADIENTS, n, p),
-        )
-        programs, is_reversed = grid(b, g, chunks)
-        _across_gradients_kernel[programs](
-            *halves, step, decay, documents, dscores, dx_half, dx, sums, *_strides(dx), t, h, g, chunks, padded,
-            step.numel(), REVERSED=is_reversed, P=p, **rest, **_launched(ACROSS_GRADIENTS, n, p),
-        )
-    for values, others, given, gradient in ((x, C, dstates, dB), (dy, B, states, dC)):
-        if _is_specialised(x, n, p):
-            hopper.shared_gradients(
-                programs, values, C, others, given, step, decay, documents, dscores, gradient, from_start, _tile(n),
-                _tile(p), OF_C=gradient is dC, HAS_DOCUMENTS=has_documents, REVERSED=is_reversed,
-            )
-            continue
-        some = SHARED_GRADIENTS.size
-        programs, is_reversed = grid(b, g, chunks * (CHUNK // some))
-        _shared_gradients_kernel[programs](
-            _tokens(values, some), _tokens(C, some), _tokens(others, CHUNK), _states(given), step, decay, documents,
-            dscores, _tokens(gradient, some), from_start, t, h, g, chunks, padded, OF_C=gradient is dC,
-            REVERSED=is_reversed, ROWS=some, **rest, **_launched(SHARED_GRADIENTS, n, p),
-        )
+    write = hopper.write_gradients if _is_specialised(x, B) else _write_gradients
+    write(dy, dfinal, x, B, C, D, step, decay, states, documents, dstates, dinitial, through, sums, own_scores, dscores,
+          from_start, dx, dB, dC)
     partial = x.new_empty(b * chunks, 3, h, dtype=torch.float32)
     programs, is_reversed = grid(b, cdiv(h, STEP_GRADIENTS.size), chunks)
     _step_gradients_kernel[programs](
@@ -626,6 +579,43 @@ def run_backward(
     )
     dA, dD, ddt_bias = partial.sum(0)
     return dA, dD, ddt_bias, dinitial
+
+
+def _write_gradients(
+    dy: Tensor, dfinal: Tensor | None, x: Tensor, B: Tensor, C: Tensor, D: Tensor, step: Tensor, decay: Tensor,
+    states: Tensor, documents: Tensor | None, dstates: Tensor, dinitial: Tensor, through: Tensor, sums: Tensor,
+    own_scores: Tensor, dscores: Tensor, from_start: Tensor, dx: Tensor, dB: Tensor, dC: Tensor,
+) -> None:
+    """Write the gradients of states, inputs, B and C, and what those of the steps are made of."""
+    b, t, h, p = x.shape
+    g, n = B.shape[2:]
+    chunks, padded = states.shape[1], step.shape[2]
+    rows, has_documents = _walked_rows(GRADIENT_WALK, n, p), documents is not None
+    _gradient_walk_kernel[(b, h, _tile(n) // rows)](
+        dy, C, decay, documents, states, dfinal, dstates, dinitial, through, *_strides(dy, C), t, h, h // g, chunks,
+        padded, HAS_FINAL=dfinal is not None, HAS_DOCUMENTS=has_documents, Q=CHUNK, N=n, P=p, **_tiles(n, p), ROWS=rows,
+        **_launched(GRADIENT_WALK, rows, p),
+    )
+    rest = {"HAS_DOCUMENTS": has_documents, "R": h // g, "Q": CHUNK, **_tiles(n, p)}
+    *halves, dx_half = (_tokens(tensor, CHUNK // 2) for tensor in (x, dy, B, C, dx))
+    programs, is_reversed = grid(b, g, 2 * chunks)
+    _input_gradients_kernel[programs](
+        *halves, D, step, decay, documents, _states(dstates), dscores, dx_half, sums, own_scores, t, h, g, chunks,
+        padded, step.numel(), REVERSED=is_reversed, **rest, **_launched(INPUT_GRADIENTS, n, p),
+    )
+    programs, is_reversed = grid(b, g, chunks)
+    _across_gradients_kernel[programs](
+        *halves, step, decay, documents, dscores, dx_half, dx, sums, *_strides(dx), t, h, g, chunks, padded,
+        step.numel(), REVERSED=is_reversed, P=p, **rest, **_launched(ACROSS_GRADIENTS, n, p),
+    )
+    some = SHARED_GRADIENTS.size
+    programs, is_reversed = grid(b, g, chunks * (CHUNK // some))
+    for values, others, given, gradient in ((x, C, dstates, dB), (dy, B, states, dC)):
+        _shared_gradients_kernel[programs](
+            _tokens(values, some), _tokens(C, some), _tokens(others, CHUNK), _states(given), step, decay, documents,
+            dscores, _tokens(gradient, some), from_start, t, h, g, chunks, padded, OF_C=gradient is dC,
+            REVERSED=is_reversed, ROWS=some, **rest, **_launched(SHARED_GRADIENTS, n, p),
+        )
 
 
 @operation("nemotron_h::chunk_scan")

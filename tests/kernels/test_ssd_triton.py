@@ -56,26 +56,36 @@ def test_tiles_as_tuned_at_8b_width(dtype, tolerance):
 @pytest.mark.skipif(not hopper.is_hopper(torch.device(DEVICE)), reason="needs a Hopper GPU")
 @pytest.mark.parametrize("dtype, _", PRECISIONS)
 @pytest.mark.parametrize("length, heads, head_dim, groups, state_dim, own", [
-    (300, 4, 64, 2, 128, 77), (130, 4, 32, 1, 64, None), (257, 2, 128, 2, 64, 77), (1, 1, 16, 1, 16, None),
-    (700, 6, 64, 1, 128, 40), (513, 8, 64, 8, 128, None), (1024, 16, 128, 1, 16, 500),
+    (300, 4, 64, 2, 128, 77), (130, 4, 32, 1, 64, None), (257, 2, 64, 2, 64, 77), (1, 1, 16, 1, 16, None),
+    (700, 6, 64, 1, 128, 40), (513, 8, 64, 8, 128, None), (1024, 16, 32, 1, 16, 500),
 ])
-def test_hoppers_kernels_equal_the_others_to_the_bit(
-    monkeypatch, dtype, _, length, heads, head_dim, groups, state_dim, own
+@pytest.mark.parametrize("has_states", [False, True])
+def test_hoppers_kernels_equal_the_others(
+    monkeypatch, dtype, _, length, heads, head_dim, groups, state_dim, own, has_states
 ):
-    """`own` tokens a document."""
+    """To the bit, but for dx of a chunk's first half, which they round once and the others twice, and what is made of
+    sums of x dy, in another order. `own` tokens a document."""
     values = {name: value.to(DEVICE)
               for name, value in inputs(2, length, heads, head_dim, groups, state_dim, dtype).items()}
     x, dt, A, B, C, D, bias = (values[name] for name in NAMES[:7])
+    initial = values["initial_state"].transpose(2, 3).contiguous() if has_states else None
     documents = None if own is None else (torch.arange(length, device=DEVICE) // own).int().expand(2, -1).contiguous()
 
-    def run() -> list[torch.Tensor]:
-        y, final, step, decay, states = ssd_triton.scan(x, dt, A, B, C, D, bias, None, documents)
-        return [y, final, *ssd_triton.scan_backward(x, final, x, dt, A, B, C, D, step, decay, states, documents)]
+    def run() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        y, final, step, decay, states = ssd_triton.scan(x, dt, A, B, C, D, bias, initial, documents)
+        dx, ddt, dA, dB, dC, dD, dbias, dinitial = ssd_triton.scan_backward(
+            x, final if has_states else None, x, dt, A, B, C, D, step, decay, states, documents
+        )
+        later = dx[:, torch.arange(length) % hopper.CHUNK >= hopper.CHUNK // 2]
+        return [y, final, states, ddt, dA, dB, dC, dinitial, later], [dx, dD, dbias]
 
-    assert ssd_triton._is_specialised(x, state_dim, head_dim)
-    specialised = run()
+    assert ssd_triton._is_specialised(x, B)
+    specialised, (dx, *sums) = run()
     monkeypatch.setattr(ssd_triton, "_is_specialised", lambda *_: False)
-    assert all(map(torch.equal, specialised, run()))
+    others, (twice_rounded, *other_sums) = run()
+    assert all(map(torch.equal, specialised, others))
+    assert relative_error(dx, twice_rounded) < torch.finfo(dtype).eps
+    assert all(relative_error(a, b) < 1e-5 for a, b in zip(sums, other_sums, strict=True))
 
 
 @pytest.mark.parametrize("dtype, _", PRECISIONS)
