@@ -496,10 +496,10 @@ def _compute_inputs(
                               is_async=True)
         decay, step = _row(decay_tiles.index(stage), Q), _row(step_tiles.index(stage), Q).slice(INPUTS * ROWS, ROWS)
         j_decays, i_decays = decay.slice(INPUTS * ROWS, ROWS).load(of_j), decay.slice(OUTPUTS * ROWS, ROWS).load(of_i)
-        factor = gl.exp2(gl.minimum(i_decays[None, :] - j_decays[:, None], 0.0))
-        if HAS_DOCUMENTS or BLOCK != 1:
-            factor = gl.where(seen, factor, 0.0)
-        factor *= step.load(of_j)[:, None]
+        factor = i_decays[None, :] - j_decays[:, None]
+        if BLOCK != 1:
+            factor = gl.minimum(factor, 0.0)        # where an output is before an input, and its score zero
+        factor = gl.exp2(factor) * step.load(of_j)[:, None]
         mask = gl.convert_layout((scores * factor).to(dx.dtype), gl.DotOperandLayout(0, inputs, 2))
         dmask = warpgroup_mma_wait(0, [dmask]) * factor
         dscores_sum += dmask
@@ -531,6 +531,7 @@ def _compute_inputs(
             dx_tile.reshape([ROWS, P]).store(dxs.to(dx.dtype))
             fence_async_shared()
             tma.async_copy_shared_to_global(dx, [b, first_j, h, 0], dx_tile)
+    dscores_sum = gl.where(seen, dscores_sum, 0.0)
     at = ((b * chunks + c) * groups + g).to(gl.int64) * (Q * Q) + INPUTS * (ROWS * Q) + OUTPUTS * ROWS
     gl.store(dscores + at + (j[:, None] * Q + i[None, :]), dscores_sum.to(dx.dtype))
     tma.store_wait(0)
