@@ -1,7 +1,7 @@
 """Parts of the scan on Hopper by warps with an occupation each (Triton's Gluon): one warp only loads, by TMA, and warp
 groups compute, 64 rows of a product each. What is loaded and what is computed then wait for each other alone, and the
-loader needs no registers. Other GPUs and sizes run the kernels of `kernels.ssd.triton`. These are equal to them to the
-bit, but for dx of a chunk's first half, which is rounded once here and twice there, and the order of sums of x dy.
+loader needs no registers. Other GPUs and sizes run the kernels of `kernels.ssd.triton`. What these give is the same but
+for the rounding of float32 sums, and for dx of a chunk's first half, which is rounded once here and twice there.
 
 Loads and products meet at barriers in shared memory: a tile's `full` counts the bytes that have come, its `empty` the
 warp groups that are done with it. Their phases alternate: what uses a tile for the n-th time waits for phase n % 2.
@@ -46,23 +46,29 @@ def takes(x: Tensor, B: Tensor) -> bool:
 
 def _tokens(tensor: Tensor, rows: int) -> TensorDescriptor:
     """For tiles (rows, elements) of a head or group of (b, t, heads, elements), zeros beyond its sizes."""
-    return _tiled(tensor, [1, rows, 1, max(WIDTH, tensor.shape[3])])
+    return _tiled(tensor, (1, rows, 1, max(WIDTH, tensor.shape[3])))
 
 
 def _states(states: Tensor, rows: int) -> TensorDescriptor:
     """For tiles (rows, p) of (b, chunks, heads, n, p)."""
-    return _tiled(states.flatten(0, 2), [1, rows, WIDTH])
-
-
-def _tiled(tensor: Tensor, block: list[int]) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout.get_default_for(block, _ELEMENTS[tensor.dtype])
-    return TensorDescriptor(tensor, tensor.shape, tensor.stride(), block, layout)
+    return _tiled(states.flatten(0, 2), (1, rows, WIDTH))
 
 
 def _rows(tensor: Tensor) -> TensorDescriptor:
     """For a chunk of (b, heads, tokens) float32."""
-    rows = tensor.flatten(0, 1)
-    return TensorDescriptor(rows, rows.shape, rows.stride(), [1, CHUNK], gl.NVMMASharedLayout(0, 32, 2))
+    return _tiled(tensor.flatten(0, 1), (1, CHUNK))
+
+
+def _tiled(tensor: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
+    return TensorDescriptor(tensor, tensor.shape, tensor.stride(), list(block), _layout(block, tensor.dtype))
+
+
+@functools.cache
+def _layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """Kept, for making one takes Python as long as launching a kernel."""
+    if dtype == torch.float32:
+        return gl.NVMMASharedLayout(0, 32, len(block))
+    return gl.NVMMASharedLayout.get_default_for(list(block), _ELEMENTS[dtype])
 
 
 def _sizes(n: int, once: int, repeated: int) -> dict[str, int]:
@@ -77,13 +83,15 @@ def write_outputs(
     initial: Tensor | None, states: Tensor, final: Tensor, y: Tensor,
 ) -> None:
     """`kernels.ssd.triton._write_outputs`."""
-    _walk(x, B, step, decay, documents, states, initial, states, final, step, backwards=False)
-    n = max(WIDTH, B.shape[3])
-    programs, is_reversed = grid(x.shape[0], B.shape[2], states.shape[1])
+    b, t, h, _ = x.shape
+    groups, chunks, n = B.shape[2], states.shape[1], max(WIDTH, B.shape[3])
+    xs, Bs, before, rows = _tokens(x, CHUNK), _tokens(B, CHUNK), _states(states, n), (_rows(step), _rows(decay))
+    _walk(xs, Bs, rows, documents, before, initial, states, final, step, backwards=False)
+    programs, is_reversed = grid(b, groups, chunks)
     outputs_kernel[programs](
-        _tokens(x, CHUNK), _tokens(B, CHUNK), _tokens(C, CHUNK), D, _rows(step), _rows(decay), documents,
-        _states(states, n), _tokens(y, CHUNK // 2), *x.shape[1:3], states.shape[1], HAS_DOCUMENTS=documents is not None,
-        REVERSED=is_reversed, R=x.shape[2] // B.shape[2], **_sizes(n, CHUNK * (2 * n + WIDTH), WIDTH * (CHUNK + n)),
+        xs, Bs, _tokens(C, CHUNK), D, *rows, documents, before, _tokens(y, CHUNK // 2), t, h, chunks,
+        HAS_DOCUMENTS=documents is not None, REVERSED=is_reversed, R=h // groups,
+        **_sizes(n, CHUNK * (2 * n + WIDTH), WIDTH * (CHUNK + n)),
     )
 
 
@@ -93,37 +101,37 @@ def write_gradients(
     own_scores: Tensor, dscores: Tensor, from_start: Tensor, dx: Tensor, dB: Tensor, dC: Tensor,
 ) -> None:
     """`kernels.ssd.triton._write_gradients`."""
-    _walk(dy, C, step, decay, documents, states, dfinal, dstates, dinitial, through, backwards=True)
-    n = max(WIDTH, B.shape[3])
-    chunks, groups = dscores.shape[1:3]
-    programs, is_reversed = grid(x.shape[0], groups, chunks)
-    rest = {"HAS_DOCUMENTS": documents is not None, "REVERSED": is_reversed, "R": x.shape[2] // groups}
+    b, t, h, _ = x.shape
+    chunks, groups, n = *dscores.shape[1:3], max(WIDTH, B.shape[3])
+    xs, dys, Bs, Cs = (_tokens(tensor, CHUNK) for tensor in (x, dy, B, C))
+    C_halves, rows, pairs = _tokens(C, CHUNK // 2), (_rows(step), _rows(decay)), dscores.flatten(0, 2)
+    before, dafter = _states(states, n), _states(dstates, n)
+    _walk(dys, Cs, rows, documents, before, dfinal, dstates, dinitial, through, backwards=True)
+    programs, is_reversed = grid(b, groups, chunks)
+    rest = {"HAS_DOCUMENTS": documents is not None, "REVERSED": is_reversed, "R": h // groups}
     input_gradients_kernel[programs](
-        _tokens(x, CHUNK), _tokens(dy, CHUNK), _tokens(B, CHUNK), _tokens(C, CHUNK // 2), D, _rows(step), _rows(decay),
-        documents, _states(dstates, n), dscores, _tokens(dx, CHUNK // 2), sums, own_scores, *x.shape[1:3], groups,
-        chunks, step.shape[2], step.numel(), **rest,
+        xs, dys, Bs, C_halves, D, *rows, documents, dafter, dscores, _tokens(dx, CHUNK // 2), sums, own_scores, t, h,
+        groups, chunks, step.shape[2], step.numel(), **rest,
         **_sizes(n, 2 * CHUNK * max(n, 2 * WIDTH), WIDTH * (2 * CHUNK + n)),
     )
-    for values, others, given, gradient in ((x, C, dstates, dB), (dy, B, states, dC)):
+    sizes, all_pairs = _sizes(n, CHUNK * (2 * n + CHUNK), WIDTH * (CHUNK + n)), _tiled(pairs, (1, CHUNK, CHUNK))
+    for values, others, given, gradient in ((xs, Cs, dafter, dB), (dys, Bs, before, dC)):
         shared_gradients_kernel[programs](
-            _tokens(values, CHUNK), _tokens(C, CHUNK // 2), _tokens(others, CHUNK), _states(given, n), _rows(step),
-            _rows(decay), documents, _tiled(dscores.flatten(0, 2), [1, CHUNK, CHUNK]), _tokens(gradient, CHUNK // 2),
-            from_start, *x.shape[1:3], groups, chunks, step.shape[2], OF_C=gradient is dC, **rest,
-            **_sizes(n, CHUNK * (2 * n + CHUNK), WIDTH * (CHUNK + n)),
+            values, C_halves, others, given, *rows, documents, all_pairs, _tokens(gradient, CHUNK // 2), from_start, t,
+            h, groups, chunks, step.shape[2], OF_C=gradient is dC, **rest, **sizes,
         )
 
 
 def _walk(
-    values: Tensor, shared: Tensor, step: Tensor, decay: Tensor, documents: Tensor | None, given: Tensor,
-    first: Tensor | None, written: Tensor, last: Tensor, through: Tensor, *, backwards: bool,
+    values: TensorDescriptor, shared: TensorDescriptor, rows: tuple[TensorDescriptor, TensorDescriptor],
+    documents: Tensor | None, given: TensorDescriptor, first: Tensor | None, written: Tensor, last: Tensor,
+    through: Tensor, *, backwards: bool,
 ) -> None:
-    b, t, h = values.shape[:3]
-    n = max(WIDTH, shared.shape[3])
+    (b, t, h, _), n = values.shape, max(WIDTH, shared.shape[3])
     walk_kernel[b, h](
-        _tokens(values, CHUNK), _tokens(shared, CHUNK), _rows(step), _rows(decay), documents, _states(given, n), first,
-        _states(written, WIDTH), last, through, t, h, h // shared.shape[2], *written.shape[1:2], *written.shape[3:],
-        BACKWARDS=backwards, HAS_FIRST=first is not None, HAS_DOCUMENTS=documents is not None,
-        **_sizes(n, n * WIDTH, CHUNK * (n + WIDTH) + n * WIDTH * backwards),
+        values, shared, *rows, documents, given, first, _states(written, WIDTH), last, through, t, h,
+        h // shared.shape[2], written.shape[1], *written.shape[3:], BACKWARDS=backwards, HAS_FIRST=first is not None,
+        HAS_DOCUMENTS=documents is not None, **_sizes(n, n * WIDTH, CHUNK * (n + WIDTH) + n * WIDTH * backwards),
     )
 
 

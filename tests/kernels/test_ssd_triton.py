@@ -60,32 +60,31 @@ def test_tiles_as_tuned_at_8b_width(dtype, tolerance):
     (700, 6, 64, 1, 128, 40), (513, 8, 64, 8, 128, None), (1024, 16, 32, 1, 16, 500),
 ])
 @pytest.mark.parametrize("has_states", [False, True])
-def test_hoppers_kernels_equal_the_others(
+def test_hoppers_kernels_give_what_the_others_do(
     monkeypatch, dtype, _, length, heads, head_dim, groups, state_dim, own, has_states
 ):
-    """To the bit, but for dx of a chunk's first half, which they round once and the others twice, and what is made of
-    sums of x dy, in another order. `own` tokens a document."""
+    """But for the rounding of float32 sums, which now and then moves a half-precision value to its neighbour, and for
+    dx of a chunk's first half, which they round once and the others twice. `own` tokens a document."""
     values = {name: value.to(DEVICE)
               for name, value in inputs(2, length, heads, head_dim, groups, state_dim, dtype).items()}
     x, dt, A, B, C, D, bias = (values[name] for name in NAMES[:7])
     initial = values["initial_state"].transpose(2, 3).contiguous() if has_states else None
     documents = None if own is None else (torch.arange(length, device=DEVICE) // own).int().expand(2, -1).contiguous()
 
-    def run() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def run() -> dict[str, torch.Tensor]:
         y, final, step, decay, states = ssd_triton.scan(x, dt, A, B, C, D, bias, initial, documents)
-        dx, ddt, dA, dB, dC, dD, dbias, dinitial = ssd_triton.scan_backward(
+        gradients = ssd_triton.scan_backward(
             x, final if has_states else None, x, dt, A, B, C, D, step, decay, states, documents
         )
-        later = dx[:, torch.arange(length) % hopper.CHUNK >= hopper.CHUNK // 2]
-        return [y, final, states, ddt, dA, dB, dC, dinitial, later], [dx, dD, dbias]
+        named = zip(("dx", "ddt", "dA", "dB", "dC", "dD", "ddt_bias", "dinitial"), gradients, strict=True)
+        return {"y": y, "final": final, "states": states, **dict(named)}
 
     assert ssd_triton._is_specialised(x, B)
-    specialised, (dx, *sums) = run()
+    specialised = run()
     monkeypatch.setattr(ssd_triton, "_is_specialised", lambda *_: False)
-    others, (twice_rounded, *other_sums) = run()
-    assert all(map(torch.equal, specialised, others))
-    assert relative_error(dx, twice_rounded) < torch.finfo(dtype).eps
-    assert all(relative_error(a, b) < 1e-5 for a, b in zip(sums, other_sums, strict=True))
+    for name, other in run().items():
+        bound = 1e-4 if other.dtype == torch.float32 else torch.finfo(dtype).eps / (2 if name == "dx" else 16)
+        assert relative_error(specialised[name], other) < bound, name
 
 
 @pytest.mark.parametrize("dtype, _", PRECISIONS)
