@@ -108,6 +108,7 @@ def draw(model: nn.Module) -> None:
 
 
 KERNELS: dict[str, Callable[..., nn.Module]] = {"stock": stock_model, "ours": our_model}
+PRECISIONS = ("bf16", "fp8")
 
 
 def median_milliseconds(step: Callable[[], Any]) -> float:
@@ -235,6 +236,9 @@ def main() -> None:
     parser.add_argument("--precisions", default="bf16,fp8", help="by comma (default: %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="small sizes")
     arguments = parser.parse_args()
+    for name, known in (("only", GEOMETRIES), ("kernels", KERNELS), ("precisions", PRECISIONS)):
+        if unknown := sorted(set(getattr(arguments, name).split(",")) - set(known)):
+            parser.error(f"--{name}: {', '.join(unknown)} is none of {', '.join(known)}")
     if not torch.cuda.is_available():
         raise SystemExit("No GPU was found.\nThis measures a training step on one: `make reproduce` trains on a CPU.")
     from benchmarks.gpu_timing import ceilings, parallel_compilation
