@@ -252,7 +252,8 @@ class Funnel:
             geometries = [parent.model_copy(update={"ffn_hidden_size": width}) for width in self.config.ffn_widths]
             halves = [_without_half(parent, symbol) for symbol in dict.fromkeys(parent.pattern)]
             narrow = [parent.model_copy(update={"ffn_hidden_size": min(self.config.ffn_widths)})]
-            whole = [parent, *halves, *narrow, *geometries][: max(5, 2 + len(halves))]
+            quarter = _without_half(halves[0], parent.pattern[0])       # the fifth, of one type of layers and one width
+            whole = [parent, *halves, *narrow, *geometries, quarter][: max(5, 2 + len(halves))]
             return vars(measure_table(parent, geometries, whole, workload, self.seed, self.progress))
 
         return LatencyTable(**self.cache.once("latency", measure, alone=True))

@@ -10,7 +10,7 @@ from scipy.stats import sem
 
 from model import costs
 from model.checkpoint import describe, load_weights, read_description
-from model.compression import funnel
+from model.compression import funnel, latency
 from model.compression.candidates import random_selection
 from model.compression.comparison import Closeness
 from model.compression.funnel import evenly
@@ -294,6 +294,22 @@ def test_a_pipeline_leaves_out_candidates_which_is_said_and_keeps_nothing_for_an
         assert f"{len(layers) - len(even)} of {len(layers)} candidates are left out: 2 pipeline stages" in said
         with pytest.raises(ModelError, match="pipeline None and now 2"):
             run.check_identity()
+
+
+@pytest.mark.parametrize("pattern", ["M", "MMMM", "----", "M-"])
+def test_a_latency_table_of_any_types_of_layers(config, tmp_path, monkeypatch, pattern):
+    """And of one width: its overhead is fitted to five models, too."""
+    parent = CONFIG.model_copy(update={"pattern": pattern})
+    monkeypatch.setattr(latency, "step_seconds", lambda configs, *_: {
+        name: 1e-3 + 1e-4 * len(one.pattern) for name, one in configs.items()})
+    workload = latency.LatencyBudget(context=64, batch=1, decode_tokens=2, repeats=1)
+    settings = config.model_copy(update={"latency": workload, "ffn_widths": [parent.ffn_hidden_size]})
+    run = SimpleNamespace(config=settings, config_of_parent=parent, seed=1, progress=silent,
+                          cache=ResultCache(tmp_path))
+    with process_groups():
+        table = funnel.Funnel.table.func(run)
+    assert table.overhead == pytest.approx(1e-3) and list(table.layers.values()) == pytest.approx(
+        [1e-4] * len(set(pattern)))
 
 
 @pytest.mark.parametrize(("layout", "what"), [
