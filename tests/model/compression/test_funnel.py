@@ -326,6 +326,19 @@ def test_a_layout_that_holds_no_candidate_is_refused_before_distillation(parent,
     assert len(str(error.value).splitlines()) == 2
 
 
+def test_a_candidate_without_layers_in_fp8_is_refused_before_distillation(parent, tokens, data, config, tmp_path):
+    short = config.model_copy(update=SHORT | {"precision": "fp8"})
+    with process_groups():
+        run = funnel.Funnel(parent.save(tmp_path), tokens, data, short, RECIPE, 1, ResultCache(tmp_path / "cache"),
+                            silent)
+        fewest = min((candidate.config.pattern for candidate in run.candidates()), key=len)
+        run.school.pretrain = RECIPE.model_copy(update={"bf16_layers_at_start": len(fewest) - 1})
+        found = rf"compress.precision fp8: a candidate of {fewest.count('M')} Mamba-2, .* pretrain.bf16_layers_at_start"
+        with pytest.raises(ModelError, match=found) as error:
+            run.candidates()
+    assert len(str(error.value).splitlines()) == 2
+
+
 @pytest.mark.parametrize("changes", [{"pattern": "M-M*M--"}, {"ffn_hidden_size": 32}])
 def test_weights_of_another_model_are_refused_by_name(parent, tmp_path, changes):
     """model.json says another model than the weights are."""
