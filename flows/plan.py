@@ -42,7 +42,7 @@ from model.training.plan import (
     plan,
     writing_seconds,
 )
-from stages.frame.params import Params, load_params
+from stages.frame.params import Params, ParamsError, load_params
 
 MEMORY_ROWS = {
     "weights": "weights, BF16", "fp8_copies": "weights, FP8 copies", "gradients": "gradients",
@@ -305,7 +305,10 @@ def main() -> None:
         if options.profile:
             file = Path(directory, f"{options.profile}.yaml")
             file.write_text(profile.resolve(options.profile))
-        params = load_params(file, tuple(options.set))
+        try:
+            params = load_params(file, tuple(options.set))
+        except ParamsError as error:
+            raise ParamsError(str(error).replace(f"{directory}/", "profiles/")) from None
     machine = MACHINES[options.machine or (params.profile if params.profile in MACHINES else "h100")]
     try:
         found = plans(params, machine, options.nvidia)
