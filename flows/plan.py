@@ -75,9 +75,12 @@ def plans(params: Params, machine: Machine, nvidia: bool = False) -> dict[str, P
     for name, *_ in _kinds(params):
         config, recipe, layout = params.model_of(name), params.recipe_of(name), layout_of(params)
         fp8 = params.variants[name].precision == "fp8"
-        found[name] = plan(config, recipe, fp8, layout, machine)
-        if nvidia:
-            found[f"{name}, NVIDIA's"] = plan(config, *nvidia_setup(recipe, fp8, layout), machine)
+        try:
+            found[name] = plan(config, recipe, fp8, layout, machine)
+            if nvidia:
+                found[f"{name}, NVIDIA's"] = plan(config, *nvidia_setup(recipe, fp8, layout), machine)
+        except ModelError as error:
+            raise ModelError(f"{name} on {machine.name}: {error}") from None
     return found
 
 

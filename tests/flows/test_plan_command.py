@@ -97,7 +97,9 @@ ALONE = (*ONE, "models=[hybrid-fp8]")           # the 56B fits two GPUs and not 
     ("nemotron-h-8b", ONE, ["hybrid-bf16 does not fit: ", "Nearest that fits: tensor"]),
     ("nemotron-h-8b", (*ONE, "--nvidia"), ["hybrid-bf16 does not fit: ", "Nearest that fits: tensor"]),
     ("nemotron-h-8b", ("runtime.parallel.pipeline=5", "runtime.launcher.nodes=195"), [
-        "52 layers cannot be split into 5 pipeline stages"]),
+        "hybrid-fp8 on H100 SXM: ", "52 layers cannot be split into 5 pipeline stages"]),
+    *((profile, (), ["hybrid-fp8 on H100 SXM: model: in_proj rows", "or train on a CPU (emulated FP8)"])
+      for profile in ("cpu", "smoke")),               # which a GPU would not train either
 ])
 def test_what_does_not_fit_is_refused_with_the_nearest_that_does(
     run: Run, profile: str, settings: tuple[str, ...], words: list[str]
