@@ -50,6 +50,7 @@ from data_pipeline.sources import Document, pieces
 from data_pipeline.storage import write_table
 from data_pipeline.workers.executor import InProcess, Processes, Workers
 from data_pipeline.workers.meter import Meter
+from stages.frame.common import out_file
 from stages.frame.params import Params, load_params
 
 Clock = defaultdict[str, float]         # seconds of processor time by step
@@ -233,7 +234,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=16.0, help="of text, in all")
     parser.add_argument("--files", nargs="+", default=[], help="text in place of the embedded corpus")
-    parser.add_argument("--out", type=Path, help="write the numbers as JSON")
+    parser.add_argument("--out", type=out_file, help="write the numbers as JSON")
     arguments = parser.parse_args()
     logger.remove()
     params = load_params(overrides=("annotate.held_out.unit=document",) if arguments.files else ())
@@ -255,7 +256,6 @@ def main() -> None:
     result = summary(ours, deciding, theirs, megabytes, len(documents), walls)
     print(*table_of(ours, theirs, megabytes), "", *lines_of(result), sep="\n")
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -30,6 +30,7 @@ from model.hybrid_lm import HybridLM
 from model.inference.decoder import Decoder
 from model.presets import PRESETS
 from model.processes import release_memory
+from stages.frame.common import out_file
 
 TINY = {"hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4, "num_query_groups": 2, "head_dim": 16,
         "mamba_num_heads": 16, "mamba_head_dim": 16, "mamba_state_dim": 16, "mamba_num_groups": 2, "vocab_size": 512}
@@ -115,7 +116,7 @@ def beside_transformers(tiny: bool, device: torch.device) -> list[dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    parser.add_argument("--out", type=out_file, help="write the figures as JSON")
     parser.add_argument("--only", default=",".join([*PAIRS, "transformers"]), help="by comma (default: %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="small sizes, on a CPU too")
     arguments = parser.parse_args()

@@ -17,7 +17,6 @@ import json
 import platform
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ from kernels.causal_conv1d import causal_conv1d
 from kernels.gated_norm import gated_rms_norm
 from kernels.mixer import MixerWeights, mix
 from kernels.ssd import chunk_scan
+from stages.frame.common import out_file
 
 TAPS, HIDDEN = 4, 4096
 EPSILON = 1e-5
@@ -251,7 +251,7 @@ def measure_host(only: set[str]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    parser.add_argument("--out", type=out_file, help="write the figures as JSON")
     parser.add_argument("--host", action="store_true", help="of few tokens, what a call takes from Python")
     parser.add_argument("--only", default=",".join([*OPS, *streaming.OPS]), help="ops, by comma (default: %(default)s)")
     arguments = parser.parse_args()

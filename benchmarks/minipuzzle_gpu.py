@@ -43,6 +43,7 @@ from model.megatron.precision import Precision
 from model.megatron.spec import build_model
 from model.presets import PRESETS
 from model.processes import release_memory
+from stages.frame.common import out_file
 from stages.frame.params import load_params
 
 GIB = 2**30
@@ -191,7 +192,7 @@ def main() -> None:
     parser.add_argument("--bf16-gradients", action="store_true", help="added up in BF16, half the memory")
     parser.add_argument("--bf16-ends", type=int, default=4)
     parser.add_argument("--precision", choices=["bf16", "fp8"], default="fp8")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=out_file)
     options = parser.parse_args()
     config = PRESETS["nemotron_h_8b"].model_copy(update=TINY) if options.model == "tiny" else PRESETS[options.model]
     if options.layers:

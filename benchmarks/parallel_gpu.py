@@ -60,6 +60,7 @@ from model.megatron.optimizer import build_optimizer, data_parallel
 from model.megatron.step_graph import StepGraph
 from model.presets import PRESETS
 from model.training.plan import GIB, MACHINES, Layout, plan
+from stages.frame.common import out_file
 
 # isort: split
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -359,7 +360,7 @@ def main() -> None:
     parser.add_argument("--whole", type=Path, metavar="TOKENS", help="train on these token files instead")
     parser.add_argument("--scratch", type=Path, help="with --whole: 130 GB for the 8B's weights and a state")
     parser.add_argument("--weights", type=Path, help="with --whole: the weights elsewhere; removed again")
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    parser.add_argument("--out", type=out_file, help="write the figures as JSON")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:

@@ -16,7 +16,6 @@ import json
 import platform
 import time
 import traceback
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +26,7 @@ from model.config import ModelConfig
 from model.megatron.distributed import process_groups
 from model.presets import matched_transformer
 from model.training.plan import GIB, MACHINES, Layout, Plan, plan
+from stages.frame.common import out_file
 
 MEMORY_TOLERANCE, SPEED_TOLERANCE = 0.10, 0.20
 
@@ -106,7 +106,7 @@ def row_of(name: str, case: Case, machine: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="cases by their beginning, by comma; all without it")
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    parser.add_argument("--out", type=out_file, help="write the figures as JSON")
     arguments = parser.parse_args()
     wanted = tuple(arguments.only.split(",")) if arguments.only else ("",)
     if unknown := [start for start in wanted if not any(name.startswith(start) for name in CASES)]:

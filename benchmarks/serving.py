@@ -38,6 +38,7 @@ from benchmarks.inference_gpu import SMALL
 from model import hub
 from model.config import ModelConfig
 from model.inference.random_weights import random_model
+from stages.frame.common import out_file
 
 CONFIGS = {
     "cpu": ModelConfig(
@@ -218,7 +219,7 @@ async def hang_up(server: Server, deadline: float, asked: Load) -> str:
 def main() -> None:
     started = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="figures as JSON")
+    parser.add_argument("--out", type=out_file, help="figures as JSON")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--prompts", type=int, nargs=2, default=(16, 256), metavar=("FROM", "TO"), help="their tokens")
     parser.add_argument("--device", choices=list(CONFIGS), default="cpu")

@@ -25,7 +25,6 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +38,7 @@ from model.megatron.optimizer import build_optimizer, data_parallel
 from model.megatron.precision import choose_precision
 from model.megatron.spec import build_model, transformer_config
 from model.megatron.step_graph import StepGraph
+from stages.frame.common import out_file
 
 # isort: split
 from megatron.core.distributed import finalize_model_grads
@@ -108,6 +108,7 @@ def draw(model: nn.Module) -> None:
 
 
 KERNELS: dict[str, Callable[..., nn.Module]] = {"stock": stock_model, "ours": our_model}
+PRECISIONS = ("bf16", "fp8")
 
 
 def median_milliseconds(step: Callable[[], Any]) -> float:
@@ -229,12 +230,15 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    parser.add_argument("--out", type=out_file, help="write the figures as JSON")
     parser.add_argument("--only", default="222m,8b", help="geometries, by comma (default: %(default)s)")
     parser.add_argument("--kernels", default="ours,stock", help="by comma (default: %(default)s)")
     parser.add_argument("--precisions", default="bf16,fp8", help="by comma (default: %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="small sizes")
     arguments = parser.parse_args()
+    for name, known in (("only", GEOMETRIES), ("kernels", KERNELS), ("precisions", PRECISIONS)):
+        if unknown := sorted(set(getattr(arguments, name).split(",")) - set(known)):
+            parser.error(f"--{name}: {', '.join(unknown)} is none of {', '.join(known)}")
     if not torch.cuda.is_available():
         raise SystemExit("No GPU was found.\nThis measures a training step on one: `make reproduce` trains on a CPU.")
     from benchmarks.gpu_timing import ceilings, parallel_compilation

@@ -75,7 +75,7 @@ from model.hybrid_lm import HybridLM
 from model.integrity import SUMS
 from model.megatron.distributed import device, process_groups
 from model.training import token_data
-from stages.frame.common import _commit, _machine, _versions, code_digest, write
+from stages.frame.common import _commit, _machine, _versions, code_digest, out_directory, write
 from stages.frame.params import Params, load_params
 from stages.report.study_schema import FOLDER, Comparison, Measurement, Study
 
@@ -858,7 +858,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of a run (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no run after so many")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="(default: %(default)s)")
+    parser.add_argument("--out", type=out_directory, default=FOLDER, help="(default: %(default)s)")
     parser.add_argument("--commit", help="of the code, where this is no git checkout")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see whether all works")
     options = parser.parse_args()

@@ -42,7 +42,7 @@ from model.training.plan import (
     plan,
     writing_seconds,
 )
-from stages.frame.params import Params, load_params
+from stages.frame.params import Params, ParamsError, load_params
 
 MEMORY_ROWS = {
     "weights": "weights, BF16", "fp8_copies": "weights, FP8 copies", "gradients": "gradients",
@@ -75,9 +75,12 @@ def plans(params: Params, machine: Machine, nvidia: bool = False) -> dict[str, P
     for name, *_ in _kinds(params):
         config, recipe, layout = params.model_of(name), params.recipe_of(name), layout_of(params)
         fp8 = params.variants[name].precision == "fp8"
-        found[name] = plan(config, recipe, fp8, layout, machine)
-        if nvidia:
-            found[f"{name}, NVIDIA's"] = plan(config, *nvidia_setup(recipe, fp8, layout), machine)
+        try:
+            found[name] = plan(config, recipe, fp8, layout, machine)
+            if nvidia:
+                found[f"{name}, NVIDIA's"] = plan(config, *nvidia_setup(recipe, fp8, layout), machine)
+        except ModelError as error:
+            raise ModelError(f"{name} on {machine.name}: {error}") from None
     return found
 
 
@@ -305,7 +308,10 @@ def main() -> None:
         if options.profile:
             file = Path(directory, f"{options.profile}.yaml")
             file.write_text(profile.resolve(options.profile))
-        params = load_params(file, tuple(options.set))
+        try:
+            params = load_params(file, tuple(options.set))
+        except ParamsError as error:
+            raise ParamsError(str(error).replace(f"{directory}/", "profiles/")) from None
     machine = MACHINES[options.machine or (params.profile if params.profile in MACHINES else "h100")]
     try:
         found = plans(params, machine, options.nvidia)

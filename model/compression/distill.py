@@ -65,7 +65,8 @@ class School:
     def number_format(self) -> Precision:
         """Of teacher and student, as this device computes it."""
         recipe = self.pretrain
-        return choose_precision(self.precision, device(), recipe.bf16_layers_at_start, recipe.bf16_layers_at_end)
+        return choose_precision(self.precision, device(), recipe.bf16_layers_at_start, recipe.bf16_layers_at_end,
+                                recipe.fp8_recipe, recipe.fp8_gradients)
 
     def distil(self, start: Path, tokens: int, name: str, objective: Objective = "kl") -> Distilled:
         """The student `start` after `tokens` tokens, under `name`. A killed run goes on from its last resume state."""

@@ -252,7 +252,8 @@ class Funnel:
             geometries = [parent.model_copy(update={"ffn_hidden_size": width}) for width in self.config.ffn_widths]
             halves = [_without_half(parent, symbol) for symbol in dict.fromkeys(parent.pattern)]
             narrow = [parent.model_copy(update={"ffn_hidden_size": min(self.config.ffn_widths)})]
-            whole = [parent, *halves, *narrow, *geometries][: max(5, 2 + len(halves))]
+            quarter = _without_half(halves[0], parent.pattern[0])       # the fifth, of one type of layers and one width
+            whole = [parent, *halves, *narrow, *geometries, quarter][: max(5, 2 + len(halves))]
             return vars(measure_table(parent, geometries, whole, workload, self.seed, self.progress))
 
         return LatencyTable(**self.cache.once("latency", measure, alone=True))
@@ -271,7 +272,7 @@ class Funnel:
         """Every maximal candidate under the budgets that the layout can hold.
 
         Raises:
-            ModelError: there is none, or a width suits neither the layout nor FP8.
+            ModelError: there is none, one has no layer left for FP8, or a width suits neither the layout nor FP8.
         """
         parent, config, layout = self.config_of_parent, self.config, self.parallelism
         for width in config.ffn_widths:
@@ -281,6 +282,15 @@ class Funnel:
         if not cells:
             raise ModelError(f"compress: none of {len(maximal)} candidates has layers for {layout.pipeline} pipeline "
                              "stages.\nLower runtime.parallel.pipeline, or change the budgets.")
+        least = min(cells, key=lambda cell: sum(cell.counts.values()))
+        recipe, layers = self.school.pretrain, sum(least.counts.values())
+        if self.precision == "fp8" and not recipe.fp8_layers(layers):
+            raise ModelError(
+                f"compress.precision fp8: a candidate of {least.mamba} Mamba-2, {least.attention} attention and "
+                f"{least.ffn} FFN layers computes in BF16 alone: pretrain.bf16_layers_at_start "
+                f"({recipe.bf16_layers_at_start}) and _at_end ({recipe.bf16_layers_at_end}) are all of them.\n"
+                "Set compress.precision to bf16, or raise the budgets."
+            )
         if len(cells) < len(maximal) and is_main_process():
             print(f"compress: {len(maximal) - len(cells)} of {len(maximal)} candidates are left out: {layout.pipeline} "
                   "pipeline stages (runtime.parallel) do not divide their layers.", flush=True)

@@ -103,5 +103,5 @@ def check_fp8_sizes(config: ModelConfig, precision: Precision, ranks: int) -> No
                 where, ranks_too = f" on each of {ranks} tensor-parallel processes", " or the tensor-parallel size"
             raise ModelError(
                 f"model: {name} ({size}{where}) is not a multiple of {FP8_MULTIPLE}, which FP8 matrix products need.\n"
-                f"Change {field}{ranks_too} so that it is, or choose a bf16 variant."
+                f"Change {field}{ranks_too} so that it is, choose a bf16 variant, or train on a CPU (emulated FP8)."
             )

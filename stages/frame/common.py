@@ -281,6 +281,20 @@ def out_directory(argument: str) -> Path:
     return path
 
 
+def out_file(argument: str) -> Path:
+    """A file that is written at the end, for argparse: its directory is made; where it cannot be, nothing starts."""
+    path = Path(argument)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists()
+        path.open("a").close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path}: {error.strerror}") from None
+    if new:                     # empty, it would pass for figures
+        path.unlink(missing_ok=True)
+    return path
+
+
 def die_with_parent(number: int = signal.SIGKILL) -> None:
     """Have Linux send this process a signal when the one that started it ends, in whatever way that ends."""
     PRCTL(PR_SET_PDEATHSIG, number)

@@ -7,7 +7,8 @@ this module only puts them together and words the errors.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -301,13 +302,17 @@ def set_value(values: dict[str, Any], assignment: str) -> None:
 def load_params(path: Path | str = "params.yaml", overrides: tuple[str, ...] = ()) -> Params:
     """Read and check `path`, with `overrides` (`section.key=value`) applied. Raises ParamsError."""
     path = Path(path)
+    try:
+        return _checked(path, overrides)
+    except ValidationError as error:
+        raise ParamsError("\n".join(_explain(_place(path, overrides, item), item) for item in error.errors())) from None
+
+
+def _checked(path: Path, overrides: Iterable[str]) -> Params:
     values = read_yaml(path)
     for assignment in overrides:
         set_value(values, assignment)
-    try:
-        return Params.model_validate(values)
-    except ValidationError as error:
-        raise ParamsError("\n".join(_explain(_place(path, overrides, item), item) for item in error.errors())) from None
+    return Params.model_validate(values)
 
 
 def refuse_unread(path: Path | str, overrides: Sequence[str], settings: Sequence[str], reader: str) -> None:
@@ -325,10 +330,17 @@ def refuse_unread(path: Path | str, overrides: Sequence[str], settings: Sequence
 
 
 def _place(path: Path, overrides: tuple[str, ...], item: Any) -> str:
-    """The override that gave the wrong value, or the file."""
+    """The override that gave the wrong value, else one without which nothing is wrong, else the file."""
     keys = [assignment.partition("=")[0] for assignment in overrides]
     location = ".".join(map(str, item["loc"]))
-    return next((f"--set {key}" for key in reversed(keys) if f"{location}.".startswith(f"{key}.")), str(path))
+    for key in reversed(keys):
+        if f"{location}.".startswith(f"{key}."):
+            return f"--set {key}"
+    for assignment in reversed(overrides):
+        with suppress(ParamsError, ValidationError):
+            _checked(path, (other for other in overrides if other != assignment))
+            return f"--set {assignment}"
+    return str(path)
 
 
 def _explain(place: str, item: Any) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flows import plan
+from flows import plan, profile
 from tests import forked
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,13 +97,23 @@ ALONE = (*ONE, "models=[hybrid-fp8]")           # the 56B fits two GPUs and not 
     ("nemotron-h-8b", ONE, ["hybrid-bf16 does not fit: ", "Nearest that fits: tensor"]),
     ("nemotron-h-8b", (*ONE, "--nvidia"), ["hybrid-bf16 does not fit: ", "Nearest that fits: tensor"]),
     ("nemotron-h-8b", ("runtime.parallel.pipeline=5", "runtime.launcher.nodes=195"), [
-        "52 layers cannot be split into 5 pipeline stages"]),
+        "hybrid-fp8 on H100 SXM: ", "52 layers cannot be split into 5 pipeline stages"]),
+    *((profile, (), ["hybrid-fp8 on H100 SXM: model: in_proj rows", "or train on a CPU (emulated FP8)"])
+      for profile in ("cpu", "smoke")),               # which a GPU would not train either
 ])
 def test_what_does_not_fit_is_refused_with_the_nearest_that_does(
     run: Run, profile: str, settings: tuple[str, ...], words: list[str]
 ) -> None:
     _, code = run(profile, *(part if part == "--nvidia" else f"--set={part}" for part in settings))
     assert not [word for word in words if word not in str(code)]
+
+
+def test_a_profile_that_is_not_valid_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not the temporary file that it was resolved into."""
+    broken = (ROOT / "params.yaml").read_text().replace("seed: 1234", "sede: 1234")
+    monkeypatch.setattr(profile, "resolve", lambda name: broken)
+    _, code = run("smoke")
+    assert str(code).startswith("profiles/smoke.yaml: `seed` is missing.\n")
 
 
 def test_the_guide_shows_what_the_command_says(run: Run) -> None:

@@ -135,8 +135,15 @@ def test_override_and_its_errors():
 def test_what_is_wrong_between_sections_is_said_without_their_content():
     with pytest.raises(ParamsError) as error:
         load_params(ROOT / "params.yaml", ("compress.parent=nosuch",))
-    said = "params.yaml: compress.parent is 'nosuch', which `variants` does not define.\nCorrect the value."
-    assert str(error.value) == f"{ROOT / said}"
+    assert str(error.value) == ("--set compress.parent=nosuch: compress.parent is 'nosuch', which `variants` does not "
+                                "define.\nCorrect the value.")
+
+
+def test_what_is_wrong_in_the_file_is_not_an_overrides(tmp_path):
+    file = tmp_path / "params.yaml"
+    file.write_text(edited("fp8_recipe: current ", "fp8_recipe: unscaled "))
+    with pytest.raises(ParamsError, match=rf"^{file}: variants.hybrid-fp8 and "):
+        load_params(file, ("pretrain.tokens=8192",))
 
 
 def test_an_override_reaches_a_field_of_a_list():
@@ -159,8 +166,10 @@ def test_an_override_reaches_a_field_of_a_list():
     *((f"model.hybrid.init_method_std={value}", r"`model\.hybrid\.init_method_std`") for value in ("0", "-1", ".inf")),
     ("annotate.mask=[all]", r"^--set annotate\.mask: `annotate\.mask\.0`"),
     ("annotate.held_out={fraction: 2, unit: source}", r"^--set annotate\.held_out: `annotate\.held_out\.fraction`"),
+    ("pretrain.fp8_recipe=unscaled", "^--set pretrain.fp8_recipe=unscaled: variants.hybrid-fp8 and .* are one"),
+    ("pretrain.min_learning_rate=1", "^--set pretrain.min_learning_rate=1: `pretrain`: .* must not exceed"),
 ])
 def test_a_wrong_override_is_named_and_not_the_file(assignment, expected):
     with pytest.raises(ParamsError, match=expected) as error:
-        load_params(ROOT / "params.yaml", (assignment,))
+        load_params(ROOT / "params.yaml", ("pretrain.tokens=8192", assignment, "benchmark.repeats=3"))
     assert "params.yaml" not in str(error.value) and str(error.value).count("\n") <= 1

@@ -152,3 +152,13 @@ def test_only_the_student_learns_and_evaluation_is_its_own(parent, tmp_path):
         pair.eval()
         losses = [model(ids[:, :-1], None, None, labels=ids[:, 1:]) for model in (pair, student)]
     assert torch.equal(*losses) and losses[0].shape == (2, CONFIG.sequence_length)
+
+
+def test_its_number_format_is_the_parents(config, tmp_path):
+    """Scales and gradients too, as its trainer has it."""
+    recipe = RECIPE.model_copy(update={"fp8_recipe": "unscaled", "fp8_gradients": "e4m3", "bf16_layers_at_end": 2})
+    with process_groups():
+        school = School(tmp_path, [], tmp_path, config, recipe, "fp8", 1, ResultCache(tmp_path), ONE_COPY, silent)
+        found = school.number_format
+    assert (found.scaling, found.gradients) == ("unscaled", "e4m3")
+    assert (found.bf16_layers_at_start, found.bf16_layers_at_end) == (1, 2)

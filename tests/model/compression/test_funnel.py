@@ -10,7 +10,7 @@ from scipy.stats import sem
 
 from model import costs
 from model.checkpoint import describe, load_weights, read_description
-from model.compression import funnel
+from model.compression import funnel, latency
 from model.compression.candidates import random_selection
 from model.compression.comparison import Closeness
 from model.compression.funnel import evenly
@@ -296,6 +296,22 @@ def test_a_pipeline_leaves_out_candidates_which_is_said_and_keeps_nothing_for_an
             run.check_identity()
 
 
+@pytest.mark.parametrize("pattern", ["M", "MMMM", "----", "M-"])
+def test_a_latency_table_of_any_types_of_layers(config, tmp_path, monkeypatch, pattern):
+    """And of one width: its overhead is fitted to five models, too."""
+    parent = CONFIG.model_copy(update={"pattern": pattern})
+    monkeypatch.setattr(latency, "step_seconds", lambda configs, *_: {
+        name: 1e-3 + 1e-4 * len(one.pattern) for name, one in configs.items()})
+    workload = latency.LatencyBudget(context=64, batch=1, decode_tokens=2, repeats=1)
+    settings = config.model_copy(update={"latency": workload, "ffn_widths": [parent.ffn_hidden_size]})
+    run = SimpleNamespace(config=settings, config_of_parent=parent, seed=1, progress=silent,
+                          cache=ResultCache(tmp_path))
+    with process_groups():
+        table = funnel.Funnel.table.func(run)
+    assert table.overhead == pytest.approx(1e-3) and list(table.layers.values()) == pytest.approx(
+        [1e-4] * len(set(pattern)))
+
+
 @pytest.mark.parametrize(("layout", "what"), [
     (Parallelism(tensor=2), r"num_query_groups \(1\) cannot be split over 2"),
     (Parallelism(pipeline=7), "none of")])
@@ -306,6 +322,19 @@ def test_a_layout_that_holds_no_candidate_is_refused_before_distillation(parent,
                             silent)
         run.parallelism = layout
         with pytest.raises(ModelError, match=what) as error:
+            run.candidates()
+    assert len(str(error.value).splitlines()) == 2
+
+
+def test_a_candidate_without_layers_in_fp8_is_refused_before_distillation(parent, tokens, data, config, tmp_path):
+    short = config.model_copy(update=SHORT | {"precision": "fp8"})
+    with process_groups():
+        run = funnel.Funnel(parent.save(tmp_path), tokens, data, short, RECIPE, 1, ResultCache(tmp_path / "cache"),
+                            silent)
+        fewest = min((candidate.config.pattern for candidate in run.candidates()), key=len)
+        run.school.pretrain = RECIPE.model_copy(update={"bf16_layers_at_start": len(fewest) - 1})
+        found = rf"compress.precision fp8: a candidate of {fewest.count('M')} Mamba-2, .* pretrain.bf16_layers_at_start"
+        with pytest.raises(ModelError, match=found) as error:
             run.candidates()
     assert len(str(error.value).splitlines()) == 2
 
