@@ -201,13 +201,13 @@ def all_of(answers: Sequence[Answer]) -> Answer:
 def _decided(estimate: Estimate, above: float, below: float, alpha: float, comparisons: int, distance: float,
              power: float) -> Verdict:
     """Holds where the interval lies between two bounds; one corrected for `comparisons` fails beyond one of them.
-    With what must be drawn to tell `distance`, of either sign: normal quantiles, and Guenther's (1981) correction for
-    t."""
+    With what must be drawn to tell `distance`, below 0 by the corrected one: normal quantiles, and Guenther's (1981)
+    correction for t."""
     low, high = estimate.interval(alpha)
     fail_low, fail_high = estimate.interval(alpha / comparisons)
     answer = (Answer.HOLDS if above < low and high < below else
               Answer.FAILS if fail_high < above or below < fail_low else Answer.UNDECIDED)
-    quantile = float(special.ndtri(1 - alpha / 2))
+    quantile = float(special.ndtri(1 - alpha / (comparisons if distance < 0 else 1) / 2))
     factor = ((quantile + float(special.ndtri(power))) * estimate.error / distance) ** 2 if distance else math.inf
     needed: Counter[str] = Counter()
     if answer is Answer.UNDECIDED and factor < MOST and all(source.drawn for source in estimate.sources):

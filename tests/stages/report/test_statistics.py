@@ -1,6 +1,7 @@
 """Referees: SciPy's tests, intervals and bootstrap; the rules at their boundaries."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -157,6 +158,22 @@ def test_needed_is_named_where_undecided_only():
     better = equivalence(certain(0.3, 0.3), 0.1, or_better=True)        # 0.4 above its bound, not 0.1
     quantiles = stats.norm.ppf(0.95) + stats.norm.ppf(0.9)
     assert better.needed["item"] == pytest.approx(100 * (quantiles * 0.3 / 0.4) ** 2, abs=3)
+
+
+@pytest.mark.parametrize("effect", [0.5, 0.3, -0.5])
+@pytest.mark.parametrize(("rule", "alpha", "bound", "comparisons"), [
+    (superiority, 0.025, 0.0, 3), (superiority, 0.025, 0.1, 1), (partial(equivalence, or_better=True), 0.05, -0.1, 4),
+])
+def test_needed_is_what_noncentral_t_says(rule, alpha, bound, comparisons, effect):
+    values = np.array([-2, -1, 0, 1, 2]) / math.sqrt(2.5) + effect
+    decision = rule(mean(values, "seed"), abs(bound), comparisons=comparisons)
+    alpha /= comparisons if effect < bound else 1           # of which any may decide against it
+
+    def power(count):
+        distance = abs(effect - bound) * math.sqrt(count)
+        return stats.nct.sf(stats.t.ppf(1 - alpha, count - 1), count - 1, distance)
+
+    assert decision.needed == {"seed": next(count for count in range(2, 999) if power(count) >= 0.9)}
 
 
 @pytest.mark.parametrize(("items", "chance", "comparisons"), [(100, 0.25, 1), (41, 0.5, 7), (60, 0.125, 2)])
