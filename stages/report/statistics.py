@@ -58,7 +58,7 @@ class Estimate(NamedTuple):
         unknown."""
         if math.isnan(self.error):
             return math.nan
-        parts = math.fsum(source.variance**2 / source.df for source in self.sources if source.variance)
+        parts = math.fsum(source.variance**2 / source.df for source in self.sources)
         return self.error**4 / parts if parts else math.inf
 
     def drawn_together(self) -> Estimate:
@@ -66,12 +66,12 @@ class Estimate(NamedTuple):
         these so many decide, and not so many for each."""
         return Estimate(self.value, (self.sources[0]._replace(variance=self.error**2, df=self.df),))
 
-    def half_width(self, alpha: float = 2 * ALPHA) -> float:
-        """Of the interval with `alpha` outside, half of it on each side; by default that of two one-sided tests."""
+    def half_width(self, alpha: float) -> float:
+        """Of the interval with `alpha` outside, half of it on each side."""
         return self.error * float(special.stdtrit(self.df, 1 - alpha / 2))
 
     def interval(self, alpha: float = 2 * ALPHA) -> tuple[float, float]:
-        """Both ends at confidence 1 - `alpha`."""
+        """Both ends at confidence 1 - `alpha`; by default that of two one-sided tests."""
         half = self.half_width(alpha)
         return self.value - half, self.value + half
 
@@ -129,7 +129,7 @@ def bits_per_byte_gain(candidate: Mapping[str, Sequence[Any]], reference: Mappin
     gain, count = saved / total, sum(len(nats) for _, nats in pairs)
     variance = math.fsum(len(nats) * (difference - gain * nats).var(ddof=1) if len(nats) > 1 else math.nan
                          for difference, nats in pairs)
-    return Estimate(gain, (Source("document", variance / total**2, count, max(count - len(pairs), 1)),))
+    return Estimate(gain, (Source("document", variance / total**2, count, count - len(pairs)),))
 
 
 def accuracy_gain(candidate: Sequence[Any], reference: Sequence[Any]) -> Estimate:
