@@ -120,6 +120,7 @@ def bits_per_byte_gain(candidate: Mapping[str, Sequence[Any]], reference: Mappin
     Both: (log-likelihood in nats, bytes) of each document by domain. The variance is that of a ratio of sums with
     documents drawn within their domain (Cochran, Sampling Techniques, chapter 6). Raises ValueError for others.
     """
+    _check_same(np.array(sorted(candidate)), np.array(sorted(reference)))
     pairs = []
     for domain, rows in candidate.items():
         ours, theirs = np.asarray(rows, dtype=float), np.asarray(reference[domain], dtype=float)

@@ -185,7 +185,13 @@ def test_chance(items, chance, comparisons):
 
 
 def test_other_items_are_refused():
-    with pytest.raises(ValueError, match="3 and 2 items"):
-        accuracy_gain([1, 0, 1], [1, 0])
-    with pytest.raises(ValueError, match="not the same ones"):
-        bits_per_byte_gain({"a": [[-1.0, 3]]}, {"a": [[-1.0, 4]]})
+    rows = [[-1.0, 3]]
+    for gain, ours, theirs, message in (
+        (accuracy_gain, [1, 0, 1], [1, 0], "3 and 2 items"), (accuracy_gain, [1], [1, 0, 1], "1 and 3 items"),
+        (accuracy_gain, [], [], "0 and 0 items"),
+        (bits_per_byte_gain, {"a": rows}, {"a": [[-1.0, 4]]}, "1 and 1 items: not the same ones"),
+        (bits_per_byte_gain, {"a": rows}, {"a": rows, "b": rows}, "1 and 2 items: not the same ones"),
+        (bits_per_byte_gain, {"a": rows}, {"b": rows}, "1 and 1 items: not the same ones"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gain(ours, theirs)
