@@ -404,6 +404,22 @@ def test_timings_decide_by_their_repeats(records):
     assert claim(records, "compressed_decode").answer is HOLDS
 
 
+@pytest.mark.parametrize(("key", "faster", "slower", "long", "short", "error", "df", "comparisons"), [
+    ("compressed_decode", "compressed", "hybrid", 0, 1, 1, 4, 1),
+    ("inference_mechanism", "hybrid", "transformer", 0, -1, 1, 4, 2),
+    ("inference_mechanism", "hybrid", "transformer", 1, 1, math.sqrt(2), 8, 2),         # of two contexts' repeats
+])
+def test_either_of_two_factors_may_decide_by_its_repeats(
+        records, key, faster, slower, long, short, error, df, comparisons):
+    """Logarithms of the factors, and how far below what is asked of them they begin to decide against the claim."""
+    turn = t.ppf(1 - 0.025 / comparisons, df) * error * 0.01 / math.sqrt(5)
+    noise = 0.01 * np.array([-1, -1, 0, 1, 1])
+    for share, answer in ((0.99, UNDECIDED), (1.01, FAILS)):
+        records.decode_repeats = {faster: {256: [1.0] * 5, 16384: [1.0] * 5}, slower: {
+            256: np.exp(short + noise), 16384: np.exp(long - share * turn + noise)}}
+        assert claim(records, key).answer is answer
+
+
 def test_large_gains_are_told_in_times_and_units_once(records):
     made = study({"a": ([0.1, 0.11, 0.1], {}), "b": ([1.9, 1.8, 1.85], {})},
                  [{"candidate": "a", "reference": "b", "question": "better", "relative": True}])
@@ -463,6 +479,7 @@ NOPE, ROPE, BROKEN = [2.0, 2.1, 2.05], [2.001, 2.102, 2.05], [2.5, 2.6, 2.5]
     (BROKEN, {"question": "better"}, FAILS),
     (NOPE, {"question": "better"}, UNDECIDED),
     (NOPE, {"question": "better", "reference": 3.0}, HOLDS),
+    (NOPE, {"question": "better", "reference": 3.0, "paired": False}, HOLDS),
     (NOPE, {"question": "better", "reference": "broken", "paired": False, "relative": True, "margin": 0.1}, HOLDS),
     ([0.9, 0.95, 0.92], {"question": "equal", "margin": 0.05, "control": "broken"}, FAILS),
     ([0.9, 0.95, 0.92], {"question": "not worse", "margin": 0.05, "control": "broken"}, HOLDS),
