@@ -9,7 +9,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 from pytest import approx
-from scipy.stats import sem, t
+from scipy.stats import binom, sem, t
 
 from model.evaluation.schema import PaperScore, PaperTask
 from stages.report import claims as claims_module
@@ -283,6 +283,8 @@ def test_one_task_that_fails_alone_is_named(records):
 
 
 def test_tasks_at_a_guess_are_shown_and_not_counted(records):
+    right = int(binom.isf(0.025, ITEMS, TASKS["recall"][1])) + 1        # beats a guess alone, not as one of three
+    records.scores["compressed"]["recall"] = [1] * right + [0] * (ITEMS - right)
     found = claim(records, "compressed_tasks")
     assert [line.measure for line in found.evidence][::3] == [
         "mean over 2 counted", "recall, compressed / hybrid-fp8 (a guess: not counted)"]
@@ -533,12 +535,13 @@ def test_the_papers_tasks_count_where_one_model_beats_a_guess(records):
 
 def test_a_study_at_chance_decides_nothing(records):
     guess = {"better": "higher", "unit": "accuracy", "chance": 0.25}
-    made = study({"a": ([0.26, 0.24, 0.27], guess), "b": ([0.2, 0.21, 0.2], guess)},
+    made = study({"a": ([0.261, 0.271, 0.281], guess), "b": ([0.2, 0.21, 0.2], guess)},
                  [{"candidate": "a", "reference": "b", "question": "better"}])
     found = claim(records, "position", {"position": made})
     assert found.answer is UNDECIDED and "both at a guess, " in found.because and "in sight" in found.because
     assert found.evidence[0].measure == "a against b"
-    for better, chances, answer in (("higher", (0.1, 0.2), HOLDS), ("lower", (0.9, 0.9), FAILS)):   # one decides
+    for better, chances, answer in (                                                                # one decides
+            ("higher", (0.1, 0.2), HOLDS), ("higher", (0.9, 0.1), HOLDS), ("lower", (0.9, 0.9), FAILS)):
         of_a, of_b = ({"better": better, "unit": "accuracy", "chance": chance} for chance in chances)
         made = study({"a": ([0.46, 0.44, 0.47], of_a), "b": ([0.2, 0.21, 0.2], of_b)},
                      [{"candidate": "a", "reference": "b", "question": "better"}])
@@ -546,6 +549,18 @@ def test_a_study_at_chance_decides_nothing(records):
     made = study({"a": ([0.26], guess), "b": ([0.2, 0.21, 0.2], guess)},         # of one value nothing is known
                  [{"candidate": "a", "reference": "b", "question": "better", "paired": False}])
     assert "both at a guess, " in claim(records, "position", {"position": made}).because
+
+
+@pytest.mark.parametrize(("question", "margin", "tail"), [("better", 0.0, 0.025), ("not worse", 1.0, 0.05)])
+def test_either_of_a_studys_comparisons_may_decide_and_its_control_stands_alone(records, question, margin, tail):
+    alone, of_two = t.ppf((1 - tail, 1 - tail / 2), 2)
+    control = {"control": "c"} if margin else {}
+    for quantile, answer in ((0.99 * of_two, UNDECIDED), (1.01 * of_two, FAILS)):
+        a, c = (list(margin + each * sem([-1, 0, 1]) + [-1, 0, 1]) for each in (quantile, (alone + of_two) / 2))
+        made = study({"a": (a, {}), "b": ([0.0] * 3, {}), "c": (c, {})}, [
+            {"candidate": "a", "reference": "b", "question": question, "margin": margin, **control},
+            {"candidate": "b", "reference": "c", "question": "better"}])
+        assert claim(records, "position", {"position": made}).answer is answer
 
 
 def test_values_all_alike_need_their_number_of_items(records):
