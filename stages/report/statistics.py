@@ -58,7 +58,7 @@ class Estimate(NamedTuple):
         unknown."""
         if math.isnan(self.error):
             return math.nan
-        parts = math.fsum(source.variance**2 / source.df for source in self.sources if source.variance)
+        parts = math.fsum(source.variance**2 / source.df for source in self.sources)
         return self.error**4 / parts if parts else math.inf
 
     def drawn_together(self) -> Estimate:
@@ -66,12 +66,12 @@ class Estimate(NamedTuple):
         these so many decide, and not so many for each."""
         return Estimate(self.value, (self.sources[0]._replace(variance=self.error**2, df=self.df),))
 
-    def half_width(self, alpha: float = 2 * ALPHA) -> float:
-        """Of the interval with `alpha` outside, half of it on each side; by default that of two one-sided tests."""
+    def half_width(self, alpha: float) -> float:
+        """Of the interval with `alpha` outside, half of it on each side."""
         return self.error * float(special.stdtrit(self.df, 1 - alpha / 2))
 
     def interval(self, alpha: float = 2 * ALPHA) -> tuple[float, float]:
-        """Both ends at confidence 1 - `alpha`."""
+        """Both ends at confidence 1 - `alpha`; by default that of two one-sided tests."""
         half = self.half_width(alpha)
         return self.value - half, self.value + half
 
@@ -120,6 +120,7 @@ def bits_per_byte_gain(candidate: Mapping[str, Sequence[Any]], reference: Mappin
     Both: (log-likelihood in nats, bytes) of each document by domain. The variance is that of a ratio of sums with
     documents drawn within their domain (Cochran, Sampling Techniques, chapter 6). Raises ValueError for others.
     """
+    _check_same(np.array(sorted(candidate)), np.array(sorted(reference)))
     pairs = []
     for domain, rows in candidate.items():
         ours, theirs = np.asarray(rows, dtype=float), np.asarray(reference[domain], dtype=float)
@@ -129,7 +130,7 @@ def bits_per_byte_gain(candidate: Mapping[str, Sequence[Any]], reference: Mappin
     gain, count = saved / total, sum(len(nats) for _, nats in pairs)
     variance = math.fsum(len(nats) * (difference - gain * nats).var(ddof=1) if len(nats) > 1 else math.nan
                          for difference, nats in pairs)
-    return Estimate(gain, (Source("document", variance / total**2, count, max(count - len(pairs), 1)),))
+    return Estimate(gain, (Source("document", variance / total**2, count, count - len(pairs)),))
 
 
 def accuracy_gain(candidate: Sequence[Any], reference: Sequence[Any]) -> Estimate:
@@ -201,13 +202,13 @@ def all_of(answers: Sequence[Answer]) -> Answer:
 def _decided(estimate: Estimate, above: float, below: float, alpha: float, comparisons: int, distance: float,
              power: float) -> Verdict:
     """Holds where the interval lies between two bounds; one corrected for `comparisons` fails beyond one of them.
-    With what must be drawn to tell `distance`, of either sign: normal quantiles, and Guenther's (1981) correction for
-    t."""
+    With what must be drawn to tell `distance`, below 0 by the corrected one: normal quantiles, and Guenther's (1981)
+    correction for t."""
     low, high = estimate.interval(alpha)
     fail_low, fail_high = estimate.interval(alpha / comparisons)
     answer = (Answer.HOLDS if above < low and high < below else
               Answer.FAILS if fail_high < above or below < fail_low else Answer.UNDECIDED)
-    quantile = float(special.ndtri(1 - alpha / 2))
+    quantile = float(special.ndtri(1 - alpha / (comparisons if distance < 0 else 1) / 2))
     factor = ((quantile + float(special.ndtri(power))) * estimate.error / distance) ** 2 if distance else math.inf
     needed: Counter[str] = Counter()
     if answer is Answer.UNDECIDED and factor < MOST and all(source.drawn for source in estimate.sources):

@@ -9,7 +9,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 from pytest import approx
-from scipy.stats import sem, t
+from scipy.stats import binom, sem, t
 
 from model.evaluation.schema import PaperScore, PaperTask
 from stages.report import claims as claims_module
@@ -283,6 +283,8 @@ def test_one_task_that_fails_alone_is_named(records):
 
 
 def test_tasks_at_a_guess_are_shown_and_not_counted(records):
+    right = int(binom.isf(0.025, ITEMS, TASKS["recall"][1])) + 1        # beats a guess alone, not as one of three
+    records.scores["compressed"]["recall"] = [1] * right + [0] * (ITEMS - right)
     found = claim(records, "compressed_tasks")
     assert [line.measure for line in found.evidence][::3] == [
         "mean over 2 counted", "recall, compressed / hybrid-fp8 (a guess: not counted)"]
@@ -404,6 +406,22 @@ def test_timings_decide_by_their_repeats(records):
     assert claim(records, "compressed_decode").answer is HOLDS
 
 
+@pytest.mark.parametrize(("key", "faster", "slower", "long", "short", "error", "df", "comparisons"), [
+    ("compressed_decode", "compressed", "hybrid", 0, 1, 1, 4, 1),
+    ("inference_mechanism", "hybrid", "transformer", 0, -1, 1, 4, 2),
+    ("inference_mechanism", "hybrid", "transformer", 1, 1, math.sqrt(2), 8, 2),         # of two contexts' repeats
+])
+def test_either_of_two_factors_may_decide_by_its_repeats(
+        records, key, faster, slower, long, short, error, df, comparisons):
+    """Logarithms of the factors, and how far below what is asked of them they begin to decide against the claim."""
+    turn = t.ppf(1 - 0.025 / comparisons, df) * error * 0.01 / math.sqrt(5)
+    noise = 0.01 * np.array([-1, -1, 0, 1, 1])
+    for share, answer in ((0.99, UNDECIDED), (1.01, FAILS)):
+        records.decode_repeats = {faster: {256: [1.0] * 5, 16384: [1.0] * 5}, slower: {
+            256: np.exp(short + noise), 16384: np.exp(long - share * turn + noise)}}
+        assert claim(records, key).answer is answer
+
+
 def test_large_gains_are_told_in_times_and_units_once(records):
     made = study({"a": ([0.1, 0.11, 0.1], {}), "b": ([1.9, 1.8, 1.85], {})},
                  [{"candidate": "a", "reference": "b", "question": "better", "relative": True}])
@@ -463,6 +481,7 @@ NOPE, ROPE, BROKEN = [2.0, 2.1, 2.05], [2.001, 2.102, 2.05], [2.5, 2.6, 2.5]
     (BROKEN, {"question": "better"}, FAILS),
     (NOPE, {"question": "better"}, UNDECIDED),
     (NOPE, {"question": "better", "reference": 3.0}, HOLDS),
+    (NOPE, {"question": "better", "reference": 3.0, "paired": False}, HOLDS),
     (NOPE, {"question": "better", "reference": "broken", "paired": False, "relative": True, "margin": 0.1}, HOLDS),
     ([0.9, 0.95, 0.92], {"question": "equal", "margin": 0.05, "control": "broken"}, FAILS),
     ([0.9, 0.95, 0.92], {"question": "not worse", "margin": 0.05, "control": "broken"}, HOLDS),
@@ -516,12 +535,13 @@ def test_the_papers_tasks_count_where_one_model_beats_a_guess(records):
 
 def test_a_study_at_chance_decides_nothing(records):
     guess = {"better": "higher", "unit": "accuracy", "chance": 0.25}
-    made = study({"a": ([0.26, 0.24, 0.27], guess), "b": ([0.2, 0.21, 0.2], guess)},
+    made = study({"a": ([0.261, 0.271, 0.281], guess), "b": ([0.2, 0.21, 0.2], guess)},
                  [{"candidate": "a", "reference": "b", "question": "better"}])
     found = claim(records, "position", {"position": made})
     assert found.answer is UNDECIDED and "both at a guess, " in found.because and "in sight" in found.because
     assert found.evidence[0].measure == "a against b"
-    for better, chances, answer in (("higher", (0.1, 0.2), HOLDS), ("lower", (0.9, 0.9), FAILS)):   # one decides
+    for better, chances, answer in (                                                                # one decides
+            ("higher", (0.1, 0.2), HOLDS), ("higher", (0.9, 0.1), HOLDS), ("lower", (0.9, 0.9), FAILS)):
         of_a, of_b = ({"better": better, "unit": "accuracy", "chance": chance} for chance in chances)
         made = study({"a": ([0.46, 0.44, 0.47], of_a), "b": ([0.2, 0.21, 0.2], of_b)},
                      [{"candidate": "a", "reference": "b", "question": "better"}])
@@ -529,6 +549,18 @@ def test_a_study_at_chance_decides_nothing(records):
     made = study({"a": ([0.26], guess), "b": ([0.2, 0.21, 0.2], guess)},         # of one value nothing is known
                  [{"candidate": "a", "reference": "b", "question": "better", "paired": False}])
     assert "both at a guess, " in claim(records, "position", {"position": made}).because
+
+
+@pytest.mark.parametrize(("question", "margin", "tail"), [("better", 0.0, 0.025), ("not worse", 1.0, 0.05)])
+def test_either_of_a_studys_comparisons_may_decide_and_its_control_stands_alone(records, question, margin, tail):
+    alone, of_two = t.ppf((1 - tail, 1 - tail / 2), 2)
+    control = {"control": "c"} if margin else {}
+    for quantile, answer in ((0.99 * of_two, UNDECIDED), (1.01 * of_two, FAILS)):
+        a, c = (list(margin + each * sem([-1, 0, 1]) + [-1, 0, 1]) for each in (quantile, (alone + of_two) / 2))
+        made = study({"a": (a, {}), "b": ([0.0] * 3, {}), "c": (c, {})}, [
+            {"candidate": "a", "reference": "b", "question": question, "margin": margin, **control},
+            {"candidate": "b", "reference": "c", "question": "better"}])
+        assert claim(records, "position", {"position": made}).answer is answer
 
 
 def test_values_all_alike_need_their_number_of_items(records):

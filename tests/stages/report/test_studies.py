@@ -6,10 +6,10 @@ import pytest
 from pydantic import ValidationError
 
 from stages.report.records import RecordError, load_studies, read_study
-from stages.report.study_schema import Comparison, Measurement, Study
+from stages.report.study_schema import Study
 
 CONTENT = {
-    "version": 1, "study": "position", "command": "python -m benchmarks.position", "machine": "2 cores",
+    "study": "position", "command": "python -m benchmarks.position", "machine": "2 cores",
     "date": "2026-11-29", "commit": "d6c7349", "versions": {"torch": "2.13.0"}, "note": "",
     "measurements": [
         {"name": "hybrid", "values": [0.9, 0.8, 0.85], "unit": "accuracy", "better": "higher", "chance": 0.1},
@@ -26,6 +26,7 @@ def test_what_is_saved_is_read(tmp_path):
     assert read_study(study.save(tmp_path)) == study
     assert load_studies(tmp_path) == {"position": study}
     assert load_studies(tmp_path / "none") == {}
+    assert study.asked("position") == study.comparisons and not study.asked("recall")
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -35,6 +36,8 @@ def test_what_is_saved_is_read(tmp_path):
     ({"measurements": []}, "`measurements`"),
     ({"measurements": CONTENT["measurements"][:1]}, r"comparisons name \['transformer'\]"),
     ({"machine": ""}, "`machine`"),
+    ({"versions": {}}, "`versions`"),
+    ({"study": "../position"}, "`study`"),
     ({"study": "other"}, "this study decides no claim"),
     ({"study": "other", "comparisons": []}, "holds the study `other`"),
     ({"verdict": "holds"}, "`verdict` is unknown"),
@@ -51,26 +54,42 @@ def test_a_record_that_cannot_be_used_is_two_lines(tmp_path, change, message):
     assert isinstance(load_studies(tmp_path)["position"], RecordError)
 
 
-def compared(candidate=(1.0, 2.0), reference=(1.0, 2.0), better="higher", fixed="b", **comparison):
-    def measured(name, values):
-        return Measurement(name=name, values=list(values), unit="points", better=better)
-
-    asked = {"claim": "position", "candidate": "a", "reference": fixed, "question": "better"} | comparison
-    return Study.model_validate(CONTENT | {"measurements": [measured("a", candidate), measured("b", reference)],
-                                           "comparisons": [Comparison.model_validate(asked)]})
+def compared(a=(), b=(), c=(), **comparison):
+    """A study that compares a with b; c is for a control. Measurements are alike but for what is given."""
+    measured = [{"name": name, "values": [1.0, 2.0], "unit": "points", "better": "higher"} | dict(change)
+                for name, change in (("a", a), ("b", b), ("c", c))]
+    asked = {"claim": "position", "candidate": "a", "reference": "b", "question": "better"} | comparison
+    return Study.model_validate(CONTENT | {"measurements": measured, "comparisons": [asked]})
 
 
 def test_comparisons_that_mean_nothing_are_refused():
-    assert compared((1.0,), paired=False)
+    one, three, null, equal = {"values": [1.0]}, {"values": [1.0] * 3}, {"values": [0.0, 1.0]}, {
+        "question": "equal", "margin": 1.0, "control": "c"}
+    assert compared(one, paired=False) and compared(one, reference=3.0) and compared(null) and compared(c=one, **equal)
     for wrong, message in (
-        (lambda: compared((1.0,)), "differ in their number"),
-        (lambda: compared(better=None), "or have none"),
-        (lambda: compared((0.0, 1.0), relative=True), "above 0"),
-        (lambda: compared(relative=True, paired=False, fixed=0.0), "above 0"),
-        (lambda: compared(question="equal"), "needs a margin"),
-        (lambda: compared(control="a"), "takes no control"),
-        (lambda: compared(claim="hybrid_loss"), "this study decides no claim"),
-        (lambda: compared((float("nan"), 1.0)), "finite"),
+        ({"a": one}, "differ in their number"),
+        ({"b": one}, "differ in their number"),
+        ({"c": three} | equal, "differ in their number"),
+        ({"a": {"better": None}, "b": {"better": None}}, "or have none"),
+        ({"a": {"better": "lower"}}, "differ in unit or direction"),
+        ({"b": {"unit": "nats"}}, "differ in unit or direction"),
+        ({"c": {"unit": "nats"}} | equal, "differ in unit or direction"),
+        ({"c": {"name": "b"}}, "two measurements have one name"),
+        ({"c": {"name": ""}}, "at least 1 character"),
+        ({"c": {"values": []}}, "at least 1 item"),
+        ({"c": {"items": 0}}, "greater than or equal to 1"),
+        ({"c": {"chance": float("nan")}}, "finite"),
+        ({"a": null, "relative": True}, "above 0"),
+        ({"b": null, "relative": True}, "above 0"),
+        ({"relative": True, "paired": False, "reference": 0.0}, "above 0"),
+        ({"reference": float("inf")}, "finite"),
+        ({"question": "equal"}, "needs a margin"),
+        ({"question": "not worse"}, "needs a margin"),
+        ({"question": "equal", "margin": -0.1}, "greater than or equal to 0"),
+        ({"question": "equal", "margin": float("inf")}, "finite"),
+        ({"control": "a"}, "takes no control"),
+        ({"claim": "hybrid_loss"}, "this study decides no claim"),
+        ({"a": {"values": [float("nan"), 1.0]}}, "finite"),
     ):
         with pytest.raises(ValidationError, match=message):
-            wrong()
+            compared(**wrong)
