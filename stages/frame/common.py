@@ -301,10 +301,17 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
 
 
 def die_with_flow(number: int = signal.SIGKILL) -> None:
-    """`die_with_parent`, of a stage; at once where the flow that started it (STAGE_FLOW, a process id) ended while it
-    was being imported: its parent is gone then, and no signal comes."""
+    """`die_with_parent`, of a stage; at once where the flow that started it (STAGE_FLOW, a process id) is none of its
+    ancestors any more: it ended while the stage was being imported, and no signal comes. That its number exists says
+    nothing: nobody may have reaped it yet, or it may be another's by now."""
     die_with_parent(number)
-    if (flow := os.environ.get("STAGE_FLOW")) and not psutil.pid_exists(int(flow)):
+    if flow := os.environ.get("STAGE_FLOW"):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process()
+            while parent := process.parent():
+                if parent.pid == int(flow):
+                    return
+                process = parent
         signal.raise_signal(signal.SIGKILL)
 
 

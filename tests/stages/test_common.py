@@ -252,9 +252,12 @@ def test_a_stage_ends_with_the_dvc_that_started_it_and_not_with_a_shell(of_dvc: 
     for process in alive:
         process.kill()
     if of_dvc:                                          # the flow ended before the stage could ask for a signal
+        flow = subprocess.Popen(["true"])
+        os.waitid(os.P_PID, flow.pid, os.WEXITED | os.WNOWAIT)                              # and is not reaped yet
         late = subprocess.run([sys.executable, "toy.py", "--out", "."], cwd=tmp_path, capture_output=True,
-                              env=environment | {"STAGE_FLOW": str(2**22 + 1)})         # above any process id
+                              env=environment | {"STAGE_FLOW": str(flow.pid)})
         assert (late.returncode, late.stdout) == (-signal.SIGKILL, b"")
+        assert psutil.pid_exists(flow.pid) and flow.wait() == 0
 
 
 def test_a_stage_waits_for_its_gpus_and_has_them_until_it_ends(stage, capsys, monkeypatch):
