@@ -150,6 +150,14 @@ def test_a_mask_computes_what_the_cut_model_does(parent):
         torch.testing.assert_close(next(states), smaller.backbone(ids), rtol=1e-6, atol=1e-6, msg=name)
 
 
+def test_a_mask_is_of_layers_and_neurons_that_go():
+    kept = Kept.of(CONFIG, Selection([0, 1, 2, 3, 4, 6], {1: torch.arange(48), 4: torch.arange(40)}))
+    assert kept.left_out == {5} and kept.changes == {4, 5}
+    for axis in ("mamba_heads", "mamba_channels"):
+        with pytest.raises(ValueError, match="layers and FFN neurons only"):
+            Kept.of(CONFIG, Selection(range(7), **{axis: {0: torch.tensor([0, 2])}}))
+
+
 class Stopped(Exception):
     pass
 
