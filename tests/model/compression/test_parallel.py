@@ -18,7 +18,8 @@ from tests.model.compression.markov import CONFIG, Weights, markov, silent, writ
 from tests.model.compression.plain import PlainLayerwise
 from tests.tiny_engine import RECIPE, run_processes
 
-SPLIT = CONFIG.model_copy(update={"num_query_groups": 2, "pattern": "M-M*-M", "init_method_std": 0.2})
+SPLIT = CONFIG.model_copy(update={"num_query_groups": 2, "pattern": "M-M*-M", "init_method_std": 0.2,
+                                  "position_embedding": "rope"})
 HERE = "tests.model.compression.test_parallel"
 LAYOUTS = {
     "tensor": {"tensor": 2}, "sequence": {"tensor": 2, "sequence": True}, "pipeline": {"pipeline": 2}, "data": {},
