@@ -52,7 +52,7 @@ def scores(model, other) -> dict:
     """All that is asked of a model run layer by layer, as JSON."""
     sequences = markov(5, 2)
     widths = width_importance(model, sequences[:, :-1], 2, silent)
-    questions = task_items(markov(8, 4), 7, 1)
+    questions = task_items(markov(8, 4)[:, :-1], 7, 1)      # of 31 tokens to be read: two processes cannot halve them
     models = masks() | {"other": other}
     return to_jsonable_python({
         "layers": layer_importance(model, sequences[:, :-1], 2, silent).tolist(),
