@@ -24,6 +24,7 @@ HERE = "tests.model.compression.test_parallel"
 LAYOUTS = {
     "tensor": {"tensor": 2}, "sequence": {"tensor": 2, "sequence": True}, "pipeline": {"pipeline": 2}, "data": {},
 }
+BOTH = {"tensor": 2, "pipeline": 2, "sequence": True}      # of four processes
 
 
 @pytest.fixture(scope="module")
@@ -126,12 +127,14 @@ def test_a_token_without_a_chance_adds_nothing_to_a_split_divergence(tmp_path):
     assert found == pytest.approx([loss.item(), *gradient.flatten().tolist()], rel=1e-5, abs=1e-8)
 
 
-def test_scores_on_two_processes_are_the_plain_models_on_one(parent, other, directory, tmp_path):
+@pytest.mark.parametrize("layouts", [LAYOUTS, pytest.param({"two at once": BOTH}, marks=pytest.mark.slow)])
+def test_scores_on_processes_are_the_plain_models_on_one(parent, other, directory, tmp_path, layouts):
     expected = scores(*(PlainLayerwise(HybridLM.from_state(*weights)) for weights in (parent, other)))
     jobs = [{"function": f"{HERE}.score_job", "directory": str(directory), "parallelism": layout}
-            for layout in LAYOUTS.values()]
+            for layout in layouts.values()]
     jobs.append(jobs[-1] | {"second_has_none": True})
-    for layout, found in zip([*LAYOUTS, "more copies than samples"], run_processes(2, jobs, tmp_path), strict=True):
+    every = run_processes(2 if layouts is LAYOUTS else 4, jobs, tmp_path)
+    for layout, found in zip([*layouts, "more copies than samples"], every, strict=True):
         for name, values in expected.items():
             assert flat(found[name]) == pytest.approx(flat(values), rel=2e-4, abs=1e-6), (layout, name)
     assert len(set(flat(expected["continuation"]))) > 1
@@ -194,7 +197,7 @@ def alone(other, directory, config, tmp_path_factory) -> tuple[dict, list]:
 @pytest.mark.slow
 def test_distillation_in_two_layouts_at_once_is_that_of_one_process(alone, tmp_path):
     job, expected = alone
-    both = job | {"parallelism": {"tensor": 2, "pipeline": 2, "sequence": True}, "scratch": str(tmp_path / "both")}
+    both = job | {"parallelism": BOTH, "scratch": str(tmp_path / "both")}
     [found] = run_processes(4, [both], tmp_path)
     assert [row[2] for row in found] == pytest.approx([row[2] for row in expected], rel=1e-3)
 
