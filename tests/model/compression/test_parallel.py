@@ -14,6 +14,10 @@ from model.compression.layerwise import Kept
 from model.compression.prune import Selection, cut
 from model.compression.width_importance import width_importance
 from model.hybrid_lm import HybridLM
+from model.megatron.distributed import ONE_COPY, Parallelism, process_groups
+from model.megatron.layerwise import MegatronLayerwise
+from model.megatron.precision import Precision
+from model.megatron.spec import build_model
 from tests.model.compression.markov import CONFIG, Weights, markov, silent, write_tokens
 from tests.model.compression.plain import PlainLayerwise
 from tests.tiny_engine import RECIPE, run_processes
@@ -69,7 +73,6 @@ def score_job(directory: str, parallelism: dict, second_has_none: bool = False) 
     """`scores` of the parent by the engine, in one of several processes; where there are more data-parallel copies than
     samples the second has none."""
     from model.compression.funnel import Funnel
-    from model.megatron.distributed import Parallelism, process_groups
 
     with process_groups(Parallelism(**parallelism)):
         loader = Funnel.__new__(Funnel)
@@ -83,7 +86,6 @@ def score_job(directory: str, parallelism: dict, second_has_none: bool = False) 
 
 def divergence_job(vocab: int) -> list[float]:
     """Loss and gradient, each process having half of the vocabulary, where the teacher gives some tokens no chance."""
-    from model.megatron.distributed import Parallelism, process_groups
     from model.training.distillation import divergence
 
     with process_groups(Parallelism(tensor=2)):
@@ -162,6 +164,13 @@ def test_a_mask_is_of_layers_and_neurons_that_go():
             Kept.of(CONFIG, Selection(range(7), **{axis: {0: torch.tensor([0, 2])}}))
 
 
+def test_hidden_states_under_a_mask_keep_the_models_number_format(directory):
+    with process_groups():
+        model = build_model(SPLIT, Precision("bf16"), ONE_COPY, 1, start=directory / "parent")
+        states = MegatronLayerwise(model, SPLIT).hidden(markov(2, 3)[:, :-1], [masks()["neurons"]])
+        assert [state.dtype for state in states] == [torch.bfloat16] * 2
+
+
 class Stopped(Exception):
     pass
 
@@ -172,7 +181,6 @@ def distil_job(directory: str, scratch: str, parallelism: dict, config: dict, to
     from model.compression.config import CompressConfig
     from model.compression.distill import School
     from model.compression.resume import ResultCache
-    from model.megatron.distributed import Parallelism, process_groups
 
     def progress(step: int, *_: object, **__: object) -> None:
         if step == until:
