@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import shutil
 from pathlib import Path
@@ -11,7 +12,16 @@ import torch.distributed.checkpoint as distributed_checkpoint
 from tiny_engine import HYBRID, TRANSFORMER, run_processes
 from torch.distributed.checkpoint import FileSystemWriter
 
-from model.checkpoint import describe, load_weights, open_weights, read_index, save_weights, to_engine, to_hub
+from model.checkpoint import (
+    describe,
+    load_weights,
+    open_weights,
+    read_description,
+    read_index,
+    save_weights,
+    to_engine,
+    to_hub,
+)
 from model.config import ModelError
 from model.hybrid_lm import HybridLM
 from model.integrity import write_sums
@@ -196,6 +206,16 @@ def test_errors_say_what_is_wrong(tmp_path):
     write_sums(tmp_path)
     with pytest.raises(ModelError, match=r"model\.json: missing decoder"):
         load_weights(tmp_path)
+
+
+@pytest.mark.parametrize("content", [
+    "[]", "{}", '{"model": 3, "training": {}}', '{"model": {}, "training": {}}', '{"model',
+    json.dumps({"model": HYBRID.model_dump(mode="json"), "training": 3}),
+])
+def test_a_description_of_another_form_is_named(tmp_path, content):
+    (tmp_path / "model.json").write_text(content)
+    with pytest.raises(ModelError, match=r"model\.json: not a model description \(.+\)\.\nRun"):
+        read_description(tmp_path)
 
 
 def test_damage_anywhere_in_a_checkpoint_is_named(tmp_path):
