@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as distributed_checkpoint
-from pydantic import ValidationError
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, DefaultSavePlanner, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -123,11 +122,11 @@ def read_description(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
     description = directory / "model.json"
     try:
         content = json.loads(description.read_text())
-        return ModelConfig(**content["model"]), content["training"]
+        return ModelConfig(**content["model"]), dict(content["training"])
     except (FileNotFoundError, NotADirectoryError):
         raise ModelError(f"{description}: not found.\nGive a training checkpoint, such as pretrain, compress or "
                          "`python -m stages.export --from-hub` writes.") from None
-    except (OSError, ValueError, KeyError, ValidationError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"{description}: not a model description ({' '.join(str(error).split())[:200]}).\n"
             "Run the stage that writes this checkpoint again (pretrain or compress)."

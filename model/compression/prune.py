@@ -69,12 +69,12 @@ def cut(config: ModelConfig, state: Mapping[str, Tensor], selection: Selection) 
                 tensor = tensor.index_select(dimension, kept.to(tensor.device))
         if ratio != 1 and rest.endswith(("mixer.norm.weight", *_WRITES_RESIDUAL)):
             tensor = tensor * math.sqrt(ratio)
-        return tensor.contiguous()
+        return tensor
 
     recipes: dict[str, Recipe] = {}
     for name in state:
         match = _LAYER.fullmatch(name)
-        index, rest = (int(match[1]), match[2]) if match else (-1, name.removeprefix("backbone."))
+        index, rest = (int(match[1]), match[2]) if match else (-1, name)
         if not match or index in position:
             renamed = f"backbone.layers.{position[index]}.{rest}" if match else name
             recipes[renamed] = partial(cut_one, name, index, rest)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import shutil
 from pathlib import Path
@@ -11,11 +12,20 @@ import torch.distributed.checkpoint as distributed_checkpoint
 from tiny_engine import HYBRID, TRANSFORMER, run_processes
 from torch.distributed.checkpoint import FileSystemWriter
 
-from model.checkpoint import describe, load_weights, open_weights, read_index, save_weights, to_engine, to_hub
+from model.checkpoint import (
+    describe,
+    load_weights,
+    open_weights,
+    read_description,
+    read_index,
+    save_weights,
+    to_engine,
+    to_hub,
+)
 from model.config import ModelError
 from model.hybrid_lm import HybridLM
 from model.integrity import write_sums
-from model.megatron.distributed import ONE_COPY, process_groups
+from model.megatron.distributed import ONE_COPY, Parallelism, process_groups
 from model.megatron.engine_checkpoint import load_model, save_model
 from model.megatron.precision import Precision
 from model.megatron.spec import build_model
@@ -64,7 +74,7 @@ def test_megatron_reads_ours_and_we_read_megatrons(precision, tmp_path):
     assert (tmp_path / "megatrons/common.pt").read_bytes() == (tmp_path / "déjà vu/common.pt").read_bytes()
     describe(tmp_path / "megatrons", HYBRID, {})
     loaded = load_weights(tmp_path / "megatrons")[1]
-    assert loaded.keys() == state.keys()
+    assert loaded.keys() == state.keys() and {tensor.dtype for tensor in loaded.values()} == {torch.float32}
     for name, tensor in state.items():
         kept = precision == "float32" or name.endswith(("A_log", "D", "dt_bias"))
         assert torch.equal(loaded[name], tensor if kept else tensor.bfloat16().float()), name
@@ -74,6 +84,10 @@ def test_the_same_weights_are_the_same_files(tmp_path):
     for name in ("a", "é"):
         (tmp_path / name).mkdir()
         save_weights(tmp_path / name, HYBRID, random_state(HYBRID), {"seed": 1})
+    index = read_index(tmp_path / "é")
+    index.storage_data = dict(reversed(index.storage_data.items()))             # as threads may finish
+    (tmp_path / "é" / ".metadata").write_bytes(pickle.dumps(index))
+    describe(tmp_path / "é", HYBRID, {"seed": 1})
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert {".metadata", "common.pt", "metadata.json", "model.json"} < set(files)
     for name in files:
@@ -198,6 +212,16 @@ def test_errors_say_what_is_wrong(tmp_path):
         load_weights(tmp_path)
 
 
+@pytest.mark.parametrize("content", [
+    "[]", "{}", '{"model": 3, "training": {}}', '{"model": {}, "training": {}}', '{"model',
+    json.dumps({"model": HYBRID.model_dump(mode="json"), "training": 3}),
+])
+def test_a_description_of_another_form_is_named(tmp_path, content):
+    (tmp_path / "model.json").write_text(content)
+    with pytest.raises(ModelError, match=r"model\.json: not a model description \(.+\)\.\nRun"):
+        read_description(tmp_path)
+
+
 def test_damage_anywhere_in_a_checkpoint_is_named(tmp_path):
     save_weights(tmp_path, HYBRID, random_state(HYBRID), {"tokens": 7})
     for name in ("__0_0.distcp", ".metadata", "model.json", "common.pt", "SHA256SUMS"):
@@ -242,6 +266,13 @@ def torch_saved(value: object) -> bytes:
     content = io.BytesIO()
     torch.save(value, content)
     return content.getvalue()
+
+
+@pytest.mark.parametrize("asked", [distributed_checkpoint.load, FileSystemWriter, Parallelism])
+def test_an_index_is_made_of_pytorchs_records_alone(tmp_path, asked):
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(asked))                   # which is its name
+    with pytest.raises(ModelError, match=f"it asks for {asked.__module__}.{asked.__name__}"):
+        read_index(tmp_path)
 
 
 @pytest.mark.parametrize("index", [Trap(), {"no": "index"}])

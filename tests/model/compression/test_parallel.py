@@ -14,15 +14,21 @@ from model.compression.layerwise import Kept
 from model.compression.prune import Selection, cut
 from model.compression.width_importance import width_importance
 from model.hybrid_lm import HybridLM
+from model.megatron.distributed import ONE_COPY, Parallelism, process_groups
+from model.megatron.layerwise import MegatronLayerwise
+from model.megatron.precision import Precision
+from model.megatron.spec import build_model
 from tests.model.compression.markov import CONFIG, Weights, markov, silent, write_tokens
 from tests.model.compression.plain import PlainLayerwise
 from tests.tiny_engine import RECIPE, run_processes
 
-SPLIT = CONFIG.model_copy(update={"num_query_groups": 2, "pattern": "M-M*-M", "init_method_std": 0.2})
+SPLIT = CONFIG.model_copy(update={"num_query_groups": 2, "pattern": "M-M*-M", "init_method_std": 0.2,
+                                  "position_embedding": "rope"})
 HERE = "tests.model.compression.test_parallel"
 LAYOUTS = {
     "tensor": {"tensor": 2}, "sequence": {"tensor": 2, "sequence": True}, "pipeline": {"pipeline": 2}, "data": {},
 }
+BOTH = {"tensor": 2, "pipeline": 2, "sequence": True}      # of four processes
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +57,7 @@ def scores(model, other) -> dict:
     """All that is asked of a model run layer by layer, as JSON."""
     sequences = markov(5, 2)
     widths = width_importance(model, sequences[:, :-1], 2, silent)
-    questions = task_items(markov(8, 4), 7, 1)
+    questions = task_items(markov(8, 4)[:, :-1], 7, 1)      # of 31 tokens to be read: two processes cannot halve them
     models = masks() | {"other": other}
     return to_jsonable_python({
         "layers": layer_importance(model, sequences[:, :-1], 2, silent).tolist(),
@@ -67,7 +73,6 @@ def score_job(directory: str, parallelism: dict, second_has_none: bool = False) 
     """`scores` of the parent by the engine, in one of several processes; where there are more data-parallel copies than
     samples the second has none."""
     from model.compression.funnel import Funnel
-    from model.megatron.distributed import Parallelism, process_groups
 
     with process_groups(Parallelism(**parallelism)):
         loader = Funnel.__new__(Funnel)
@@ -81,7 +86,6 @@ def score_job(directory: str, parallelism: dict, second_has_none: bool = False) 
 
 def divergence_job(vocab: int) -> list[float]:
     """Loss and gradient, each process having half of the vocabulary, where the teacher gives some tokens no chance."""
-    from model.megatron.distributed import Parallelism, process_groups
     from model.training.distillation import divergence
 
     with process_groups(Parallelism(tensor=2)):
@@ -125,12 +129,14 @@ def test_a_token_without_a_chance_adds_nothing_to_a_split_divergence(tmp_path):
     assert found == pytest.approx([loss.item(), *gradient.flatten().tolist()], rel=1e-5, abs=1e-8)
 
 
-def test_scores_on_two_processes_are_the_plain_models_on_one(parent, other, directory, tmp_path):
+@pytest.mark.parametrize("layouts", [LAYOUTS, pytest.param({"two at once": BOTH}, marks=pytest.mark.slow)])
+def test_scores_on_processes_are_the_plain_models_on_one(parent, other, directory, tmp_path, layouts):
     expected = scores(*(PlainLayerwise(HybridLM.from_state(*weights)) for weights in (parent, other)))
     jobs = [{"function": f"{HERE}.score_job", "directory": str(directory), "parallelism": layout}
-            for layout in LAYOUTS.values()]
+            for layout in layouts.values()]
     jobs.append(jobs[-1] | {"second_has_none": True})
-    for layout, found in zip([*LAYOUTS, "more copies than samples"], run_processes(2, jobs, tmp_path), strict=True):
+    every = run_processes(2 if layouts is LAYOUTS else 4, jobs, tmp_path)
+    for layout, found in zip([*layouts, "more copies than samples"], every, strict=True):
         for name, values in expected.items():
             assert flat(found[name]) == pytest.approx(flat(values), rel=2e-4, abs=1e-6), (layout, name)
     assert len(set(flat(expected["continuation"]))) > 1
@@ -150,6 +156,21 @@ def test_a_mask_computes_what_the_cut_model_does(parent):
         torch.testing.assert_close(next(states), smaller.backbone(ids), rtol=1e-6, atol=1e-6, msg=name)
 
 
+def test_a_mask_is_of_layers_and_neurons_that_go():
+    kept = Kept.of(CONFIG, Selection([0, 1, 2, 3, 4, 6], {1: torch.arange(48), 4: torch.arange(40)}))
+    assert kept.left_out == {5} and kept.changes == {4, 5}
+    for axis in ("mamba_heads", "mamba_channels"):
+        with pytest.raises(ValueError, match="layers and FFN neurons only"):
+            Kept.of(CONFIG, Selection(range(7), **{axis: {0: torch.tensor([0, 2])}}))
+
+
+def test_hidden_states_under_a_mask_keep_the_models_number_format(directory):
+    with process_groups():
+        model = build_model(SPLIT, Precision("bf16"), ONE_COPY, 1, start=directory / "parent")
+        states = MegatronLayerwise(model, SPLIT).hidden(markov(2, 3)[:, :-1], [masks()["neurons"]])
+        assert [state.dtype for state in states] == [torch.bfloat16] * 2
+
+
 class Stopped(Exception):
     pass
 
@@ -160,7 +181,6 @@ def distil_job(directory: str, scratch: str, parallelism: dict, config: dict, to
     from model.compression.config import CompressConfig
     from model.compression.distill import School
     from model.compression.resume import ResultCache
-    from model.megatron.distributed import Parallelism, process_groups
 
     def progress(step: int, *_: object, **__: object) -> None:
         if step == until:
@@ -185,7 +205,7 @@ def alone(other, directory, config, tmp_path_factory) -> tuple[dict, list]:
 @pytest.mark.slow
 def test_distillation_in_two_layouts_at_once_is_that_of_one_process(alone, tmp_path):
     job, expected = alone
-    both = job | {"parallelism": {"tensor": 2, "pipeline": 2, "sequence": True}, "scratch": str(tmp_path / "both")}
+    both = job | {"parallelism": BOTH, "scratch": str(tmp_path / "both")}
     [found] = run_processes(4, [both], tmp_path)
     assert [row[2] for row in found] == pytest.approx([row[2] for row in expected], rel=1e-3)
 

@@ -27,6 +27,15 @@ def test_cutting_nothing_changes_nothing(parent, data):
     assert all(torch.equal(state[name], parent.state[name]) for name in state)
 
 
+def test_a_transformer_has_no_mamba_widths_to_keep():
+    config = CONFIG.model_copy(update={"pattern": "*-*-", "mamba_num_heads": 0})
+    whole = HybridLM(config).state_dict()
+    smaller, state = cut(config, whole, Selection([2, 3]))
+    assert smaller == config.model_copy(update={"pattern": "*-"})
+    for name in ("mixer.up_proj.weight", "norm.weight"):
+        assert torch.equal(state[f"backbone.layers.1.{name}"], whole[f"backbone.layers.3.{name}"])
+
+
 def dead_mamba(state, layer, heads=(), channels=()):
     """Heads, and channels of every head, whose gate is shut: nothing of them reaches the gated norm."""
     gate = state[f"backbone.layers.{layer}.mixer.in_proj.weight"][:64].view(4, 16, -1)
@@ -90,20 +99,23 @@ def test_mamba_heads_may_change_places_within_their_group_alone(parent, data, or
     assert relative_error(after, before) < 1e-10 if same else relative_error(after, before) > 1e-3
 
 
-@pytest.mark.parametrize("axes", [
-    {"mamba_heads": {0: torch.tensor([0, 1])}}, {"mamba_heads": {0: torch.tensor([0, 1, 2])}},
-    {"mamba_heads": {0: torch.tensor([0, 2]), 2: torch.tensor([0, 1, 2, 3])}},
+@pytest.mark.parametrize(("layer", "kept", "message"), [
+    (0, [0, 1, 2], r"must keep as many; got \[3\]"), (0, [0, 1, 3], r"must keep as many; got \[2, 1\]"),
+    (0, [0, 3, 4], r"must keep as many; got \[1, 2\]"), (1, [0, 3], "mamba_num_heads: layer 1 has none"),
 ])
-def test_heads_go_evenly_from_every_group(parent, axes):
-    with pytest.raises(ValueError):
-        cut(*parent, Selection(range(7), **axes))
+def test_heads_go_evenly_from_every_group(parent, layer, kept, message):
+    """Groups are heads 0, 1, 2 and 3, 4, 5."""
+    config = parent.config.model_copy(update={"mamba_num_heads": 6})
+    with pytest.raises(ValueError, match=message):
+        cut(config, parent.state, Selection([0, 1], mamba_heads={layer: torch.tensor(kept)}))
 
 
 @pytest.mark.parametrize(("layers", "neurons"), [
     ([1, 0], {1: torch.arange(8)}), ([0, 0, 1], {1: torch.arange(8)}), ([1], {1: torch.tensor([3, 2])}),
     ([1], {1: torch.tensor([3, 3])}), ([1, 4], {1: torch.arange(8), 4: torch.arange(9)}),
     ([], {}), ([-1, 1], {}), ([1, 7], {}), ([1], {1: torch.tensor([], dtype=torch.int64)}),
-    ([1], {1: torch.tensor([-1, 3])}), ([1], {1: torch.tensor([10**6])}), ([0, 1], {0: torch.arange(8)}),
+    ([1], {1: torch.tensor([-1, 3])}), ([1], {1: torch.tensor([48])}), ([0, 1], {0: torch.arange(8)}),
+    ([1, 4], {1: torch.arange(8)}), ([1], {7: torch.arange(8)}),
 ])
 def test_indices_are_the_models_and_ascend_and_widths_agree(parent, layers, neurons):
     with pytest.raises(ValueError):
