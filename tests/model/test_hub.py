@@ -130,6 +130,7 @@ def test_bfloat16_keeps_the_decays_precise(tmp_path):
         precise = name.endswith(("A_log", ".D", "dt_bias"))
         assert tensor.dtype == (torch.float32 if precise else torch.bfloat16), name
         assert torch.equal(tensor, expected[name] if precise else expected[name].bfloat16()), name
+    assert {tensor.dtype for tensor in hub.load(tmp_path)[1].values()} == {torch.float32}
     assert transformers_model(tmp_path).dtype == torch.float32
 
 
@@ -329,6 +330,8 @@ def test_no_type_is_chosen_that_rounds(saved):
 
     assert [chosen({"": dtype}) for dtype in (torch.bfloat16, torch.float16, torch.float32)] == [
         "bfloat16", "float32", "float32"]
+    for wide, dtype in {"lm_head.weight": "float32", "backbone.layers.0.mixer.A_log": "bfloat16"}.items():
+        assert chosen({"": torch.bfloat16, wide: torch.float32}) == dtype
     with pytest.raises(ModelError, match=r"A_log is float64, which an export rounds\.\nSay to what: --dtype"):
         chosen({"": torch.bfloat16, "backbone.layers.0.mixer.A_log": torch.float64})
 
