@@ -172,6 +172,7 @@ def test_model_card_has_front_matter_and_the_facts(tmp_path):
     import yaml
 
     hub.save(tmp_path, HYBRID, random_state(HYBRID), TRAINING, "float32")
+    assert json.loads((tmp_path / "training.json").read_text()) == TRAINING
     _, front, text = (tmp_path / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "transformers"
     parameters = sum(tensor.numel() for tensor in random_state(HYBRID).values())
