@@ -248,7 +248,7 @@ def _same(name: str) -> Recipe:
 
 
 def _section(name: str, rows: list[int], place: int) -> Recipe:
-    return lambda get: get(name).split(rows)[place].contiguous()
+    return lambda get: get(name).split(rows)[place]
 
 
 def _joined(names: list[str]) -> Recipe:

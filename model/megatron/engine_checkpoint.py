@@ -76,7 +76,7 @@ class ResumeState:
 
     def __init__(
         self, scratch: Path, model: MambaModel, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler,
-        kept: int = 2, in_background: bool = False,
+        kept: int, in_background: bool,
     ):
         self.directory = scratch / "resume"
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler

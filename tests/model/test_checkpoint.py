@@ -193,6 +193,17 @@ def test_layers_that_the_description_lacks_are_named(tmp_path):
         build_model(shorter, Precision("float32"), ONE_COPY, seed=1, start=tmp_path)
 
 
+@pytest.mark.parametrize(("change", "named"), [
+    ({"ffn_hidden_size": 64}, "linear_fc1"), ({"pattern": HYBRID.pattern + "M"}, r"decoder\.layers\.4"),
+])
+def test_weights_of_another_model_are_not_loaded(tmp_path, change, named):
+    save_weights(tmp_path, HYBRID, random_state(HYBRID), {})
+    with process_groups():
+        model = build_model(HYBRID.model_copy(update=change), Precision("float32"), ONE_COPY, seed=1)
+        with pytest.raises(ModelError, match=rf"not the weights of this model: .*{named}.*\.\nUse"):
+            load_model(tmp_path, model)
+
+
 def test_errors_say_what_is_wrong(tmp_path):
     with pytest.raises(ModelError, match=r"model\.json") as error:
         load_weights(tmp_path)

@@ -130,6 +130,7 @@ def test_bfloat16_keeps_the_decays_precise(tmp_path):
         precise = name.endswith(("A_log", ".D", "dt_bias"))
         assert tensor.dtype == (torch.float32 if precise else torch.bfloat16), name
         assert torch.equal(tensor, expected[name] if precise else expected[name].bfloat16()), name
+    assert {tensor.dtype for tensor in hub.load(tmp_path)[1].values()} == {torch.float32}
     assert transformers_model(tmp_path).dtype == torch.float32
 
 
@@ -171,6 +172,7 @@ def test_model_card_has_front_matter_and_the_facts(tmp_path):
     import yaml
 
     hub.save(tmp_path, HYBRID, random_state(HYBRID), TRAINING, "float32")
+    assert json.loads((tmp_path / "training.json").read_text()) == TRAINING
     _, front, text = (tmp_path / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "transformers"
     parameters = sum(tensor.numel() for tensor in random_state(HYBRID).values())
@@ -303,6 +305,13 @@ def test_published_models_are_read(tmp_path, prefix):
     assert all(state[name].dtype == torch.bfloat16 and torch.equal(state[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("names", [("mamba", "attention"), ("linear_attention", "full_attention")])
+def test_layers_have_the_names_of_any_transformers(saved, names):
+    kinds = dict(zip("M*-", (*names, "mlp"), strict=True))
+    damage_config(saved, hybrid_override_pattern=None, layers_block_type=[kinds[symbol] for symbol in HYBRID.pattern])
+    assert hub.read_config(saved) == HYBRID
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
 def test_quantized_weights_are_refused(saved, dtype):
     """Their scales may stand elsewhere: as numbers they are another model."""
@@ -322,6 +331,8 @@ def test_no_type_is_chosen_that_rounds(saved):
 
     assert [chosen({"": dtype}) for dtype in (torch.bfloat16, torch.float16, torch.float32)] == [
         "bfloat16", "float32", "float32"]
+    for wide, dtype in {"lm_head.weight": "float32", "backbone.layers.0.mixer.A_log": "bfloat16"}.items():
+        assert chosen({"": torch.bfloat16, wide: torch.float32}) == dtype
     with pytest.raises(ModelError, match=r"A_log is float64, which an export rounds\.\nSay to what: --dtype"):
         chosen({"": torch.bfloat16, "backbone.layers.0.mixer.A_log": torch.float64})
 
@@ -411,7 +422,10 @@ def test_ends_of_text_are_one_id_or_several(saved, ids, ends):
 
 
 def test_special_ids_that_generation_config_does_not_name_are_those_of_config(tmp_path):
-    hub.save(tmp_path, HYBRID, random_state(HYBRID), {}, "float32", special_tokens={"bos_token_id": 1})
+    hub.save(tmp_path, HYBRID, random_state(HYBRID), {}, "float32",
+             special_tokens={"bos_token_id": 1, "temperature": 0.9})
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == {"bos_token_id": 1, "temperature": 0.9}
+    assert "temperature" not in json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": [2, 11]}')
     assert hub.special_tokens(tmp_path, 320) == {
         "temperature": 0.6, "eos_token_id": [2, 11], "bos_token_id": 1, "pad_token_id": None}
@@ -479,8 +493,11 @@ def test_a_tokenizer_cuts_and_fills_no_text(tmp_path):
     ({"mlp_hidden_act": "silu"}, "mlp_hidden_act is 'silu'"),
     ({"time_step_limit": [0.001, 0.1]}, "time_step_limit is"),
     ({"mamba_dt_limit": [0.001, 0.1]}, "mamba_dt_limit is"),
-    ({"mamba_conv_bias": False}, "mamba_conv_bias is False"),
-    ({"is_causal": False}, "is_causal is False"),
+    *(({name: True}, f"{name} is True") for name in ("mlp_bias", "use_bias", "mamba_proj_bias")),
+    *(({name: False}, f"{name} is False") for name in ("mamba_conv_bias", "use_conv_bias", "is_causal")),
+    ({"mamba_hidden_act": "relu"}, "mamba_hidden_act is 'relu'"),
+    ({"hidden_act": "silu"}, "hidden_act is 'silu'"),
+    ({"sliding_window": 4096}, "sliding_window is 4096"),
     ({"hybrid_override_pattern": "MEM*-M-"}, "layer 1 of the pattern is 'E'"),
     ({"hybrid_override_pattern": "M-M*|M-"}, r"pattern: layer 4 of the pattern is '\|', which is no kind of layer\.\n"),
     ({"hybrid_override_pattern": "M-M*-M"}, r"unexpected backbone\.layers\.6"),
