@@ -1,4 +1,4 @@
-"""What the compiler made of the scan's kernels, on a machine without a GPU: compiled for Hopper, then read.
+"""What the compiler made of the scan's kernels, Hopper's own and the others: compiled for Hopper without a GPU, and read.
 
     python -m benchmarks.kernels_machine_code [--sizes 16,32,64,128,256] [--ratios 1,4]
 

@@ -1,7 +1,7 @@
 """Parts of the scan on Hopper by warps with an occupation each (Triton's Gluon): one warp only loads, by TMA, and warp
 groups compute, 64 rows of a product each. What is loaded and what is computed then wait for each other alone, and the
-loader needs no registers. Other GPUs and sizes run the kernels of `kernels.ssd.triton`. What these give is the same but
-for the rounding of float32 sums, and for dx of a chunk's first half, which is rounded once here and twice there.
+loader needs no registers. Other GPUs and sizes run the kernels of `kernels.ssd.triton`. What these give is the same to
+within rounding: dx of a chunk's first half is rounded once here and twice there.
 
 Loads and products meet at barriers in shared memory: a tile's `full` counts the bytes that have come, its `empty` the
 warp groups that are done with it. Their phases alternate: what uses a tile for the n-th time waits for phase n % 2.
@@ -160,7 +160,8 @@ def _row(tile, COLUMNS: gl.constexpr):
 
 @gluon.jit
 def _barriers(STAGES: gl.constexpr, ONCE: gl.constexpr = 2, USERS: gl.constexpr = 2):
-    """Of sets of tiles that are loaded once, and of the stages, each with that many warp groups that use it."""
+    """`ONCE` of one arrival each, for what is loaded once or follows a load; two for each of the stages, which `USERS`
+    warp groups read."""
     ready = gl.allocate_shared_memory(gl.int64, [ONCE, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

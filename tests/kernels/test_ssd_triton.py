@@ -63,8 +63,7 @@ def test_tiles_as_tuned_at_8b_width(dtype, tolerance):
 def test_hoppers_kernels_give_what_the_others_do(
     monkeypatch, dtype, _, length, heads, head_dim, groups, state_dim, own, has_states
 ):
-    """But for the rounding of float32 sums, which now and then moves a half-precision value to its neighbour, and for
-    dx of a chunk's first half, which they round once and the others twice. `own` tokens a document."""
+    """To within rounding: dx of a chunk's first half they round once, the others twice. `own` tokens a document."""
     values = {name: value.to(DEVICE)
               for name, value in inputs(2, length, heads, head_dim, groups, state_dim, dtype).items()}
     x, dt, A, B, C, D, bias = (values[name] for name in NAMES[:7])
