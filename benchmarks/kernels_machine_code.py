@@ -1,4 +1,4 @@
-"""What the compiler made of the scan's kernels, Hopper's own and the others: compiled for Hopper without a GPU, and read.
+"""What the compiler made of the scan's kernels, Hopper's own and the others: compiled for Hopper without a GPU, read.
 
     python -m benchmarks.kernels_machine_code [--sizes 16,32,64,128,256] [--ratios 1,4]
 
