@@ -423,7 +423,7 @@ def _table(stream: Stream) -> Iterator[Item]:
     )
     first = text.readline()
     mark = next((mark for mark in MARKS if column in _header(first, mark)), ",")
-    rows = _rows(chain([first] if first else [], text), mark)
+    rows = _rows(chain([first], text), mark)
     _, names = next(rows, (1, None)) if first else (1, [])
     if names is None:
         yield stream.refused("damaged CSV")
