@@ -160,8 +160,8 @@ def floors(op: str, tokens: int) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 def errors(run: Op, exact: Op, make: Callable[[int, int], Inputs]) -> list[float]:
-    """Root mean square, over as many draws as `DRAWS`, of `_errors`: one draw's of a sum that cancels, such as A's
-    gradient, is up to three times another's."""
+    """Root mean square over `DRAWS` draws of `_errors`: of a sum that cancels, such as A's gradient, one draw's says
+    little."""
     squares = torch.zeros(())
     for draw in range(DRAWS):
         torch.manual_seed(draw)
