@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from data_pipeline.storage import StoredArrays, Surveys, write_arrays
+from data_pipeline.text.words import UInt64
 from data_pipeline.workers.executor import Workers
 
 Arrays = Mapping[str, np.ndarray]
-UInt64 = NDArray[np.uint64]
 
 SMALLEST = 8            # parts are made for workers down to an eighth of a full one
 

@@ -32,6 +32,7 @@ from data_pipeline.annotate.step import text_id
 from data_pipeline.config import AnnotateConfig, CurateConfig, DataError, Label
 from data_pipeline.curate.heuristics import Rule, first_broken, reason, rules_of
 from data_pipeline.text.language import codes
+from data_pipeline.text.words import Bool, Float64, Int64
 
 STEPS = ("language", "copies", "near_duplicates", "heuristics", "perplexity", "decontaminate", "substring", "held_out")
 BINS = 30                   # of a histogram
@@ -41,8 +42,6 @@ EXAMPLES = 6                # of what went, for a domain and reason
 EXCERPT = 600               # characters
 ENCODED = re.compile(r"[A-Za-z0-9+/=]{256}|(\\x[0-9a-fA-F]{2}){64}")
 
-Bool = NDArray[np.bool_]
-Float64 = NDArray[np.float64]
 Ranges = dict[tuple[str, str], tuple[float, float]]     # (measure, domain) -> least and largest value
 
 
@@ -173,7 +172,7 @@ class CutShard(NamedTuple):
 class CutRows:
     """The rows of a shard on their way through the cut."""
 
-    def __init__(self, table: pa.Table, cut: Cut, best: NDArray[np.int64] | None):
+    def __init__(self, table: pa.Table, cut: Cut, best: Int64 | None):
         self.table, self.cut = table, cut
         self.texts: list[str] = table["text"].to_pylist()
         self.domains = _column(table, "domain")
@@ -219,7 +218,7 @@ class CutRows:
         }
 
 
-def apply(table: pa.Table, cut: Cut, best: NDArray[np.int64] | None = None) -> CutShard:
+def apply(table: pa.Table, cut: Cut, best: Int64 | None = None) -> CutShard:
     """Cut one annotated shard.
 
     Args:
@@ -352,7 +351,7 @@ def _scored(table: pa.Table, cut: Cut) -> Bool:
     return pc.is_valid(table["scores"]).to_numpy() & (stays | exempt)
 
 
-def _best(table: pa.Table, cut: Cut) -> NDArray[np.int64]:
+def _best(table: pa.Table, cut: Cut) -> Int64:
     """Ensemble value of each document, -1 where it has none."""
     domains, scored = _column(table, "domain"), _scored(table, cut)
     best = np.full(len(table), -1, dtype=np.int64)

@@ -17,19 +17,16 @@ from typing import NamedTuple, get_args
 
 import numpy as np
 import xxhash
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from data_pipeline.config import Label
+from data_pipeline.text.words import Float64, Int64, UInt64
 
 BINS = 20
 SHARES = np.arange(1, BINS) / BINS
 # Lowest bin of each label, from the paper's annealing study of single bins.
 LOWEST_BINS: dict[Label, int] = dict(zip(get_args(Label), (19, 18, 12, 7, 0), strict=True))
 SAMPLE_DOCUMENTS = 1_000_000        # a domain's percentiles from so many are exact to a tenth of a percent
-
-Float64 = NDArray[np.float64]
-Int64 = NDArray[np.int64]
-UInt64 = NDArray[np.uint64]
 
 
 class Sample(NamedTuple):
