@@ -50,16 +50,13 @@ def sample_of(
         sizes: (documents,) bytes of UTF-8 text.
         limit: documents in the sample, at most.
     """
-    sample = Sample(
-        keys_of(ids), np.asarray(scores, np.float64), np.asarray(perplexity, np.float64), np.asarray(sizes, np.int64)
-    )
-    return _lowest(sample, limit)
+    columns = np.asarray(scores, np.float64), np.asarray(perplexity, np.float64), np.asarray(sizes, np.int64)
+    return _lowest(Sample(keys_of(ids), *columns), limit)
 
 
 def merge(samples: Sequence[Sample], limit: int = SAMPLE_DOCUMENTS) -> Sample:
     """The sample of all the documents `samples` were made from with the same limit, in any order and number."""
-    keys, scores, perplexity, sizes = (np.concatenate(parts) for parts in zip(*samples, strict=True))
-    return _lowest(Sample(keys, scores, perplexity, sizes), limit)
+    return _lowest(Sample(*map(np.concatenate, zip(*samples, strict=True))), limit)
 
 
 def keys_of(ids: Sequence[str]) -> UInt64:
@@ -69,12 +66,12 @@ def keys_of(ids: Sequence[str]) -> UInt64:
 
 def _lowest(sample: Sample, limit: int) -> Sample:
     order = np.argsort(sample.keys, kind="stable")[:limit]
-    return Sample(sample.keys[order], sample.scores[order], sample.perplexity[order], sample.sizes[order])
+    return Sample(*(column[order] for column in sample))
 
 
 def thresholds(sample: Sample) -> Float64:
     """Byte-weighted percentiles 5, 10 ... 95 of each scorer: (scorers, 19), ascending; scores from the sample."""
-    return np.stack([weighted_quantiles(column, sample.sizes, SHARES) for column in sample.scores.T])
+    return np.quantile(sample.scores, SHARES, axis=0, weights=sample.sizes, method="inverted_cdf").T
 
 
 def bins(scores: ArrayLike, thresholds: Float64) -> Int64:
@@ -97,11 +94,4 @@ def perplexity_limit(sample: Sample, share: float) -> float:
     """The perplexity that `share` of the sample's bytes, at most, lie above; infinity for 0."""
     if share == 0:
         return np.inf
-    return float(weighted_quantiles(sample.perplexity, sample.sizes, np.array([1 - share]))[0])
-
-
-def weighted_quantiles(values: Float64, weights: Int64, shares: Float64) -> Float64:
-    """Inverted distribution function: the least value with at least `share` of the weight at or below it."""
-    order = np.argsort(values, kind="stable")
-    cumulative = np.cumsum(weights[order]) / weights.sum()
-    return values[order][np.searchsorted(cumulative, shares, side="left")]
+    return float(np.quantile(sample.perplexity, 1 - share, weights=sample.sizes, method="inverted_cdf"))

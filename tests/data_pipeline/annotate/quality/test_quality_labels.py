@@ -1,4 +1,4 @@
-"""Percentiles, bins and labels against a plain reading of the recipe and numpy's weighted quantiles."""
+"""Percentiles, bins and labels against a plain reading of the recipe."""
 
 import bisect
 
@@ -13,7 +13,6 @@ from data_pipeline.annotate.quality.quality_labels import (
     perplexity_limit,
     sample_of,
     thresholds,
-    weighted_quantiles,
 )
 
 LABELS = {"low": range(7), "medium-low": range(7, 12), "medium": range(12, 18), "medium-high": [18], "high": [19]}
@@ -56,15 +55,6 @@ def test_labels_by_bin():
     assert {label: [b for b in range(20) if label_of(b) == label] for label in LABELS} == {
         label: list(members) for label, members in LABELS.items()
     }
-
-
-@pytest.mark.parametrize("documents", [1, 40, 999])
-def test_quantiles_are_numpys(documents):
-    _, scores, _, sizes = corpus(documents, seed=7)
-    shares = np.arange(1, 20) / 20
-    for column in scores.T:
-        expected = np.quantile(column, shares, weights=sizes, method="inverted_cdf")
-        assert np.array_equal(weighted_quantiles(column, sizes, shares), expected)
 
 
 @pytest.mark.parametrize("limit", [50, 10_000])
