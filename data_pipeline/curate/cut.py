@@ -102,10 +102,9 @@ class ScoreSurvey(NamedTuple):
 
 def survey(table: pa.Table, cut: Cut) -> ScoreSurvey:
     """What thresholds need to know of a shard: samples of its scores and the range of each measure."""
-    domains, scored = _column(table, "domain"), _scored(table, cut)
     samples, ranges = {}, {}
-    for domain in sorted(set(domains[scored])):
-        chosen = table.filter(pa.array(scored & (domains == domain)))
+    for domain, rows in _scored(table, cut).items():
+        chosen = table.filter(pa.array(rows))
         sizes = pc.binary_length(chosen["text"]).to_numpy()
         samples[domain] = sample_of(chosen["id"].to_pylist(), _scores(chosen), chosen["perplexity"].to_numpy(), sizes)
         for name, values in measures(chosen, domain, cut).items():
@@ -332,10 +331,9 @@ def _documents(rows: CutRows, chosen: Bool) -> pa.Table:
 
 def _histograms(table: pa.Table, cut: Cut) -> list[tuple[str, str, list[int]]]:
     """Measure, domain, documents in each bin."""
-    domains, scored = _column(table, "domain"), _scored(table, cut)
     found = []
-    for domain in sorted(set(domains[scored])):
-        chosen = table.filter(pa.array(scored & (domains == domain)))
+    for domain, rows in _scored(table, cut).items():
+        chosen = table.filter(pa.array(rows))
         for name, values in measures(chosen, domain, cut).items():
             bins = cut.edges[name, domain]
             counts = np.histogram(np.clip(values.astype(np.float64), bins[0], bins[-1]), bins)[0]
@@ -343,20 +341,19 @@ def _histograms(table: pa.Table, cut: Cut) -> list[tuple[str, str, list[int]]]:
     return found
 
 
-def _scored(table: pa.Table, cut: Cut) -> Bool:
-    """Documents that labels are made from: training text, no duplicate, in a language that stays."""
-    config = cut.config.language
+def _scored(table: pa.Table, cut: Cut) -> dict[str, Bool]:
+    """Documents of each domain that labels are made from: training text, no duplicate, in a language that stays."""
+    config, domains = cut.config.language, _column(table, "domain")
     stays = np.isin(_column(table, "language"), config.keep) & (table["language_share"].to_numpy() >= config.share)
-    exempt = ~np.isin(_column(table, "domain"), config.domains)
-    return pc.is_valid(table["scores"]).to_numpy() & (stays | exempt)
+    exempt = ~np.isin(domains, config.domains)
+    scored = pc.is_valid(table["scores"]).to_numpy() & (stays | exempt)
+    return {domain: scored & (domains == domain) for domain in sorted(set(domains[scored]))}
 
 
 def _best(table: pa.Table, cut: Cut) -> Int64:
     """Ensemble value of each document, -1 where it has none."""
-    domains, scored = _column(table, "domain"), _scored(table, cut)
     best = np.full(len(table), -1, dtype=np.int64)
-    for domain in sorted(set(domains[scored])):
-        chosen = scored & (domains == domain)
+    for domain, chosen in _scored(table, cut).items():
         best[chosen] = best_bins(_scores(table.filter(pa.array(chosen))), cut.bins[domain])
     return best
 

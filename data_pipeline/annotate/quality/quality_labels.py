@@ -56,7 +56,7 @@ def sample_of(
 
 def merge(samples: Sequence[Sample], limit: int = SAMPLE_DOCUMENTS) -> Sample:
     """The sample of all the documents `samples` were made from with the same limit, in any order and number."""
-    return _lowest(Sample(*map(np.concatenate, zip(*samples, strict=True))), limit)
+    return _lowest(Sample._make(map(np.concatenate, zip(*samples, strict=True))), limit)
 
 
 def keys_of(ids: Sequence[str]) -> UInt64:
@@ -66,7 +66,7 @@ def keys_of(ids: Sequence[str]) -> UInt64:
 
 def _lowest(sample: Sample, limit: int) -> Sample:
     order = np.argsort(sample.keys, kind="stable")[:limit]
-    return Sample(*(column[order] for column in sample))
+    return Sample._make(column[order] for column in sample)
 
 
 def thresholds(sample: Sample) -> Float64:
@@ -74,15 +74,13 @@ def thresholds(sample: Sample) -> Float64:
     return np.quantile(sample.scores, SHARES, axis=0, weights=sample.sizes, method="inverted_cdf").T
 
 
-def bins(scores: ArrayLike, thresholds: Float64) -> Int64:
-    """For each document and scorer the number of thresholds that are not above the score: (documents, scorers)."""
-    columns = zip(np.asarray(scores, np.float64).T, thresholds, strict=True)
-    return np.stack([np.digitize(column, cuts) for column, cuts in columns], axis=1)
-
-
 def best_bins(scores: ArrayLike, thresholds: Float64) -> Int64:
-    """The ensemble's value of each document, 0 to 19: the largest of its scorers' bins. Shape (documents,)."""
-    return bins(scores, thresholds).max(axis=1)
+    """The ensemble's value of each document, 0 to 19: the largest of its scorers' bins. Shape (documents,).
+
+    A bin is the number of thresholds that are not above the score.
+    """
+    columns = zip(np.asarray(scores, np.float64).T, thresholds, strict=True)
+    return np.max([np.digitize(column, cuts) for column, cuts in columns], axis=0)
 
 
 def label_of(best: int) -> Label:

@@ -7,7 +7,6 @@ import pytest
 
 from data_pipeline.annotate.quality.quality_labels import (
     best_bins,
-    bins,
     label_of,
     merge,
     perplexity_limit,
@@ -45,7 +44,6 @@ def test_bins_and_labels_are_the_recipes(documents):
     assert cuts.tolist() == expected
     by_scorer = [[sum(value >= cut for cut in cuts) for value, cuts in zip(row, expected, strict=True)]
                  for row in scores.astype(float).tolist()]
-    assert bins(scores, cuts).tolist() == by_scorer
     best = best_bins(scores, cuts).tolist()
     assert best == [max(row) for row in by_scorer]
     assert all(value in LABELS[label_of(value)] for value in best)
