@@ -180,6 +180,7 @@ def test_passes_cut_short_go_on(tmp_path: Path) -> None:
             stops += 1
     assert stops > 30
     assert found == by_networkx(table) and any(found)
+    assert not list(tmp_path.glob("*-given-*.npz"))     # which are as large as the work
 
 
 @pytest.mark.parametrize("shards", [1, 2, 7, 30])
