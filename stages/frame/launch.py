@@ -184,7 +184,11 @@ def _by_slurm(launcher: LauncherConfig, job: Path, name: str) -> str:
         left = under_way.read_text()
         print(f"Cancelling Slurm job {left}, which a stage that was killed left.", flush=True)
         if _cancel(left):
-            _follow(left, Path(os.devnull))
+            try:
+                _follow(left, Path(os.devnull))
+            except ModelError:
+                under_way.unlink()      # told to end so long ago: not every run to come need wait for it
+                raise
         else:
             print(f"scancel did not take Slurm job {left}: it is gone, or runs beside the next (`squeue -j {left}`).",
                   flush=True)

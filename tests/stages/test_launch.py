@@ -127,8 +127,10 @@ def test_a_job_that_failed_says_how_and_is_not_tried_again(slurm: Path, monkeypa
     with pytest.raises(ModelError, match="what became of Slurm job 43: Slurm accounting storage is disabled"):
         launch.launch(TWO, {}, slurm, "toy")
     monkeypatch.setattr(launch, "SILENT", 0.2)
-    (slurm / "tools/sacct").write_text("#!/bin/bash\n")           # as of a job that it never hears of
+    (slurm / "tools/sacct").write_text(f"#!/bin/bash\n[ $2 = 43 ] || {PROGRAMS['sacct']}\n")     # never heard of 43
     with pytest.raises(ModelError, match="what became of Slurm job 43: it knows none of that number"):
+        launch.launch(TWO, {}, slurm, "toy")
+    with pytest.raises(ModelError, match=r"Slurm job 44 ended as OUT_OF_MEMORY"):   # 43 was cancelled, none waits again
         launch.launch(TWO, {}, slurm, "toy")
 
 
