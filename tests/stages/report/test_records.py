@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from runs_tree import ROOT, edit_json, load_params, report_stage, write_json, write_runs
+from runs_tree import ROOT, edit_json, final, load_params, report_stage, write_json, write_runs
 
 from stages.report.records import Reader, RecordError, Records, pairs
 
@@ -25,7 +25,8 @@ def test_what_was_written_is_read_back(runs):
     assert [candidate.model_dump() for candidate in found.candidates] == json.loads(
         (runs / "compress/candidates.json").read_text())
     assert found.provenance("pretrain@hybrid-fp8").command.endswith("--variant hybrid-fp8")
-    assert list(found.validation("hybrid-fp8"))[:2] == [0, 6 * 2048]
+    curve = found.validation("hybrid-fp8")
+    assert list(curve)[:2] == [0, 6 * 2048] and curve[60 * 2048] == pytest.approx(final("hybrid-fp8"))     # of all domains
     assert found.decode["hybrid"][-1].time_to_first_token_seconds is None
     assert len(found.decode_repeats["compressed"][256]) == found.params.benchmark.repeats
     assert found.reasons("code")["stop_words < 2"] == 40
@@ -83,6 +84,9 @@ def test_a_missing_metric_names_its_file(runs):
     edit_json(runs / "evaluate/compressed/metrics.json", items_digest="")       # two that lack it are not alike
     with pytest.raises(RecordError, match=r"evaluate/compressed/metrics\.json: no `items_digest`\.\nRun `dvc repro"):
         records().items_digest("compressed")
+    edit_json(runs / "evaluate/compressed/metrics.json", cut=True)
+    with pytest.raises(RecordError, match="`cut` is missing or not a number"):
+        records().metrics("evaluate", "compressed")["cut"]
 
 
 def test_a_model_that_was_not_measured_is_named(runs):
@@ -90,6 +94,35 @@ def test_a_model_that_was_not_measured_is_named(runs):
     path.write_text("".join(line for line in path.open() if not line.startswith("compressed")))
     with pytest.raises(RecordError, match="0 of 1 rows for model compressed at 256 tokens"):
         _ = records().decode
+
+
+def test_more_than_was_asked_for_is_no_measurement(runs):
+    """What another run left: it would be taken for this one's, without a word."""
+    edit_json(runs / "pretrain/hybrid-fp8/metrics.json", tokens=59 * 2048)
+    with pytest.raises(RecordError, match="validation.csv: cut off: ends at 122,880 of 120,832 tokens"):
+        records().validation("hybrid-fp8")
+    for name, times in (("decode.csv", 1), ("decode_repeats.csv", load_params(ROOT / "params.yaml").benchmark.repeats)):
+        with (runs / "benchmark" / name).open("a") as stream:
+            stream.write((runs / "benchmark" / name).read_text().splitlines()[1] + "\n")
+        with pytest.raises(RecordError, match=f"{times + 1} of {times} rows for model hybrid at 256 tokens"):
+            _ = records().decode if times == 1 else records().decode_repeats
+
+
+def test_a_paper_task_is_compared_with_the_same_one(runs):
+    """The first model that was asked it stands for how it was; another's that differs is none of it."""
+    first, second = records().params.models[:2]
+    path = runs / "evaluate" / second / "paper_tasks.json"
+    scores = json.loads(path.read_text())
+    scores[0]["task"]["shots"] += 1
+    write_json(path, scores)
+    found = records()
+    asked = found.paper_asked
+    assert asked == found.paper_tasks(first) and found.paper_score(second, asked[1].task).task == asked[1].task
+    with pytest.raises(RecordError, match=f"evaluate/{second}/paper_tasks.json: no MMLU as other models were asked it"):
+        found.paper_score(second, asked[0].task)
+    assert len(found.reference_tasks) == len(asked)
+    edit_json(runs / "reference/metrics.json", left_out="not installed")
+    assert records().reference_tasks == []
 
 
 def test_what_is_not_a_number_stays_one_and_is_read(tmp_path):
