@@ -26,7 +26,7 @@ def test_what_was_written_is_read_back(runs):
         (runs / "compress/candidates.json").read_text())
     assert found.provenance("pretrain@hybrid-fp8").command.endswith("--variant hybrid-fp8")
     curve = found.validation("hybrid-fp8")
-    assert list(curve)[:2] == [0, 6 * 2048] and curve[60 * 2048] == pytest.approx(final("hybrid-fp8"))     # of all domains
+    assert list(curve)[:2] == [0, 6 * 2048] and curve[60 * 2048] == pytest.approx(final("hybrid-fp8"))  # of all
     assert found.decode["hybrid"][-1].time_to_first_token_seconds is None
     assert len(found.decode_repeats["compressed"][256]) == found.params.benchmark.repeats
     assert found.reasons("code")["stop_words < 2"] == 40
@@ -53,6 +53,11 @@ def test_nothing_is_read_before_it_is_asked_for(runs):
     assert not found.reader.files
     assert found.controls.seeds and found.controls.reverse
     assert list(found.reader.files) == [Path("runs/cpu/compress/controls.json")]
+    write_json(runs / "annotate/refused.json", {})
+    assert found.refused == {}                                  # nothing was
+    write_json(runs / "curate/funnel.json", [])
+    with pytest.raises(RecordError, match=r"funnel\.json: holds nothing"):
+        _ = found.funnel
 
 
 @pytest.mark.parametrize(("name", "change", "fault", "stage"), [
@@ -99,7 +104,7 @@ def test_a_model_that_was_not_measured_is_named(runs):
 def test_more_than_was_asked_for_is_no_measurement(runs):
     """What another run left: it would be taken for this one's, without a word."""
     edit_json(runs / "pretrain/hybrid-fp8/metrics.json", tokens=59 * 2048)
-    with pytest.raises(RecordError, match="validation.csv: cut off: ends at 122,880 of 120,832 tokens"):
+    with pytest.raises(RecordError, match=r"validation\.csv: cut off: ends at 122,880 of 120,832 tokens"):
         records().validation("hybrid-fp8")
     for name, times in (("decode.csv", 1), ("decode_repeats.csv", load_params(ROOT / "params.yaml").benchmark.repeats)):
         with (runs / "benchmark" / name).open("a") as stream:
@@ -118,7 +123,7 @@ def test_a_paper_task_is_compared_with_the_same_one(runs):
     found = records()
     asked = found.paper_asked
     assert asked == found.paper_tasks(first) and found.paper_score(second, asked[1].task).task == asked[1].task
-    with pytest.raises(RecordError, match=f"evaluate/{second}/paper_tasks.json: no MMLU as other models were asked it"):
+    with pytest.raises(RecordError, match=rf"evaluate/{second}/paper_tasks\.json: no MMLU as other models were"):
         found.paper_score(second, asked[0].task)
     assert len(found.reference_tasks) == len(asked)
     edit_json(runs / "reference/metrics.json", left_out="not installed")
