@@ -171,6 +171,21 @@ def test_a_file_that_is_missing_or_ends_early_is_named_though_it_is_sealed(tmp_p
     assert str(error.value).count("\n") == 1
 
 
+def test_a_tensor_of_which_a_part_is_missing_is_named(tmp_path):
+    """Nothing would be read into the rest, which is left as the memory was."""
+    save_weights(tmp_path, HYBRID, random_state(HYBRID), {})
+    index = read_index(tmp_path)
+    [part] = index.state_dict_metadata["output_layer.weight"].chunks
+    part.sizes = torch.Size([63, 32])
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(index))
+    write_sums(tmp_path)
+    refused = pytest.raises(ModelError, match=r"model\.json: missing output_layer\.weight\.")
+    with refused:
+        open_weights(tmp_path)
+    with process_groups(), refused:
+        build_model(HYBRID, Precision("float32"), ONE_COPY, seed=1, start=tmp_path)
+
+
 def test_a_tensor_of_another_shape_is_named(tmp_path):
     state, wider = random_state(HYBRID), HYBRID.model_copy(update={"ffn_hidden_size": 64})
     with pytest.raises(ModelError, match=r"1\.mixer\.up_proj\.weight is \(48, 32\), expected \(64, 32\)"):

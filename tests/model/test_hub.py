@@ -162,7 +162,8 @@ def test_config_has_what_a_loader_reads(loader, saved):
     assert values["n_groups"] == values["mamba_n_groups"] == 2
     assert values["head_dim"] == values["attention_head_dim"] == 24
     assert values["layer_norm_epsilon"] == values["rms_norm_eps"] == 2e-5
-    assert "time_step_limit" not in values and 0 < values["time_step_min"] <= 1e-8 and values["use_cache"] is True
+    assert "time_step_limit" not in values and 0 < values["time_step_min"] <= 1e-8
+    assert values["use_cache"] is True and values["mamba_ssm_cache_dtype"] == "float32"
 
 
 def test_token_ids_are_the_tokenizers():
@@ -193,10 +194,13 @@ def test_wrong_states_are_named(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("change", [{"pattern": "*--*"}, {"pattern": "M-*-"}])
-def test_geometries_without_a_hub_form_are_refused(change, tmp_path):
+@pytest.mark.parametrize(("change", "message"), [
+    ({"pattern": "*--*"}, "no Hub architecture"), ({"pattern": "M-*-"}, "no Hub architecture"),
+    ({"pattern": "*-*-", "num_attention_heads": 10}, "48 is not a multiple of num_attention_heads 10"),
+])
+def test_geometries_without_a_hub_form_are_refused(change, message, tmp_path):
     config = HYBRID.model_copy(update={"position_embedding": "rope", **change})
-    with pytest.raises(ModelError, match="no Hub architecture"):
+    with pytest.raises(ModelError, match=message):
         hub.save(tmp_path, config, random_state(config), {}, "float32")
 
 
@@ -316,7 +320,8 @@ def test_published_models_are_read(tmp_path, prefix):
 @pytest.mark.parametrize("names", [("mamba", "attention"), ("linear_attention", "full_attention")])
 def test_layers_have_the_names_of_any_transformers(saved, names):
     kinds = dict(zip("M*-", (*names, "mlp"), strict=True))
-    damage_config(saved, hybrid_override_pattern=None, layers_block_type=[kinds[symbol] for symbol in HYBRID.pattern])
+    damage_config(saved, hybrid_override_pattern=None, layers_block_type=[kinds[symbol] for symbol in HYBRID.pattern],
+                  n_groups=None, rms_norm_eps=0.5)      # the second is not read
     assert hub.read_config(saved) == HYBRID
 
 
@@ -391,7 +396,8 @@ def test_card_of_imported_weights_names_their_origin(tmp_path):
 @pytest.mark.parametrize(("name", "content"), [
     ("config.json", "[]"), ("config.json", '"x"'), ("config.json", '{"a'), ("config.json", b"\xff\xfe"),
     ("model.safetensors.index.json", "{}"), ("model.safetensors.index.json", "[]"),
-    ("model.safetensors.index.json", '{"weight_map": ["a"]}'), ("model.safetensors.index.json", "[" * 100_000),
+    ("model.safetensors.index.json", '{"weight_map": ["a"]}'), ("model.safetensors.index.json", '{"weight_map": {}}'),
+    ("model.safetensors.index.json", "[" * 100_000),
     ("config.json", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"),
 ])
 def test_json_of_another_form_is_two_lines(saved, name, content):
@@ -419,6 +425,10 @@ def test_what_an_index_places_must_be_there(tmp_path):
     (tmp_path / hub.INDEX).write_text(json.dumps(index))
     with pytest.raises(ModelError, match=rf"index\.json: places mtp\.weight in {file}, which does not hold it"):
         hub.load(tmp_path)
+    file = index["weight_map"].pop("backbone.layers.0.mixer.D")         # transformers would draw it
+    (tmp_path / hub.INDEX).write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=rf"{file}: holds backbone\.layers\.0\.mixer\.D, which .*places elsewhere"):
+        hub.load(tmp_path)
 
 
 def test_a_pointer_of_git_lfs_is_called_one(saved):
@@ -434,7 +444,7 @@ def test_a_pointer_of_git_lfs_is_called_one(saved):
 def test_ends_of_text_are_one_id_or_several(saved, ids, ends):
     (saved / "generation_config.json").write_text(json.dumps({"eos_token_id": ids, "temperature": 0.6}))
     assert hub.end_ids(saved, 320) == ends
-    assert hub.special_tokens(saved, 320)["temperature"] == 0.6
+    assert hub.special_tokens(saved, 320) == hub.SPECIAL_TOKENS | {"eos_token_id": ids, "temperature": 0.6}
     (saved / "generation_config.json").unlink()
     assert hub.end_ids(saved, 320) == [2] and hub.special_tokens(saved, 320) == hub.SPECIAL_TOKENS
 
@@ -449,6 +459,11 @@ def test_special_ids_that_generation_config_does_not_name_are_those_of_config(tm
         "temperature": 0.6, "eos_token_id": [2, 11], "bos_token_id": 1, "pad_token_id": None}
     (tmp_path / "config.json").unlink()         # a tokenizer's own directory
     assert hub.special_tokens(tmp_path, 320)["bos_token_id"] is None
+    (tmp_path / "generation_config.json").write_text('{"pad_token_id": -1}')
+    assert hub.special_tokens(tmp_path, 320)["pad_token_id"] == -1
+    (tmp_path / "generation_config.json").unlink()
+    with pytest.raises(ModelError, match=r"config\.json: not found"):
+        hub.special_tokens(tmp_path, 320)
 
 
 @pytest.mark.parametrize("ids", ["</s>", [[2]], [2, None], 2.0, True, [2, "11"]])
@@ -542,6 +557,7 @@ def test_configs_that_cannot_be_used_are_named(saved, changes, message):
 ])
 def test_rotary_positions_of_another_kind_are_refused(tmp_path, changes, message):
     hub.save(tmp_path, TRANSFORMER, random_state(TRANSFORMER), {}, "float32")
+    assert json.loads((tmp_path / "config.json").read_text())["rope_theta"] == 777.0        # for older loaders
     damage_config(tmp_path, **changes)
     with pytest.raises(ModelError, match=message):
         hub.load(tmp_path)
