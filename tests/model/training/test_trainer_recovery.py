@@ -136,6 +136,9 @@ def test_final_weights_that_a_full_disk_cut_short_leave_nothing(tmp_path):
         model = build_model(HYBRID, Precision("float32"), ONE_COPY, seed=1)
         with files_no_larger_than(100_000), pytest.raises(ModelError, match="could not be written") as error:
             save_model(tmp_path / "weights", model)
+        (tmp_path / "file").touch()
+        with pytest.raises(ModelError, match="could not be written"):
+            save_model(tmp_path / "file" / "weights", model)
     assert str(error.value).count("\n") == 1 and not (tmp_path / "weights").exists()
 
 
@@ -173,8 +176,12 @@ def test_a_state_written_in_the_background_is_of_its_step(tokens, unbroken, tmp_
         trainer = Trainer(HYBRID, recipe, "float32", 1, tokens, tmp_path, ONE_COPY)
         for step in (7, 8):
             trainer.resume.save(step, {})
+        assert {path.name for path in resume.iterdir()} == {"latest", "step-00000007", "step-00000008"}
+        (resume / "latest").unlink()
+        (resume / "latest").mkdir()
+        with pytest.raises(ModelError, match="could not be written"):
+            trainer.resume.save(9, {})
         trainer.close()
-    assert {path.name for path in resume.iterdir()} == {"latest", "step-00000007", "step-00000008"}
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
