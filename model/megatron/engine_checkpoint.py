@@ -125,8 +125,8 @@ class ResumeState:
         dist.barrier()
 
     def restore(self, check: Callable[[dict[str, Any]], None]) -> tuple[int, dict[str, Any], Path] | None:
-        """Restore the latest state that is whole, if `check` lets its records pass; those after it go. Returns its step,
-        its records and the directory with its files, or None where there is none."""
+        """Restore the latest state that is whole, unless `check` raises on its records; those after it go. Returns its
+        step, its records and the directory with its files, or None where there is none."""
         states = sorted(self.directory.glob("step-*"), reverse=True)
         latest = next((state for state in states if self._is_whole(state)), None)
         if latest is None:
