@@ -97,7 +97,7 @@ class ResumeState:
         if is_main_process():
             shutil.rmtree(partial, ignore_errors=True)
         dist.barrier()
-        contents = self._contents(loading=False) | {"step": step, "records": records, "random": torch.get_rng_state()}
+        contents = self._contents(loading=False) | {"step": step, "records": records}
         self._writing, self._step = _Writing(contents, partial, self.in_background, files), step
         self.collect(wait=not self.in_background)
 
@@ -139,7 +139,6 @@ class ResumeState:
             self.model.load_state_dict(loaded["model"])
             self.optimizer.load_state_dict(loaded["optimizer"])
         self.scheduler.load_state_dict(loaded["scheduler"])
-        torch.set_rng_state(loaded["random"])
         return loaded["step"], loaded["records"], latest
 
     def _check_optimizer(self, state: Path) -> None:

@@ -156,6 +156,8 @@ def test_nothing_but_what_is_asked_for_is_read_and_no_weight_that_is_not_finite(
             read()
     with pytest.raises(KeyError):
         stored["backbone.layers.0.mixer.missing"]
+    with process_groups(), pytest.raises(ModelError, match=r"in_proj\.weight holds values that are not finite"):
+        build_model(HYBRID, Precision("float32"), ONE_COPY, seed=1, start=tmp_path)
 
 
 @pytest.mark.parametrize("cut_at", [None, 0, 5000])
@@ -260,6 +262,9 @@ def test_damage_anywhere_in_a_checkpoint_is_named(tmp_path):
             assert (name in str(error.value) or name == "SHA256SUMS") and str(error.value).count("\n") == 1
             path.write_bytes(whole)
     assert load_weights(tmp_path)[2] == {"tokens": 7}
+    (tmp_path / "__0_0.distcp").write_bytes(flipped((tmp_path / "__0_0.distcp").read_bytes()))
+    with process_groups(), pytest.raises(ModelError, match=r"__0_0\.distcp: damaged or replaced"):
+        build_model(HYBRID, Precision("float32"), ONE_COPY, seed=1, start=tmp_path)
 
 
 def flipped(content: bytes) -> bytes:

@@ -159,6 +159,8 @@ def test_a_state_written_in_the_background_is_of_its_step(tokens, unbroken, tmp_
         trainer.resume.in_background = True
         for step in range(1, 5):
             trainer.train_step(step)
+        (resume / ".partial").mkdir(parents=True)
+        (resume / ".partial" / "of a killed run").touch()
         trainer.resume.save(4, {})
         trainer.train_step(5)
         trainer.resume.collect(wait=False)
@@ -167,9 +169,12 @@ def test_a_state_written_in_the_background_is_of_its_step(tokens, unbroken, tmp_
         go.set()
         trainer.resume.save(6, {})                                  # ends the one before first
         assert (resume / "latest").read_text() == "step-00000004\n"
-        trainer.resume.collect(wait=True)
+        trainer.resume._writing.files.thread.join()
+        trainer.resume.collect(wait=False)
+        assert (resume / "latest").read_text() == "step-00000006\n"
         trainer.close()
     assert {path.name for path in resume.iterdir()} == {"latest", "step-00000004", "step-00000006"}
+    assert not (resume / "step-00000004" / "of a killed run").exists()
     ours, theirs = optimizer_state(tmp_path, 4), optimizer_state(unbroken["directory"] / "scratch", 4)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     with process_groups():
