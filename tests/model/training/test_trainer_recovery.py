@@ -95,10 +95,12 @@ def test_a_damaged_state_is_left_out_and_the_one_before_gone_on_from(
         path.write_bytes(content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 4])
                          + content[len(content) // 2 + 1 :])
     (tmp_path / "scratch/training.csv").write_text("whatever")
-    resumed = train_job(str(tokens), str(tmp_path / "b"), str(tmp_path / "scratch"), {}, checkpoint_every=2)
+    resumed = train_job(str(tokens), str(tmp_path / "b"), str(tmp_path / "scratch"), {}, checkpoint_every=5)
     said = capsys.readouterr().out
     assert resumed["resumed_from"] == resumed_from
     assert all(f"step-{step:08d}/" in said for step in damaged) and "This state is left out" in said
+    left = {path.name for path in (tmp_path / "scratch/resume").glob("step-*")}
+    assert left == {f"step-{step:08d}" for step in (resumed_from, 5) if step}, "a damaged one is none of those kept"
     assert resumed["training"] == unbroken["training"]
     assert_same_files(tmp_path / "b", unbroken["directory"] / "out")
 
