@@ -35,6 +35,7 @@ from stages.frame.common import out_file
 
 TAPS, HIDDEN = 4, 4096
 EPSILON = 1e-5
+DRAWS = 8
 Inputs = list[Tensor]
 Op = Callable[..., Tensor]
 
@@ -46,7 +47,6 @@ def projected(batch: int, length: int) -> Tensor:
 
 def scan_inputs(batch: int, length: int) -> Inputs:
     """x, dt, A, B, C, D, dt_bias as after the convolution; step sizes as at initialisation."""
-    torch.manual_seed(0)
     xBC = torch.randn(batch, length, CHANNELS, device="cuda", dtype=torch.bfloat16)
     x, B, C = xBC.split([INNER, GROUPS * STATE, GROUPS * STATE], -1)
     dt = 0.5 * torch.randn(batch, length, HEADS, device="cuda", dtype=torch.bfloat16)
@@ -159,7 +159,17 @@ def floors(op: str, tokens: int) -> tuple[tuple[int, int], tuple[int, int]]:
     return (tokens * width * forward, 0), (tokens * width * both, 0)
 
 
-def errors(run: Op, exact: Op, inputs: Inputs) -> list[float]:
+def errors(run: Op, exact: Op, make: Callable[[int, int], Inputs]) -> list[float]:
+    """Root mean square over `DRAWS` draws of `_errors`: of a sum that cancels, such as A's gradient, one draw's says
+    little."""
+    squares = torch.zeros(())
+    for draw in range(DRAWS):
+        torch.manual_seed(draw)
+        squares = squares + torch.tensor(_errors(run, exact, make(1, 2048))).square()
+    return [float(error) for error in (squares / DRAWS).sqrt()]
+
+
+def _errors(run: Op, exact: Op, inputs: Inputs) -> list[float]:
     """Relative errors of y and of every input's gradient, in order, against `exact` in float64."""
     rounded = [tensor.detach().clone().requires_grad_() for tensor in inputs]
     true = [tensor.detach().double().requires_grad_() for tensor in inputs]
@@ -202,6 +212,7 @@ def measure(only: set[str], bandwidth: float, rate: float) -> list[dict[str, Any
             continue
         for batch, length in shapes:
             for name, run in {"ours": ours, **peers()[op]}.items():
+                torch.manual_seed(0)
                 try:
                     forward, both = times(run, make(batch, length))
                 except RuntimeError as error:           # of a peer, say one that does not fit in memory
@@ -209,7 +220,7 @@ def measure(only: set[str], bandwidth: float, rate: float) -> list[dict[str, Any
                         raise
                     print(f"{op:5} {batch:2}x{length:5} {name:22} failed: {str(error).splitlines()[0]}", flush=True)
                     continue
-                found = errors(run, exact, make(1, 2048)) if (batch, length) == shapes[0] else []
+                found = errors(run, exact, make) if (batch, length) == shapes[0] else []
                 shares = [max(size / bandwidth, work / rate) * 1e3 / ms
                           for (size, work), ms in zip(floors(op, batch * length), (forward, both), strict=True)]
                 rows.append({"op": op, "batch": batch, "length": length, "kernel": name, "forward_ms": forward,

@@ -101,6 +101,11 @@ class Surveys(Sequence[StoredArrays]):
         """Where the arrays of one item are."""
         return self.directory / f"{self.name}-{index:05d}.npz"
 
+    @property
+    def missing(self) -> list[int]:
+        """The items whose arrays are not there."""
+        return [index for index in range(self.size) if not self.file(index).exists()]
+
 
 def shared_arrays(file: Path) -> Mapping[str, np.ndarray]:
     """All arrays of a decision, kept, as a worker applies it to one shard after the other; read each time where they

@@ -140,7 +140,7 @@ def _run(number: int, plan: Sequence[Round], directory: Path, found: Read, pool:
     """Round `number` (0 ...) over the shards it is not done for, and what the next round's global steps decide."""
     targets = _files(directory, number + 1, found)
     following = [step for step in (plan[number + 1] if number + 1 < len(plan) else []) if isinstance(step, GlobalStep)]
-    if any(_later(directory, number + 1, index, len(plan)) for index in range(len(targets))):
+    if any(file.exists() for later in range(number + 2, len(plan) + 1) for file in _files(directory, later, found)):
         return                                          # a round after this one had begun
     work = list(WORK)[number + 1]
     jobs = list(_jobs(number, plan[number], following, directory, found))
@@ -159,10 +159,6 @@ def _run(number: int, plan: Sequence[Round], directory: Path, found: Read, pool:
     for earlier in [*_files(directory, number, found), *(directory / "read").glob("*.parquet")]:
         earlier.unlink(missing_ok=True)
     meter(work, 1.0, 0)
-
-
-def _later(directory: Path, number: int, index: int, last: int) -> bool:
-    return any((directory / f"round{later}-{index:05d}.parquet").exists() for later in range(number + 1, last + 1))
 
 
 def _jobs(

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from data_pipeline.storage import StoredArrays, Surveys, write_arrays
+from data_pipeline.text.words import UInt64
 from data_pipeline.workers.executor import Workers
 
 Arrays = Mapping[str, np.ndarray]
-UInt64 = NDArray[np.uint64]
 
 SMALLEST = 8            # parts are made for workers down to an eighth of a full one
 
@@ -41,7 +40,7 @@ class Passes:
     def run(self, name: str, function: Callable[[int], Arrays], count: int) -> Made:
         """function(item) for each item below `count`; `function` is pickled. What was made before is not made again."""
         made = Surveys(self.directory, name, count)
-        missing = [item for item in range(count) if not made.file(item).exists()]
+        missing = made.missing
         if missing and count == 1:              # not worth a worker, which on a cluster has to be waited for
             _make(function, made, 0)
             return made
@@ -49,17 +48,6 @@ class Passes:
                                lambda item: f"{self.directory.name}, {name}, part {item}"):
             pass
         return made
-
-    def made(self, name: str, count: int) -> bool:
-        """Whether a pass was made before, to its end."""
-        made = Surveys(self.directory, name, count)
-        return all(made.file(item).exists() for item in range(count))
-
-    def drop(self, name: str, count: int) -> None:
-        """Forget what a pass made."""
-        made = Surveys(self.directory, name, count)
-        for item in range(count):
-            made.file(item).unlink(missing_ok=True)
 
     def exchange(
         self, name: str, give: Callable[[int], Arrays], givers: int,
@@ -69,10 +57,11 @@ class Passes:
         if givers == takers == 1:               # in this process, and there is nothing to bring together
             return self.run(name, lambda _: take([Held(give(0))], 0), 1)
         given: Made = []
-        if not self.made(name, takers):
+        if Surveys(self.directory, name, takers).missing:
             given = self.run(f"{name}-given", give, givers)
         found = self.run(name, partial(take, given), takers)
-        self.drop(f"{name}-given", givers)
+        for file in self.directory.glob(f"{name}-given-*.npz"):
+            file.unlink()
         return found
 
     def parts(self, size: float, largest: float) -> int:

@@ -32,6 +32,7 @@ from data_pipeline.annotate.step import text_id
 from data_pipeline.config import AnnotateConfig, CurateConfig, DataError, Label
 from data_pipeline.curate.heuristics import Rule, first_broken, reason, rules_of
 from data_pipeline.text.language import codes
+from data_pipeline.text.words import Bool, Float64, Int64
 
 STEPS = ("language", "copies", "near_duplicates", "heuristics", "perplexity", "decontaminate", "substring", "held_out")
 BINS = 30                   # of a histogram
@@ -41,8 +42,6 @@ EXAMPLES = 6                # of what went, for a domain and reason
 EXCERPT = 600               # characters
 ENCODED = re.compile(r"[A-Za-z0-9+/=]{256}|(\\x[0-9a-fA-F]{2}){64}")
 
-Bool = NDArray[np.bool_]
-Float64 = NDArray[np.float64]
 Ranges = dict[tuple[str, str], tuple[float, float]]     # (measure, domain) -> least and largest value
 
 
@@ -103,10 +102,9 @@ class ScoreSurvey(NamedTuple):
 
 def survey(table: pa.Table, cut: Cut) -> ScoreSurvey:
     """What thresholds need to know of a shard: samples of its scores and the range of each measure."""
-    domains, scored = _column(table, "domain"), _scored(table, cut)
     samples, ranges = {}, {}
-    for domain in sorted(set(domains[scored])):
-        chosen = table.filter(pa.array(scored & (domains == domain)))
+    for domain, rows in _scored(table, cut).items():
+        chosen = table.filter(pa.array(rows))
         sizes = pc.binary_length(chosen["text"]).to_numpy()
         samples[domain] = sample_of(chosen["id"].to_pylist(), _scores(chosen), chosen["perplexity"].to_numpy(), sizes)
         for name, values in measures(chosen, domain, cut).items():
@@ -173,7 +171,7 @@ class CutShard(NamedTuple):
 class CutRows:
     """The rows of a shard on their way through the cut."""
 
-    def __init__(self, table: pa.Table, cut: Cut, best: NDArray[np.int64] | None):
+    def __init__(self, table: pa.Table, cut: Cut, best: Int64 | None):
         self.table, self.cut = table, cut
         self.texts: list[str] = table["text"].to_pylist()
         self.domains = _column(table, "domain")
@@ -219,7 +217,7 @@ class CutRows:
         }
 
 
-def apply(table: pa.Table, cut: Cut, best: NDArray[np.int64] | None = None) -> CutShard:
+def apply(table: pa.Table, cut: Cut, best: Int64 | None = None) -> CutShard:
     """Cut one annotated shard.
 
     Args:
@@ -333,10 +331,9 @@ def _documents(rows: CutRows, chosen: Bool) -> pa.Table:
 
 def _histograms(table: pa.Table, cut: Cut) -> list[tuple[str, str, list[int]]]:
     """Measure, domain, documents in each bin."""
-    domains, scored = _column(table, "domain"), _scored(table, cut)
     found = []
-    for domain in sorted(set(domains[scored])):
-        chosen = table.filter(pa.array(scored & (domains == domain)))
+    for domain, rows in _scored(table, cut).items():
+        chosen = table.filter(pa.array(rows))
         for name, values in measures(chosen, domain, cut).items():
             bins = cut.edges[name, domain]
             counts = np.histogram(np.clip(values.astype(np.float64), bins[0], bins[-1]), bins)[0]
@@ -344,20 +341,19 @@ def _histograms(table: pa.Table, cut: Cut) -> list[tuple[str, str, list[int]]]:
     return found
 
 
-def _scored(table: pa.Table, cut: Cut) -> Bool:
-    """Documents that labels are made from: training text, no duplicate, in a language that stays."""
-    config = cut.config.language
+def _scored(table: pa.Table, cut: Cut) -> dict[str, Bool]:
+    """Documents of each domain that labels are made from: training text, no duplicate, in a language that stays."""
+    config, domains = cut.config.language, _column(table, "domain")
     stays = np.isin(_column(table, "language"), config.keep) & (table["language_share"].to_numpy() >= config.share)
-    exempt = ~np.isin(_column(table, "domain"), config.domains)
-    return pc.is_valid(table["scores"]).to_numpy() & (stays | exempt)
+    exempt = ~np.isin(domains, config.domains)
+    scored = pc.is_valid(table["scores"]).to_numpy() & (stays | exempt)
+    return {domain: scored & (domains == domain) for domain in sorted(set(domains[scored]))}
 
 
-def _best(table: pa.Table, cut: Cut) -> NDArray[np.int64]:
+def _best(table: pa.Table, cut: Cut) -> Int64:
     """Ensemble value of each document, -1 where it has none."""
-    domains, scored = _column(table, "domain"), _scored(table, cut)
     best = np.full(len(table), -1, dtype=np.int64)
-    for domain in sorted(set(domains[scored])):
-        chosen = scored & (domains == domain)
+    for domain, chosen in _scored(table, cut).items():
         best[chosen] = best_bins(_scores(table.filter(pa.array(chosen))), cut.bins[domain])
     return best
 

@@ -28,6 +28,7 @@ import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -317,50 +318,34 @@ def annotate(
     for step in (Normalise(), Mask(config.mask), Language(), Features()):
         table, written = step.apply(table), step.apply(written)
     deduplicate, decontaminate = Deduplicate(config.minhash, seed), Decontaminate(config.decontamination, strings)
-    jobs = [CorpusShard(shard, number, scratch, deduplicate, decontaminate) for number, shard in enumerate(shards)]
-    missing = [job for job in jobs if not all(job.target(step).exists() for step in job.steps)]
-    for _ in pool.all(_survey_shard, missing, lambda job: f"survey of {job.shard.name}"):
+    copies = Surveys(scratch, f"earlier-{deduplicate.name}", len(shards) + 1)
+    ngrams = Surveys(scratch, f"earlier-{decontaminate.name}", len(shards) + 1)
+    jobs = [(number, shards[number]) for number in sorted({*copies.missing, *ngrams.missing} - {len(shards)})]
+    survey = partial(_survey_shard, deduplicate, copies, decontaminate, ngrams)
+    for _ in pool.all(survey, jobs, lambda job: f"survey of {job[1].name}"):
         pass
-    reasons = _decided(deduplicate, written, jobs, pool)["duplicate"]
+    reasons = _decided(deduplicate, written, copies, pool)["duplicate"]
     reasons = pc.replace_substring(reasons, "held-out", "corpus").combine_chunks()
-    return with_column(_decided(decontaminate, table, jobs, pool), "duplicate", reasons)
+    return with_column(_decided(decontaminate, table, ngrams, pool), "duplicate", reasons)
 
 
-class CorpusShard(NamedTuple):
-    """One shard of the corpus, to be noted down for the synthetic documents' sake."""
-
-    shard: Path
-    number: int
-    scratch: Path
-    deduplicate: Deduplicate
-    decontaminate: Decontaminate
-
-    @property
-    def steps(self) -> tuple[GlobalStep, GlobalStep]:
-        """Those that look for what the corpus has already."""
-        return self.deduplicate, self.decontaminate
-
-    def target(self, step: GlobalStep) -> Path:
-        """Where the shard's survey for `step` is kept."""
-        return Surveys(self.scratch, f"earlier-{step.name}", self.number + 1).file(self.number)
-
-
-def _survey_shard(job: CorpusShard) -> None:
+def _survey_shard(
+    deduplicate: Deduplicate, copies: Surveys, decontaminate: Decontaminate, ngrams: Surveys, job: tuple[int, Path]
+) -> None:
     """In a worker. Of two copies a held-out one stays: that is what the corpus is to the synthetic documents."""
-    table = pq.read_table(job.shard, schema=SCHEMA).combine_chunks()
-    write_arrays(job.decontaminate.survey(table), job.target(job.decontaminate))
+    number, shard = job
+    table = pq.read_table(shard, schema=SCHEMA).combine_chunks()
+    write_arrays(decontaminate.survey(table), ngrams.file(number))
     earlier = with_column(table, "held_out", [True] * table.num_rows)
-    write_arrays(job.deduplicate.survey(earlier), job.target(job.deduplicate))
+    write_arrays(deduplicate.survey(earlier), copies.file(number))
 
 
-def _decided(step: GlobalStep, table: pa.Table, jobs: Sequence[CorpusShard], pool: Workers) -> pa.Table:
+def _decided(step: GlobalStep, table: pa.Table, surveys: Surveys, pool: Workers) -> pa.Table:
     """`table` as the shard after all others."""
-    scratch = jobs[0].scratch
-    surveys = Surveys(scratch, f"earlier-{step.name}", len(jobs) + 1)
-    write_arrays(step.survey(table), surveys.file(len(jobs)))
-    shutil.rmtree(scratch / f"decide-{step.name}", ignore_errors=True)  # replies may be others than before
-    passes = Passes(scratch / f"decide-{step.name}", pool)
-    decision = step.decide(surveys, passes)
+    write_arrays(step.survey(table), surveys.file(len(surveys) - 1))
+    directory = surveys.directory / f"decide-{step.name}"
+    shutil.rmtree(directory, ignore_errors=True)        # replies may be others than before
+    decision = step.decide(surveys, Passes(directory, pool))
     table = step.apply(table, decision.shared, decision.shards[-1])
-    shutil.rmtree(passes.directory)
+    shutil.rmtree(directory)
     return table

@@ -13,6 +13,7 @@ In `copy` and `needle` the length alone changes; in `recall` the number of pairs
 from __future__ import annotations
 
 import random
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from string import ascii_lowercase
 
@@ -109,11 +110,7 @@ def draw_keys(count: int, rng: random.Random) -> list[str]:
 
 def _longest(lines: list[str], tokens: int, count_tokens: CountTokens) -> list[str]:
     """As many of the first `lines` as have at most `tokens` tokens together, by bisection."""
-    low, high = 0, len(lines)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if count_tokens("".join(lines[:middle])) <= tokens:
-            low = middle
-        else:
-            high = middle - 1
-    return lines[:low]
+    def fit(size: int) -> bool:
+        return count_tokens("".join(lines[:size])) <= tokens
+
+    return lines[: len(lines) - bisect_left(range(len(lines), 0, -1), True, key=fit)]

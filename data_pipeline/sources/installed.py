@@ -15,7 +15,6 @@ means one corpus; with `all` a machine reads what it has.
 from __future__ import annotations
 
 import ast
-import io
 import os
 import re
 import sysconfig
@@ -212,21 +211,16 @@ def read_documents(file: SourceFile, domains: frozenset[str]) -> list[Document] 
     """
     if not is_permissive(file.license):
         return "license"
+    is_python = file.kind in ("python", "stub", "topics")
     try:
-        data = file.file.read_bytes()
-        text = _decode(data) if file.kind in ("python", "stub", "topics") else data.decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError, SyntaxError):
+        with tokenize.open(file.file) if is_python else file.file.open(encoding="utf-8-sig") as opened:
+            text = opened.read()            # with line feeds alone
+    except (OSError, UnicodeDecodeError, LookupError, SyntaxError):
         return "unreadable"
-    parts = _parts(file, text.replace("\r\n", "\n").replace("\r", "\n"), domains.intersection(domains_of(file)))
+    parts = _parts(file, text, domains.intersection(domains_of(file)))
     if parts is None:
         return "syntax"
     return [Document(part, file.source, path, domain, file.license) for domain, path, part in parts if part.strip()]
-
-
-def _decode(data: bytes) -> str:
-    """Python source by its coding cookie or byte-order mark, else UTF-8. Raises UnicodeDecodeError, SyntaxError."""
-    encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
-    return data.decode(encoding)
 
 
 def _parts(file: SourceFile, text: str, domains: frozenset[str]) -> list[tuple[str, str, str]] | None:

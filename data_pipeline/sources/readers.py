@@ -173,22 +173,6 @@ def passed_over(name: str, head: bytes, how: How, kinds: frozenset[Kind] | None)
     return PassedOver("files", suffix(name) or "no suffix", shown(name))
 
 
-def _warc(stream: Stream) -> Iterator[Item]:
-    return archive(stream.data, stream.name, stream.source)
-
-
-def _tar(stream: Stream) -> Iterator[Item]:
-    return _members(tar_members(stream.data), stream)
-
-
-def _zip(stream: Stream) -> Iterator[Item]:
-    try:
-        with _whole(stream) as file:
-            yield from _members(zip_members(file), stream)
-    except _Damaged as damage:
-        yield stream.refused(str(damage))
-
-
 def _members(members: Iterator[Member | Gap], stream: Stream) -> Iterator[Item]:
     """Documents of the files in an archive. As in a directory, hidden ones are passed over."""
     if stream.depth == DEEPEST:
@@ -213,20 +197,16 @@ def _members(members: Iterator[Member | Gap], stream: Stream) -> Iterator[Item]:
             yield from _stream(member.name, head, inner)
 
 
-@contextmanager
-def _whole(stream: Stream) -> Iterator[IO[bytes]]:
-    """A stream as a file that can be read at any place. Raises _Damaged."""
+def _of_whole(stream: Stream, read: Callable[[IO[bytes]], Iterator[Item]]) -> Iterator[Item]:
+    """What `read` finds in a stream as a file that can be read at any place; a refusal where it is damaged."""
     with tempfile.SpooledTemporaryFile(IN_MEMORY) as file:
         for item in stream.data:
             if isinstance(item, Gap):
-                raise _Damaged(item.reason)
+                yield stream.refused(item.reason)
+                return
             file.write(item)
         file.seek(0)
-        yield file
-
-
-class _Damaged(Exception):
-    """What must be read as a whole is damaged."""
+        yield from read(file)
 
 
 def is_one_value(begin: bytes) -> bool:
@@ -423,7 +403,7 @@ def _table(stream: Stream) -> Iterator[Item]:
     )
     first = text.readline()
     mark = next((mark for mark in MARKS if column in _header(first, mark)), ",")
-    rows = _rows(chain([first] if first else [], text), mark)
+    rows = _rows(chain([first], text), mark)
     _, names = next(rows, (1, None)) if first else (1, [])
     if names is None:
         yield stream.refused("damaged CSV")
@@ -519,15 +499,6 @@ def _page(stream: Stream) -> Iterator[Item]:
     yield stream.refused(text.reason) if isinstance(text, Gap) else stream.checked(text, "")
 
 
-def _parquet(stream: Stream) -> Iterator[Item]:
-    """Documents of Parquet that is packed, in an archive or at an address."""
-    try:
-        with _whole(stream) as file:
-            yield from _row_groups(file, stream)
-    except _Damaged as damage:
-        yield stream.refused(str(damage))
-
-
 def _row_groups(file: str | IO[bytes], stream: Stream) -> Iterator[Item]:
     """Documents of the part's row groups, without those that are damaged."""
     part, column = stream.part or Part("", "found", 0), stream.source.text_column
@@ -607,6 +578,9 @@ def open_parquet(file: str | IO[bytes]) -> Iterator[pq.ParquetFile | None]:
 
 
 READERS: dict[Kind, Callable[[Stream], Iterator[Item]]] = {
-    "records": _records, "table": _table, "text": _text, "page": _page, "warc": _warc, "parquet": _parquet,
-    "tar": _tar, "zip": _zip,
+    "records": _records, "table": _table, "text": _text, "page": _page,
+    "warc": lambda stream: archive(stream.data, stream.name, stream.source),
+    "tar": lambda stream: _members(tar_members(stream.data), stream),
+    "zip": lambda stream: _of_whole(stream, lambda file: _members(zip_members(file), stream)),
+    "parquet": lambda stream: _of_whole(stream, lambda file: _row_groups(file, stream)),
 }

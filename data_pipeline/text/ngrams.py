@@ -12,9 +12,8 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 from numba import njit, uint64
-from numpy.typing import NDArray
 
-from data_pipeline.text.words import UInt64, Words, passages_of, words_of
+from data_pipeline.text.words import Bool, UInt64, Words, passages_of, words_of
 
 REFERENCE = re.compile(r"&(?:#\d{1,7}|#[xX][0-9A-Fa-f]{1,6}|[A-Za-z][A-Za-z0-9]{1,30});")
 ZERO_WIDTH_SPACE = "\u200b"
@@ -74,7 +73,7 @@ def hash_set(hashes: UInt64) -> UInt64:
 
 
 @njit(cache=True, nogil=True)
-def is_in(hashes: UInt64, table: UInt64) -> NDArray[np.bool_]:
+def is_in(hashes: UInt64, table: UInt64) -> Bool:
     """Which hashes stand in a `hash_set`: bool, shape of `hashes`."""
     result = np.zeros(len(hashes), np.bool_)
     for index in range(len(hashes)):

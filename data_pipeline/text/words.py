@@ -24,10 +24,14 @@ import pyarrow as pa
 from numba import njit, uint64
 from numpy.typing import NDArray
 
-UInt8 = NDArray[np.uint8]
-UInt64 = NDArray[np.uint64]
+Bool = NDArray[np.bool_]
+Int8 = NDArray[np.int8]
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
+UInt8 = NDArray[np.uint8]
+UInt32 = NDArray[np.uint32]
+UInt64 = NDArray[np.uint64]
+Float64 = NDArray[np.float64]
 
 # Polynomial hashing modulo 2^64: the base is odd, so it has an inverse and a hash can roll forward.
 BASE = 0x9E3779B97F4A7C15

@@ -18,8 +18,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from data_pipeline.config import DataError
-from data_pipeline.text.words import Texts
-from data_pipeline.tokenize.segment_encoder import Int32
+from data_pipeline.text.words import Int32, Texts
 from data_pipeline.tokenize.tokenizer import SPACE
 
 # The character that stands for a byte in byte-level BPE: its own, or one from U+0100 on where that is not printable.

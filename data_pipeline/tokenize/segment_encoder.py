@@ -20,12 +20,9 @@ from typing import Any
 
 import numpy as np
 from numba import njit, uint64
-from numpy.typing import NDArray
 
-from data_pipeline.text.words import Int64, Texts, UInt8, UInt64, one_text
+from data_pipeline.text.words import Bool, Int32, Int64, Texts, UInt8, UInt64, one_text
 from data_pipeline.tokenize.tokenizer import SPACE, Tokenizer
-
-Int32 = NDArray[np.int32]
 
 ENTRIES = 1 << 20           # segments remembered; then everything is forgotten, so that memory stays bounded
 KEY_BYTES = 1 << 25         # and bytes of them
@@ -105,7 +102,7 @@ class SegmentEncoder:
         self._entries, self._id_ends[0], self._ids[0] = 1, 1, self.tokenizer.eod_id
 
 
-def joined_pairs(pieces: list[str]) -> NDArray[np.bool_]:
+def joined_pairs(pieces: list[str]) -> Bool:
     """For each pair of characters, by its place `_pair`, whether a piece may hold the two side by side.
 
     Pairs outside ASCII share places, so that some are taken for joined that are not; that costs length, not exactness.
@@ -127,7 +124,7 @@ def _pair(left: Any, right: Any) -> Any:
 
 
 @njit(cache=True, nogil=True)
-def _split(buffer: UInt8, offsets: Int64, joined: NDArray[np.bool_]) -> Int64:
+def _split(buffer: UInt8, offsets: Int64, joined: Bool) -> Int64:
     """Ends of all segments; after a document's last one stands an empty one, which marks the document's end."""
     ends = np.empty(offsets[-1] - offsets[0] + len(offsets) - 1, np.int64)
     count = 0

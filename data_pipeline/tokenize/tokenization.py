@@ -19,10 +19,10 @@ import pyarrow.compute as pc
 
 from data_pipeline.curated import batches, sample
 from data_pipeline.storage import write_json
-from data_pipeline.text.words import texts_of
+from data_pipeline.text.words import Int32, Int64, texts_of
 from data_pipeline.tokenize.hub_tokenizer import HubEncoder, HubTokenizer
 from data_pipeline.tokenize.indexed_dataset import IndexedDatasetWriter, is_there, merge
-from data_pipeline.tokenize.segment_encoder import Int32, Int64, SegmentEncoder
+from data_pipeline.tokenize.segment_encoder import SegmentEncoder
 from data_pipeline.tokenize.tokenizer import Tokenizer
 from data_pipeline.workers.executor import Workers
 from durable import drop_damaged

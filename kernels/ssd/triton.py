@@ -6,7 +6,7 @@ formed once for all heads of the group, and needs no order. The backward is the 
 the gradient of the states, then everything else a chunk and a group at a time, so that the gradients of B and C are
 summed over the group's heads in registers and no atomics are needed. What needs no order reads its tiles by TMA: no
 registers hold them or their addresses on the way, which saves 4 to 13 % of the time. The walks are slower by it. On
-Hopper all but what a token's step and decay need is `kernels.ssd.hopper`'s, for sizes it takes.
+Hopper walks, outputs, dB and dC are `kernels.ssd.hopper`'s, for sizes it takes.
 
 A gradient of a decay sums what the decay lets pass. Its largest part, a whole chunk's, is taken in the walk from the
 end, where the states' gradient is still float32: rounding both factors would lose what mamba_ssm keeps.
@@ -567,9 +567,12 @@ def run_backward(
     sums, from_start = x.new_empty(5, b, h, padded, dtype=torch.float32), torch.empty_like(step)
     own_scores = x.new_empty(b, g, padded, dtype=torch.float32)
     dscores = x.new_empty(b, chunks, g, CHUNK, CHUNK)
-    write = hopper.write_gradients if _is_specialised(x, B) else _write_gradients
-    write(dy, dfinal, x, B, C, D, step, decay, states, documents, dstates, dinitial, through, sums, own_scores, dscores,
-          from_start, dx, dB, dC)
+    specialised = _is_specialised(x, B)
+    walk = hopper.walk_gradients if specialised else _walk_gradients
+    walk(dy, dfinal, C, step, decay, states, documents, dstates, dinitial, through)
+    _write_input_gradients(dy, x, B, C, D, step, decay, documents, dstates, sums, own_scores, dscores, dx)
+    write_shared = hopper.write_shared_gradients if specialised else _write_shared_gradients
+    write_shared(dy, x, B, C, step, decay, states, documents, dstates, dscores, from_start, dB, dC)
     partial = x.new_empty(b * chunks, 3, h, dtype=torch.float32)
     programs, is_reversed = grid(b, cdiv(h, STEP_GRADIENTS.size), chunks)
     _step_gradients_kernel[programs](
@@ -581,22 +584,28 @@ def run_backward(
     return dA, dD, ddt_bias, dinitial
 
 
-def _write_gradients(
-    dy: Tensor, dfinal: Tensor | None, x: Tensor, B: Tensor, C: Tensor, D: Tensor, step: Tensor, decay: Tensor,
-    states: Tensor, documents: Tensor | None, dstates: Tensor, dinitial: Tensor, through: Tensor, sums: Tensor,
-    own_scores: Tensor, dscores: Tensor, from_start: Tensor, dx: Tensor, dB: Tensor, dC: Tensor,
+def _walk_gradients(
+    dy: Tensor, dfinal: Tensor | None, C: Tensor, step: Tensor, decay: Tensor, states: Tensor,
+    documents: Tensor | None, dstates: Tensor, dinitial: Tensor, through: Tensor,
 ) -> None:
-    """Write the gradients of states, inputs, B and C, and what those of the steps are made of."""
-    b, t, h, p = x.shape
-    g, n = B.shape[2:]
-    chunks, padded = states.shape[1], step.shape[2]
-    rows, has_documents = _walked_rows(GRADIENT_WALK, n, p), documents is not None
+    """Write the gradients of the states after chunks and of the initial one, and `through`."""
+    (b, t, h, p), (g, n) = dy.shape, C.shape[2:]
+    chunks, rows = states.shape[1], _walked_rows(GRADIENT_WALK, n, p)
     _gradient_walk_kernel[(b, h, _tile(n) // rows)](
         dy, C, decay, documents, states, dfinal, dstates, dinitial, through, *_strides(dy, C), t, h, h // g, chunks,
-        padded, HAS_FINAL=dfinal is not None, HAS_DOCUMENTS=has_documents, Q=CHUNK, N=n, P=p, **_tiles(n, p), ROWS=rows,
-        **_launched(GRADIENT_WALK, rows, p),
+        step.shape[2], HAS_FINAL=dfinal is not None, HAS_DOCUMENTS=documents is not None, Q=CHUNK, N=n, P=p,
+        **_tiles(n, p), ROWS=rows, **_launched(GRADIENT_WALK, rows, p),
     )
-    rest = {"HAS_DOCUMENTS": has_documents, "R": h // g, "Q": CHUNK, **_tiles(n, p)}
+
+
+def _write_input_gradients(
+    dy: Tensor, x: Tensor, B: Tensor, C: Tensor, D: Tensor, step: Tensor, decay: Tensor, documents: Tensor | None,
+    dstates: Tensor, sums: Tensor, own_scores: Tensor, dscores: Tensor, dx: Tensor,
+) -> None:
+    """Write dx, the gradient of C B^T, and the sums a token."""
+    (b, t, h, p), (g, n) = x.shape, B.shape[2:]
+    chunks, padded = dstates.shape[1], step.shape[2]
+    rest = {"HAS_DOCUMENTS": documents is not None, "R": h // g, "Q": CHUNK, **_tiles(n, p)}
     *halves, dx_half = (_tokens(tensor, CHUNK // 2) for tensor in (x, dy, B, C, dx))
     programs, is_reversed = grid(b, g, 2 * chunks)
     _input_gradients_kernel[programs](
@@ -608,13 +617,22 @@ def _write_gradients(
         *halves, step, decay, documents, dscores, dx_half, dx, sums, *_strides(dx), t, h, g, chunks, padded,
         step.numel(), REVERSED=is_reversed, P=p, **rest, **_launched(ACROSS_GRADIENTS, n, p),
     )
-    some = SHARED_GRADIENTS.size
+
+
+def _write_shared_gradients(
+    dy: Tensor, x: Tensor, B: Tensor, C: Tensor, step: Tensor, decay: Tensor, states: Tensor,
+    documents: Tensor | None, dstates: Tensor, dscores: Tensor, from_start: Tensor, dB: Tensor, dC: Tensor,
+) -> None:
+    """Write dB, dC, and what the start's state gives to the outputs."""
+    (b, t, h, p), (g, n) = x.shape, B.shape[2:]
+    chunks, some = states.shape[1], SHARED_GRADIENTS.size
     programs, is_reversed = grid(b, g, chunks * (CHUNK // some))
     for values, others, given, gradient in ((x, C, dstates, dB), (dy, B, states, dC)):
         _shared_gradients_kernel[programs](
             _tokens(values, some), _tokens(C, some), _tokens(others, CHUNK), _states(given), step, decay, documents,
-            dscores, _tokens(gradient, some), from_start, t, h, g, chunks, padded, OF_C=gradient is dC,
-            REVERSED=is_reversed, ROWS=some, **rest, **_launched(SHARED_GRADIENTS, n, p),
+            dscores, _tokens(gradient, some), from_start, t, h, g, chunks, step.shape[2], OF_C=gradient is dC,
+            HAS_DOCUMENTS=documents is not None, REVERSED=is_reversed, R=h // g, Q=CHUNK, ROWS=some, **_tiles(n, p),
+            **_launched(SHARED_GRADIENTS, n, p),
         )
 
 

@@ -187,8 +187,8 @@ class Engine:
         piece = self.limits.piece_tokens
         if not self.reading and (long := next((one for one in self._next() if len(one.left) > piece), None)):
             self.reader.forget(slice(1))
-            self._begin(long, self.reader, 0)
             self.reading, self.position, self._pieces = long.text, long.start, long.pieces
+            self._begin(long, self.reader, 0)
         left = 2 * piece - (self._read_piece(self.reading) if self.reading else 0)
         while group := self._alike([one for one in self._next() if len(one.left) <= piece], min(piece, left)):
             left -= self._read_group(group)
@@ -283,11 +283,11 @@ class Engine:
     def _write(self, first: int, logits: Tensor) -> None:
         """The next token of the running texts from row `first` on; logits (texts, vocab)."""
         ids = [checked(token) for token in likeliest(logits).tolist()]
-        goes_on = [
-            self._add(text, int(choose(logits[row, None], text.sampling, text.generator))
-                      if text.sampling.temperature else ids[row])
-            for row, text in enumerate(self.running[first:])
-        ]
+        texts = self.running[first:]
+        for row, text in enumerate(texts):
+            if text.sampling.temperature:
+                ids[row] = int(choose(logits[row, None], text.sampling, text.generator))
+        goes_on = [self._add(text, token) for text, token in zip(texts, ids, strict=True)]
         self._leave([row for row, more in enumerate(goes_on, first) if not more])
 
     def _add(self, text: Text, token: int) -> bool:
@@ -309,13 +309,16 @@ class Engine:
                 self.running[row] = last
 
     def _drop_cancelled(self) -> None:
-        before = len(self.waiting) + len(self.running) + bool(self.reading)
-        with self._changed:
-            self.waiting = deque(text for text in self.waiting if not text.cancelled)
+        with self._changed:         # meanwhile others come
+            stay = deque(text for text in self.waiting if not text.cancelled)
+            self.counts["cancelled"] += len(self.waiting) - len(stay)
+            self.waiting = stay
         if self.reading and self.reading.cancelled:
+            self.counts["cancelled"] += 1
             self.reading = None
-        self._leave([row for row, text in enumerate(self.running) if text.cancelled])
-        self.counts["cancelled"] += before - len(self.waiting) - len(self.running) - bool(self.reading)
+        rows = [row for row, text in enumerate(self.running) if text.cancelled]
+        self.counts["cancelled"] += len(rows)
+        self._leave(rows)
 
     def _under_way(self) -> list[Text]:
         return [*self.running, *([self.reading] if self.reading else [])]

@@ -234,23 +234,25 @@ def _follow(number: str, log: Path) -> str:
     """Print the job's log as it grows until sacct calls the job ended. Returns its state.
 
     Raises:
-        ModelError: sacct fails at first, or, having answered before, for a quarter of an hour.
+        ModelError: sacct fails at first, or, for a quarter of an hour, fails again or knows no such job.
     """
     position, answered, told, words = 0, -math.inf, 0.0, list[str]()
     while True:
+        said = "it knows none of that number"
         try:
             asked = subprocess.run(["sacct", "-j", number, "-X", "-n", "-P", "-o", "State"], capture_output=True,
                                    text=True, timeout=ANSWER, check=True)
-            answered = time.monotonic()
             words = asked.stdout.split()            # `CANCELLED by 1000` is one state; none yet means not recorded
+            if words or answered == -math.inf:
+                answered = time.monotonic()
         except subprocess.SubprocessError as error:
             said = " ".join(str(getattr(error, "stderr", "") or error).split())
-            if time.monotonic() - answered > SILENT:
-                raise ModelError(f"sacct does not say what became of Slurm job {number}: {said}\nThe job goes on; the "
-                                 "stage needs Slurm's accounting to wait for it.") from None
-            if told != answered:
+            if told != answered != -math.inf:
                 print(f"sacct does not answer, the job is waited for all the same: {said}", file=sys.stderr, flush=True)
             told = answered
+        if time.monotonic() - answered > SILENT:
+            raise ModelError(f"sacct does not say what became of Slurm job {number}: {said}\nThe job goes on; the "
+                             "stage needs Slurm's accounting to wait for it.")
         if log.exists():
             with log.open(errors="replace") as stream:
                 stream.seek(position)

@@ -204,8 +204,7 @@ class Params(Section):
                     f"(it has: {', '.join(self.model)})"
                 )
             self._check_recipe(name)
-            recipe = self.recipe_of(name).fp8_recipe if variant.precision == "fp8" else None
-            trained = (variant.architecture, variant.precision, variant.seed, recipe)
+            trained = (variant.architecture, variant.precision, variant.seed, self.recipe_of(name).fp8_recipe)
             if (one := first.setdefault(trained, name)) != name:        # of one seed the report compares one alone
                 raise ValueError(f"variants.{one} and variants.{name} are one and the same training\n"
                                  "Give one of them another seed or fp8_recipe, or leave it out.")

@@ -15,6 +15,11 @@ from data_pipeline.annotate.step import SCHEMA
 SITE = Path(sysconfig.get_paths()["purelib"])
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 
+PROSE = (
+    "The scheduler keeps a queue of the tasks that wait. When a worker is free, it takes the oldest of them and runs "
+    "it to the end. If the task fails, the error is kept with its result, so that whoever asks for it will see what "
+    "happened. A task that was cancelled before it began never runs, and asking for its result raises an error."
+)
 HOSTILE = [
     "", "\n", "\n\n\n", " ", "\t \n \u3000\n", "word", "word\n", "a b", "a b\n\nc", "\0", "\0 \0\n\0",
     "." * 50, "... …...." * 9, "x" * 1_000_000, "word " * 20_000, "\n".join(["same line."] * 500),

@@ -12,6 +12,7 @@ from kernels.ssd import hopper
 from kernels.ssd import triton as ssd_triton
 from tests.closeness import relative_error
 
+REPEATS = 100       # a race showed in 10 of 300
 SMALL = {"SHARED_GRADIENTS": 16, "STATE_WALK": 16, "GRADIENT_WALK": 16}
 
 
@@ -57,13 +58,13 @@ def test_tiles_as_tuned_at_8b_width(dtype, tolerance):
 @pytest.mark.parametrize("dtype, _", PRECISIONS)
 @pytest.mark.parametrize("length, heads, head_dim, groups, state_dim, own", [
     (300, 4, 64, 2, 128, 77), (130, 4, 32, 1, 64, None), (257, 2, 64, 2, 64, 77), (1, 1, 16, 1, 16, None),
-    (700, 6, 64, 1, 128, 40), (513, 8, 64, 8, 128, None), (1024, 16, 32, 1, 16, 500),
+    (700, 6, 64, 1, 128, 40), (256, 16, 64, 2, 128, None), (513, 8, 64, 8, 128, None), (1024, 16, 32, 1, 16, 500),
 ])
 @pytest.mark.parametrize("has_states", [False, True])
 def test_hoppers_kernels_give_what_the_others_do(
     monkeypatch, dtype, _, length, heads, head_dim, groups, state_dim, own, has_states
 ):
-    """To within rounding: dx of a chunk's first half they round once, the others twice. `own` tokens a document."""
+    """To within rounding, and each time the same bits. `own` tokens a document."""
     values = {name: value.to(DEVICE)
               for name, value in inputs(2, length, heads, head_dim, groups, state_dim, dtype).items()}
     x, dt, A, B, C, D, bias = (values[name] for name in NAMES[:7])
@@ -80,10 +81,12 @@ def test_hoppers_kernels_give_what_the_others_do(
 
     assert ssd_triton._is_specialised(x, B)
     specialised = run()
+    for _ in range(REPEATS):
+        assert all(torch.equal(value, again) for value, again in zip(specialised.values(), run().values(), strict=True))
     monkeypatch.setattr(ssd_triton, "_is_specialised", lambda *_: False)
-    for name, other in run().items():
-        bound = 1e-4 if other.dtype == torch.float32 else torch.finfo(dtype).eps / (2 if name == "dx" else 16)
-        assert relative_error(specialised[name], other) < bound, name
+    errors = {name: relative_error(specialised[name], other) for name, other in run().items()}
+    assert not {name: error for name, error in errors.items() if error >= (
+        1e-4 if specialised[name].dtype == torch.float32 else torch.finfo(dtype).eps / 16)}
 
 
 @pytest.mark.parametrize("dtype, _", PRECISIONS)

@@ -19,6 +19,7 @@ from stages.frame import launch
 from stages.frame.launch import LauncherConfig, SlurmJob
 from stages.frame.params import ParamsError, load_params
 from tests.forked import run
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 TWO = LauncherConfig(kind="slurm", nodes=2, processes_per_node=8,
@@ -125,15 +126,10 @@ def test_a_job_that_failed_says_how_and_is_not_tried_again(slurm: Path, monkeypa
     (slurm / "tools/sacct").write_text("#!/bin/bash\necho 'Slurm accounting storage is disabled' >&2; exit 1\n")
     with pytest.raises(ModelError, match="what became of Slurm job 43: Slurm accounting storage is disabled"):
         launch.launch(TWO, {}, slurm, "toy")
-
-
-def wait_for(path: Path) -> None:
-    """A minute at most."""
-    for _ in range(1200):
-        if path.exists():
-            return
-        time.sleep(0.05)
-    pytest.fail(f"{path} never came")
+    monkeypatch.setattr(launch, "SILENT", 0.2)
+    (slurm / "tools/sacct").write_text("#!/bin/bash\n")           # as of a job that it never hears of
+    with pytest.raises(ModelError, match="what became of Slurm job 43: it knows none of that number"):
+        launch.launch(TWO, {}, slurm, "toy")
 
 
 def stop(code: str, directory: Path, started: Path, number: signal.Signals) -> None:
@@ -167,13 +163,13 @@ def test_a_job_is_cancelled_though_the_stage_is_killed_meanwhile(slurm: Path) ->
     (slurm / "tools/scancel").write_text(f"#!/bin/bash\ntouch told; sleep 1\n{PROGRAMS['scancel']}\n")
     process = subprocess.Popen([sys.executable, "-c", STAGE], cwd=slurm, start_new_session=True,
                                env=os.environ | {"PYTHONPATH": str(ROOT)})
-    wait_for(slurm / "job.slurm")
+    wait_for((slurm / "job.slurm").exists)
     time.sleep(0.3)                     # it waits by now
     process.terminate()
-    wait_for(slurm / "told")
+    wait_for((slurm / "told").exists)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    wait_for(slurm / "cancelled")
+    wait_for((slurm / "cancelled").exists)
 
 
 def test_a_job_that_a_killed_stage_left_ends_before_another_begins(

@@ -1,12 +1,13 @@
 """Connected components of a graph that no process holds whole.
 
 A vertex is a 64-bit number whose last 63 bits are those of a hash; its part is named by their prefix. The root of a
-component is its least vertex. An edge (upper, lower) lies in the part of its upper vertex, and a part's union-find
-gives each of its vertices a root. What different parts say of one vertex are the edges of the next, smaller graph, in
-which the vertices that are nobody's root no longer stand: they have a pointer to one that does, or that is a root for
-good (local contraction: Lacki, Mirrokni and Wlodarczyk, arXiv 1807.10727). A graph that fits into one part ends it, and
-the pointers are followed back. Vertices are as good as in random order, so that each graph has about two thirds of the
-vertices of the one before where those are paths, and a small share where near-duplicates come in clusters.
+component is its least vertex. An edge (upper, lower) lies in the part of its upper vertex, and the components of a
+part's edges give each of its vertices a root. What different parts say of one vertex are the edges of the next, smaller
+graph, in which the vertices that are nobody's root no longer stand: they have a pointer to one that does, or that is a
+root for good (local contraction: Lacki, Mirrokni and Wlodarczyk, arXiv 1807.10727). A graph that fits into one part
+ends it, and the pointers are followed back. Vertices are as good as in random order, so that each graph has about two
+thirds of the vertices of the one before where those are paths, and a small share where near-duplicates come in
+clusters.
 
 datatrove and text-dedup on one machine take all edges into one union-find; text-dedup on Spark alternates large and
 small stars over all of them until nothing changes, NeMo Curator leaves it to cuGraph.
@@ -14,18 +15,19 @@ small stars over all of them until nothing changes, NeMo Curator leaves it to cu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import chain
 
 import numpy as np
-from numba import int64, njit, uint64
-from numpy.typing import NDArray
+import pyarrow as pa
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from data_pipeline.annotate.passes import Arrays, Made, Passes, part_of, parted, taken
 from data_pipeline.text.words import UInt64
 
-Int32 = NDArray[np.int32]
-
+EDGES_AT_ONCE = 1 << 22         # joined to what is known of a part: 90 bytes each
 EDGE = ("upper", "lower")       # names of the arrays of edges, whose parts begin at "bounds"
 ROOTS = ("vertex", "root")      # of the answer
 POINTERS = ("pointer_upper", "pointer_lower")
@@ -72,11 +74,27 @@ def roots_of(vertices: UInt64, found: Sequence[Made], part: int) -> UInt64:
 
 def _labels(graph: Sequence[Made], parts: int, part: int) -> Arrays:
     """What the edges of one part say is the root of each of their vertices; a root is its own."""
-    forest = Forest()
-    for made in graph:
-        for item in made:
-            forest.join(*item.piece(part, EDGE, "bounds"))
-    return _as_roots(*forest.roots(), parts)
+    return _as_roots(*_joined(item.piece(part, EDGE, "bounds") for made in graph for item in made), parts)
+
+
+def _joined(edges: Iterable[Sequence[UInt64]]) -> tuple[UInt64, UInt64]:
+    """Every vertex of `edges`, some of which come at a time, and the least of its component."""
+    found, waiting = (np.empty(0, np.uint64),) * 2, list[Sequence[UInt64]]()
+    for some in edges:
+        waiting.append(some)
+        if sum(len(upper) for upper, _ in waiting) > EDGES_AT_ONCE:
+            found, waiting = _least([found, *waiting]), []
+    return _least([found, *waiting])
+
+
+def _least(edges: Sequence[Sequence[UInt64]]) -> tuple[UInt64, UInt64]:
+    coded = pa.array(np.concatenate([*chain(*zip(*edges, strict=True))])).dictionary_encode()
+    vertex, ends = coded.dictionary.to_numpy(), np.split(coded.indices.to_numpy(), 2)
+    graph = coo_array((np.ones(len(ends[0]), bool), ends), shape=(len(vertex), len(vertex)))
+    _, component = connected_components(graph, directed=False)
+    least = np.full(len(vertex), np.iinfo(np.uint64).max)
+    np.minimum.at(least, component, vertex)
+    return vertex, least[component]
 
 
 def _contract(parts: int, given: Made, part: int) -> Arrays:
@@ -99,11 +117,7 @@ def _contract(parts: int, given: Made, part: int) -> Arrays:
 
 def _components(graph: Sequence[Made], parts: int, _: int) -> Arrays:
     """The answer for a graph that fits into one part."""
-    forest = Forest()
-    for made in graph:
-        for item in made:
-            forest.join(*(item[name] for name in EDGE))
-    vertex, root = forest.roots()
+    vertex, root = _joined([item[name] for name in EDGE] for made in graph for item in made)
     return _as_roots(vertex[vertex != root], root[vertex != root], parts)
 
 
@@ -115,82 +129,3 @@ def _follow(level: Made, found: Sequence[Made], parts: int, part: int) -> Arrays
 
 def _as_roots(vertex: UInt64, root: UInt64, parts: int) -> Arrays:
     return parted(part_of_vertex(vertex, parts), parts, dict(zip(ROOTS, (vertex, root), strict=True)))
-
-
-class Forest:
-    """Union-find over 64-bit numbers: an open-addressed table, at most three quarters full, 16 to 32 bytes a vertex."""
-
-    def __init__(self) -> None:
-        self.keys, self.parents, self.count = np.empty(1024, np.uint64), np.full(1024, -1, np.int32), 0
-
-    def join(self, one: UInt64, other: UInt64) -> None:
-        """one[i] and other[i] are in one tree."""
-        self.keys, self.parents, self.count = _join(one, other, self.keys, self.parents, self.count)
-
-    def roots(self) -> tuple[UInt64, UInt64]:
-        """Every number seen, and the least of its tree."""
-        return _roots(self.keys, self.parents, self.count)
-
-
-@njit(cache=True, nogil=True)
-def _place(key: int, keys: UInt64, parents: Int32) -> int:
-    """Where a key stands in the table, or is to stand."""
-    mask = uint64(len(keys) - 1)
-    place = int64(key & mask)
-    while parents[place] >= 0 and keys[place] != key:
-        place = int64(uint64(place + 1) & mask)
-    return int(place)
-
-
-@njit(cache=True, nogil=True)
-def _root(place: int, parents: Int32) -> int:
-    while parents[place] != place:
-        parents[place] = parents[parents[place]]
-        place = parents[place]
-    return place
-
-
-@njit(cache=True, nogil=True)
-def _larger(keys: UInt64, parents: Int32) -> tuple[UInt64, Int32]:
-    """The table with twice the places."""
-    new_keys, new_parents = np.empty(2 * len(keys), np.uint64), np.full(2 * len(keys), -1, np.int32)
-    for place in range(len(keys)):
-        if parents[place] >= 0:
-            new = _place(keys[place], new_keys, new_parents)
-            new_keys[new], new_parents[new] = keys[place], new
-    for place in range(len(keys)):
-        if parents[place] >= 0 and parents[place] != place:
-            new_parents[_place(keys[place], new_keys, new_parents)] = _place(
-                keys[parents[place]], new_keys, new_parents)
-    return new_keys, new_parents
-
-
-@njit(cache=True, nogil=True)
-def _join(one: UInt64, other: UInt64, keys: UInt64, parents: Int32, count: int) -> tuple[UInt64, Int32, int]:
-    for index in range(len(one)):
-        if 4 * (count + 2) > 3 * len(keys):
-            keys, parents = _larger(keys, parents)
-        a = _place(one[index], keys, parents)
-        if parents[a] < 0:
-            keys[a], parents[a] = one[index], a
-            count += 1
-        b = _place(other[index], keys, parents)
-        if parents[b] < 0:
-            keys[b], parents[b] = other[index], b
-            count += 1
-        a, b = _root(a, parents), _root(b, parents)
-        if keys[a] < keys[b]:
-            parents[b] = a
-        else:
-            parents[a] = b
-    return keys, parents, count
-
-
-@njit(cache=True, nogil=True)
-def _roots(keys: UInt64, parents: Int32, count: int) -> tuple[UInt64, UInt64]:
-    vertices, roots, found = np.empty(count, np.uint64), np.empty(count, np.uint64), 0
-    for place in range(len(keys)):
-        if parents[place] >= 0:
-            vertices[found], roots[found] = keys[place], keys[_root(place, parents)]
-            found += 1
-    return vertices, roots

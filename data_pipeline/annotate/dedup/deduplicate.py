@@ -13,7 +13,6 @@ from functools import partial
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from data_pipeline.annotate.dedup.components import components, parted_edges, roots_of
 from data_pipeline.annotate.dedup.minhash import band_hashes
@@ -30,7 +29,7 @@ from data_pipeline.annotate.passes import (
 )
 from data_pipeline.annotate.step import Decision, GlobalStep, with_column
 from data_pipeline.config import MinHashConfig
-from data_pipeline.text.words import Int64, UInt64, texts_of
+from data_pipeline.text.words import Bool, Int64, UInt8, UInt64, texts_of
 
 PART_DOCUMENTS = 1 << 23        # of a part of the decision: what a worker holds is 150 bytes for each
 BANDS_AT_ONCE = 5               # brought together at a time, as NeMo Curator: 80 bytes a document on disk
@@ -89,7 +88,7 @@ def id_numbers(table: pa.Table) -> UInt64:
     return np.frombuffer(bytes.fromhex(digits), dtype=">u8").astype(np.uint64).reshape(-1, 2)
 
 
-def vertices(ids: UInt64, held_out: NDArray[np.bool_]) -> UInt64:
+def vertices(ids: UInt64, held_out: Bool) -> UInt64:
     """What stands for documents in the graph, in order of merit: held-out ones before the others, and each by id."""
     return (ids[:, 0] >> np.uint64(1)) | np.where(held_out, np.uint64(0), TRAINING)
 
@@ -155,7 +154,7 @@ def of_shards(groups: Groups, reasons: Made, group: int) -> Arrays:
     return {f"reason{shard}": own for shard, own in zip(groups.shards(group), by_shard, strict=True)}
 
 
-def copies(ids: UInt64, held_out: NDArray[np.bool_]) -> tuple[NDArray[np.uint8], Int64]:
+def copies(ids: UInt64, held_out: Bool) -> tuple[UInt8, Int64]:
     """Reason code of each copy of an earlier document, else 0; and the documents that are none."""
     order = np.lexsort((~held_out, ids[:, 1], ids[:, 0]))
     same = np.zeros(len(ids), dtype=bool)

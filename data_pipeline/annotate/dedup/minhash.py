@@ -11,12 +11,9 @@ import unicodedata
 
 import numpy as np
 from numba import njit, uint32, uint64
-from numpy.typing import NDArray
 
 from data_pipeline.config import MinHashConfig
-from data_pipeline.text.words import BASE, FOLDED, FOLDING, IGNORED, Int64, Texts, UInt8, UInt64, decode, mix64
-
-UInt32 = NDArray[np.uint32]
+from data_pipeline.text.words import BASE, FOLDED, FOLDING, IGNORED, Int64, Texts, UInt8, UInt32, UInt64, decode, mix64
 
 BLOCK = 2048        # shingles permuted at a time: 8 KiB, which stay in the first cache through all permutations
 BLANK, UNSEEN = 0x20, 0xFFFFFFFF

@@ -20,7 +20,6 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 from numba import int64, njit, uint64
-from numpy.typing import NDArray
 
 from data_pipeline.annotate.dedup.deduplicate import id_numbers
 from data_pipeline.annotate.passes import (
@@ -37,7 +36,7 @@ from data_pipeline.annotate.passes import (
 )
 from data_pipeline.annotate.step import Decision, GlobalStep, with_column
 from data_pipeline.config import SubstringConfig
-from data_pipeline.text.words import BASE, Int64, UInt8, UInt64, mix, mix64, texts_of
+from data_pipeline.text.words import BASE, Bool, Int64, UInt8, UInt64, mix, mix64, texts_of
 
 PART_BYTES = 1 << 30            # of text, that a part of the decision is about
 
@@ -109,7 +108,7 @@ def without(text: str, repeats: Sequence[int]) -> tuple[str, list[str]]:
     return "".join(pieces[0::2]), pieces[1::2]
 
 
-def _inside(buffer: UInt8, positions: Int64) -> NDArray[np.bool_]:
+def _inside(buffer: UInt8, positions: Int64) -> Bool:
     """Where a byte goes on with a character that began before it."""
     return (buffer[positions] & 0xC0) == 0x80
 

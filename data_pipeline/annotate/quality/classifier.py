@@ -10,13 +10,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from data_pipeline.config import ClassifierConfig, DataError
+from data_pipeline.text.words import Bool, Float64
 
 CONTEXT = 512       # tokens read of a document, at most: what the models above were trained on
-
-Float64 = NDArray[np.float64]
 
 
 def check(config: ClassifierConfig) -> None:
@@ -34,7 +32,7 @@ def check(config: ClassifierConfig) -> None:
         )
 
 
-def scores(config: ClassifierConfig, texts: pa.ChunkedArray, scored: NDArray[np.bool_]) -> Float64:
+def scores(config: ClassifierConfig, texts: pa.ChunkedArray, scored: Bool) -> Float64:
     """The score of each document that is `scored`, NaN for the others: (documents,).
 
     A model of one output is a regression and its output the score; of several, the score is the log-odds of `label`.

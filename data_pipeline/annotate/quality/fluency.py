@@ -10,18 +10,14 @@ from __future__ import annotations
 
 import numpy as np
 from numba import njit
-from numpy.typing import NDArray
 
 from data_pipeline.annotate.passes import Arrays
-from data_pipeline.annotate.quality.training_text import Bool, TrainingText
+from data_pipeline.annotate.quality.training_text import TrainingText
 from data_pipeline.text.ngrams import slot_of
-from data_pipeline.text.words import Int64, UInt64, Words, ngrams_of
+from data_pipeline.text.words import Bool, Float64, Int64, UInt32, UInt64, Words, ngrams_of
 
 SMOOTHING = 20.0        # k, the pseudo-counts of the unigram behind each bigram
 FEWER_WORDS = -64.0     # the score of a document without a pair of words
-
-Float64 = NDArray[np.float64]
-UInt32 = NDArray[np.uint32]
 
 
 def train(text: TrainingText) -> Arrays:

@@ -17,19 +17,16 @@ from typing import NamedTuple, get_args
 
 import numpy as np
 import xxhash
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from data_pipeline.config import Label
+from data_pipeline.text.words import Float64, Int64, UInt64
 
 BINS = 20
 SHARES = np.arange(1, BINS) / BINS
 # Lowest bin of each label, from the paper's annealing study of single bins.
 LOWEST_BINS: dict[Label, int] = dict(zip(get_args(Label), (19, 18, 12, 7, 0), strict=True))
 SAMPLE_DOCUMENTS = 1_000_000        # a domain's percentiles from so many are exact to a tenth of a percent
-
-Float64 = NDArray[np.float64]
-Int64 = NDArray[np.int64]
-UInt64 = NDArray[np.uint64]
 
 
 class Sample(NamedTuple):
@@ -53,16 +50,13 @@ def sample_of(
         sizes: (documents,) bytes of UTF-8 text.
         limit: documents in the sample, at most.
     """
-    sample = Sample(
-        keys_of(ids), np.asarray(scores, np.float64), np.asarray(perplexity, np.float64), np.asarray(sizes, np.int64)
-    )
-    return _lowest(sample, limit)
+    columns = np.asarray(scores, np.float64), np.asarray(perplexity, np.float64), np.asarray(sizes, np.int64)
+    return _lowest(Sample(keys_of(ids), *columns), limit)
 
 
 def merge(samples: Sequence[Sample], limit: int = SAMPLE_DOCUMENTS) -> Sample:
     """The sample of all the documents `samples` were made from with the same limit, in any order and number."""
-    keys, scores, perplexity, sizes = (np.concatenate(parts) for parts in zip(*samples, strict=True))
-    return _lowest(Sample(keys, scores, perplexity, sizes), limit)
+    return _lowest(Sample._make(map(np.concatenate, zip(*samples, strict=True))), limit)
 
 
 def keys_of(ids: Sequence[str]) -> UInt64:
@@ -72,23 +66,21 @@ def keys_of(ids: Sequence[str]) -> UInt64:
 
 def _lowest(sample: Sample, limit: int) -> Sample:
     order = np.argsort(sample.keys, kind="stable")[:limit]
-    return Sample(sample.keys[order], sample.scores[order], sample.perplexity[order], sample.sizes[order])
+    return Sample._make(column[order] for column in sample)
 
 
 def thresholds(sample: Sample) -> Float64:
     """Byte-weighted percentiles 5, 10 ... 95 of each scorer: (scorers, 19), ascending; scores from the sample."""
-    return np.stack([weighted_quantiles(column, sample.sizes, SHARES) for column in sample.scores.T])
-
-
-def bins(scores: ArrayLike, thresholds: Float64) -> Int64:
-    """For each document and scorer the number of thresholds that are not above the score: (documents, scorers)."""
-    columns = zip(np.asarray(scores, np.float64).T, thresholds, strict=True)
-    return np.stack([np.digitize(column, cuts) for column, cuts in columns], axis=1)
+    return np.quantile(sample.scores, SHARES, axis=0, weights=sample.sizes, method="inverted_cdf").T
 
 
 def best_bins(scores: ArrayLike, thresholds: Float64) -> Int64:
-    """The ensemble's value of each document, 0 to 19: the largest of its scorers' bins. Shape (documents,)."""
-    return bins(scores, thresholds).max(axis=1)
+    """The ensemble's value of each document, 0 to 19: the largest of its scorers' bins. Shape (documents,).
+
+    A bin is the number of thresholds that are not above the score.
+    """
+    columns = zip(np.asarray(scores, np.float64).T, thresholds, strict=True)
+    return np.max([np.digitize(column, cuts) for column, cuts in columns], axis=0)
 
 
 def label_of(best: int) -> Label:
@@ -100,11 +92,4 @@ def perplexity_limit(sample: Sample, share: float) -> float:
     """The perplexity that `share` of the sample's bytes, at most, lie above; infinity for 0."""
     if share == 0:
         return np.inf
-    return float(weighted_quantiles(sample.perplexity, sample.sizes, np.array([1 - share]))[0])
-
-
-def weighted_quantiles(values: Float64, weights: Int64, shares: Float64) -> Float64:
-    """Inverted distribution function: the least value with at least `share` of the weight at or below it."""
-    order = np.argsort(values, kind="stable")
-    cumulative = np.cumsum(weights[order]) / weights.sum()
-    return values[order][np.searchsorted(cumulative, shares, side="left")]
+    return float(np.quantile(sample.perplexity, 1 - share, weights=sample.sizes, method="inverted_cdf"))

@@ -16,20 +16,17 @@ from typing import NamedTuple
 
 import numpy as np
 from numba import njit, uint64
-from numpy.typing import NDArray
 
 from data_pipeline.annotate.passes import Arrays
-from data_pipeline.annotate.quality.training_text import Bool, Int8, TrainingText
+from data_pipeline.annotate.quality.training_text import TrainingText
 from data_pipeline.config import DataError
-from data_pipeline.text.words import Int64, UInt64, Words, ngrams_of
+from data_pipeline.text.words import Bool, Float64, Int8, Int64, UInt64, Words, ngrams_of
 
 BUCKET_BITS = 18            # of hashed features
 WINDOW = 128                # words an example
 SCALE = 16.0                # of the mean weight: about the root of an example's features
 EPOCHS = 8
 LEARNING_RATE = 1.0         # of stochastic gradient descent; falls to nothing in a straight line
-
-Float64 = NDArray[np.float64]
 
 
 class Examples(NamedTuple):

@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 from numba import njit
-from numpy.typing import NDArray
 
-from data_pipeline.annotate.quality.training_text import PROSE, Bool, Int8
-from data_pipeline.text.words import Int64, Texts, UInt8, UInt64, Words, words
-
-Float64 = NDArray[np.float64]
+from data_pipeline.annotate.quality.training_text import PROSE
+from data_pipeline.text.words import Bool, Float64, Int8, Int64, Texts, UInt8, UInt64, Words, words
 
 # Amounts per 1000 characters that are as good as any more.
 PROSE_ENOUGH = np.array([8.0, 6.0, 2.0, 2.0])       # sentences, reasons, headings, examples

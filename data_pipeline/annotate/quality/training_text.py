@@ -13,13 +13,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
 from data_pipeline.annotate.passes import Arrays
 from data_pipeline.annotate.quality.quality_labels import keys_of
 from data_pipeline.annotate.step import text_id
 from data_pipeline.sources import installed
-from data_pipeline.text.words import Int64, UInt64, Words, words_of
+from data_pipeline.text.words import Bool, Int8, Int64, UInt64, Words, words_of
 
 REFERENCE_SOURCES = "python/"
 TABLES = "python/encodings"     # not of them: character tables that a program wrote
@@ -29,9 +28,6 @@ INSTALLED_BYTES = 6_000_000     # of the standard library, where the corpus has 
 
 PROSE, CODE, HEADERS = range(3)     # kinds of text
 KIND_OF_DOMAIN = {"code": CODE, "headers": HEADERS}     # by what a domain's name begins with; others are prose
-
-Bool = NDArray[np.bool_]
-Int8 = NDArray[np.int8]
 
 
 class TrainingText(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -14,17 +15,13 @@ from data_pipeline.annotate.step import SCHEMA, GlobalStep, text_id
 class Here(Passes):
     """Nothing is on disk; as many parts as so many workers would be given."""
 
+    directory = Path("nowhere")
+
     def __init__(self, workers: int = 1):
         self.workers = workers
 
     def run(self, name: str, function: Callable[[int], Arrays], count: int) -> Made:
         return [Held(function(item)) for item in range(count)]
-
-    def made(self, name: str, count: int) -> bool:
-        return False
-
-    def drop(self, name: str, count: int) -> None:
-        pass
 
 
 def table(rows: Sequence[dict[str, Any]]) -> pa.Table:

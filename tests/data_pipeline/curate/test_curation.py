@@ -13,7 +13,6 @@ import pyarrow as pa
 import pytest
 
 from data_pipeline.annotate.annotation import annotate
-from data_pipeline.annotate.quality.quality_labels import weighted_quantiles
 from data_pipeline.annotate.step import SCHEMA, text_id
 from data_pipeline.config import AnnotateConfig, CurateConfig, DataError, ExecutorConfig
 from data_pipeline.curate import cut as cutting
@@ -134,8 +133,8 @@ def test_labels_are_byte_weighted_percentiles_over_what_is_eligible(curated, bef
         eligible = before.filter((pl.col("domain") == domain) & pl.col("scores").is_not_null() & english)
         scores = np.array(eligible["scores"].to_list(), dtype=np.float64)
         sizes = np.array([len(text.encode()) for text in eligible["text"]])
-        shares = np.arange(1, 20) / 20
-        best = np.max([np.digitize(column, weighted_quantiles(column, sizes, shares)) for column in scores.T], axis=0)
+        cuts = np.quantile(scores, np.arange(1, 20) / 20, axis=0, weights=sizes, method="inverted_cdf").T
+        best = np.max([np.digitize(*column) for column in zip(scores.T, cuts, strict=True)], axis=0)
         pairs = zip(eligible["id"], best, strict=True)
         found = [(train[identity]["quality"], value) for identity, value in pairs if identity in train]
         assert len(found) > 10 and all(quality == value for quality, value in found)

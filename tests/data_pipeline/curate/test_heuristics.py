@@ -36,13 +36,8 @@ from data_pipeline.curate.heuristics import (
 )
 from data_pipeline.text.words import texts_of
 from tests.data_pipeline.plain_words import counted_words
-from tests.data_pipeline.real_texts import HOSTILE, normalised, real_texts
+from tests.data_pipeline.real_texts import HOSTILE, PROSE, normalised, real_texts
 
-PROSE = (
-    "The scheduler keeps a queue of the tasks that wait. When a worker is free, it takes the oldest of them and runs "
-    "it to the end. If the task fails, the error is kept with its result, so that whoever asks for it will see what "
-    "happened. A task that was cancelled before it began never runs, and asking for its result raises an error."
-)
 CODE = inspect.getsource(sched)
 COMMENTS = "\n".join(f"# a comment, number {i}, about nothing" for i in range(60))
 

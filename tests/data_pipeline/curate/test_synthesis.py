@@ -248,7 +248,8 @@ def test_synthetic_documents_go_through_the_steps_of_the_corpus(tmp_path, shards
     assert reasons == {"repetition": "duplicate_line_characters"}
 
 
-def test_surveys_of_the_corpus_outlive_a_run_cut_short(tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", ["deduplicate", "decontaminate"])
+def test_surveys_of_the_corpus_outlive_a_run_cut_short(tmp_path, step):
     paths = [shard([prose(number)], False, tmp_path / f"{number}.parquet") for number in range(3)]
     found = [Synthetic(prose(9), prose(9), "synthetic/distill", "0" * 32, "docs", "MIT", 0.5, "low")]
     with workers(ExecutorConfig(executor="local", workers=1)) as pool:
@@ -256,7 +257,7 @@ def test_surveys_of_the_corpus_outlive_a_run_cut_short(tmp_path, monkeypatch):
         first = annotate(*arguments)
         paths[0].unlink()               # not read again
         assert annotate(*arguments) == first
-        (tmp_path / "earlier-deduplicate-00000.npz").unlink()
+        (tmp_path / f"earlier-{step}-00000.npz").unlink()
         with pytest.raises(DataError, match=r"0\.parquet"):
             annotate(*arguments)
 

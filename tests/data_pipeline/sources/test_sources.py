@@ -207,11 +207,13 @@ def source_file(path: Path, kind: str = "python", source: str = "somewhere") -> 
 def test_files_that_cannot_be_read_give_a_reason(tmp_path):
     (tmp_path / "latin.py").write_bytes(b"x = '\xe9'\n")
     (tmp_path / "cookie.py").write_bytes(b"# coding: no-such-codec\n")
+    (tmp_path / "rot13.py").write_bytes(b"# coding: rot13\n")         # a codec, and of no text
     (tmp_path / "old.py").write_text("print 'python 2'\n")
     assert read_documents(source_file(tmp_path / "absent.py"), ALL) == "unreadable"
     assert read_documents(source_file(tmp_path), ALL) == "unreadable"                   # a directory
     assert read_documents(source_file(tmp_path / "latin.py"), ALL) == "unreadable"
     assert read_documents(source_file(tmp_path / "cookie.py"), ALL) == "unreadable"
+    assert read_documents(source_file(tmp_path / "rot13.py"), ALL) == "unreadable"
     assert read_documents(source_file(tmp_path / "old.py"), ALL) == "syntax"
 
 

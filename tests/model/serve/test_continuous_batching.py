@@ -285,6 +285,35 @@ def test_a_failure_is_told_and_those_that_waited_are_written(monkeypatch, capsys
     assert "out of memory" in capsys.readouterr().err and running.counts["failed"] == 2
 
 
+@pytest.mark.parametrize("tokens", [4, 20])
+def test_a_text_that_fails_as_it_begins_is_told(tokens, monkeypatch):
+    """Of a prompt that is read at once, and of one of which pieces are."""
+    running, events = engine(HYBRID_MODEL), []
+    fails = text([1] * tokens, 5, events)
+    monkeypatch.setattr(fails, "start", lambda *_: 1 / 0)
+    submit(running, fails)
+    with pytest.raises(ZeroDivisionError):
+        running.turn()
+    assert not running.waiting and running._under_way() == [fails]
+
+
+def test_no_text_has_ended_and_failed(monkeypatch):
+    """A token that cannot be chosen is seen before any is given."""
+    running, tokens = engine(HYBRID_MODEL), iter([torch.tensor(1)])
+    monkeypatch.setattr(serving, "choose", lambda *_: next(tokens))
+    submit(running, *(text([index, 2], 1, sampling=Sampling(1.0)) for index in range(2)))
+    with pytest.raises(StopIteration):
+        running.turn()
+    assert len(running._under_way()) == 2 and not running.counts["finished_length"]
+
+
+def test_a_text_that_comes_while_others_leave_is_not_among_the_cancelled(monkeypatch):
+    running, comes = engine(HYBRID_MODEL), text([1, 2], 1)
+    monkeypatch.setattr(running, "_leave", lambda rows: submit(running, comes))
+    running._drop_cancelled()
+    assert running.counts["cancelled"] == 0
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_no_numbers_are_a_failure(temperature):
     running, events = engine(HYBRID_MODEL), []

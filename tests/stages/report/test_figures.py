@@ -42,6 +42,17 @@ def test_figures_name_what_they_show(records):
         assert expected[name] in words(getattr(figures, name)(records)), name
 
 
+def test_lines_are_the_records(records, monkeypatch):
+    monkeypatch.setattr(figures, "lines", lambda series, *_: {one.label: one for one in series})
+    row, line = records.decode["hybrid"][0], figures.decoding(records)["hybrid"]
+    slower = 1 / (1 / row.tokens_per_second + row.seconds_per_token_spread)
+    assert line.error[0] == pytest.approx(row.tokens_per_second - slower, rel=0.05)
+    dots = figures.candidates(records).values()         # each candidate in one colour
+    assert sum(len(one.x) for one in dots) == sum(item.agreement is not None for item in records.candidates)
+    seeds = [figures.look(records, f"hybrid-bf16{seed}") for seed in ("", "-seed2", "-seed3")]
+    assert seeds == [(figures.PALETTE[0], style) for style in ("-", "--", ":")]
+
+
 def test_colours_are_the_pages_and_bytes_the_same_whatever_the_global_style(records):
     first = {name: getattr(figures, name)(records) for name in NAMES}
     with matplotlib.rc_context({"axes.prop_cycle": matplotlib.cycler(color=["red"]), "axes.edgecolor": "red"}):
@@ -86,8 +97,9 @@ def test_colours_have_contrast_on_light_and_dark(colour, ground):
 def test_a_diverged_run_is_drawn():
     series = [figures.Series("lost", [1, 2, 3], [5.0, math.nan, math.nan], "#c9561b"),
               figures.Series("nothing", [], [], "#2f7dc1"),
-              figures.Series("well", [1, 2, 3], [5.0, 4.0, 3.0], "#1c8a63")]
-    assert words(figures.lines(series, "Tokens", "Loss", figures.zoom(series))).endswith("well lost nothing")
+              figures.Series("well", [1, 2, 3], [5.0, 4.0, 3.0], "#1c8a63"),
+              figures.Series("better", [1, 2, 3], [5.0, 3.0, 2.0], "#1c8a63")]
+    assert words(figures.lines(series, "Tokens", "Loss", figures.zoom(series))).endswith("well better lost nothing")
     assert "<svg" in figures.lines([], "Tokens", "Loss", figures.zoom([]))
 
 

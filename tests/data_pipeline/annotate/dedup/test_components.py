@@ -1,4 +1,4 @@
-"""Components found in parts against SciPy's, and decisions on random band tables against NetworkX's graph of them."""
+"""Components found in parts, and decisions on random band tables, against NetworkX's."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
+from data_pipeline.annotate.dedup import components as joining
 from data_pipeline.annotate.dedup import deduplicate
-from data_pipeline.annotate.dedup.components import Forest, components, part_of_vertex, parted_edges, roots_of
+from data_pipeline.annotate.dedup.components import components, part_of_vertex, parted_edges, roots_of
 from data_pipeline.annotate.dedup.deduplicate import COPY, COPY_OF_HELD_OUT, NEAR, NEAR_HELD_OUT, Deduplicate
 from data_pipeline.annotate.passes import Arrays, Groups, Held, Passes
 from data_pipeline.config import MinHashConfig
+from data_pipeline.storage import Surveys
 from data_pipeline.text.words import UInt64
 from data_pipeline.workers.executor import InProcess, Processes, Workers
 from tests.data_pipeline.annotate.here import Here
@@ -31,15 +31,10 @@ def pool() -> Iterator[Workers]:
     backend.close()
 
 
-def by_scipy(upper: UInt64, lower: UInt64) -> dict[int, int]:
+def least(upper: UInt64, lower: UInt64) -> dict[int, int]:
     """Vertex -> least vertex of its component."""
-    vertices, place = np.unique(np.concatenate([upper, lower]), return_inverse=True)
-    rows, columns = np.split(place, 2)
-    graph = coo_array((np.ones(len(rows)), (rows, columns)), shape=(len(vertices),) * 2)
-    _, labels = connected_components(graph, directed=False)
-    least = np.full(labels.max(initial=0) + 1, np.iinfo(np.uint64).max, np.uint64)
-    np.minimum.at(least, labels, vertices)
-    return dict(zip(vertices.tolist(), least[labels].tolist(), strict=True))
+    graph = nx.Graph(zip(upper.tolist(), lower.tolist(), strict=True))
+    return {vertex: min(component) for component in nx.connected_components(graph) for vertex in component}
 
 
 def in_parts(upper: UInt64, lower: UInt64, parts: int, largest: int) -> dict[int, int]:
@@ -68,25 +63,18 @@ def edges(random: np.random.Generator, kind: str, count: int) -> tuple[UInt64, U
 
 
 @pytest.mark.parametrize("kind", ["path", "path in order", "star", "random", "clusters"])
-@pytest.mark.parametrize(("parts", "largest"), [(1, 1), (2, 1), (3, 50), (16, 1), (16, 200)])
-def test_parts_find_the_components(kind, parts, largest):
+@pytest.mark.parametrize(
+    ("parts", "largest", "at_once"), [(1, 1, 9), (2, 1, 1e6), (3, 50, 70), (16, 1, 0), (16, 200, 5)]
+)
+def test_parts_find_the_components(monkeypatch, kind, parts, largest, at_once):
+    monkeypatch.setattr(joining, "EDGES_AT_ONCE", at_once)
     upper, lower = edges(np.random.default_rng(parts), kind, 400 if kind != "path in order" else 60)
-    assert in_parts(upper, lower, parts, largest) == by_scipy(upper, lower)
+    assert in_parts(upper, lower, parts, largest) == least(upper, lower)
 
 
 def test_a_graph_without_edges():
     none = np.empty(0, np.uint64)
     assert in_parts(none, none, 3, 0) == {}
-
-
-def test_a_forest_grows():
-    random = np.random.default_rng(1)
-    upper, lower = random.integers(0, 40_000, (2, 30_000)).astype(np.uint64)       # many share their place in the table
-    forest = Forest()
-    for piece in zip(np.array_split(upper, 9), np.array_split(lower, 9), strict=True):
-        forest.join(*piece)
-    vertices, roots = forest.roots()
-    assert dict(zip(vertices.tolist(), roots.tolist(), strict=True)) == by_scipy(upper, lower)
 
 
 Table = tuple[UInt64, np.ndarray, UInt64]       # ids (documents, 2), held out, band hashes (BANDS, documents)
@@ -176,7 +164,7 @@ def test_passes_cut_short_go_on(tmp_path: Path) -> None:
 
         def run(self, name, function, count):
             for item in range(count):
-                if not self.made(name, item + 1):
+                if Surveys(self.directory, name, item + 1).missing:
                     if self.pieces == 1:
                         raise Stop
                     super().run(name, function, item + 1)
@@ -192,6 +180,7 @@ def test_passes_cut_short_go_on(tmp_path: Path) -> None:
             stops += 1
     assert stops > 30
     assert found == by_networkx(table) and any(found)
+    assert not list(tmp_path.glob("*-given-*.npz"))     # which are as large as the work
 
 
 @pytest.mark.parametrize("shards", [1, 2, 7, 30])

@@ -26,14 +26,10 @@ from data_pipeline.config import ClassifierConfig, DataError
 from data_pipeline.text.words import ngrams_of, texts_of, words_of
 from tests.data_pipeline.annotate.here import run, table
 from tests.data_pipeline.plain_words import words_of_text
+from tests.data_pipeline.real_texts import PROSE
 
 OWN = ["fluency", "reference", "structure"]
 STANDARD_LIBRARY = Path(sysconfig.get_paths()["stdlib"])
-PROSE = (
-    "The scheduler keeps a queue of the tasks that wait. When a worker is free, it takes the oldest of them and runs "
-    "it to the end. If the task fails, the error is kept with its result, so that whoever asks for it will see what "
-    "happened. A task that was cancelled before it began never runs, and asking for its result raises an error."
-)
 
 
 def pages(packages: str, domain: str, source: str) -> list[dict[str, object]]:

@@ -1,4 +1,4 @@
-"""Percentiles, bins and labels against a plain reading of the recipe and numpy's weighted quantiles."""
+"""Percentiles, bins and labels against a plain reading of the recipe."""
 
 import bisect
 
@@ -7,13 +7,11 @@ import pytest
 
 from data_pipeline.annotate.quality.quality_labels import (
     best_bins,
-    bins,
     label_of,
     merge,
     perplexity_limit,
     sample_of,
     thresholds,
-    weighted_quantiles,
 )
 
 LABELS = {"low": range(7), "medium-low": range(7, 12), "medium": range(12, 18), "medium-high": [18], "high": [19]}
@@ -46,7 +44,6 @@ def test_bins_and_labels_are_the_recipes(documents):
     assert cuts.tolist() == expected
     by_scorer = [[sum(value >= cut for cut in cuts) for value, cuts in zip(row, expected, strict=True)]
                  for row in scores.astype(float).tolist()]
-    assert bins(scores, cuts).tolist() == by_scorer
     best = best_bins(scores, cuts).tolist()
     assert best == [max(row) for row in by_scorer]
     assert all(value in LABELS[label_of(value)] for value in best)
@@ -56,15 +53,6 @@ def test_labels_by_bin():
     assert {label: [b for b in range(20) if label_of(b) == label] for label in LABELS} == {
         label: list(members) for label, members in LABELS.items()
     }
-
-
-@pytest.mark.parametrize("documents", [1, 40, 999])
-def test_quantiles_are_numpys(documents):
-    _, scores, _, sizes = corpus(documents, seed=7)
-    shares = np.arange(1, 20) / 20
-    for column in scores.T:
-        expected = np.quantile(column, shares, weights=sizes, method="inverted_cdf")
-        assert np.array_equal(weighted_quantiles(column, sizes, shares), expected)
 
 
 @pytest.mark.parametrize("limit", [50, 10_000])
