@@ -94,10 +94,10 @@ class ArmTrainer(Trainer):
 
     arm = ""
 
-    def _check_identity(self, of_state: dict[str, Any]) -> None:
+    def _check_identity(self, records: dict[str, Any]) -> None:
         """An arm differs from the BF16 run in what it changes, and in nothing else."""
         changed = {name: self.identity[name] for name in ("precision", *ARMS[self.arm].changes)}
-        super()._check_identity(of_state | changed)
+        super()._check_identity({"identity": records["identity"] | changed})
 
     def check_learned(self, untrained: float, trained: float) -> None:
         """However few its tokens, a model must beat single tokens; but the control may do as it does."""

@@ -93,14 +93,14 @@ def open_weights(directory: Path) -> tuple[ModelConfig, LazyState, dict[str, Any
     config, training = read_description(directory)
     check_sums(directory)
     reader = CheckpointReader(directory)
-    stored = LazyState(_tensors(reader.index), reader.read)
+    stored = LazyState(tensors(reader.index), reader.read)
     _check_names(directory, config, stored.skeleton)
     return config, to_hub(config, stored), training
 
 
 def check_names(directory: Path, config: ModelConfig) -> None:
     """Raise ModelError unless the checkpoint `directory` holds the tensors of `config` and no others."""
-    _check_names(directory, config, _tensors(read_index(directory)))
+    _check_names(directory, config, tensors(read_index(directory)))
 
 
 def _check_names(directory: Path, config: ModelConfig, stored: State) -> None:
@@ -111,10 +111,12 @@ def _check_names(directory: Path, config: ModelConfig, stored: State) -> None:
                    "Use the weights and the model.json of one and the same checkpoint.")
 
 
-def _tensors(index: Metadata) -> State:
-    """What a checkpoint holds, on the meta device; its other entries are Megatron's empty `_extra_state` objects."""
+def tensors(index: Metadata) -> State:
+    """What a checkpoint holds, on the meta device; its other entries are Megatron's empty `_extra_state` objects. A
+    tensor of which a part is missing, which loaders would leave as the memory was, is not held."""
     return {name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
-            for name, entry in index.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)}
+            for name, entry in index.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)
+            and sum(part.sizes.numel() for part in entry.chunks) >= entry.size.numel()}
 
 
 def read_description(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:

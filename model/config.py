@@ -55,8 +55,8 @@ class Geometry(Section):
     conv_kernel: int = Field(default=4, ge=2, le=2**10)
     chunk_size: int = Field(default=128, ge=1)
     position_embedding: Literal["none", "rope"] = "none"
-    rope_theta: float = Field(default=10_000.0, gt=0)
-    norm_epsilon: float = Field(default=1e-5, gt=0)
+    rope_theta: FiniteFloat = Field(default=10_000.0, gt=0)
+    norm_epsilon: FiniteFloat = Field(default=1e-5, gt=0)
     init_method_std: FiniteFloat = Field(default=0.02, gt=0)
     sequence_length: int = Field(ge=1)
 

@@ -231,9 +231,9 @@ def check_files(directory: Path, config: ModelConfig) -> LazyState:
         try:
             with safe_open(directory / file, framework="pt") as tensors:
                 rows = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
-                found = {name: torch.empty(of.get_shape(), dtype=of[:0].dtype, device="meta")
-                         for name, of in rows.items()}
-        except (OSError, SafetensorError) as error:
+                found = {name: torch.empty(shape, dtype=(of[:0] if shape else of[...]).dtype, device="meta")
+                         for name, of in rows.items() for shape in [of.get_shape()]}
+        except (OSError, RuntimeError, SafetensorError) as error:       # RuntimeError: FP4
             raise ModelError(
                 f"{directory / file}: cannot be read: {_why(directory / file, error)}.\n"
                 "Export or download the model again."

@@ -20,13 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 from ruamel.yaml import YAML, YAMLError
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from model.checkpoint import INDEX, CheckpointReader, save_weights, to_engine, to_hub
+from model.checkpoint import INDEX, CheckpointReader, save_weights, tensors, to_engine, to_hub
 from model.config import ModelConfig, ModelError, first_problem
 from model.hybrid_lm import HybridLM, Shape, compare_shapes
 from model.lazy_state import LazyState, Recipe, derive
@@ -89,10 +87,7 @@ def open_megatron(directory: Path) -> Imported:
     source, options = _options(directory)
     entries = reader.index.state_dict_metadata
     stored = LazyState(
-        {name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta") for name, entry in entries.items()
-         if isinstance(entry, TensorStorageMetadata) and not _STATE.match(name)},
-        reader.read,
-    )
+        {name: tensor for name, tensor in tensors(reader.index).items() if not _STATE.match(name)}, reader.read)
     shapes = {name: tuple(tensor.shape) for name, tensor in stored.skeleton.items()}
     names = {_engine_name(name): name for name in stored}
     if twice := sorted(set(stored) - set(names.values())):

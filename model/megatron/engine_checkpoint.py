@@ -8,7 +8,7 @@ as it was written. On a GPU the files are written by a thread while training goe
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ class ResumeState:
         if is_main_process():
             shutil.rmtree(partial, ignore_errors=True)
         dist.barrier()
-        contents = self._contents(loading=False) | {"step": step, "records": records, "random": torch.get_rng_state()}
+        contents = self._contents(loading=False) | {"step": step, "records": records}
         self._writing, self._step = _Writing(contents, partial, self.in_background, files), step
         self.collect(wait=not self.in_background)
 
@@ -114,20 +114,24 @@ class ResumeState:
         writing.seal()
         if is_main_process():
             name = f"step-{self._step:08d}"
-            shutil.rmtree(self.directory / name, ignore_errors=True)
-            writing.directory.rename(self.directory / name)
-            write(self.directory / "latest", name + "\n")
-            for older in sorted(self.directory.glob("step-*"))[:-self.kept]:
-                shutil.rmtree(older)
+            try:
+                shutil.rmtree(self.directory / name, ignore_errors=True)
+                writing.directory.rename(self.directory / name)
+                write(self.directory / "latest", name + "\n")
+                for older in sorted(self.directory.glob("step-*"))[:-self.kept]:
+                    shutil.rmtree(older)
+            except OSError as error:
+                raise writing._failure(error) from error
         dist.barrier()
 
-    def restore(self) -> tuple[int, dict[str, Any], Path] | None:
-        """Restore the latest state that is whole; those after it go. Returns its step, its records and the directory
-        with its files, or None where there is none."""
+    def restore(self, check: Callable[[dict[str, Any]], None]) -> tuple[int, dict[str, Any], Path] | None:
+        """Restore the latest state that is whole, unless `check` raises on its records; those after it go. Returns its
+        step, its records and the directory with its files, or None where there is none."""
         states = sorted(self.directory.glob("step-*"), reverse=True)
         latest = next((state for state in states if self._is_whole(state)), None)
         if latest is None:
             return None
+        check(dist_checkpointing.load_common_state_dict(str(latest))["records"])
         self._check_optimizer(latest)
         with torch.no_grad():
             # Of a spread optimizer's states a process reads those it holds a part of: no replica reads them all.
@@ -135,7 +139,6 @@ class ResumeState:
             self.model.load_state_dict(loaded["model"])
             self.optimizer.load_state_dict(loaded["optimizer"])
         self.scheduler.load_state_dict(loaded["scheduler"])
-        torch.set_rng_state(loaded["random"])
         return loaded["step"], loaded["records"], latest
 
     def _check_optimizer(self, state: Path) -> None:
@@ -182,10 +185,10 @@ class _Writing:
 
     def __init__(self, contents: dict[str, Any], directory: Path, in_background: bool, files: Sequence[Path] = ()):
         self.directory = directory
-        if is_main_process():
-            directory.mkdir(parents=True, exist_ok=True)
-        dist.barrier()
         try:
+            if is_main_process():
+                directory.mkdir(parents=True, exist_ok=True)
+            dist.barrier()
             self.files = ThreadedSave(contents, directory)
             for file in files if is_main_process() else ():
                 shutil.copy(file, directory)

@@ -193,10 +193,9 @@ class Trainer:
 
     def run(self, progress: Callable[..., None]) -> TrainingRun:
         """Train from the latest resume state, or the start, to the end."""
-        first, seconds, restored = 0, 0.0, self.resume.restore()
+        first, seconds, restored = 0, 0.0, self.resume.restore(self._check_identity)
         if restored:
             first, records, _ = restored
-            self._check_identity(records.get("identity", {}))
             seconds, untrained = records["train_seconds"], records["untrained"]
             self.guard.load_state_dict(records["guard"])
             (self.scratch / "resumed").touch()
@@ -291,9 +290,9 @@ class Trainer:
         self.ddp.train()
         return [*rows, self._validation_row(step, "all", nats, tokens, size)]
 
-    def _check_identity(self, of_state: dict[str, Any]) -> None:
+    def _check_identity(self, records: dict[str, Any]) -> None:
         """Refuse the resume state of a run with another model, recipe, seed or text. Raises ModelError."""
-        check_identity(self.scratch / "resume", of_state, self.identity)
+        check_identity(self.scratch / "resume", records.get("identity", {}), self.identity)
 
     def check_learned(self, untrained: float, trained: float) -> None:
         """Refuse a run that learned nothing, by its validation losses before and after, nats a token.

@@ -156,6 +156,8 @@ def test_nothing_but_what_is_asked_for_is_read_and_no_weight_that_is_not_finite(
             read()
     with pytest.raises(KeyError):
         stored["backbone.layers.0.mixer.missing"]
+    with process_groups(), pytest.raises(ModelError, match=r"in_proj\.weight holds values that are not finite"):
+        build_model(HYBRID, Precision("float32"), ONE_COPY, seed=1, start=tmp_path)
 
 
 @pytest.mark.parametrize("cut_at", [None, 0, 5000])
@@ -169,6 +171,21 @@ def test_a_file_that_is_missing_or_ends_early_is_named_though_it_is_sealed(tmp_p
     with pytest.raises(ModelError, match=r"output_layer\.weight cannot be read from __0_0\.distcp") as error:
         state["lm_head.weight"]
     assert str(error.value).count("\n") == 1
+
+
+def test_a_tensor_of_which_a_part_is_missing_is_named(tmp_path):
+    """Nothing would be read into the rest, which is left as the memory was."""
+    save_weights(tmp_path, HYBRID, random_state(HYBRID), {})
+    index = read_index(tmp_path)
+    [part] = index.state_dict_metadata["output_layer.weight"].chunks
+    part.sizes = torch.Size([63, 32])
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(index))
+    write_sums(tmp_path)
+    refused = pytest.raises(ModelError, match=r"model\.json: missing output_layer\.weight\.")
+    with refused:
+        open_weights(tmp_path)
+    with process_groups(), refused:
+        build_model(HYBRID, Precision("float32"), ONE_COPY, seed=1, start=tmp_path)
 
 
 def test_a_tensor_of_another_shape_is_named(tmp_path):
@@ -245,6 +262,9 @@ def test_damage_anywhere_in_a_checkpoint_is_named(tmp_path):
             assert (name in str(error.value) or name == "SHA256SUMS") and str(error.value).count("\n") == 1
             path.write_bytes(whole)
     assert load_weights(tmp_path)[2] == {"tokens": 7}
+    (tmp_path / "__0_0.distcp").write_bytes(flipped((tmp_path / "__0_0.distcp").read_bytes()))
+    with process_groups(), pytest.raises(ModelError, match=r"__0_0\.distcp: damaged or replaced"):
+        build_model(HYBRID, Precision("float32"), ONE_COPY, seed=1, start=tmp_path)
 
 
 def flipped(content: bytes) -> bytes:

@@ -22,10 +22,10 @@ from model.integrity import write_sums
 HYBRID = ModelConfig(
     pattern="M-M*-M-", hidden_size=48, ffn_hidden_size=112, num_attention_heads=4, num_query_groups=2, head_dim=24,
     mamba_num_heads=6, mamba_head_dim=16, mamba_state_dim=24, mamba_num_groups=2, chunk_size=16, conv_kernel=3,
-    norm_epsilon=2e-5, sequence_length=96, vocab_size=320)
+    norm_epsilon=2e-5, init_method_std=0.03, sequence_length=96, vocab_size=320)
 TRANSFORMER = ModelConfig(
     pattern="*-*-*-", hidden_size=48, ffn_hidden_size=112, num_attention_heads=4, num_query_groups=2, head_dim=24,
-    position_embedding="rope", rope_theta=777.0, norm_epsilon=2e-5, sequence_length=96, vocab_size=320)
+    position_embedding="rope", rope_theta=777.0, norm_epsilon=2e-5, sequence_length=80, vocab_size=320)
 ATTENTION_ONLY = HYBRID.model_copy(update={"pattern": "*-*-"})
 CONFIGS = {"hybrid": HYBRID, "transformer": TRANSFORMER, "attention-only": ATTENTION_ONLY}
 TRAINING = {"architecture": "hybrid", "precision": "fp8", "tokens": 800_000, "validation_bits_per_byte": 2.345678}
@@ -131,6 +131,7 @@ def test_bfloat16_keeps_the_decays_precise(tmp_path):
         assert tensor.dtype == (torch.float32 if precise else torch.bfloat16), name
         assert torch.equal(tensor, expected[name] if precise else expected[name].bfloat16()), name
     assert {tensor.dtype for tensor in hub.load(tmp_path)[1].values()} == {torch.float32}
+    assert "| stored as | bfloat16 (Mamba-2's A_log, D and dt_bias float32) |" in (tmp_path / "README.md").read_text()
     assert transformers_model(tmp_path).dtype == torch.float32
 
 
@@ -162,6 +163,7 @@ def test_config_has_what_a_loader_reads(loader, saved):
     assert values["head_dim"] == values["attention_head_dim"] == 24
     assert values["layer_norm_epsilon"] == values["rms_norm_eps"] == 2e-5
     assert "time_step_limit" not in values and 0 < values["time_step_min"] <= 1e-8
+    assert values["use_cache"] is True and values["mamba_ssm_cache_dtype"] == "float32"
 
 
 def test_token_ids_are_the_tokenizers():
@@ -176,7 +178,8 @@ def test_model_card_has_front_matter_and_the_facts(tmp_path):
     _, front, text = (tmp_path / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "transformers"
     parameters = sum(tensor.numel() for tensor in random_state(HYBRID).values())
-    for fact in (f"{parameters:,}", "`M-M*-M-`", "fp8", "800,000", "2.346", "AutoModelForCausalLM"):
+    for fact in (f"| parameters | {parameters:,} |", "`M-M*-M-`", "fp8", "800,000", "2.346", "AutoModelForCausalLM",
+                 "| stored as | float32 |"):
         assert fact in text, fact
 
 
@@ -191,10 +194,13 @@ def test_wrong_states_are_named(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("change", [{"pattern": "*--*"}, {"pattern": "M-*-"}])
-def test_geometries_without_a_hub_form_are_refused(change, tmp_path):
+@pytest.mark.parametrize(("change", "message"), [
+    ({"pattern": "*--*"}, "no Hub architecture"), ({"pattern": "M-*-"}, "no Hub architecture"),
+    ({"pattern": "*-*-", "num_attention_heads": 10}, "48 is not a multiple of num_attention_heads 10"),
+])
+def test_geometries_without_a_hub_form_are_refused(change, message, tmp_path):
     config = HYBRID.model_copy(update={"position_embedding": "rope", **change})
-    with pytest.raises(ModelError, match="no Hub architecture"):
+    with pytest.raises(ModelError, match=message):
         hub.save(tmp_path, config, random_state(config), {}, "float32")
 
 
@@ -215,7 +221,10 @@ def test_layers_of_different_widths_are_refused(tmp_path):
 
 
 def test_large_weights_are_several_files(tmp_path):
+    """Also of tensors that share memory, or lie in it otherwise than in the file."""
     expected = random_state(HYBRID)
+    expected["backbone.layers.0.mixer.D"] = expected["backbone.layers.0.mixer.dt_bias"]
+    expected["lm_head.weight"] = expected["lm_head.weight"].t().contiguous().t()
     hub.save(tmp_path, HYBRID, expected, {}, "float32", shard_gigabytes=1e-4)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     shards = sorted(path.name for path in tmp_path.glob("*.safetensors"))
@@ -259,8 +268,11 @@ def test_the_files_are_those_of_huggingfaces_writer(config, tmp_path, dtype, gig
     assert ours == {path.name: path.read_bytes() for path in (tmp_path / "theirs").iterdir()}
     assert (len(ours) > 1) == (gigabytes < 1)
     again = shutil.copytree(tmp_path / "hub", tmp_path / "again")
+    others = {"adapter_model.safetensors", "model-extra.safetensors", "model.safetensors.bak"}
+    for name in others:
+        (tmp_path / "hub" / name).touch()
     hub.save(tmp_path / "hub", config, hub.open_weights(again)[1], {}, dtype)
-    assert [path.name for path in (tmp_path / "hub").glob("model*")] == ["model.safetensors"], "the old files go"
+    assert {path.name for path in (tmp_path / "hub").glob("*model*")} == others | {"model.safetensors"}, "old ones go"
 
 
 def test_a_file_that_goes_after_opening_is_named(tmp_path):
@@ -284,7 +296,7 @@ def published(directory: Path, prefix: str) -> dict[str, torch.Tensor]:
         "architectures": ["NemotronHForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
         "attention_head_dim": 24, "auto_map": {"AutoConfig": "configuration_nemotron_h.NemotronHConfig"},
         "bos_token_id": 1, "chunk_size": 16, "conv_kernel": 3, "eos_token_id": 2, "expand": 2, "hidden_dropout": 0.0,
-        "hidden_size": 48, "hybrid_override_pattern": "M-M*-M-", "initializer_range": 0.02, "intermediate_size": 112,
+        "hidden_size": 48, "hybrid_override_pattern": "M-M*-M-", "initializer_range": 0.03, "intermediate_size": 112,
         "layer_norm_epsilon": 2e-5, "mamba_head_dim": 16, "mamba_hidden_act": "silu", "mamba_num_heads": 6,
         "mamba_proj_bias": False, "max_position_embeddings": 96, "mlp_bias": False, "mlp_hidden_act": "relu2",
         "model_type": "nemotron_h", "n_groups": 2, "num_attention_heads": 4, "num_hidden_layers": 7,
@@ -308,7 +320,8 @@ def test_published_models_are_read(tmp_path, prefix):
 @pytest.mark.parametrize("names", [("mamba", "attention"), ("linear_attention", "full_attention")])
 def test_layers_have_the_names_of_any_transformers(saved, names):
     kinds = dict(zip("M*-", (*names, "mlp"), strict=True))
-    damage_config(saved, hybrid_override_pattern=None, layers_block_type=[kinds[symbol] for symbol in HYBRID.pattern])
+    damage_config(saved, hybrid_override_pattern=None, layers_block_type=[kinds[symbol] for symbol in HYBRID.pattern],
+                  n_groups=None, rms_norm_eps=0.5)      # the second is not read
     assert hub.read_config(saved) == HYBRID
 
 
@@ -319,6 +332,16 @@ def test_quantized_weights_are_refused(saved, dtype):
     state["lm_head.weight"] = state["lm_head.weight"].mul(100).to(dtype)
     save_file(state, saved / "model.safetensors")
     with pytest.raises(ModelError, match=rf"lm_head\.weight is {dtype}, a quantized weight.*\n"):
+        hub.load(saved)
+
+
+@pytest.mark.parametrize(("scale", "message"), [
+    (torch.tensor(0.01), r"unexpected lm_head\.scale"),
+    (torch.zeros(8, 8, dtype=torch.uint8).view(torch.float4_e2m1fn_x2), r"model\.safetensors: cannot be read: "),
+], ids=["scalar", "FP4"])
+def test_what_stands_beside_quantized_weights_is_named(saved, scale, message):
+    save_file(load_file(saved / "model.safetensors") | {"lm_head.scale": scale}, saved / "model.safetensors")
+    with pytest.raises(ModelError, match=message):
         hub.load(saved)
 
 
@@ -373,7 +396,8 @@ def test_card_of_imported_weights_names_their_origin(tmp_path):
 @pytest.mark.parametrize(("name", "content"), [
     ("config.json", "[]"), ("config.json", '"x"'), ("config.json", '{"a'), ("config.json", b"\xff\xfe"),
     ("model.safetensors.index.json", "{}"), ("model.safetensors.index.json", "[]"),
-    ("model.safetensors.index.json", '{"weight_map": ["a"]}'), ("model.safetensors.index.json", "[" * 100_000),
+    ("model.safetensors.index.json", '{"weight_map": ["a"]}'), ("model.safetensors.index.json", '{"weight_map": {}}'),
+    ("model.safetensors.index.json", "[" * 100_000),
     ("config.json", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"),
 ])
 def test_json_of_another_form_is_two_lines(saved, name, content):
@@ -401,6 +425,10 @@ def test_what_an_index_places_must_be_there(tmp_path):
     (tmp_path / hub.INDEX).write_text(json.dumps(index))
     with pytest.raises(ModelError, match=rf"index\.json: places mtp\.weight in {file}, which does not hold it"):
         hub.load(tmp_path)
+    file = index["weight_map"].pop("backbone.layers.0.mixer.D")         # transformers would draw it
+    (tmp_path / hub.INDEX).write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=rf"{file}: holds backbone\.layers\.0\.mixer\.D, which .*places elsewhere"):
+        hub.load(tmp_path)
 
 
 def test_a_pointer_of_git_lfs_is_called_one(saved):
@@ -416,7 +444,7 @@ def test_a_pointer_of_git_lfs_is_called_one(saved):
 def test_ends_of_text_are_one_id_or_several(saved, ids, ends):
     (saved / "generation_config.json").write_text(json.dumps({"eos_token_id": ids, "temperature": 0.6}))
     assert hub.end_ids(saved, 320) == ends
-    assert hub.special_tokens(saved, 320)["temperature"] == 0.6
+    assert hub.special_tokens(saved, 320) == hub.SPECIAL_TOKENS | {"eos_token_id": ids, "temperature": 0.6}
     (saved / "generation_config.json").unlink()
     assert hub.end_ids(saved, 320) == [2] and hub.special_tokens(saved, 320) == hub.SPECIAL_TOKENS
 
@@ -431,6 +459,11 @@ def test_special_ids_that_generation_config_does_not_name_are_those_of_config(tm
         "temperature": 0.6, "eos_token_id": [2, 11], "bos_token_id": 1, "pad_token_id": None}
     (tmp_path / "config.json").unlink()         # a tokenizer's own directory
     assert hub.special_tokens(tmp_path, 320)["bos_token_id"] is None
+    (tmp_path / "generation_config.json").write_text('{"pad_token_id": -1}')
+    assert hub.special_tokens(tmp_path, 320)["pad_token_id"] == -1
+    (tmp_path / "generation_config.json").unlink()
+    with pytest.raises(ModelError, match=r"config\.json: not found"):
+        hub.special_tokens(tmp_path, 320)
 
 
 @pytest.mark.parametrize("ids", ["</s>", [[2]], [2, None], 2.0, True, [2, "11"]])
@@ -504,6 +537,7 @@ def test_a_tokenizer_cuts_and_fills_no_text(tmp_path):
     ({"layers_block_type": [1, None], "hybrid_override_pattern": None}, "holds a value of another kind"),
     ({"vocab_size": 10**30}, "vocab_size: Input should be less"),
     ({"hidden_size": 2**40}, "hidden_size: Input should be less"),
+    ({"layer_norm_epsilon": float("inf")}, "norm_epsilon: Input should be a finite number"),
     ({"num_key_value_heads": 3}, "geometry: num_attention_heads .*must be a multiple"),
     ({"ssm_state_size": None}, "'ssm_state_size' is missing"),
     ({"intermediate_size": 113}, r"up_proj\.weight is \(112, 48\), expected \(113, 48\)"),
@@ -519,9 +553,11 @@ def test_configs_that_cannot_be_used_are_named(saved, changes, message):
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 777.0, "factor": 20.0}}, "rope_type is 'yarn'"),
     ({"rope_parameters": {"type": "linear", "rope_theta": 777.0, "factor": 4.0}}, "rope_type is 'linear'"),
     ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_scaling is {'type': 'linear'"),
+    ({"rope_parameters": {"rope_theta": float("inf")}}, "rope_theta: Input should be a finite number"),
 ])
 def test_rotary_positions_of_another_kind_are_refused(tmp_path, changes, message):
     hub.save(tmp_path, TRANSFORMER, random_state(TRANSFORMER), {}, "float32")
+    assert json.loads((tmp_path / "config.json").read_text())["rope_theta"] == 777.0        # for older loaders
     damage_config(tmp_path, **changes)
     with pytest.raises(ModelError, match=message):
         hub.load(tmp_path)

@@ -114,6 +114,7 @@ def test_every_task_is_scored_or_says_why(found: dict[str, PaperScore]) -> None:
         kind = score.task.kind
         assert score.items == (0 if kind == "absent" else 1 if score.task.level else 3), task
         assert (score.bits_per_byte is None) == (kind == "absent"), task
+        assert (score.bits_per_byte_stderr is None) == (score.items < 2), task
         assert (score.score is None, len(score.right)) == ((True, 0) if kind != "choice" else (False, 3)), task
         if kind == "choice":
             assert score.score == sum(score.right) / 3 and score.left_out == ""
@@ -132,6 +133,7 @@ def test_the_harnesss_own_numbers(exported: Path, model: Keeps, task: str) -> No
             model=theirs, tasks=[task], num_fewshot=OF[task].shots, fewshot_random_seed=paper_tasks.FEWSHOT_SEED,
             task_manager=TaskManager(include_defaults=False, include_path=[str(REGISTRY / task)]))
     metric, _ = OF[task].metric.split(",")
+    assert {tuple(request) for row in expected["samples"][task] for request in row["arguments"]} <= set(model.asked)
     results = expected["results"][task]
     assert ours.items == 40
     assert ours.score == pytest.approx(results[OF[task].metric]) and 0 < ours.score < 1
@@ -148,6 +150,11 @@ def test_what_length_alone_reaches(model: Keeps, found: dict[str, PaperScore]) -
         right = sizes["ABCD".index(row["answerKey"])]
         longest += (right == max(sizes)) / sizes.count(right) / 40
     assert scored.by_length == scored.guess == pytest.approx(longest) and longest > 0.3 > scored.task.chance
+    shortest = 0.0                          # of options in the middle of a sentence
+    for row in (Few().load("allenai/winogrande", "winogrande_xl")["validation"][place] for place in (0, 13, 26)):
+        right, wrong = (len(row[f"option{number}"]) for number in (int(row["answer"]), 3 - int(row["answer"])))
+        shortest += ((right < wrong) + (right == wrong) / 2) / 3
+    assert found["winogrande"].by_length == pytest.approx(shortest) and shortest > 0.8
     assert found["mmlu"].by_length == found["mmlu"].guess == 0.25, "letters are of one length"
     assert found["mbpp"].by_length is None and found["mbpp"].guess == 0
 
@@ -277,7 +284,7 @@ def test_what_grades_mathematics_may_be_missing_and_programs_run_apart(
     tasks = [OF["gsm8k_cot"], OF["humaneval"], OF["minerva_math500"]]
     model.cut.clear()
     gsm8k, humaneval, math500 = run_paper_tasks(model, tasks, Few(), 2, "text")
-    assert gsm8k.right == [0, 0] and gsm8k.score == 0 and gsm8k.left_out == ""
+    assert gsm8k.right == [0, 0] and gsm8k.score == gsm8k.stderr == 0 and gsm8k.left_out == ""
     assert gsm8k.cut == 1                       # of two, though two filters read each answer
     assert all(prompt.startswith("Q: ") and prompt.count("\nA:") == 9 for prompt in written)
     assert humaneval.score is None and "`evaluate.generation`" in humaneval.left_out

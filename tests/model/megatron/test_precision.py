@@ -75,6 +75,11 @@ def test_layers_between_the_ends_are_quantized_and_nothing_else():
     assert (in_fp8 - plain).abs().max() < 0.2 * plain.abs().max()
 
 
+def test_a_model_of_which_no_layer_would_compute_in_fp8_is_not_built():
+    with process_groups(), pytest.raises(ModelError, match="leave none of 4 layers to compute in FP8"):
+        build_model(HYBRID, choose_precision("fp8", CPU, 3, 1), ONE_COPY, 1)
+
+
 def test_fp8_without_transformer_engine_on_a_gpu_is_an_error(monkeypatch):
     monkeypatch.setattr(precision_module, "TRANSFORMER_ENGINE", False)
     with pytest.raises(ModelError, match="precision fp8") as error:

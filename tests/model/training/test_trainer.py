@@ -445,6 +445,7 @@ def test_a_long_run_must_know_more_than_token_frequencies(tokens, unbroken, tmp_
 
 @pytest.mark.parametrize("changes", [
     {"learning_rate": 5e-3}, {"tokens_to_train_on": 4 * 16 * 8}, {"global_batch_size": 8}, {"decay_style": "linear"},
+    {"precision": "bf16"},                  # whose weights could not be read either
 ])
 def test_the_state_of_another_run_is_refused(tokens, unbroken, tmp_path, changes):
     shutil.copytree(unbroken["directory"] / "scratch", tmp_path / "scratch")

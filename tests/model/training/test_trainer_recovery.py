@@ -95,10 +95,12 @@ def test_a_damaged_state_is_left_out_and_the_one_before_gone_on_from(
         path.write_bytes(content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 4])
                          + content[len(content) // 2 + 1 :])
     (tmp_path / "scratch/training.csv").write_text("whatever")
-    resumed = train_job(str(tokens), str(tmp_path / "b"), str(tmp_path / "scratch"), {}, checkpoint_every=2)
+    resumed = train_job(str(tokens), str(tmp_path / "b"), str(tmp_path / "scratch"), {}, checkpoint_every=5)
     said = capsys.readouterr().out
     assert resumed["resumed_from"] == resumed_from
     assert all(f"step-{step:08d}/" in said for step in damaged) and "This state is left out" in said
+    left = {path.name for path in (tmp_path / "scratch/resume").glob("step-*")}
+    assert left == {f"step-{step:08d}" for step in (resumed_from, 5) if step}, "a damaged one is none of those kept"
     assert resumed["training"] == unbroken["training"]
     assert_same_files(tmp_path / "b", unbroken["directory"] / "out")
 
@@ -136,6 +138,9 @@ def test_final_weights_that_a_full_disk_cut_short_leave_nothing(tmp_path):
         model = build_model(HYBRID, Precision("float32"), ONE_COPY, seed=1)
         with files_no_larger_than(100_000), pytest.raises(ModelError, match="could not be written") as error:
             save_model(tmp_path / "weights", model)
+        (tmp_path / "file").touch()
+        with pytest.raises(ModelError, match="could not be written"):
+            save_model(tmp_path / "file" / "weights", model)
     assert str(error.value).count("\n") == 1 and not (tmp_path / "weights").exists()
 
 
@@ -156,6 +161,8 @@ def test_a_state_written_in_the_background_is_of_its_step(tokens, unbroken, tmp_
         trainer.resume.in_background = True
         for step in range(1, 5):
             trainer.train_step(step)
+        (resume / ".partial").mkdir(parents=True)
+        (resume / ".partial" / "of a killed run").touch()
         trainer.resume.save(4, {})
         trainer.train_step(5)
         trainer.resume.collect(wait=False)
@@ -164,17 +171,24 @@ def test_a_state_written_in_the_background_is_of_its_step(tokens, unbroken, tmp_
         go.set()
         trainer.resume.save(6, {})                                  # ends the one before first
         assert (resume / "latest").read_text() == "step-00000004\n"
-        trainer.resume.collect(wait=True)
+        trainer.resume._writing.files.thread.join()
+        trainer.resume.collect(wait=False)
+        assert (resume / "latest").read_text() == "step-00000006\n"
         trainer.close()
     assert {path.name for path in resume.iterdir()} == {"latest", "step-00000004", "step-00000006"}
+    assert not (resume / "step-00000004" / "of a killed run").exists()
     ours, theirs = optimizer_state(tmp_path, 4), optimizer_state(unbroken["directory"] / "scratch", 4)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     with process_groups():
         trainer = Trainer(HYBRID, recipe, "float32", 1, tokens, tmp_path, ONE_COPY)
         for step in (7, 8):
             trainer.resume.save(step, {})
+        assert {path.name for path in resume.iterdir()} == {"latest", "step-00000007", "step-00000008"}
+        (resume / "latest").unlink()
+        (resume / "latest").mkdir()
+        with pytest.raises(ModelError, match="could not be written"):
+            trainer.resume.save(9, {})
         trainer.close()
-    assert {path.name for path in resume.iterdir()} == {"latest", "step-00000007", "step-00000008"}
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
