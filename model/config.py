@@ -193,7 +193,8 @@ class PretrainConfig(ScheduleConfig):
         recompute: symbols of the layers whose activations the backward computes again instead of keeping them.
         cuda_graph: whether a GPU replays forward and backward of a step as one CUDA graph; for one pipeline stage.
         reset_at_documents: whether state, convolution and attention restart at an end-of-document token.
-        check_kernels: whether a GPU's kernels are compared with float64 at this run's sizes before the first step.
+        check_kernels: whether a GPU's kernels are compared with float64 at this run's sizes, and must have the same
+            bits each time, before the first step.
     """
 
     tokens: int = Field(ge=1)

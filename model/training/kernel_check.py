@@ -2,7 +2,8 @@
 
 A kernel that is wrong at some size raises nothing: the loss stays high, and hours later one wonders about the recipe.
 So values and gradients of the Mamba-2 mixer, of rotary positions and of the loss, at the sizes and in the dtype of this
-run, are compared with the plain PyTorch reference in float64. It takes seconds.
+run, are compared with the plain PyTorch reference in float64, and must have the same bits each time: threads that race
+are wrong now and then, by less than any tolerance. It takes seconds.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 LIMIT = 0.05            # relative error (Frobenius norm); right kernels reach 0.004 on an H200, wrong ones 0.08 up
 TOKENS = 2048           # of each of the two sequences, at most
 ROWS = 256              # of the loss
+TIMES = 50              # that the same is computed: a race of ours showed in 10 of 300
 
 
 def check_kernels(config: ModelConfig, tensor_parallel: int, device: torch.device, documents: bool = False) -> None:
@@ -35,7 +37,7 @@ def check_kernels(config: ModelConfig, tensor_parallel: int, device: torch.devic
     layers restart at these. Within Megatron's process groups.
 
     Raises:
-        ModelError: a value or a gradient is off by more than LIMIT of its norm, or not finite.
+        ModelError: a value or a gradient is off by more than LIMIT of its norm, not finite, or not always the same.
     """
     draw = torch.Generator(device).manual_seed(0)
 
@@ -88,18 +90,25 @@ def check_kernels(config: ModelConfig, tensor_parallel: int, device: torch.devic
 
 
 def _compare(what: str, sizes: str, operation: Callable[..., Tensor], inputs: Mapping[str, Tensor]) -> None:
-    """`operation` on the inputs as they are, against the same on float64, which no kernel takes."""
-    found = []
-    for convert in (torch.Tensor.clone, torch.Tensor.double):
+    """`operation` on the inputs as they are, against the same on float64, which no kernel takes, and against itself."""
+    def run(convert: Callable[[Tensor], Tensor]) -> list[Tensor]:
         leaves = [convert(tensor.detach()).requires_grad_() for tensor in inputs.values()]
         value = operation(*leaves)
         towards = torch.linspace(-1, 1, value.numel(), device=value.device, dtype=torch.float64).view_as(value).cos()
-        found.append([value.detach(), *torch.autograd.grad(value, leaves, towards.to(value.dtype))])
-    for name, ours, right in zip(("values", *(f"gradient of {name}" for name in inputs)), *found, strict=True):
-        error = float((ours.double() - right).norm() / right.norm())
+        return [value.detach(), *torch.autograd.grad(value, leaves, towards.to(value.dtype))]
+
+    names = ["values", *(f"gradient of {name}" for name in inputs)]
+    ours = run(torch.Tensor.clone)
+    for name, found, right in zip(names, ours, run(torch.Tensor.double), strict=True):
+        error = float((found.double() - right).norm() / right.norm())
         if not error <= LIMIT:
-            raise ModelError(
-                f"{what} on this device: {name} off by {error:.2g} of the norm at {sizes}.\n"
-                "A model trained so would be wrong without a word: choose other sizes and report these "
-                "(pretrain.check_kernels: false trains all the same)."
-            )
+            raise _wrong(f"{what} on this device: {name} off by {error:.2g} of the norm at {sizes}.")
+    for time in range(2, TIMES + 1):
+        for name, found, again in zip(names, ours, run(torch.Tensor.clone), strict=True):
+            if not torch.equal(found, again):
+                raise _wrong(f"{what} on this device: {name} not the same in run {time} of {TIMES}, at {sizes}.")
+
+
+def _wrong(fault: str) -> ModelError:
+    return ModelError(f"{fault}\nA model trained so would be wrong without a word: choose other sizes and report these "
+                      "(pretrain.check_kernels: false trains all the same).")

@@ -1,5 +1,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -30,7 +32,8 @@ def config(heads: int = 4, groups: int = 2, head_dim: int = 16, state: int = 16,
 @given(groups=st.sampled_from([1, 2, 4]), more=st.integers(4, 6), head_dim=st.sampled_from([8, 16, 32]),
        state=st.sampled_from([8, 32]), length=st.integers(64, 100), documents=st.booleans())
 def test_the_reference_in_bf16_is_right_by_this_check(groups, more, head_dim, state, length, documents):
-    check_kernels(config(groups * more, groups, head_dim, state, length), 1, CPU, documents)
+    with patch.object(kernel_check, "TIMES", 2):
+        check_kernels(config(groups * more, groups, head_dim, state, length), 1, CPU, documents)
 
 
 @pytest.mark.parametrize("wrong", ["value", "gradient"])
@@ -47,6 +50,24 @@ def test_a_wrong_kernel_is_named(wrong, monkeypatch):
     with pytest.raises(ModelError, match="values" if wrong == "value" else "gradient of projected") as caught:
         check_kernels(config(), 1, CPU)
     assert "4 Mamba heads of 16 in 2 groups, state 16" in str(caught.value) and len(str(caught.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize("wrong", ["values", "gradient of projected"])
+def test_a_kernel_that_races_is_named(wrong, monkeypatch):
+    """By one bit in the last place of one value, far within the limit."""
+    right, calls = mixer.mix, count()
+
+    def racing(projected, *rest):
+        y = right(projected, *rest)
+        if projected.dtype == torch.float64 or next(calls) != kernel_check.TIMES - 1:
+            return y
+        off = torch.zeros_like(y)
+        off[0, 0, 0] = y.detach()[0, 0, 0] * 2**-7
+        return y + off if wrong == "values" else y + off * (y - y.detach()) / y.detach()
+
+    monkeypatch.setattr(mixer, "mix", racing)
+    with pytest.raises(ModelError, match=rf"mixer on this device: {wrong} not the same in run 50 of 50, at 4 Mamba"):
+        check_kernels(config(), 1, CPU)
 
 
 @pytest.fixture
