@@ -63,6 +63,7 @@ from model.megatron.limits import check_model
 from model.megatron.precision import Precision, PrecisionName
 from model.megatron.spec import build_model
 from model.processes import release_memory
+from model.training.kernel_check import check_kernels
 from model.training.token_data import end_of_document, text_digests
 from model.training.trainer import FREE_WHEN_RESUMED, check_identity, recipe_identity
 
@@ -113,6 +114,8 @@ def compress(
     """
     run = Funnel(parent, tokens, data, config, pretrain, seed, ResultCache(scratch), progress, parallelism)
     run.check_identity()
+    if pretrain.check_kernels and device().type == "cuda":          # all candidates have its mixers and vocabulary
+        check_kernels(run.config_of_parent, parallelism.tensor, device(), pretrain.reset_at_documents)
     candidates = run.candidates()
     rounds = run.rounds(candidates)
     winner = candidates[rounds.order[0]]

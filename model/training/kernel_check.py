@@ -1,9 +1,9 @@
-"""Before the first step on a GPU: do the kernels compute at this run's sizes what they should?
+"""Before a training or a compression on a GPU: do the kernels compute at this run's sizes what they should?
 
 A kernel that is wrong at some size raises nothing: the loss stays high, and hours later one wonders about the recipe.
-So values and gradients of the Mamba-2 mixer, of rotary positions and of the loss, at the sizes and in the dtype of this
-run, are compared with the plain PyTorch reference in float64, and must have the same bits each time: threads that race
-are wrong now and then, by less than any tolerance. It takes seconds.
+So values and gradients of the Mamba-2 mixer, of rotary positions and of the losses, at the sizes and in the dtype of
+this run, are compared with the plain PyTorch reference in float64, and must have the same bits each time: threads that
+race are wrong now and then, by less than any tolerance. It takes seconds.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from kernels import cross_entropy, mixer
+from kernels import cross_entropy, forward_kl, mixer
 from model.config import ModelConfig, ModelError
 from model.hybrid_lm import rotate
 from model.megatron import compat  # noqa: F401    # before Megatron
@@ -28,7 +28,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 
 LIMIT = 0.05            # relative error (Frobenius norm); right kernels reach 0.004 on an H200, wrong ones 0.08 up
 TOKENS = 2048           # of each of the two sequences, at most
-ROWS = 256              # of the loss
+ROWS = 256              # of the losses
 TIMES = 50              # that the same is computed: a race of ours showed in 10 of 300
 
 
@@ -87,6 +87,9 @@ def check_kernels(config: ModelConfig, tensor_parallel: int, device: torch.devic
     # A copy, because a kernel may write the gradient where the logits lie.
     _compare("the loss", f"a vocabulary of {config.vocab_size}",
              lambda logits: cross_entropy.cross_entropy(logits * 1, labels), logits)
+    teacher = normal(ROWS, config.vocab_size).bfloat16()
+    _compare("the loss of a distillation", f"a vocabulary of {config.vocab_size}",
+             lambda student: forward_kl.forward_kl(student, teacher.to(student.dtype)), logits)
 
 
 def _compare(what: str, sizes: str, operation: Callable[..., Tensor], inputs: Mapping[str, Tensor]) -> None:

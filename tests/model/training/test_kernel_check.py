@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import mixer
+from kernels import cross_entropy, forward_kl, mixer
 from model.config import ModelConfig, ModelError
 from model.megatron.distributed import process_groups
 from model.presets import PRESETS
@@ -50,6 +50,15 @@ def test_a_wrong_kernel_is_named(wrong, monkeypatch):
     with pytest.raises(ModelError, match="values" if wrong == "value" else "gradient of projected") as caught:
         check_kernels(config(), 1, CPU)
     assert "4 Mamba heads of 16 in 2 groups, state 16" in str(caught.value) and len(str(caught.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize(("module", "name"), [(cross_entropy, "cross_entropy"), (forward_kl, "forward_kl")])
+def test_a_wrong_loss_is_named(module, name, monkeypatch):
+    right = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda logits, other: right(logits, other) * (
+        1 if logits.dtype == torch.float64 else 1.08))
+    with pytest.raises(ModelError, match=r"the loss.* on this device: values off by .* at a vocabulary of 64"):
+        check_kernels(config(), 1, CPU)
 
 
 @pytest.mark.parametrize("wrong", ["values", "gradient of projected"])
