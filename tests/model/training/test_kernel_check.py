@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kernels import cross_entropy, forward_kl, mixer
 from model.config import ModelConfig, ModelError
-from model.megatron.distributed import process_groups
+from model.megatron.distributed import device, process_groups
 from model.presets import PRESETS
 from model.training import kernel_check
 from model.training.kernel_check import check_kernels
@@ -81,12 +81,13 @@ def test_a_kernel_that_races_is_named(wrong, monkeypatch):
 
 @pytest.fixture
 def rotary() -> Iterator[ModelConfig]:
+    """Where there is a GPU, on it: Megatron's kernel would take a CPU's addresses for its own."""
     with process_groups():
         yield config().model_copy(update={"pattern": "*-", "position_embedding": "rope", "rope_theta": 500.0})
 
 
 def test_rotary_positions_by_megatron_are_ours(rotary):
-    check_kernels(rotary, 1, CPU)
+    check_kernels(rotary, 1, device())
 
 
 @pytest.mark.parametrize("wrong", [
@@ -97,7 +98,7 @@ def test_rotary_positions_by_megatron_are_ours(rotary):
 def test_wrong_rotary_positions_are_named(wrong, rotary, monkeypatch):
     monkeypatch.setattr(kernel_check, "apply_rotary_pos_emb", wrong)
     with pytest.raises(ModelError, match=r"rotary positions on this device: values off by .* at 2 heads of 16"):
-        check_kernels(rotary, 1, CPU)
+        check_kernels(rotary, 1, device())
 
 
 def test_a_kernel_that_looks_into_other_documents_is_named(monkeypatch):
