@@ -5,6 +5,8 @@ What these give is the same to within rounding.
 
 Loads and products meet at barriers in shared memory: a tile's `full` counts the bytes that have come, its `empty` the
 warp groups that are done with it. Their phases alternate: what uses a tile for the n-th time waits for phase n % 2.
+What is read of a tile must be used before the tile is given back: a read may be under way still, and TMA, which fills
+the tile again, waits for no such read without a fence (docs/results/kernels-h200.md tells of one that was overtaken).
 """
 
 from __future__ import annotations
