@@ -313,7 +313,8 @@ def _checked(path: Path, overrides: Iterable[str]) -> Params:
         set_value(values, assignment)
     params = Params.model_validate(values)
     for place, value in _truths(values, params.model_dump()):       # pydantic makes 1 of true
-        raise ParamsError(f"{path}: `{place}`: a truth value ({str(value).lower()}) where a number stands.\nCorrect the value.")
+        raise ParamsError(f"{path}: `{place}`: a truth value ({str(value).lower()}) where a number stands.\n"
+                          "Correct the value.")
     return params
 
 
