@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from durable import replacing
 
 LOCK = Path("dvc.lock")
+SECONDS_TO_WRITE = 1.0      # dvc.lock, from its start: an output may not be in it yet
 READ_ONLY = 0o444           # as DVC leaves what is in its cache
 
 
@@ -80,7 +81,7 @@ def damaged(path: Path, largest: float) -> list[Damage]:
     for _ in range(4):
         outputs = [out for out in recorded() if path.is_relative_to(out.path) or out.path.is_relative_to(path)]
         found = verify(outputs, largest)
-        if not found:
+        if not found and (outputs or not LOCK.exists() or time.time() - LOCK.stat().st_mtime > SECONDS_TO_WRITE):
             break
         time.sleep(0.5)
     return found

@@ -7,7 +7,7 @@ this module only puts them together and words the errors.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -266,7 +266,7 @@ def read_yaml(path: Path, yaml: YAML | None = None, empty: dict[str, Any] | None
         raise ParamsError(f"{path}: not found.\nRun from the repository's root, or restore the file.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ParamsError(f"{path}: cannot be read ({error}).\nRestore the file.") from None
-    except YAMLError as error:
+    except (YAMLError, ValueError) as error:
         raise ParamsError(f"{path}: not valid YAML: {' '.join(str(error).split())}\nCorrect that line.") from None
     if values is None and empty is not None:
         return empty
@@ -293,7 +293,7 @@ def set_value(values: dict[str, Any], assignment: str) -> None:
         raise ParamsError(f"--set {assignment}: sets a list's item as a whole.\nSet a field of it, or the whole list.")
     try:
         inner[last] = YAML(typ="safe").load(text)
-    except YAMLError as error:
+    except (YAMLError, ValueError) as error:
         raise ParamsError(f"--set {assignment}: not valid YAML: {' '.join(str(error).split())}\n"
                           "Correct the value.") from None
 
@@ -311,7 +311,20 @@ def _checked(path: Path, overrides: Iterable[str]) -> Params:
     values = read_yaml(path)
     for assignment in overrides:
         set_value(values, assignment)
-    return Params.model_validate(values)
+    params = Params.model_validate(values)
+    for place, value in _truths(values, params.model_dump()):       # pydantic makes 1 of true
+        raise ParamsError(f"{path}: `{place}`: a truth value ({str(value).lower()}) where a number stands.\n"
+                          "Correct the value.")
+    return params
+
+
+def _truths(given: Any, read: Any, place: str = "") -> Iterator[tuple[str, bool]]:
+    """Where truth values were given, and read as something else."""
+    if isinstance(given, bool) and not isinstance(read, bool):
+        yield place, given
+    elif isinstance(given, dict | list) and isinstance(read, type(given)):
+        for key, value in given.items() if isinstance(given, dict) else enumerate(given):
+            yield from _truths(value, read[key], f"{place}.{key}".lstrip("."))
 
 
 def refuse_unread(path: Path | str, overrides: Sequence[str], settings: Sequence[str], reader: str) -> None:

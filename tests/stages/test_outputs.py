@@ -248,3 +248,13 @@ def test_a_lock_that_is_being_written_is_looked_at_again(repository: Path) -> No
     writing = subprocess.Popen([sys.executable, "-S", "-c", later])
     assert outputs.damaged(RECORD, 1e9) == []
     writing.wait()
+
+
+def test_damage_is_seen_while_the_lock_does_not_name_the_output_yet(repository: Path) -> None:
+    damage(RECORD)
+    lock = outputs.LOCK.read_text()
+    outputs.LOCK.write_text("")
+    later = f"import time; time.sleep(0.3); open('dvc.lock', 'w').write(\"{json.dumps(lock)[1:-1]}\")"
+    writing = subprocess.Popen([sys.executable, "-S", "-c", later])
+    assert [found.path for found in outputs.damaged(RECORD, 1e9)] == [RECORD]
+    writing.wait()
