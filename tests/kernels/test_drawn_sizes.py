@@ -80,8 +80,9 @@ def compare(
     ours: Callable[..., Result], exact: Callable[..., Result], inputs: list[Tensor], layouts: list[str], dy_layout: str,
     convert_exact: Callable[[Tensor], Tensor] = Tensor.double,
 ) -> None:
-    """Values and gradients of every input, each laid out as drawn, against those in float64; on a GPU the same bits
-    each time, where a race between its threads would show that is rare or small."""
+    """Values and gradients of every input, each laid out as drawn, against those in float64; on a GPU also the same
+    bits each time: what threads that race get wrong is rare, and may be within the tolerance."""
+
     def results(run: Callable[..., Result], convert: Callable[[Tensor], Tensor]) -> list[Tensor | None]:
         leaves = [lay_out(convert(tensor).detach(), layout).requires_grad_()
                   for tensor, layout in zip(inputs, layouts, strict=True)]
