@@ -111,6 +111,22 @@ def walk_gradients(
           backwards=True)
 
 
+def write_input_gradients(
+    dy: Tensor, x: Tensor, B: Tensor, C: Tensor, D: Tensor, step: Tensor, decay: Tensor, documents: Tensor | None,
+    dstates: Tensor, sums: Tensor, own_scores: Tensor, dscores: Tensor, dx: Tensor,
+) -> None:
+    """`kernels.ssd.triton._write_input_gradients`."""
+    b, t, h, _ = x.shape
+    (chunks, groups), n, half = dscores.shape[1:3], _tile_width(B), CHUNK // 2
+    programs, is_reversed = grid(b, groups, chunks)
+    input_gradients_kernel[programs](
+        _tokens(x, CHUNK), _tokens(dy, CHUNK), _tokens(B, CHUNK), _tokens(C, half), D, _rows(step), _rows(decay),
+        documents, _states(dstates, n), dscores, _tokens(dx, half), sums, own_scores, t, h, groups, chunks,
+        step.shape[2], step.numel(), HAS_DOCUMENTS=documents is not None, REVERSED=is_reversed, R=h // groups,
+        **_sizes(n, 2 * CHUNK * max(n, 2 * WIDTH), WIDTH * (2 * CHUNK + n)),
+    )
+
+
 def write_shared_gradients(
     dy: Tensor, x: Tensor, B: Tensor, C: Tensor, step: Tensor, decay: Tensor, states: Tensor,
     documents: Tensor | None, dstates: Tensor, dscores: Tensor, from_start: Tensor, dB: Tensor, dC: Tensor,
@@ -177,6 +193,14 @@ def _barriers(STAGES: gl.constexpr, ONCE: gl.constexpr = 2, USERS: gl.constexpr 
         mbarrier.init(empty.index(stage), USERS)
     fence_async_shared()
     return ready, full, empty
+
+
+@gluon.jit
+def _give_back(empty):
+    """A read may be under way still when its warp group arrives, and TMA, which fills the tile again, waits for no such
+    read but behind a fence."""
+    fence_async_shared()
+    mbarrier.arrive(empty)
 
 
 @gluon.jit
@@ -283,7 +307,7 @@ def _compute_walk(
         mbarrier.wait(weighed.index(stage), k // STAGES % 2)
         shared = shared_tiles.index(stage).reshape([Q, N]).permute([1, 0]).slice(PART * ROWS, ROWS)
         state = warpgroup_mma(shared, value_tiles.index(stage).reshape([Q, P]), state)
-        mbarrier.arrive(empty.index(stage))
+        _give_back(empty.index(stage))
     gl.store(last + at, state, there)
     tma.store_wait(0)
 
@@ -337,20 +361,23 @@ def walk_kernel(
 @gluon.jit
 def _load_heads(
     values, states, step, decay, tiles, full, empty, b, g, c, heads, chunks,
-    R: gl.constexpr, Q: gl.constexpr, STAGES: gl.constexpr,
+    R: gl.constexpr, Q: gl.constexpr, STAGES: gl.constexpr, more=None, more_tiles=None,
 ):
-    """A chunk of each head of a group in turn."""
+    """A chunk of each head of a group in turn; `more` are other values."""
     value_tiles, state_tiles, step_tiles, decay_tiles = tiles
     for r in range(R):
         h, stage = g * R + r, r % STAGES
         mbarrier.wait(empty.index(stage), (r // STAGES + 1) % 2)
         is_full = full.index(stage)
-        mbarrier.expect(is_full, values.block_type.nbytes + states.block_type.nbytes + 8 * Q)
+        VALUES: gl.constexpr = 1 if more is None else 2
+        mbarrier.expect(is_full, VALUES * values.block_type.nbytes + states.block_type.nbytes + 8 * Q)
         tma.async_copy_global_to_shared(decay, [b * heads + h, c * Q], is_full, decay_tiles.index(stage))
         tma.async_copy_global_to_shared(step, [b * heads + h, c * Q], is_full, step_tiles.index(stage))
         state = [(b * chunks + c) * heads + h, 0, 0]
         tma.async_copy_global_to_shared(states, state, is_full, state_tiles.index(stage))
         tma.async_copy_global_to_shared(values, [b, c * Q, h, 0], is_full, value_tiles.index(stage))
+        if more is not None:
+            tma.async_copy_global_to_shared(more, [b, c * Q, h, 0], is_full, more_tiles.index(stage))
 
 
 @gluon.jit
@@ -405,7 +432,7 @@ def _compute_outputs(
         own_xs = xs.slice(HALF * ROWS, ROWS).load(outputs)
         ys = warpgroup_mma_wait(0, [ys]) * gl.convert_layout(from_start, gl.SliceLayout(1, outputs))[:, None]
         ys = warpgroup_mma(mask, xs.slice(0, SEEN), ys) + skip * own_xs
-        mbarrier.arrive(empty.index(stage))
+        _give_back(empty.index(stage))
         tma.store_wait(0)
         y_tile.reshape([ROWS, P]).store(ys.to(y.dtype))
         fence_async_shared()
@@ -434,6 +461,156 @@ def outputs_kernel(
                                  R, Q, STAGES)),
         ],
         [4, 1], [240, 24],
+    )
+
+
+@gluon.jit
+def _load_for_inputs(
+    x, dy, states, step, decay, B, C, tiles, dy_tiles, B_tile, C_tiles, barriers, b, g, c, heads, chunks,
+    R: gl.constexpr, Q: gl.constexpr, STAGES: gl.constexpr,
+):
+    ready, full, empty, _ = barriers
+    mbarrier.expect(ready.index(0), B.block_type.nbytes + 2 * C.block_type.nbytes)
+    tma.async_copy_global_to_shared(B, [b, c * Q, g, 0], ready.index(0), B_tile)
+    for half in gl.static_range(2):
+        tma.async_copy_global_to_shared(C, [b, c * Q + half * (Q // 2), g, 0], ready.index(0), C_tiles.index(half))
+    _load_heads(x, states, step, decay, tiles, full, empty, b, g, c, heads, chunks, R, Q, STAGES, dy, dy_tiles)
+
+
+@gluon.jit
+def _compute_inputs(
+    BLOCK: gl.constexpr, tiles, barriers, tensors, sizes, b, g, c, HAS_DOCUMENTS: gl.constexpr,
+    R: gl.constexpr, Q: gl.constexpr, N: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr,
+):
+    """A block of pairs (inputs j, outputs i): the first half of a chunk with itself (0), the first and the second (1),
+    the second with itself (2). Block 1 hands its part of dx, with that of the state at the end, to block 0."""
+    per_head, dy_tiles, B_tile, C_tiles, handed_tiles = tiles
+    x_tiles, state_tiles, step_tiles, decay_tiles = per_head
+    ready, full, empty, handed = barriers
+    D, documents, dscores, dx, sums, own_scores = tensors
+    length, heads, groups, chunks, padded, plane = sizes
+    ROWS: gl.constexpr = Q // 2
+    INPUTS: gl.constexpr = BLOCK // 2
+    OUTPUTS: gl.constexpr = (BLOCK + 1) // 2
+    pairs: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    inputs: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, P, 16])
+    of_j: gl.constexpr = gl.SliceLayout(1, pairs)
+    of_i: gl.constexpr = gl.SliceLayout(0, pairs)
+    of_row: gl.constexpr = gl.SliceLayout(1, inputs)
+    j, i, k = gl.arange(0, ROWS, of_j), gl.arange(0, ROWS, of_i), gl.arange(0, ROWS, of_row)
+    first_j, first_i = c * Q + INPUTS * ROWS, c * Q + OUTPUTS * ROWS
+    seen = j[:, None] <= i[None, :] + (OUTPUTS - INPUTS) * ROWS
+    in_last = k >= 0
+    if HAS_DOCUMENTS:
+        own = _document(documents, b, first_j + j, length)
+        seen = seen & (own[:, None] == _document(documents, b, first_i + i, length)[None, :])
+        in_last = _document(documents, b, first_j + k, length) == _document(documents, b, c * Q + Q - 1, length)
+    Bs = B_tile.reshape([Q, N]).slice(INPUTS * ROWS, ROWS)
+    mbarrier.wait(ready.index(0), 0)
+    scores = warpgroup_mma(Bs, C_tiles.index(OUTPUTS).reshape([ROWS, N]).permute([1, 0]),
+                           gl.zeros([ROWS, ROWS], gl.float32, pairs), use_acc=False)
+    # From here on C's tiles, if large enough, hold what block 1 hands over, and dx.
+    mbarrier.arrive(handed.index(0))
+    mbarrier.wait(handed.index(0), 0)
+    part = handed_tiles.index(0)._reinterpret(gl.float32, [ROWS, P], gl.NVMMASharedLayout(128, 32, 2))
+    dx_tile = handed_tiles._reinterpret(dx.dtype, [4, 1, ROWS, 1, P], dx.layout).index(2 + INPUTS)
+    own_score = gl.zeros([ROWS], gl.float32, of_j)
+    if BLOCK != 1:
+        own_score = gl.sum(gl.where(j[:, None] == i[None, :], scores, 0.0), 1)
+        gl.store(own_scores + (b * groups + g).to(gl.int64) * padded + first_j + j, own_score)
+        scores = gl.where(seen & (j[:, None] < i[None, :]), scores, 0.0)
+    elif HAS_DOCUMENTS:
+        scores = gl.where(seen, scores, 0.0)
+    own_score = gl.convert_layout(own_score, of_row)
+    dscores_sum = gl.zeros([ROWS, ROWS], gl.float32, pairs)
+    plane = gl.cast(plane, gl.int64)
+    inputs_plane, outputs_plane = (4 * plane, 4 * plane) if BLOCK == 1 else (0 * plane, 3 * plane)
+    for r in range(R):
+        h, stage = g * R + r, r % STAGES
+        skip = gl.load(D + h)
+        row = (b * heads + h).to(gl.int64) * padded
+        mbarrier.wait(full.index(stage), r // STAGES % 2)
+        xs = x_tiles.index(stage).reshape([Q, P]).slice(INPUTS * ROWS, ROWS)
+        dys = dy_tiles.index(stage).reshape([Q, P]).slice(OUTPUTS * ROWS, ROWS)
+        dmask = warpgroup_mma(xs, dys.permute([1, 0]), gl.zeros([ROWS, ROWS], gl.float32, pairs), use_acc=False,
+                              is_async=True)
+        decay, step = _row(decay_tiles.index(stage), Q), _row(step_tiles.index(stage), Q).slice(INPUTS * ROWS, ROWS)
+        j_decays, i_decays = decay.slice(INPUTS * ROWS, ROWS).load(of_j), decay.slice(OUTPUTS * ROWS, ROWS).load(of_i)
+        factor = i_decays[None, :] - j_decays[:, None]
+        if BLOCK != 1:
+            factor = gl.minimum(factor, 0.0)        # where an output is before an input, and its score zero
+        factor = gl.exp2(factor) * step.load(of_j)[:, None]
+        mask = gl.convert_layout((scores * factor).to(dx.dtype), gl.DotOperandLayout(0, inputs, 2))
+        dmask = warpgroup_mma_wait(0, [dmask]) * factor
+        dscores_sum += dmask
+        G = dmask * scores
+        gl.store(sums + inputs_plane + row + first_j + j, gl.sum(G, 1))
+        gl.store(sums + outputs_plane + row + first_i + i, gl.sum(G, 0))
+        dxs = gl.zeros([ROWS, P], gl.float32, inputs)
+        if BLOCK != 0:
+            weight = gl.exp2(decay.slice(Q - 1, 1).load(of_row) - decay.slice(INPUTS * ROWS, ROWS).load(of_row))
+            weight = gl.where(in_last, weight * step.load(of_row), 0.0)
+            dxs = warpgroup_mma(Bs, state_tiles.index(stage).reshape([N, P]), dxs, use_acc=False) * weight[:, None]
+            gl.store(sums + plane + row + first_j + k, gl.sum(dxs * xs.load(inputs), 1))
+        dxs = warpgroup_mma(mask, dys, dxs)
+        if BLOCK == 1:
+            _give_back(empty.index(stage))
+            mbarrier.wait(handed.index(2), (r + 1) % 2)
+            part.store(dxs)
+            mbarrier.arrive(handed.index(1))
+        else:
+            own_dys = dys.load(inputs).to(gl.float32)
+            gl.store(sums + 2 * plane + row + first_j + k, gl.sum(xs.load(inputs).to(gl.float32) * own_dys, 1))
+            dxs += (skip + own_score * step.load(of_row))[:, None] * own_dys
+            _give_back(empty.index(stage))
+            if BLOCK == 0:
+                mbarrier.wait(handed.index(1), r % 2)
+                dxs += part.load(inputs)
+                mbarrier.arrive(handed.index(2))
+            tma.store_wait(0)
+            dx_tile.reshape([ROWS, P]).store(dxs.to(dx.dtype))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(dx, [b, first_j, h, 0], dx_tile)
+    dscores_sum = gl.where(seen, dscores_sum, 0.0)
+    at = ((b * chunks + c) * groups + g).to(gl.int64) * (Q * Q) + INPUTS * (ROWS * Q) + OUTPUTS * ROWS
+    gl.store(dscores + at + (j[:, None] * Q + i[None, :]), dscores_sum.to(dx.dtype))
+    tma.store_wait(0)
+
+
+@gluon.jit
+def input_gradients_kernel(
+    x, dy, B, C, D, step, decay, documents, dstates, dscores, dx, sums, own_scores, length, heads, groups, chunks,
+    padded, plane, HAS_DOCUMENTS: gl.constexpr, REVERSED: gl.constexpr,
+    R: gl.constexpr, Q: gl.constexpr, N: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr,
+):
+    """dx, the gradient of C B^T summed over a group's heads (transposed), and the sums a token of
+    `kernels.ssd.triton._input_gradients_kernel`: a chunk and a group."""
+    b, g, c = _program(REVERSED)
+    per_head = (_tiles(x, STAGES), _tiles(dstates, STAGES), _tiles(step, STAGES), _tiles(decay, STAGES))
+    dy_tiles, B_tile, C_tiles = _tiles(dy, STAGES), _tiles(B, 1).index(0), _tiles(C, 2)
+    handed_tiles = C_tiles
+    if N < 2 * P:
+        handed_tiles = gl.allocate_shared_memory(C.dtype, [2, 1, Q // 2, 1, 2 * P], C.layout)
+    ready, full, empty = _barriers(STAGES, 1, 3)
+    handed = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(handed.index(0), 3)
+    mbarrier.init(handed.index(1), 1)
+    mbarrier.init(handed.index(2), 1)
+    fence_async_shared()
+    tiles, barriers = (per_head, dy_tiles, B_tile, C_tiles, handed_tiles), (ready, full, empty, handed)
+    tensors, sizes = (D, documents, dscores, dx, sums, own_scores), (length, heads, groups, chunks, padded, plane)
+    gl.warp_specialize(
+        [
+            (_compute_inputs, (gl.constexpr(2), tiles, barriers, tensors, sizes, b, g, c, HAS_DOCUMENTS,
+                               R, Q, N, P, STAGES)),
+            (_compute_inputs, (gl.constexpr(1), tiles, barriers, tensors, sizes, b, g, c, HAS_DOCUMENTS,
+                               R, Q, N, P, STAGES)),
+            (_compute_inputs, (gl.constexpr(0), tiles, barriers, tensors, sizes, b, g, c, HAS_DOCUMENTS,
+                               R, Q, N, P, STAGES)),
+            (_load_for_inputs, (x, dy, dstates, step, decay, B, C, per_head, dy_tiles, B_tile, C_tiles, barriers, b, g,
+                                c, heads, chunks, R, Q, STAGES)),
+        ],
+        [4, 4, 1], [160, 160, 24],
     )
 
 
@@ -486,7 +663,7 @@ def _compute_shared(
         decays = decay.slice(HALF * ROWS, ROWS).load(of_row)
         if OF_C:
             dstart = warpgroup_mma(rows, state, gl.zeros([ROWS, N], gl.float32, layout), use_acc=False)
-            mbarrier.arrive(empty.index(stage))
+            _give_back(empty.index(stage))
             dstart *= gl.where(passes, gl.exp2(decays), 0.0)[:, None]
             row = (b * heads + h).to(gl.int64) * padded
             gl.store(from_start + row + t, gl.sum(dstart * own_tile.reshape([ROWS, N]).load(layout), 1))
@@ -495,7 +672,7 @@ def _compute_shared(
             weight = gl.exp2(decay.slice(Q - 1, 1).load(of_row) - decays) * step.slice(HALF * ROWS, ROWS).load(of_row)
             weight = gl.convert_layout(gl.where(passes, weight, 0.0), gl.SliceLayout(1, factors))
             sums = warpgroup_mma((rows.load(factors) * weight[:, None]).to(rows.dtype), state, sums)
-            mbarrier.arrive(empty.index(stage))
+            _give_back(empty.index(stage))
     mbarrier.wait(ready.index(1), 0)
     # Pairs are there where an output, their column, is not before an input, their row: half 1 of dC and half 0 of dB
     # have pairs with both halves.

@@ -570,7 +570,8 @@ def run_backward(
     specialised = _is_specialised(x, B)
     walk = hopper.walk_gradients if specialised else _walk_gradients
     walk(dy, dfinal, C, step, decay, states, documents, dstates, dinitial, through)
-    _write_input_gradients(dy, x, B, C, D, step, decay, documents, dstates, sums, own_scores, dscores, dx)
+    write_inputs = hopper.write_input_gradients if specialised else _write_input_gradients
+    write_inputs(dy, x, B, C, D, step, decay, documents, dstates, sums, own_scores, dscores, dx)
     write_shared = hopper.write_shared_gradients if specialised else _write_shared_gradients
     write_shared(dy, x, B, C, step, decay, states, documents, dstates, dscores, from_start, dB, dC)
     partial = x.new_empty(b * chunks, 3, h, dtype=torch.float32)

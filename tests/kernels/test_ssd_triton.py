@@ -64,7 +64,8 @@ def test_tiles_as_tuned_at_8b_width(dtype, tolerance):
 def test_hoppers_kernels_give_what_the_others_do(
     monkeypatch, dtype, _, length, heads, head_dim, groups, state_dim, own, has_states
 ):
-    """To within rounding, and each time the same bits. `own` tokens a document."""
+    """Each time the same bits, and to within rounding: dx of a chunk's first half they round once, the others twice.
+    `own` tokens a document."""
     values = {name: value.to(DEVICE)
               for name, value in inputs(2, length, heads, head_dim, groups, state_dim, dtype).items()}
     x, dt, A, B, C, D, bias = (values[name] for name in NAMES[:7])
@@ -86,7 +87,7 @@ def test_hoppers_kernels_give_what_the_others_do(
     monkeypatch.setattr(ssd_triton, "_is_specialised", lambda *_: False)
     errors = {name: relative_error(specialised[name], other) for name, other in run().items()}
     assert not {name: error for name, error in errors.items() if error >= (
-        1e-4 if specialised[name].dtype == torch.float32 else torch.finfo(dtype).eps / 16)}
+        1e-4 if specialised[name].dtype == torch.float32 else torch.finfo(dtype).eps / (2 if name == "dx" else 16))}
 
 
 @pytest.mark.parametrize("dtype, _", PRECISIONS)
