@@ -1,12 +1,10 @@
 """Parts of the scan on Hopper by warps with an occupation each (Triton's Gluon): one warp only loads, by TMA, and warp
 groups compute, 64 rows of a product each. What is loaded and what is computed then wait for each other alone, and the
-loader needs no registers. Other GPUs and sizes, and the gradients of inputs, run the kernels of `kernels.ssd.triton`.
-What these give is the same to within rounding.
+loader needs no registers. Other GPUs and sizes run the kernels of `kernels.ssd.triton`. What these give is the same to
+within rounding: dx of a chunk's first half is rounded once here and twice there.
 
 Loads and products meet at barriers in shared memory: a tile's `full` counts the bytes that have come, its `empty` the
 warp groups that are done with it. Their phases alternate: what uses a tile for the n-th time waits for phase n % 2.
-What is read of a tile must be used before the tile is given back: a read may be under way still, and TMA, which fills
-the tile again, waits for no such read without a fence (docs/results/kernels-h200.md tells of one that was overtaken).
 """
 
 from __future__ import annotations
@@ -197,8 +195,8 @@ def _barriers(STAGES: gl.constexpr, ONCE: gl.constexpr = 2, USERS: gl.constexpr 
 
 @gluon.jit
 def _give_back(empty):
-    """A read may be under way still when its warp group arrives, and TMA, which fills the tile again, waits for no such
-    read but behind a fence."""
+    """Without the fence a read may be under way still when TMA, which waits for arrivals, fills the tile again: one was
+    overtaken, and gradients were wrong now and then (docs/results/kernels-h200.md)."""
     fence_async_shared()
     mbarrier.arrive(empty)
 

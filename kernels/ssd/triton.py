@@ -6,7 +6,7 @@ formed once for all heads of the group, and needs no order. The backward is the 
 the gradient of the states, then everything else a chunk and a group at a time, so that the gradients of B and C are
 summed over the group's heads in registers and no atomics are needed. What needs no order reads its tiles by TMA: no
 registers hold them or their addresses on the way, which saves 4 to 13 % of the time. The walks are slower by it. On
-Hopper walks, outputs, dB and dC are `kernels.ssd.hopper`'s, for sizes it takes.
+Hopper all but what a token's step and decay need is `kernels.ssd.hopper`'s, for sizes it takes.
 
 A gradient of a decay sums what the decay lets pass. Its largest part, a whole chunk's, is taken in the walk from the
 end, where the states' gradient is still float32: rounding both factors would lose what mamba_ssm keeps.
